@@ -1,0 +1,1 @@
+"""FineQuant as a torch.compile backend."""

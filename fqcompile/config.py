@@ -1,0 +1,124 @@
+"""The options of fqcompile as frozen, hashable dataclasses; `options` holds the rules they obey."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Self
+
+from fqcompile.errors import OptionError
+from fqcompile.options import RULES, FrozenMapping, check_names
+
+HEAD_BITS = 8
+
+
+def _debug_dir_from_environment() -> str | None:
+    return os.environ.get("FQCOMPILE_DEBUG_DIR") or None
+
+
+def _as_json(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteOptions:
+    """The options that may differ from weight to weight: what `quant` needs to quantise one."""
+
+    bits: int = 4
+    granularity: str | int = "adaptive"
+    alpha: float = 0.9
+    min_group_size: int = 32
+    error_budget: float | None = None
+    scale_method: str = "mse"
+
+    def __new__(cls, **options: object) -> Self:
+        # Ahead of the generated __init__, whose TypeError would suggest no name.
+        check_names(options, [f.name for f in fields(cls)])
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            checked = RULES[option.name](option.name, getattr(self, option.name))
+            object.__setattr__(self, option.name, checked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineQuantConfig(SiteOptions):
+    """Every option, by the names used in `options={}`, the decorator, `explain` and the CLI.
+
+    Lists are stored as tuples and dicts as read-only mappings. Where `debug_dir` is not given,
+    the environment variable FQCOMPILE_DEBUG_DIR is read; an explicit None means no dumps.
+    """
+
+    include: tuple[str, ...] | list[str] = ()
+    exclude: tuple[str, ...] | list[str] = ()
+    overrides: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    min_elements: int = 16384
+    on_unsupported: str = "keep"
+    free_weights: bool = False
+    weight_updates: str = "detect"
+    autotune: str = "off"
+    debug_dir: str | Path | None = field(default_factory=_debug_dir_from_environment)
+    inner_backend: str = "inductor"
+    inductor: Mapping[str, object] = field(default_factory=FrozenMapping)
+    mode: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in ("mode", "inductor") if getattr(self, name)]
+        if given and self.inner_backend != "inductor":
+            raise OptionError(
+                f"option {given[0]} is for Inductor, but inner_backend is {self.inner_backend!r}; "
+                f"drop {given[0]} or set inner_backend='inductor'"
+            )
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, object] | None, mode: str | None = None) -> Self:
+        """The config for `torch.compile(options=, mode=)`, where `mode` may come either way."""
+        if not isinstance(options, Mapping | None):
+            kind = type(options).__name__
+            raise OptionError(f"options is of type {kind}; allowed: a dict {{option: value}}")
+        named = dict(options or {})
+        check_names(named, RULES)
+        inner = named.get("mode")
+        if None not in (mode, inner) and mode != inner:
+            raise OptionError(
+                f"mode is {mode!r} as argument and {inner!r} as option mode; give it once"
+            )
+        return cls(**{**named, "mode": mode if inner is None else inner})  # type: ignore[arg-type]
+
+    def _override(self, name: str) -> Mapping[str, object] | None:
+        matches = (o for pattern, o in self.overrides.items() if re.search(pattern, name))
+        return next(matches, None)
+
+    def override_matches(self, name: str) -> bool:
+        """Whether a pattern of `overrides` is found in this parameter name."""
+        return self._override(name) is not None
+
+    def site_options(self, name: str, *, head: bool = False) -> SiteOptions:
+        """The options of one weight: the first override that matches, over the global ones.
+
+        An output head (`head=True`) takes 8 bits unless that override sets bits.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(SiteOptions)}
+        if head:
+            values["bits"] = HEAD_BITS
+        return SiteOptions(**{**values, **(self._override(name) or {})})
+
+    def kept_by_name(self, name: str) -> str | None:
+        """Why `include` or `exclude` keep this weight as it is, or None when they do not."""
+        for pattern in self.exclude:
+            if re.search(pattern, name):
+                return f"name matches exclude pattern {pattern!r}"
+        if self.include and not any(re.search(pattern, name) for pattern in self.include):
+            return "name matches no include pattern"
+        return None
+
+    def as_dict(self) -> dict[str, object]:
+        """Every option as JSON holds it; a value that JSON has no form for is given as text."""
+        return {f.name: _as_json(getattr(self, f.name)) for f in fields(self)}

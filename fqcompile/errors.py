@@ -1,0 +1,25 @@
+"""The exceptions that fqcompile raises.
+
+Each message says what was found, the rule it breaks and what to do about it. A weight that is left
+as it was is no error but a record in the plan, with its reason.
+"""
+
+
+class FineQuantError(Exception):
+    """Base of every error of fqcompile."""
+
+
+class OptionError(FineQuantError, ValueError):
+    """An option has an unknown name, a wrong type or a value out of range."""
+
+
+class UnquantizableWeight(FineQuantError, ValueError):
+    """A weight cannot be quantised; the message is the reason shown in the report."""
+
+
+class NoKernelError(FineQuantError, NotImplementedError):
+    """No kernel template accepts a matmul; the message lists each template's refusal."""
+
+
+class GraphInvariantError(FineQuantError, RuntimeError):
+    """A pass left a graph that breaks a rule of its stage: a bug of fqcompile."""

@@ -1,0 +1,114 @@
+"""Symmetric quantisation along K:
+
+    q = clamp(round(w / scale), qmin, qmax)        w ≈ q * scale
+
+One signed scale per group; `scale` is rounded to the type it is stored in before q is computed, so
+|w - q * scale| <= |scale| / 2 wherever nothing is clipped. A group of zeros has scale 1, codes 0.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from fqcompile.quant.chunks import each_chunk, group_parts, grouped, plain_tensors, row_chunks
+from fqcompile.quant.granularity import num_groups
+from fqcompile.quant.packing import unpack
+from fqcompile.quant.qtype import QTYPES, QType
+from fqcompile.quant.scale_search import search_scale, search_share, signed_extremes
+
+# Dequantising keeps few copies of a piece, so longer ones fit the cache.
+_DEQUANTIZE_SHARE = 4.0
+
+
+def _absmax_scale(groups: torch.Tensor, extremes: torch.Tensor, qtype: QType) -> torch.Tensor:
+    return extremes.abs() / qtype.qmax
+
+
+SCALE_METHODS: dict[str, Callable[[torch.Tensor, torch.Tensor, QType], torch.Tensor]] = {
+    "mse": search_scale,
+    "absmax": _absmax_scale,
+}
+
+
+@plain_tensors()
+def choose_scale(
+    w: torch.Tensor, qtype: QType, group_size: int, method: str, scale_dtype: torch.dtype
+) -> torch.Tensor:
+    """Scales [N, G] of w [N, K] in `scale_dtype`, or in float32 if that cannot hold them all."""
+    n, k = w.shape
+    scale = torch.empty(n, num_groups(k, group_size), dtype=torch.float32, device=w.device)
+    # No product of a code and a scale may leave the range of the weight's own type.
+    largest = min(torch.finfo(w.dtype).max, torch.finfo(torch.float32).max) / -qtype.qmin
+
+    def fill(rows: slice) -> None:
+        groups = grouped(w[rows], group_size)
+        extremes = signed_extremes(groups)
+        found = SCALE_METHODS[method](groups, extremes, qtype).clamp_(-largest, largest)
+        # The smallest normal number: a denormal scale would lose the bound on w - q * scale.
+        tiny = found.abs() < torch.finfo(torch.float32).tiny
+        found.masked_fill_(tiny, torch.finfo(torch.float32).tiny)
+        scale[rows] = found.masked_fill_(extremes == 0, 1)
+
+    each_chunk(fill, w, search_share(group_size))
+    return _stored(scale, scale_dtype, largest, qtype)
+
+
+def _stored(scale: torch.Tensor, dtype: torch.dtype, largest: float, qtype: QType) -> torch.Tensor:
+    """Scales rounded to `dtype`, or as they are if one of them is not a normal number there."""
+    rounded = scale.to(dtype)
+    magnitude = rounded.float().abs()
+    largest = min(largest, torch.finfo(dtype).max / -qtype.qmin)
+    normal = (magnitude >= torch.finfo(dtype).tiny) & (magnitude <= largest)
+    return rounded if bool(normal.all()) else scale
+
+
+@plain_tensors()
+def quantize_affine(
+    w: torch.Tensor, scale: torch.Tensor, qtype: QType, group_size: int
+) -> torch.Tensor:
+    """Codes of w [N, K] as int8 [N, K]."""
+    codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+
+    def fill(rows: slice) -> None:
+        values = w[rows].to(torch.float32, copy=True)
+        for part, s in group_parts(values, scale[rows].float(), group_size):
+            part.div_(s)
+        codes[rows] = values.round_().clamp_(qtype.qmin, qtype.qmax)
+
+    each_chunk(fill, w)
+    return codes
+
+
+def dequantize_affine(
+    codes: torch.Tensor, scale: torch.Tensor, group_size: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """q * scale [N, K], rounded once to `dtype`."""
+    values = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    for rows in row_chunks(codes, _DEQUANTIZE_SHARE):
+        _write_values(values[rows], codes[rows], scale[rows], group_size)
+    return values
+
+
+def dequantize_rows(
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    bits: int,
+    group_size: int,
+    k: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The same from packed codes: [rows of qweight, K]."""
+    values = torch.empty(qweight.shape[0], k, dtype=dtype, device=qweight.device)
+    for rows in row_chunks(values, _DEQUANTIZE_SHARE):
+        codes = unpack(qweight[rows], QTYPES[bits], k)
+        _write_values(values[rows], codes, scale[rows], group_size)
+    return values
+
+
+def _write_values(
+    out: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, group_size: int
+) -> None:
+    """out = codes * scale; a product of two types is formed in the wider one and rounded once."""
+    out.copy_(codes)
+    for part, s in group_parts(out, scale, group_size):
+        part.mul_(s)

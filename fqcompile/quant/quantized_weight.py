@@ -1,0 +1,70 @@
+"""A weight matrix as packed codes and scales: w ≈ q * scale (see affine.py)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from fqcompile.quant.affine import dequantize_rows
+from fqcompile.quant.chunks import plain_tensors
+from fqcompile.quant.granularity import num_groups
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """Codes in the plain layout (see packing.py), scales [N, G], and how to read them.
+
+    `group_size` is K for one scale per column. `==` is identity, as for modules.
+    """
+
+    qweight: torch.Tensor
+    scale: torch.Tensor
+    bits: int
+    group_size: int
+    shape: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.qweight.nbytes + self.scale.nbytes
+
+    @plain_tensors()
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """ŵ [N, K] in `dtype`."""
+        k = self.shape[1]
+        return dequantize_rows(self.qweight, self.scale, self.bits, self.group_size, k, dtype)
+
+    @plain_tensors()
+    def regroup(self, group_size: int) -> Self:
+        """The same values under a finer group size: scales are repeated, codes are shared."""
+        k = self.shape[1]
+        if group_size == self.group_size:
+            return self
+        one_group = self.group_size >= k
+        if group_size < 1 or (self.group_size % group_size and not one_group):
+            raise ValueError(
+                f"group_size {group_size} does not divide the group size {self.group_size} of a "
+                f"weight of K = {k}; regroup to a divisor of {self.group_size}"
+            )
+        groups = num_groups(k, group_size)
+        repeats = groups if one_group else self.group_size // group_size
+        # The repeats of a short last group reach beyond K.
+        scale = self.scale.repeat_interleave(repeats, 1)[:, :groups].contiguous()
+        return type(self)(self.qweight, scale, self.bits, min(group_size, k), self.shape)
+
+    @classmethod
+    @plain_tensors()
+    def cat(cls, weights: Sequence[Self]) -> Self:
+        """Weights that read the same input, one below the other: along N."""
+        layouts = {(w.bits, w.group_size, w.shape[1]) for w in weights}
+        if len(layouts) != 1:
+            raise ValueError(
+                f"cat got weights of (bits, group_size, K) {sorted(layouts)}; they must be equal "
+                "and at least one: regroup them first"
+            )
+        bits, group_size, k = layouts.pop()
+        n = sum(w.shape[0] for w in weights)
+        # cat promotes: among float16 and float32 scales all become float32, and lose nothing.
+        scale = torch.cat([w.scale for w in weights])
+        return cls(torch.cat([w.qweight for w in weights]), scale, bits, group_size, (n, k))

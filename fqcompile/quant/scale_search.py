@@ -1,0 +1,122 @@
+"""The step of a group that makes its squared error least.
+
+Divided by its extreme (the weight of largest magnitude), a group becomes u in [-1, 1], the extreme
+at -1. The error of one u under one candidate step,
+
+    f_c(u) = (u - c * clamp(round(u / c), qmin, qmax))^2,
+
+is then the same function for every group of every matrix. So f is tabulated once, u is sorted into
+bins, and one look-up per weight sums the errors of all candidates at a time. The best one is
+refined by least squares: for fixed codes q, the step sum(u q) / sum(q^2) is optimal.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch.nn.functional import embedding_bag
+
+from fqcompile.quant.chunks import plain_tensors
+from fqcompile.quant.qtype import QType
+
+# Steps that put the extreme on the negative side, which has one code more, and on the other side.
+_CANDIDATES = 33, 14
+_SAMPLES_PER_BIN = 8
+_REFITS = 2
+# Keeps 1 / pivot times the number of bins finite in float32.
+_LEAST_PIVOT = 2.0**-110
+
+
+def signed_extremes(groups: torch.Tensor) -> torch.Tensor:
+    """The weight of largest magnitude in each group [..., g] -> [...]; of a tie, the negative."""
+    low, high = groups.amin(-1), groups.amax(-1)
+    return torch.where(-low >= high, low, high)
+
+
+def search_scale(groups: torch.Tensor, extremes: torch.Tensor, qtype: QType) -> torch.Tensor:
+    """Scales [...] of the groups [..., g], of either sign, unrounded."""
+    pivots = _pivots(extremes)
+    u = groups / pivots[..., None]
+    steps = _best_candidate(u, "mse", qtype)
+    for _ in range(_REFITS):
+        steps = _refit(u, steps, qtype)
+    return steps * pivots
+
+
+def estimate_squared_error(groups: torch.Tensor, method: str, qtype: QType) -> torch.Tensor:
+    """Total squared error of the groups [..., g] under their best candidate, as a float64 scalar.
+
+    What `choose_scale` delivers is a little lower with "mse", because refits follow there.
+    """
+    pivots = _pivots(signed_extremes(groups))
+    u = groups / pivots[..., None]
+    steps = _best_candidate(u, method, qtype)[..., None]
+    # Bins would blur the error of a group whose weights are all tiny beside its extreme.
+    errors = _codes(u, steps, qtype).mul_(steps).sub_(u).square_().sum(-1)
+    return (errors.double() * pivots.double().square()).sum()
+
+
+def search_share(group_size: int) -> float:
+    """How much smaller a piece of work should be: tiny groups have as many candidates as others."""
+    return min(1.0, group_size / 32)
+
+
+def candidate_steps(method: str, qtype: QType) -> torch.Tensor:
+    """Steps tried on a group whose extreme is -1, in float64."""
+    if method == "absmax":
+        return torch.tensor([1 / qtype.qmax], dtype=torch.float64, device="cpu")
+    codes = -qtype.qmin
+    down, up = _CANDIDATES
+    # Both ends at 1 of their range: there the extreme has the outermost code exactly.
+    negative = torch.linspace(qtype.least_step, 1, down, dtype=torch.float64)
+    least_up = 1 - (1 - qtype.least_step) / 2
+    positive = torch.linspace(least_up, codes / qtype.qmax, up, dtype=torch.float64)
+    # Half a code coarser still: refits come back from there.
+    beyond = torch.tensor([1 + 0.5 / codes], dtype=torch.float64)
+    return torch.cat([negative, beyond, -positive]) / codes
+
+
+@lru_cache(maxsize=16)
+@plain_tensors()
+def _error_table(
+    method: str, qtype: QType, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Candidate steps c [C], and f_c [bins + 1, C]; bins are centred at -1, ..., 1 and averaged.
+
+    But the first holds the extreme of each group, and little else: there f_c(-1) is exact.
+    """
+    bins = _bins(qtype)
+    samples = torch.arange((bins + 1) * _SAMPLES_PER_BIN, dtype=torch.float64, device="cpu")
+    u = (((samples + 0.5) / _SAMPLES_PER_BIN - 0.5) * 2 / bins - 1)[:, None]
+    u[:_SAMPLES_PER_BIN] = -1
+    steps = candidate_steps(method, qtype)
+    codes = _codes(u, steps, qtype)
+    errors = (u - codes * steps).square_().view(bins + 1, _SAMPLES_PER_BIN, -1).mean(1)
+    return steps.float().to(device), errors.float().to(device)
+
+
+def _bins(qtype: QType) -> int:
+    return 256 * qtype.bits
+
+
+def _pivots(extremes: torch.Tensor) -> torch.Tensor:
+    return torch.where(extremes.abs() < _LEAST_PIVOT, _LEAST_PIVOT, -extremes)
+
+
+def _best_candidate(u: torch.Tensor, method: str, qtype: QType) -> torch.Tensor:
+    """The candidate step of least error for each group of u [..., g] -> [...]."""
+    half = _bins(qtype) / 2
+    bins = (u * half).add_(half + 0.5).int()
+    steps, table = _error_table(method, qtype, u.device)
+    errors = embedding_bag(bins.flatten(0, -2), table, mode="sum")
+    return steps[errors.argmin(-1)].view(u.shape[:-1])
+
+
+def _refit(u: torch.Tensor, steps: torch.Tensor, qtype: QType) -> torch.Tensor:
+    codes = _codes(u, steps[..., None], qtype)
+    dot = (u * codes).sum(-1)
+    energy = codes.square_().sum(-1)
+    return torch.where(energy > 0, dot / energy, steps)
+
+
+def _codes(u: torch.Tensor, steps: torch.Tensor, qtype: QType) -> torch.Tensor:
+    return (u / steps).round_().clamp_(qtype.qmin, qtype.qmax)
