@@ -1,0 +1,183 @@
+"""The operators that rewritten graphs call, in the namespace `fqcompile`.
+
+    fqcompile::linear      act(x @ ŵᵀ + bias) + residual       x [..., K] -> [..., N]
+    fqcompile::dequantize  ŵ [rows, K], for the backward pass and for whoever wants the dense weight
+
+Each has a schema, a fake, one implementation that calls the template named in `kernel`, an autocast
+rule (as `F.linear`: x, bias and residual are cast, the packed weight is not) and a backward for x,
+bias and residual. The packed weight itself is constant.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fqcompile.kernels.dequantize import dequantize_weight
+from fqcompile.kernels.epilogue import ACTIVATIONS, activation
+from fqcompile.kernels.registry import parse_kernel
+from fqcompile.kernels.template import PackedLinear
+
+LINEAR_SCHEMA = (
+    "linear(Tensor x, Tensor qweight, Tensor scale, Tensor? bias, Tensor? residual, int bits, "
+    "int group_size, int n, int k, str activation, bool gated, str kernel) -> Tensor"
+)
+DEQUANTIZE_SCHEMA = (
+    "dequantize(Tensor qweight, Tensor scale, int bits, int group_size, int rows, int k, "
+    "ScalarType dtype) -> Tensor"
+)
+
+_library = torch.library.Library("fqcompile", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_library.define(LINEAR_SCHEMA, tags=_TAGS)
+_library.define(DEQUANTIZE_SCHEMA, tags=_TAGS)
+
+linear = torch.ops.fqcompile.linear.default
+dequantize = torch.ops.fqcompile.dequantize.default
+
+
+def _linear_impl(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+    activation: str,
+    gated: bool,
+    kernel: str,
+) -> Tensor:
+    leading = x.shape[:-1]
+    rows = math.prod(leading)
+    if rows * n == 0:
+        return x.new_empty((*leading, n))
+    choice = parse_kernel(kernel)
+    weight = PackedLinear(qweight, scale, bits, group_size, 2 * n if gated else n, k)
+    flat = None if residual is None else residual.reshape(rows, n)
+    run = choice.template.linear
+    y = run(x.reshape(rows, k), weight, bias, flat, activation, gated, choice.config)
+    return y.view(*leading, n)
+
+
+def _dequantize_impl(
+    qweight: Tensor,
+    scale: Tensor,
+    bits: int,
+    group_size: int,
+    rows: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return dequantize_weight(PackedLinear(qweight, scale, bits, group_size, rows, k), dtype)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("linear", _linear_impl, _device)
+    _library.impl("dequantize", _dequantize_impl, _device)
+
+
+@torch.library.register_fake("fqcompile::linear")
+def _linear_fake(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+    activation: str,
+    gated: bool,
+    kernel: str,
+) -> Tensor:
+    torch._check(x.shape[-1] == k, lambda: f"x has {x.shape[-1]} columns; the weight has K={k}")
+    torch._check(activation in ACTIVATIONS, lambda: f"unknown activation {activation!r}")
+    return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.register_fake("fqcompile::dequantize")
+def _dequantize_fake(
+    qweight: Tensor,
+    scale: Tensor,
+    bits: int,
+    group_size: int,
+    rows: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return qweight.new_empty((rows, k), dtype=dtype)
+
+
+def _setup_linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, qweight, scale, bias, *_ = inputs
+    _, _, _, _, _, bits, group_size, n, k, act, gated, kernel = inputs
+    ctx.save_for_backward(x, qweight, scale, bias)
+    ctx.format = (bits, group_size, n, k, act, gated, kernel)
+
+
+def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """dz through the activation (its pre-activation recomputed), then dx = dz @ ŵ."""
+    x, qweight, scale, bias = ctx.saved_tensors
+    bits, group_size, n, k, act, gated, kernel = ctx.format
+    rows = 2 * n if gated else n
+    dz = dy
+    if gated or act != "none":
+        template = kernel.partition(":")[0]  # a configuration tuned for the fused form stays there
+        z = linear(
+            x, qweight, scale, bias, None, bits, group_size, rows, k, "none", False, template
+        )
+        dz = _epilogue_backward(dy, z, act, gated)
+    dx = dbias = None
+    if ctx.needs_input_grad[0]:
+        dx = dz.to(x.dtype) @ dequantize(qweight, scale, bits, group_size, rows, k, x.dtype)
+    if bias is not None and ctx.needs_input_grad[3]:
+        dbias = dz.reshape(-1, rows).sum(0).to(bias.dtype)
+    dresidual = dy if ctx.needs_input_grad[4] else None
+    return (dx, None, None, dbias, dresidual, *(None,) * 7)
+
+
+def _epilogue_backward(dy: Tensor, z: Tensor, act: str, gated: bool) -> Tensor:
+    table = activation(act)
+    if not gated:
+        return table.backward(dy, z)
+    gate, up = z.chunk(2, dim=-1)
+    return torch.cat((table.backward(dy * up, gate), dy * table.forward(gate)), dim=-1)
+
+
+torch.library.register_autograd(
+    "fqcompile::linear", _linear_backward, setup_context=_setup_linear_context
+)
+
+
+def _register_autocast(device_type: str) -> None:
+    key = f"Autocast{device_type.upper()}"
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+            return tensor
+        return tensor.to(torch.get_autocast_dtype(device_type))
+
+    def autocast_linear(
+        x: Tensor,
+        qweight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        *rest: Any,
+    ) -> Tensor:
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            packed = (qweight, scale)
+            y: Tensor = linear(cast(x), *packed, cast(bias), cast(residual), *rest)
+            return y
+
+    _library.impl("linear", autocast_linear, key)
+
+
+for _device in ("cpu", "cuda"):
+    _register_autocast(_device)

@@ -1,0 +1,1 @@
+"""Kernels for GPUs, in Triton. Import from here only where Triton is installed."""

@@ -1,0 +1,83 @@
+"""Selection: the first template that does not refuse, as text, and every reason where all do."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fqcompile.errors import NoKernelError
+from fqcompile.kernels import registry
+from fqcompile.kernels.registry import TEMPLATES, KernelChoice, parse_kernel, select_kernel
+from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.tile_config import TileConfig
+
+BF16 = torch.bfloat16
+SPEC = GemmSpec(4, 64, 128, 4, 64, BF16, BF16, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "aten_int4pack"),
+        ({"m": 129}, "dequantize"),
+        ({"bits": 8, "group_size": 128}, "aten_int8pack"),
+        ({"bits": 8}, "dequantize"),
+        ({"bits": 8, "k": 100, "group_size": 100}, "dequantize"),
+        ({"dtype": torch.float32}, "dequantize"),
+        ({"needs_backward": True}, "dequantize"),
+        ({"group_size": 128, "n": 63}, "dequantize"),
+    ],
+    ids=str,
+)
+def test_first_template_that_takes_it_is_chosen(changes: dict[str, object], expected: str) -> None:
+    assert str(select_kernel(replace(SPEC, **changes))) == expected
+
+
+@pytest.mark.skipif(not registry.HAS_TRITON, reason="Triton is not installed")
+def test_cuda_goes_to_triton_with_a_configuration_unless_rows_are_open() -> None:
+    spec = replace(SPEC, device_type="cuda")
+    choice = select_kernel(spec)
+    assert choice.template.name == "triton_dequant_gemm"
+    assert isinstance(choice.config, TileConfig)
+    assert select_kernel(replace(spec, dynamic_m=True)).config is None
+
+
+def test_no_kernel_lists_every_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing = {
+        name: replace(template, refuse=lambda spec, name=name: f"{name} has a reason")
+        for name, template in TEMPLATES.items()
+    }
+    monkeypatch.setattr(registry, "TEMPLATES", refusing)
+    with pytest.raises(NoKernelError) as caught:
+        select_kernel(SPEC)
+    text = str(caught.value)
+    assert text.startswith("no kernel for GemmSpec(m=4, n=64, k=128, bits=4")
+    assert text.splitlines()[1:] == [f"  {name}: {name} has a reason" for name in TEMPLATES]
+
+
+def test_preference_is_the_order_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "TEMPLATES", dict(reversed(TEMPLATES.items())))
+    assert str(select_kernel(SPEC)) == "dequantize"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("config", [None, TileConfig(16, 64, 32, num_stages=2)], ids=str)
+def test_parse_kernel_reads_what_str_wrote(name: str, config: TileConfig | None) -> None:
+    choice = KernelChoice(TEMPLATES[name], config)
+    assert parse_kernel(str(choice)) == choice
+
+
+def test_parse_kernel_names_what_is_installed() -> None:
+    with pytest.raises(
+        NoKernelError, match=r"kernel 'marlin' is not installed; there are .*aten_int4pack"
+    ):
+        parse_kernel("marlin:16x16x16x1w4s3")
+
+
+def test_dequantize_refuses_nothing() -> None:
+    assert list(TEMPLATES)[-1] == "dequantize"
+    assert TEMPLATES["dequantize"].refuse(replace(SPEC, device_type="xpu")) is None
+
+
+def test_spec_of_a_gated_matmul_has_twice_the_rows() -> None:
+    assert (SPEC.weight_rows, replace(SPEC, gated=True).weight_rows) == (64, 128)
