@@ -1,0 +1,26 @@
+"""What a user can see: plans, compile reports, dumps and pages."""
+
+from fqcompile.report.compile_report import (
+    CompileReport,
+    PassRecord,
+    clear_reports,
+    record,
+    reports,
+)
+from fqcompile.report.dump import dump_report, is_traced, trace_report
+from fqcompile.report.plan import Plan, Totals
+from fqcompile.report.site import Site
+
+__all__ = [
+    "CompileReport",
+    "PassRecord",
+    "Plan",
+    "Site",
+    "Totals",
+    "clear_reports",
+    "dump_report",
+    "is_traced",
+    "record",
+    "reports",
+    "trace_report",
+]

@@ -1,0 +1,79 @@
+"""A compile report as files in a folder, and as artifacts in torch's structured trace."""
+
+import difflib
+import os
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from torch._logging._internal import trace_log, trace_structured
+
+from fqcompile.report.compile_report import CompileReport, PassRecord
+from fqcompile.report.files import replace_text
+
+
+def _pass_text(record: PassRecord) -> str:
+    head = f"{record.name}: count {record.count}, {record.seconds:.6f} s"
+    return "\n".join([head, *(f"matched {name}" for name in record.matched), ""])
+
+
+def _pass_diff(name: str, before: str, after: str) -> str:
+    sides = f"{name}.before.py", f"{name}.after.py"
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), *sides, lineterm="")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _pass_files(name: str, record: PassRecord) -> Iterator[tuple[str, str]]:
+    yield f"{name}.txt", _pass_text(record)
+    if record.before is not None:
+        yield f"{name}.before.py", record.before
+    if record.after is not None:
+        yield f"{name}.after.py", record.after
+    if record.before is not None and record.after is not None:
+        yield f"{name}.diff", _pass_diff(name, record.before, record.after)
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name).strip(".") or "graph"
+
+
+def _files(report: CompileReport) -> Iterator[tuple[str, str]]:
+    for number, record in enumerate(report.passes, start=1):
+        yield from _pass_files(f"{number:02d}_{_safe(record.name)}", record)
+    yield "sites.txt", f"{report}\n"
+    yield "report.json", f"{report.to_json()}\n"
+
+
+def dump_report(report: CompileReport, debug_dir: str | os.PathLike[str]) -> Path:
+    """Write the report below `debug_dir`, in a folder named after its graph; return the folder.
+
+    Each pass has NN_<pass>.before.py, .after.py and .diff (where the report holds the graphs) and
+    .txt; beside them lie sites.txt, report.json and report.html.
+    """
+    folder = Path(debug_dir) / _safe(report.graph)
+    for name, text in _files(report):
+        replace_text(folder / name, text)
+    report.to_html(folder / "report.html")
+    return folder
+
+
+def _metadata(name: str, encoding: str) -> dict[str, str]:
+    return {"name": name, "encoding": encoding}
+
+
+def is_traced() -> bool:
+    """Whether TORCH_TRACE, or whoever else listens, receives the artifacts of `trace_report`."""
+    return bool(trace_log.handlers)
+
+
+def trace_report(report: CompileReport) -> None:
+    """Log the files of a dump where TORCH_TRACE asks for a trace, so that `tlparse` shows them."""
+    if not is_traced():
+        return
+    for name, text in _files(report):
+        encoding = "json" if name.endswith(".json") else "string"
+        # tlparse appends the extension of the encoding itself.
+        artifact = f"fqcompile_{_safe(report.graph)}_{name.removesuffix('.json')}"
+        metadata = partial(_metadata, artifact, encoding)
+        trace_structured("artifact", metadata_fn=metadata, payload_fn=partial(str, text))

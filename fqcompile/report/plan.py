@@ -1,0 +1,103 @@
+"""The plan: what is quantised, how, and why the rest is not. Printed, as JSON and as a page."""
+
+import difflib
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Self
+
+from fqcompile.report.files import replace_text
+from fqcompile.report.html import render_page
+from fqcompile.report.site import Site
+from fqcompile.report.table import format_mib, site_page_table, site_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Sizes over all sites; bits per weight (scales counted) and mean error of the quantised."""
+
+    sites: int
+    quantized: int
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float | None
+    mean_relative_error: float | None
+
+    @classmethod
+    def of(cls, sites: Sequence[Site]) -> Self:
+        done = [s for s in sites if s.status == "quantized"]
+        weights = sum(s.num_weights for s in done)
+        errors = [s.relative_error for s in done if s.relative_error is not None]
+        return cls(
+            sites=len(sites),
+            quantized=len(done),
+            bytes_before=sum(s.bytes_before for s in sites),
+            bytes_after=sum(s.bytes_after for s in sites),
+            bits_per_weight=8 * sum(s.bytes_after for s in done) / weights if weights else None,
+            mean_relative_error=sum(errors) / len(errors) if errors else None,
+        )
+
+    def __str__(self) -> str:
+        sizes = f"{format_mib(self.bytes_before)} → {format_mib(self.bytes_after)} MiB"
+        text = f"quantised {self.quantized} of {self.sites} sites: {sizes}"
+        if self.bits_per_weight is not None:
+            text += f", {self.bits_per_weight:.2f} bits per quantised weight"
+        if self.mean_relative_error is not None:
+            text += f", mean error {self.mean_relative_error:.4f}"
+        return text
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sites of a model or a graph in the order met, and the options that led to them."""
+
+    sites: tuple[Site, ...]
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def quantized(self) -> tuple[Site, ...]:
+        return tuple(s for s in self.sites if s.status == "quantized")
+
+    @property
+    def kept(self) -> tuple[Site, ...]:
+        return tuple(s for s in self.sites if s.status == "kept")
+
+    @property
+    def totals(self) -> Totals:
+        return Totals.of(self.sites)
+
+    def site(self, name: str) -> Site:
+        """The site of a parameter name."""
+        for site in self.sites:
+            if site.name == name:
+                return site
+        close = difflib.get_close_matches(name, [s.name for s in self.sites], n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise KeyError(f"this plan has no site {name!r} among its {len(self.sites)}{hint}")
+
+    def kept_lines(self) -> list[str]:
+        """The reasons of the kept sites in full, the commonest first, each with its count."""
+        counts = Counter(s.reason or "no reason recorded" for s in self.kept)
+        return [f"kept {count}: {reason}" for reason, count in counts.most_common()]
+
+    def __str__(self) -> str:
+        return "\n".join([site_table(self.sites), "", str(self.totals), *self.kept_lines()])
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "totals": asdict(self.totals),
+            "options": dict(self.options),
+            "sites": [site.as_dict() for site in self.sites],
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.as_dict(), indent=2)
+
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write the plan as one page that needs nothing else, and return its path."""
+        notes = [str(self.totals), *self.kept_lines()]
+        page = render_page("fqcompile plan", notes, [site_page_table(self.sites)])
+        return replace_text(path, page)

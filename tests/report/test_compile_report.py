@@ -1,0 +1,63 @@
+"""The report of one graph, and the list of the reports of a process."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fqcompile.report import CompileReport, Plan, clear_reports, record, reports
+
+
+@pytest.fixture
+def empty_list() -> Iterator[None]:
+    before = reports()
+    clear_reports()
+    yield
+    clear_reports()
+    for report in before:
+        record(report)
+
+
+def test_text_names_graph_versions_warnings_passes_and_sites(report: CompileReport) -> None:
+    lines = str(report).splitlines()
+    assert lines[0] == "graph forward/0, 1.50 s (torch 2.13.0, fqcompile 0.1)"
+    assert lines[1] == "warning: weight & buffer share storage"
+    assert ["rewrite", "1", "0.125"] in [line.split() for line in lines]
+    assert str(report).endswith(str(report.plan))
+
+
+def test_text_without_passes_has_no_table_of_them() -> None:
+    plan = Plan(())
+    assert str(CompileReport("g", plan)) == f"graph g, 0.00 s\n\n{plan}"
+
+
+def test_json_holds_passes_without_their_graphs(report: CompileReport) -> None:
+    read = json.loads(report.to_json())
+    fields = {"name": "rewrite", "seconds": 0.125, "count": 1, "matched": ["linear<0>"]}
+    assert read["passes"][1] == fields
+    assert read["warnings"] == ["weight & buffer share storage"]
+    assert read["versions"] == {"torch": "2.13.0", "fqcompile": "0.1"}
+    assert read["plan"] == json.loads(report.plan.to_json())
+    assert (read["graph"], read["total_seconds"]) == ("forward/0", 1.5)
+
+
+def test_sites_are_those_of_the_plan(report: CompileReport) -> None:
+    assert report.sites is report.plan.sites
+
+
+def test_page_has_sites_and_passes(report: CompileReport, tmp_path: Path) -> None:
+    page = report.to_html(tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<h2>sites</h2>" in page and "<h2>passes</h2>" in page
+    assert "linear&lt;0&gt;" in page and "weight &amp; buffer" in page
+
+
+def test_reports_come_newest_last_and_as_a_copy(report: CompileReport, empty_list: None) -> None:
+    newer = dataclasses.replace(report, graph="later")
+    record(report)
+    record(newer)
+    reports().clear()
+    assert reports() == [report, newer]
+    clear_reports()
+    assert reports() == []
