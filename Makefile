@@ -19,6 +19,7 @@ check: .venv/dev.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/pytest tests/test_house.py
 
 format: .venv/dev.installed
 	$(BIN)/ruff format .

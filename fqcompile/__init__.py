@@ -1,1 +1,33 @@
-"""FineQuant as a torch.compile backend."""
+"""FineQuant as a torch.compile backend: weight-only int4 and int8, chosen from the weights alone.
+
+model = torch.compile(model, backend="finequant")
+"""
+
+from fqcompile.config import FineQuantConfig
+from fqcompile.decorator import finequant
+from fqcompile.errors import (
+    FineQuantError,
+    GraphInvariantError,
+    NoKernelError,
+    OptionError,
+    UnquantizableWeight,
+)
+from fqcompile.explain import explain
+from fqcompile.fake_quantize import fake_quantize_
+from fqcompile.report import CompileReport, Plan, Site, reports
+
+__all__ = [
+    "CompileReport",
+    "FineQuantConfig",
+    "FineQuantError",
+    "GraphInvariantError",
+    "NoKernelError",
+    "OptionError",
+    "Plan",
+    "Site",
+    "UnquantizableWeight",
+    "explain",
+    "fake_quantize_",
+    "finequant",
+    "reports",
+]

@@ -1,9 +1,21 @@
-"""What every test starts from: Hypothesis profiles, few threads."""
+"""What every test starts from: verified passes, no network, few threads, a clean Dynamo."""
 
 import os
+from collections.abc import Iterator
 
+# Read once, when fqcompile.passes.pipeline is imported; so it is set before anything imports it.
+os.environ["FQCOMPILE_VERIFY"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.pop("FQCOMPILE_DEBUG_DIR", None)
+
+import pytest
 import torch
 from hypothesis import settings
+from torch._dynamo.backends import registry
+
+from fqcompile.report import clear_reports
+from tests.helpers import InnerGraphs
 
 settings.register_profile("default", max_examples=25, deadline=None)
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)
@@ -11,3 +23,31 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 # One process of several (pytest -n): more threads than cores only wait for each other.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_process_state() -> Iterator[None]:
+    """Compiled code and reports of one test are not seen by the next."""
+    torch._dynamo.reset()
+    clear_reports()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+    clear_reports()
+
+
+@pytest.fixture
+def inner_graphs() -> Iterator[InnerGraphs]:
+    """What reaches the inner compiler under inner_backend="fqtest_spy"."""
+    spy = InnerGraphs()
+    torch._dynamo.register_backend(spy, name="fqtest_spy")
+    yield spy
+    registry._COMPILER_FNS.pop("fqtest_spy")

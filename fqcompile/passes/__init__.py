@@ -1,0 +1,1 @@
+"""capture → match → choose → quantize → rewrite → fuse → select → lower, one file each."""

@@ -1,0 +1,119 @@
+"""1 capture: copy Dynamo's graph; decide which inputs are constant weights; name them.
+
+A parameter, a buffer, a tensor attribute of a module, a global and a closure cell are constant;
+what the caller passes in is not, and nothing that the graph itself writes to is. Constant inputs
+stay inputs: the same graph runs for other instances with other weights.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fqcompile.config import FineQuantConfig
+from fqcompile.passes.base import GraphState, copy_module, placeholders
+from fqcompile.passes.effects import has_effects, written_inputs
+from fqcompile.weights.recipe import CASTS, MOVING, target_name
+
+_NAME_TOKEN = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
+# Calls whose result may share the memory of their first argument.
+_VIEWS = MOVING | CASTS | frozenset("view_as reshape_as diagonal unfold as_strided ravel".split())
+_CONTAINERS = ("_modules", "_parameters", "_buffers")
+
+
+def capture(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig) -> GraphState:
+    """The state that all other passes work on; Dynamo's own module is left untouched."""
+    copied, _ = copy_module(module)
+    inputs = placeholders(copied.graph)
+    constants = {
+        node: index
+        for index, (node, value) in enumerate(zip(inputs, args, strict=True))
+        if isinstance(value, Tensor) and _is_constant_input(node, value)
+    }
+    names = _parameter_names(constants)
+    writers = _with_shared_storage(_writers(copied.graph), inputs, args)
+    written = {node: writers[node] for node in constants if node in writers}
+    return GraphState(
+        module=copied,
+        args=args,
+        config=config,
+        constants={node: i for node, i in constants.items() if node not in written},
+        written=written,
+        names=names,
+        grad_possible=torch.is_grad_enabled() or _enables_grad(copied.graph),
+    )
+
+
+def _source_name(node: fx.Node) -> str:
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", node.name)
+    return str(name() if callable(name) else name)
+
+
+def _is_constant_input(node: fx.Node, value: Tensor) -> bool:
+    if isinstance(value, nn.Parameter):
+        return True
+    if node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") == "unguarded":
+        return True  # Dynamo's mark for a module's buffers and tensor attributes
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return False
+    while getattr(source, "base", None) is not None:
+        source = source.base
+    return not getattr(source, "is_input", False)  # globals and closure cells
+
+
+def _writers(graph: fx.Graph) -> dict[fx.Node, str]:
+    """Inputs that a node with effects may write to, directly or through views, and its name."""
+    owner = {node: node for node in placeholders(graph)}
+    writers: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        if has_effects(node):
+            written = [owner[arg] for arg in written_inputs(node) if arg in owner]
+            writers |= dict.fromkeys(written, target_name(node.target))
+        viewed = node.args[0] if node.args else None
+        if viewed in owner and target_name(node.target) in _VIEWS:
+            owner[node] = owner[viewed]
+    return writers
+
+
+def _with_shared_storage(
+    writers: dict[fx.Node, str], inputs: Sequence[fx.Node], args: Sequence[Any]
+) -> dict[fx.Node, str]:
+    """The written inputs, and those whose memory they share: a buffer may be a view of a weight."""
+    storages = {node: _storage(value) for node, value in zip(inputs, args, strict=True)}
+    by_storage = {storages[node]: name for node, name in writers.items()}
+    return {n: by_storage[s] for n, s in storages.items() if s is not None and s in by_storage} | (
+        writers
+    )
+
+
+def _storage(value: object) -> int | None:
+    """Identity of a tensor's memory, which views share; None for what has no single one."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return None
+    return int(value.untyped_storage()._cdata)
+
+
+def _enables_grad(graph: fx.Graph) -> bool:
+    return any(target_name(n.target) == "_set_grad_enabled" and n.args[0] for n in graph.nodes)
+
+
+def _parameter_names(constants: dict[fx.Node, int]) -> dict[fx.Node, str]:
+    """Qualified names as in `named_parameters()`; the root is added where two would be equal."""
+    paths = {node: _path(_source_name(node)) for node in constants}
+    short = {node: ".".join(path[1:]) or path[0] for node, path in paths.items()}
+    counts = Counter(short.values())
+    return {
+        node: short[node] if counts[short[node]] == 1 else ".".join(path)
+        for node, path in paths.items()
+    }
+
+
+def _path(source_name: str) -> list[str]:
+    """["self", "layer", "weight"] from "L['self']._modules['layer']._parameters['weight']"."""
+    tokens = ["".join(match) for match in _NAME_TOKEN.findall(source_name)]
+    return [token for token in tokens if token not in _CONTAINERS] or [source_name]

@@ -1,0 +1,88 @@
+"""Which nodes do more than compute their result: a rewrite must not move a read across one."""
+
+import inspect
+import operator
+
+import torch
+from torch import fx
+
+_INPLACE_OPERATORS = frozenset(
+    getattr(operator, name)
+    for name in dir(operator)
+    if name.startswith("i") and hasattr(operator, name[1:])
+) | {operator.setitem, operator.delitem}
+# Functions that change the mode in which later nodes run.
+_MODE_SWITCHES = (
+    "_set_grad_enabled",
+    "_enter_autocast",
+    "_exit_autocast",
+    "_enter_inference_mode",
+    "_exit_inference_mode",
+)
+_KNOWN_PACKAGES = ("torch", "_operator", "math", "builtins")
+
+
+def _inplace_name(name: str) -> bool:
+    return name.endswith("_") and not (name.startswith("__") and name.endswith("__"))
+
+
+def _asks_inplace(node: fx.Node) -> bool:
+    """`inplace=True`, or an embedding's `max_norm`, by keyword or by position."""
+    named = dict(node.kwargs)
+    if inspect.isfunction(node.target):
+        parameters = list(inspect.signature(node.target).parameters)
+        named |= dict(zip(parameters, node.args, strict=False))
+    return bool(named.get("inplace")) or named.get("max_norm") is not None
+
+
+def _writes(overload: torch._ops.OpOverload) -> bool:
+    """Whether it writes to an argument that is not there for that alone (`out=`)."""
+    arguments = overload._schema.arguments
+    return any(
+        a.alias_info is not None and a.alias_info.is_write and not a.is_out for a in arguments
+    )
+
+
+def has_effects(node: fx.Node) -> bool:
+    """Whether the node may write to a tensor that others see, or switches a mode.
+
+    Follows PyTorch's naming (`add_`, `out=`, `inplace=True`) and operator schemas, and takes what
+    it does not know (higher-order operators, Triton kernels, user functions) as having effects.
+    """
+    if node.op in ("placeholder", "get_attr", "output"):
+        return False
+    if node.op == "call_method":
+        return _inplace_name(str(node.target))
+    target = node.target
+    if node.op != "call_function" or isinstance(target, torch._ops.HigherOrderOperator):
+        return True
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    if target in _INPLACE_OPERATORS or node.kwargs.get("out") is not None or _asks_inplace(node):
+        return True
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return any(_writes(getattr(target, name)) for name in target.overloads())
+    package = (getattr(target, "__module__", None) or "torch").partition(".")[0]
+    name = getattr(target, "__name__", "")
+    if package not in _KNOWN_PACKAGES or name in _MODE_SWITCHES:
+        return True
+    return package == "torch" and _inplace_name(name)
+
+
+def written_inputs(node: fx.Node) -> list[fx.Node]:
+    """Inputs that a node with effects may write to: the first of an in-place call, else any."""
+    if node.op == "call_method" or node.target in _INPLACE_OPERATORS:
+        return [arg for arg in node.args[:1] if isinstance(arg, fx.Node)]
+    return node.all_input_nodes
+
+
+def effects_between(first: fx.Node, last: fx.Node) -> bool:
+    """Whether a node strictly between the two (in graph order) has effects."""
+    node = first.next
+    while node is not last:
+        if node.op == "root":
+            raise AssertionError(f"{last} does not come after {first}")
+        if has_effects(node):
+            return True
+        node = node.next
+    return False

@@ -1,0 +1,78 @@
+"""8 lower: hand the rewritten graph, without the weights it no longer reads, to the inner compiler.
+
+(x, w_0, b_0, w_1, ...)  ->  inner(x, b_0, ..., qweight_0, scale_0, ...)
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.backends.registry import lookup_backend
+from torch._guards import detect_fake_mode
+from torch._inductor.compile_fx import compile_fx
+
+from fqcompile.config import FineQuantConfig
+from fqcompile.passes.base import GraphState, PackedPair, placeholders
+from fqcompile.weights.dispatch import Inner, Variant
+from fqcompile.weights.store import STORE
+
+# What AOTAutograd requires of an input that Dynamo did not make, and what makes CUDA graphs treat
+# it as a parameter instead of copying it on every call.
+_STATIC_INPUT = {"_dynamo_static_input_type": "unguarded"}
+
+
+def lower(state: GraphState, args: Sequence[Any]) -> Variant:
+    """Compile the graph; the variant says which outer arguments it takes, and packs the rest."""
+    pairs = _pairs_in_input_order(state)
+    inputs = placeholders(state.graph)[: len(state.args)]
+    kept = [i for i, node in enumerate(inputs) if node.users or node not in state.constants]
+    for node in set(inputs) - {inputs[i] for i in kept}:
+        state.graph.erase_node(node)
+    pack = _packer(pairs)
+    packed = pack(args)
+    _describe_inputs(state, pairs, packed)
+    state.graph.lint()
+    state.module.recompile()
+    inner = compile_inner(state.module, [*(args[i] for i in kept), *packed], state.config)
+    return Variant(inner, tuple(kept), pack)
+
+
+def compile_inner(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig) -> Inner:
+    """Compile with `inner_backend`; Inductor gets the patches of `mode` and `inductor`."""
+    if config.inner_backend != "inductor":
+        compiled: Inner = lookup_backend(config.inner_backend)(module, list(args))
+        return compiled
+    patches: dict[str, Any] = dict(config.inductor)
+    if config.mode not in (None, "default"):
+        patches = {**torch._inductor.list_mode_options(config.mode), **patches}
+    return cast(Inner, compile_fx(module, list(args), config_patches=patches))
+
+
+def _pairs_in_input_order(state: GraphState) -> list[PackedPair]:
+    order = {node: i for i, node in enumerate(placeholders(state.graph))}
+    return sorted(state.packed.values(), key=lambda pair: order[pair.qweight])
+
+
+def _packer(pairs: list[PackedPair]) -> Callable[[Sequence[Any]], tuple[Tensor, ...]]:
+    """Packed tensors for any instance's arguments, in the order of the new inputs."""
+    specs = [pair.spec for pair in pairs]
+
+    def pack(args: Sequence[Any]) -> tuple[Tensor, ...]:
+        sources = [tuple(args[i] for i in spec.inputs) for spec in specs]
+        packed = map(STORE.packed, specs, sources)
+        return tuple(tensor for pair in packed for tensor in pair)
+
+    return pack
+
+
+def _describe_inputs(
+    state: GraphState, pairs: list[PackedPair], packed: tuple[Tensor, ...]
+) -> None:
+    fakes = [node.meta.get("example_value") for node in placeholders(state.graph)]
+    fake_mode = detect_fake_mode([fake for fake in fakes if fake is not None])
+    nodes = [node for pair in pairs for node in (pair.qweight, pair.scale)]
+    for node, tensor in zip(nodes, packed, strict=True):
+        node._dynamo_source = None
+        fake = fake_mode.from_tensor(tensor, static_shapes=True) if fake_mode else tensor
+        node.meta = {"example_value": fake, "tensor_dict": dict(_STATIC_INPUT)}

@@ -1,0 +1,125 @@
+"""2 match: find every matmul with a constant weight; say of other constant matrices who reads them.
+
+linear(x, cat([wq, wk]).to(bf16), b)   ->   LinearSite(x, recipe: cat, to; sources: wq, wk; bias: b)
+"""
+
+import re
+from collections import Counter
+
+from torch import Tensor, fx
+
+from fqcompile.passes.base import GraphState, KeptWeight, LinearSite, example, placeholders
+from fqcompile.passes.fold import ConstantFolder
+from fqcompile.passes.linear_forms import LinearForm, linear_form
+from fqcompile.weights.recipe import target_name
+
+# A head under its usual names; elsewhere a head is known by sharing its weight with an embedding.
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|embed_tokens|wte|word_embeddings|shared)(\.|$)")
+
+
+def match(state: GraphState) -> int:
+    """Fill `state.sites` and `state.kept`; returns the number of sites."""
+    folder = ConstantFolder(state)
+    for node in state.graph.nodes:
+        form = linear_form(node, folder.is_constant)
+        if form is not None and _is_float_matmul(node, form):
+            state.sites.append(_site(state, node, form, folder))
+    state.sites = _without_folded(state.sites)
+    _number_equal_names(state.sites)
+    state.kept = _other_matrices(state)
+    state.matched = [f"{s.name}: {s.node.format_node()}" for s in state.sites]
+    return len(state.sites)
+
+
+def _without_folded(sites: list[LinearSite]) -> list[LinearSite]:
+    """Drop products of constants that only serve as weights of others: they are folded there."""
+    weights = {site.node: site.weight for site in sites}
+
+    def only_weighs(site: LinearSite) -> bool:
+        return bool(site.node.users) and all(
+            weights.get(user) is site.node and user.all_input_nodes.count(site.node) == 1
+            for user in site.node.users
+        )
+
+    return [site for site in sites if not only_weighs(site)]
+
+
+def _is_float_matmul(node: fx.Node, form: LinearForm) -> bool:
+    x, out = example(form.x), example(node)
+    return x is not None and out is not None and x.is_floating_point() and out.is_floating_point()
+
+
+def _site(state: GraphState, node: fx.Node, form: LinearForm, folder: ConstantFolder) -> LinearSite:
+    recipe, sources = folder.recipe(form.weight)
+    for step in form.weight_steps:
+        recipe = recipe.then(step.method, *step.args)
+    return LinearSite(
+        node=node,
+        x=form.x,
+        weight=form.weight,
+        recipe=recipe,
+        sources=sources,
+        shape=_matrix_shape(form),
+        bias=form.bias,
+        x_steps=form.x_steps,
+        out_steps=form.out_steps,
+        name="+".join(dict.fromkeys(state.names[s] for s in sources)),
+        head=any(_HEAD.search(state.names[s]) or _feeds_embedding(s) for s in sources),
+    )
+
+
+def _matrix_shape(form: LinearForm) -> tuple[int, int]:
+    """[N, K] as integers; `int` fixes a dimension that Dynamo left symbolic."""
+    weight = example(form.weight)
+    assert weight is not None
+    for step in form.weight_steps:
+        weight = getattr(weight, step.method)(*step.args)
+    n, k = weight.shape
+    return int(n), int(k)
+
+
+def _feeds_embedding(source: fx.Node) -> bool:
+    return any(target_name(user.target) == "embedding" for user in source.users)
+
+
+def _number_equal_names(sites: list[LinearSite]) -> None:
+    """Different slices of one parameter are different sites: in_proj[0], in_proj[1]."""
+    recipes: dict[str, dict[str, None]] = {}
+    for site in sites:
+        recipes.setdefault(site.name, {})[site.recipe.key] = None
+    for site in sites:
+        keys = list(recipes[site.name])
+        if len(keys) > 1:
+            site.name = f"{site.name}[{keys.index(site.recipe.key)}]"
+
+
+def _other_matrices(state: GraphState) -> list[KeptWeight]:
+    """Constant matrices that no site reads, from `min_elements` on."""
+    used = {source for site in state.sites for source in site.sources}
+    kept = []
+    for node, weight in zip(placeholders(state.graph), state.args, strict=True):
+        if node not in state.names or node in used or not node.users:
+            continue
+        if not _is_matrix(weight, state.config.min_elements):
+            continue
+        writer = state.written.get(node)
+        reason = f"{writer!r} in the graph may write to it" if writer else _why_not(node)
+        kind = "experts" if weight.dim() == 3 else "linear"
+        nbytes = weight.numel() * weight.element_size()
+        kept.append(KeptWeight(state.names[node], kind, tuple(weight.shape), nbytes, reason))
+    return kept
+
+
+def _is_matrix(weight: Tensor, min_elements: int) -> bool:
+    return (
+        weight.dim() in (2, 3)
+        and (weight.is_floating_point() or weight.is_complex() or weight.is_quantized)
+        and weight.numel() >= min_elements
+    )
+
+
+def _why_not(node: fx.Node) -> str:
+    readers = Counter(target_name(user.target) for user in node.users)
+    if "embedding" in readers:
+        return "embedding table: embeddings are not quantised"
+    return f"read by {', '.join(readers)}: not a linear form that is quantised"

@@ -1,0 +1,28 @@
+"""4 quantize: codes and scales of every chosen site, found or made in the store by weight identity.
+
+site: [N, K] bf16   ->   PackedSpec(recipe, plan): qweight uint8 [N, K/2], scale bf16 [N, K/G]
+"""
+
+from tqdm import tqdm
+
+from fqcompile.passes.base import GraphState, LinearSite
+from fqcompile.quant.choose import QuantPlan
+from fqcompile.weights.packed import PackedPart, PackedSpec
+from fqcompile.weights.store import STORE
+
+
+def quantize(state: GraphState) -> int:
+    """Quantise each site that has a plan; the node's final layout follows in `lower`."""
+    chosen = [(site, site.plan) for site in state.sites if site.plan is not None]
+    for site, plan in tqdm(chosen, "fqcompile: quantising", unit="weight", disable=None, delay=2):
+        part = _part(state, site, plan)
+        STORE.quantized(part, tuple(state.args[i] for i in part.inputs))
+        site.packed = PackedSpec((part,), plan.group_size)
+        state.matched.append(f"{site.name}: {plan.bits} bits, groups of {plan.group_size}")
+    return len(chosen)
+
+
+def _part(state: GraphState, site: LinearSite, plan: QuantPlan) -> PackedPart:
+    rows, k = site.shape
+    inputs = tuple(state.constants[source] for source in site.sources)
+    return PackedPart(site.recipe, inputs, plan, rows, k)

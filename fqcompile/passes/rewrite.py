@@ -1,0 +1,97 @@
+"""5 rewrite: each quantised matmul becomes one call of fqcompile::linear on two new inputs.
+
+linear(x, w, b)  ->  fqcompile.linear(x, qweight_i, scale_i, b, ...)        x [..., K] -> [..., N]
+addmm(b, x, w)   ->  the same; other forms put views around it, and a bias that is no row last
+"""
+
+import torch
+from torch import fx
+
+from fqcompile.passes.base import (
+    LINEAR,
+    GraphState,
+    GraphStep,
+    LinearSite,
+    PackedPair,
+    erase_unused,
+    example,
+    placeholders,
+)
+from fqcompile.passes.fold import ConstantFolder
+from fqcompile.weights.packed import PackedSpec
+
+
+def rewrite(state: GraphState) -> int:
+    """Replace every site that quantize packed; returns how many."""
+    chosen = [(site, site.packed) for site in state.sites if site.packed is not None]
+    folder = ConstantFolder(state)
+    folded = [n for n in state.graph.nodes if n.op != "placeholder" and folder.is_constant(n)]
+    replaced: dict[fx.Node, fx.Node] = {}
+    for index, (site, spec) in enumerate(chosen):
+        pair = _add_inputs(state, spec, f"fq_{index}")
+        replaced[site.node] = _replace(state, site, pair, replaced)
+        state.matched.append(f"{site.name}: {site.node.name} -> {replaced[site.node].name}")
+    erase_unused(state.graph, folded)
+    return len(chosen)
+
+
+def _add_inputs(state: GraphState, spec: PackedSpec, prefix: str) -> PackedPair:
+    """New placeholders after the last one; `lower` gives them their tensors and metadata."""
+    nodes = []
+    for name in ("qweight", "scale"):
+        with state.graph.inserting_after(placeholders(state.graph)[-1]):
+            nodes.append(state.graph.placeholder(f"{prefix}_{name}"))
+    return PackedPair(nodes[0], nodes[1], spec)
+
+
+def _replace(
+    state: GraphState, site: LinearSite, pair: PackedPair, replaced: dict[fx.Node, fx.Node]
+) -> fx.Node:
+    """The node that stands for the site's matmul now; `replaced` knows those of earlier sites."""
+    graph, node = state.graph, site.node
+    bias = site.bias and replaced.get(site.bias, site.bias)
+    row_bias = bias if _is_row(site) else None
+    with graph.inserting_before(node):
+        x = _apply(graph, replaced.get(site.x, site.x), site.x_steps)
+        op = _linear(graph, x, pair, row_bias, site)
+        y = _apply(graph, op, site.out_steps)
+        if bias is not None and row_bias is None:
+            dtype = node.meta["example_value"].dtype
+            if bias.meta["example_value"].dtype != dtype:  # autocast casts addmm's bias, not add's
+                bias = _apply(graph, bias, (GraphStep("to", (dtype,)),))
+            y = graph.call_function(torch.add, (y, bias))
+    y.meta = dict(node.meta)
+    state.packed[op] = pair
+    site.op = op
+    node.replace_all_uses_with(y)
+    graph.erase_node(node)
+    return y
+
+
+def _linear(
+    graph: fx.Graph, x: fx.Node, pair: PackedPair, bias: fx.Node | None, site: LinearSite
+) -> fx.Node:
+    (n, k), spec = site.shape, pair.spec
+    weight = (pair.qweight, pair.scale)
+    formats = (spec.bits, spec.group_size, n, k)
+    op = graph.call_function(LINEAR, (x, *weight, bias, None, *formats, "none", False, ""))
+    fake_x, fake_out = example(x), example(site.node)
+    assert fake_x is not None and fake_out is not None
+    shape = (*fake_x.shape[:-1], n)
+    op.meta["example_value"] = fake_x.new_empty(shape, dtype=fake_out.dtype)
+    return op
+
+
+def _is_row(site: LinearSite) -> bool:
+    """Whether the bias is one value per output column, which the op itself adds."""
+    bias = example(site.bias)
+    return bias is not None and tuple(bias.shape) == site.shape[:1] and not site.out_steps
+
+
+def _apply(graph: fx.Graph, value: fx.Node, steps: tuple[GraphStep, ...]) -> fx.Node:
+    for step in steps:
+        fake = example(value)
+        assert fake is not None
+        value = graph.call_method(step.method, (value, *step.args))
+        value.meta["example_value"] = getattr(fake, step.method)(*step.args)
+    return value

@@ -1,0 +1,87 @@
+"""What the passes did to each weight, as the rows of a plan."""
+
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from fqcompile.passes.base import GraphState, KeptWeight, LinearSite, argument
+from fqcompile.quant.choose import QuantPlan
+from fqcompile.quant.granularity import num_groups
+from fqcompile.report import Plan, Site
+from fqcompile.weights.recipe import WeightRecipe
+
+
+@dataclass(frozen=True)
+class SiteRecipe:
+    """How to find a site's matrix in a model by parameter names, and how it was quantised."""
+
+    recipe: WeightRecipe
+    names: tuple[str, ...]
+    plan: QuantPlan
+
+
+def plan_of(state: GraphState) -> Plan:
+    """One row per weight: a weight that several nodes read in the same way is one site."""
+    rows: dict[tuple[str, str], Site] = {}
+    for site in state.sites:
+        rows.setdefault((site.name, site.recipe.key), _site(state, site))
+    kept = [_kept(weight) for weight in state.kept]
+    return Plan((*rows.values(), *kept), state.config.as_dict())
+
+
+def _site(state: GraphState, site: LinearSite) -> Site:
+    before = sum(_bytes(state, source) for source in site.sources)
+    if site.recipe.steps:
+        before = min(before, site.shape[0] * site.shape[1] * _element_size(state, site))
+    kept = Site(
+        name=site.name,
+        kind="linear",
+        shape=site.shape,
+        status="kept",
+        reason=site.reason,
+        bytes_before=before,
+        bytes_after=before,
+    )
+    if site.plan is None:
+        return kept
+    names = tuple(state.names[source] for source in site.sources)
+    assert site.packed is not None and site.op is not None
+    group_size = state.packed[site.op].spec.group_size
+    return replace(
+        kept,
+        status="quantized",
+        bits=site.plan.bits,
+        group_size=group_size,
+        bytes_after=_packed_bytes(site, group_size),
+        relative_error=site.plan.relative_error,
+        kernel=str(argument(site.op, "kernel")),
+        recipe=SiteRecipe(site.recipe, names, site.plan),
+    )
+
+
+def _kept(weight: KeptWeight) -> Site:
+    return Site(
+        name=weight.name,
+        kind=weight.kind,
+        shape=weight.shape,
+        status="kept",
+        reason=weight.reason,
+        bytes_before=weight.nbytes,
+        bytes_after=weight.nbytes,
+    )
+
+
+def _packed_bytes(site: LinearSite, group_size: int) -> int:
+    assert site.plan is not None
+    n, k = site.shape
+    codes = n * (-(-k * site.plan.bits // 8))
+    return codes + n * num_groups(k, group_size) * site.plan.scale_dtype.itemsize
+
+
+def _bytes(state: GraphState, source: fx.Node) -> int:
+    weight = state.args[state.constants[source]]
+    return int(weight.numel() * weight.element_size())
+
+
+def _element_size(state: GraphState, site: LinearSite) -> int:
+    return int(state.args[state.constants[site.sources[0]]].element_size())

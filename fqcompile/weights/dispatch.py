@@ -1,0 +1,79 @@
+"""WeightDispatch: the callable that Dynamo keeps; finds the packed tensors of the weights given.
+
+args ──► ids of the weights seen before? ──► unchanged? ──► inner(kept args, packed tensors)
+                 │ no                          │ no
+                 └──────── bind: decide, pack, (compile a variant) ◄──┘
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fqcompile.weights.store import Fingerprint, fingerprint
+
+Inner = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The graph compiled for one set of plans: the outer args it reads, and what fills the rest."""
+
+    inner: Inner
+    kept_args: tuple[int, ...]
+    pack: Callable[[Sequence[Any]], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class _Binding:
+    variant: Variant
+    packed: tuple[Tensor, ...]
+    state: Fingerprint
+    alive: tuple[weakref.ref[Tensor], ...]
+
+
+class WeightDispatch:
+    """Runs the variant that fits the weights in `args`.
+
+    Args:
+        weight_inputs: positions of the constant weights among the outer arguments.
+        variant_for: decides the plans for these arguments and returns their variant.
+        detect_updates: compare storage and version of every weight on each call, and repack on a
+            change; otherwise only new identities are noticed.
+    """
+
+    def __init__(
+        self,
+        weight_inputs: Sequence[int],
+        variant_for: Callable[[Sequence[Any]], Variant],
+        detect_updates: bool,
+    ) -> None:
+        self._inputs = tuple(weight_inputs)
+        self._variant_for = variant_for
+        self._detect = detect_updates
+        self._bindings: dict[tuple[int, ...], _Binding] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        weights = tuple([args[i] for i in self._inputs])
+        binding = self._bindings.get(tuple(map(id, weights)))
+        if binding is None or (self._detect and binding.state != fingerprint(weights)):
+            binding = self.bind(args)
+        variant = binding.variant
+        return variant.inner(*[args[i] for i in variant.kept_args], *binding.packed)
+
+    def bind(self, args: Sequence[Any]) -> _Binding:
+        """Decide and pack for these weights; forget them when one of them dies."""
+        weights = tuple(args[i] for i in self._inputs)
+        ids = tuple(map(id, weights))
+        bindings = self._bindings
+
+        def forget(_: object) -> None:
+            bindings.pop(ids, None)
+
+        state = fingerprint(weights)
+        variant = self._variant_for(args)
+        alive = tuple(weakref.ref(w, forget) for w in weights)
+        bindings[ids] = binding = _Binding(variant, variant.pack(args), state, alive)
+        return binding

@@ -1,0 +1,130 @@
+"""WeightRecipe: how a site's matrix [N, K] is computed from constant inputs of the graph.
+
+    w_q, w_k, w_v --cat--> [3N, K]        in_proj --chunk--> [0] --t--> [K, N]
+
+Folding the weight-only part of a graph into a recipe lets every later pass see one matrix, and lets
+the same steps run again on another instance's weights.
+"""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from fqcompile.errors import UnquantizableWeight
+
+# Pure functions and methods that only move elements: a value written to the result has one home.
+MOVING = frozenset(
+    """t T mT transpose swapaxes swapdims permute movedim view reshape contiguous flatten unflatten
+    squeeze unsqueeze expand expand_as narrow select chunk split tensor_split unbind cat concat
+    concatenate stack hstack vstack clone detach adjoint getitem getattr broadcast_to""".split()
+)
+CASTS = frozenset("to float half bfloat16 type".split())
+# Pure arithmetic: merged adapters, normalised weights. Foldable, but not invertible.
+ARITHMETIC = frozenset(
+    """add sub mul div truediv neg matmul mm bmm addmm linear norm sum mean abs sqrt rsqrt square
+    pow reciprocal exp tanh sigmoid softplus norm_except_dim _weight_norm amax amin maximum minimum
+    clamp outer einsum round""".split()
+)
+FOLDABLE = MOVING | CASTS | ARITHMETIC
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A value of the recipe: sources count first, then the steps' results."""
+
+    index: int
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One folded node; `args` and `kwargs` name earlier values by `Ref`."""
+
+    target: str | Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return target_name(self.target)
+
+    def run(self, values: list[Any]) -> Any:
+        args, kwargs = tree_map_only(Ref, lambda r: values[r.index], (self.args, self.kwargs))
+        if isinstance(self.target, str):
+            return getattr(args[0], self.target)(*args[1:], **kwargs)
+        return self.target(*args, **kwargs)
+
+
+def target_name(target: object) -> str:
+    """A call's plain name: "cat" for torch.cat, "getitem" for operator.getitem."""
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+@dataclass(frozen=True, eq=False)
+class WeightRecipe:
+    """Steps from `num_sources` constant tensors to one matrix. No steps: the source itself."""
+
+    num_sources: int = 1
+    steps: tuple[Step, ...] = ()
+
+    def __call__(self, *sources: Tensor) -> Tensor:
+        values: list[Any] = list(sources)
+        for step in self.steps:
+            values.append(step.run(values))
+        result: Tensor = values[-1]
+        return result
+
+    def then(self, method: str, *args: Any) -> "WeightRecipe":
+        """This recipe followed by one more tensor method on its result."""
+        last = Ref(self.num_sources + len(self.steps) - 1)
+        return WeightRecipe(self.num_sources, (*self.steps, Step(method, (last, *args), {})))
+
+    @cached_property
+    def key(self) -> str:
+        """Equal for recipes that compute the same from the same sources, in every graph."""
+        steps = ";".join(f"{s.name}{s.args}{sorted(s.kwargs.items())}" for s in self.steps)
+        return f"{self.num_sources}:{steps}"
+
+    def write_back(self, sources: tuple[Tensor, ...], value: Tensor) -> None:
+        """Store `value` [N, K] into the sources' elements that the recipe reads, in place.
+
+        Raises:
+            UnquantizableWeight: a step computes (adds, multiplies), so there is no one element to
+                write to.
+        """
+        for step in self.steps:
+            if step.name not in MOVING | CASTS:
+                raise UnquantizableWeight(
+                    f"the weight is computed by {step.name!r} from other tensors, so its "
+                    "dequantised value has no place to be written; merge it into one parameter"
+                )
+        flat = torch.cat([s.detach().reshape(-1) for s in sources])
+        flat[self._element_indices(sources).reshape(-1)] = value.reshape(-1).to(flat.dtype)
+        parts = flat.split([s.numel() for s in sources])
+        with torch.no_grad():
+            for source, part in zip(sources, parts, strict=True):
+                source.copy_(part.view(source.shape))
+
+    def _element_indices(self, sources: tuple[Tensor, ...]) -> Tensor:
+        """For each element of the result, its position in the concatenated sources."""
+        values: list[Any] = []
+        offset = 0
+        for source in sources:
+            index = torch.arange(offset, offset + source.numel(), device=source.device)
+            values.append(index.view(source.shape))
+            offset += source.numel()
+        for step in self.steps:
+            cast = step.name in CASTS
+            values.append(values[step.args[0].index] if cast else step.run(values))
+        result: Tensor = values[-1]
+        return result
+
+
+IDENTITY = WeightRecipe()
+TRANSPOSE = WeightRecipe(1, (Step("t", (Ref(0),), {}),))
+assert operator.getitem.__name__ in MOVING

@@ -1,0 +1,158 @@
+"""choose: every reason for which a site stays as it is, in words, and the plans of the rest."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fqcompile.errors import UnquantizableWeight
+from fqcompile.passes.choose import apply_decisions, decide
+from tests.passes.graphs import Run, run_passes, weight
+
+X = torch.randn(6, 64)
+
+
+def linear(w: Tensor, **options: object) -> Run:
+    layer = nn.Linear(w.shape[1], w.shape[0], bias=False)
+    layer.weight = nn.Parameter(w, requires_grad=bool(options.pop("trainable", False)))
+    x = torch.randn(6, w.shape[1], dtype=w.dtype)
+    return run_passes(layer, x, until="choose", **options)
+
+
+def with_value(value: float) -> Tensor:
+    w = weight(64, 64)
+    w[5, 6] = value
+    return w
+
+
+REASONS: dict[str, tuple[Tensor, dict[str, object], str]] = {
+    "NaN": (
+        with_value(float("nan")),
+        {},
+        r"1 of 4096 values are NaN or infinite; .*nan at \(5, 6\)",
+    ),
+    "infinite": (with_value(float("-inf")), {}, r"1 of 4096 values .* -inf at \(5, 6\)"),
+    "too small": (weight(64, 64), {"min_elements": 4097}, r"4097"),
+    "excluded": (weight(64, 64), {"exclude": ["^weight$"]}, r"exclude pattern '\^weight\$'"),
+    "not included": (weight(64, 64), {"include": ["mlp"]}, r"matches no include pattern"),
+    "group larger than K": (weight(64, 64), {"granularity": 65}, r"65.*64|64.*65"),
+    "impossible budget": (
+        weight(64, 64),
+        {"error_budget": 1e-9},
+        r"error_budget 1e-09 cannot be met: the best relative error is",
+    ),
+    "trainable": (
+        weight(64, 64),
+        {"trainable": True, "grad": True},
+        r"weight requires grad: call under torch.no_grad\(\), or freeze it with requires_grad_",
+    ),
+    "float64": (
+        weight(64, 64).double(),
+        {},
+        r"dtype torch.float64 is not supported; use fp32, fp16 or bf16",
+    ),
+}
+
+
+@pytest.mark.parametrize(("w", "options", "text"), REASONS.values(), ids=list(REASONS))
+def test_reason_says_why_and_what_to_do(w: Tensor, options: dict[str, object], text: str) -> None:
+    run = linear(w, **dict(options))
+    (site,) = run.state.sites
+    assert run.counts["choose"] == 0
+    assert site.plan is None
+    assert re.search(text, site.reason or ""), site.reason
+
+
+def router(x: Tensor, w: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+    return torch.topk(score(F.linear(x, w)), 2).values
+
+
+ROUTERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "bare": lambda s: s,
+    "softmax": lambda s: F.softmax(s.float(), dim=-1),
+    "sigmoid plus a correction": lambda s: s.sigmoid() + 0.1,
+    "grouped": lambda s: s.sigmoid().view(-1, 8, 4).amax(-1),
+}
+
+
+@pytest.mark.parametrize("score", ROUTERS.values(), ids=list(ROUTERS))
+def test_router_is_kept(score: Callable[[Tensor], Tensor]) -> None:
+    w = weight(32, 64)
+    run = run_passes(lambda x: router(x, w, score), X, until="choose")
+    assert (
+        "router: its top-k decides which experts run; name it in overrides"
+        in run.state.sites[0].reason
+    )
+
+
+def test_router_named_in_overrides_is_quantised() -> None:
+    w = weight(32, 64)
+    run = run_passes(
+        lambda x: router(x, w, torch.sigmoid), X, until="choose", overrides={"^w$": {"bits": 8}}
+    )
+    assert run.state.sites[0].plan.bits == 8
+
+
+def test_what_lies_before_another_matmul_or_is_as_wide_as_a_vocabulary_is_no_router() -> None:
+    up, down, head = weight(32, 64), weight(32, 32, 1), weight(2048, 64)
+    run = run_passes(
+        lambda x: (
+            torch.topk(F.linear(F.linear(x, up), down), 2).values,
+            torch.topk(F.linear(x, head), 5).values,
+        ),
+        X,
+        until="choose",
+    )
+    assert [site.plan is not None for site in run.state.sites] == [True, False, True]
+
+
+def test_frozen_weight_is_quantised_where_gradients_are_possible() -> None:
+    assert linear(weight(64, 64), grad=True).counts["choose"] == 1
+    assert linear(weight(64, 64), trainable=True).counts["choose"] == 1
+
+
+def test_options_of_the_site_reach_the_plan() -> None:
+    model = nn.ModuleDict({n: nn.Linear(64, 64, bias=False) for n in ("up", "down", "lm_head")})
+
+    def forward(x: Tensor) -> Tensor:
+        return model["lm_head"](model["down"](model["up"](x)))
+
+    overrides = {"down": {"bits": 8, "granularity": 16, "scale_method": "absmax"}}
+    run = run_passes(forward, X, until="choose", granularity="column", overrides=overrides)
+    plans = [(s.plan.bits, s.plan.group_size, s.plan.scale_method) for s in run.state.sites]
+    assert plans == [(4, 64, "mse"), (8, 16, "absmax"), (8, 64, "mse")]
+
+
+def test_scales_follow_the_activation_dtype() -> None:
+    layer = nn.Linear(64, 64).bfloat16()
+    run = run_passes(layer, X.bfloat16(), until="choose")
+    assert run.state.sites[0].plan.scale_dtype == torch.bfloat16
+
+
+def test_on_unsupported_error_names_the_parameter_and_the_way_out() -> None:
+    with pytest.raises(
+        UnquantizableWeight, match=r"^weight: 1 of 4096 values.*exclude the parameter, or"
+    ):
+        linear(with_value(float("nan")), on_unsupported="error")
+    assert linear(weight(64, 64), on_unsupported="error", exclude=["."]).counts["choose"] == 0
+
+
+def test_decisions_for_other_weights_follow_their_values() -> None:
+    """What another instance of the same graph gets: its own plan, or its own reason."""
+    run = linear(weight(64, 64))
+    args = [with_value(float("nan")) if a.shape == (64, 64) else a for a in run.state.args]
+    (decision,) = decide(run.state, args)
+    assert isinstance(decision, str)
+    assert "NaN" in decision
+    run.state.sites[0].plan = None
+    apply_decisions(run.state, (decision,))
+    assert run.state.sites[0].reason == decision
+
+
+def test_settled_sites_are_not_decided_again() -> None:
+    run = linear(weight(64, 64), exclude=["."])
+    assert run.state.sites[0].settled
+    assert decide(run.state, run.state.args) == ()

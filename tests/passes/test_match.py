@@ -1,0 +1,200 @@
+"""match: every surface form of a linear layer is one site, and what only looks like one is none."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.passes.graphs import assert_same, run_passes, weight
+
+K, N = 64, 48
+NK, KN = weight(N, K), weight(K, N)
+SQUARE = weight(K, K)
+BIAS = torch.randn(N)
+X2, X3 = torch.randn(6, K), torch.randn(2, 3, K)
+
+
+FORMS: dict[str, tuple[Callable[..., Tensor], Tensor]] = {
+    "F.linear": (lambda x: F.linear(x, NK), X3),
+    "F.linear with bias": (lambda x: F.linear(x, NK, BIAS), X3),
+    "F.linear by keyword": (lambda x: F.linear(input=x, weight=NK, bias=BIAS), X3),
+    "F.linear of a vector": (lambda x: F.linear(x, NK, BIAS), X2[0]),
+    "@": (lambda x: x @ KN, X3),
+    "@ of a vector": (lambda x: x @ KN, X2[0]),
+    "torch.matmul": (lambda x: torch.matmul(x, KN), X3),
+    "torch.matmul by keyword": (lambda x: torch.matmul(x, other=KN), X3),
+    "Tensor.matmul": (lambda x: x.matmul(NK.t()), X3),
+    "torch.mm": (lambda x: torch.mm(x, KN), X2),
+    "Tensor.mm": (lambda x: x.mm(KN), X2),
+    "addmm": (lambda x: torch.addmm(BIAS, x, KN), X2),
+    "addmm with a bias per row": (lambda x: torch.addmm(torch.ones(6, 1), x, KN), X2),
+    "addmm of two activations and a weight": (lambda x: torch.addmm(x[:, :N], x, KN), X2),
+    "weight on the left": (lambda x: NK @ x.mT, X3),
+    "weight times a vector": (lambda x: torch.mv(NK, x), X2[0]),
+    "weight @ vector": (lambda x: NK @ x, X2[0]),
+    "addmm, weight on the left": (lambda x: torch.addmm(torch.ones(6), NK, x.t()), X2),
+    "bmm, weight expanded": (lambda x: torch.bmm(x, KN.expand(2, -1, -1)), X3),
+    "matmul by [1, K, N]": (lambda x: x @ KN.unsqueeze(0), X3),
+    "baddbmm": (lambda x: torch.baddbmm(BIAS, x, KN.expand(2, K, N)), X3),
+    "einsum of a plain linear": (lambda x: torch.einsum("bsd,nd->bsn", x, NK), X3),
+    "einsum into heads": (lambda x: torch.einsum("bsd,dhk->bshk", x, KN.view(K, 4, 12)), X3),
+    "einsum out of heads": (
+        lambda x: torch.einsum("bshk,hkd->bsd", x.view(2, 3, 4, 16), SQUARE.view(4, 16, K)),
+        X3,
+    ),
+    "einsum, weight first": (lambda x: torch.einsum("nd,...d->...n", NK, x), X3),
+    "einsum, result permuted": (lambda x: torch.einsum("bsd,nd->nbs", x, NK), X3),
+    "weight transposed, cast, sliced": (lambda x: x @ SQUARE.t().to(torch.float32)[:, :N], X3),
+    "weights joined": (lambda x: F.linear(x, torch.cat([NK, NK[:5]])), X3),
+}
+
+
+@pytest.mark.parametrize(("forward", "x"), FORMS.values(), ids=list(FORMS))
+def test_form_is_one_site_and_computes_the_same(forward: Callable[..., Tensor], x: Tensor) -> None:
+    run = run_passes(forward, x)
+    assert run.counts["match"] == 1, run.state.matched
+    assert run.counts["rewrite"] == 1
+    assert not {"linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "mv"} & set(run.ops)
+    assert_same(run)
+
+
+def own_matmul(x: Tensor) -> Tensor:
+    return x @ x.mT
+
+
+NEAR_MISSES: dict[str, tuple[Callable[..., Tensor], Tensor]] = {
+    "no constant side": (own_matmul, X3),
+    "x constant, weight not": (
+        lambda x: NK @ x.expand(K, K).softmax(0) if x.dim() > 2 else F.linear(NK, x),
+        X2,
+    ),
+    "both constant": (lambda x: NK @ KN + x[:, :1].mean(), X2),
+    "integer": (lambda x: x.long() @ NK.t().long(), X2),
+    "addmm with beta": (lambda x: torch.addmm(BIAS, x, KN, beta=2), X2),
+    "addmm with alpha": (lambda x: torch.addmm(BIAS, x, KN, alpha=0.5), X2),
+    "baddbmm with beta": (lambda x: torch.baddbmm(BIAS, x, KN.expand(2, K, N), beta=0.5), X3),
+    "a different weight per batch": (lambda x: torch.bmm(x, torch.stack([KN, KN])), X3),
+    "batch from the weight": (lambda x: x[:1] @ KN.expand(4, K, N), X3),
+    "batch from [1, K, N]": (lambda x: x @ KN.unsqueeze(0), X2),
+    "four-dimensional weight": (lambda x: x @ torch.stack([SQUARE, SQUARE]).view(2, 1, K, K), X3),
+    "einsum with a shared batch index": (
+        lambda x: torch.einsum("bsd,bdn->bsn", x, torch.stack([KN, KN])),
+        X3,
+    ),
+    "einsum with a repeated index": (
+        lambda x: torch.einsum("bdd,nd->bn", own_matmul(x), SQUARE[:, :3]),
+        X3,
+    ),
+    "einsum with an implicit result": (lambda x: torch.einsum("ij,jk", x, KN), X2),
+    "einsum that sums x": (lambda x: torch.einsum("bsd,nd->bn", x, NK), X3),
+    "einsum that sums the weight": (lambda x: torch.einsum("bsd,nd->bs", x, NK), X3),
+    "einsum that broadcasts K": (lambda x: torch.einsum("bk,nk->bn", x[:, :1], NK), X2),
+    "einsum of three": (lambda x: torch.einsum("bd,nd,bn->bn", x, NK, x[:, :N]), X2),
+    "outer product": (lambda x: torch.einsum("b,nd->bnd", x[:, 0], NK), X2),
+    "weight that the graph writes": (lambda x: x @ KN.clone().add_(0.5).mul_(x[0, 0]), X2),
+    "weight that depends on x": (lambda x: F.linear(x, NK * x[0, 0]), X2),
+    "written into a buffer": (lambda x: torch.matmul(x, KN, out=torch.empty(6, N)), X2),
+}
+
+
+@pytest.mark.parametrize(("forward", "x"), NEAR_MISSES.values(), ids=list(NEAR_MISSES))
+def test_near_miss_stays_as_it_is(forward: Callable[..., Tensor], x: Tensor) -> None:
+    run = run_passes(forward, x)
+    assert run.counts["match"] == 0, run.state.sites
+    assert run.ops["fq"] == 0
+    assert_same(run)
+
+
+@pytest.mark.parametrize("w", [NK.double(), NK], ids=["weight", "cast in the graph"])
+def test_float64_is_kept_with_its_reason(w: Tensor) -> None:
+    run = run_passes(lambda x: F.linear(x.double(), w.to(torch.float64)), X2)
+    assert run.counts["choose"] == 0
+    assert run.ops["fq"] == 0
+    reasons = [s.reason for s in run.state.sites] + [k.reason for k in run.state.kept]
+    assert any("float64" in (reason or "") for reason in reasons), reasons
+
+
+def test_site_knows_shape_bias_name_and_head() -> None:
+    model = torch.nn.ModuleDict(
+        {"lm_head": torch.nn.Linear(K, N), "up": torch.nn.Linear(K, N, bias=False)}
+    )
+    run = run_passes(lambda x: model["lm_head"](x) + model["up"](x), X2, until="match")
+    head, up = run.state.sites
+    assert (head.name, head.shape, head.head) == ("lm_head.weight", (N, K), True)
+    assert (up.name, up.bias, up.head) == ("up.weight", None, False)
+    assert head.bias is not None
+
+
+def test_weight_of_an_embedding_is_a_head() -> None:
+    table = torch.nn.Parameter(weight(90, K))
+    run = run_passes(
+        lambda i: F.linear(F.embedding(i, table), table), torch.tensor([1, 2]), until="match"
+    )
+    assert [site.head for site in run.state.sites] == [True]
+
+
+def test_slices_of_one_parameter_are_numbered_sites() -> None:
+    in_proj = torch.nn.Parameter(weight(3 * K, K))
+
+    def forward(x: Tensor) -> tuple[Tensor, ...]:
+        q, k, _ = in_proj.chunk(3)
+        return F.linear(x, q), F.linear(x, k), F.linear(x.relu(), q)
+
+    run = run_passes(forward, X2)
+    assert [s.name for s in run.state.sites] == ["in_proj[0]", "in_proj[1]", "in_proj[0]"]
+    assert_same(run)
+
+
+def test_joined_weights_are_named_after_all_of_them() -> None:
+    q, k = weight(N, K), weight(N, K, 1)
+    run = run_passes(lambda x: F.linear(x, torch.cat([q, k])), X2, until="match")
+    assert [s.name for s in run.state.sites] == ["q+k"]
+
+
+def test_other_matrices_are_listed_with_what_reads_them() -> None:
+    table, stack = weight(90, K), torch.stack([KN, KN])
+
+    def forward(i: Tensor) -> Tensor:
+        return torch.bmm(F.embedding(i, table).expand(2, -1, -1), stack)
+
+    run = run_passes(forward, torch.tensor([1, 2]), until="match")
+    reasons = {kept.name: (kept.kind, kept.reason) for kept in run.state.kept}
+    assert reasons["table"] == ("linear", "embedding table: embeddings are not quantised")
+    assert reasons["stack"] == ("experts", "read by bmm: not a linear form that is quantised")
+
+
+def test_site_whose_x_is_a_parameter_is_quantised() -> None:
+    """Learned queries: the weight is still multiplied on every call."""
+    latents = torch.nn.Parameter(weight(5, K))
+    run = run_passes(lambda x: F.linear(latents, NK) + x[:5, :N], X2)
+    assert run.counts["rewrite"] == 1
+    assert_same(run)
+
+
+def test_symbolic_sizes_match() -> None:
+    def forward(x: Tensor) -> Tensor:
+        return torch.relu(x.view(-1, K) @ KN).view(*x.shape[:-1], N)
+
+    run = run_passes(forward, X3, dynamic=True)
+    assert run.ops["fq"] == 1
+    assert run.ops["relu"] + run.ops["view"] == 0
+
+
+def test_product_of_constants_that_is_a_weight_is_folded_into_one_site() -> None:
+    a, b = weight(64, 64), weight(64, 64, 1)
+    run = run_passes(lambda x: F.linear(x, F.linear(a, b)), torch.randn(4, 64), until="match")
+    assert [site.name for site in run.state.sites] == ["a+b"]
+    assert run.state.kept == []
+
+
+def test_product_of_constants_that_is_also_an_activation_is_a_site() -> None:
+    a, b = weight(64, 64), weight(64, 64, 1)
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        ab = F.linear(a, b)
+        return F.linear(x, ab), ab + 1
+
+    run = run_passes(forward, torch.randn(4, 64), until="match")
+    assert sorted(site.name for site in run.state.sites) == ["a+b", "b"]

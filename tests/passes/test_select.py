@@ -1,0 +1,51 @@
+"""select: the kernel stands on the node, and its layout on what fills the node's inputs."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fqcompile.passes.base import argument
+from fqcompile.passes.select import gemm_spec
+from tests.passes.graphs import run_passes, weight
+
+W = [weight(64, 64, i) for i in range(2)]
+X = torch.randn(2, 3, 64)
+
+
+def test_kernel_and_layout_follow_the_spec() -> None:
+    layer = nn.Linear(64, 64).bfloat16()
+    run = run_passes(layer, X.bfloat16(), until="select")
+    (op,) = run.linears
+    assert argument(op, "kernel") == "aten_int4pack"
+    assert run.state.packed[op].spec.layout.name == "aten_int4_cpu"
+    assert run.state.matched == [f"{op.name}: aten_int4pack"]
+    assert run.outputs()[0].dtype == torch.bfloat16
+
+
+def test_fp32_reads_the_plain_layout() -> None:
+    run = run_passes(lambda x: F.linear(x, W[0]), X, until="select")
+    (op,) = run.linears
+    assert argument(op, "kernel") == "dequantize"
+    assert run.state.packed[op].spec.layout.name == "plain"
+
+
+def test_spec_is_what_the_graph_says() -> None:
+    run = run_passes(
+        lambda x, r: F.silu(F.linear(x, W[0])) * F.linear(x, W[1]) + r, X, torch.randn(2, 3, 64)
+    )
+    spec = gemm_spec(run.state, run.linears[0])
+    assert (spec.m, spec.n, spec.k, spec.bits, spec.group_size) == (6, 64, 64, 4, 32)
+    assert (spec.activation, spec.gated, spec.has_bias, spec.has_residual) == (
+        "silu",
+        True,
+        False,
+        True,
+    )
+    assert (spec.dtype, spec.scale_dtype, spec.device_type) == (torch.float32, torch.float16, "cpu")
+    assert (spec.dynamic_m, spec.needs_backward) == (False, False)
+
+
+def test_open_rows_and_gradients_are_seen() -> None:
+    run = run_passes(lambda x: F.linear(x, W[0]), X, dynamic=True, grad=True)
+    spec = gemm_spec(run.state, run.linears[0])
+    assert (spec.m, spec.dynamic_m, spec.needs_backward) == (6, True, True)

@@ -1,0 +1,146 @@
+"""explain(): the plan that compiling would follow, without compiling or changing anything."""
+
+import copy
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fqcompile
+from tests.helpers import Mlp, assert_close, finequant, frozen, oracle, quantized_names, report
+
+X = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
+
+
+class Small(Mlp):
+    """With one linear below min_elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(128, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.score(super().forward(x))
+
+
+def _model() -> nn.Module:
+    return frozen(Small())
+
+
+def _sites(plan: Any) -> list[tuple[Any, ...]]:
+    return sorted(
+        (s.name, s.shape, s.status, s.reason, s.bits, s.group_size, s.relative_error, s.kernel)
+        for s in plan.sites
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bits": 8}, {"granularity": 32}, {"exclude": ["up"]}, {"error_budget": 0.05}]
+)
+def test_explain_equals_the_report_of_compiling(options: dict[str, Any]) -> None:
+    model = _model()
+    plan = fqcompile.explain(model, X, inner_backend="eager", **options)
+    assert not fqcompile.reports()
+    finequant(model, **options)(X)
+    assert _sites(plan) == _sites(report().plan)
+    assert dict(plan.options) == dict(report().plan.options)
+
+
+def test_explain_changes_nothing_and_compiles_nothing() -> None:
+    model = _model()
+    state = copy.deepcopy(model.state_dict())
+    expected = model(X)
+    fqcompile.explain(model, X)
+    assert not fqcompile.reports()
+    assert not any(module._compiled_call_impl for module in model.modules())
+    assert torch.equal(model(X), expected)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+        assert value.data_ptr() == dict(model.named_parameters())[name].data_ptr()
+
+
+@pytest.mark.skipif(
+    "isolate_recompiles" not in inspect.signature(torch.compile).parameters,
+    reason="this torch counts dry runs and compilations together",
+)
+def test_explain_again_and_again_gives_the_same_plan_and_leaves_room_to_compile() -> None:
+    model = _model()
+    shapes = [(1,) * rank + (128,) for rank in range(12)]  # each rank is a graph of its own
+    plans = [fqcompile.explain(model, torch.randn(shape)) for shape in shapes]
+    assert all(_sites(plan) == _sites(plans[0]) for plan in plans)
+    compiled = finequant(model)
+    for shape in shapes[:4]:
+        x = torch.randn(shape)
+        assert_close(compiled(x), oracle(model)(x), k=256, depth=3)
+
+
+def test_explain_sees_the_options_and_weights_of_each_call() -> None:
+    model = _model()
+    bits = [fqcompile.explain(model, X, bits=b).site("up.weight").bits for b in (4, 8, 4)]
+    assert bits == [4, 8, 4]
+    model.up.weight[0, 0] = torch.nan
+    assert "NaN" in fqcompile.explain(model, X).site("up.weight").reason
+
+
+def test_explain_of_a_compiled_model() -> None:
+    model = _model()
+    compiled = finequant(model)
+    compiled(X)
+    assert _sites(fqcompile.explain(model, X)) == _sites(report().plan)
+    assert len(fqcompile.reports()) == 1
+    assert_close(compiled(X), oracle(model)(X), k=256, depth=3)
+
+
+class WithBreaks(Small):
+    """Three graphs; the first linear's weight is read in two of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.up(x))
+        torch._dynamo.graph_break()
+        hidden = self.down(hidden)
+        torch._dynamo.graph_break()
+        return self.score(self.down(F.gelu(self.up(hidden))))
+
+
+def test_explain_joins_the_graphs_of_a_broken_model() -> None:
+    model = frozen(WithBreaks())
+    plan = fqcompile.explain(model, X)
+    names = [site.name for site in plan.sites]
+    assert sorted(names) == ["down.weight", "score.weight", "up.weight"]
+    finequant(model, fullgraph=False)(X)
+    found = {name for r in fqcompile.reports() for name in quantized_names(r.sites)}
+    assert quantized_names(plan.sites) == found
+
+
+def test_explain_takes_keyword_inputs_and_plain_functions() -> None:
+    model = _model()
+
+    def function(x: Tensor, *, scale: float) -> Tensor:
+        return model(x) * scale
+
+    plan = fqcompile.explain(function, X, example_kwargs={"scale": 2.0})
+    assert len(plan.quantized) == 2
+
+
+def test_the_plan_prints_and_exports(tmp_path: Path) -> None:
+    plan = fqcompile.explain(_model(), X, bits=8)
+    text = str(plan)
+    assert "up.weight" in text
+    assert "quantised 2 of 3 sites" in text
+    assert "kept 1: fewer elements than min_elements=16384" in text
+    loaded = json.loads(plan.to_json())
+    assert loaded["options"]["bits"] == 8
+    assert [site["name"] for site in loaded["sites"]] == [site.name for site in plan.sites]
+    page = plan.to_html(tmp_path / "plan.html").read_text()
+    assert "down.weight" in page
+
+
+def test_a_failing_model_raises_its_own_error() -> None:
+    with pytest.raises(RuntimeError, match="128"):
+        fqcompile.explain(_model(), torch.randn(5, 127))
+    assert fqcompile.explain(_model(), X).quantized

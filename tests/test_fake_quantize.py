@@ -1,0 +1,171 @@
+"""fake_quantize_(): the plan's dequantised values where the weights were, and nowhere else."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fqcompile
+from fqcompile import FineQuantError, Plan
+from tests.helpers import Mlp, assert_close, finequant, frozen, report
+
+X = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
+
+
+def _rounded_to_a_grid(before: Tensor, after: Tensor, levels: int) -> None:
+    """Every row (one scale each) takes at most `levels` values, each near what it was."""
+    assert before.shape == after.shape
+    for old, new in zip(before, after, strict=True):
+        assert len(new.unique()) <= levels
+        # Clipping may move the outermost value by more than half a step, never by a whole one.
+        step = new.unique().diff().min()
+        assert float((old - new).abs().max()) <= float(step)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_take_few_values_close_to_their_own(bits: int) -> None:
+    model = frozen(Mlp())
+    before = copy.deepcopy(model)
+    plan = fqcompile.explain(model, X, bits=bits, granularity="column", scale_method="absmax")
+    result = fqcompile.fake_quantize_(model, plan)
+    assert result is model
+    for name in ("up", "down"):
+        old, new = getattr(before, name), getattr(model, name)
+        _rounded_to_a_grid(old.weight, new.weight, 2**bits)
+        assert torch.equal(new.bias, old.bias)
+        error = ((old.weight - new.weight).norm() / old.weight.norm()).item()
+        # The report's error is taken in fp64; this one in fp32 over 32768 terms.
+        assert error == pytest.approx(plan.site(f"{name}.weight").relative_error, rel=1e-4)
+
+
+def test_it_is_in_place_and_keeps_what_the_plan_keeps() -> None:
+    model = frozen(Mlp())
+    before = {name: (p, p.clone()) for name, p in model.named_parameters()}
+    plan = fqcompile.explain(model, X, exclude=["up"])
+    fqcompile.fake_quantize_(model, plan)
+    for name, parameter in model.named_parameters():
+        same, value = before[name]
+        assert parameter is same
+        assert torch.equal(parameter, value) == (name != "down.weight"), name
+
+
+def test_quantising_the_dequantised_again_changes_little() -> None:
+    model = frozen(Mlp())
+    plan = fqcompile.explain(model, X, bits=8, granularity="column")
+    once = fqcompile.fake_quantize_(copy.deepcopy(model), plan)
+    twice = fqcompile.fake_quantize_(copy.deepcopy(once), plan)
+    assert_close(twice(X), once(X), k=2**15)  # two scale searches may differ by 2^-9 of a step
+
+
+class Packed(nn.Module):
+    """One parameter for q, k and v, as nn.MultiheadAttention has, and two that are joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.in_proj = nn.Parameter(torch.randn(3 * 128, 128) / 11)
+        self.left = nn.Parameter(torch.randn(64, 128) / 11)
+        self.right = nn.Parameter(torch.randn(64, 128) / 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (F.linear(x, w) for w in self.in_proj.chunk(3))
+        return F.linear(q * k.sigmoid() + v, torch.cat([self.left, self.right]))
+
+
+def test_slices_and_joined_parameters_are_written_back_to_their_places() -> None:
+    model = frozen(Packed())
+    plan = fqcompile.explain(model, X, min_elements=1024)
+    names = sorted(site.name for site in plan.quantized)
+    assert names == ["in_proj[0]", "in_proj[1]", "in_proj[2]", "left+right"]
+    original = copy.deepcopy(model)
+    fqcompile.fake_quantize_(model, plan)
+    for name, parameter in model.named_parameters():
+        change = (parameter - original.get_parameter(name)).abs()
+        assert 0.9 < (change > 0).float().mean() <= 1, name
+    assert_close(finequant(original, min_elements=1024)(X), model(X), depth=2)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(256, 128)
+        self.body = nn.Linear(128, 128)
+        self.head = nn.Linear(128, 256, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.body(self.embed(ids)))
+
+
+def test_a_tied_embedding_keeps_its_values() -> None:
+    model = frozen(Tied())
+    ids = torch.arange(6)
+    before = model.embed.weight.clone()
+    actual = finequant(model)(ids)
+    assert {site.bits for site in report().plan.quantized} == {4, 8}
+    faked = fqcompile.fake_quantize_(copy.deepcopy(model), report())
+    assert torch.equal(faked.embed.weight, before)
+    assert not torch.equal(faked.head.weight, before)
+    assert_close(actual, faked(ids), depth=2)
+
+
+def test_buffers_and_plain_attributes_are_found() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("buffer", torch.randn(128, 128) / 11)
+            self.attribute = torch.randn(128, 128) / 11
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.buffer) @ self.attribute
+
+    model = frozen(Plain())
+    actual = finequant(model)(X)
+    before = model(X)
+    fqcompile.fake_quantize_(model, report())
+    assert_close(actual, model(X), depth=2)
+    assert not torch.allclose(before, model(X))
+
+
+def _from_another_model() -> tuple[nn.Module, Plan]:
+    return nn.Sequential(nn.Linear(8, 8)), fqcompile.explain(frozen(Mlp()), X)
+
+
+def _from_a_file() -> tuple[nn.Module, Plan]:
+    model = frozen(Mlp())
+    plan = fqcompile.explain(model, X)
+    sites = [fqcompile.Site(**{**site.as_dict(), "recipe": None}) for site in plan.sites]
+    return model, Plan(tuple(sites))
+
+
+def _computed_weight() -> tuple[nn.Module, Plan]:
+    class Merged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.delta = (nn.Parameter(torch.randn(128, 128)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.w + self.delta)
+
+    model = frozen(Merged())
+    return model, fqcompile.explain(model, X)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (_from_another_model, r"the model has no tensor 'up.weight' \(no name ends like it\)"),
+        (_from_a_file, "pass the plan that explain.. or a report gave, not one read from a file"),
+        (_computed_weight, "computed by 'add' from other tensors.*merge it into one parameter"),
+    ],
+)
+def test_what_cannot_be_written_raises(
+    make: Callable[[], tuple[nn.Module, Plan]], text: str
+) -> None:
+    model, plan = make()
+    with pytest.raises(FineQuantError, match=text):
+        fqcompile.fake_quantize_(model, plan)

@@ -1,0 +1,205 @@
+"""PackedStore: one copy per weight, found by identity, remade when stale, gone with the weight."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+from fqcompile.config import SiteOptions
+from fqcompile.kernels.cpu.aten_packed import ATEN_INT4_CPU
+from fqcompile.quant.choose import QuantPlan
+from fqcompile.weights.packed import PackedPart, PackedSpec
+from fqcompile.weights.recipe import IDENTITY, WeightRecipe
+from fqcompile.weights.store import PackedStore, fingerprint
+
+OPTIONS = SiteOptions(granularity=32)
+
+
+def weight(seed: int = 0, n: int = 64, k: int = 64) -> Tensor:
+    return torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
+
+
+def plan(bits: int = 4) -> QuantPlan:
+    return QuantPlan(bits, 32, "mse", torch.bfloat16, 0.0)
+
+
+def part(bits: int = 4, recipe: WeightRecipe = IDENTITY, index: int = 0) -> PackedPart:
+    return PackedPart(recipe, (index,), plan(bits), 64, 64)
+
+
+def spec(bits: int = 4) -> PackedSpec:
+    return PackedSpec((part(bits),), 32)
+
+
+PAIR = PackedSpec((part(), part(index=1)), 32)
+
+
+@pytest.fixture
+def store() -> PackedStore:
+    return PackedStore()
+
+
+def test_same_weight_gets_the_same_tensors(store: PackedStore) -> None:
+    w = weight()
+    first = store.packed(spec(), (w,))
+    assert all(a is b for a, b in zip(first, store.packed(spec(), (w,)), strict=True))
+    assert store.plan(IDENTITY, (w,), OPTIONS, torch.float32) is store.plan(
+        IDENTITY, (w,), OPTIONS, torch.float32
+    )
+
+
+def test_equal_weights_of_different_identity_do_not_share(store: PackedStore) -> None:
+    a, b = weight(), weight()
+    packed_a, packed_b = store.packed(spec(), (a,)), store.packed(spec(), (b,))
+    assert packed_a[0] is not packed_b[0]
+    assert torch.equal(packed_a[0], packed_b[0])
+
+
+def test_two_requests_of_one_weight_live_side_by_side(store: PackedStore) -> None:
+    w = weight()
+    four, eight = store.packed(spec(4), (w,)), store.packed(spec(8), (w,))
+    assert (four[0].dtype, eight[0].dtype) == (torch.uint8, torch.int8)
+    assert store.packed(spec(4), (w,))[0] is four[0]
+    transposed = PackedSpec((part(recipe=IDENTITY.then("t")),), 32)
+    assert not torch.equal(store.packed(transposed, (w,))[0], four[0])
+
+
+@pytest.mark.parametrize("change", ["version", "storage"])
+def test_changed_weight_is_packed_again(store: PackedStore, change: str) -> None:
+    w = weight()
+    before = store.packed(spec(), (w,))[0].clone()
+    if change == "version":
+        w.copy_(weight(1))
+    else:
+        w.data = weight(1)
+    after = store.packed(spec(), (w,))[0]
+    assert not torch.equal(before, after)
+    assert torch.equal(after, store.packed(spec(), (weight(1),))[0])
+
+
+def test_fingerprint_sees_version_storage_and_identity() -> None:
+    w = weight()
+    prints = [fingerprint((w,))]
+    w.mul_(2)
+    prints.append(fingerprint((w,)))
+    w.data = w.data.clone()
+    prints.append(fingerprint((w,)))
+    prints.append(fingerprint((w.view_as(w),)))
+    assert len(set(prints)) == 4
+    assert fingerprint((w,)) == fingerprint((w,))
+
+
+def test_weight_made_in_inference_mode_has_a_fingerprint(store: PackedStore) -> None:
+    with torch.inference_mode():
+        w = weight()
+    assert store.packed(spec(), (w,))[0].shape == (64, 32)
+
+
+def test_packed_tensors_die_with_their_weight(store: PackedStore) -> None:
+    w = weight()
+    gone = weakref.ref(store.packed(spec(), (w,))[0])
+    del w
+    gc.collect()
+    assert gone() is None
+
+
+def test_store_keeps_no_weight_alive(store: PackedStore) -> None:
+    w, other = weight(), weight(1)
+    store.packed(PAIR, (w, other))
+    store.plan(IDENTITY, (w,), OPTIONS, torch.float32)
+    gone = [weakref.ref(w), weakref.ref(other)]
+    del w, other
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+
+
+def test_packed_pair_dies_with_its_second_weight(store: PackedStore) -> None:
+    """A replaced k of a stacked q, k, v must not leave its old stack behind while q lives."""
+    w, other = weight(), weight(1)
+    gone = weakref.ref(store.packed(PAIR, (w, other))[0])
+    del other
+    gc.collect()
+    store.packed(PAIR, (w, weight(2)))
+    gc.collect()
+    assert gone() is None
+
+
+def test_reused_id_is_not_taken_for_the_dead_weight(store: PackedStore) -> None:
+    w, other = weight(), weight(1)
+    store.packed(PAIR, (w, other))
+    old_id = id(other)
+    for _ in range(50):
+        del other
+        other = weight(2)
+        if id(other) == old_id:
+            break
+    got = store.packed(PAIR, (w, other))[0]
+    assert torch.equal(got[64:], store.packed(spec(), (weight(2),))[0])
+
+
+def test_stacking_leaves_one_copy_of_the_codes(store: PackedStore) -> None:
+    """What quantize made for each site becomes a view of the stack, not a second copy."""
+    w, other = weight(), weight(1)
+    plain = weakref.ref(store.quantized(part(), (w,)).qweight)
+    stacked = store.packed(PAIR, (w, other))
+    assert plain() is None
+    for own, source in zip(PAIR.parts, (w, other), strict=True):
+        view = store.quantized(own, (source,))
+        for tensor, whole in zip((view.qweight, view.scale), stacked, strict=True):
+            assert tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+
+
+def test_stack_at_a_finer_group_size_serves_no_coarser_request(store: PackedStore) -> None:
+    """One graph stacks a weight with a finer sibling, another reads it alone."""
+    w, other = weight(), weight(1)
+    want = PackedStore().packed(spec(), (weight(),))
+    fine = PackedSpec((part(), part(index=1)), 16)
+    assert store.packed(fine, (w, other))[1].shape == (128, 4)
+    assert all(torch.equal(a, b) for a, b in zip(store.packed(spec(), (w,)), want, strict=True))
+
+
+def test_one_site_shares_its_codes_with_what_the_node_reads(store: PackedStore) -> None:
+    w = weight()
+    quantized = store.quantized(part(), (w,))
+    qweight, _ = store.packed(spec(), (w,))
+    assert qweight.untyped_storage().data_ptr() == quantized.qweight.untyped_storage().data_ptr()
+
+
+def test_kernel_layout_replaces_the_plain_copy_and_plain_can_be_made_again(
+    store: PackedStore,
+) -> None:
+    w = weight()
+    plain = weakref.ref(store.quantized(part(), (w,)).qweight)
+    store.packed(spec().with_layout(ATEN_INT4_CPU), (w,))
+    assert plain() is None
+    assert torch.equal(store.packed(spec(), (w,))[0], PackedStore().packed(spec(), (weight(),))[0])
+
+
+def test_reason_is_remembered_like_a_plan(store: PackedStore) -> None:
+    w = weight()
+    w[3, 4] = float("nan")
+    reason = store.plan(IDENTITY, (w,), OPTIONS, torch.float32)
+    assert isinstance(reason, str)
+    assert "(3, 4)" in reason
+    w[3, 4] = 0
+    assert isinstance(store.plan(IDENTITY, (w,), OPTIONS, torch.float32), QuantPlan)
+
+
+def test_packing_ignores_the_modes_of_the_caller(store: PackedStore) -> None:
+    want = PackedStore().packed(spec(), (weight(),))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        w = weight()
+        got = store.packed(spec(), (w,))
+    assert not any(t.is_inference() or t.requires_grad for t in got)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    parameter = torch.nn.Parameter(weight())
+    assert not any(t.requires_grad for t in store.packed(spec(), (parameter,)))
+
+
+def test_clear_forgets_everything(store: PackedStore) -> None:
+    w = weight()
+    before = store.packed(spec(), (w,))[0]
+    store.clear()
+    assert store.packed(spec(), (w,))[0] is not before
