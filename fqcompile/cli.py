@@ -1,0 +1,41 @@
+"""The command `fqcompile`: each subcommand is a module of `fqcompile.commands`, loaded on demand.
+
+The demo's imports (transformers) take seconds, which `fqcompile doctor` should not pay.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from fqcompile.errors import FineQuantError
+
+COMMANDS = {
+    "demo": "compile a real model, show what was done to it, what it cost and what it saved",
+    "explain": "show what would be quantised in a model, how, and why the rest would not",
+    "doctor": "show versions, devices, compilers, and which kernels are available and why not",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the process's exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="fqcompile",
+        description="FineQuant weight-only quantisation as a torch.compile backend.",
+    )
+    subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
+    chosen = next((word for word in arguments if word in COMMANDS), None)
+    for name, text in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}."
+        )
+        if name == chosen:
+            import_module(f"fqcompile.commands.{name}").add_arguments(subparser)
+    parsed = parser.parse_args(arguments)
+    try:
+        import_module(f"fqcompile.commands.{parsed.command}").run(parsed)
+    except FineQuantError as error:
+        print(f"fqcompile {parsed.command}: {error}", file=sys.stderr)
+        return 2
+    return 0

