@@ -83,8 +83,8 @@ class GraphState:
 
     Attributes:
         constants: the constant inputs, with their positions among `args`.
-        written: inputs that would be constant, did the named call of the graph not write to them.
-        names: parameter names of both.
+        written: nodes whose memory the named call of the graph may write to.
+        names: parameter names of the inputs that are constant, or would be if not written.
     """
 
     module: fx.GraphModule

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from fqcompile.config import FineQuantConfig
-from fqcompile.passes.base import GraphState, copy_module, placeholders
+from fqcompile.passes.base import GraphState, copy_module, example, placeholders
 from fqcompile.passes.effects import has_effects, written_inputs
-from fqcompile.weights.recipe import CASTS, MOVING, target_name
+from fqcompile.weights.recipe import target_name
 
 _NAME_TOKEN = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
-# Calls whose result may share the memory of their first argument.
-_VIEWS = MOVING | CASTS | frozenset("view_as reshape_as diagonal unfold as_strided ravel".split())
 _CONTAINERS = ("_modules", "_parameters", "_buffers")
 
 
@@ -34,8 +32,7 @@ def capture(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig
         if isinstance(value, Tensor) and _is_constant_input(node, value)
     }
     names = _parameter_names(constants)
-    writers = _with_shared_storage(_writers(copied.graph), inputs, args)
-    written = {node: writers[node] for node in constants if node in writers}
+    written = _writers(copied.graph, inputs, args)
     return GraphState(
         module=copied,
         args=args,
@@ -66,36 +63,32 @@ def _is_constant_input(node: fx.Node, value: Tensor) -> bool:
     return not getattr(source, "is_input", False)  # globals and closure cells
 
 
-def _writers(graph: fx.Graph) -> dict[fx.Node, str]:
-    """Inputs that a node with effects may write to, directly or through views, and its name."""
-    owner = {node: node for node in placeholders(graph)}
-    writers: dict[fx.Node, str] = {}
+def _writers(graph: fx.Graph, inputs: Sequence[fx.Node], args: Sequence[Any]) -> dict[fx.Node, str]:
+    """Nodes whose memory a call with effects may write to, with that call's name.
+
+    Views share their storage, in Dynamo's fake values and, for inputs that are views of each other,
+    in the real tensors.
+    """
+    memory: dict[fx.Node, object] = {n: _storage(example(n)) or n for n in graph.nodes}
+    writers: dict[object, str] = {}
     for node in graph.nodes:
         if has_effects(node):
-            written = [owner[arg] for arg in written_inputs(node) if arg in owner]
-            writers |= dict.fromkeys(written, target_name(node.target))
-        viewed = node.args[0] if node.args else None
-        if viewed in owner and target_name(node.target) in _VIEWS:
-            owner[node] = owner[viewed]
-    return writers
-
-
-def _with_shared_storage(
-    writers: dict[fx.Node, str], inputs: Sequence[fx.Node], args: Sequence[Any]
-) -> dict[fx.Node, str]:
-    """The written inputs, and those whose memory they share: a buffer may be a view of a weight."""
-    storages = {node: _storage(value) for node, value in zip(inputs, args, strict=True)}
-    by_storage = {storages[node]: name for node, name in writers.items()}
-    return {n: by_storage[s] for n, s in storages.items() if s is not None and s in by_storage} | (
-        writers
-    )
+            writers |= {memory[arg]: target_name(node.target) for arg in written_inputs(node)}
+    real = {node: _storage(value) for node, value in zip(inputs, args, strict=True)}
+    through = {real[node]: writers[memory[node]] for node in inputs if memory[node] in writers}
+    through.pop(None, None)
+    names = {n: writers.get(memory[n]) or through.get(real.get(n)) for n in graph.nodes}
+    return {node: name for node, name in names.items() if name is not None}
 
 
 def _storage(value: object) -> int | None:
     """Identity of a tensor's memory, which views share; None for what has no single one."""
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         return None
-    return int(value.untyped_storage()._cdata)
+    try:
+        return int(value.untyped_storage()._cdata)
+    except RuntimeError:  # a tensor inside a torch.func transform
+        return None
 
 
 def _enables_grad(graph: fx.Graph) -> bool:

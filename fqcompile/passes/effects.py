@@ -11,6 +11,7 @@ _INPLACE_OPERATORS = frozenset(
     for name in dir(operator)
     if name.startswith("i") and hasattr(operator, name[1:])
 ) | {operator.setitem, operator.delitem}
+_INPLACE_METHODS = frozenset(f"__{f.__name__}__" for f in _INPLACE_OPERATORS)
 # Functions that change the mode in which later nodes run.
 _MODE_SWITCHES = (
     "_set_grad_enabled",
@@ -23,7 +24,9 @@ _KNOWN_PACKAGES = ("torch", "_operator", "math", "builtins")
 
 
 def _inplace_name(name: str) -> bool:
-    return name.endswith("_") and not (name.startswith("__") and name.endswith("__"))
+    if name.startswith("__"):
+        return name in _INPLACE_METHODS
+    return name.endswith("_")
 
 
 def _asks_inplace(node: fx.Node) -> bool:

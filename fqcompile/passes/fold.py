@@ -16,6 +16,7 @@ class ConstantFolder:
 
     def __init__(self, state: GraphState) -> None:
         self._constants = state.constants
+        self._written = state.written
         self._folds: dict[fx.Node, bool] = {}
 
     def is_constant(self, node: object) -> bool:
@@ -27,6 +28,7 @@ class ConstantFolder:
                 node.op in ("call_function", "call_method")
                 and target_name(node.target) in FOLDABLE
                 and bool(node.all_input_nodes)
+                and node not in self._written
                 and not has_effects(node)
                 and all(self.is_constant(arg) for arg in node.all_input_nodes)
             )

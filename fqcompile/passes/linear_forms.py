@@ -71,6 +71,10 @@ def _mm(node: fx.Node, is_constant: IsConstant) -> LinearForm | None:
 
 
 def _mv(node: fx.Node, is_constant: IsConstant) -> LinearForm | None:
+    """Autocast on CPUs leaves mv in its inputs' dtype, unlike every other form and our op."""
+    autocast = any(target_name(n.target) == "_enter_autocast" for n in node.graph.nodes)
+    if autocast or torch.is_autocast_enabled("cpu"):
+        return None
     call = _bind(node, "input", "vec")
     return _product(node, call["input"], call["vec"], is_constant)
 
@@ -122,7 +126,8 @@ def _unbatched(operand: object) -> tuple[fx.Node | None, tuple[GraphStep, ...]]:
         return None, ()
     if target_name(operand.target) in _EXPANDS and isinstance(operand.args[0], fx.Node):
         base = operand.args[0]
-        if _ndim(base) == 2 or (_ndim(base) == 3 and _shape(base)[0] == 1):
+        whole = _ndim(operand) == 3 and same_shape(_shape(base)[-2:], _shape(operand)[-2:])
+        if whole and (_ndim(base) == 2 or (_ndim(base) == 3 and _shape(base)[0] == 1)):
             operand = base
     if _ndim(operand) == 3 and _shape(operand)[0] == 1:
         return operand, (GraphStep("squeeze", (0,)),)

@@ -26,8 +26,10 @@ def lower(state: GraphState, args: Sequence[Any]) -> Variant:
     """Compile the graph; the variant says which outer arguments it takes, and packs the rest."""
     pairs = _pairs_in_input_order(state)
     inputs = placeholders(state.graph)[: len(state.args)]
-    kept = [i for i, node in enumerate(inputs) if node.users or node not in state.constants]
-    for node in set(inputs) - {inputs[i] for i in kept}:
+    # A graph without packed weights keeps the arguments that it is called with.
+    dead = {node for node in inputs if not node.users and node in state.constants and pairs}
+    kept = [i for i, node in enumerate(inputs) if node not in dead]
+    for node in dead:
         state.graph.erase_node(node)
     pack = _packer(pairs)
     packed = pack(args)

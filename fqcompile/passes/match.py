@@ -20,8 +20,9 @@ _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|embed_tokens|wte|word_embeddings|s
 def match(state: GraphState) -> int:
     """Fill `state.sites` and `state.kept`; returns the number of sites."""
     folder = ConstantFolder(state)
+    transformed = _transform(state.graph) is not None
     for node in state.graph.nodes:
-        form = linear_form(node, folder.is_constant)
+        form = None if transformed else linear_form(node, folder.is_constant)
         if form is not None and _is_float_matmul(node, form):
             state.sites.append(_site(state, node, form, folder))
     state.sites = _without_folded(state.sites)
@@ -29,6 +30,12 @@ def match(state: GraphState) -> int:
     state.kept = _other_matrices(state)
     state.matched = [f"{s.name}: {s.node.format_node()}" for s in state.sites]
     return len(state.sites)
+
+
+def _transform(graph: fx.Graph) -> str | None:
+    """The torch.func transform that the graph enters: inside one, our op has no rule to run by."""
+    names = (target_name(node.target) for node in graph.nodes)
+    return next((name for name in names if name.endswith("_increment_nesting")), None)
 
 
 def _without_folded(sites: list[LinearSite]) -> list[LinearSite]:
@@ -119,6 +126,9 @@ def _is_matrix(weight: Tensor, min_elements: int) -> bool:
 
 
 def _why_not(node: fx.Node) -> str:
+    transform = _transform(node.graph)
+    if transform:
+        return f"the graph enters a torch.func transform ({transform})"
     readers = Counter(target_name(user.target) for user in node.users)
     if "embedding" in readers:
         return "embedding table: embeddings are not quantised"

@@ -22,9 +22,10 @@ class SiteRecipe:
 
 def plan_of(state: GraphState) -> Plan:
     """One row per weight: a weight that several nodes read in the same way is one site."""
-    rows: dict[tuple[str, str], Site] = {}
+    rows: dict[tuple[object, ...], Site] = {}
     for site in state.sites:
-        rows.setdefault((site.name, site.recipe.key), _site(state, site))
+        scale_dtype = site.plan and site.plan.scale_dtype
+        rows.setdefault((site.name, site.recipe.key, scale_dtype), _site(state, site))
     kept = [_kept(weight) for weight in state.kept]
     return Plan((*rows.values(), *kept), state.config.as_dict())
 

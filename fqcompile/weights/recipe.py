@@ -61,8 +61,18 @@ class Step:
 
 
 def target_name(target: object) -> str:
-    """A call's plain name: "cat" for torch.cat, "getitem" for operator.getitem."""
-    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    """A call's plain name: "cat" for torch.cat, "getitem" for operator.getitem.
+
+    What PyTorch does not define itself keeps its full name: another library's `mm` is not ours.
+    """
+    if isinstance(target, str):
+        return target
+    name = str(getattr(target, "__name__", target))
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return name if str(target).startswith("aten") else str(target)
+    package = (getattr(target, "__module__", None) or "torch").partition(".")[0]
+    known = package in ("torch", "_operator", "math", "builtins")
+    return name if known else f"{package}.{name}"
 
 
 @dataclass(frozen=True, eq=False)
