@@ -19,7 +19,7 @@ SPEC = GemmSpec(4, 64, 128, 4, 64, BF16, BF16, "cpu")
     ("changes", "expected"),
     [
         ({}, "aten_int4pack"),
-        ({"m": 129}, "dequantize"),
+        ({"m": 65}, "dequantize"),
         ({"bits": 8, "group_size": 128}, "aten_int8pack"),
         ({"bits": 8}, "dequantize"),
         ({"bits": 8, "k": 100, "group_size": 100}, "dequantize"),

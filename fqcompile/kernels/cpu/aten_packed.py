@@ -1,9 +1,9 @@
 """PyTorch's own packed bf16 CPU kernels, used where they are exact and faster than dequantising.
 
 Measured on two AVX-512 BF16 cores, N = K = 4096, bf16, milliseconds at M = 1, 16, 64, 128: dense
-3.0, 3.3, 7, 12; int8pack 0.9, 4.7, 18, 33; int4pack 0.7, 3.8, 15, 29; dequantising int8 14, 16, 18,
-25, int4 23, 22, 24, 31. With fp32 or fp16 activations both kernels are 2 to 50
-times slower than dense, so they serve bf16 only.
+1.6, 2.4, 5.9, 10.9; int8pack .7, 3.8, 13.9, 29.4; int4pack .5, 3.2, 12.5, 25.1; dequantising int8
+4.9, 6.0, 9.6, 18.6, int4 8.1, 9.3, 13.3, 22.8. With fp32 or fp16 activations both kernels are 2 to
+50 times slower than dense, so they serve bf16 only.
 """
 
 import torch
@@ -24,8 +24,8 @@ from fqcompile.quant.qtype import QTYPES
 from fqcompile.quant.quantized_weight import QuantizedWeight
 
 # Above these row counts dequantising once and multiplying densely is faster (table above).
-INT8_MAX_ROWS = 64
-INT4_MAX_ROWS = 128
+INT8_MAX_ROWS = 32
+INT4_MAX_ROWS = 64
 _INT4_GROUPS = (32, 64, 128, 256)
 _INT4_ROW_MULTIPLE = 64
 _INT8_K_MULTIPLE = 16

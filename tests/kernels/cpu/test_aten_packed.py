@@ -37,8 +37,8 @@ REFUSALS = [
     (INT4PACK, replace(INT4, needs_backward=True), "cannot be dequantised for a backward pass"),
     (
         INT4PACK,
-        replace(INT4, m=129),
-        "slower than dequantising above 128 rows; the example has 129",
+        replace(INT4, m=65),
+        "slower than dequantising above 64 rows; the example has 65",
     ),
     (INT8PACK, replace(INT8, group_size=32), "takes one scale per column, not groups of 32"),
     (INT8PACK, replace(INT8, bits=4), "takes 8-bit weights, not 4-bit"),
