@@ -1,11 +1,23 @@
 """Runs kernels without a GPU, in the process that also compiles them: Triton's interpreter, with
 
-* bf16 that is right (upstream computes on its bit patterns and truncates when it rounds to it), and
-* every access checked to lie in a tensor that was passed to the launch (upstream reads raw memory).
+* the arithmetic of the hardware (`interpreter_numbers`),
+* every access checked: in bounds, aligned, free of races (`interpreter_memory`), and
+* everything that is uninitialised set to NaN, or to the largest integer: `torch.empty`, and the
+  masked-off lanes of a load that does not say what they are.
+
+    with interpreted() as memory:
+        y = launch_my_kernel(x)
+    assert memory.unwritten(y) == 0
 """
 
-from collections.abc import Iterator
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,100 +25,220 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as upstream
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-Handle = upstream.TensorHandle
-Builder = upstream.InterpreterBuilder
+from tests.kernels.triton.interpreter_memory import Access, Memory, RaceError
+from tests.kernels.triton.interpreter_numbers import Handle, HardwareNumbers, patch_reductions
 
-
-def bf16_to_float(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def float_to_bf16(values: np.ndarray) -> np.ndarray:
-    """Bit patterns of the nearest bf16, ties to even; NaN stays NaN."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+SEMANTIC = upstream._ir.MEM_SEMANTIC
+ACQUIRES = (SEMANTIC.ACQUIRE, SEMANTIC.ACQUIRE_RELEASE)
+RELEASES = (SEMANTIC.RELEASE, SEMANTIC.ACQUIRE_RELEASE)
+# The attribute of a handle that names the argument which its pointers point into.
+ARGUMENT = "fqcompile.argument"
 
 
-def _values(handle: Any) -> np.ndarray:
-    return bf16_to_float(handle.data) if handle.dtype.scalar == tl.bfloat16 else handle.data
+class CheckedBuilder(HardwareNumbers):
+    memory: Memory
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Its assertions are off anyway; it would compute the integers a second time.
+        self.options = replace(self.options, sanitize_overflow=False)
+
+    def create_masked_load(self, ptrs: Any, mask: Any, other: Any, *rest: Any) -> Any:
+        dtype = upstream._get_np_dtype(ptrs.get_element_ty())
+        self._touch(Access.LOAD, ptrs, mask)
+        if other is None:
+            ones = np.full((*ptrs.data.shape, dtype.itemsize), 0xFF, np.uint8)
+            other = Handle(ones.view(dtype)[..., 0], ptrs.get_element_ty())
+        return super().create_masked_load(ptrs, mask, other, *rest)
+
+    def create_masked_store(self, ptrs: Any, value: Any, mask: Any, *rest: Any) -> None:
+        self._touch(Access.STORE, ptrs, mask)
+        super().create_masked_store(ptrs, value, mask, *rest)
+        stored = super().create_masked_load(ptrs, mask, value, *rest, False)
+        if stored.data.tobytes() != np.broadcast_to(value.data, stored.data.shape).tobytes():
+            raise RaceError("lanes of one store overwrite each other with something else")
+
+    def create_atomic_rmw(
+        self, op: Any, ptr: Any, val: Any, mask: Any, sem: Any, *rest: Any
+    ) -> Any:
+        if val.dtype.scalar == tl.bfloat16:
+            raise NotImplementedError("atomics on bf16 are not emulated, use fp32")
+        self._touch(Access.ATOMIC, ptr, mask)
+        self._synchronize(ptr, mask, sem)
+        return super().create_atomic_rmw(op, ptr, val, mask, sem, *rest)
+
+    def create_atomic_cas(self, ptr: Any, cmp: Any, val: Any, sem: Any, *rest: Any) -> Any:
+        mask = Handle(np.ones_like(ptr.data, bool), tl.int1)
+        self._touch(Access.ATOMIC, ptr, mask)
+        self._synchronize(ptr, mask, sem)
+        return super().create_atomic_cas(ptr, cmp, val, sem, *rest)
+
+    def _touch(self, access: Access, ptrs: Any, mask: Any) -> None:
+        size = upstream._get_np_dtype(ptrs.get_element_ty()).itemsize
+        addresses = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].astype(np.uint64)
+        self.memory.touch(access, addresses, size, ptrs.attr.get(ARGUMENT))
+
+    def _synchronize(self, ptr: Any, mask: Any, sem: Any) -> None:
+        if ptr.data.size == 1 and mask.data.all():
+            self.memory.synchronize(int(ptr.data.item()), sem in ACQUIRES, sem in RELEASES)
 
 
-def _cast(self: Any, source: Any, dst_type: Any) -> Any:
-    dtype = dst_type.scalar
-    values = _values(source)
-    if dtype == tl.bfloat16:
-        return Handle(float_to_bf16(values.astype(np.float32)), dtype)
-    return Handle(values.astype(upstream._get_np_dtype(dst_type)), dtype)
+def _keep_argument(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """The same operation, with a result that remembers which argument a pointer comes from."""
+
+    @functools.wraps(operation)
+    def kept(self: Any, *args: Any) -> Any:
+        result = operation(self, *args)
+        origins = [arg.attr for arg in args if isinstance(arg, Handle) and ARGUMENT in arg.attr]
+        for origin in origins:
+            result.set_attr(ARGUMENT, origin[ARGUMENT])
+        return result
+
+    return kept
 
 
-def _dot(self: Any, a: Any, b: Any, acc: Any, precision: Any, imprecise: Any) -> Any:
-    product = np.matmul(_values(a).astype(np.float32), _values(b).astype(np.float32))
-    return Handle(product + acc.data, acc.dtype.scalar)
+# What is left out (`tl.where` of two pointers) forgets it.
+for _name in "addptr bitcast broadcast expand_dims reshape splat trans".split():
+    setattr(
+        CheckedBuilder,
+        f"create_{_name}",
+        _keep_argument(getattr(HardwareNumbers, f"create_{_name}")),
+    )
+
+_builder = CheckedBuilder()
+_semantic: TritonSemantic = TritonSemantic(_builder)
 
 
-def _refuse_bf16_arithmetic(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
-    assert tl.bfloat16 not in (lhs.dtype.scalar, rhs.dtype.scalar), f"bf16 {op} is not emulated"
-    return Handle(op(lhs.data, rhs.data), lhs.dtype.scalar)
+@functools.cache
+def _as_python(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with what it assigns made tensors, as Triton's compiler does.
+
+    Upstream does this as well, but leaves its own names among the globals of the kernel's module.
+    """
+    lines, first_line = inspect.getsourcelines(function)
+    module = ast.parse(textwrap.dedent("".join(lines)))
+    definition = module.body[0]
+    assert isinstance(definition, ast.FunctionDef)
+    definition.decorator_list = []
+    upstream.ASTTransformer().visit(definition)
+    around = inspect.getclosurevars(function).nonlocals | {"interpreter_semantic": _semantic}
+    wrapper = ast.parse(f"def wrap({', '.join(around)}):\n    return {function.__name__}")
+    wrapper.body[0].body.insert(0, definition)  # type: ignore[attr-defined]
+    ast.increment_lineno(definition, first_line - 1)
+    ast.fix_missing_locations(wrapper)
+    names: dict[str, Any] = {}
+    code = compile(wrapper, inspect.getfile(function), "exec")
+    exec(code, function.__globals__, names)
+    return names["wrap"](**around)
 
 
-def _extents(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
-    """First and one-past-last address of each view (not of its storage)."""
-    extents = []
-    for t in tensors:
-        span = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        end = t.data_ptr() + (span + 1) * t.element_size() if t.numel() else t.data_ptr()
-        extents.append((t.data_ptr(), end))
-    return extents
+def _argument(name: str, value: Any) -> Any:
+    """A launch argument that is not constexpr, as the compiled kernel gets it."""
+    if isinstance(value, bool):
+        return _scalar(value, tl.int1)
+    if isinstance(value, int):
+        signed = (tl.int32, -(2**31), 2**31), (tl.int64, -(2**63), 2**63)
+        return _scalar(
+            value, next((t for t, low, high in signed if low <= value < high), tl.uint64)
+        )
+    if isinstance(value, float):
+        return _scalar(value, tl.float32)
+    converted = upstream._implicit_cvt(value)
+    if isinstance(value, torch.Tensor):
+        converted.handle.set_attr(ARGUMENT, name)
+    return converted
 
 
-def _check(pointers: Any, mask: Any, extents: list[tuple[int, int]]) -> None:
-    addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.uint64)
-    size = upstream._get_np_dtype(pointers.get_element_ty()).itemsize
-    inside = np.zeros(addresses.shape, bool)
-    for begin, end in extents:
-        inside |= (addresses >= begin) & (addresses + np.uint64(size) <= end)
-    if not inside.all():
-        raise IndexError(f"{int((~inside).sum())} of {inside.size} lanes are out of bounds")
+def _scalar(value: float, dtype: Any) -> Any:
+    return tl.tensor(Handle(np.array([value], upstream._get_np_dtype(dtype)), dtype), dtype)
 
 
-@contextmanager
-def interpreted() -> Iterator[None]:
-    """Inside, `kernel[grid](...)` of a @triton.jit function runs in the interpreter, on the CPU."""
-    extents: list[tuple[int, int]] = []
-    load, store = Builder.create_masked_load, Builder.create_masked_store
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, TensorDescriptor):
+        yield name, value.base
+    elif isinstance(value, tuple):
+        for i, item in enumerate(value):
+            yield from _tensors(f"{name}[{i}]", item)
 
-    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        extents[:] = _extents([a for a in args if isinstance(a, torch.Tensor)])
-        function = upstream.InterpretedFunction(kernel.fn)
-        with np.errstate(all="ignore"):
-            function.run(*args, grid=grid, warmup=warmup, **options)
 
-    def call(function: JITFunction, *args: Any, **kwargs: Any) -> Any:
-        return upstream.InterpretedFunction(function.fn).rewrite()(*args, **kwargs)
+def _multiple_of(value: Any, divisors: Any) -> Any:
+    """A promise that is not kept miscompiles. That of a block is about its pieces: not checked."""
+    if isinstance(value, tl.tensor) and value.handle.data.size == 1 and isinstance(divisors, int):
+        number = int(value.handle.data.item())
+        assert number % divisors == 0, f"multiple_of({number}, {divisors})"
+    return value
 
-    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        _check(pointers, mask, extents)
-        return load(self, pointers, mask, *rest)
 
-    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        _check(pointers, mask, extents)
-        return store(self, pointers, value, mask, *rest)
+def _run_programs(kernel: JITFunction, arguments: dict[str, Any], grid: Any) -> None:
+    function = _as_python(kernel.fn)
+    sizes = tuple(grid(arguments) if callable(grid) else grid)
+    sizes += (1,) * (3 - len(sizes))
+    constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    converted = {
+        name: getattr(value, "value", value) if name in constants else _argument(name, value)
+        for name, value in arguments.items()
+    }
+    _builder.set_grid_dim(*sizes)
+    for program in product(*(range(size) for size in sizes)):
+        _builder.set_grid_idx(*program)
+        _builder.memory.begin_program(program)
+        try:
+            function(**converted)
+        except Exception as error:
+            error.add_note(f"in program {program} of {kernel.fn.__name__}")
+            raise
 
+
+def _call(function: JITFunction, *args: Any, **kwargs: Any) -> Any:
+    return _as_python(function.fn)(*args, **kwargs)
+
+
+def _launch(kernel: JITFunction, memory: Memory, *args: Any, **kwargs: Any) -> None:
+    grid, warmup = kwargs.pop("grid"), kwargs.pop("warmup", False)
+    if warmup:
+        return
+    # The others are launch options, such as num_warps.
+    named = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+    bound = inspect.signature(kernel.fn).bind(*args, **named)
+    bound.apply_defaults()
+    named_tensors = (_tensors(name, value) for name, value in bound.arguments.items())
+    memory.begin_launch(dict(pair for pairs in named_tensors for pair in pairs))
+    _builder.memory = memory
     # Functions of Triton's own library see `tl` under the name `core`.
     language = upstream._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(JITFunction, "run", run)
-            patch.setattr(JITFunction, "__call__", call)
-            patch.setattr(Builder, "cast_impl", _cast)
-            patch.setattr(Builder, "create_dot", _dot)
-            patch.setattr(Builder, "binary_op", _refuse_bf16_arithmetic)
-            patch.setattr(Builder, "create_masked_load", checked_load)
-            patch.setattr(Builder, "create_masked_store", checked_store)
-            yield
+        with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
+            patch.setattr(JITFunction, "__call__", _call)
+            patch.setattr(upstream, "interpreter_builder", _builder)
+            patch.setattr(upstream, "interpreter_semantic", _semantic)
+            patch.setattr(tl, "multiple_of", _multiple_of)
+            patch_reductions(patch)
+            _run_programs(kernel, bound.arguments, grid)
     finally:
         language.restore()
+
+
+@contextmanager
+def interpreted() -> Iterator[Memory]:
+    """Inside, `kernel[grid](...)` of a @triton.jit function runs in the interpreter, on the CPU.
+
+    Triton's language is changed during a launch only, so kernels can be compiled inside as well.
+    """
+    memory = Memory()
+    mode = torch.get_deterministic_debug_mode()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(JITFunction, "run", functools.partialmethod(_launch, memory))
+            # This mode fills what `torch.empty` and its relatives return.
+            patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+            torch.set_deterministic_debug_mode("warn")
+            yield memory
+    finally:
+        torch.set_deterministic_debug_mode(mode)
