@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 ARGS ?=
 
-.PHONY: demo test test-gpu check format bench clean
+.PHONY: demo test test-gpu check static format bench clean
 
 demo: .venv/demo.installed
 	$(BIN)/fqcompile demo $(ARGS)
@@ -20,6 +20,9 @@ check: .venv/dev.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest tests/test_house.py
+
+static: .venv/dev.installed
+	$(BIN)/python -m bench static --check $(ARGS)
 
 format: .venv/dev.installed
 	$(BIN)/ruff format .

@@ -1,11 +1,27 @@
-"""`python -m bench` lists the benchmarks; each is a module of its own."""
+"""`python -m bench` lists the benchmarks, `python -m bench NAME ...` runs one."""
+
+import sys
+from importlib import import_module
 
 BENCHMARKS = {
-    "bench.quantize": "how fast weights are quantised and dequantised, and with how much memory",
-    "bench.granularity": "quality of the granularity rules against fixed groups, real weights",
-    "bench.overhead": "share of fqcompile's passes in the whole compilation of a small Llama",
+    "quantize": "how fast weights are quantised and dequantised, and with how much memory",
+    "granularity": "quality of the granularity rules against fixed groups, real weights",
+    "overhead": "share of fqcompile's passes in the whole compilation of a small Llama",
+    "static": "registers, copies and instructions of the Triton kernels, read from machine code",
 }
 
+
+def main() -> None:
+    name, *arguments = sys.argv[1:] or [""]
+    if name in BENCHMARKS:
+        sys.argv = [f"python -m bench {name}", *arguments]
+        import_module(f"bench.{name}").main()
+        return
+    for known, text in BENCHMARKS.items():
+        print(f"python -m bench {known:15} {text}")
+    if name:
+        raise SystemExit(f"no benchmark is called {name!r}")
+
+
 if __name__ == "__main__":
-    for name, text in BENCHMARKS.items():
-        print(f"python -m {name:18}  {text}")
+    main()

@@ -15,6 +15,7 @@ from fqcompile.errors import (
 from fqcompile.explain import explain
 from fqcompile.fake_quantize import fake_quantize_
 from fqcompile.report import CompileReport, Plan, Site, reports
+from fqcompile.warm_up import warm_up
 
 __all__ = [
     "CompileReport",
@@ -30,4 +31,5 @@ __all__ = [
     "fake_quantize_",
     "finequant",
     "reports",
+    "warm_up",
 ]

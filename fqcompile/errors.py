@@ -21,5 +21,9 @@ class NoKernelError(FineQuantError, NotImplementedError):
     """No kernel template accepts a matmul; the message lists each template's refusal."""
 
 
+class KernelBuildError(FineQuantError, RuntimeError):
+    """A kernel cannot be compiled or loaded on this machine; the message is the compiler's."""
+
+
 class GraphInvariantError(FineQuantError, RuntimeError):
     """A pass left a graph that breaks a rule of its stage: a bug of fqcompile."""

@@ -1,6 +1,7 @@
 """What every test starts from: verified passes, no network, few threads, a clean Dynamo."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 
 # Read once, when fqcompile.passes.pipeline is imported; so it is set before anything imports it.
@@ -8,6 +9,7 @@ os.environ["FQCOMPILE_VERIFY"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("FQCOMPILE_DEBUG_DIR", None)
+os.environ["FQCOMPILE_CACHE_DIR"] = tempfile.mkdtemp(prefix="fqcompile-tests-")
 
 import pytest
 import torch

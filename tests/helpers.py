@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import fqcompile
+from fqcompile.passes.base import is_linear
 from fqcompile.report import CompileReport, Site
 
 # Half the distance of two neighbouring floats around one: the most one rounding changes.
@@ -31,8 +32,7 @@ class InnerGraphs:
 
     def linears(self) -> list[fx.Node]:
         """Every quantised linear of every graph."""
-        target = torch.ops.fqcompile.linear.default
-        return [n for module in self.modules for n in module.graph.nodes if n.target is target]
+        return [n for module in self.modules for n in module.graph.nodes if is_linear(n)]
 
 
 def finequant(

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fqcompile
+from fqcompile.kernels.launch_table import LaunchTable
 from fqcompile.kernels.registry import TEMPLATES, KernelChoice
-from fqcompile.kernels.tile_config import TileConfig
 from tests.helpers import (
     InnerGraphs,
     Mlp,
@@ -259,9 +260,10 @@ def test_every_quantised_linear_carries_the_kernel_that_select_chose(
     inner_graphs: InnerGraphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Template and configuration are fixed: nothing is left to Inductor's or the op's tuning."""
-    config = TileConfig.parse("16x64x64x1w4s3")
-    choice = KernelChoice(TEMPLATES["dequantize"], config)
+    launches = LaunchTable.parse("m16=16x64x128x1w4s3,dense")
+    template = replace(TEMPLATES["dequantize"], launches=lambda spec: launches)
+    choice = KernelChoice(template, launches)
     monkeypatch.setattr("fqcompile.passes.select.select_kernel", lambda spec: choice)
     finequant(frozen(Mlp()), inner_backend="fqtest_spy")(X)
-    assert [node.args[-1] for node in inner_graphs.linears()] == [f"dequantize:{config}"] * 2
-    assert {site.kernel for site in report().sites} == {f"dequantize:{config}"}
+    assert [node.args[-1] for node in inner_graphs.linears()] == [f"dequantize:{launches}"] * 2
+    assert {site.kernel for site in report().sites} == {f"dequantize:{launches}"}

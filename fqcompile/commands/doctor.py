@@ -5,6 +5,7 @@ import argparse
 import torch
 
 from fqcompile.doctor import diagnose
+from fqcompile.kernels.gpu import gpu_of
 from fqcompile.kernels.registry import TEMPLATES
 from fqcompile.kernels.spec import GemmSpec
 
@@ -30,4 +31,5 @@ def kernel_availability() -> list[tuple[str, str | None]]:
 def _decode_spec(device_type: str, bits: int) -> GemmSpec:
     group_size = 64 if bits == 4 else 4096
     bf16 = torch.bfloat16
-    return GemmSpec(1, 4096, 4096, bits, group_size, bf16, bf16, device_type)
+    gpu = gpu_of(torch.device("cuda")) if device_type == "cuda" else None
+    return GemmSpec(1, 4096, 4096, bits, group_size, bf16, bf16, device_type, gpu=gpu)

@@ -1,26 +1,16 @@
 """The template that always works: dequantise the weight, then let PyTorch multiply."""
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 
 from fqcompile.kernels.epilogue import apply_epilogue
+from fqcompile.kernels.launch_table import Config
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.template import PLAIN, PackedLinear, Template
-from fqcompile.kernels.tile_config import TileConfig
-from fqcompile.quant.affine import dequantize_rows
+from fqcompile.kernels.template import PLAIN, PackedLinear, Template, dequantize_plain
 
 # Weights dequantised at a time: they are multiplied while in the cache, and no large buffer is
 # mapped anew on every call. Measured, 4096 x 4096, int4, M = 1, fp32: 9 ms against 35.
 _CPU_CHUNK = 1 << 21
-
-
-def dequantize_weight(weight: PackedLinear, dtype: torch.dtype) -> torch.Tensor:
-    """ŵ [rows, K] in `dtype`, from the plain layout."""
-    return dequantize_rows(
-        weight.qweight, weight.scale, weight.bits, weight.group_size, weight.k, dtype
-    )
 
 
 def _linear(
@@ -30,23 +20,23 @@ def _linear(
     residual: torch.Tensor | None,
     activation: str,
     gated: bool,
-    config: TileConfig | None,
+    config: Config | None,
 ) -> torch.Tensor:
     step = max(1, _CPU_CHUNK // max(1, weight.k))
     if x.device.type != "cpu" or weight.rows <= step:
-        z = F.linear(x, dequantize_weight(weight, x.dtype), bias)
+        z = F.linear(x, dequantize_plain(weight, x.dtype), bias)
     else:
         z = x.new_empty(x.shape[0], weight.rows)
         for start in range(0, weight.rows, step):
             rows = slice(start, min(start + step, weight.rows))
-            w_hat = dequantize_weight(_rows_of(weight, rows), x.dtype)
+            w_hat = dequantize_plain(_rows_of(weight, rows), x.dtype)
             z[:, rows] = F.linear(x, w_hat, None if bias is None else bias[rows])
     return apply_epilogue(z, None, residual, activation, gated)
 
 
 def _rows_of(weight: PackedLinear, rows: slice) -> PackedLinear:
     qweight, scale = weight.qweight[rows], weight.scale[rows]
-    return replace(weight, qweight=qweight, scale=scale, rows=qweight.shape[0])
+    return weight._replace(qweight=qweight, scale=scale, rows=qweight.shape[0])
 
 
 def _refuse(spec: GemmSpec) -> str | None:

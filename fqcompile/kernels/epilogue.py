@@ -1,11 +1,13 @@
-"""The activations a kernel may apply: one table with each one's PyTorch form and its derivative.
+"""The activations a kernel may apply: one table of PyTorch form, its derivative, and Triton form.
 
-The reference, the fuse pass, the ops' backward and (by name) the Triton tiles all read this table,
-so a new activation is one entry here and one branch in `triton/tiles.py`.
+The reference, the fuse pass, the ops' backward and the Triton kernels all read this table.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,29 +15,41 @@ import torch.nn.functional as F
 from fqcompile.errors import OptionError
 
 aten = torch.ops.aten
+HAS_TRITON = find_spec("triton") is not None
+_forms: Any = import_module("fqcompile.kernels.triton.activations") if HAS_TRITON else None
 
 
 @dataclass(frozen=True)
 class Activation:
-    """`forward(z)`, and `backward(dy, z)` = dy * forward'(z), both on the pre-activation z."""
+    """`forward(z)`, and `backward(dy, z)` = dy * forward'(z), both on the pre-activation z.
+
+    `triton_form` is forward's for kernels, in fp32; None where Triton is not installed.
+    """
 
     name: str
     forward: Callable[[torch.Tensor], torch.Tensor]
     backward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    triton_form: Any
 
 
 ACTIVATIONS: dict[str, Activation] = {
     a.name: a
     for a in (
-        Activation("none", lambda z: z, lambda dy, z: dy),
-        Activation("relu", F.relu, lambda dy, z: aten.threshold_backward(dy, z, 0)),
-        Activation("gelu", F.gelu, aten.gelu_backward),
+        Activation("none", lambda z: z, lambda dy, z: dy, _forms and _forms.none),
+        Activation(
+            "relu",
+            F.relu,
+            lambda dy, z: aten.threshold_backward(dy, z, 0),
+            _forms and _forms.relu,
+        ),
+        Activation("gelu", F.gelu, aten.gelu_backward, _forms and _forms.gelu),
         Activation(
             "gelu_tanh",
             lambda z: F.gelu(z, approximate="tanh"),
             lambda dy, z: aten.gelu_backward(dy, z, approximate="tanh"),
+            _forms and _forms.gelu_tanh,
         ),
-        Activation("silu", F.silu, aten.silu_backward),
+        Activation("silu", F.silu, aten.silu_backward, _forms and _forms.silu),
     )
 }
 

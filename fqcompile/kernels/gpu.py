@@ -69,9 +69,10 @@ def _from_properties(properties: Any) -> Gpu:
     """From clocks and widths that the driver tells; the matrix rate by capability."""
     capability = 10 * properties.major + properties.minor
     arch = f"sm_{capability}" if torch.version.hip is None else properties.gcnArchName.split(":")[0]
-    clock = 1e3 * properties.clock_rate
+    # Virtual and unified-memory GPUs tell no clocks: those of a small one then.
+    clock = 1e3 * properties.clock_rate or 1.5e9
     # Both edges of the memory's clock carry bits.
-    nominal = 2 * 1e3 * properties.memory_clock_rate * properties.memory_bus_width / 8
+    nominal = 2 * 1e3 * properties.memory_clock_rate * properties.memory_bus_width / 8 or 3e11
     per_clock = _MATRIX_FLOPS_PER_CLOCK.get(capability, 2048)
     return Gpu(
         name=properties.name,

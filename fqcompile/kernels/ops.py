@@ -1,6 +1,8 @@
 """The operators that rewritten graphs call, in the namespace `fqcompile`.
 
     fqcompile::linear      act(x @ ŵᵀ + bias) + residual       x [..., K] -> [..., N]
+    fqcompile::linear.inference  the same without a backward, which is 7 us of every call outside of
+                           CUDA graphs: what graphs call where no gradient can flow
     fqcompile::dequantize  ŵ [rows, K], for the backward pass and for whoever wants the dense weight
 
 Each has a schema, a fake, one implementation that calls the template named in `kernel`, an autocast
@@ -8,32 +10,39 @@ rule (as `F.linear`: x, bias and residual are cast, the packed weight is not) an
 bias and residual. The packed weight itself is constant.
 """
 
+import hashlib
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fqcompile.kernels.dequantize import dequantize_weight
 from fqcompile.kernels.epilogue import ACTIVATIONS, activation
-from fqcompile.kernels.registry import parse_kernel
+from fqcompile.kernels.execute import dequantize_weight, run_linear
 from fqcompile.kernels.template import PackedLinear
 
 LINEAR_SCHEMA = (
-    "linear(Tensor x, Tensor qweight, Tensor scale, Tensor? bias, Tensor? residual, int bits, "
+    "linear{}(Tensor x, Tensor qweight, Tensor scale, Tensor? bias, Tensor? residual, int bits, "
     "int group_size, int n, int k, str activation, bool gated, str kernel) -> Tensor"
 )
 DEQUANTIZE_SCHEMA = (
     "dequantize(Tensor qweight, Tensor scale, int bits, int group_size, int rows, int k, "
-    "ScalarType dtype) -> Tensor"
+    "ScalarType dtype, str kernel) -> Tensor"
 )
+
+# Compiled graphs are cached on disk by the graph and this: another version of the operators, whose
+# calls or backward graphs differ, does not find them.
+CACHE_TAG = f"fqcompile:{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}"
 
 _library = torch.library.Library("fqcompile", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
-_library.define(LINEAR_SCHEMA, tags=_TAGS)
+_library.define(LINEAR_SCHEMA.format(""), tags=_TAGS)
+_library.define(LINEAR_SCHEMA.format(".inference"), tags=_TAGS)
 _library.define(DEQUANTIZE_SCHEMA, tags=_TAGS)
 
 linear = torch.ops.fqcompile.linear.default
+linear_inference = torch.ops.fqcompile.linear.inference
 dequantize = torch.ops.fqcompile.dequantize.default
 
 
@@ -51,15 +60,15 @@ def _linear_impl(
     gated: bool,
     kernel: str,
 ) -> Tensor:
+    weight = PackedLinear(qweight, scale, bits, group_size, 2 * n if gated else n, k)
+    if x.dim() == 2 and x.numel() and n:
+        return run_linear(x, weight, bias, residual, activation, gated, kernel)
     leading = x.shape[:-1]
     rows = math.prod(leading)
     if rows * n == 0:
         return x.new_empty((*leading, n))
-    choice = parse_kernel(kernel)
-    weight = PackedLinear(qweight, scale, bits, group_size, 2 * n if gated else n, k)
     flat = None if residual is None else residual.reshape(rows, n)
-    run = choice.template.linear
-    y = run(x.reshape(rows, k), weight, bias, flat, activation, gated, choice.config)
+    y = run_linear(x.reshape(rows, k), weight, bias, flat, activation, gated, kernel)
     return y.view(*leading, n)
 
 
@@ -71,15 +80,19 @@ def _dequantize_impl(
     rows: int,
     k: int,
     dtype: torch.dtype,
+    kernel: str,
 ) -> Tensor:
-    return dequantize_weight(PackedLinear(qweight, scale, bits, group_size, rows, k), dtype)
+    weight = PackedLinear(qweight, scale, bits, group_size, rows, k)
+    return dequantize_weight(weight, dtype, kernel)
 
 
 for _device in ("CPU", "CUDA"):
     _library.impl("linear", _linear_impl, _device)
+    _library.impl("linear.inference", _linear_impl, _device)
     _library.impl("dequantize", _dequantize_impl, _device)
 
 
+@torch.library.register_fake("fqcompile::linear.inference")
 @torch.library.register_fake("fqcompile::linear")
 def _linear_fake(
     x: Tensor,
@@ -109,6 +122,7 @@ def _dequantize_fake(
     rows: int,
     k: int,
     dtype: torch.dtype,
+    kernel: str,
 ) -> Tensor:
     return qweight.new_empty((rows, k), dtype=dtype)
 
@@ -134,7 +148,8 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dz = _epilogue_backward(dy, z, act, gated)
     dx = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = dz.to(x.dtype) @ dequantize(qweight, scale, bits, group_size, rows, k, x.dtype)
+        w_hat = dequantize(qweight, scale, bits, group_size, rows, k, x.dtype, kernel)
+        dx = dz.to(x.dtype) @ w_hat
     if bias is not None and ctx.needs_input_grad[3]:
         dbias = dz.reshape(-1, rows).sum(0).to(bias.dtype)
     dresidual = dy if ctx.needs_input_grad[4] else None
@@ -154,7 +169,7 @@ torch.library.register_autograd(
 )
 
 
-def _register_autocast(device_type: str) -> None:
+def _register_autocast(device_type: str, op: Any, name: str) -> None:
     key = f"Autocast{device_type.upper()}"
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
@@ -173,11 +188,12 @@ def _register_autocast(device_type: str) -> None:
     ) -> Tensor:
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             packed = (qweight, scale)
-            y: Tensor = linear(cast(x), *packed, cast(bias), cast(residual), *rest)
+            y: Tensor = op(cast(x), *packed, cast(bias), cast(residual), *rest)
             return y
 
-    _library.impl("linear", autocast_linear, key)
+    _library.impl(name, autocast_linear, key)
 
 
 for _device in ("cpu", "cuda"):
-    _register_autocast(_device)
+    _register_autocast(_device, linear, "linear")
+    _register_autocast(_device, linear_inference, "linear.inference")

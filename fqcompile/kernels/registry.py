@@ -4,20 +4,21 @@ To add a template: write its file, add it to TEMPLATES.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 
 from fqcompile.errors import NoKernelError
 from fqcompile.kernels.cpu.aten_packed import INT4PACK, INT8PACK
 from fqcompile.kernels.dequantize import DEQUANTIZE
+from fqcompile.kernels.launch_table import LaunchTable
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import Template
-from fqcompile.kernels.tile_config import TileConfig
 
 HAS_TRITON = find_spec("triton") is not None
 if HAS_TRITON:
-    from fqcompile.kernels.triton.template import TRITON_DEQUANT_GEMM
+    from fqcompile.kernels.triton.template import TRITON_GEMMS
 
-    _TRITON: tuple[Template, ...] = (TRITON_DEQUANT_GEMM,)
+    _TRITON: tuple[Template, ...] = TRITON_GEMMS
 else:
     _TRITON = ()
 
@@ -26,17 +27,18 @@ TEMPLATES: dict[str, Template] = {t.name: t for t in (*_TRITON, INT4PACK, INT8PA
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """A template and the configuration to launch it with; `str()` is what the op carries."""
+    """A template and the configurations to launch it with; `str()` is what the op carries."""
 
     template: Template
-    config: TileConfig | None = None
+    launches: LaunchTable | None = None
 
     def __str__(self) -> str:
-        return self.template.name if self.config is None else f"{self.template.name}:{self.config}"
+        name = self.template.name
+        return name if self.launches is None else f"{name}:{self.launches}"
 
 
 def select_kernel(spec: GemmSpec) -> KernelChoice:
-    """The first template that takes `spec`, with its closed-form configuration.
+    """The first template that takes `spec`, with its closed-form configurations.
 
     Raises:
         NoKernelError: every template refused; the text has each one's reason.
@@ -45,18 +47,19 @@ def select_kernel(spec: GemmSpec) -> KernelChoice:
     for template in TEMPLATES.values():
         reason = template.refuse(spec)
         if reason is None:
-            return KernelChoice(template, template.closed_form(spec))
+            return KernelChoice(template, template.launches(spec))
         refusals.append(f"{template.name}: {reason}")
     raise NoKernelError(f"no kernel for {spec}:\n  " + "\n  ".join(refusals))
 
 
+@cache
 def parse_kernel(text: str) -> KernelChoice:
     """The choice that `str(choice)` wrote.
 
     Raises:
         NoKernelError: the template is not installed here; the text lists those that are.
     """
-    name, _, config = text.partition(":")
+    name, _, launches = text.partition(":")
     if name not in TEMPLATES:
         raise NoKernelError(f"kernel {name!r} is not installed; there are {', '.join(TEMPLATES)}")
-    return KernelChoice(TEMPLATES[name], TileConfig.parse(config) if config else None)
+    return KernelChoice(TEMPLATES[name], LaunchTable.parse(launches) if launches else None)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fqcompile.kernels.gpu import Gpu
+
 
 @dataclass(frozen=True)
 class GemmSpec:
@@ -15,11 +17,12 @@ class GemmSpec:
 
     Attributes:
         m: rows of x in the call that the graph was captured with.
-        dynamic_m: whether the graph leaves the number of rows open.
         n: columns of the output (half the weight's rows when `gated`).
         k: the reduced dimension.
         dtype: of x and of the output.
         needs_backward: x may require grad, so the weight must be dequantisable again.
+        m_range: least and largest number of rows (None: no bound) where the graph leaves it open.
+        gpu: the GPU that it will run on; None elsewhere.
     """
 
     m: int
@@ -35,7 +38,8 @@ class GemmSpec:
     has_bias: bool = False
     has_residual: bool = False
     needs_backward: bool = False
-    dynamic_m: bool = False
+    m_range: tuple[int, int | None] | None = None
+    gpu: Gpu | None = None
 
     @property
     def weight_rows(self) -> int:

@@ -1,20 +1,21 @@
 """Template: one way to run a quantised matmul, as a value to ask and to call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
+from fqcompile.kernels.launch_table import Config, LaunchTable
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.tile_config import TileConfig
+from fqcompile.quant.affine import dequantize_rows
 from fqcompile.quant.quantized_weight import QuantizedWeight
 
 PackedTensors = tuple[torch.Tensor, torch.Tensor]
+SearchMode = Literal["fast", "max"]
 
 
-@dataclass(frozen=True)
-class PackedLinear:
+class PackedLinear(NamedTuple):
     """A packed weight with its format, as the op received it. qweight and scale follow `layout`."""
 
     qweight: torch.Tensor
@@ -36,31 +37,53 @@ class LinearFn(Protocol):
         residual: torch.Tensor | None,
         activation: str,
         gated: bool,
-        config: TileConfig | None,
+        config: Config | None,
     ) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a kernel wants codes and scales in memory; `pack` makes it from the plain one."""
+    """How a kernel wants codes and scales in memory; `pack` makes it from the plain one.
+
+    `dequantize` gives ŵ [rows, K] back in a dtype; None where nothing can. The name carries the
+    layout's version, since packed tensors and tuned tables are found by it.
+    """
 
     name: str
     pack: Callable[[QuantizedWeight], PackedTensors]
+    dequantize: Callable[[PackedLinear, torch.dtype], torch.Tensor] | None = None
+
+
+def dequantize_plain(weight: PackedLinear, dtype: torch.dtype) -> torch.Tensor:
+    """ŵ [rows, K] in `dtype`, from the plain layout."""
+    return dequantize_rows(
+        weight.qweight, weight.scale, weight.bits, weight.group_size, weight.k, dtype
+    )
+
+
+PLAIN = Layout("plain", lambda w: (w.qweight, w.scale), dequantize_plain)
+
+
+def nothing_to_search(spec: GemmSpec, m: int, mode: SearchMode) -> Sequence[Config]:
+    """The candidates of a kernel that has no configuration."""
+    return ()
 
 
 @dataclass(frozen=True)
 class Template:
     """A kernel family.
 
-    `refuse` is pure and total: None where the template can run the spec, else the reason it cannot.
-    `closed_form` gives the launch configuration without measuring (None: nothing to configure).
+    Attributes:
+        refuse: pure and total: None where the template can run the spec, else the reason it cannot.
+        launches: the configurations without measuring (None: nothing to configure).
+        linear: runs it.
+        candidates: configurations worth measuring for M rows, the one of `launches` first; at most
+            12 in mode "fast".
     """
 
     name: str
     layout: Layout
     refuse: Callable[[GemmSpec], str | None]
-    closed_form: Callable[[GemmSpec], TileConfig | None]
+    launches: Callable[[GemmSpec], LaunchTable | None]
     linear: LinearFn
-
-
-PLAIN = Layout("plain", lambda w: (w.qweight, w.scale))
+    candidates: Callable[[GemmSpec, int, SearchMode], Sequence[Config]] = nothing_to_search

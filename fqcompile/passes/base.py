@@ -98,6 +98,7 @@ class GraphState:
     kept: list[KeptWeight] = field(default_factory=list)
     packed: dict[fx.Node, PackedPair] = field(default_factory=dict)
     matched: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def graph(self) -> fx.Graph:
@@ -159,11 +160,12 @@ def erase_unused(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
 
 
 LINEAR = torch.ops.fqcompile.linear.default
+LINEAR_INFERENCE = torch.ops.fqcompile.linear.inference
 _ARGUMENTS = tuple(argument.name for argument in LINEAR._schema.arguments)
 
 
 def is_linear(node: object) -> bool:
-    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is LINEAR
+    return isinstance(node, fx.Node) and node.target in (LINEAR, LINEAR_INFERENCE)
 
 
 def argument(node: fx.Node, name: str) -> Any:

@@ -13,6 +13,7 @@ from torch._guards import detect_fake_mode
 from torch._inductor.compile_fx import compile_fx
 
 from fqcompile.config import FineQuantConfig
+from fqcompile.kernels.ops import CACHE_TAG
 from fqcompile.passes.base import GraphState, PackedPair, placeholders
 from fqcompile.weights.dispatch import Inner, Variant
 from fqcompile.weights.store import STORE
@@ -42,13 +43,15 @@ def lower(state: GraphState, args: Sequence[Any]) -> Variant:
 
 def compile_inner(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig) -> Inner:
     """Compile with `inner_backend`; Inductor gets the patches of `mode` and `inductor`."""
-    if config.inner_backend != "inductor":
-        compiled: Inner = lookup_backend(config.inner_backend)(module, list(args))
-        return compiled
-    patches: dict[str, Any] = dict(config.inductor)
-    if config.mode not in (None, "default"):
-        patches = {**torch._inductor.list_mode_options(config.mode), **patches}
-    return cast(Inner, compile_fx(module, list(args), config_patches=patches))
+    tag = f"{torch.compiler.config.cache_key_tag}{CACHE_TAG}"
+    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+        if config.inner_backend != "inductor":
+            compiled: Inner = lookup_backend(config.inner_backend)(module, list(args))
+            return compiled
+        patches: dict[str, Any] = dict(config.inductor)
+        if config.mode not in (None, "default"):
+            patches = {**torch._inductor.list_mode_options(config.mode), **patches}
+        return cast(Inner, compile_fx(module, list(args), config_patches=patches))
 
 
 def _pairs_in_input_order(state: GraphState) -> list[PackedPair]:

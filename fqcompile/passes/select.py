@@ -1,27 +1,48 @@
 """7 select: one kernel for each quantised linear, fixed on its node.
 
-The op's `kernel` argument names the template and its configuration, so neither Inductor nor the op
-decides anything later; the template's layout decides how `lower` packs the weight.
+The op's `kernel` argument names the template and its configurations by number of rows, from a table
+of measured ones, a search, or the closed form; so neither Inductor nor the op decides anything
+later. The template's layout decides how `lower` packs the weight.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import fx
 
+from fqcompile.kernels.gpu import gpu_of
 from fqcompile.kernels.registry import select_kernel
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.passes.base import GraphState, argument, example, replaced_arguments
+from fqcompile.kernels.tuning.launches import Mode, tuned_launches
+from fqcompile.passes.base import (
+    LINEAR,
+    LINEAR_INFERENCE,
+    GraphState,
+    argument,
+    example,
+    replaced_arguments,
+)
+
+_NO_BOUND = 1 << 40  # what Dynamo writes for a size without a guard is larger
 
 
 def select(state: GraphState) -> int:
     """Set the kernel of every quantised linear; returns how many there are."""
     for op, pair in list(state.packed.items()):
-        choice = select_kernel(gemm_spec(state, op))
+        spec = gemm_spec(state, op)
+        choice = select_kernel(spec)
+        with _current(example(op)):
+            chosen = tuned_launches(spec, choice.template, cast(Mode, state.config.autotune))
+        choice = replace(choice, launches=chosen.launches)
+        state.warnings += [f"{op.name}: {note}" for note in chosen.notes]
         op.args = replaced_arguments(op, kernel=str(choice))
+        op.target = LINEAR if state.grad_possible else LINEAR_INFERENCE
         state.packed[op] = replace(pair, spec=pair.spec.with_layout(choice.template.layout))
-        state.matched.append(f"{op.name}: {choice}")
+        source = "" if chosen.launches is None else f" ({chosen.source})"
+        state.matched.append(f"{op.name}: {choice}{source}")
     return len(state.packed)
 
 
@@ -45,10 +66,32 @@ def gemm_spec(state: GraphState, op: fx.Node) -> GemmSpec:
         has_bias=argument(op, "bias") is not None,
         has_residual=argument(op, "residual") is not None,
         needs_backward=state.grad_possible,
-        dynamic_m=any(isinstance(size, torch.SymInt) for size in rows),
+        m_range=_range(math.prod(rows)),
+        gpu=gpu_of(out.device) if out.is_cuda and torch.cuda.is_available() else None,
     )
 
 
+def _current(out: torch.Tensor | None) -> AbstractContextManager[object]:
+    """Searching measures on the current device, and must be outside of any fake mode."""
+    assert out is not None
+    return torch.cuda.device(out.device) if out.is_cuda else nullcontext()
+
+
+def _range(rows: int | torch.SymInt) -> tuple[int, int | None] | None:
+    """The least and the largest number of rows that the graph's guards allow; None: it is fixed."""
+    if not isinstance(rows, torch.SymInt):
+        return None
+    values = rows.node.shape_env.bound_sympy(rows.node.expr)
+    low = int(values.lower) if values.lower > 0 else 0
+    high = int(values.upper) if values.upper < _NO_BOUND else None
+    return low, high
+
+
 def _hint(size: int | torch.SymInt) -> int:
-    """The size in the call that the graph was captured with; reading it adds no guard."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+    """The size in the call that the graph was captured with; reading it adds no guard.
+
+    A size that depends on data has none; it counts as 1.
+    """
+    if not isinstance(size, torch.SymInt):
+        return size
+    return 1 if size.node.hint is None else int(size.node.hint)

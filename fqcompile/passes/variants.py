@@ -18,7 +18,7 @@ from torch._guards import TracingContext, tracing
 
 from fqcompile.config import FineQuantConfig
 from fqcompile.errors import OptionError
-from fqcompile.passes.base import GraphState, copy_module
+from fqcompile.passes.base import GraphState, argument, copy_module
 from fqcompile.passes.choose import Decision, decide
 from fqcompile.passes.lower import compile_inner
 from fqcompile.passes.pipeline import Recorder, analyse, compile_state
@@ -143,17 +143,18 @@ def _key(decisions: Sequence[Decision]) -> tuple[object, ...]:
 def _warnings(state: GraphState) -> tuple[str, ...]:
     """What a user would want to know without looking for it; also logged."""
     frozen = [s.name for s in state.sites if s.reason and "requires grad" in s.reason]
-    texts = []
+    texts = list(state.warnings)
     if frozen:
         texts.append(
             f"{len(frozen)} of {len(state.sites)} sites are kept: their weights require grad "
             f"({frozen[0]}, ...): call the model under torch.no_grad(), or freeze them with "
             "requires_grad_(False)"
         )
-    if state.config.autotune != "off" and state.packed:
+    kernels = [str(argument(op, "kernel")) for op in state.packed]
+    if state.config.autotune != "off" and kernels and not any(":" in k for k in kernels):
         texts.append(
-            f"autotune={state.config.autotune!r}: no kernel of this graph offers a search in this "
-            "version; each has its closed-form configuration"
+            f"autotune={state.config.autotune!r}: the kernels of this graph "
+            f"({', '.join(sorted(set(kernels)))}) have nothing to configure"
         )
     for text in texts:
         log.warning(text)

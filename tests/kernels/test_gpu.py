@@ -53,6 +53,11 @@ def test_an_unknown_one_is_derived_from_its_clocks(monkeypatch: pytest.MonkeyPat
     assert found.matrix_flops == pytest.approx(H200.matrix_flops, rel=0.15)
 
 
+def test_clocks_that_are_not_told_are_no_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = visible(monkeypatch, name="NVIDIA vGPU", clock_rate=0, memory_clock_rate=0)
+    assert min(found.clock_hz, found.bandwidth, found.matrix_flops) > 0
+
+
 def test_amd_has_no_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4")
     found = visible(monkeypatch, name="AMD Instinct MI300X", gcnArchName="gfx942:sramecc+")

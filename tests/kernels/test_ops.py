@@ -124,7 +124,9 @@ def test_linear_of_a_quantised_weight_stays_within_half_a_step(
 @given(problem=problems(), dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
 def test_dequantize_rounds_the_exact_product_once(problem: Problem, dtype: torch.dtype) -> None:
     p = problem
-    got = dequantize(p.qweight, p.scale, p.bits, p.group_size, p.qweight.shape[0], p.k, dtype)
+    got = dequantize(
+        p.qweight, p.scale, p.bits, p.group_size, p.qweight.shape[0], p.k, dtype, "dequantize"
+    )
     want = unpacked(p.qweight, p.scale, p.bits, p.group_size, p.k)
     assert (got.shape, got.dtype) == (want.shape, dtype)
     # 8 bits times at most 24 bits: the fp32 product may be rounded, and then once to dtype.
@@ -134,7 +136,7 @@ def test_dequantize_rounds_the_exact_product_once(problem: Problem, dtype: torch
 
 def test_dequantize_of_every_int4_byte_is_exact() -> None:
     qweight = torch.arange(256, dtype=torch.uint8).view(256, 1)
-    w = dequantize(qweight, torch.ones(256, 1), 4, 2, 256, 2, torch.float32)
+    w = dequantize(qweight, torch.ones(256, 1), 4, 2, 256, 2, torch.float32, "dequantize")
     assert w.tolist() == [[byte % 16 - 8, byte // 16 - 8] for byte in range(256)]
 
 

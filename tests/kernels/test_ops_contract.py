@@ -40,7 +40,7 @@ def test_linear_passes_opcheck_with_gradients() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dequantize_passes_opcheck(bits: int, dtype: torch.dtype) -> None:
     p = make_problem(bits=bits)
-    torch.library.opcheck(dequantize, (p.qweight, p.scale, bits, 32, 5, 40, dtype))
+    torch.library.opcheck(dequantize, (p.qweight, p.scale, bits, 32, 5, 40, dtype, "dequantize"))
 
 
 def gradients(p: Problem, *, exact: bool) -> list[Tensor]:

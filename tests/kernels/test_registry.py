@@ -7,6 +7,8 @@ import torch
 
 from fqcompile.errors import NoKernelError
 from fqcompile.kernels import registry
+from fqcompile.kernels.gpu import H200
+from fqcompile.kernels.launch_table import DENSE, LaunchTable
 from fqcompile.kernels.registry import TEMPLATES, KernelChoice, parse_kernel, select_kernel
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.tile_config import TileConfig
@@ -34,12 +36,20 @@ def test_first_template_that_takes_it_is_chosen(changes: dict[str, object], expe
 
 
 @pytest.mark.skipif(not registry.HAS_TRITON, reason="Triton is not installed")
-def test_cuda_goes_to_triton_with_a_configuration_unless_rows_are_open() -> None:
-    spec = replace(SPEC, device_type="cuda")
+def test_cuda_goes_to_triton_with_a_configuration_for_its_rows() -> None:
+    spec = replace(SPEC, device_type="cuda", gpu=H200)
     choice = select_kernel(spec)
-    assert choice.template.name == "triton_dequant_gemm"
-    assert isinstance(choice.config, TileConfig)
-    assert select_kernel(replace(spec, dynamic_m=True)).config is None
+    assert choice.template.name == "triton_gemm"
+    assert choice.launches is not None
+    assert [bound for bound, _ in choice.launches.steps] == [None]
+    opened = select_kernel(replace(spec, m_range=(1, None))).launches
+    assert opened is not None
+    assert len(opened.steps) == 3
+
+
+@pytest.mark.skipif(not registry.HAS_TRITON, reason="Triton is not installed")
+def test_cuda_without_a_gpu_dequantises() -> None:
+    assert str(select_kernel(replace(SPEC, device_type="cuda"))) == "dequantize"
 
 
 def test_no_kernel_lists_every_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,9 +71,17 @@ def test_preference_is_the_order_of_the_table(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("config", [None, TileConfig(16, 64, 32, num_stages=2)], ids=str)
-def test_parse_kernel_reads_what_str_wrote(name: str, config: TileConfig | None) -> None:
-    choice = KernelChoice(TEMPLATES[name], config)
+@pytest.mark.parametrize(
+    "launches",
+    [
+        None,
+        LaunchTable.of(DENSE),
+        LaunchTable(((16, TileConfig(16, 64, 128, num_stages=2)), (None, DENSE))),
+    ],
+    ids=str,
+)
+def test_parse_kernel_reads_what_str_wrote(name: str, launches: LaunchTable | None) -> None:
+    choice = KernelChoice(TEMPLATES[name], launches)
     assert parse_kernel(str(choice)) == choice
 
 

@@ -42,10 +42,10 @@ def test_spec_is_what_the_graph_says() -> None:
         True,
     )
     assert (spec.dtype, spec.scale_dtype, spec.device_type) == (torch.float32, torch.float16, "cpu")
-    assert (spec.dynamic_m, spec.needs_backward) == (False, False)
+    assert (spec.m_range, spec.gpu, spec.needs_backward) == (None, None, False)
 
 
 def test_open_rows_and_gradients_are_seen() -> None:
     run = run_passes(lambda x: F.linear(x, W[0]), X, dynamic=True, grad=True)
     spec = gemm_spec(run.state, run.linears[0])
-    assert (spec.m, spec.dynamic_m, spec.needs_backward) == (6, True, True)
+    assert (spec.m, spec.m_range, spec.needs_backward) == (6, (4, None), True)

@@ -10,6 +10,7 @@ import torch
 
 from fqcompile.kernels.dequantize import DEQUANTIZE
 from fqcompile.kernels.epilogue import apply_epilogue
+from fqcompile.kernels.launch_table import Config
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import (
     PLAIN,
@@ -18,7 +19,6 @@ from fqcompile.kernels.template import (
     PackedTensors,
     Template,
 )
-from fqcompile.kernels.tile_config import TileConfig
 from fqcompile.quant.packing import unpack
 from fqcompile.quant.qtype import QTYPES
 from fqcompile.quant.quantized_weight import QuantizedWeight
@@ -56,7 +56,7 @@ def _linear_int8(
     residual: torch.Tensor | None,
     activation: str,
     gated: bool,
-    config: TileConfig | None,
+    config: Config | None,
 ) -> torch.Tensor:
     if x.shape[0] > INT8_MAX_ROWS:
         return DEQUANTIZE.linear(x, weight, bias, residual, activation, gated, config)
@@ -91,7 +91,7 @@ def _linear_int4(
     residual: torch.Tensor | None,
     activation: str,
     gated: bool,
-    config: TileConfig | None,
+    config: Config | None,
 ) -> torch.Tensor:
     z = torch.ops.aten._weight_int4pack_mm_for_cpu(
         x.contiguous(), weight.qweight, weight.group_size, weight.scale

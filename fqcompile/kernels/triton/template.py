@@ -1,28 +1,46 @@
-"""The Triton dequantise-GEMM as a template: when it applies, its configuration, its launch."""
+"""The Triton family as templates: when it applies, its configurations, how it runs."""
+
+from functools import partial
 
 import torch
+import torch.nn.functional as F
+from triton import CompilationError, OutOfResources
+from triton.runtime.errors import PTXASError
 
+from fqcompile.errors import KernelBuildError
+from fqcompile.kernels.epilogue import apply_epilogue
+from fqcompile.kernels.launch_table import DENSE, Config
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.template import PLAIN, PackedLinear, Template
-from fqcompile.kernels.tile_config import TileConfig
-from fqcompile.kernels.triton.dequant_gemm import closed_form_config, dequant_gemm
+from fqcompile.kernels.template import Layout, PackedLinear, Template
+from fqcompile.kernels.triton import layout
+from fqcompile.kernels.triton.configs import candidates, launches
+from fqcompile.kernels.triton.launch import dequant_gemm, dequantize
+from fqcompile.kernels.triton.target import kwidth as kwidth_of
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# What compiling or loading a kernel raises; errors of a launch that ran are not among them.
+_BUILD_ERRORS = (CompilationError, OutOfResources, PTXASError)
+_DTYPES = (torch.float16, torch.bfloat16)
+_LEAST_GROUP = 16
+_MOST_BYTES = 1 << 32  # word offsets are 32 bits, one of them the sign
 
 
-def _refuse(spec: GemmSpec) -> str | None:
+def _refuse(spec: GemmSpec, kwidth: int) -> str | None:
     if spec.device_type != "cuda":
         return f"runs on cuda, not {spec.device_type}"
     if spec.dtype not in _DTYPES:
-        return f"takes fp16, bf16 or fp32 activations, not {spec.dtype}"
+        return f"takes fp16 or bf16 activations, not {spec.dtype}"
+    if spec.group_size < spec.k and spec.group_size % _LEAST_GROUP:
+        return f"takes groups of a multiple of {_LEAST_GROUP}, not {spec.group_size}"
+    filled = (spec.weight_rows + layout.MICRO_ROWS) * (spec.k + layout.BLOCK_K)
+    if filled * spec.bits // 8 >= _MOST_BYTES:
+        return f"takes less than 4 GiB of codes; {spec.weight_rows} x {spec.k} are more"
+    if spec.gpu is None:
+        return "no GPU is known to tune for"
+    if 0 < spec.gpu.capability < 80:
+        return f"needs compute capability 8.0 or later; {spec.gpu.name} has {spec.gpu.arch}"
+    if kwidth_of(spec.gpu) != kwidth:
+        return f"packs for another matrix instruction than that of {spec.gpu.arch}"
     return None
-
-
-def _closed_form(spec: GemmSpec) -> TileConfig | None:
-    """Fixed on the node for a fixed number of rows; else the launch picks it by bucket."""
-    if spec.dynamic_m:
-        return None
-    return closed_form_config(spec.m, spec.n, spec.k, spec.bits, spec.group_size, spec.gated)
 
 
 def _linear(
@@ -32,25 +50,51 @@ def _linear(
     residual: torch.Tensor | None,
     activation: str,
     gated: bool,
-    config: TileConfig | None,
+    config: Config | None,
+    kwidth: int,
 ) -> torch.Tensor:
-    n = weight.rows // 2 if gated else weight.rows
-    if config is None:
-        config = closed_form_config(x.shape[0], n, weight.k, weight.bits, weight.group_size, gated)
-    return dequant_gemm(
-        x,
-        weight.qweight,
-        weight.scale,
-        bias,
-        residual,
-        bits=weight.bits,
-        group_size=weight.group_size,
-        n=n,
-        k=weight.k,
-        activation=activation,
-        gated=gated,
-        config=config,
+    try:
+        if config is None or config is DENSE:
+            z = F.linear(x, dequantize(weight, x.dtype, kwidth), bias)
+            return apply_epilogue(z, None, residual, activation, gated)
+        return dequant_gemm(x, weight, bias, residual, activation, gated, config, kwidth)
+    except _BUILD_ERRORS as error:
+        raise KernelBuildError(f"{type(error).__name__}: {error}") from error
+    except RuntimeError as error:
+        if not _is_of_the_build(error):
+            raise
+        raise KernelBuildError(f"RuntimeError: {error}") from error
+
+
+def _is_of_the_build(error: RuntimeError) -> bool:
+    """Triton names the compiler's passes, or the file it cannot load, in a plain RuntimeError."""
+    text = str(error)
+    return "PassManager::run failed" in text or "device kernel image is invalid" in text
+
+
+def _dequantize(weight: PackedLinear, dtype: torch.dtype, kwidth: int) -> torch.Tensor:
+    try:
+        return dequantize(weight, dtype, kwidth)
+    except _BUILD_ERRORS as error:
+        raise KernelBuildError(f"{type(error).__name__}: {error}") from error
+
+
+def _family(name: str, kwidth: int) -> Template:
+    fragments = Layout(
+        f"fragment{kwidth}_v{layout.VERSION}",
+        partial(layout.pack, kwidth=kwidth),
+        partial(_dequantize, kwidth=kwidth),
+    )
+    return Template(
+        name,
+        fragments,
+        partial(_refuse, kwidth=kwidth),
+        launches,
+        partial(_linear, kwidth=kwidth),
+        candidates,
     )
 
 
-TRITON_DEQUANT_GEMM = Template("triton_dequant_gemm", PLAIN, _refuse, _closed_form, _linear)
+TRITON_GEMM = _family("triton_gemm", 2)
+TRITON_GEMM_KW4 = _family("triton_gemm_kw4", 4)
+TRITON_GEMMS = (TRITON_GEMM, TRITON_GEMM_KW4)

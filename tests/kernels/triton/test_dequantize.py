@@ -1,73 +1,116 @@
 """The dequantise kernel is exact: code times scale in fp32, rounded once."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fqcompile.kernels.triton.dequant_gemm import dequantize
-from tests.kernels.triton.interpreter import interpreted
-from tests.kernels.triton.test_dequant_gemm import (
+from fqcompile.kernels.template import PackedLinear
+from fqcompile.kernels.triton import launch
+from tests.kernels.triton.oracle import (
+    CONVERSIONS,
     FLOATS,
     FP16,
     FP32,
-    Case,
+    GROUPS,
+    UNEVEN_GROUPS,
+    group_of,
     on_every_device,
-    pack,
-    random_weight,
+    packed,
+    random_codes,
+    running,
 )
 
 
-@on_every_device
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_dequantize_decodes_every_code_exactly(bits: int, dtype: torch.dtype, device: str) -> None:
-    half = 2 ** (bits - 1)
-    codes = torch.cartesian_prod(*[torch.arange(-half, half)] * (8 // bits)).reshape(4, -1)
-    for scale_dtype in FLOATS:
-        scale = torch.tensor([[1.0, -2.0], [3e-3, 0.7], [-0.3, 5e-8], [0.0, 9.0]]).to(scale_dtype)
-        group_size = codes.shape[1] // 2 + 3
-        want = codes.float() * scale.float()[:, torch.arange(codes.shape[1]) // group_size]
-        got = run_dequantize(pack(codes, bits), scale, bits, group_size, codes.shape, dtype, device)
-        assert torch.equal(got, want.to(dtype))
-
-
-@on_every_device
-@pytest.mark.parametrize("group_size", [1, 7, 48, 128, 293, 999])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_dequantize_finds_every_group(bits: int, group_size: int, device: str) -> None:
-    case = Case(n=41, k=293, bits=bits, group_size=group_size)
-    qweight, scale, w = random_weight(case)
-    got = run_dequantize(qweight, scale, bits, group_size, (case.n, case.k), FP32, device)
-    assert torch.equal(got, w.float())
-
-
-@pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
-def test_dequantize_of_nothing_is_empty(shape: tuple[int, int]) -> None:
-    scale = torch.ones(shape[0], 1)
-    qweight = torch.zeros(shape, dtype=torch.int8)
-    assert run_dequantize(qweight, scale, 8, 8, shape, FP16, "cpu").shape == shape
-
-
-def run_dequantize(
-    qweight: torch.Tensor,
-    scale: torch.Tensor,
-    bits: int,
-    group_size: int,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: str,
+def run(
+    weight: PackedLinear, dtype: torch.dtype, kwidth: int = 2, conversion: str = "subnormal"
 ) -> torch.Tensor:
-    n, k = shape
-    with interpreted() if device == "cpu" else nullcontext():
-        return dequantize(
-            qweight.to(device),
-            scale.to(device),
-            bits=bits,
-            group_size=group_size,
-            n=n,
-            k=k,
-            dtype=dtype,
-        ).cpu()
+    device = weight.qweight.device.type
+    with pytest.MonkeyPatch.context() as patch, running(device) as memory:
+        patch.setattr(launch, "conversion", lambda device, dtype: conversion)
+        w = launch.dequantize(weight, dtype, kwidth)
+        assert memory is None or memory.unwritten(w) == 0
+    assert (w.dtype, w.shape) == (dtype, (weight.rows, weight.k))
+    return w.cpu()
+
+
+def exact(
+    codes: torch.Tensor, scale: torch.Tensor, group_size: int, dtype: torch.dtype
+) -> torch.Tensor:
+    return (codes.float() * scale.float()[:, group_of(codes.shape[1], group_size)]).to(dtype)
+
+
+@on_every_device
+@pytest.mark.parametrize("scale_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dequantize_decodes_every_code_exactly(
+    bits: int, conversion: str, scale_dtype: torch.dtype, device: str
+) -> None:
+    """Every code meets every scale: ordinary, negative, zero, subnormal, huge and infinite ones."""
+    half = 2 ** (bits - 1)
+    codes = (torch.arange(5)[:, None] + torch.arange(500)) % (2 * half) - half
+    scale = torch.tensor([[0.7, -3e-3], [0.0, 5e-8], [6e4, -1e-40], [torch.inf, 1.0], [-0.3, -2.0]])
+    codes, scale = codes.to(torch.int8), scale.to(scale_dtype)
+    weight = packed(codes, scale, bits, 256, device=device)
+    for dtype in FLOATS:
+        want = exact(codes, scale, 256, dtype)
+        got = run(weight, dtype, conversion=conversion)
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@on_every_device
+@pytest.mark.parametrize("k", [300, 512])
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dequantize_finds_every_group(bits: int, group_size: int, k: int, device: str) -> None:
+    codes, scale = random_codes(bits, 41, k), torch.randn(41, -(-k // group_size)).half()
+    got = run(packed(codes, scale, bits, group_size, device=device), FP32)
+    assert torch.equal(got, exact(codes, scale, group_size, FP32))
+
+
+@on_every_device
+@pytest.mark.parametrize("group_size", UNEVEN_GROUPS)
+def test_dequantize_finds_groups_that_end_inside_a_later_block(
+    group_size: int, device: str
+) -> None:
+    test_dequantize_finds_every_group(4, group_size, 700, device)
+
+
+@on_every_device
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    k=st.integers(1, 400),
+    bits=st.sampled_from([4, 8]),
+    kwidth=st.sampled_from([2, 4]),
+    group_size=st.sampled_from([*GROUPS, 80, 112]),
+    scale_dtype=st.sampled_from(FLOATS),
+    dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 9),
+)
+def test_dequantize_is_exact_for_any_shape(
+    rows: int,
+    k: int,
+    bits: int,
+    kwidth: int,
+    group_size: int,
+    scale_dtype: torch.dtype,
+    dtype: torch.dtype,
+    seed: int,
+    device: str,
+) -> None:
+    torch.manual_seed(seed)
+    codes, scale = random_codes(bits, rows, k), torch.randn(rows, -(-k // group_size))
+    scale = scale.to(scale_dtype)
+    got = run(packed(codes, scale, bits, group_size, kwidth, device), dtype, kwidth)
+    assert torch.equal(got, exact(codes, scale, group_size, dtype))
+
+
+@on_every_device
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
+def test_dequantize_of_nothing_is_empty(shape: tuple[int, int], device: str) -> None:
+    nothing = torch.zeros(0, dtype=torch.int32, device=device)
+    assert run(PackedLinear(nothing, nothing, 8, 8, *shape), FP16).shape == shape

@@ -1,0 +1,91 @@
+"""Runs the kernel that a node names; where it does not build on this machine, the plain way."""
+
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fqcompile.errors import KernelBuildError
+from fqcompile.kernels.epilogue import apply_epilogue
+from fqcompile.kernels.launch_table import Config
+from fqcompile.kernels.registry import KernelChoice, parse_kernel
+from fqcompile.kernels.template import PackedLinear
+
+log = logging.getLogger("fqcompile")
+# Kernels that did not build, with the reason: they are not tried, and not complained of, again.
+BROKEN: dict[tuple[Any, ...], str] = {}
+
+
+def run_linear(
+    x: Tensor,
+    weight: PackedLinear,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    gated: bool,
+    kernel: str,
+) -> Tensor:
+    """`act(x @ ŵᵀ + bias) + residual` [M, N] for x [M, K], M >= 1, by the kernel named.
+
+    Raises:
+        KernelBuildError: it does not build here, and its layout cannot be dequantised.
+    """
+    choice = parse_kernel(kernel)
+    config = None if choice.launches is None else choice.launches.at(x.shape[0])
+    if not BROKEN or _build(choice, config, x, weight, activation, gated) not in BROKEN:
+        try:
+            run = choice.template.linear
+            return run(x, weight, bias, residual, activation, gated, config)
+        except KernelBuildError as error:
+            if choice.template.layout.dequantize is None:
+                raise
+            BROKEN[_build(choice, config, x, weight, activation, gated)] = str(error)
+            log.warning(
+                "kernel %s does not build here: %s; its layers are dequantised and multiplied by "
+                "PyTorch instead, which is slower",
+                choice.template.name if config is None else f"{choice.template.name}:{config}",
+                error,
+            )
+    return _plainly(x, weight, bias, residual, activation, gated, choice)
+
+
+def _build(
+    choice: KernelChoice,
+    config: Config | None,
+    x: Tensor,
+    weight: PackedLinear,
+    activation: str,
+    gated: bool,
+) -> tuple[Any, ...]:
+    """What a kernel is compiled for."""
+    formats = (x.dtype, weight.scale.dtype, *weight[2:], activation, gated)
+    return (choice.template.name, config, x.device, *formats)
+
+
+def _plainly(
+    x: Tensor,
+    weight: PackedLinear,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    gated: bool,
+    choice: KernelChoice,
+) -> Tensor:
+    dequantize = choice.template.layout.dequantize
+    assert dequantize is not None, "checked before"
+    z = F.linear(x, dequantize(weight, x.dtype), bias)
+    return apply_epilogue(z, None, residual, activation, gated)
+
+
+def dequantize_weight(weight: PackedLinear, dtype: torch.dtype, kernel: str) -> Tensor:
+    """ŵ [rows, K] in `dtype`, from the layout of the kernel named.
+
+    Raises:
+        KernelBuildError: that layout cannot be dequantised.
+    """
+    layout = parse_kernel(kernel).template.layout
+    if layout.dequantize is None:
+        raise KernelBuildError(f"layout {layout.name!r} cannot be dequantised")
+    return layout.dequantize(weight, dtype)

@@ -1,0 +1,89 @@
+"""Least times: what a matmul must move and compute, over what the GPU moves and computes a second.
+
+Expressions in M, the rows of x, in seconds. A kernel's own model is beside the kernel.
+"""
+
+from collections.abc import Callable
+
+import sympy
+from sympy import Expr, Max, Symbol
+
+from fqcompile.kernels.gpu import Gpu
+from fqcompile.kernels.spec import GemmSpec
+
+M: Symbol = Symbol("M", positive=True)
+LAUNCH_SECONDS = 2e-6  # until a kernel's programs run at full rate, and the last of them ends
+_FLOAT_BYTES = 2
+
+
+def weight_bytes(spec: GemmSpec) -> int:
+    """Codes and scales."""
+    groups = -(-spec.k // min(spec.group_size, spec.k))
+    scales = spec.weight_rows * groups * spec.scale_dtype.itemsize
+    return spec.weight_rows * spec.k * spec.bits // 8 + scales
+
+
+def activation_bytes(spec: GemmSpec) -> Expr:
+    """x, y and the residual, each once."""
+    width = spec.dtype.itemsize
+    return M * width * (spec.k + spec.n * (2 if spec.has_residual else 1))
+
+
+def flops(spec: GemmSpec) -> Expr:
+    """A multiplication and an addition for each row and weight."""
+    return 2 * M * spec.weight_rows * spec.k
+
+
+def ideal(spec: GemmSpec, gpu: Gpu) -> Expr:
+    """Each byte moved once at copy speed, or the product at cuBLAS's rate: the longer."""
+    moved = (weight_bytes(spec) + activation_bytes(spec)) / gpu.bandwidth
+    return Max(moved, flops(spec) / gpu.matrix_flops)
+
+
+def ideal_seconds(spec: GemmSpec, m: int) -> float:
+    """`ideal` for m rows on the spec's GPU."""
+    assert spec.gpu is not None, "only a GPU has a roofline here"
+    return float(ideal(spec, spec.gpu).subs(M, m))
+
+
+def dense(spec: GemmSpec, gpu: Gpu) -> Expr:
+    """Dequantise into scratch, then multiply as cuBLAS does."""
+    scratch = spec.weight_rows * spec.k * _FLOAT_BYTES
+    dequantize = (weight_bytes(spec) + scratch) / gpu.bandwidth
+    moved = (scratch + activation_bytes(spec)) / gpu.bandwidth
+    return dequantize + Max(moved, flops(spec) / gpu.matrix_flops) + 2 * LAUNCH_SECONDS
+
+
+def crossover(first: Expr, second: Expr) -> float:
+    """The largest M up to which `first` takes no longer than `second`; inf if it always does.
+
+    Both are sums of maxima of lines in M, so they cross where two of their lines do.
+    """
+    difference = sympy.lambdify(M, first - second, "math")
+    roots = {
+        float(root)
+        for line in _lines(first)
+        for other in _lines(second)
+        for root in sympy.roots(line - other, M)
+        if root.is_positive
+    }
+    crossings = [root for root in sorted(roots) if _turns_positive(difference, root)]
+    if crossings:
+        return crossings[0]
+    return 0.0 if difference(1.0) > 0 else float("inf")
+
+
+def _turns_positive(function: Callable[[float], float], root: float) -> bool:
+    near = 1e-6
+    return function(root * (1 - near)) <= 0 < function(root * (1 + near))
+
+
+def _lines(expression: Expr) -> list[Expr]:
+    """The lines of which a sum of lines and maxima of lines is the maximum."""
+    for maximum in expression.atoms(Max):
+        return [
+            line
+            for choice in maximum.args
+            for line in _lines(expression.xreplace({maximum: choice}))
+        ]
+    return [sympy.expand(expression)]

@@ -1,0 +1,185 @@
+"""What a configuration of the GEMM costs, as expressions: bytes, issue slots, products, waves.
+
+Every resource of an SM has its time; the longest counts, and a little of the others. Instructions
+and registers are fitted to the machine code of some 440 configurations (as `python -m bench static`
+reads it, Triton 3.7): instructions are within 11 % of it in tiles of 16 rows, 9 of 10 within 16 %
+in all; 9 of 10 register counts within 25 %. Nothing was fitted to a measured time.
+"""
+
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, fields
+from functools import cache
+from typing import Any
+
+from sympy import Expr, Max, Min, Symbol, ceiling, floor, lambdify
+
+from fqcompile.kernels.gpu import Gpu
+from fqcompile.kernels.roofline import LAUNCH_SECONDS, M
+from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.tile_config import TileConfig
+from fqcompile.kernels.triton.launch import has_two_sums
+from fqcompile.kernels.triton.layout import BLOCK_K, blocks_per_group, dot_width
+
+MAX_REGISTERS = 255
+_REGISTERS, _WARPS = 65536, 64  # of an SM
+_LATENCY = 8e-7  # seconds from asking device memory for a line to having it
+_L2_OVER_DRAM = 2  # how much faster L2 serves what several programs read
+_ISSUE_SHARE = 0.8  # of the issue slots that a loop with its barriers fills, given enough warps
+_WARP_SHARE = 0.35  # of its scheduler's slots that a warp alone fills: the rest is latency
+# Instructions of a thread in a block of K: for each weight, sum to scale, dot, 16 rows of x,
+# mma.sync (wgmma is one for four warps, and far larger), and the rest.
+_WGMMA = (1.49, 0.87, 13.5, 7.2, 0.0, 48.0)
+_MMA = (1.42, 1.02, 1.2, 33.8, 0.94, 28.9)
+_NOT_HIDDEN = 0.1  # of each resource's time, behind the longest
+_SHARE_BYTES = 8  # of an element of a share: written once, read once
+
+
+@dataclass(frozen=True)
+class Model:
+    """The formulas; fields are numbers, or symbols.
+
+    one_scale, wgmma: 1 or 0. dots: of one block of K. pair: 2 where gate and up have a sum each.
+    """
+
+    rows: Any
+    n: Any
+    k: Any
+    bits: Any
+    one_scale: Any
+    dots: Any
+    tile_m: Any
+    tile_n: Any
+    split: Any
+    warps: Any
+    stages: Any
+    pair: Any
+    wgmma: Any
+    sms: Any
+    clock: Any
+    bandwidth: Any
+    flops: Any
+    shared: Any
+
+    @property
+    def _weights(self) -> Any:
+        """Of a block of K, for each thread."""
+        return self.pair * self.tile_n * BLOCK_K / (32 * self.warps)
+
+    @property
+    def _sums(self) -> Any:
+        return self.pair * self.tile_m * self.tile_n / (32 * self.warps)
+
+    @property
+    def _block_bytes(self) -> Any:
+        return self.pair * self.tile_n * (BLOCK_K * self.bits / 8 + 2 * self.dots)
+
+    @property
+    def _x_bytes(self) -> Any:
+        return self.tile_m * BLOCK_K * 2
+
+    @property
+    def registers(self) -> Any:
+        """Of a thread: a fixed number, the sums, and what waits for scales."""
+        grouped = 1 - self.one_scale
+        return 70 + 1.83 * self._sums + grouped * (0.51 * self._sums + 0.18 * self._weights)
+
+    @property
+    def shared_bytes(self) -> Any:
+        """Of a program: packed weights and x, pipelined; wgmma reads x a stage longer."""
+        stages = self.stages - 1
+        return stages * self._block_bytes + (stages + self.wgmma) * self._x_bytes
+
+    @property
+    def instructions(self) -> Any:
+        """Of a thread in one block of K."""
+        scaled = self._sums * self.dots * (1 - self.one_scale)
+        products = self._sums * BLOCK_K / 32
+        counts = (self._weights, scaled, self.dots, self.tile_m / 16, products, 1)
+        pairs = zip(_WGMMA, _MMA, counts, strict=True)
+        return sum((w * self.wgmma + m * (1 - self.wgmma)) * count for w, m, count in pairs)
+
+    @property
+    def _resident(self) -> Any:
+        """Programs on an SM together."""
+        by_registers = _REGISTERS / (32 * self.warps * Min(self.registers, MAX_REGISTERS))
+        by_shared = self.shared / (self.shared_bytes + 1024)
+        return Min(by_registers, by_shared, _WARPS / self.warps)
+
+    def seconds(self, tiles_m: Any, steady: bool) -> Any:
+        """Of one call with M rows. `steady`: so many programs that all SMs are always busy."""
+        per_program = ceiling(ceiling(self.k / BLOCK_K) / self.split)
+        programs = tiles_m * ceiling(self.rows / (self.pair * self.tile_n)) * self.split
+        per_sm = programs / self.sms if steady else Max(programs / self.sms, 1)
+        blocks = per_sm * per_program
+        at_once = self._resident if steady else Min(self._resident, per_sm)
+        share = Min(_ISSUE_SHARE, _WARP_SHARE * at_once * self.warps / 4)
+        issue = self.instructions * self.warps / 4 / self.clock / share
+        tile = self.pair * self.tile_m * self.tile_n
+        matrix = 2 * tile * BLOCK_K * self.sms / self.flops
+        in_flight = Min(programs, self.sms * self._resident) * (self.stages - 1) * self._block_bytes
+        rate = self.bandwidth if steady else Min(self.bandwidth, in_flight / _LATENCY)
+        memory = (self.rows * self.k * self.bits / 8 + M * 2 * (self.k + self.n)) / rate
+        read = programs * per_program * (self._block_bytes + self._x_bytes)
+        from_cache = read / (_L2_OVER_DRAM * self.bandwidth)
+        # A program's products wait for its own conversions; those of its neighbours fill the gap.
+        waiting = blocks * Min(issue, matrix) / Max(1, floor(self._resident))
+        shares = self.split * M * self.rows * _SHARE_BYTES / self.bandwidth
+        finish = Min(self.split - 1, 1) * (LAUNCH_SECONDS + shares)
+        times = (blocks * issue, blocks * matrix, memory, from_cache)
+        hidden = (1 - _NOT_HIDDEN) * Max(*times) + _NOT_HIDDEN * sum(times)
+        return hidden + waiting + LAUNCH_SECONDS + finish
+
+
+def _model(spec: GemmSpec, config: TileConfig, gpu: Gpu) -> Model:
+    return Model(
+        rows=spec.weight_rows,
+        n=spec.n,
+        k=spec.k,
+        bits=spec.bits,
+        one_scale=int(blocks_per_group(spec.group_size, spec.k) == 0),
+        dots=BLOCK_K // dot_width(spec.group_size, spec.k),
+        tile_m=config.BLOCK_M,
+        tile_n=config.BLOCK_N,
+        split=config.SPLIT_K,
+        warps=config.num_warps,
+        stages=config.num_stages,
+        pair=2 if spec.gated and has_two_sums(spec.n, config) else 1,
+        wgmma=int(gpu.capability == 90),
+        sms=gpu.num_sms,
+        clock=gpu.clock_hz,
+        bandwidth=gpu.bandwidth,
+        flops=gpu.matrix_flops,
+        shared=gpu.shared_bytes,
+    )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the model says of one configuration at one M; `instructions` are those per weight."""
+
+    seconds: float
+    registers: float
+    shared_bytes: float
+    instructions: float
+
+
+@cache
+def _evaluate() -> Callable[..., tuple[float, ...]]:
+    symbols = [Symbol(field.name, positive=True) for field in fields(Model)]
+    model = Model(*symbols)
+    seconds = model.seconds(ceiling(M / model.tile_m), steady=False)
+    per_weight = model.instructions / model._weights
+    wanted = (seconds, model.registers, model.shared_bytes, per_weight)
+    function: Callable[..., tuple[float, ...]]
+    function = lambdify((M, *symbols), wanted, "math", cse=True)
+    return function
+
+
+def cost(spec: GemmSpec, config: TileConfig, gpu: Gpu, m: int) -> Cost:
+    """The model's figures for m rows."""
+    return Cost(*_evaluate()(m, *astuple(_model(spec, config, gpu))))
+
+
+def steady_seconds(spec: GemmSpec, config: TileConfig, gpu: Gpu) -> Expr:
+    """The time as a maximum of lines in M, for many rows: what crossovers are solved from."""
+    return _model(spec, config, gpu).seconds(M / config.BLOCK_M, steady=True)

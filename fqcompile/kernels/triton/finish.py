@@ -1,0 +1,57 @@
+"""The end of a split K: the shares are added in their order, then comes the epilogue."""
+
+# mypy: allow-incomplete-defs, allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _sum_of_shares(
+    shares_ptr, offs, mask, stride, SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for share in tl.static_range(SPLIT_K):
+        # [BLOCK_N]
+        total += tl.load(shares_ptr + share * stride + offs, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["M"])
+def finish_kernel(
+    shares_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    M,
+    N,
+    stride_rm,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y [M, N] from shares [SPLIT_K, M, N], or [SPLIT_K, M, 2 N] with gate before up."""
+    num_pid_n = tl.cdiv(N, BLOCK_N)
+    m = (tl.program_id(0) // num_pid_n).to(tl.int64)
+    offs_n = (tl.program_id(0) % num_pid_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = offs_n < N
+    columns = 2 * N if GATED else N
+    stride = M.to(tl.int64) * columns
+    offs = m * columns + offs_n
+    y = _sum_of_shares(shares_ptr, offs, mask, stride, SPLIT_K, BLOCK_N)
+    if bias_ptr is not None:
+        # [BLOCK_N]
+        y += tl.load(bias_ptr + offs_n, mask=mask, other=0.0).to(tl.float32)
+    y = ACTIVATION(y)
+    if GATED:
+        up = _sum_of_shares(shares_ptr, offs + N, mask, stride, SPLIT_K, BLOCK_N)
+        if bias_ptr is not None:
+            # [BLOCK_N]
+            up += tl.load(bias_ptr + N + offs_n, mask=mask, other=0.0).to(tl.float32)
+        y *= up
+    if residual_ptr is not None:
+        # [BLOCK_N]
+        residual = tl.load(residual_ptr + m * stride_rm + offs_n, mask=mask, other=0.0)
+        y += residual.to(tl.float32)
+    tl.store(y_ptr + m * N + offs_n, y.to(y_ptr.dtype.element_ty), mask=mask)

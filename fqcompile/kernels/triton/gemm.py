@@ -1,0 +1,226 @@
+"""y[m, n] = act(Σ_g scale[g, n] Σ_(k in g) q[n, k] x[m, k] + bias[n]) + residual[m, n]
+
+The weight is the left operand, the only one that tensor cores read from registers (wgmma) or that
+comes in fragment order for free (mma.sync). Products are taken with the codes, which fp16 and bf16
+hold exactly; a group's scale meets its fp32 sum, so a dot never crosses a group.
+
+With SPLIT_K > 1 each program sums one share of K, and `finish` adds the shares in order.
+"""
+
+# mypy: allow-incomplete-defs, allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+from fqcompile.kernels.triton import layout
+from fqcompile.kernels.triton.fragments import code_factor, first_and_second_half, operand
+
+MICRO_ROWS = tl.constexpr(layout.MICRO_ROWS)
+SCALE_ROWS = tl.constexpr(layout.SCALE_ROWS)
+
+
+@triton.jit
+def word_offsets(offs_n, rows, num_blocks, WORDS: tl.constexpr):
+    """int32 [BLOCK_N, WORDS] into a K block's words; rows past the end read the last one."""
+    row = tl.minimum(offs_n, rows - 1)
+    start = (row // MICRO_ROWS) * (num_blocks * (MICRO_ROWS * WORDS)) + (row % MICRO_ROWS) * WORDS
+    return start[:, None] + tl.arange(0, WORDS)[None, :]
+
+
+@triton.jit
+def load_words(ptrs, BLOCK_N: tl.constexpr, BITS: tl.constexpr):
+    """[BLOCK_N, 4, chunks]: the words that one thread of an mma reads are neighbours."""
+    words = tl.load(ptrs)
+    if BITS == 4:
+        chunks = tl.reshape(words, (BLOCK_N, 4, 4))
+    else:
+        blocks = tl.reshape(words, (BLOCK_N, 2, 4, 4))
+        chunks = tl.reshape(tl.permute(blocks, (0, 2, 1, 3)), (BLOCK_N, 4, 8))
+    return chunks
+
+
+@triton.jit
+def load_scales(scale_ptr, offs_n, rows, group, BLOCK_N: tl.constexpr, DOTS: tl.constexpr):
+    """[BLOCK_N, DOTS]. Rows of scales are filled up to whole tiles, so there is no mask."""
+    start = scale_ptr + group * (tl.cdiv(rows, SCALE_ROWS) * SCALE_ROWS * DOTS)
+    return tl.load(start + offs_n[:, None] * DOTS + tl.arange(0, DOTS)[None, :])
+
+
+@triton.jit
+def _halves_of_scales(scales):
+    ROWS: tl.constexpr = scales.shape[0]
+    HALF: tl.constexpr = scales.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(scales, (ROWS, 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def _scaled_sum(acc, product, scales, GROUPED: tl.constexpr):
+    """acc + scale of the group * product; without groups the scale waits for the end."""
+    if GROUPED:
+        total = tl.fma(product, tl.broadcast_to(scales.to(tl.float32), product.shape), acc)
+    else:
+        total = acc + product
+    return total
+
+
+@triton.jit
+def _accumulate(
+    acc,
+    acc_up,
+    words,
+    words_up,
+    scales,
+    scales_up,
+    x_ptrs,
+    mask_m,
+    K,
+    k0,
+    WIDTH: tl.constexpr,
+    DOT_K: tl.constexpr,
+    GROUPED: tl.constexpr,
+    BITS: tl.constexpr,
+    KWIDTH: tl.constexpr,
+    CONVERSION: tl.constexpr,
+    GATED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """The columns k0 to k0 + WIDTH, by one dot for each DOT_K of them: none crosses a group."""
+    if WIDTH > DOT_K:
+        HALF: tl.constexpr = WIDTH // 2
+        w0, w1 = first_and_second_half(words, WIDTH, BITS)
+        w0_up, w1_up = first_and_second_half(words_up, WIDTH, BITS)
+        s0, s1 = _halves_of_scales(scales)
+        s0_up, s1_up = _halves_of_scales(scales_up)
+        acc, acc_up = _accumulate(
+            acc, acc_up, w0, w0_up, s0, s0_up, x_ptrs, mask_m, K, k0,
+            HALF, DOT_K, GROUPED, BITS, KWIDTH, CONVERSION, GATED, EVEN_K,
+        )  # fmt: skip
+        acc, acc_up = _accumulate(
+            acc, acc_up, w1, w1_up, s1, s1_up, x_ptrs, mask_m, K, k0 + HALF,
+            HALF, DOT_K, GROUPED, BITS, KWIDTH, CONVERSION, GATED, EVEN_K,
+        )  # fmt: skip
+    else:
+        offs_k = k0 + tl.arange(0, WIDTH)
+        mask = mask_m[None, :]
+        if not EVEN_K:
+            mask = mask & (offs_k < K)[:, None]
+        # [WIDTH, BLOCK_M]
+        x = tl.load(x_ptrs + offs_k[:, None], mask=mask, other=0.0)
+        w = operand(words, WIDTH, BITS, KWIDTH, x.dtype, CONVERSION)
+        acc = _scaled_sum(acc, tl.dot(w, x), scales, GROUPED)
+        if GATED:
+            w_up = operand(words_up, WIDTH, BITS, KWIDTH, x.dtype, CONVERSION)
+            acc_up = _scaled_sum(acc_up, tl.dot(w_up, x), scales_up, GROUPED)
+    return acc, acc_up
+
+
+@triton.jit
+def _store(
+    acc, acc_up, bias_ptr, residual_ptr, y_ptr, offs_m, offs_n, mask, M, N, stride_rm,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """Epilogue and output; of a share of K, the share."""
+    rows = offs_m[None, :].to(tl.int64)
+    columns = offs_n[:, None]
+    mask_n = offs_n < N
+    if SPLIT_K > 1:
+        share = tl.program_id(1).to(tl.int64) * M * N
+        tl.store(y_ptr + share + rows * N + columns, acc, mask=mask)
+    else:
+        if bias_ptr is not None:
+            # [BLOCK_N]
+            acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+        y = ACTIVATION(acc)
+        if GATED:
+            if bias_ptr is not None:
+                # [BLOCK_N]
+                bias = tl.load(bias_ptr + N + offs_n, mask=mask_n, other=0.0)
+                acc_up += bias.to(tl.float32)[:, None]
+            y *= acc_up
+        if residual_ptr is not None:
+            # [BLOCK_N, BLOCK_M]
+            residual = tl.load(residual_ptr + rows * stride_rm + columns, mask=mask, other=0.0)
+            y += residual.to(tl.float32)
+        tl.store(y_ptr + rows * N + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def gemm_kernel(
+    x_ptr,
+    qweight_ptr,
+    scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_rm,
+    BLOCKS_PER_GROUP: tl.constexpr,
+    DOT_K: tl.constexpr,
+    BITS: tl.constexpr,
+    KWIDTH: tl.constexpr,
+    CONVERSION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):
+    """y [M, N], or with SPLIT_K its shares [SPLIT_K, M, N] in fp32 and without an epilogue.
+
+    BLOCKS_PER_GROUP: blocks of K that share their scales, 0 where there is one scale per row.
+    DOT_K: columns of K in one dot.
+    """
+    # Programs that read the same weight tile are neighbours: L2 serves it to all but the first.
+    num_pid_m = tl.cdiv(M, BLOCK_M)
+    offs_m = (tl.program_id(0) % num_pid_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = (tl.program_id(0) // num_pid_m) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M
+    rows = N * 2 if GATED else N
+    num_blocks = tl.cdiv(K, BLOCK_K)
+    WORDS: tl.constexpr = BLOCK_K * BITS // 32
+    DOTS: tl.constexpr = BLOCK_K // DOT_K
+    GROUPED: tl.constexpr = BLOCKS_PER_GROUP > 0
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm
+    q_ptrs = qweight_ptr + word_offsets(offs_n, rows, num_blocks, WORDS)
+    q_up_ptrs = qweight_ptr + word_offsets(offs_n + N, rows, num_blocks, WORDS)
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    acc_up = acc
+    scales = load_scales(scale_ptr, offs_n, rows, 0, BLOCK_N, DOTS)
+    scales_up = scales
+    if GATED:
+        scales_up = load_scales(scale_ptr, offs_n + N, rows, 0, BLOCK_N, DOTS)
+    per_share = tl.cdiv(num_blocks, SPLIT_K)
+    first = tl.program_id(1) * per_share
+    for block in range(first, tl.minimum(first + per_share, num_blocks)):
+        words = load_words(q_ptrs + block * (MICRO_ROWS * WORDS), BLOCK_N, BITS)
+        words_up = words
+        if GATED:
+            words_up = load_words(q_up_ptrs + block * (MICRO_ROWS * WORDS), BLOCK_N, BITS)
+        if GROUPED:
+            group = block // BLOCKS_PER_GROUP
+            scales = load_scales(scale_ptr, offs_n, rows, group, BLOCK_N, DOTS)
+            scales_up = scales
+            if GATED:
+                scales_up = load_scales(scale_ptr, offs_n + N, rows, group, BLOCK_N, DOTS)
+        acc, acc_up = _accumulate(
+            acc, acc_up, words, words_up, scales, scales_up, x_ptrs, mask_m, K, block * BLOCK_K,
+            BLOCK_K, DOT_K, GROUPED, BITS, KWIDTH, CONVERSION, GATED, EVEN_K,
+        )  # fmt: skip
+
+    FACTOR: tl.constexpr = code_factor(x_ptr.dtype.element_ty, CONVERSION)
+    acc *= FACTOR
+    acc_up *= FACTOR
+    if not GROUPED:
+        acc *= scales.to(tl.float32)
+        acc_up *= scales_up.to(tl.float32)
+    mask = (offs_n < N)[:, None] & mask_m[None, :]
+    _store(
+        acc, acc_up, bias_ptr, residual_ptr, y_ptr, offs_m, offs_n, mask, M, N, stride_rm,
+        ACTIVATION, GATED, SPLIT_K,
+    )  # fmt: skip

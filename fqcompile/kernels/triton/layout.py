@@ -1,0 +1,93 @@
+"""The fragment layout: codes in the order in which the tensor cores' registers want them.
+
+One row of 128 columns of K is a run of 16 words (int4) or 32 (int8); 16 rows are one micro-tile.
+
+    qweight  int32 [rows / 16, K / 128, 16, 16 or 32]     codes + 8 or + 128, so unsigned
+    scale    [groups or blocks, rows up to a multiple of 256, dots of a block]
+
+A thread of an mma holds, for one row, the columns c * W + t * ... of every chunk c (t: its place
+among four threads). Its words for four chunks are one 16-byte load:
+
+    int4   word t * 4 + c,  c: 32 columns    nibble p * 4 + rep * 2 + h
+           k = c * 32 + rep * 16 + place(t, h, p)
+    int8   word (b, t * 4 + c),  b: 64 columns, c: 16 of them    byte p * 2 + h
+           k = b * 64 + c * 16 + place(t, h, p)
+
+`place` is the operand order of the instruction: h * 8 + t * 2 + p as the hardware has it
+(kwidth 2), or t * 4 + h * 2 + p, which Triton before 3.8 expects for mma.sync (kwidth 4). The wrong
+one gives right results through a detour over shared memory.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from fqcompile.kernels.template import PackedTensors
+from fqcompile.quant.packing import unpack
+from fqcompile.quant.qtype import QTYPES
+from fqcompile.quant.quantized_weight import QuantizedWeight
+
+VERSION = 1
+MICRO_ROWS = 16
+SCALE_ROWS = 256  # the widest tile, so that tiles read whole runs of scales
+BLOCK_K = 128
+
+
+def column_order(bits: int, kwidth: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """int64 [words of a block, codes of a word]: the column of each code, lowest bits first."""
+    arange = partial(torch.arange, device=device)
+    t, h, p = torch.meshgrid(*map(arange, (4, 2, 2)), indexing="ij")
+    place = h * 8 + t * 2 + p if kwidth == 2 else t * 4 + h * 2 + p
+    chunk = arange(4)
+    if bits == 4:
+        rep = arange(2)
+        # dimensions t, c, p, rep, h
+        k = place.transpose(1, 2)[:, None, :, None, :] + 16 * rep[:, None]
+        k = k + 32 * chunk[:, None, None, None]
+        return k.reshape(16, 8)
+    # dimensions b, t, c, p, h
+    k = place.transpose(1, 2)[:, None] + 16 * chunk[:, None, None]
+    k = k + 64 * arange(2)[:, None, None, None, None]
+    return k.reshape(32, 4)
+
+
+def pack(weight: QuantizedWeight, kwidth: int) -> PackedTensors:
+    """qweight and scale as above; rows and K are filled up with zeros."""
+    rows, k = weight.shape
+    codes = unpack(weight.qweight, QTYPES[weight.bits], k)
+    codes = F.pad(codes, (0, -k % BLOCK_K, 0, -rows % MICRO_ROWS))
+    order = column_order(weight.bits, kwidth, codes.device)
+    blocks = codes.view(-1, MICRO_ROWS, codes.shape[1] // BLOCK_K, BLOCK_K).transpose(1, 2)
+    unsigned = blocks.to(torch.int16) + (1 << (weight.bits - 1))
+    words = torch.zeros((*blocks.shape[:3], order.shape[0]), dtype=torch.int32, device=codes.device)
+    for place in range(order.shape[1]):
+        words |= unsigned[..., order[:, place]].to(torch.int32) << (weight.bits * place)
+    return words, _pack_scales(weight)
+
+
+def blocks_per_group(group_size: int, k: int) -> int:
+    """Blocks of K that share their scales; 0 where a row has one scale."""
+    if group_size >= k:
+        return 0
+    return 1 if group_size % BLOCK_K else group_size // BLOCK_K
+
+
+def dot_width(group_size: int, k: int) -> int:
+    """Columns of K in one dot: none crosses a group, so a divisor of the group size."""
+    return BLOCK_K if group_size >= k else min(BLOCK_K, group_size & -group_size)
+
+
+def _pack_scales(weight: QuantizedWeight) -> torch.Tensor:
+    rows, k = weight.shape
+    width = dot_width(weight.group_size, k)
+    if width == BLOCK_K:
+        groups = torch.arange(weight.scale.shape[1], device=weight.scale.device)
+    else:
+        end = k + -k % BLOCK_K
+        starts = torch.arange(0, end, width, device=weight.scale.device).clamp_(max=k - 1)
+        groups = starts // weight.group_size
+    scale = F.pad(weight.scale[:, groups], (0, 0, 0, -rows % SCALE_ROWS))
+    dots = BLOCK_K // width
+    blocks = scale.view(scale.shape[0], len(groups) // dots, dots)
+    return blocks.transpose(0, 1).contiguous()

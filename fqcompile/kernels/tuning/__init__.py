@@ -1,0 +1,1 @@
+"""Measured configurations: their tables, the search that fills them, the choice when compiling."""

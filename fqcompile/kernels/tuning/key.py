@@ -1,0 +1,98 @@
+"""What a measured configuration holds for: the matmul, a bucket of M, and the machine and versions.
+
+Layers of one shape share a key, whatever their names, bias, activation or residual.
+"""
+
+import re
+from functools import cache
+from hashlib import sha256
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from fqcompile.kernels.gpu import Gpu
+from fqcompile.kernels.spec import GemmSpec
+
+# A bucket is named by its largest M; the last one, None, is open.
+Bucket = int | None
+M_BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
+_OPEN_ROWS = 2048
+_TRITON_SOURCE = Path(__file__).parent.parent / "triton"
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def bucket_of(m: int) -> Bucket:
+    """The bucket that `m` rows fall in."""
+    return next((bound for bound in M_BUCKETS if m <= bound), None)
+
+
+def rows_of(bucket: Bucket) -> int:
+    """The number of rows that a bucket is measured at: its largest, or 2048 in the open one."""
+    return _OPEN_ROWS if bucket is None else bucket
+
+
+def bucket_name(bucket: Bucket) -> str:
+    """For people: "M <= 16", and "M > 512" for the open one."""
+    return f"M > {M_BUCKETS[-1]}" if bucket is None else f"M <= {bucket}"
+
+
+def tuning_key(spec: GemmSpec, layout_name: str) -> str:
+    """The matmul as text, e.g. "dense sm_90/132 4096x14336 int4 g128 bfloat16 ... plain"."""
+    assert spec.gpu is not None
+    parts = (
+        "dense",
+        f"{spec.gpu.arch}/{spec.gpu.num_sms}",
+        f"{spec.n}x{spec.k}",
+        f"int{spec.bits}",
+        f"g{spec.group_size}",
+        _name(spec.dtype),
+        f"scale:{_name(spec.scale_dtype)}",
+        layout_name,
+        "gated" if spec.gated else "plain",
+    )
+    return " ".join(parts)
+
+
+def fingerprint(gpu: Gpu, source_hash: str) -> dict[str, str]:
+    """What must be as it was for a measurement to hold, beside what is in the key."""
+    return {
+        "gpu": gpu.name,
+        "sms": str(gpu.num_sms),
+        "driver": _driver(),
+        "cuda": str(torch.version.cuda or torch.version.hip or "none"),
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "kernels": source_hash,
+    }
+
+
+@cache
+def kernel_source_hash() -> str:
+    """A digest of the Triton kernels' source: an edit there makes every table foreign."""
+    digest = sha256()
+    for path in sorted(_TRITON_SOURCE.rglob("*.py")):
+        digest.update(path.relative_to(_TRITON_SOURCE).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@cache
+def _triton_version() -> str:
+    if find_spec("triton") is None:
+        return "none"
+    return str(import_module("triton").__version__)
+
+
+@cache
+def _driver() -> str:
+    """NVIDIA's driver version; "unknown" where the system does not tell."""
+    if not _NVIDIA_DRIVER.exists():
+        return "unknown"
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", _NVIDIA_DRIVER.read_text())
+    return found.group() if found else "unknown"

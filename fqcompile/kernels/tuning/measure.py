@@ -1,0 +1,201 @@
+"""Measuring one configuration on the GPU: first that it computes the right thing, then how fast.
+
+Decoding finds each weight in device memory and not in the L2 cache, so more packed weights are read
+in turn than any cache holds. CUDA graphs of many calls keep Python's time out of the measurement.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from statistics import median, quantiles
+
+import torch
+
+from fqcompile.errors import FineQuantError
+from fqcompile.kernels.epilogue import apply_epilogue
+from fqcompile.kernels.launch_table import Config
+from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.template import Layout, PackedLinear, Template
+from fqcompile.kernels.tuning.search import DeviceLost, Measure, WrongResult
+from fqcompile.kernels.tuning.table import Timing
+from fqcompile.quant.affine import dequantize_rows
+from fqcompile.quant.chunks import plain_tensors
+from fqcompile.quant.granularity import num_groups
+from fqcompile.quant.packing import pack
+from fqcompile.quant.qtype import QTYPES
+from fqcompile.quant.quantized_weight import QuantizedWeight
+
+ROTATED_BYTES = 256 << 20
+_DEVICE = torch.device("cuda")
+_MOST_COPIES = 257
+_LEAST_CALLS = 16  # in one graph, so that starting it counts for little
+_WARM_UPS, _REPLAYS = 5, 25
+_REFERENCE_CHUNK = 1 << 26  # weights of the reference that are dequantised at a time
+
+
+def measure_on_gpu(template: Template, spec: GemmSpec, m: int) -> Measure:
+    """A function that times one configuration of `template` for M = `m` on the current GPU.
+
+    It raises WrongResult, DeviceLost, or what compiling and launching raise.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise FineQuantError("a CUDA graph is being captured; call the model once before capturing")
+    with plain_tensors():
+        weight, x = random_problem(spec, m, _DEVICE)
+        expected = reference(x, weight, spec)
+        weights, rounds = packed_copies(weight, template.layout)
+    copies = len(weights)
+
+    def run(weight: PackedLinear, config: Config) -> torch.Tensor:
+        return template.linear(x, weight, None, None, spec.activation, spec.gated, config)
+
+    def measure(config: Config) -> Timing:
+        try:
+            with plain_tensors():
+                wrong = difference(run(weights[0], config), expected, spec.k)
+                if wrong is not None:
+                    raise WrongResult(wrong)
+                return _time(lambda: [run(w, config) for w in weights], rounds, copies)
+        except Exception as error:
+            check_device(error)
+            raise
+
+    return measure
+
+
+def packed_copies(weight: QuantizedWeight, layout: Layout) -> tuple[list[PackedLinear], int]:
+    """As many copies of a packed weight as `rotation` says, and its rounds."""
+    tensors = layout.pack(weight)
+    copies, rounds = rotation(sum(t.nbytes for t in tensors))
+    packed = [tensors] + [(tensors[0].clone(), tensors[1].clone()) for _ in range(copies - 1)]
+    form = (weight.bits, weight.group_size, *weight.shape)
+    return [PackedLinear(*pair, *form) for pair in packed], rounds
+
+
+def rotation(nbytes: int) -> tuple[int, int]:
+    """How many copies of a packed weight to read in turn, and how often in one graph.
+
+    Two calls on one copy lie more than 256 MiB of other reads apart, and one copy at least; but of
+    weights below 1 MiB, whose calls are all launch, there are no more than 256 copies.
+    """
+    copies = min(_MOST_COPIES, max(2, ROTATED_BYTES // nbytes + 1))
+    return copies, rounds_of(copies)
+
+
+def rounds_of(copies: int) -> int:
+    """How often a graph calls all copies, so that it has 16 calls at least."""
+    return -(-_LEAST_CALLS // copies)
+
+
+def random_problem(
+    spec: GemmSpec, m: int, device: torch.device
+) -> tuple[QuantizedWeight, torch.Tensor]:
+    """Codes over their whole range, scales of about 1 / qmax, and x such that results are about 1.
+
+    Nothing is zero by design and nothing overflows fp16, gated or not.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    qtype, rows, k = QTYPES[spec.bits], spec.weight_rows, spec.k
+    codes = torch.randint(
+        qtype.qmin, qtype.qmax + 1, (rows, k), dtype=torch.int8, device=device, generator=generator
+    )
+    groups = num_groups(k, spec.group_size)
+    scale = torch.rand(rows, groups, device=device, generator=generator).add_(0.5).div_(qtype.qmax)
+    x = torch.randn(m, k, device=device, generator=generator).mul_(k**-0.5).to(spec.dtype)
+    scale = scale.to(spec.scale_dtype)
+    return QuantizedWeight(pack(codes, qtype), scale, spec.bits, spec.group_size, (rows, k)), x
+
+
+def reference(x: torch.Tensor, weight: QuantizedWeight, spec: GemmSpec) -> torch.Tensor:
+    """The layer in fp64 from the plain layout: no template's code, and no TF32."""
+    step = max(1, _REFERENCE_CHUNK // spec.k)
+    parts = []
+    for start in range(0, spec.weight_rows, step):
+        rows = slice(start, start + step)
+        codes, scale = weight.qweight[rows], weight.scale[rows]
+        w_hat = dequantize_rows(codes, scale, spec.bits, spec.group_size, spec.k, torch.float64)
+        parts.append(x.double() @ w_hat.t())
+    return apply_epilogue(torch.cat(parts, 1), None, None, spec.activation, spec.gated)
+
+
+def allowed_error(dtype: torch.dtype, k: int) -> float:
+    """The largest ‖y - ŷ‖ / ‖ŷ‖ of a right kernel: 2u + K·2⁻²⁴, u being half an ulp of `dtype`.
+
+    A kernel rounds each weight to `dtype` and the result: relative errors of at most u, so u/√3 in
+    the mean square if they are spread evenly, and independent, so a sum of products carries u/√3
+    too. Gated, the roundings of gate and up count up to twice each where the activation steepens
+    them: √(2²+2²+1)·u/√3 < 2u at the most. Sums are kept in fp32: K additions of 2⁻²⁴ each.
+    """
+    return torch.finfo(dtype).eps + k * 2.0**-24
+
+
+def difference(actual: torch.Tensor, expected: torch.Tensor, k: int) -> str | None:
+    """How `actual` is wrong, or None.
+
+    As a whole by `allowed_error`. Of one element, six times its share is allowed, since the errors
+    of its weights are a sum of many, hence normal; and five roundings of its own: gated, the gate
+    (which counts twice), up, the activation and their product.
+    """
+    if actual.shape != expected.shape:
+        return f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    error = actual.double() - expected
+    if not bool(error.isfinite().all()):
+        return "not all elements are finite"
+    allowed = allowed_error(actual.dtype, k)
+    size = float(expected.norm())
+    relative = float(error.norm()) / max(size, torch.finfo(torch.float64).tiny)
+    if relative > allowed:
+        return f"relative error {relative:.2g}, allowed {allowed:.2g}"
+    usual = 6 * allowed * size / expected.numel() ** 0.5
+    excess = error.abs() - 5 * torch.finfo(actual.dtype).eps / 2 * expected.abs()
+    worst = int(excess.argmax())
+    if float(excess.flatten()[worst]) > usual:
+        found, wanted = float(actual.flatten()[worst]), float(expected.flatten()[worst])
+        return f"an element is {found:.4g} where {wanted:.4g} is expected"
+    return None
+
+
+def timing_of(microseconds: Sequence[float]) -> Timing:
+    """Median, 20th and 80th percentile."""
+    low, _, _, high = quantiles(microseconds, n=5, method="inclusive")
+    middle = median(microseconds)
+    # Between equal numbers interpolation is off by a rounding, in either direction.
+    return Timing(middle, min(low, middle), max(high, middle))
+
+
+def _time(rotate: Callable[[], object], rounds: int, copies: int) -> Timing:
+    """Per call of the `copies` that `rotate` makes, from replays of a graph of `rounds` of it."""
+    times = replayed(captured(rotate, rounds), _WARM_UPS, _REPLAYS)
+    return timing_of([microseconds / (rounds * copies) for microseconds in times])
+
+
+def captured(rotate: Callable[[], object], rounds: int) -> torch.cuda.CUDAGraph:
+    """A graph of `rounds` calls of `rotate`, which has run before: capturing compiles nothing."""
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: what other threads, such as a data loader's, ask of CUDA is no part of it.
+    # The stream is this device's: by default it is that of the first capture in the process.
+    stream = torch.cuda.Stream()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        for _ in range(rounds):
+            rotate()
+    return graph
+
+
+def replayed(graph: torch.cuda.CUDAGraph, warm_ups: int, replays: int) -> list[float]:
+    """Microseconds of each replay, by the GPU's own clock, after `warm_ups` that do not count."""
+    for _ in range(warm_ups):
+        graph.replay()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        graph.replay()
+        mark.record()
+    torch.cuda.synchronize()
+    return [1e3 * start.elapsed_time(end) for start, end in pairwise(marks)]
+
+
+def check_device(error: Exception) -> None:
+    """Raise DeviceLost where an illegal access or the like has ended the CUDA context."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as lost:
+        raise DeviceLost(f"{error}; the GPU then answers {lost}") from error

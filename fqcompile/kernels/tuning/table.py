@@ -1,0 +1,258 @@
+"""TunedTable: what was measured on one machine, kept in a JSON file that many processes may share.
+
+Two layers: measurements shipped with the package (read-only), and the user's own over them. A file
+that cannot be used (missing, cut off, of another machine or version) counts as empty, and the log
+says why. Every change is merged into what the file holds by then, and replaces it in one step.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Self, cast, get_args
+
+from fqcompile.kernels.gpu import Gpu
+from fqcompile.kernels.launch_table import Config, parse_config
+from fqcompile.kernels.template import SearchMode
+from fqcompile.kernels.tuning.key import Bucket, fingerprint, kernel_source_hash
+
+if sys.platform != "win32":
+    import fcntl
+
+log = logging.getLogger("fqcompile")
+
+SCHEMA = 1
+# What the generated code depends on; a driver or a torch of another version moves all
+# configurations alike, so shipped measurements outlive those.
+SHIPPED_FOR = ("gpu", "sms", "triton", "kernels")
+Fingerprint = Mapping[str, str]
+_UNUSABLE = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError
+)  # fmt: skip
+_SHIPPED = Path(__file__).parent.parent / "tuned"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one call: the median, and the 20th and 80th percentile.
+
+    Raises:
+        ValueError: they are no such numbers.
+    """
+
+    microseconds: float
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low <= self.microseconds <= self.high < math.inf:
+            raise ValueError(f"{self} is no timing: 0 < low <= median <= high must hold")
+
+    def __str__(self) -> str:
+        return f"{self.microseconds:.1f} [{self.low:.1f}, {self.high:.1f}]"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration that was tried: its timing, or why it was refused."""
+
+    config: Config
+    timing: Timing | None = None
+    refusal: str | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """All trials of one matmul at one bucket of M; `searched` is the widest search that ended."""
+
+    trials: tuple[Trial, ...] = ()
+    searched: SearchMode | None = None
+
+    @property
+    def best(self) -> Trial | None:
+        """The fastest trial; of equals the one tried first."""
+        timed = [(t.timing.microseconds, i) for i, t in enumerate(self.trials) if t.timing]
+        return self.trials[min(timed)[1]] if timed else None
+
+    @property
+    def failure(self) -> str | None:
+        """What to say where every trial was refused; None elsewhere."""
+        if not self.trials or self.best is not None:
+            return None
+        first = self.trials[0]
+        count = len(self.trials)
+        return f"all {count} configurations failed, {first.config} with {first.refusal}"
+
+    def has(self, mode: SearchMode) -> bool:
+        """Whether a search of this mode, or a wider one, has ended."""
+        return self.searched in ("max", mode)
+
+    def trial(self, config: Config) -> Trial | None:
+        return next((t for t in self.trials if t.config == config), None)
+
+    def merged(self, other: "Case") -> "Case":
+        """The trials of both; of one configuration the other's. The wider search."""
+        trials = {t.config: t for t in (*self.trials, *other.trials)}
+        widest: SearchMode | None = "max" if "max" in (self.searched, other.searched) else None
+        return Case(tuple(trials.values()), widest or other.searched or self.searched)
+
+
+Cases = dict[tuple[str, Bucket], Case]
+
+
+class TunedTable:
+    """The measurements for one fingerprint: `cases`, kept in the file `path`, over `shipped`."""
+
+    def __init__(self, path: Path, fingerprint: Fingerprint, cases: Cases, shipped: Cases) -> None:
+        self.path = path
+        self.fingerprint = dict(fingerprint)
+        self._cases = cases
+        self._shipped = shipped
+        self._in_memory = False
+
+    @classmethod
+    def load(cls, path: Path, fingerprint: Fingerprint, shipped: Path | None = None) -> Self:
+        """The table in `path`, over the shipped one; of either, what cannot be used is empty."""
+        own = read_cases(path, fingerprint)
+        below = {} if shipped is None else read_cases(shipped, fingerprint, SHIPPED_FOR)
+        return cls(path, fingerprint, own, below)
+
+    def case(self, key: str, bucket: Bucket) -> Case:
+        """What is known; of one configuration the user's own measurement."""
+        own, shipped = (cases.get((key, bucket), Case()) for cases in (self._cases, self._shipped))
+        return shipped.merged(own)
+
+    def add(self, key: str, bucket: Bucket, trial: Trial) -> None:
+        """Keep one more trial, in the file too."""
+        self._merge({(key, bucket): Case((trial,))})
+
+    def finish(self, key: str, bucket: Bucket, mode: SearchMode) -> None:
+        """Note that a search has tried all that it wanted to."""
+        self._merge({(key, bucket): Case((), mode)})
+
+    def _merge(self, news: Cases) -> None:
+        self._cases = merged(self._cases, news)
+        if self._in_memory:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(self.path.with_suffix(".lock")):
+                self._cases = merged(read_cases(self.path, self.fingerprint), self._cases)
+                # Under the lock one name serves all writers, so that a kill leaves one such file.
+                part = self.path.with_suffix(".part")
+                part.write_text(_as_json(self._cases, self.fingerprint), encoding="utf-8")
+                part.replace(self.path)
+        except OSError as error:
+            self._in_memory = True
+            log.warning(
+                "tuned kernels cannot be kept in %s (%s): what is measured now is lost when this "
+                "process ends; set FQCOMPILE_CACHE_DIR to a directory that can be written",
+                self.path,
+                error,
+            )
+
+
+def table_for(gpu: Gpu) -> TunedTable:
+    """The table for this GPU and these versions; its files are read once per process."""
+    return _table(gpu, cache_directory() / "tuned")
+
+
+def cache_directory() -> Path:
+    """$FQCOMPILE_CACHE_DIR, else "fqcompile" in $XDG_CACHE_HOME or ~/.cache."""
+    own, shared = os.environ.get("FQCOMPILE_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
+    if own:
+        return Path(own)
+    home = os.path.expanduser("~")
+    if not shared and home == "~":  # a user whom the system does not know
+        return Path(tempfile.gettempdir()) / "fqcompile"
+    return Path(shared or os.path.join(home, ".cache")) / "fqcompile"
+
+
+@cache
+def _table(gpu: Gpu, directory: Path) -> TunedTable:
+    here = fingerprint(gpu, kernel_source_hash())
+    digest = sha256(json.dumps(here, sort_keys=True).encode()).hexdigest()[:12]
+    slug = re.sub("[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
+    return TunedTable.load(directory / f"{slug}-{digest}.json", here, _SHIPPED / f"{slug}.json")
+
+
+def merged(cases: Cases, news: Cases) -> Cases:
+    """The cases of both, each with the trials of both."""
+    return {**cases, **{at: cases.get(at, Case()).merged(new) for at, new in news.items()}}
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time; the lock ends with its holder, however that ends."""
+    with path.open("a") as file:
+        if sys.platform != "win32":
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def read_cases(path: Path, fingerprint: Fingerprint, agree: tuple[str, ...] = ()) -> Cases:
+    """The file's cases, or none where it cannot be used here.
+
+    `agree` names what of the fingerprint must be equal; without it, all.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["schema"] != SCHEMA:
+            raise ValueError(f"schema {content['schema']!r}, this version reads {SCHEMA}")
+        theirs = content["fingerprint"]
+        other = [n for n in agree or fingerprint if theirs[n] != fingerprint[n]]
+        if other:
+            name = other[0]
+            raise ValueError(f"for {name} {theirs[name]!r}, here it is {fingerprint[name]!r}")
+        return _cases_from(content["cases"])
+    except _UNUSABLE as error:
+        log.info("no tuned kernels from %s: %s: %s", path, type(error).__name__, error)
+        return {}
+
+
+def _cases_from(content: dict[str, dict[str, Any]]) -> Cases:
+    cases: Cases = {}
+    for key, buckets in content.items():
+        for bucket, case in buckets.items():
+            mode = case["searched"]
+            if mode is not None and mode not in get_args(SearchMode):
+                raise ValueError(f"searched is {mode!r}")
+            trials = tuple(map(_trial_from, case["trials"]))
+            cases[key, None if bucket == "open" else int(bucket)] = Case(
+                trials, cast(SearchMode | None, mode)
+            )
+    return cases
+
+
+def _trial_from(content: dict[str, Any]) -> Trial:
+    trial = Trial(parse_config(content["config"]))
+    if "refusal" in content:
+        return replace(trial, refusal=str(content["refusal"]))
+    return replace(trial, timing=Timing(*map(float, content["microseconds"])))
+
+
+def _as_json(cases: Cases, fingerprint: Fingerprint) -> str:
+    written: dict[str, dict[str, object]] = {}
+    for (key, bucket), case in sorted(cases.items(), key=lambda item: str(item[0])):
+        written.setdefault(key, {})["open" if bucket is None else str(bucket)] = {
+            "searched": case.searched,
+            "trials": [_trial_as_dict(t) for t in case.trials],
+        }
+    content = {"schema": SCHEMA, "fingerprint": dict(fingerprint), "cases": written}
+    return json.dumps(content, indent=1)
+
+
+def _trial_as_dict(trial: Trial) -> dict[str, object]:
+    if trial.timing is None:
+        return {"config": str(trial.config), "refusal": trial.refusal}
+    t = trial.timing
+    return {"config": str(trial.config), "microseconds": [t.microseconds, t.low, t.high]}

@@ -1,0 +1,57 @@
+"""The least times, against sums done by hand, and crossovers against a search for them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sympy import Expr, Max, lambdify
+
+from fqcompile.kernels.gpu import H200
+from fqcompile.kernels.roofline import M, crossover, ideal_seconds, weight_bytes
+from fqcompile.kernels.spec import GemmSpec
+
+BF16 = torch.bfloat16
+SPEC = GemmSpec(1, 1000, 400, 4, 128, BF16, BF16, "cuda", gpu=H200)
+
+
+def test_bytes_are_those_of_codes_and_scales() -> None:
+    assert weight_bytes(SPEC) == 1000 * 400 // 2 + 1000 * 4 * 2
+    assert weight_bytes(replace(SPEC, bits=8, group_size=400)) == 1000 * 400 + 1000 * 2
+    assert weight_bytes(replace(SPEC, gated=True)) == 2 * weight_bytes(SPEC)
+
+
+def test_few_rows_take_the_time_of_their_bytes_and_many_that_of_their_flops() -> None:
+    moved = weight_bytes(SPEC) + 2 * (400 + 1000)
+    assert ideal_seconds(SPEC, 1) == pytest.approx(moved / H200.bandwidth)
+    residual = replace(SPEC, has_residual=True)
+    assert ideal_seconds(residual, 1) == pytest.approx((moved + 2000) / H200.bandwidth)
+    wide = replace(SPEC, n=8192, k=8192)
+    assert ideal_seconds(wide, 4096) == pytest.approx(2 * 4096 * 8192**2 / H200.matrix_flops)
+
+
+lines = st.tuples(st.integers(0, 50), st.integers(1, 50)).map(lambda ab: ab[0] + ab[1] * M)
+
+
+@given(first=st.lists(lines, min_size=1, max_size=3), second=lines, third=lines)
+def test_a_crossover_is_where_the_order_changes(
+    first: list[Expr], second: Expr, third: Expr
+) -> None:
+    """From there on `left` is slower, for a while at least; before, it is not, or always was."""
+    left, right = Max(*first), Max(second, third) + 3
+    later = lambdify(M, left - right, "math")
+    found = crossover(left, right)
+    if found == float("inf"):
+        assert later(1.0) <= 0
+    elif found == 0.0:
+        assert later(1.0) > 0
+    else:
+        assert later(found * 1.001) > 0
+        assert later(found * 0.999) <= 0
+
+
+def test_never_and_always() -> None:
+    assert crossover(M + 1, 2 * M + 2) == float("inf")
+    assert crossover(2 * M + 2, M + 1) == 0.0
+    assert crossover(2 * M, M + 10) == 10.0

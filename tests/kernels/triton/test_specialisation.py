@@ -1,0 +1,58 @@
+"""What Triton's launcher makes of real arguments, compiled for a GPU that is not there.
+
+It turns 1 and None into constants and notes which integers and addresses 16 divides, so unlike
+shapes compile unlike kernels. The driver is a stub; nothing is launched.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from triton.runtime import driver
+
+from bench.stub_driver import StubDriver, install
+from fqcompile.kernels.template import PackedLinear
+from fqcompile.kernels.tile_config import TileConfig
+from fqcompile.kernels.triton import launch
+from fqcompile.kernels.triton.layout import pack
+from tests.kernels.triton.oracle import quantized, random_codes
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def stub() -> Iterator[StubDriver]:
+    """One for all: a kernel that was compiled before keeps the launcher of its driver."""
+    before = driver._active
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "conversion", lambda device, dtype: "subnormal_prmt")
+        yield install()
+    driver._active = before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the stub would take the GPU's place")
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (1, 16, 128), (5, 1000, 4064), (2, 37, 300)])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "gated", "split"),
+    [(4, 16, False, 1), (4, 128, True, 1), (8, 32, True, 2)],
+)
+def test_every_shape_compiles(
+    stub: StubDriver, m: int, n: int, k: int, bits: int, group_size: int, gated: bool, split: int
+) -> None:
+    rows = 2 * n if gated else n
+    scale = torch.ones(rows, -(-k // group_size), dtype=BF16)
+    plain = quantized(random_codes(bits, rows, k), scale, bits, group_size)
+    weight = PackedLinear(*pack(plain, 2), bits, group_size, rows, k)
+    x, bias = torch.randn(m, k, dtype=BF16), torch.randn(rows, dtype=BF16)
+    config = TileConfig(16, 128, 128, split)
+    before = stub.launches
+    for end in ((bias, torch.randn(m, n, dtype=BF16)), (None, None)):
+        y = launch.dequant_gemm(x, weight, *end, "silu", gated, config, 2)
+        assert y.shape == (m, n)
+    finished = split > 1 or (gated and n % 16)
+    assert stub.launches - before == (4 if finished else 2)
+    assert launch.dequantize(weight, BF16, 2).shape == (rows, k)
+    assert stub.launches - before == (5 if finished else 3)

@@ -1,0 +1,201 @@
+"""Which configurations a kernel gets, for each mode, table and range of rows."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fqcompile.kernels.dequantize import DEQUANTIZE
+from fqcompile.kernels.launch_table import DENSE, LaunchTable
+from fqcompile.kernels.tile_config import TileConfig
+from fqcompile.kernels.tuning import launches as launches_module
+from fqcompile.kernels.tuning.key import bucket_of, tuning_key
+from fqcompile.kernels.tuning.launches import (
+    MAX_KERNELS,
+    Chosen,
+    buckets_of_a_model,
+    steps_in_range,
+    tuned_launches,
+)
+from fqcompile.kernels.tuning.table import Timing, Trial, TunedTable
+from tests.kernels.tuning.fake import CLOSED, FAST, MAX, SPEC, TEMPLATE, FakeMeasure
+
+KEY = tuning_key(SPEC, TEMPLATE.layout.name)
+DYNAMIC = replace(SPEC, m_range=(1, None))
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> TunedTable:
+    return TunedTable.load(tmp_path / "t.json", {"gpu": "NVIDIA H200"})
+
+
+def _trial(config: TileConfig, us: float = 1.0) -> Trial:
+    return Trial(config, Timing(us, us, us))
+
+
+def test_off_without_a_table_is_the_closed_form(table: TunedTable) -> None:
+    measure = FakeMeasure()
+    for spec in (SPEC, DYNAMIC):
+        chosen = tuned_launches(spec, TEMPLATE, "off", measure, table)
+        assert chosen == Chosen(TEMPLATE.launches(spec), "closed form")
+    assert not measure.set_up
+
+
+def test_off_takes_what_the_table_has(table: TunedTable) -> None:
+    table.add(KEY, 16, _trial(FAST[5]))
+    measure = FakeMeasure()
+    chosen = tuned_launches(SPEC, TEMPLATE, "off", measure, table)
+    assert chosen == (LaunchTable.of(FAST[5]), "tuned table", ())
+    chosen = tuned_launches(DYNAMIC, TEMPLATE, "off", measure, table)
+    assert str(chosen.launches) == f"m16={FAST[5]},m128={CLOSED.at(128)},dense"
+    assert chosen.source == "tuned table"
+    assert not measure.set_up
+
+
+@pytest.mark.parametrize("m", [9, 12, 16])
+def test_all_rows_of_a_bucket_share_its_entry(m: int, table: TunedTable) -> None:
+    table.add(KEY, 16, _trial(FAST[5]))
+    spec = replace(SPEC, m=m)
+    assert tuned_launches(spec, TEMPLATE, "off", table=table).source == "tuned table"
+    other = replace(SPEC, m=17)
+    assert tuned_launches(other, TEMPLATE, "off", table=table).source == "closed form"
+
+
+def test_fast_searches_once_and_then_reads(table: TunedTable) -> None:
+    measure = FakeMeasure()
+    expected = LaunchTable.of(FAST[-1])
+    assert tuned_launches(SPEC, TEMPLATE, "fast", measure, table) == (expected, "searched", ())
+    layer = replace(SPEC, m=11, has_bias=True, activation="gelu")
+    chosen = tuned_launches(layer, TEMPLATE, "fast", measure, table)
+    assert chosen == (expected, "tuned table", ())
+    assert measure.set_up == [16]
+
+
+def test_max_searches_where_only_a_fast_search_was(table: TunedTable) -> None:
+    measure = FakeMeasure()
+    for mode, source in (
+        ("fast", "searched"),
+        ("max", "searched"),
+        ("max", "tuned table"),
+        ("fast", "tuned table"),
+    ):
+        assert tuned_launches(SPEC, TEMPLATE, mode, measure, table).source == source  # type: ignore[arg-type]
+    assert measure.tried == list(MAX)
+    best = tuned_launches(SPEC, TEMPLATE, "off", measure, table).launches
+    assert best == LaunchTable.of(MAX[-1])
+
+
+def test_open_rows_are_measured_at_the_upper_end_of_each_step(table: TunedTable) -> None:
+    measure = FakeMeasure()
+    chosen = tuned_launches(DYNAMIC, TEMPLATE, "fast", measure, table)
+    assert measure.set_up == [16, 128, 2048]
+    # The fake's best is the same for all rows, so one kernel serves them.
+    assert chosen.launches == LaunchTable.of(FAST[-1])
+
+
+def test_where_every_candidate_fails_the_closed_form_stays_with_the_reason(
+    table: TunedTable,
+) -> None:
+    measure = FakeMeasure({config: RuntimeError("no") for config in FAST})
+    for mode in ("fast", "off", "fast"):
+        chosen = tuned_launches(SPEC, TEMPLATE, mode, measure, table)  # type: ignore[arg-type]
+        assert chosen.launches == LaunchTable.of(CLOSED.at(16))
+        assert chosen.source == "closed form"
+        assert len(chosen.notes) == 1
+        assert chosen.notes[0].startswith("M <= 16: all 12 configurations failed")
+    assert len(measure.tried) == len(FAST)
+
+
+def test_a_configuration_that_the_kernel_does_not_offer_is_not_used(table: TunedTable) -> None:
+    table.add(KEY, 16, _trial(TileConfig(256, 256, 256, 64, 16, 9), 0.5))
+    chosen = tuned_launches(SPEC, TEMPLATE, "off", table=table)
+    assert chosen == (LaunchTable.of(CLOSED.at(16)), "closed form", ())
+    table.add(KEY, 16, _trial(MAX[-1], 2.0))
+    chosen = tuned_launches(SPEC, TEMPLATE, "off", table=table)
+    assert chosen.launches == LaunchTable.of(MAX[-1])
+
+
+def test_a_kernel_without_configurations_and_a_cpu_are_left_alone(table: TunedTable) -> None:
+    measure = FakeMeasure()
+    assert tuned_launches(SPEC, DEQUANTIZE, "max", measure, table) == (None, "closed form", ())
+    on_cpu = replace(SPEC, gpu=None)
+    expected = (LaunchTable.of(CLOSED.at(16)), "closed form", ())
+    assert tuned_launches(on_cpu, TEMPLATE, "max", measure, table) == expected
+    assert not measure.set_up
+
+
+def test_the_machines_own_table_is_the_default(
+    table: TunedTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launches_module, "table_for", lambda gpu: table)
+    table.add(KEY, 16, _trial(FAST[5]))
+    assert tuned_launches(SPEC, TEMPLATE, "off").launches == LaunchTable.of(FAST[5])
+
+
+@pytest.mark.parametrize(
+    ("m_range", "expected"),
+    [
+        ((1, None), [(16, 16), (128, 128), (None, None)]),
+        ((0, None), [(16, 16), (128, 128), (None, None)]),
+        ((16, None), [(16, 16), (128, 128), (None, None)]),
+        ((17, None), [(128, 128), (None, None)]),
+        ((129, None), [(None, None)]),
+        ((1, 100), [(16, 16), (None, 128)]),
+        ((1, 128), [(16, 16), (None, 128)]),
+        ((1, 300), [(16, 16), (128, 128), (None, 512)]),
+        ((1, 3), [(None, 4)]),
+        ((600, 700), [(None, None)]),
+        (None, [(None, 16)]),
+    ],
+)
+def test_only_steps_within_reach_are_kept(
+    m_range: tuple[int, int | None] | None, expected: list[tuple[int | None, int | None]]
+) -> None:
+    steps = steps_in_range(replace(SPEC, m_range=m_range), CLOSED)
+    assert [(bound, bucket) for bound, bucket, _ in steps] == expected
+
+
+@st.composite
+def _ranges(draw: st.DrawFn) -> tuple[int, int | None]:
+    low = draw(st.integers(0, 1000))
+    return low, draw(st.none() | st.integers(low, 2000))
+
+
+@given(
+    _ranges(),
+    st.lists(st.sampled_from([1, 3, 4, 16, 64, 100, 128, 512, 777]), unique=True).map(sorted),
+    st.data(),
+)
+def test_any_range_gets_at_most_three_kernels_that_cover_it(
+    m_range: tuple[int, int | None], bounds: Sequence[int], data: st.DataObject
+) -> None:
+    steps = [(bound, TileConfig(16, 16, 16, num_stages=i + 1)) for i, bound in enumerate(bounds)]
+    closed = LaunchTable((*steps, (None, DENSE)))
+    spec = replace(SPEC, m_range=m_range)
+    template = replace(TEMPLATE, launches=lambda spec: closed)
+    table = TunedTable(Path("/proc/none"), {}, {}, {})
+    for m in data.draw(st.lists(st.integers(0, 2000)), label="tuned at"):
+        table._cases[KEY, bucket_of(m)] = launches_module.Case((_trial(FAST[1 + m % 11]),))
+    chosen = tuned_launches(spec, template, "off", table=table).launches
+    assert chosen is not None
+    assert 1 <= len(chosen.steps) <= MAX_KERNELS
+    low, high = m_range
+    for m in {low, high or 5000, *(b for b in bounds if low <= b <= (high or b))}:
+        assert chosen.at(m) is not None
+    assert all(bound >= low for bound, _ in chosen.steps if bound is not None)
+    assert LaunchTable.parse(str(chosen)) == chosen
+
+
+@pytest.mark.parametrize("m", [0, 1, 16, 17, 128, 129, 4000])
+def test_within_three_steps_each_row_keeps_its_closed_form(m: int, table: TunedTable) -> None:
+    launches = tuned_launches(DYNAMIC, TEMPLATE, "off", table=table).launches
+    assert launches is not None
+    assert launches.at(m) == CLOSED.at(m)
+
+
+def test_a_model_looks_up_one_row_and_the_steps_of_the_closed_form() -> None:
+    assert buckets_of_a_model(SPEC, TEMPLATE) == [1, 16, 128, None]
+    assert buckets_of_a_model(SPEC, DEQUANTIZE) == []
