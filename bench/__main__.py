@@ -8,6 +8,12 @@ BENCHMARKS = {
     "granularity": "quality of the granularity rules against fixed groups, real weights",
     "overhead": "share of fqcompile's passes in the whole compilation of a small Llama",
     "static": "registers, copies and instructions of the Triton kernels, read from machine code",
+    "kernels": "a GPU: our kernels against cuBLAS, torch.compile and other libraries, by layer",
+    "models": "a GPU: decoding and prefill of whole models, random weights, against 16 bits",
+    "launch_overhead": "Python's time in one call of the operator, against Triton's own launcher",
+    "subnormals": "a GPU: whether its matrix units keep the codes that are subnormal numbers",
+    "gpu": "a GPU: the tests marked gpu and the short benchmarks, into one folder",
+    "readme": "writes the README's tables from the results",
 }
 
 

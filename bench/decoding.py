@@ -1,0 +1,105 @@
+"""One step of decoding and one prefill of a model, as functions to compile and to time.
+
+A step reads a static cache that holds a context of random keys and values; the steps of all that is
+compared read and write the same one, from the same length on.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Work = Callable[[], Tensor]
+
+
+class Decoding:
+    """A batch of sequences of `context` tokens, each to be lengthened by up to `steps` more."""
+
+    def __init__(self, model: nn.Module, batch: int, context: int, steps: int) -> None:
+        config: Any = model.config
+        parameter = next(model.parameters())
+        device, dtype = parameter.device, parameter.dtype
+        self.context = context
+        self.batch = batch
+        cache_type = import_module("transformers").StaticCache
+        self.cache = cache_type(config=config, max_cache_len=context + steps)
+        heads = config.num_attention_heads
+        key_heads = getattr(config, "num_key_value_heads", None) or heads
+        self.cache.early_initialization(
+            batch, key_heads, config.hidden_size // heads, dtype, device
+        )
+        generator = torch.Generator(device).manual_seed(1)
+        for layer in self.cache.layers:
+            layer.keys.normal_(generator=generator)
+            layer.values.normal_(generator=generator)
+        self.tokens = torch.randint(
+            config.vocab_size, (batch, 1), device=device, generator=generator
+        )
+        self.positions = torch.full((batch, 1), context, device=device)
+        # OPT counts positions from the mask where it is not given one.
+        self.mask = torch.ones((batch, context + steps), dtype=torch.long, device=device)
+
+    def rewind(self) -> None:
+        """Forget all tokens after the context."""
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.context)
+        self.positions.fill_(self.context)
+
+    def step_of(self, model: nn.Module, compiled: Callable[[Any], Any]) -> Work:
+        """A compiled step of `model`: the logits [batch, vocabulary] after one more token."""
+        cache, mask = self.cache, self.mask
+
+        def step(tokens: Tensor, positions: Tensor) -> Tensor:
+            output = model(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits: Tensor = output.logits[:, -1]
+            return logits
+
+        run = compiled(step)
+
+        def work() -> Tensor:
+            torch.compiler.cudagraph_mark_step_begin()
+            logits: Tensor = run(self.tokens, self.positions)
+            self.positions += 1
+            return logits
+
+        return work
+
+
+class Prefill:
+    """One prompt of `length` tokens; no cache is kept."""
+
+    def __init__(self, model: nn.Module, length: int) -> None:
+        parameter, config = next(model.parameters()), model.config
+        generator = torch.Generator(parameter.device).manual_seed(2)
+        vocabulary: Any = config.vocab_size  # type: ignore[union-attr]
+        self.tokens = torch.randint(
+            vocabulary, (1, length), device=parameter.device, generator=generator
+        )
+
+    def rewind(self) -> None:
+        """There is nothing to forget."""
+
+    def step_of(self, model: nn.Module, compiled: Callable[[Any], Any]) -> Work:
+        """A compiled prefill of `model`: the logits [1, vocabulary] of the last token."""
+
+        def prefill(tokens: Tensor) -> Tensor:
+            output = model(input_ids=tokens, use_cache=False, logits_to_keep=1)
+            logits: Tensor = output.logits[:, -1]
+            return logits
+
+        run = compiled(prefill)
+
+        def work() -> Tensor:
+            torch.compiler.cudagraph_mark_step_begin()
+            logits: Tensor = run(self.tokens)
+            return logits
+
+        return work

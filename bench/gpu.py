@@ -1,0 +1,152 @@
+"""A session on a GPU in one command: is it right, how fast is it; everything kept in one folder.
+
+    python -m bench gpu --out DIRECTORY [--time-budget 570] [--steps subnormals,tests,kernels]
+
+Steps, each in a process of its own, with its output in DIRECTORY/STEP.log; one that fails or takes
+too long does not stop the next, whose time is what is left of the budget:
+
+    environment   GPU, driver, versions, kernels that would be selected
+    subnormals    the codes through the matrix units, as fp16 and bf16
+    tests         pytest -m gpu
+    kernels       bench kernels --quick, also as kernels.json
+    overhead      host time of one call
+
+Asked for by name: models, which takes a session of its own. A table of the steps comes last.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tabulate import tabulate
+
+_ROOT = Path(__file__).parent.parent
+_BENCH = (sys.executable, "-u", "-m", "bench")
+# Reads the card's state and changes none of it.
+_STATE = "nvidia-smi -q -d CLOCK,POWER,UTILIZATION,PERFORMANCE"
+
+
+@dataclass(frozen=True)
+class Step:
+    """`command(directory, seconds it may take)`.
+
+    share: of what is left of the budget. shown: characters of the end of its log, which is whole in
+    the folder.
+    """
+
+    command: Callable[[Path, float], Sequence[str]]
+    share: float = 1.0
+    shown: int = 1000
+
+
+def _environment(out: Path, seconds: float) -> Sequence[str]:
+    return ("sh", "-c", f"{_STATE}; {sys.executable} -m fqcompile doctor")
+
+
+def _subnormals(out: Path, seconds: float) -> Sequence[str]:
+    return (*_BENCH, "subnormals")
+
+
+def _tests(out: Path, seconds: float) -> Sequence[str]:
+    options = ("-m", "gpu", "-ra", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+    return (sys.executable, "-m", "pytest", *options)
+
+
+def _json(out: Path, name: str, seconds: float) -> tuple[str, ...]:
+    # A step needs a while to start and to end: it is stopped by its own budget, not by ours.
+    return ("--json", str(out / f"{name}.json"), "--time-budget", f"{max(20, seconds - 45):.0f}")
+
+
+def _kernels(out: Path, seconds: float) -> Sequence[str]:
+    return (*_BENCH, "kernels", "--device", "cuda", "--quick", *_json(out, "kernels", seconds))
+
+
+def _models(out: Path, seconds: float) -> Sequence[str]:
+    return (*_BENCH, "models", "--device", "cuda", *_json(out, "models", seconds))
+
+
+def _overhead(out: Path, seconds: float) -> Sequence[str]:
+    return (*_BENCH, "launch_overhead", "--device", "cuda")
+
+
+STEPS = {
+    "environment": Step(_environment, share=0.2),
+    "subnormals": Step(_subnormals, share=0.2),
+    "tests": Step(_tests, share=0.45),
+    "kernels": Step(_kernels, share=0.85, shown=6000),
+    "overhead": Step(_overhead, shown=1500),
+    "models": Step(_models, shown=6000),
+}
+USUAL = ("environment", "subnormals", "tests", "kernels", "overhead")
+
+
+def run(name: str, out: Path, seconds: float) -> tuple[str, str, float]:
+    """The step's name, how it ended, and its seconds."""
+    command = STEPS[name].command(out, seconds)
+    start = time.monotonic()
+    print(f"== {name}: {' '.join(command)}", flush=True)
+    with open(out / f"{name}.log", "w", encoding="utf-8") as log:
+        try:
+            result = subprocess.run(
+                command, cwd=_ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=seconds
+            )
+            end = "passed" if result.returncode == 0 else f"FAILED ({result.returncode})"
+        except subprocess.TimeoutExpired:
+            end = f"STOPPED after {seconds:.0f} s"
+    return name, end, time.monotonic() - start
+
+
+def session(names: Sequence[str], out: Path, budget: float) -> list[tuple[str, str, float, str]]:
+    """Rows of step, how it ended, its seconds, the last line that it printed."""
+    out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + budget
+    rows = []
+    for name in names:
+        seconds = STEPS[name].share * (end - time.monotonic())
+        if seconds <= 1:
+            rows.append((name, "no time", 0.0, ""))
+            continue
+        found = run(name, out, seconds)
+        rows.append((*found, last_line(out / f"{name}.log")))
+    return rows
+
+
+def last_line(path: Path) -> str:
+    return (_text(path).strip().splitlines() or [""])[-1][:80]
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def _steps(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in STEPS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(STEPS)}")
+    return names
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="DIRECTORY")
+    parser.add_argument("--time-budget", type=float, default=570.0, metavar="SECONDS")
+    parser.add_argument("--steps", type=_steps, default=list(USUAL), metavar="NAME,...")
+    arguments = parser.parse_args(argv)
+    out = arguments.out.resolve()
+    rows = session(arguments.steps, out, arguments.time_budget)
+    for name, *_ in rows:
+        print(f"\n-- {name}\n{(_text(out / f'{name}.log')[-STEPS[name].shown :])}")
+    table = tabulate(rows, ("step", "end", "seconds", "last line"), floatfmt=".0f")
+    (out / "summary.txt").write_text(table + "\n", encoding="utf-8")
+    print(f"\n{table}")
+    if any(end != "passed" for _, end, *_ in rows):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Whole decoders with random weights: a step of decoding and a prefill, against 16 bits.
+
+    python -m bench models --device cuda [--model llama-3-8b opt-175b] [--layers N]
+        [--batch 1,16,64] [--context 1024] [--prompt 1024] [--dtype bf16|fp16] [--json FILE]
+        [--time-budget SECONDS]
+    python -m bench models --device cpu --tiny     # whether it works, in 3 minutes
+
+All are compiled with mode="reduce-overhead", so run as CUDA graphs: the same model by Inductor, and
+by finequant with int8 and int4. A step of decoding has a static cache filled with --context tokens;
+what is timed is that step alone, compiled on its own, in turn with the others: 25 steps, the
+median, 20th and 80th percentile. Before that the quantised model's logits are compared with those
+of the model with each weight replaced by its dequantised value, eager.
+
+A model with fewer layers than it has is measured with half as many too; what is said of all its
+layers is extrapolated from the two on a straight line, and marked so. "first call" is with empty
+caches for the first line of a model only; it includes quantisation.
+"""
+
+import argparse
+import gc
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bench.decoding import Decoding, Prefill
+from bench.failures import failure
+from bench.identity import identity
+from bench.interleaved import REPLAYS, WARM_UPS
+from bench.kernels import DTYPES, LEASE, MANY_COMPILATIONS
+from bench.model_rows import Phase, measured_rows
+from bench.model_table import extrapolated, model_table
+from bench.model_zoo import MODELS, build, parameter_bytes
+from bench.results import Budget, Results, Row
+from fqcompile.commands.tune import _row_counts as row_counts
+from fqcompile.errors import FineQuantError
+from fqcompile.kernels.gpu import gpu_of
+from fqcompile.kernels.tuning.search import DeviceLost
+
+_STEPS = WARM_UPS + REPLAYS + 1
+TINY = {"model": ["tiny", "tiny-opt"], "batch": [1, 2], "context": 32, "prompt": 16}
+
+
+def phases(model: torch.nn.Module, arguments: argparse.Namespace) -> Iterator[tuple[Row, Phase]]:
+    """The prefill, and decoding for each batch; made one after another, for caches are large."""
+    prompt, context = arguments.prompt, arguments.context
+    yield {"phase": "prefill", "batch": 1, "tokens": prompt}, Prefill(model, prompt)
+    for batch in arguments.batch:
+        about = {"phase": "decode", "batch": batch, "tokens": context}
+        yield about, Decoding(model, batch, context, _STEPS)
+
+
+@dataclass
+class Runner:
+    """Measures model after model into `results`, as long as there is time."""
+
+    arguments: argparse.Namespace
+    device: torch.device
+    results: Results
+    budget: Budget
+
+    def run(self) -> None:
+        with torch.no_grad():
+            for name in tqdm(self.arguments.model, "models", disable=None):
+                layers = min(self.arguments.layers or MODELS[name].timed, MODELS[name].layers)
+                try:
+                    for count in self._counts(name, layers):
+                        self._attempt(name, count)
+                except DeviceLost as lost:
+                    self.results.leave_out(f"{name} and all after it: {lost}")
+                    return
+                self.results.add(*extrapolated(self.results.rows, name, MODELS[name].layers))
+
+    def _counts(self, name: str, layers: int) -> list[int]:
+        return [layers] if layers == MODELS[name].layers else sorted({max(1, layers // 2), layers})
+
+    def _attempt(self, name: str, layers: int) -> None:
+        if not self.budget.allows_a_step():
+            self.results.leave_out(f"{name}, {layers} layers")
+            return
+        gc.collect()  # of a model before this one
+        torch.cuda.empty_cache()
+        try:
+            self._measure(name, layers)
+        except Exception as error:
+            self.results.leave_out(f"{name}, {layers} layers: {failure(error)}")
+
+    def _measure(self, name: str, layers: int) -> None:
+        model = build(name, layers, DTYPES[self.arguments.dtype], self.device)
+        whole = {"model": name, "layers": layers, "of_layers": MODELS[name].layers}
+        whole |= {"parameter_bytes": parameter_bytes(model)}
+        for about, phase in phases(model, self.arguments):
+            if not self.budget.allows_a_step():
+                what = f"{name}, {layers} layers, {about['phase']} {about['batch']}"
+                self.results.leave_out(what)
+                continue
+            rows = measured_rows(model, phase, layers, self.arguments.inner)
+            self.results.add(*(whole | about | row for row in rows))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    real = [name for name in MODELS if not name.startswith("tiny")]
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=real)
+    parser.add_argument("--layers", type=int, help="time so many (default: what fits one GPU)")
+    parser.add_argument("--batch", type=row_counts, default=[1, 16, 64], metavar="B,...")
+    parser.add_argument("--context", type=int, default=1024, help="tokens that decoding attends to")
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prefill")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--tiny", action="store_true", help="made-up models: does it work?")
+    parser.add_argument("--inner", default="inductor", help="backend that compiles the graphs")
+    parser.add_argument("--json", metavar="FILE", help="write rows and identity there")
+    parser.add_argument("--time-budget", type=float, default=LEASE, metavar="SECONDS")
+    arguments = parser.parse_args(argv)
+    if arguments.tiny:
+        vars(arguments).update(TINY)
+    if arguments.layers is not None and arguments.layers < 1:
+        parser.error(f"--layers {arguments.layers}: at least 1")
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> Results:
+    """Everything that the arguments ask for, or what the time budget allows of it."""
+    device = torch.device(arguments.device)
+    if device.type == "cuda":
+        gpu_of(device)
+    if arguments.inner == "inductor":
+        torch.compile(lambda x: x + 1)(torch.zeros(3))  # starts Inductor's helpers, for nobody
+    settings = {k: v for k, v in vars(arguments).items() if k not in ("device", "json")}
+    path = None if arguments.json is None else Path(arguments.json)
+    results = Results(identity(device), settings, path)
+    Runner(arguments, device, results, Budget(arguments.time_budget)).run()
+    return results
+
+
+def show(results: Results) -> None:
+    """What it was measured on, what went wrong and what is missing; the table last."""
+    print(", ".join(f"{key} {value}" for key, value in results.identity.items()))
+    for row in results.rows:
+        if "failure" in row:
+            where = f"{row['model']} {row['phase']} batch {row['batch']}, {row['layers']} layers"
+            print(f"{where}, {row['way']}: {row['failure']}")
+        elif row.get("cudagraph_skips"):
+            print(f"{row['model']} {row['phase']} {row['way']}: ran WITHOUT CUDA graphs")
+    if results.left_out:
+        print(f"left out {len(results.left_out)}: {', '.join(results.left_out)}")
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        print(f"most device memory of all ways and their checks together: {peak:.1f} GiB")
+    print(f"\n{model_table(results.rows)}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["TRITON_CACHE_DIR"] = cache
+        try:
+            # Each batch and way is a compilation of its own of one function.
+            with torch._dynamo.config.patch(MANY_COMPILATIONS):
+                results = run(arguments)
+        except FineQuantError as error:
+            raise SystemExit(f"bench models: {error}") from error
+        show(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""`bench gpu`, the identity and the budget: without a GPU and without waiting."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu, identity
+from bench.__main__ import BENCHMARKS
+from bench.gpu import Step
+from bench.launch_overhead import host_microseconds
+from bench.results import Budget
+
+ROOT = Path(__file__).parents[2]
+
+
+def step(code: str, share: float = 1.0) -> Step:
+    return Step(lambda out, seconds: (sys.executable, "-c", code), share)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up = {
+        "good": step("print('a'); print('b')"),
+        "bad": step("print('why'); raise SystemExit(3)"),
+        "slow": step("import time; print('begun', flush=True); time.sleep(60)", 0.1),
+    }
+    monkeypatch.setattr(gpu, "STEPS", made_up)
+
+
+def test_no_step_stops_the_next(
+    steps: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = time.monotonic()
+    options = ["--time-budget", "20", "--steps", "bad,slow,good"]
+    with pytest.raises(SystemExit, match="1"):
+        gpu.main(["--out", str(tmp_path / "out"), *options])
+    assert time.monotonic() - start < 15
+    table = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split()[:2] for line in table] == [
+        ["bad", "FAILED"], ["slow", "STOPPED"], ["good", "passed"]
+    ]  # fmt: skip
+    assert table[0].endswith("why")
+    assert table[1].endswith("begun")
+    assert (tmp_path / "out" / "good.log").read_text() == "a\nb\n"
+    assert "good" in (tmp_path / "out" / "summary.txt").read_text()
+
+
+def test_without_time_left_a_step_is_left_out(steps: None, tmp_path: Path) -> None:
+    assert gpu.session(["good"], tmp_path, 0.5) == [("good", "no time", 0.0, "")]
+
+
+def test_the_usual_steps_are_there_in_their_order_and_their_commands_known() -> None:
+    assert gpu.USUAL == ("environment", "subnormals", "tests", "kernels", "overhead")
+    for name, known in gpu.STEPS.items():
+        command = known.command(Path("out"), 100.0)
+        if "bench" in command:
+            assert command[command.index("bench") + 1] in BENCHMARKS, name
+    assert "--time-budget" in gpu.STEPS["kernels"].command(Path("out"), 100.0)
+
+
+def test_a_folder_is_named_after_the_device() -> None:
+    assert identity.slug("NVIDIA A100-SXM4-80GB") == "nvidia-a100-sxm4-80gb"
+    assert identity.slug("AMD EPYC (x)") == "amd-epyc-x"
+
+
+def test_who_copied_the_checkout_says_which_commit_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BENCH_COMMIT", "abc")
+    assert identity.commit() == "abc"
+    monkeypatch.delenv("BENCH_COMMIT")
+    monkeypatch.setattr(identity, "_git", lambda *arguments: None)
+    assert identity.commit() == "unknown"
+    answers = {"rev-parse": "def", "status": " M x"}
+    monkeypatch.setattr(identity, "_git", lambda command, *rest: answers[command])
+    assert identity.commit() == "def+"
+    assert identity.identity(torch.device("cpu"))["commit"] == "def+"
+
+
+def test_a_step_begins_where_the_longest_so_far_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    budget = Budget(10.0)
+    allowed = []
+    for moment in (0.0, 4.0, 5.0, 6.5):
+        clock[0] = moment
+        allowed.append(budget.allows_a_step())
+    assert allowed == [True, True, True, False]
+    assert budget.left == 3.5
+
+
+def test_host_time_is_of_one_call_and_taken_in_turn() -> None:
+    order: list[str] = []
+    run = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    times = host_microseconds(run, calls=3, repeat=2, synchronize=lambda: order.append("|"))
+    assert "".join(order) == "|aaa|bbb" * 3 + "|"
+    assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2}
+
+
+def test_the_overhead_is_measured_with_a_stub_in_place_of_the_launch() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    command = ["launch_overhead", "--device", "cpu", "--calls", "5", "--repeat", "2"]
+    result = subprocess.run(
+        [sys.executable, "-m", "bench", *command], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "STUB" in result.stdout
+    for way in ("Triton's launcher", "dequant_gemm", "operator, no_grad"):
+        assert way in result.stdout

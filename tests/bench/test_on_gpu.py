@@ -1,0 +1,38 @@
+"""What only a GPU can show of the benchmarks: graphs are captured, and times are believable."""
+
+import pytest
+import torch
+
+from bench import kernels, models
+from bench.interleaved import recorded_on_gpu
+from fqcompile.kernels.gpu import gpu_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="times on a GPU"),
+]
+DEVICE = torch.device("cuda")
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_every_contender_that_is_there_is_right_and_no_faster_than_memory(bits: str) -> None:
+    group = "128" if bits == "4" else "column"
+    options = ["--shapes", "4096x4096", "--m", "1,16", "--bits", bits, "--group", group]
+    arguments = kernels.parse(options)
+    results = kernels.run(arguments, DEVICE, gpu_of(DEVICE), recorded_on_gpu)
+    timed = {row["contender"] for row in results.rows if "us" in row}
+    assert {"fqcompile closed form", "fqcompile dense", "cuBLAS", "torch.compile"} <= timed
+    wrong = [row for row in results.rows if "wrong" in row.get("failure", "")]
+    assert not wrong, wrong
+    for row in results.rows:
+        if "us" in row:
+            assert row["ideal_us"] < row["us"] < 100 * row["ideal_us"], row
+
+
+def test_models_run_as_cuda_graphs() -> None:
+    arguments = models.parse(["--model", "tiny", "--layers", "1", "--batch", "2"])
+    rows = models.run(arguments).rows
+    assert not [row for row in rows if "failure" in row]
+    assert {row["way"]: row["cudagraph_skips"] for row in rows} == {
+        "inductor": 0, "int8": 0, "int4": 0
+    }  # fmt: skip
