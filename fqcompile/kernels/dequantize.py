@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from fqcompile.kernels.epilogue import apply_epilogue
 from fqcompile.kernels.launch_table import Config
+from fqcompile.kernels.routing import one_by_one
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import PLAIN, PackedLinear, Template, dequantize_plain
 
@@ -43,4 +44,6 @@ def _refuse(spec: GemmSpec) -> str | None:
     return None
 
 
-DEQUANTIZE = Template("dequantize", PLAIN, _refuse, lambda spec: None, _linear)
+DEQUANTIZE = Template(
+    "dequantize", PLAIN, _refuse, lambda spec: None, _linear, experts=one_by_one(_linear)
+)

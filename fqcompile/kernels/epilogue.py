@@ -19,23 +19,60 @@ HAS_TRITON = find_spec("triton") is not None
 _forms: Any = import_module("fqcompile.kernels.triton.activations") if HAS_TRITON else None
 
 
+# Of GPT-OSS's gated unit: silu with a steeper sigmoid, both sides clamped, `up` off by one.
+SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT = 1.702, 7.0
+
+
+def _same(z: torch.Tensor) -> torch.Tensor:
+    return z
+
+
+def _same_gradient(dy: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    return dy
+
+
+def _swiglu_oai(z: torch.Tensor) -> torch.Tensor:
+    z = z.clamp(max=SWIGLU_OAI_LIMIT)
+    return z * torch.sigmoid(z * SWIGLU_OAI_ALPHA)
+
+
+def _swiglu_oai_backward(dy: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    alpha, limit = SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT
+    sigmoid = torch.sigmoid(z * alpha)
+    slope = sigmoid * (1 + z * alpha * (1 - sigmoid))
+    return dy * torch.where(z <= limit, slope, 0)
+
+
+def _swiglu_oai_up(z: torch.Tensor) -> torch.Tensor:
+    return z.clamp(-SWIGLU_OAI_LIMIT, SWIGLU_OAI_LIMIT) + 1
+
+
+def _swiglu_oai_up_backward(dy: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    return dy * (z.abs() <= SWIGLU_OAI_LIMIT)
+
+
 @dataclass(frozen=True)
 class Activation:
     """`forward(z)`, and `backward(dy, z)` = dy * forward'(z), both on the pre-activation z.
 
-    `triton_form` is forward's for kernels, in fp32; None where Triton is not installed.
+    Gated, the result is forward(gate) * up(up); few activations do more to `up` than hand it on.
+    `triton_form` is forward's for kernels, in fp32, and `triton_up` that of `up`; None where Triton
+    is not installed.
     """
 
     name: str
     forward: Callable[[torch.Tensor], torch.Tensor]
     backward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     triton_form: Any
+    up: Callable[[torch.Tensor], torch.Tensor] = _same
+    up_backward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = _same_gradient
+    triton_up: Any = _forms and _forms.none
 
 
 ACTIVATIONS: dict[str, Activation] = {
     a.name: a
     for a in (
-        Activation("none", lambda z: z, lambda dy, z: dy, _forms and _forms.none),
+        Activation("none", _same, _same_gradient, _forms and _forms.none),
         Activation(
             "relu",
             F.relu,
@@ -50,6 +87,15 @@ ACTIVATIONS: dict[str, Activation] = {
             _forms and _forms.gelu_tanh,
         ),
         Activation("silu", F.silu, aten.silu_backward, _forms and _forms.silu),
+        Activation(
+            "swiglu_oai",
+            _swiglu_oai,
+            _swiglu_oai_backward,
+            _forms and _forms.swiglu_oai,
+            _swiglu_oai_up,
+            _swiglu_oai_up_backward,
+            _forms and _forms.swiglu_oai_up,
+        ),
     )
 }
 
@@ -75,10 +121,20 @@ def apply_epilogue(
     """Bias, activation, gate x up, residual, in z's dtype. z: [..., rows of the weight]."""
     if bias is not None:
         z = z + bias.to(z.dtype)
-    forward = activation(act).forward
+    table = activation(act)
     if gated:
         gate, up = z.chunk(2, dim=-1)
-        z = forward(gate) * up
+        z = table.forward(gate) * table.up(up)
     else:
-        z = forward(z)
+        z = table.forward(z)
     return z if residual is None else z + residual.to(z.dtype)
+
+
+def epilogue_backward(dy: torch.Tensor, z: torch.Tensor, act: str, gated: bool) -> torch.Tensor:
+    """dz from dy [..., N], for z [..., rows of the weight] with its bias."""
+    table = activation(act)
+    if not gated:
+        return table.backward(dy, z)
+    gate, up = z.chunk(2, dim=-1)
+    through_gate = table.backward(dy * table.up(up), gate)
+    return torch.cat((through_gate, table.up_backward(dy * table.forward(gate), up)), dim=-1)

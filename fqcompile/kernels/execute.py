@@ -1,6 +1,7 @@
 """Runs the kernel that a node names; where it does not build on this machine, the plain way."""
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from fqcompile.errors import KernelBuildError
 from fqcompile.kernels.epilogue import apply_epilogue
 from fqcompile.kernels.launch_table import Config
 from fqcompile.kernels.registry import KernelChoice, parse_kernel
+from fqcompile.kernels.routing import Routing, expert_of, one_by_one
 from fqcompile.kernels.template import PackedLinear
 
 log = logging.getLogger("fqcompile")
@@ -41,14 +43,26 @@ def run_linear(
         except KernelBuildError as error:
             if choice.template.layout.dequantize is None:
                 raise
-            BROKEN[_build(choice, config, x, weight, activation, gated)] = str(error)
-            log.warning(
-                "kernel %s does not build here: %s; its layers are dequantised and multiplied by "
-                "PyTorch instead, which is slower",
-                choice.template.name if config is None else f"{choice.template.name}:{config}",
-                error,
-            )
-    return _plainly(x, weight, bias, residual, activation, gated, choice)
+            _note_broken(choice, config, x, weight, activation, gated, error)
+    return _plainly(x, weight, bias, residual, activation, gated, config, choice)
+
+
+def _note_broken(
+    choice: KernelChoice,
+    config: Config | None,
+    x: Tensor,
+    weight: PackedLinear,
+    activation: str,
+    gated: bool,
+    error: KernelBuildError,
+) -> None:
+    BROKEN[_build(choice, config, x, weight, activation, gated)] = str(error)
+    log.warning(
+        "kernel %s does not build here: %s; its layers are dequantised and multiplied by "
+        "PyTorch instead, which is slower",
+        choice.template.name if config is None else f"{choice.template.name}:{config}",
+        error,
+    )
 
 
 def _build(
@@ -71,12 +85,58 @@ def _plainly(
     residual: Tensor | None,
     activation: str,
     gated: bool,
+    config: Config | None,
     choice: KernelChoice,
 ) -> Tensor:
     dequantize = choice.template.layout.dequantize
     assert dequantize is not None, "checked before"
     z = F.linear(x, dequantize(weight, x.dtype), bias)
     return apply_epilogue(z, None, residual, activation, gated)
+
+
+def run_experts(
+    x: Tensor,
+    weight: PackedLinear,
+    offsets: Tensor | None,
+    ids: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    gated: bool,
+    kernel: str,
+) -> Tensor:
+    """`act(x[m] @ ŵ[e(m)]ᵀ + bias[e(m)])` [M, N] for x [M, K], M >= 1, by the kernel named.
+
+    Raises:
+        IndexError: on a CPU, the routing names an expert or a row that there is not.
+        KernelBuildError: the kernel does not build here, and its layout cannot be dequantised.
+    """
+    choice = parse_kernel(kernel)
+    config = None if choice.launches is None else choice.launches.at(x.shape[0])
+    run = choice.template.experts
+    assert run is not None, f"{kernel} runs no experts: select must not have chosen it"
+    if not BROKEN or _build(choice, config, x, weight, activation, gated) not in BROKEN:
+        try:
+            return run(x, weight, offsets, ids, bias, activation, gated, config)
+        except KernelBuildError as error:
+            if choice.template.layout.dequantize is None:
+                raise
+            _note_broken(choice, config, x, weight, activation, gated, error)
+
+    return one_by_one(partial(_plainly, choice=choice))(
+        x, weight, offsets, ids, bias, activation, gated, config
+    )
+
+
+def run_experts_backward(
+    dz: Tensor, weight: PackedLinear, offsets: Tensor | None, ids: Tensor | None, kernel: str
+) -> Tensor:
+    """dz[m] @ ŵ[e(m)] [M, K], one expert's ŵ at a time; zero for rows without an expert."""
+    dx = dz.new_zeros(dz.shape[0], weight.k)
+    routing = Routing(offsets, ids)
+    for expert, rows in routing.rows_of_experts(weight.qweight.shape[0], dz.shape[0]):
+        w_hat = dequantize_weight(expert_of(weight, expert), dz.dtype, kernel)
+        dx[rows] = dz[rows] @ w_hat
+    return dx
 
 
 def dequantize_weight(weight: PackedLinear, dtype: torch.dtype, kernel: str) -> Tensor:

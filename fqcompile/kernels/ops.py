@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fqcompile.kernels.epilogue import ACTIVATIONS, activation
+from fqcompile.kernels.epilogue import ACTIVATIONS, epilogue_backward
 from fqcompile.kernels.execute import dequantize_weight, run_linear
 from fqcompile.kernels.template import PackedLinear
 
@@ -33,7 +33,9 @@ DEQUANTIZE_SCHEMA = (
 
 # Compiled graphs are cached on disk by the graph and this: another version of the operators, whose
 # calls or backward graphs differ, does not find them.
-CACHE_TAG = f"fqcompile:{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}"
+_SOURCES = sorted(Path(__file__).parent.glob("*ops.py"))
+_DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()
+CACHE_TAG = f"fqcompile:{_DIGEST[:16]}"
 
 _library = torch.library.Library("fqcompile", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -145,7 +147,7 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         z = linear(
             x, qweight, scale, bias, None, bits, group_size, rows, k, "none", False, template
         )
-        dz = _epilogue_backward(dy, z, act, gated)
+        dz = epilogue_backward(dy, z, act, gated)
     dx = dbias = None
     if ctx.needs_input_grad[0]:
         w_hat = dequantize(qweight, scale, bits, group_size, rows, k, x.dtype, kernel)
@@ -154,14 +156,6 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dbias = dz.reshape(-1, rows).sum(0).to(bias.dtype)
     dresidual = dy if ctx.needs_input_grad[4] else None
     return (dx, None, None, dbias, dresidual, *(None,) * 7)
-
-
-def _epilogue_backward(dy: Tensor, z: Tensor, act: str, gated: bool) -> Tensor:
-    table = activation(act)
-    if not gated:
-        return table.backward(dy, z)
-    gate, up = z.chunk(2, dim=-1)
-    return torch.cat((table.backward(dy * up, gate), dy * table.forward(gate)), dim=-1)
 
 
 torch.library.register_autograd(

@@ -45,11 +45,17 @@ def select_kernel(spec: GemmSpec) -> KernelChoice:
     """
     refusals = []
     for template in TEMPLATES.values():
-        reason = template.refuse(spec)
+        reason = _refusal(template, spec)
         if reason is None:
             return KernelChoice(template, template.launches(spec))
         refusals.append(f"{template.name}: {reason}")
     raise NoKernelError(f"no kernel for {spec}:\n  " + "\n  ".join(refusals))
+
+
+def _refusal(template: Template, spec: GemmSpec) -> str | None:
+    if spec.experts and template.experts is None:
+        return "runs one matrix, not a stack of experts"
+    return template.refuse(spec)
 
 
 @cache

@@ -2,9 +2,11 @@
 
 y[M, N] = act(x[M, K] @ ŵ[N, K]ᵀ + bias[N]) + residual[M, N]
 gated: ŵ has 2N rows, gate over up:  y = act(x @ gateᵀ + b_gate) * (x @ upᵀ + b_up) + residual
+experts: ŵ[E, N, K], and each row of x has its expert:  y[m] = act(x[m] @ ŵ[e(m)]ᵀ + bias[e(m)])
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -23,6 +25,9 @@ class GemmSpec:
         needs_backward: x may require grad, so the weight must be dequantisable again.
         m_range: least and largest number of rows (None: no bound) where the graph leaves it open.
         gpu: the GPU that it will run on; None elsewhere.
+        experts: matrices in the stack; 0 for a plain linear, which has one and no routing.
+        routing: how the rows of x are told their experts, see `kernels.routing`; m counts the
+            routed rows, so tokens times experts per token.
     """
 
     m: int
@@ -40,8 +45,10 @@ class GemmSpec:
     needs_backward: bool = False
     m_range: tuple[int, int | None] | None = None
     gpu: Gpu | None = None
+    experts: int = 0
+    routing: Literal["grouped", "gathered"] | None = None
 
     @property
     def weight_rows(self) -> int:
-        """Rows of the packed weight."""
+        """Rows of the packed weight, of one expert where there are several."""
         return 2 * self.n if self.gated else self.n

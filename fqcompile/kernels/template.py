@@ -16,7 +16,10 @@ SearchMode = Literal["fast", "max"]
 
 
 class PackedLinear(NamedTuple):
-    """A packed weight with its format, as the op received it. qweight and scale follow `layout`."""
+    """A packed weight with its format, as the op received it. qweight and scale follow `layout`.
+
+    Of a stack of experts, both have one more dimension in front, and `rows` are those of one.
+    """
 
     qweight: torch.Tensor
     scale: torch.Tensor
@@ -35,6 +38,26 @@ class LinearFn(Protocol):
         weight: PackedLinear,
         bias: torch.Tensor | None,
         residual: torch.Tensor | None,
+        activation: str,
+        gated: bool,
+        config: Config | None,
+    ) -> torch.Tensor: ...
+
+
+class ExpertsFn(Protocol):
+    """`act(x[m] @ ŵ[e(m)]ᵀ + bias[e(m)])` for x [M, K] with M >= 1; returns [M, N] in x's dtype.
+
+    Row m's expert e(m) is told by offsets or by ids, see `routing`; bias is [E, rows of one].
+    Experts without rows are not read; rows without an expert are not written.
+    """
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        weight: PackedLinear,
+        offsets: torch.Tensor | None,
+        ids: torch.Tensor | None,
+        bias: torch.Tensor | None,
         activation: str,
         gated: bool,
         config: Config | None,
@@ -79,6 +102,7 @@ class Template:
         linear: runs it.
         candidates: configurations worth measuring for M rows, the one of `launches` first; at most
             12 in mode "fast".
+        experts: runs it for experts; None where the template has one matrix alone.
     """
 
     name: str
@@ -87,3 +111,4 @@ class Template:
     launches: Callable[[GemmSpec], LaunchTable | None]
     linear: LinearFn
     candidates: Callable[[GemmSpec, int, SearchMode], Sequence[Config]] = nothing_to_search
+    experts: ExpertsFn | None = None

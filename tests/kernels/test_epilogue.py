@@ -5,7 +5,7 @@ import torch
 
 from fqcompile.errors import OptionError
 from fqcompile.kernels.epilogue import ACTIVATIONS, activation, apply_epilogue
-from tests.kernels.test_ops import exact_activation
+from tests.kernels.test_ops import exact_activation, exact_up
 
 Z = torch.cat([torch.linspace(-9, 9, 181), torch.tensor([-100.0, 100.0, -1e-30, 1e-30])])
 
@@ -29,8 +29,19 @@ def test_backward_is_autograd_of_the_formula(name: str) -> None:
     torch.testing.assert_close(got, z.grad.float(), rtol=2**-18, atol=2**-18)
 
 
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_up_and_its_backward_are_the_formula(name: str) -> None:
+    z = Z.double().requires_grad_()
+    dy = torch.randn(len(Z), generator=torch.Generator().manual_seed(0)).double()
+    want = exact_up(name, z)
+    want.backward(dy)
+    table = ACTIVATIONS[name]
+    torch.testing.assert_close(table.up(Z), want.float(), rtol=2**-23, atol=0)
+    torch.testing.assert_close(table.up_backward(dy.float(), Z), z.grad.float())
+
+
 def test_names_of_the_table_are_the_keys() -> None:
-    assert list(ACTIVATIONS) == ["none", "relu", "gelu", "gelu_tanh", "silu"]
+    assert list(ACTIVATIONS) == ["none", "relu", "gelu", "gelu_tanh", "silu", "swiglu_oai"]
     assert all(activation(name).name == name for name in ACTIVATIONS)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fqcompile.kernels.ops import dequantize, linear
-from tests.kernels.test_ops import exact_activation, unpacked
+from tests.kernels.test_ops import exact_activation, exact_up, unpacked
 from tests.strategies import Problem, make_problem
 
 SAMPLES = {
@@ -51,7 +51,7 @@ def gradients(p: Problem, *, exact: bool) -> list[Tensor]:
         w = unpacked(p.qweight, p.scale, p.bits, p.group_size, p.k)
         z = x @ w.t() + bias
         gate, up = z.chunk(2, -1) if p.gated else (z, torch.ones(()))
-        y = exact_activation(p.activation, gate) * up + residual
+        y = exact_activation(p.activation, gate) * exact_up(p.activation, up) + residual
     else:
         y = linear(x, *p.arguments[1:3], bias, residual, *p.arguments[5:], "dequantize")
     probe = torch.randn(p.residual.shape, generator=torch.Generator().manual_seed(7))

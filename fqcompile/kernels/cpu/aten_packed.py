@@ -11,6 +11,7 @@ import torch
 from fqcompile.kernels.dequantize import DEQUANTIZE
 from fqcompile.kernels.epilogue import apply_epilogue
 from fqcompile.kernels.launch_table import Config
+from fqcompile.kernels.routing import one_by_one
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import (
     PLAIN,
@@ -71,7 +72,8 @@ def _refuse_int4(spec: GemmSpec) -> str | None:
         return f"takes a multiple of {_INT4_ROW_MULTIPLE} weight rows, not {spec.weight_rows}"
     if spec.needs_backward:
         return "its layout cannot be dequantised for a backward pass"
-    if spec.m > INT4_MAX_ROWS:
+    # Experts have one layout for all numbers of rows: prefill and decode share their weights.
+    if spec.m > INT4_MAX_ROWS and not spec.experts:
         return f"is slower than dequantising above {INT4_MAX_ROWS} rows; the example has {spec.m}"
     return _refuse_common(spec, 4)
 
@@ -100,5 +102,19 @@ def _linear_int4(
 
 
 ATEN_INT4_CPU = Layout("aten_int4_cpu", _pack_int4)
-INT8PACK = Template("aten_int8pack", PLAIN, _refuse_int8, lambda spec: None, _linear_int8)
-INT4PACK = Template("aten_int4pack", ATEN_INT4_CPU, _refuse_int4, lambda spec: None, _linear_int4)
+INT8PACK = Template(
+    "aten_int8pack",
+    PLAIN,
+    _refuse_int8,
+    lambda spec: None,
+    _linear_int8,
+    experts=one_by_one(_linear_int8),
+)
+INT4PACK = Template(
+    "aten_int4pack",
+    ATEN_INT4_CPU,
+    _refuse_int4,
+    lambda spec: None,
+    _linear_int4,
+    experts=one_by_one(_linear_int4),
+)

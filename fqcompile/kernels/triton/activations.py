@@ -31,3 +31,16 @@ def gelu_tanh(z):
 @triton.jit
 def silu(z):
     return z * tl.sigmoid(z)
+
+
+@triton.jit
+def swiglu_oai(z):
+    # `tl.minimum` would turn NaN into 7.
+    z = tl.where(z > 7.0, 7.0, z)
+    return z * tl.sigmoid(1.702 * z)
+
+
+@triton.jit
+def swiglu_oai_up(z):
+    z = tl.where(z > 7.0, 7.0, z)
+    return tl.where(z < -7.0, -7.0, z) + 1.0
