@@ -1,7 +1,11 @@
-"""How to quantise a matrix, decided from its weights alone, and doing it."""
+"""How to quantise a matrix or a stack of experts, decided from the weights alone, and doing it.
+
+Each expert [N, K] of a stack [E, N, K] asks for a group size as a matrix does; the stack gets the
+finest, since one kernel runs them all and an expert with outliers must not lose by its neighbours.
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,38 +25,69 @@ from fqcompile.quant.validate import check_quantizable
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """How one matrix is quantised, and the error that this delivers on the whole of it."""
+    """How a weight is quantised, and the error that this delivers on the whole of it.
+
+    `expert_errors` are those of the experts of a stack, in their order; of a matrix there are none.
+    """
 
     bits: int
     group_size: int
     scale_method: str
     scale_dtype: torch.dtype
     relative_error: float
+    expert_errors: tuple[float, ...] = ()
+
+    @property
+    def worst_error(self) -> float:
+        """Of the matrix, or of the expert that is worst off: what a budget bounds."""
+        return max(self.expert_errors, default=self.relative_error)
 
 
 @plain_tensors()
 def choose_and_quantize(
     w: torch.Tensor, options: SiteOptions, scale_dtype: torch.dtype
 ) -> tuple[QuantPlan, QuantizedWeight]:
-    """Bits, group size and scale type of w [N, K], and w quantised so; deterministic.
+    """Bits, group size and scale type of w [N, K] or [E, N, K], and w quantised so; deterministic.
 
-    Raises UnquantizableWeight, whose text is the reason for the report.
+    A stack is quantised as the matrix [E * N, K] of its experts' rows. Raises UnquantizableWeight,
+    whose text is the reason for the report.
     """
-    check_quantizable(w)
-    group_size = _first_group_size(w, options, scale_dtype)
+    matrices = _checked_matrices(w)
+    group_size = min(
+        _first_group_size(matrix, options, scale_dtype) for matrix in _distinct(matrices, options)
+    )
     budget = math.inf if options.error_budget is None else options.error_budget
     plans = []
-    for bits, size in _attempts(options, group_size, w.shape[1]):
+    for bits, size in _attempts(options, group_size, w.shape[-1]):
         plan, weight = _deliver(w, QTYPES[bits], size, options.scale_method, scale_dtype)
-        if plan.relative_error <= budget:
+        if plan.worst_error <= budget:
             return plan, weight
         plans.append(plan)
-    best = min(plans, key=lambda plan: plan.relative_error)
+    best = min(plans, key=lambda plan: plan.worst_error)
+    where = f"expert {best.expert_errors.index(best.worst_error)}: " if best.expert_errors else ""
     raise UnquantizableWeight(
-        f"error_budget {budget:g} cannot be met: the best relative error is "
-        f"{best.relative_error:.3g}, at {best.bits} bits and group size {best.group_size}; "
+        f"{where}error_budget {budget:g} cannot be met: the best relative error is "
+        f"{best.worst_error:.3g}, at {best.bits} bits and group size {best.group_size}; "
         "raise error_budget or lower min_group_size"
     )
+
+
+def _checked_matrices(w: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The matrix, or the experts of the stack; the reason why one cannot be quantised names it."""
+    if w.dim() != 3 or not len(w):
+        check_quantizable(w)
+        return [w]
+    for expert, matrix in enumerate(w):
+        try:
+            check_quantizable(matrix)
+        except UnquantizableWeight as error:
+            raise UnquantizableWeight(f"expert {expert}: {error}") from error
+    return w.unbind()
+
+
+def _distinct(matrices: Sequence[torch.Tensor], options: SiteOptions) -> Sequence[torch.Tensor]:
+    """Those that may ask for different group sizes: all, where a rule looks at their values."""
+    return matrices if options.granularity in RULES else matrices[:1]
 
 
 def choose_plan(w: torch.Tensor, options: SiteOptions, scale_dtype: torch.dtype) -> QuantPlan:
@@ -62,8 +97,8 @@ def choose_plan(w: torch.Tensor, options: SiteOptions, scale_dtype: torch.dtype)
 
 @plain_tensors()
 def quantize_weight(w: torch.Tensor, plan: QuantPlan) -> QuantizedWeight:
-    """w [N, K] quantised as planned, in fresh ordinary tensors on the device of w."""
-    check_quantizable(w)
+    """w [N, K] or [E, N, K] quantised as planned, in fresh ordinary tensors on the device of w."""
+    _checked_matrices(w)
     qtype = QTYPES[plan.bits]
     return _deliver(w, qtype, plan.group_size, plan.scale_method, plan.scale_dtype)[1]
 
@@ -97,10 +132,29 @@ def _attempts(options: SiteOptions, group_size: int, k: int) -> Iterator[tuple[i
 def _deliver(
     w: torch.Tensor, qtype: QType, group_size: int, method: str, scale_dtype: torch.dtype
 ) -> tuple[QuantPlan, QuantizedWeight]:
-    """w quantised at this group size, and the plan with the error that this has on all of w."""
-    n, k = w.shape
-    scale = choose_scale(w, qtype, group_size, method, scale_dtype)
-    qweight = torch.empty(n, packed_columns(qtype, k), dtype=qtype.storage_dtype, device=w.device)
+    """w quantised at this group size, and the plan with the errors that this has."""
+    n, k = w.shape[-2:]
+    matrices = [w] if w.dim() == 2 else w.unbind()
+    columns, rows = packed_columns(qtype, k), n * len(matrices)
+    qweight = torch.empty(rows, columns, dtype=qtype.storage_dtype, device=w.device)
+    scales = [choose_scale(m, qtype, group_size, method, scale_dtype) for m in matrices]
+    if len({scale.dtype for scale in scales}) > 1:  # 16 bits cannot hold those of some expert
+        scales = [choose_scale(m, qtype, group_size, method, torch.float32) for m in matrices]
+    norms = [
+        _encode(matrix, scale, part, qtype, group_size)
+        for matrix, scale, part in zip(matrices, scales, qweight.split(n), strict=True)
+    ]
+    errors = tuple(map(relative_error_from, norms)) if w.dim() == 3 else ()
+    whole = relative_error_from([piece for pieces in norms for piece in pieces])
+    plan = QuantPlan(qtype.bits, group_size, method, scales[0].dtype, whole, errors)
+    scale = scales[0] if w.dim() == 2 else torch.cat(scales)
+    return plan, QuantizedWeight(qweight, scale, qtype.bits, group_size, (rows, k))
+
+
+def _encode(
+    w: torch.Tensor, scale: torch.Tensor, qweight: torch.Tensor, qtype: QType, group_size: int
+) -> list[torch.Tensor]:
+    """Writes the codes of w [N, K] to qweight; the squared norms of its pieces."""
 
     def encode(rows: slice) -> torch.Tensor:
         codes = quantize_affine(w[rows], scale[rows], qtype, group_size)
@@ -108,6 +162,4 @@ def _deliver(
         w_hat = dequantize_affine(codes, scale[rows], group_size, torch.float32)
         return squared_norms(w[rows], w_hat)
 
-    error = relative_error_from(each_chunk(encode, w))
-    plan = QuantPlan(qtype.bits, group_size, method, scale.dtype, error)
-    return plan, QuantizedWeight(qweight, scale, qtype.bits, group_size, (n, k))
+    return each_chunk(encode, w)

@@ -53,18 +53,45 @@ class QuantizedWeight:
         scale = self.scale.repeat_interleave(repeats, 1)[:, :groups].contiguous()
         return type(self)(self.qweight, scale, self.bits, min(group_size, k), self.shape)
 
+    def narrow(self, start: int, rows: int) -> Self:
+        """The rows from `start` on; views."""
+        qweight, scale = self.qweight.narrow(0, start, rows), self.scale.narrow(0, start, rows)
+        return type(self)(qweight, scale, self.bits, self.group_size, (rows, self.shape[1]))
+
+    def split(self, experts: int) -> list[Self]:
+        """The matrices of a stack whose rows [E * N, K] these are; views."""
+        rows = self.shape[0] // experts
+        return [self.narrow(expert * rows, rows) for expert in range(experts)]
+
+    @plain_tensors()
+    def gate_then_up(self, experts: int = 1) -> Self:
+        """Each expert's rows 0, 2, 4, ... before its rows 1, 3, 5, ..."""
+
+        def move(rows: torch.Tensor) -> torch.Tensor:
+            pairs = rows.view(experts, -1, 2, rows.shape[1])
+            return pairs.transpose(1, 2).reshape(rows.shape)
+
+        moved = move(self.qweight), move(self.scale)
+        return type(self)(*moved, self.bits, self.group_size, self.shape)
+
     @classmethod
     @plain_tensors()
-    def cat(cls, weights: Sequence[Self]) -> Self:
-        """Weights that read the same input, one below the other: along N."""
+    def cat(cls, weights: Sequence[Self], experts: int = 1) -> Self:
+        """Weights that read the same input, one below the other: along N, of each expert."""
         layouts = {(w.bits, w.group_size, w.shape[1]) for w in weights}
         if len(layouts) != 1:
             raise ValueError(
                 f"cat got weights of (bits, group_size, K) {sorted(layouts)}; they must be equal "
                 "and at least one: regroup them first"
             )
+        if len(weights) == 1:
+            return weights[0]
         bits, group_size, k = layouts.pop()
         n = sum(w.shape[0] for w in weights)
+
+        def below(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+            return torch.cat([t.view(experts, -1, t.shape[1]) for t in tensors], 1).flatten(0, 1)
+
         # cat promotes: among float16 and float32 scales all become float32, and lose nothing.
-        scale = torch.cat([w.scale for w in weights])
-        return cls(torch.cat([w.qweight for w in weights]), scale, bits, group_size, (n, k))
+        qweight, scale = below([w.qweight for w in weights]), below([w.scale for w in weights])
+        return cls(qweight, scale, bits, group_size, (n, k))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fqcompile.kernels.template import PLAIN, Layout
+from fqcompile.kernels.template import PLAIN, Layout, PackedTensors
 from fqcompile.quant.choose import QuantPlan, quantize_weight
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.weights.recipe import WeightRecipe
@@ -21,13 +21,17 @@ def part_key(recipe: WeightRecipe, plan: QuantPlan) -> tuple[object, ...]:
 
 @dataclass(frozen=True)
 class PackedPart:
-    """One site's share of the rows: its recipe, the inputs it reads, and how it is quantised."""
+    """One site's share of the rows: its recipe, the inputs it reads, and how it is quantised.
+
+    Of a stack of experts, `rows` are those of one, and `experts` is their number; else it is 0.
+    """
 
     recipe: WeightRecipe
     inputs: tuple[int, ...]
     plan: QuantPlan
     rows: int
     k: int
+    experts: int = 0
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -40,11 +44,16 @@ class PackedPart:
 
 @dataclass(frozen=True)
 class PackedSpec:
-    """Parts stacked along the rows at one group size, in one layout."""
+    """Parts stacked along the rows (of each expert) at one group size, in one layout.
+
+    `interleaved`: gate and up are every other row, and are packed as the kernels want them: all
+    rows of gate, then all of up.
+    """
 
     parts: tuple[PackedPart, ...]
     group_size: int
     layout: Layout = PLAIN
+    interleaved: bool = False
 
     @property
     def bits(self) -> int:
@@ -55,7 +64,13 @@ class PackedSpec:
         return self.parts[0].k
 
     @property
+    def experts(self) -> int:
+        """Matrices in the stack; 0 where the weight is one matrix."""
+        return self.parts[0].experts
+
+    @property
     def rows(self) -> int:
+        """Rows of the matrix, or of each expert's."""
         return sum(part.rows for part in self.parts)
 
     @property
@@ -69,7 +84,8 @@ class PackedSpec:
 
     @property
     def key(self) -> tuple[object, ...]:
-        return (tuple(part.key for part in self.parts), self.group_size, self.layout.name)
+        parts = tuple(part.key for part in self.parts)
+        return (parts, self.experts, self.group_size, self.layout.name, self.interleaved)
 
     def with_layout(self, layout: Layout) -> "PackedSpec":
         return replace(self, layout=layout)
@@ -85,20 +101,34 @@ class PackedSpec:
     def stack(self, weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
         """The parts at one group size (repeating scales loses nothing), one above the other."""
         regrouped = [weight.regroup(self.group_size) for weight in weights]
-        return regrouped[0] if len(regrouped) == 1 else QuantizedWeight.cat(regrouped)
+        stacked = QuantizedWeight.cat(regrouped, max(1, self.experts))
+        return stacked.gate_then_up(max(1, self.experts)) if self.interleaved else stacked
 
-    def slices(self, stacked: QuantizedWeight) -> Iterator[QuantizedWeight]:
-        """The parts again, as views of the stacked tensors."""
+    def pack(self, stacked: QuantizedWeight) -> PackedTensors:
+        """In the layout; experts are packed one by one, so both tensors begin with [E, ...]."""
+        if not self.experts:
+            return self.layout.pack(stacked)
+        if self.layout is PLAIN:  # already one expert after the other
+            views = [t.unflatten(0, (self.experts, -1)) for t in (stacked.qweight, stacked.scale)]
+            return views[0], views[1]
+        return _pack_each(stacked.split(self.experts), self.layout)
+
+    def slices(self, stacked: QuantizedWeight) -> Iterator[QuantizedWeight | None]:
+        """The parts again, as views of the stacked tensors; None where rows changed places."""
+        moved = self.interleaved or (self.experts and len(self.parts) > 1)
         start = 0
         for part in self.parts:
-            yield QuantizedWeight(
-                qweight=stacked.qweight.narrow(0, start, part.rows),
-                scale=stacked.scale.narrow(0, start, part.rows),
-                bits=stacked.bits,
-                group_size=stacked.group_size,
-                shape=(part.rows, part.k),
-            )
-            start += part.rows
+            rows = part.rows * max(1, part.experts)
+            yield None if moved else stacked.narrow(start, rows)
+            start += rows
+
+
+def _pack_each(experts: Sequence[QuantizedWeight], layout: Layout) -> PackedTensors:
+    """Into one tensor each from the start: a second copy of all experts would be large."""
+    qweight, scale = (t.new_empty((len(experts), *t.shape)) for t in layout.pack(experts[0]))
+    for i, expert in enumerate(experts):
+        qweight[i], scale[i] = layout.pack(expert)
+    return qweight, scale
 
 
 def common_group_size(specs: list[PackedSpec]) -> int | None:

@@ -137,4 +137,28 @@ class WeightRecipe:
 
 IDENTITY = WeightRecipe()
 TRANSPOSE = WeightRecipe(1, (Step("t", (Ref(0),), {}),))
+_PLAINEST = (IDENTITY, IDENTITY.then("transpose", -2, -1))
+
+
+def simplified(recipe: WeightRecipe, sources: tuple[Tensor, ...]) -> WeightRecipe:
+    """The recipe, or the identity or one transpose where its result is the same view of its source.
+
+    So a weight that is read once as w.mT and once through w.mT.mT has one packed copy.
+    """
+    if recipe.num_sources != 1 or any(step.name not in MOVING for step in recipe.steps):
+        return recipe
+    (source,) = sources
+    result = recipe(source)
+    for plain in _PLAINEST:
+        if source.dim() >= 2 and _is_same_view(plain(source), result):
+            return plain
+    return recipe
+
+
+def _is_same_view(a: Tensor, b: Tensor) -> bool:
+    same_memory = a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    places = [(t.shape, t.stride(), t.storage_offset(), t.dtype) for t in (a, b)]
+    return same_memory and places[0] == places[1]
+
+
 assert operator.getitem.__name__ in MOVING

@@ -125,8 +125,8 @@ class PackedStore:
         parts = list(spec.part_sources(sources))
         weights = [self.quantized(part, own) or part.quantize(own) for part, own in parts]
         stacked = spec.stack(weights)
-        packed = spec.layout.pack(stacked)
-        plain = packed[0] is stacked.qweight
+        packed = spec.pack(stacked)
+        plain = packed[0].data_ptr() == stacked.qweight.data_ptr()
         views = spec.slices(stacked) if plain else repeat(None)
         for (part, own), view in zip(parts, views, strict=False):
             # scales repeated for a finer group size would not serve a coarser request

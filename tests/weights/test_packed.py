@@ -94,3 +94,44 @@ def test_key_tells_formats_apart_but_not_graph_inputs_or_errors() -> None:
 )
 def test_common_group_size(sizes: tuple[int, ...], common: int | None) -> None:
     assert common_group_size([PackedSpec((part(3, size),), size) for size in sizes]) == common
+
+
+def expert_part(experts: int, rows: int, group_size: int, index: int = 0) -> PackedPart:
+    return PackedPart(IDENTITY, (index,), plan(group_size), rows, K, experts)
+
+
+def expert_weights(experts: int, rows: int, group_size: int, seed: int = 0) -> QuantizedWeight:
+    w = torch.randn(experts, rows, K, generator=torch.Generator().manual_seed(seed))
+    return quantize_weight(w, plan(group_size))
+
+
+def test_experts_are_packed_one_by_one_in_every_layout() -> None:
+    reversed_rows = Layout("reversed", lambda w: (w.qweight.flip(0), w.scale.flip(0)))
+    weight = expert_weights(3, 4, 32)
+    spec = PackedSpec((expert_part(3, 4, 32),), 32)
+    plain, other = spec.pack(weight), spec.with_layout(reversed_rows).pack(weight)
+    assert plain[0].shape == (3, 4, K // 2) and plain[1].shape == (3, 4, 4)
+    assert plain[0].data_ptr() == weight.qweight.data_ptr(), "the plain layout is a view"
+    for made, straight in zip(other, plain, strict=True):
+        assert torch.equal(made, straight.flip(1))
+
+
+def test_gate_and_up_of_experts_meet_in_each_expert() -> None:
+    spec = PackedSpec((expert_part(2, 3, 64, 0), expert_part(2, 5, 32, 1)), 32)
+    weights = [expert_weights(2, 3, 64, 1), expert_weights(2, 5, 32, 2)]
+    assert (spec.rows, spec.experts) == (8, 2)
+    stacked = spec.stack(weights).dequantize(torch.float32).view(2, 8, K)
+    parts = [w.dequantize(torch.float32).view(2, -1, K) for w in weights]
+    assert torch.equal(stacked, torch.cat(parts, 1))
+    assert list(spec.slices(spec.stack(weights))) == [None, None], "no part lies in one piece"
+
+
+def test_interleaved_rows_are_packed_gate_first_and_have_a_key_of_their_own() -> None:
+    straight = PackedSpec((expert_part(2, 6, 32),), 32)
+    interleaved = PackedSpec((expert_part(2, 6, 32),), 32, interleaved=True)
+    weight = expert_weights(2, 6, 32)
+    assert interleaved.key != straight.key
+    want = straight.stack([weight]).dequantize(torch.float32).view(2, 6, K)
+    got = interleaved.stack([weight]).dequantize(torch.float32).view(2, 6, K)
+    assert torch.equal(got, torch.cat([want[:, ::2], want[:, 1::2]], 1))
+    assert list(interleaved.slices(weight)) == [None]

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from fqcompile.errors import UnquantizableWeight
-from fqcompile.weights.recipe import IDENTITY, TRANSPOSE, Ref, Step, WeightRecipe, target_name
+from fqcompile.weights.recipe import (
+    IDENTITY,
+    TRANSPOSE,
+    Ref,
+    Step,
+    WeightRecipe,
+    simplified,
+    target_name,
+)
 
 
 def recipe_of(*steps: tuple[Any, ...], sources: int = 1) -> WeightRecipe:
@@ -129,3 +137,32 @@ def test_key_is_equal_for_equal_steps_and_only_those() -> None:
 
 def test_function_and_method_of_one_name_have_one_key() -> None:
     assert recipe_of((torch.t,)).key == recipe_of(("t",)).key
+
+
+@pytest.mark.parametrize(
+    ("steps", "plain"),
+    [
+        ([("transpose", -2, -1), ("transpose", 1, 2)], IDENTITY),
+        ([("permute", 0, 2, 1)], IDENTITY.then("transpose", -2, -1)),
+        ([("view", 3, 8, 4), ("unsqueeze", 0), ("squeeze", 0)], IDENTITY),
+        ([("contiguous",)], IDENTITY),
+    ],
+    ids=["twice", "permuted", "views", "no copy"],
+)
+def test_views_that_amount_to_less_are_simplified(steps: list, plain: WeightRecipe) -> None:
+    recipe = IDENTITY
+    for method, *args in steps:
+        recipe = recipe.then(method, *args)
+    assert simplified(recipe, (torch.randn(3, 8, 4),)).key == plain.key
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [[("narrow", 1, 0, 4)], [("flip", 1)], [("mul", 2)], [("half",)], [("mT",), ("contiguous",)]],
+    ids=["part", "unknown", "arithmetic", "cast", "copy"],
+)
+def test_other_recipes_stay_as_they_are(steps: list) -> None:
+    recipe = IDENTITY
+    for method, *args in steps:
+        recipe = recipe.then("transpose", -2, -1) if method == "mT" else recipe.then(method, *args)
+    assert simplified(recipe, (torch.randn(3, 8, 4),)) is recipe

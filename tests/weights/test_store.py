@@ -202,3 +202,24 @@ def test_clear_forgets_everything(store: PackedStore) -> None:
     before = store.packed(spec(), (w,))[0]
     store.clear()
     assert store.packed(spec(), (w,))[0] is not before
+
+
+def expert_spec(rows: int = 8, interleaved: bool = False) -> PackedSpec:
+    stack = PackedPart(IDENTITY, (0,), plan(), rows, 64, 4)
+    return PackedSpec((stack,), 32, interleaved=interleaved)
+
+
+def test_experts_keep_one_copy_that_plain_requests_view(store: PackedStore) -> None:
+    w = torch.randn(4, 8, 64)
+    packed = store.packed(expert_spec(), (w,))
+    part = expert_spec().parts[0]
+    plain = store.quantized(part, (w,))
+    assert plain is not None and plain.qweight.data_ptr() == packed[0].data_ptr()
+
+
+def test_experts_with_moved_rows_drop_the_plain_copy(store: PackedStore) -> None:
+    w = torch.randn(4, 8, 64)
+    packed = store.packed(expert_spec(interleaved=True), (w,))
+    assert store.quantized(expert_spec().parts[0], (w,)) is None
+    straight = store.packed(expert_spec(), (w,))
+    assert torch.equal(packed[0][:, :4], straight[0][:, ::2]), "made again on request"
