@@ -1,16 +1,23 @@
 """A dry run: what the backend would do to a model, without compiling it."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from fqcompile.config import FineQuantConfig
 from fqcompile.dry_run import dry_run
+from fqcompile.passes.choose import SWITCH_TO_GROUPED
 from fqcompile.passes.pipeline import Recorder, analyse
 from fqcompile.passes.summary import plan_of
 from fqcompile.report import Plan, Site
+
+_INDEX = re.compile(r"\[\d+\]$")  # match numbers the parts of one parameter
+_NO_GRAPH = (
+    "no captured graph reads it: these inputs do not reach it, or a loop over data broke the graph"
+)
 
 
 def explain(
@@ -38,4 +45,27 @@ def explain(
             sites.setdefault((site.name, hash(site.shape)), site)
 
     dry_run(model, example_inputs, example_kwargs or {}, collect)
-    return Plan(tuple(sites.values()), config.as_dict())
+    unseen = _unseen(model, sites.values(), config.min_elements)
+    return Plan((*sites.values(), *unseen), config.as_dict())
+
+
+def _unseen(model: object, sites: Iterable[Site], min_elements: int) -> Iterator[Site]:
+    """The matrices of a module that no graph reads, as sites that are kept."""
+    names = {_INDEX.sub("", name) for site in sites for name in site.name.split("+")}
+    parameters = model.named_parameters() if isinstance(model, nn.Module) else ()
+    for name, weight in parameters:
+        if weight.dim() not in (2, 3) or weight.numel() < min_elements:
+            continue
+        # a graph that began inside a submodule knows the end of the name
+        if any(name == known or name.endswith(f".{known}") for known in names):
+            continue
+        stacked = weight.dim() == 3
+        yield Site(
+            name=name,
+            kind="experts" if stacked else "linear",
+            shape=tuple(weight.shape),
+            status="kept",
+            reason=_NO_GRAPH + (f"; {SWITCH_TO_GROUPED}" if stacked else ""),
+            bytes_before=weight.nbytes,
+            bytes_after=weight.nbytes,
+        )

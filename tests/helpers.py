@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import fqcompile
-from fqcompile.passes.base import is_linear
+from fqcompile.passes.op_nodes import is_quantized
 from fqcompile.report import CompileReport, Site
 
 # Half the distance of two neighbouring floats around one: the most one rounding changes.
@@ -31,8 +31,8 @@ class InnerGraphs:
         return module.forward
 
     def linears(self) -> list[fx.Node]:
-        """Every quantised linear of every graph."""
-        return [n for module in self.modules for n in module.graph.nodes if is_linear(n)]
+        """Every quantised matmul of every graph."""
+        return [n for module in self.modules for n in module.graph.nodes if is_quantized(n)]
 
 
 def finequant(

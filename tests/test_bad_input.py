@@ -118,7 +118,7 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], torch.dtype, str]] = {
     "computed": (
         lambda: Weighted(_weight(), lambda x, w: F.linear(x, torch.sign(w))),
         torch.float32,
-        "read by sign: not a linear form that is quantised",
+        "read by sign: not a linear or expert form that is quantised",
     ),
 }
 

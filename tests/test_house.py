@@ -28,7 +28,10 @@ LAYERS = [
 ]
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 PIPELINE = ("capture", "match", "choose", "quantize", "rewrite", "fuse", "select", "lower")
-PASS_HELPERS = {"base", "effects", "fold", "linear_forms", "einsum", "stacking"}
+PASS_HELPERS = set(
+    """absorb base effects einsum emit expert_bias expert_einsum expert_forms expert_rewrite fold
+    gated gather linear_forms op_nodes sites stacking""".split()
+)
 
 MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 300, 50, 110
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -4,68 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fqcompile.config import FineQuantConfig
-from fqcompile.kernels import ops as _ops  # noqa: F401  (defines fqcompile::linear)
-from fqcompile.quant.choose import QuantPlan
+from fqcompile.passes.effects import has_effects
+from fqcompile.passes.sites import KeptWeight, WeightSite
 from fqcompile.weights.packed import PackedSpec
-from fqcompile.weights.recipe import WeightRecipe
-
-
-@dataclass(frozen=True)
-class GraphStep:
-    """A tensor method that rewriting puts before or after the op: `value.method(*args)`."""
-
-    method: str
-    args: tuple[Any, ...] = ()
-
-
-@dataclass(eq=False)
-class LinearSite:
-    """One matmul with a constant weight, in the form y = x @ wᵀ + bias with w [N, K].
-
-    Attributes:
-        node: the matmul in the captured graph.
-        x: the activation; `x_steps` bring it to [..., K], `out_steps` the result to node's shape.
-        bias: added to the result where the form has one; may be any shape that `add` accepts.
-        weight: the node that is multiplied with.
-        recipe, sources: how it comes from the graph's constant inputs.
-        reason: why the site stays as it is; None while it may be quantised.
-        settled: the reason lies in the graph and the options, and holds whatever the weights are.
-        plan, packed: set by choose and by quantize.
-        op: the node that computes the site, kept current from rewrite on.
-    """
-
-    node: fx.Node
-    x: fx.Node
-    weight: fx.Node
-    recipe: WeightRecipe
-    sources: tuple[fx.Node, ...]
-    shape: tuple[int, int]
-    bias: fx.Node | None = None
-    x_steps: tuple[GraphStep, ...] = ()
-    out_steps: tuple[GraphStep, ...] = ()
-    name: str = ""
-    head: bool = False
-    reason: str | None = None
-    settled: bool = False
-    plan: QuantPlan | None = None
-    packed: PackedSpec | None = None
-    op: fx.Node | None = None
-
-
-@dataclass(frozen=True)
-class KeptWeight:
-    """A constant matrix that no linear form reads, with what reads it; listed, never quantised."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    nbytes: int
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -94,7 +39,7 @@ class GraphState:
     written: dict[fx.Node, str]
     names: dict[fx.Node, str]
     grad_possible: bool
-    sites: list[LinearSite] = field(default_factory=list)
+    sites: list[WeightSite] = field(default_factory=list)
     kept: list[KeptWeight] = field(default_factory=list)
     packed: dict[fx.Node, PackedPair] = field(default_factory=dict)
     matched: list[str] = field(default_factory=list)
@@ -159,22 +104,15 @@ def erase_unused(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
             graph.erase_node(node)
 
 
-LINEAR = torch.ops.fqcompile.linear.default
-LINEAR_INFERENCE = torch.ops.fqcompile.linear.inference
-_ARGUMENTS = tuple(argument.name for argument in LINEAR._schema.arguments)
+def erase_dead(state: GraphState, nodes: Sequence[fx.Node]) -> None:
+    """Erase those of `nodes` that nobody reads, and what then nobody reads among their inputs.
 
-
-def is_linear(node: object) -> bool:
-    return isinstance(node, fx.Node) and node.target in (LINEAR, LINEAR_INFERENCE)
-
-
-def argument(node: fx.Node, name: str) -> Any:
-    """An argument of an fqcompile::linear node by its schema name; all are positional."""
-    return node.args[_ARGUMENTS.index(name)]
-
-
-def replaced_arguments(node: fx.Node, **changes: Any) -> tuple[Any, ...]:
-    """The arguments of an fqcompile::linear node with some changed."""
-    return tuple(
-        changes.get(name, value) for name, value in zip(_ARGUMENTS, node.args, strict=True)
-    )
+    Quantised matmuls stay, whether read or not: each has its packed inputs.
+    """
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        call = node.op in ("call_function", "call_method") and node not in state.packed
+        if call and not (node._erased or node.users or has_effects(node)):
+            waiting += node.all_input_nodes
+            state.graph.erase_node(node)

@@ -4,7 +4,7 @@ What depends on the graph and the options is decided once (`settle`); what depen
 values is decided again for every instance that runs the graph (`decide`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, fx
 from tqdm import tqdm
 
 from fqcompile.errors import UnquantizableWeight
-from fqcompile.passes.base import GraphState, LinearSite, example
+from fqcompile.passes.base import GraphState, example
 from fqcompile.passes.effects import has_effects
+from fqcompile.passes.sites import WeightSite
 from fqcompile.quant.choose import QuantPlan
 from fqcompile.weights.recipe import target_name
 from fqcompile.weights.store import STORE
@@ -24,6 +25,9 @@ _DEVICES = ("cpu", "cuda")
 # A router scores each of its experts; far fewer rows than any vocabulary that is sampled by top-k.
 _ROUTER_MAX_EXPERTS = 1024
 _ROUTER_MAX_HOPS = 8
+SWITCH_TO_GROUPED = (
+    "for a model of Hugging Face call model.set_experts_implementation('grouped_mm') first"
+)
 
 
 def choose(state: GraphState) -> int:
@@ -32,6 +36,7 @@ def choose(state: GraphState) -> int:
         site.reason = _settled_reason(state, site)
         site.settled = site.reason is not None
     apply_decisions(state, decide(state, state.args))
+    state.warnings += _experts_outside(state)
     state.matched = [f"{s.name}: {s.plan or s.reason}" for s in state.sites]
     return sum(site.plan is not None for site in state.sites)
 
@@ -62,7 +67,7 @@ def apply_decisions(state: GraphState, decisions: tuple[Decision, ...]) -> None:
             site.plan = decision
 
 
-def _decide_site(state: GraphState, site: LinearSite, args: Sequence[Any]) -> Decision:
+def _decide_site(state: GraphState, site: WeightSite, args: Sequence[Any]) -> Decision:
     out = example(site.node)
     assert out is not None
     options = state.config.site_options(site.name, head=site.head)
@@ -98,7 +103,7 @@ def _unsupported(sources: tuple[Tensor, ...]) -> str | None:
     return None
 
 
-def _trainable(state: GraphState, site: LinearSite, sources: tuple[Tensor, ...]) -> str | None:
+def _trainable(state: GraphState, site: WeightSite, sources: tuple[Tensor, ...]) -> str | None:
     if not state.grad_possible or not any(weight.requires_grad for weight in sources):
         return None
     return (
@@ -107,22 +112,50 @@ def _trainable(state: GraphState, site: LinearSite, sources: tuple[Tensor, ...])
     )
 
 
-def _settled_reason(state: GraphState, site: LinearSite) -> str | None:
+def _settled_reason(state: GraphState, site: WeightSite) -> str | None:
     by_name = state.config.kept_by_name(site.name)
     if by_name is not None:
         return by_name
     if _is_router(site) and not state.config.override_matches(site.name):
         return "router: its top-k decides which experts run; name it in overrides to quantise it"
-    n, k = site.shape
-    if n * k < state.config.min_elements:
+    if site.num_weights < state.config.min_elements:
         return f"fewer elements than min_elements={state.config.min_elements}"
     return None
 
 
-def _is_router(site: LinearSite) -> bool:
+def _experts_outside(state: GraphState) -> list[str]:
+    """A router whose choice leaves a graph without experts chooses for those behind a break."""
+    if any(site.kind == "experts" for site in state.sites):
+        return []
+    routers = {site.node: site.name for site in state.sites if _is_router(site)}
+    return [
+        f"the experts of router {name} are in no graph: the model picks them in a Python loop over "
+        f"data, which breaks the graph, so their weights stay as they are; {SWITCH_TO_GROUPED}"
+        for node, name in routers.items()
+        if any(_leaves(top) for top in _top_k_of(node))
+    ]
+
+
+def _top_k_of(scores: fx.Node) -> Iterator[fx.Node]:
+    """The top-k calls that the scores reach within the hops of a router."""
+    frontier, seen = [scores], {scores}
+    for _ in range(_ROUTER_MAX_HOPS):
+        users = [user for node in frontier for user in node.users if user not in seen]
+        seen.update(users)
+        yield from (user for user in users if target_name(user.target) == "topk")
+        frontier = users
+
+
+def _leaves(top: fx.Node) -> bool:
+    """Whether the graph gives the indices back to its caller."""
+    indices = [node for node in top.users if node.args[1:] == (1,)]
+    return any(user.op == "output" for node in indices for user in node.users)
+
+
+def _is_router(site: WeightSite) -> bool:
     """Whether the scores flow into a top-k through pointwise calls, views and (soft)max alone."""
     frontier, seen = [site.node], {site.node}
-    if site.shape[0] > _ROUTER_MAX_EXPERTS:
+    if site.kind != "linear" or site.shape[0] > _ROUTER_MAX_EXPERTS:
         return False
     for _ in range(_ROUTER_MAX_HOPS):
         users = [user for node in frontier for user in node.users if user not in seen]
@@ -133,7 +166,7 @@ def _is_router(site: LinearSite) -> bool:
     return False
 
 
-def _keeps_scores(site: LinearSite, node: fx.Node) -> bool:
+def _keeps_scores(site: WeightSite, node: fx.Node) -> bool:
     """Same number of scores per row: not yet multiplied with anything that mixes them."""
     value, scores = example(node), example(site.node)
     if value is None or scores is None or has_effects(node):

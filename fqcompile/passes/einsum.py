@@ -5,6 +5,7 @@
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ def linear_einsum(
     It is none with a shared batch index, a diagonal, an index summed over on one side, or a
     contracted index of size 1 on one side, which einsum broadcasts.
     """
-    parsed = _parse(equation, weight_position, len(x_shape))
+    parsed = _parse(equation, weight_position, len(weight_shape), len(x_shape))
     if parsed is None:
         return None
     x, weight, out = parsed
@@ -54,22 +55,45 @@ def linear_einsum(
     )
 
 
-def _parse(
-    equation: str, weight_position: int, x_ndim: int
-) -> tuple[list[str], list[str], list[str]] | None:
-    """Index names of x, weight and result; an ellipsis on x becomes as many unnamed indices."""
+def einsum_indices(equation: str, ndims: Sequence[int]) -> list[list[str]] | None:
+    """Index names of two operands and of the result; None where the equation has another form.
+
+    An ellipsis becomes as many unnamed indices as its operand has more dimensions than names; of
+    several, the last ones are shared, as einsum does it.
+    """
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     operands = inputs.split(",")
-    if not arrow or len(operands) != 2:
+    if (
+        not arrow
+        or len(operands) != len(ndims)
+        or any(t.count("...") > 1 for t in (*operands, output))
+    ):
         return None
-    weight, x = operands[weight_position], operands[1 - weight_position]
-    if "." in weight or x.count("...") > 1 or output.count("...") > 1:
+    hidden = [
+        max(0, n - len(t.replace("...", ""))) if "..." in t else 0
+        for t, n in zip(operands, ndims, strict=True)
+    ]
+    unnamed = [f"...{i}" for i in range(max(hidden))]
+    names = [
+        _expand(term, unnamed[len(unnamed) - count :])
+        for term, count in zip((*operands, output), (*hidden, len(unnamed)), strict=True)
+    ]
+    if any(len(set(term)) != len(term) for term in names):
         return None
-    hidden = [f"...{i}" for i in range(x_ndim - len(x.replace("...", "")))] if "..." in x else []
-    names = [_expand(term, hidden) for term in (x, weight, output)]
-    if any(len(set(term)) != len(term) for term in names) or len(names[0]) != x_ndim:
+    fits = all(len(term) == n for term, n in zip(names, ndims, strict=False))
+    return names if fits else None
+
+
+def _parse(
+    equation: str, weight_position: int, weight_ndim: int, x_ndim: int
+) -> tuple[list[str], list[str], list[str]] | None:
+    """Index names of x, weight and result; none of the weight's may be unnamed."""
+    ndims = [x_ndim, x_ndim]
+    ndims[weight_position] = weight_ndim
+    parsed = einsum_indices(equation, ndims)
+    if parsed is None or any(name.startswith(".") for name in parsed[weight_position]):
         return None
-    return names[0], names[1], names[2]
+    return parsed[1 - weight_position], parsed[weight_position], parsed[2]
 
 
 def _expand(term: str, hidden: list[str]) -> list[str]:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from fqcompile.passes.base import GraphStep, example, same_shape
+from fqcompile.passes.base import example, same_shape
 from fqcompile.passes.effects import has_effects
 from fqcompile.passes.einsum import LinearEinsum, linear_einsum
+from fqcompile.passes.sites import GraphStep
 from fqcompile.weights.recipe import target_name
 
 IsConstant = Callable[[object], bool]

@@ -1,6 +1,8 @@
 """2 match: find every matmul with a constant weight; say of other constant matrices who reads them.
 
 linear(x, cat([wq, wk]).to(bf16), b)   ->   LinearSite(x, recipe: cat, to; sources: wq, wk; bias: b)
+bmm(w[ids], x.unsqueeze(-1))           ->   ExpertSite(x, recipe: identity; source: w; routing: ids)
+_grouped_mm(x, w.mT, offs=offsets)     ->   ExpertSite(x, the same recipe; routing: offsets)
 """
 
 import re
@@ -8,10 +10,12 @@ from collections import Counter
 
 from torch import Tensor, fx
 
-from fqcompile.passes.base import GraphState, KeptWeight, LinearSite, example, placeholders
+from fqcompile.passes.base import GraphState, example, placeholders
+from fqcompile.passes.expert_forms import ExpertForm, expert_form
 from fqcompile.passes.fold import ConstantFolder
 from fqcompile.passes.linear_forms import LinearForm, linear_form
-from fqcompile.weights.recipe import target_name
+from fqcompile.passes.sites import ExpertSite, KeptWeight, LinearSite, WeightSite
+from fqcompile.weights.recipe import simplified, target_name
 
 # A head under its usual names; elsewhere a head is known by sharing its weight with an embedding.
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|embed_tokens|wte|word_embeddings|shared)(\.|$)")
@@ -21,15 +25,25 @@ def match(state: GraphState) -> int:
     """Fill `state.sites` and `state.kept`; returns the number of sites."""
     folder = ConstantFolder(state)
     transformed = _transform(state.graph) is not None
-    for node in state.graph.nodes:
-        form = None if transformed else linear_form(node, folder.is_constant)
-        if form is not None and _is_float_matmul(node, form):
-            state.sites.append(_site(state, node, form, folder))
+    for node in [] if transformed else state.graph.nodes:
+        site = _find(state, node, folder)
+        if site is not None:
+            state.sites.append(site)
     state.sites = _without_folded(state.sites)
     _number_equal_names(state.sites)
     state.kept = _other_matrices(state)
     state.matched = [f"{s.name}: {s.node.format_node()}" for s in state.sites]
     return len(state.sites)
+
+
+def _find(state: GraphState, node: fx.Node, folder: ConstantFolder) -> WeightSite | None:
+    linear = linear_form(node, folder.is_constant)
+    if linear is not None:
+        return _linear_site(state, node, linear, folder) if _is_float(node, linear.x) else None
+    experts = expert_form(node, folder.is_constant)
+    if experts is not None and _is_float(node, experts.x):
+        return _expert_site(state, node, experts, folder)
+    return None
 
 
 def _transform(graph: fx.Graph) -> str | None:
@@ -38,11 +52,11 @@ def _transform(graph: fx.Graph) -> str | None:
     return next((name for name in names if name.endswith("_increment_nesting")), None)
 
 
-def _without_folded(sites: list[LinearSite]) -> list[LinearSite]:
+def _without_folded(sites: list[WeightSite]) -> list[WeightSite]:
     """Drop products of constants that only serve as weights of others: they are folded there."""
     weights = {site.node: site.weight for site in sites}
 
-    def only_weighs(site: LinearSite) -> bool:
+    def only_weighs(site: WeightSite) -> bool:
         return bool(site.node.users) and all(
             weights.get(user) is site.node and user.all_input_nodes.count(site.node) == 1
             for user in site.node.users
@@ -51,12 +65,14 @@ def _without_folded(sites: list[LinearSite]) -> list[LinearSite]:
     return [site for site in sites if not only_weighs(site)]
 
 
-def _is_float_matmul(node: fx.Node, form: LinearForm) -> bool:
-    x, out = example(form.x), example(node)
+def _is_float(node: fx.Node, operand: fx.Node) -> bool:
+    x, out = example(operand), example(node)
     return x is not None and out is not None and x.is_floating_point() and out.is_floating_point()
 
 
-def _site(state: GraphState, node: fx.Node, form: LinearForm, folder: ConstantFolder) -> LinearSite:
+def _linear_site(
+    state: GraphState, node: fx.Node, form: LinearForm, folder: ConstantFolder
+) -> LinearSite:
     recipe, sources = folder.recipe(form.weight)
     for step in form.weight_steps:
         recipe = recipe.then(step.method, *step.args)
@@ -70,9 +86,37 @@ def _site(state: GraphState, node: fx.Node, form: LinearForm, folder: ConstantFo
         bias=form.bias,
         x_steps=form.x_steps,
         out_steps=form.out_steps,
-        name="+".join(dict.fromkeys(state.names[s] for s in sources)),
+        name=_name(state, sources),
         head=any(_HEAD.search(state.names[s]) or _feeds_embedding(s) for s in sources),
     )
+
+
+def _expert_site(
+    state: GraphState, node: fx.Node, form: ExpertForm, folder: ConstantFolder
+) -> ExpertSite:
+    recipe, sources = folder.recipe(form.stack)
+    stack = example(form.stack)
+    assert stack is not None
+    for method, args in form.weight_steps:
+        recipe, stack = recipe.then(method, *args), getattr(stack, method)(*args)
+    fakes = tuple(source.meta["example_value"] for source in sources)
+    return ExpertSite(
+        node=node,
+        x=form.x,
+        weight=form.weight,
+        recipe=simplified(recipe, fakes),
+        sources=sources,
+        shape=tuple(map(int, stack.shape)),
+        bias=form.bias,
+        name=_name(state, sources),
+        form=form.form,
+        routing=form.routing,
+        indices=form.indices,
+    )
+
+
+def _name(state: GraphState, sources: tuple[fx.Node, ...]) -> str:
+    return "+".join(dict.fromkeys(state.names[s] for s in sources))
 
 
 def _matrix_shape(form: LinearForm) -> tuple[int, int]:
@@ -89,7 +133,7 @@ def _feeds_embedding(source: fx.Node) -> bool:
     return any(target_name(user.target) == "embedding" for user in source.users)
 
 
-def _number_equal_names(sites: list[LinearSite]) -> None:
+def _number_equal_names(sites: list[WeightSite]) -> None:
     """Different slices of one parameter are different sites: in_proj[0], in_proj[1]."""
     recipes: dict[str, dict[str, None]] = {}
     for site in sites:
@@ -132,4 +176,4 @@ def _why_not(node: fx.Node) -> str:
     readers = Counter(target_name(user.target) for user in node.users)
     if "embedding" in readers:
         return "embedding table: embeddings are not quantised"
-    return f"read by {', '.join(readers)}: not a linear form that is quantised"
+    return f"read by {', '.join(readers)}: not a linear or expert form that is quantised"

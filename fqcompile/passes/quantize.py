@@ -1,11 +1,13 @@
 """4 quantize: codes and scales of every chosen site, found or made in the store by weight identity.
 
-site: [N, K] bf16   ->   PackedSpec(recipe, plan): qweight uint8 [N, K/2], scale bf16 [N, K/G]
+site: [N, K] bf16      ->   PackedSpec(recipe, plan): qweight uint8 [N, K/2], scale bf16 [N, K/G]
+site: [E, N, K] bf16   ->   the same of [E * N, K]
 """
 
 from tqdm import tqdm
 
-from fqcompile.passes.base import GraphState, LinearSite
+from fqcompile.passes.base import GraphState
+from fqcompile.passes.sites import WeightSite
 from fqcompile.quant.choose import QuantPlan
 from fqcompile.weights.packed import PackedPart, PackedSpec
 from fqcompile.weights.store import STORE
@@ -22,7 +24,7 @@ def quantize(state: GraphState) -> int:
     return len(chosen)
 
 
-def _part(state: GraphState, site: LinearSite, plan: QuantPlan) -> PackedPart:
-    rows, k = site.shape
+def _part(state: GraphState, site: WeightSite, plan: QuantPlan) -> PackedPart:
+    *experts, rows, k = site.shape
     inputs = tuple(state.constants[source] for source in site.sources)
-    return PackedPart(site.recipe, inputs, plan, rows, k)
+    return PackedPart(site.recipe, inputs, plan, rows, k, *experts)

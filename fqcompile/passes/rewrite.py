@@ -1,23 +1,26 @@
-"""5 rewrite: each quantised matmul becomes one call of fqcompile::linear on two new inputs.
+"""5 rewrite: each quantised matmul becomes one call of an operator on two new inputs.
 
 linear(x, w, b)  ->  fqcompile.linear(x, qweight_i, scale_i, b, ...)        x [..., K] -> [..., N]
 addmm(b, x, w)   ->  the same; other forms put views around it, and a bias that is no row last
+experts          ->  fqcompile.grouped_linear or gathered_linear, see `expert_rewrite`
 """
 
 import torch
 from torch import fx
 
 from fqcompile.passes.base import (
-    LINEAR,
     GraphState,
-    GraphStep,
-    LinearSite,
     PackedPair,
+    erase_dead,
     erase_unused,
     example,
     placeholders,
 )
+from fqcompile.passes.emit import Emitter
+from fqcompile.passes.expert_rewrite import emit_experts, views_of_result
 from fqcompile.passes.fold import ConstantFolder
+from fqcompile.passes.op_nodes import LINEAR
+from fqcompile.passes.sites import ExpertSite, GraphStep, LinearSite
 from fqcompile.weights.packed import PackedSpec
 
 
@@ -26,13 +29,41 @@ def rewrite(state: GraphState) -> int:
     chosen = [(site, site.packed) for site in state.sites if site.packed is not None]
     folder = ConstantFolder(state)
     folded = [n for n in state.graph.nodes if n.op != "placeholder" and folder.is_constant(n)]
+    emit = Emitter(state.graph)
     replaced: dict[fx.Node, fx.Node] = {}
     for index, (site, spec) in enumerate(chosen):
         pair = _add_inputs(state, spec, f"fq_{index}")
-        replaced[site.node] = _replace(state, site, pair, replaced)
-        state.matched.append(f"{site.name}: {site.node.name} -> {replaced[site.node].name}")
+        state.matched.append(f"{site.name}: {site.node.format_node()}")
+        if isinstance(site, ExpertSite):
+            _replace_experts(state, site, pair, replaced, emit.at(site.node))
+        else:
+            assert isinstance(site, LinearSite)
+            replaced[site.node] = _replace(state, site, pair, replaced)
+        state.matched[-1] = f"{site.name}: {site.node.name} -> {site.op}"
     erase_unused(state.graph, folded)
+    erase_dead(state, [*replaced, *replaced.values(), *emit.made])
     return len(chosen)
+
+
+def _replace_experts(
+    state: GraphState,
+    site: ExpertSite,
+    pair: PackedPair,
+    replaced: dict[fx.Node, fx.Node],
+    emit: Emitter,
+) -> None:
+    """Also without the gather of dense weights, and without views that undo each other."""
+    node = site.node
+    bias = site.bias and replaced.get(site.bias, site.bias)
+    op, rows, y = emit_experts(emit, site, replaced.get(site.x, site.x), bias, pair)
+    state.packed[op] = pair
+    site.op = op
+    y.meta = dict(node.meta)
+    node.replace_all_uses_with(y)
+    replaced[node] = y
+    for view in views_of_result(rows, y):  # they, and the gather, are erased in the end
+        view.replace_all_uses_with(rows)
+        replaced[view] = rows
 
 
 def _add_inputs(state: GraphState, spec: PackedSpec, prefix: str) -> PackedPair:

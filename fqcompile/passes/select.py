@@ -1,4 +1,4 @@
-"""7 select: one kernel for each quantised linear, fixed on its node.
+"""7 select: one kernel for each quantised matmul, fixed on its node.
 
 The op's `kernel` argument names the template and its configurations by number of rows, from a table
 of measured ones, a search, or the closed form; so neither Inductor nor the op decides anything
@@ -8,7 +8,7 @@ later. The template's layout decides how `lower` packs the weight.
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import cast
+from typing import Final, Literal, cast
 
 import torch
 from torch import fx
@@ -17,20 +17,22 @@ from fqcompile.kernels.gpu import gpu_of
 from fqcompile.kernels.registry import select_kernel
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.tuning.launches import Mode, tuned_launches
-from fqcompile.passes.base import (
-    LINEAR,
-    LINEAR_INFERENCE,
-    GraphState,
+from fqcompile.passes.base import GraphState, example
+from fqcompile.passes.op_nodes import (
+    GROUPED,
+    INFERENCE,
     argument,
-    example,
-    replaced_arguments,
+    changed,
+    is_linear,
+    training_op,
 )
 
+_ROUTING: Final[dict[bool, Literal["grouped", "gathered"]]] = {True: "grouped", False: "gathered"}
 _NO_BOUND = 1 << 40  # what Dynamo writes for a size without a guard is larger
 
 
 def select(state: GraphState) -> int:
-    """Set the kernel of every quantised linear; returns how many there are."""
+    """Set the kernel of every quantised matmul; returns how many there are."""
     for op, pair in list(state.packed.items()):
         spec = gemm_spec(state, op)
         choice = select_kernel(spec)
@@ -38,8 +40,9 @@ def select(state: GraphState) -> int:
             chosen = tuned_launches(spec, choice.template, cast(Mode, state.config.autotune))
         choice = replace(choice, launches=chosen.launches)
         state.warnings += [f"{op.name}: {note}" for note in chosen.notes]
-        op.args = replaced_arguments(op, kernel=str(choice))
-        op.target = LINEAR if state.grad_possible else LINEAR_INFERENCE
+        op.target, op.args = changed(op, kernel=str(choice))
+        if not state.grad_possible:
+            op.target = INFERENCE[training_op(op)]
         state.packed[op] = replace(pair, spec=pair.spec.with_layout(choice.template.layout))
         source = "" if chosen.launches is None else f" ({chosen.source})"
         state.matched.append(f"{op.name}: {choice}{source}")
@@ -47,7 +50,7 @@ def select(state: GraphState) -> int:
 
 
 def gemm_spec(state: GraphState, op: fx.Node) -> GemmSpec:
-    """What the kernels need to know of one quantised linear."""
+    """What the kernels need to know of one quantised matmul."""
     x, out = example(argument(op, "x")), example(op)
     assert x is not None and out is not None
     spec = state.packed[op].spec
@@ -68,6 +71,8 @@ def gemm_spec(state: GraphState, op: fx.Node) -> GemmSpec:
         needs_backward=state.grad_possible,
         m_range=_range(math.prod(rows)),
         gpu=gpu_of(out.device) if out.is_cuda and torch.cuda.is_available() else None,
+        experts=spec.experts,
+        routing=None if is_linear(op) else _ROUTING[training_op(op) is GROUPED],
     )
 
 

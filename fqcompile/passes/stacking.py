@@ -7,15 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from fqcompile.passes.base import (
-    LINEAR,
-    GraphState,
-    PackedPair,
-    argument,
-    example,
-    replaced_arguments,
-)
+from fqcompile.passes.base import GraphState, PackedPair, example
 from fqcompile.passes.effects import effects_between
+from fqcompile.passes.op_nodes import argument, changed, is_linear
 from fqcompile.weights.packed import PackedSpec, common_group_size
 
 
@@ -29,7 +23,7 @@ def can_stack(
 ) -> bool:
     """Whether one op can serve all: equal formats, nothing written in between, biases at hand."""
     specs = [state.packed[op].spec for op in ops]
-    formats = {(spec.bits, spec.k, spec.scale_dtype) for spec in specs}
+    formats = {(spec.bits, spec.k, spec.scale_dtype, spec.experts) for spec in specs}
     if len(formats) > 1 or common_group_size(specs) is None or effects_between(first, last):
         return False
     biases = [bias for op in ops if (bias := argument(op, "bias")) is not None]
@@ -37,10 +31,11 @@ def can_stack(
 
 
 def stack(state: GraphState, ops: Sequence[fx.Node], place: fx.Node, **changes: Any) -> fx.Node:
-    """Replace `ops` by one op standing before `place`.
+    """Replace `ops` by one op standing before `place`; of experts, rows of each are stacked.
 
-    With `changes` (a gated pair) the op takes place's value; otherwise each former op becomes a
-    slice of the result's columns, copied so that no two results share memory, as before.
+    With `changes` (a gated pair) the caller puts the op in place of what it computes; otherwise
+    each former op becomes a slice of the result's columns, copied so that no two results share
+    memory, as before.
     """
     pairs = [state.packed.pop(op) for op in ops]
     group_size = common_group_size([pair.spec for pair in pairs])
@@ -50,17 +45,17 @@ def stack(state: GraphState, ops: Sequence[fx.Node], place: fx.Node, **changes: 
     rows = [argument(op, "n") for op in ops]
     with state.graph.inserting_before(place):
         biases = [argument(op, "bias") for op in ops]
-        bias = None if biases[0] is None else state.graph.call_function(torch.cat, (biases,))
+        dim = 0 if is_linear(ops[0]) else 1
+        bias = None
+        if biases[0] is not None:
+            bias = state.graph.call_function(torch.cat, (biases, dim))
         settings = {"n": sum(rows), "bias": bias, "group_size": group_size, **changes}
-        fused = state.graph.call_function(LINEAR, replaced_arguments(ops[0], **settings))
+        fused = state.graph.call_function(*changed(ops[0], **settings))
         state.replace_op(ops, fused, pair)
-        if changes:
-            fused.meta = dict(place.meta)
-            place.replace_all_uses_with(fused)
-            state.graph.erase_node(place)
-        else:
+        if not changes:
             _slice_columns(state.graph, ops, rows, fused)
     for op in ops:
+        op.replace_all_uses_with(fused)
         state.graph.erase_node(op)
     for old in pairs[1:]:
         state.graph.erase_node(old.qweight)

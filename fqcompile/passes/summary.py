@@ -4,7 +4,9 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from fqcompile.passes.base import GraphState, KeptWeight, LinearSite, argument
+from fqcompile.passes.base import GraphState
+from fqcompile.passes.op_nodes import argument
+from fqcompile.passes.sites import KeptWeight, WeightSite
 from fqcompile.quant.choose import QuantPlan
 from fqcompile.quant.granularity import num_groups
 from fqcompile.report import Plan, Site
@@ -30,13 +32,13 @@ def plan_of(state: GraphState) -> Plan:
     return Plan((*rows.values(), *kept), state.config.as_dict())
 
 
-def _site(state: GraphState, site: LinearSite) -> Site:
+def _site(state: GraphState, site: WeightSite) -> Site:
     before = sum(_bytes(state, source) for source in site.sources)
     if site.recipe.steps:
-        before = min(before, site.shape[0] * site.shape[1] * _element_size(state, site))
+        before = min(before, site.num_weights * _element_size(state, site))
     kept = Site(
         name=site.name,
-        kind="linear",
+        kind=site.kind,
         shape=site.shape,
         status="kept",
         reason=site.reason,
@@ -55,6 +57,7 @@ def _site(state: GraphState, site: LinearSite) -> Site:
         group_size=group_size,
         bytes_after=_packed_bytes(site, group_size),
         relative_error=site.plan.relative_error,
+        expert_errors=site.plan.expert_errors or None,
         kernel=str(argument(site.op, "kernel")),
         recipe=SiteRecipe(site.recipe, names, site.plan),
     )
@@ -72,9 +75,10 @@ def _kept(weight: KeptWeight) -> Site:
     )
 
 
-def _packed_bytes(site: LinearSite, group_size: int) -> int:
+def _packed_bytes(site: WeightSite, group_size: int) -> int:
     assert site.plan is not None
-    n, k = site.shape
+    k = site.shape[-1]
+    n = site.num_weights // k
     codes = n * (-(-k * site.plan.bits // 8))
     return codes + n * num_groups(k, group_size) * site.plan.scale_dtype.itemsize
 
@@ -84,5 +88,5 @@ def _bytes(state: GraphState, source: fx.Node) -> int:
     return int(weight.numel() * weight.element_size())
 
 
-def _element_size(state: GraphState, site: LinearSite) -> int:
+def _element_size(state: GraphState, site: WeightSite) -> int:
     return int(state.args[state.constants[site.sources[0]]].element_size())

@@ -18,9 +18,10 @@ from torch._guards import TracingContext, tracing
 
 from fqcompile.config import FineQuantConfig
 from fqcompile.errors import OptionError
-from fqcompile.passes.base import GraphState, argument, copy_module
+from fqcompile.passes.base import GraphState, copy_module
 from fqcompile.passes.choose import Decision, decide
 from fqcompile.passes.lower import compile_inner
+from fqcompile.passes.op_nodes import argument
 from fqcompile.passes.pipeline import Recorder, analyse, compile_state
 from fqcompile.passes.summary import plan_of
 from fqcompile.report import CompileReport, Plan, dump_report, is_traced, record, trace_report

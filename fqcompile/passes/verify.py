@@ -1,7 +1,8 @@
 """What a legal graph is after each pass; checked where FQCOMPILE_VERIFY=1, as in the tests."""
 
 from fqcompile.errors import GraphInvariantError
-from fqcompile.passes.base import GraphState, argument, example, is_linear, placeholders
+from fqcompile.passes.base import GraphState, example, placeholders
+from fqcompile.passes.op_nodes import argument, is_linear, is_quantized
 
 
 def verify(state: GraphState, after: str) -> None:
@@ -18,13 +19,14 @@ def verify(state: GraphState, after: str) -> None:
     )
     for node in inputs:
         check(first_call is None or node < first_call, node, "inputs come before all calls")
-    calls = [node for node in state.graph.nodes if is_linear(node)]
+    calls = [node for node in state.graph.nodes if is_quantized(node)]
     check(set(calls) == set(state.packed), calls, "each op has exactly one packed weight")
     for op, pair in state.packed.items():
         given = (argument(op, "qweight"), argument(op, "scale"))
         check(given == (pair.qweight, pair.scale), op, "reads the inputs that its spec fills")
         rows = argument(op, "n") * (2 if argument(op, "gated") else 1)
         check(rows == pair.spec.rows, op, f"n and gated say {rows} rows, its spec {pair.spec.rows}")
+        check(is_linear(op) == (pair.spec.experts == 0), op, "one matrix or experts, as its spec")
         check(argument(op, "group_size") == pair.spec.group_size, op, "group size as in its spec")
         out = example(op)
         check(out is not None and out.shape[-1] == argument(op, "n"), op, "result has N columns")

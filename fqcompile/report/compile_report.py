@@ -83,7 +83,7 @@ class CompileReport:
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
         """Write the report as one page that needs nothing else, and return its path."""
-        notes = [*self._notes(), str(self.plan.totals), *self.plan.kept_lines()]
+        notes = [*self._notes(), *self.plan.notes()]
         tables = [site_page_table(self.sites), _pass_table(self.passes)]
         return replace_text(path, render_page(f"fqcompile {self.graph}", notes, tables))
 

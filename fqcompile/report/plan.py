@@ -83,8 +83,25 @@ class Plan:
         counts = Counter(s.reason or "no reason recorded" for s in self.kept)
         return [f"kept {count}: {reason}" for reason, count in counts.most_common()]
 
+    def expert_lines(self) -> list[str]:
+        """One line on the errors of single experts, where there are stacks of them."""
+        stacks = [(s, s.expert_errors) for s in self.quantized if s.expert_errors]
+        if not stacks:
+            return []
+        worst, errors = max(stacks, key=lambda stack: max(stack[1]))
+        least = min(min(errors) for _, errors in stacks)
+        return [
+            f"experts: {sum(len(e) for _, e in stacks)} in {len(stacks)} stacks, errors "
+            f"{least:.4f} to {max(errors):.4f}; the worst is expert {errors.index(max(errors))} of "
+            f"{worst.name}"
+        ]
+
+    def notes(self) -> list[str]:
+        """What the table does not say: totals, experts, and the reasons of what is kept."""
+        return [str(self.totals), *self.expert_lines(), *self.kept_lines()]
+
     def __str__(self) -> str:
-        return "\n".join([site_table(self.sites), "", str(self.totals), *self.kept_lines()])
+        return "\n".join([site_table(self.sites), "", *self.notes()])
 
     def as_dict(self) -> dict[str, object]:
         return {
@@ -98,6 +115,5 @@ class Plan:
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
         """Write the plan as one page that needs nothing else, and return its path."""
-        notes = [str(self.totals), *self.kept_lines()]
-        page = render_page("fqcompile plan", notes, [site_page_table(self.sites)])
+        page = render_page("fqcompile plan", self.notes(), [site_page_table(self.sites)])
         return replace_text(path, page)

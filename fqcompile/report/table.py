@@ -86,14 +86,23 @@ def _cells(site: Site) -> tuple[Cell, ...]:
         Cell(format_mib(site.bytes_before), site.bytes_before),
         Cell(format_mib(site.bytes_after), site.bytes_after),
         Cell(format_error(site.relative_error), site.relative_error),
+        _worst_expert(site),
         Cell(site.kernel or ""),
         Cell(site.reason or ""),
     )
 
 
+def _worst_expert(site: Site) -> Cell:
+    """Its error and number; nothing for a single matrix."""
+    if not site.expert_errors:
+        return Cell("")
+    worst = max(site.expert_errors)
+    return Cell(f"{worst:.4f} (expert {site.expert_errors.index(worst)})", worst)
+
+
 PAGE_HEADERS = (
     *("name", "kind", "shape", "status", "group", "MiB before", "MiB after"),
-    *("error", "kernel", "reason"),
+    *("error", "worst expert", "kernel", "reason"),
 )
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, fx
 
 from fqcompile.config import FineQuantConfig
-from fqcompile.passes.base import GraphState, is_linear
+from fqcompile.passes.base import GraphState
 from fqcompile.passes.capture import capture
 from fqcompile.passes.choose import choose
 from fqcompile.passes.fuse import fuse
 from fqcompile.passes.lower import lower
 from fqcompile.passes.match import match
+from fqcompile.passes.op_nodes import is_quantized
 from fqcompile.passes.quantize import quantize
 from fqcompile.passes.rewrite import rewrite
 from fqcompile.passes.select import select
@@ -55,11 +56,11 @@ class Run:
     def ops(self) -> Counter[str]:
         """Calls of the graph by plain name."""
         calls = [n for n in self.state.graph.nodes if n.op in ("call_function", "call_method")]
-        return Counter("fq" if is_linear(n) else target_name(n.target) for n in calls)
+        return Counter("fq" if is_quantized(n) else target_name(n.target) for n in calls)
 
     @property
     def linears(self) -> list[fx.Node]:
-        return [n for n in self.state.graph.nodes if is_linear(n)]
+        return [n for n in self.state.graph.nodes if is_quantized(n)]
 
     def outputs(self) -> tuple[Tensor, ...]:
         """The rewritten graph on fresh copies of the call's activations."""

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fqcompile.passes.base import argument
 from fqcompile.passes.fuse import fuse
+from fqcompile.passes.op_nodes import argument
 from tests.passes.graphs import Run, assert_same, run_passes, weight
 
 W = [weight(64, 64, i) for i in range(4)]

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fqcompile.passes.base import argument
+from fqcompile.passes.op_nodes import argument
 from tests.passes.graphs import assert_same, run_passes, weight
 
 NK, KN = weight(48, 64), weight(64, 48)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fqcompile.passes.base import argument
+from fqcompile.passes.op_nodes import argument
 from fqcompile.passes.select import gemm_spec
 from tests.passes.graphs import run_passes, weight
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from fqcompile.errors import GraphInvariantError
-from fqcompile.passes.base import GraphState, is_linear, replaced_arguments
+from fqcompile.passes.base import GraphState
+from fqcompile.passes.op_nodes import changed, is_linear
 from fqcompile.passes.verify import verify
 from tests.passes.graphs import run_passes, weight
 
@@ -44,17 +45,17 @@ def swapped_inputs(state: GraphState) -> None:
 
 def wrong_rows(state: GraphState) -> None:
     op = op_of(state)
-    op.args = replaced_arguments(op, n=63)
+    op.target, op.args = changed(op, n=63)
 
 
 def gated_alone(state: GraphState) -> None:
     op = op_of(state)
-    op.args = replaced_arguments(op, gated=True)
+    op.target, op.args = changed(op, gated=True)
 
 
 def wrong_group(state: GraphState) -> None:
     op = op_of(state)
-    op.args = replaced_arguments(op, group_size=64)
+    op.target, op.args = changed(op, group_size=64)
 
 
 def wrong_meta(state: GraphState) -> None:

@@ -1,0 +1,164 @@
+"""w[ids]: which experts a node gathers from a constant stack, through what follows the gather.
+
+w[ids].transpose(1, 2)        Gathered(w, ids, dims (0, 2, 1))
+w[ids].chunk(2, dim=1)[0]     Gathered(w, ids, steps: narrow(1, 0, N/2))       w [E, N, K]
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, fx
+
+from fqcompile.passes.base import example
+from fqcompile.passes.effects import has_effects
+from fqcompile.passes.expert_einsum import Step
+from fqcompile.weights.recipe import target_name
+
+IsConstant = Callable[[object], bool]
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Experts picked from `stack`, after `steps` on the stack itself.
+
+    Attributes:
+        num_ids: dimensions of ids; the gathered tensor has these and then the stack's others.
+        dims: for each dimension of the node, which of those it is.
+        shape: of the stack after `steps`.
+    """
+
+    stack: fx.Node
+    ids: fx.Node
+    num_ids: int
+    dims: tuple[int, ...]
+    shape: tuple[int, ...]
+    steps: tuple[Step, ...] = ()
+
+    def on_stack(self, dim: int) -> int | None:
+        """The stack's dimension under the node's `dim`; None where that is one of ids'."""
+        original = self.dims[dim] - self.num_ids
+        return None if original < 0 else original + 1
+
+
+def gathered(node: object, is_constant: IsConstant) -> Gathered | None:
+    """The node as experts picked from a constant stack, or None."""
+    if not isinstance(node, fx.Node) or has_effects(node) or example(node) is None:
+        return None
+    name = target_name(node.target)
+    source = node.args[0] if node.args else None
+    if name in ("getitem", "__getitem__", "index_select"):
+        return _gather(node, name, is_constant) or _part(node, is_constant)
+    if name in ("contiguous", "clone"):
+        return gathered(source, is_constant)
+    if name in ("to", "type", "float", "half", "bfloat16", "type_as"):
+        found = gathered(source, is_constant)
+        dtype = node.meta["example_value"].dtype
+        return found and replace(found, steps=(*found.steps, ("to", (dtype,))))
+    if name in ("transpose", "swapaxes", "swapdims", "mT", "permute", "getattr", "narrow"):
+        found = gathered(source, is_constant)
+        return None if found is None else _moved(node, name, found)
+    return None
+
+
+def _gather(node: fx.Node, name: str, is_constant: IsConstant) -> Gathered | None:
+    """w[ids] itself, by whichever call."""
+    names = ("input", "dim", "index") if name == "index_select" else ("input", "index")
+    call = {"dim": 0} | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    stack, ids = call["input"], call["index"]
+    if isinstance(ids, tuple) and len(ids) == 1:
+        (ids,) = ids
+    if call["dim"] != 0:
+        return None
+    index, value = example(ids), example(stack)
+    if index is None or value is None or not is_constant(stack) or is_constant(ids):
+        return None
+    if index.is_floating_point() or index.dtype.itemsize < 4 or index.dim() < 1 or value.dim() < 3:
+        return None  # a mask picks a number of experts that depends on its values
+    assert isinstance(stack, fx.Node) and isinstance(ids, fx.Node)
+    dims = tuple(range(index.dim() + value.dim() - 1))
+    return Gathered(stack, ids, index.dim(), dims, tuple(map(int, value.shape)))
+
+
+def _moved(node: fx.Node, name: str, found: Gathered) -> Gathered | None:
+    """After a call that moves dimensions, or takes a part of one."""
+    rank = len(found.dims)
+    args: list[Any] = list(node.args[1:])
+    if name == "narrow":
+        return _narrowed(found, *args) if len(args) == 3 and not node.kwargs else None
+    if node.kwargs or (name == "getattr" and args != ["mT"]):
+        return None
+    if name in ("mT", "getattr"):
+        args = [-2, -1]
+    if name == "permute":
+        order = args[0] if len(args) == 1 else args
+    else:
+        order = list(range(rank))
+        a, b = (int(dim) % rank for dim in args)
+        order[a], order[b] = b, a
+    return replace(found, dims=tuple(found.dims[int(dim) % rank] for dim in order))
+
+
+def _narrowed(found: Gathered, dim: Any, start: Any, length: Any) -> Gathered | None:
+    on_stack = found.on_stack(dim % len(found.dims))
+    if on_stack is None or not all(isinstance(n, int) for n in (start, length)):
+        return None
+    shape = (*found.shape[:on_stack], length, *found.shape[on_stack + 1 :])
+    if start == 0 and shape == found.shape:
+        return found
+    step = ("narrow", (on_stack, start, length))
+    return replace(found, shape=shape, steps=(*found.steps, step))
+
+
+def _part(node: fx.Node, is_constant: IsConstant) -> Gathered | None:
+    """A chunk of the gathered rows, or a slice of them."""
+    source, index = node.args[0], node.args[1] if len(node.args) > 1 else None
+    if isinstance(source, fx.Node) and target_name(source.target) in ("chunk", "split", "unbind"):
+        pieces = source.meta.get("example_value")
+        if target_name(source.target) == "unbind" or not isinstance(index, int):
+            return None
+        return _piece(gathered(source.args[0], is_constant), pieces, index)
+    found = gathered(source, is_constant)
+    if found is None or not isinstance(index, tuple):
+        return None
+    return _sliced(found, index)
+
+
+def _piece(found: Gathered | None, pieces: Sequence[Tensor] | None, index: int) -> Gathered | None:
+    if found is None or pieces is None or not isinstance(pieces, list | tuple):
+        return None
+    index %= len(pieces)
+    dim = next((d for d in range(pieces[0].dim()) if _varies(found, pieces, d)), None)
+    if dim is None:
+        return None
+    start = sum(int(piece.shape[dim]) for piece in pieces[:index])
+    return _narrowed(found, dim, start, int(pieces[index].shape[dim]))
+
+
+def _varies(found: Gathered, pieces: Sequence[Tensor], dim: int) -> bool:
+    """Whether the pieces lie side by side along a dimension of the stack."""
+    on_stack = found.on_stack(dim)
+    if on_stack is None or len(pieces) < 2:
+        return False
+    return sum(int(piece.shape[dim]) for piece in pieces) == found.shape[on_stack]
+
+
+def _sliced(found: Gathered, index: tuple[Any, ...]) -> Gathered | None:
+    if not all(item is Ellipsis or isinstance(item, slice) for item in index):
+        return None
+    rank = len(found.dims)
+    dots = index.index(Ellipsis) if Ellipsis in index else len(index)
+    tail = index[dots + 1 :]
+    dims = [*range(dots), *range(rank - len(tail), rank)]
+    result: Gathered | None = found
+    for dim, part in zip(dims, (*index[:dots], *tail), strict=True):
+        if part == slice(None):
+            continue
+        on_stack = found.on_stack(dim)
+        if on_stack is None or result is None or part.step not in (None, 1):
+            return None
+        if not all(end is None or isinstance(end, int) for end in (part.start, part.stop)):
+            return None
+        start, stop, _ = part.indices(found.shape[on_stack])
+        result = _narrowed(result, dim, start, max(0, stop - start))
+    return result

@@ -1,0 +1,240 @@
+"""Mixture-of-Experts models: one graph, all experts quantised, equal to the dequantised model."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("transformers", reason="the demo extra is not installed")
+import fqcompile
+from fqcompile.weights.recipe import target_name
+from fqcompile.weights.store import STORE
+from tests.helpers import (
+    InnerGraphs,
+    assert_close,
+    assert_quantized_like_oracle,
+    finequant,
+    frozen,
+    oracle,
+    quantized_names,
+    report,
+)
+from tests.moe import (
+    EXPERTS,
+    LAYERS,
+    MODELS,
+    VOCAB,
+    WIDTH,
+    GShardMoe,
+    ModuleListMoe,
+    build,
+    expert_weights,
+)
+
+IMPLEMENTATIONS = ["grouped_mm", "batched_mm"]
+# Rounded results that follow each other in a layer, see `tests.test_models`; here also the unit's
+# product, the product with the router's weight and the sum over a token's experts.
+CHAIN = 15
+
+
+def _ids(length: int = 5, batch: int = 2) -> Tensor:
+    return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(7))
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(ids, use_cache=False).logits
+    return logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", MODELS)
+def test_model_equals_its_fake_quantised_self(
+    name: str, implementation: str, dtype: torch.dtype
+) -> None:
+    model = build(name, dtype, implementation)
+    actual = _logits(finequant(model, min_elements=4096), _ids())
+    expected = _logits(oracle(model), _ids())
+    assert_close(actual, expected, depth=CHAIN * LAYERS)
+    original = _logits(model, _ids())
+    assert (actual - original).float().norm() > 0.03 * original.float().norm()
+    assert set(expert_weights(model)) <= quantized_names(report().sites)
+    assert {s.name for s in report().sites if s.kind == "experts"} == set(expert_weights(model))
+    assert not report().warnings
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+def test_projection_bias_and_unit_are_one_op(
+    name: str, implementation: str, inner_graphs: InnerGraphs
+) -> None:
+    model = build(name, torch.float32, implementation)
+    _logits(finequant(model, min_elements=4096, inner_backend="fqtest_spy"), _ids())
+    ops = [op for op in inner_graphs.linears() if "linear" in str(op.target)]
+    of_experts = [op for op in ops if "group" in str(op.target) or "gather" in str(op.target)]
+    assert len(of_experts) == 2 * LAYERS
+    calls = [n for n in inner_graphs.modules[0].graph.nodes if n.op == "call_function"]
+    products = {"bmm", "_grouped_mm", "transformers.grouped_mm_fallback"}
+    assert not products & {target_name(n.target) for n in calls}
+    assert [op.args[-2] for op in of_experts] == [True, False] * LAYERS
+    assert all((op.args[4] is not None) == (name == "gpt-oss") for op in of_experts)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "olmoe"])
+def test_routing_is_the_oracles(name: str, implementation: str) -> None:
+    model = build(name, torch.float32, implementation)
+
+    def routed(model: Any) -> list[Tensor]:
+        with torch.no_grad():
+            output = model(_ids(), use_cache=False, output_router_logits=True)
+        return [scores.topk(2, dim=-1).indices for scores in output.router_logits]
+
+    # Handing out the router's scores takes a lock, which breaks the graph.
+    actual = routed(finequant(model, fullgraph=False, min_elements=4096))
+    plan = fqcompile.explain(model, _ids(), min_elements=4096, example_kwargs={"use_cache": False})
+    expected = routed(oracle(model, plan))
+    assert len(actual) == len(expected) == LAYERS
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+def test_generate_with_a_static_cache_gives_the_oracles_tokens(name: str) -> None:
+    """Prefill and decoding, through Inductor."""
+    model = build(name, torch.float32, "grouped_mm")
+    options: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "cache_implementation": "static",
+        "disable_compile": True,
+    }
+    prompt = _ids(batch=1)
+    plan = fqcompile.explain(model, prompt, min_elements=4096, example_kwargs={"use_cache": False})
+    expected = oracle(model, plan).generate(prompt, **options)
+    model.forward = torch.compile(
+        model.forward, backend="finequant", fullgraph=True, options={"min_elements": 4096}
+    )
+    with torch.no_grad():
+        actual = model.generate(prompt, **options)
+    assert actual.tolist() == expected.tolist()
+    assert all(r.plan.quantized and not r.warnings for r in fqcompile.reports())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
+def test_prefill_and_decode_share_one_packed_copy(
+    name: str, dtype: torch.dtype, inner_graphs: InnerGraphs
+) -> None:
+    """As `generate` does on a GPU: grouped for the prompt, gathered for each token after it."""
+    model = build(name, dtype, "grouped_mm")
+    compiled = finequant(model, min_elements=4096, inner_backend="fqtest_spy")
+    _logits(compiled, _ids(40))
+    model.set_experts_implementation("batched_mm")
+    _logits(compiled, _ids(1))
+    assert len(inner_graphs.modules) == 2
+    prefill, decode = ({id(ref()) for ref in packed} for packed in inner_graphs.packed)
+    assert None not in {ref() for packed in inner_graphs.packed for ref in packed}
+    of_experts = [t() for t in inner_graphs.packed[0] if t().dim() > 2]
+    assert len(of_experts) == 4 * LAYERS, "codes and scales of two stacks a layer"
+    assert {id(t) for t in of_experts} <= decode & prefill
+    held = {t.untyped_storage().data_ptr(): t.nbytes for t in of_experts}
+    sites = [s for s in fqcompile.reports()[0].sites if s.kind == "experts"]
+    # a kernel's layout may fill rows up, or store zero points
+    assert sum(held.values()) <= 1.15 * sum(s.bytes_after for s in sites)
+
+
+def test_share_of_bytes_that_is_quantised() -> None:
+    """Layers with the proportions of Mixtral-8x7B and Qwen3-30B-A3B; the vocabulary is small."""
+    shapes: dict[str, dict[str, int]] = {
+        "mixtral": {"hidden_size": 128, "intermediate_size": 448, "num_local_experts": 8},
+        "qwen3-moe": {"hidden_size": 128, "moe_intermediate_size": 48, "num_experts": 128},
+    }
+    for name, sizes in shapes.items():
+        config = MODELS[name]().config
+        for key, value in sizes.items():
+            setattr(config, key, value)
+        model = frozen(type(MODELS[name]())(config))
+        _logits(finequant(model), _ids())
+        total = sum(p.nbytes for p in model.parameters())
+        done = sum(s.bytes_before for s in fqcompile.reports()[-1].plan.quantized)
+        assert done / total > 0.9, f"{name}: {done / total:.3f} of {total} bytes"
+
+
+@pytest.mark.parametrize("make", [ModuleListMoe, GShardMoe])
+def test_mixture_of_our_own(make: type[nn.Module]) -> None:
+    model, x = frozen(make()), torch.randn(3, 6, WIDTH)
+    with torch.no_grad():
+        actual = finequant(model, min_elements=4096)(x)
+        assert_quantized_like_oracle(model, actual, lambda m: m(x), depth=4)
+    kinds = [s.kind for s in report().sites if s.status == "quantized"]
+    assert kinds == (["linear"] * 2 * EXPERTS if make is ModuleListMoe else ["experts"] * 2)
+    assert "router" in str(report().plan.site("router.weight").reason)
+
+
+def test_one_dynamic_graph_serves_every_number_of_tokens() -> None:
+    """0 tokens too, fewer tokens than experts, and many."""
+    model = frozen(GShardMoe(capacity=64))
+    compiled = finequant(model, dynamic=True, min_elements=4096)
+    for tokens in (5, 1, 2, 40):
+        x = torch.randn(2, tokens, WIDTH)
+        with torch.no_grad():
+            actual = compiled(x)
+            assert_close(actual, oracle(model, fqcompile.reports()[0])(x), depth=4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_dynamic_tokens_of_a_hugging_face_model(implementation: str) -> None:
+    model = build("mixtral", torch.float32, implementation)
+    compiled = finequant(model, dynamic=True, min_elements=4096)
+    for length in (5, 1, 17):
+        actual = _logits(compiled, _ids(length))
+        expected = _logits(oracle(model, fqcompile.reports()[0]), _ids(length))
+        assert_close(actual, expected, depth=CHAIN * LAYERS)
+
+
+def test_bad_expert_keeps_its_stack_with_its_number() -> None:
+    model = build("mixtral", torch.float32, "grouped_mm")
+    stack = expert_weights(model)["model.layers.1.mlp.experts.down_proj"]
+    stack[3, 5, 7] = torch.nan
+    _logits(finequant(model, min_elements=4096), _ids())
+    site = report().plan.site("model.layers.1.mlp.experts.down_proj")
+    assert site.status == "kept"
+    assert site.reason.startswith("expert 3: 1 of 6144 values are NaN")
+
+
+def test_report_has_the_error_of_each_expert() -> None:
+    model = build("mixtral", torch.float32, "grouped_mm")
+    _logits(finequant(model, min_elements=4096), _ids())
+    site = report().plan.site("model.layers.0.mlp.experts.gate_up_proj")
+    stack = expert_weights(model)[site.name]
+    faked = expert_weights(oracle(model))[site.name]
+    errors = [float((a - b).norm() / a.norm()) for a, b in zip(stack, faked, strict=True)]
+    assert site.expert_errors == pytest.approx(errors, rel=1e-4)
+    assert len(site.as_dict()["expert_errors"]) == EXPERTS
+    assert "experts: 32 in 4 stacks, errors" in str(report())
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek-v3", "gpt-oss"])
+def test_loop_over_data_is_reported_with_the_way_out(name: str) -> None:
+    model = build(name, torch.float32, "eager")
+    _logits(finequant(model, fullgraph=False, min_elements=4096), _ids())
+    warnings = [text for r in fqcompile.reports() for text in r.warnings]
+    assert warnings and all("set_experts_implementation('grouped_mm')" in w for w in warnings)
+    plan = fqcompile.explain(model, _ids(), min_elements=4096, example_kwargs={"use_cache": False})
+    reasons = {site.name: site.reason for site in plan.kept}
+    for stack in expert_weights(model):
+        assert "set_experts_implementation('grouped_mm')" in reasons[stack]
+
+
+def test_store_holds_experts_once(inner_graphs: InnerGraphs) -> None:
+    """A second compilation of the same model packs nothing anew."""
+    model = build("mixtral", torch.float32, "batched_mm")
+    STORE.clear()
+    for _ in range(2):
+        torch._dynamo.reset()
+        _logits(finequant(model, min_elements=4096, inner_backend="fqtest_spy"), _ids())
+    first, second = ([ref() for ref in packed] for packed in inner_graphs.packed)
+    assert all(a is b for a, b in zip(first, second, strict=True))
