@@ -6,6 +6,8 @@ from importlib import import_module
 BENCHMARKS = {
     "quantize": "how fast weights are quantised and dequantised, and with how much memory",
     "granularity": "quality of the granularity rules against fixed groups, real weights",
+    "expert_forms": "what becomes of experts in every form that models write them",
+    "expert_decode": "a CPU: decoding through a layer of experts, against Inductor on it",
     "overhead": "share of fqcompile's passes in the whole compilation of a small Llama",
     "static": "registers, copies and instructions of the Triton kernels, read from machine code",
     "kernels": "a GPU: our kernels against cuBLAS, torch.compile and other libraries, by layer",

@@ -4,10 +4,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 import fqcompile
+from bench.moe_models import (
+    EXPERTS,
+    LAYERS,
+    LAYERS_OF_OUR_OWN,
+    MODELS,
+    VOCAB,
+    WIDTH,
+    GShardMoe,
+    build,
+    expert_weights,
+)
 from fqcompile.weights.recipe import target_name
 from fqcompile.weights.store import STORE
 from tests.helpers import (
@@ -19,17 +30,6 @@ from tests.helpers import (
     oracle,
     quantized_names,
     report,
-)
-from tests.moe import (
-    EXPERTS,
-    LAYERS,
-    MODELS,
-    VOCAB,
-    WIDTH,
-    GShardMoe,
-    ModuleListMoe,
-    build,
-    expert_weights,
 )
 
 IMPLEMENTATIONS = ["grouped_mm", "batched_mm"]
@@ -163,14 +163,21 @@ def test_share_of_bytes_that_is_quantised() -> None:
         assert done / total > 0.9, f"{name}: {done / total:.3f} of {total} bytes"
 
 
-@pytest.mark.parametrize("make", [ModuleListMoe, GShardMoe])
-def test_mixture_of_our_own(make: type[nn.Module]) -> None:
-    model, x = frozen(make()), torch.randn(3, 6, WIDTH)
+SITES = {
+    "w[ids] by einsum": ["experts"] * 3,
+    "GShard": ["experts"] * 2,
+    "Tutel": ["experts"] * 2,
+    "ModuleList": ["linear"] * 2 * EXPERTS,
+}
+
+
+@pytest.mark.parametrize("name", LAYERS_OF_OUR_OWN)
+def test_layer_of_our_own(name: str) -> None:
+    model, x = frozen(LAYERS_OF_OUR_OWN[name]()), torch.randn(3, 6, WIDTH)
     with torch.no_grad():
         actual = finequant(model, min_elements=4096)(x)
         assert_quantized_like_oracle(model, actual, lambda m: m(x), depth=4)
-    kinds = [s.kind for s in report().sites if s.status == "quantized"]
-    assert kinds == (["linear"] * 2 * EXPERTS if make is ModuleListMoe else ["experts"] * 2)
+    assert [s.kind for s in report().plan.quantized] == SITES[name]
     assert "router" in str(report().plan.site("router.weight").reason)
 
 

@@ -154,6 +154,14 @@ class PackedStore:
         references = tuple(weakref.ref(s, lambda _: entries.pop(key, None)) for s in sources)
         entries[key] = _Entry(fingerprint(sources), references, result)
 
+    def tensors_of(self, sources: Tensors) -> list[Tensor]:
+        """Every tensor that is held for these weights, packed or plain; some share memory."""
+        with self._lock:
+            results = [e.result for w in sources for e in self._entries.get(w, {}).values()]
+        plain = [r for r in results if isinstance(r, QuantizedWeight)]
+        packed = [t for r in results if isinstance(r, tuple) for t in r]
+        return [*packed, *(t for weight in plain for t in (weight.qweight, weight.scale))]
+
     def clear(self) -> None:
         with self._lock:
             self._entries.clear()

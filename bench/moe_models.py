@@ -1,4 +1,4 @@
-"""Small Mixture-of-Experts models: Hugging Face classes, and two written as papers write them."""
+"""Small Mixture-of-Experts models: Hugging Face classes, and some written as papers write them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
-
-from tests.helpers import frozen
 
 VOCAB, WIDTH, HIDDEN, EXPERTS, TOP_K, LAYERS = 128, 64, 96, 8, 2, 2
 COMMON: dict[str, Any] = {
@@ -93,7 +91,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 def build(name: str, dtype: torch.dtype, implementation: str) -> nn.Module:
     """A frozen model with biases that somebody would miss; Llama 4 knows one implementation."""
     torch.manual_seed(0)
-    model = frozen(MODELS[name]())
+    model = MODELS[name]().eval().requires_grad_(False)
     for key, parameter in model.named_parameters():
         if key.endswith("bias"):
             parameter.normal_(std=0.1)
@@ -105,8 +103,60 @@ def build(name: str, dtype: torch.dtype, implementation: str) -> nn.Module:
 
 
 def expert_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The stacks [E, ., .] of a model."""
-    return {name: p for name, p in model.named_parameters() if p.dim() == 3}
+    """The stacks [E, ., .] of a model, without biases [E, 1, N]."""
+    return {name: p for name, p in model.named_parameters() if p.dim() == 3 and 1 not in p.shape}
+
+
+class GatheredMoe(nn.Module):
+    """Experts picked with w[ids] for each token, three projections apart, by einsum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.router = nn.Linear(WIDTH, EXPERTS, bias=False)
+        self.w1, self.w3 = (nn.Parameter(_stack(HIDDEN, WIDTH)) for _ in range(2))
+        self.w2 = nn.Parameter(_stack(WIDTH, HIDDEN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        weights, ids = self.router(tokens).softmax(-1).topk(TOP_K, dim=-1)
+        gate = F.silu(torch.einsum("ti,taoi->tao", tokens, self.w1[ids]))
+        up = torch.einsum("ti,taoi->tao", tokens, self.w3[ids])
+        out = torch.einsum("tao,taio->tai", gate * up, self.w2[ids])
+        return torch.einsum("tai,ta->ti", out, weights).view(x.shape)
+
+
+class TutelMoe(nn.Module):
+    """Tutel's and DeepSpeed-MoE's dispatch: [E, C, K] by a batched matmul with a bias each."""
+
+    def __init__(self, capacity: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.capacity = capacity
+        self.router = nn.Linear(WIDTH, EXPERTS, bias=False)
+        self.fc1, self.fc2 = (
+            nn.Parameter(_stack(HIDDEN, WIDTH)),
+            nn.Parameter(_stack(HIDDEN, WIDTH)),
+        )
+        self.bias1 = nn.Parameter(torch.randn(EXPERTS, 1, HIDDEN) / 10)
+        self.bias2 = nn.Parameter(torch.randn(EXPERTS, 1, WIDTH) / 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        weights, chosen = self.router(tokens).softmax(-1).max(-1)
+        mask = F.one_hot(chosen, EXPERTS)
+        place = ((mask.cumsum(0) - 1) * mask).sum(-1)
+        slots = F.one_hot(place.clamp(max=self.capacity - 1), self.capacity)
+        fits = (place < self.capacity)[:, None, None]
+        dispatch = (mask[..., None] * slots[:, None] * fits).to(x.dtype)
+        y = torch.einsum("sec,sm->ecm", dispatch, tokens)
+        y = F.gelu(torch.add(torch.matmul(y, self.fc1.permute(0, 2, 1)), self.bias1))
+        y = torch.add(torch.matmul(y, self.fc2), self.bias2)
+        return torch.einsum("sec,ecm,s->sm", dispatch, y, weights).view(x.shape)
+
+
+def _stack(n: int, k: int) -> Tensor:
+    return torch.randn(EXPERTS, n, k) / k**0.5
 
 
 class ModuleListMoe(nn.Module):
@@ -135,8 +185,8 @@ class GShardMoe(nn.Module):
         torch.manual_seed(0)
         self.capacity = capacity
         self.router = nn.Linear(WIDTH, EXPERTS, bias=False)
-        self.wi = nn.Parameter(torch.randn(EXPERTS, WIDTH, HIDDEN) / WIDTH**0.5)
-        self.wo = nn.Parameter(torch.randn(EXPERTS, HIDDEN, WIDTH) / HIDDEN**0.5)
+        self.wi = nn.Parameter(_stack(WIDTH, HIDDEN))
+        self.wo = nn.Parameter(_stack(HIDDEN, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
         gates = self.router(x).softmax(-1)  # [groups, tokens, experts]
@@ -153,3 +203,11 @@ class GShardMoe(nn.Module):
         h = torch.relu(torch.einsum("egcm,emh->egch", expert_in, self.wi))
         expert_out = torch.einsum("egch,ehm->egcm", h, self.wo)
         return torch.einsum("gsec,egcm->gsm", combine, expert_out)
+
+
+LAYERS_OF_OUR_OWN: dict[str, type[nn.Module]] = {
+    "w[ids] by einsum": GatheredMoe,
+    "GShard": GShardMoe,
+    "Tutel": TutelMoe,
+    "ModuleList": ModuleListMoe,
+}
