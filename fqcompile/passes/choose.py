@@ -116,7 +116,7 @@ def _settled_reason(state: GraphState, site: WeightSite) -> str | None:
     by_name = state.config.kept_by_name(site.name)
     if by_name is not None:
         return by_name
-    if _is_router(site) and not state.config.override_matches(site.name):
+    if _is_router(state, site) and not state.config.override_matches(site.name):
         return "router: its top-k decides which experts run; name it in overrides to quantise it"
     if site.num_weights < state.config.min_elements:
         return f"fewer elements than min_elements={state.config.min_elements}"
@@ -127,7 +127,7 @@ def _experts_outside(state: GraphState) -> list[str]:
     """A router whose choice leaves a graph without experts chooses for those behind a break."""
     if any(site.kind == "experts" for site in state.sites):
         return []
-    routers = {site.node: site.name for site in state.sites if _is_router(site)}
+    routers = {site.node: site.name for site in state.sites if _is_router(state, site)}
     return [
         f"the experts of router {name} are in no graph: the model picks them in a Python loop over "
         f"data, which breaks the graph, so their weights stay as they are; {SWITCH_TO_GROUPED}"
@@ -152,18 +152,29 @@ def _leaves(top: fx.Node) -> bool:
     return any(user.op == "output" for node in indices for user in node.users)
 
 
-def _is_router(site: WeightSite) -> bool:
-    """Whether the scores flow into a top-k through pointwise calls, views and (soft)max alone."""
+def _is_router(state: GraphState, site: WeightSite) -> bool:
+    """Whether the scores flow into a choice through pointwise calls, views and (soft)max alone."""
+    has_experts = any(other.kind == "experts" for other in state.sites)
     frontier, seen = [site.node], {site.node}
     if site.kind != "linear" or site.shape[0] > _ROUTER_MAX_EXPERTS:
         return False
     for _ in range(_ROUTER_MAX_HOPS):
         users = [user for node in frontier for user in node.users if user not in seen]
-        if any(target_name(user.target) == "topk" for user in users):
+        if any(_is_choice(user, has_experts) for user in users):
             return True
         seen.update(users)
         frontier = [user for user in users if _keeps_scores(site, user)]
     return False
+
+
+def _is_choice(node: fx.Node, top_one: bool) -> bool:
+    """A top-k; beside experts (`top_one`) also the maximum of the scores, as in Switch, Tutel."""
+    name = target_name(node.target)
+    if not top_one or name not in ("max", "argmax"):
+        return name == "topk"
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    scores = example(node.args[0])
+    return scores is not None and dim in (-1, scores.dim() - 1)
 
 
 def _keeps_scores(site: WeightSite, node: fx.Node) -> bool:

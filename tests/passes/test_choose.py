@@ -88,6 +88,24 @@ def test_router_is_kept(score: Callable[[Tensor], Tensor]) -> None:
     )
 
 
+@pytest.mark.parametrize("experts", [True, False], ids=["beside experts", "elsewhere"])
+@pytest.mark.parametrize(
+    "pick", [torch.argmax, lambda s, dim: s.max(dim)[1]], ids=["argmax", "max"]
+)
+def test_top_one_is_a_router_beside_experts_alone(
+    pick: Callable[..., Tensor], experts: bool
+) -> None:
+    """Elsewhere it is a classifier, whose maximum is its answer."""
+    w, stack = weight(32, 64), torch.stack([weight(24, 64, i) for i in range(32)])
+
+    def forward(x: Tensor) -> Tensor:
+        best = pick(F.linear(x, w).softmax(-1), -1)
+        return torch.bmm(stack[best], x.unsqueeze(-1)) if experts else best
+
+    run = run_passes(forward, X, until="choose")
+    assert (run.state.sites[0].plan is None) == experts
+
+
 def test_router_named_in_overrides_is_quantised() -> None:
     w = weight(32, 64)
     run = run_passes(
