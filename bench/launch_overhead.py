@@ -24,7 +24,6 @@ from bench.identity import identity
 from bench.stub_driver import install
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels import ops
-from fqcompile.kernels.epilogue import activation
 from fqcompile.kernels.gpu import H200, gpu_of
 from fqcompile.kernels.launch_table import LaunchTable
 from fqcompile.kernels.registry import KernelChoice
@@ -33,7 +32,7 @@ from fqcompile.kernels.template import PackedLinear
 from fqcompile.kernels.tile_config import TileConfig
 from fqcompile.kernels.triton import target
 from fqcompile.kernels.triton.gemm import gemm_kernel
-from fqcompile.kernels.triton.launch import dequant_gemm
+from fqcompile.kernels.triton.launch import dequant_gemm, forms_of
 from fqcompile.kernels.triton.layout import BLOCK_K, blocks_per_group, dot_width
 from fqcompile.kernels.triton.template import TRITON_GEMM
 from fqcompile.kernels.tuning.measure import random_problem
@@ -58,7 +57,7 @@ def ways(device: torch.device) -> dict[str, Callable[[], object]]:
     arguments = (
         x, *tensors, None, None, y, M, N, K, x.stride(0), 0,
         blocks_per_group(GROUP, K), dot_width(GROUP, K), spec.bits, KWIDTH,
-        target.conversion(device, x.dtype), activation("none").triton_form, False,
+        target.conversion(device, x.dtype), *forms_of("none"), False,
         K % BLOCK_K == 0, CONFIG.BLOCK_M, CONFIG.BLOCK_N, BLOCK_K, CONFIG.SPLIT_K,
     )  # fmt: skip
     options = {"num_warps": CONFIG.num_warps, "num_stages": CONFIG.num_stages}

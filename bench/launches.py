@@ -17,7 +17,6 @@ import torch
 from bench.machine_code import Launch, MachineCode, read
 from bench.plain import plain_kernel
 from bench.shapes import SHAPES
-from fqcompile.kernels.epilogue import activation
 from fqcompile.kernels.gpu import A100, H200, Gpu
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.tile_config import TileConfig
@@ -25,7 +24,12 @@ from fqcompile.kernels.triton.configs import candidates
 from fqcompile.kernels.triton.dequantize import dequantize_kernel
 from fqcompile.kernels.triton.finish import finish_kernel
 from fqcompile.kernels.triton.gemm import gemm_kernel
-from fqcompile.kernels.triton.launch import DEQUANTIZE_ROWS, FINISH_BLOCK_N, has_two_sums
+from fqcompile.kernels.triton.launch import (
+    DEQUANTIZE_ROWS,
+    FINISH_BLOCK_N,
+    forms_of,
+    has_two_sums,
+)
 from fqcompile.kernels.triton.layout import BLOCK_K, blocks_per_group, dot_width
 from fqcompile.kernels.triton.target import kwidth
 
@@ -128,6 +132,10 @@ def _format(spec: GemmSpec) -> dict[str, Any]:
     }
 
 
+def _epilogue(name: str) -> dict[str, Any]:
+    return dict(zip(("ACTIVATION", "UP"), forms_of(name), strict=True))
+
+
 def gemm(spec: GemmSpec, config: TileConfig, **changes: Any) -> Case:
     """`gemm_kernel` as launched, but for `changes` to its constants."""
     dtype = TYPES[spec.dtype]
@@ -139,7 +147,7 @@ def gemm(spec: GemmSpec, config: TileConfig, **changes: Any) -> Case:
     pointers |= {name: f"*{dtype}" for name, there in ends.items() if there}
     constants = _format(spec) | {name: None for name, there in ends.items() if not there}
     constants |= {
-        "ACTIVATION": activation(spec.activation if direct else "none").triton_form,
+        **_epilogue(spec.activation if direct else "none"),
         "GATED": gated,
         "EVEN_K": spec.k % BLOCK_K == 0,
         "BLOCK_M": config.BLOCK_M,
@@ -162,7 +170,7 @@ def finish(spec: GemmSpec) -> Case:
     pointers = {"shares_ptr": "*fp32"}
     pointers |= dict.fromkeys(("bias_ptr", "residual_ptr", "y_ptr"), f"*{dtype}")
     constants = {
-        "ACTIVATION": activation(spec.activation).triton_form,
+        **_epilogue(spec.activation),
         "GATED": spec.gated,
         "SPLIT_K": FINISHED_SHARES,
         "BLOCK_N": FINISH_BLOCK_N,
@@ -177,6 +185,7 @@ def dequantize(spec: GemmSpec, **changes: Any) -> Case:
     """`dequantize_kernel` as launched, but for `changes` to its constants."""
     pointers = {"qweight_ptr": "*i32", "scale_ptr": "*fp16", "w_ptr": f"*{TYPES[spec.dtype]}"}
     constants = _format(spec) | {"BLOCK_N": DEQUANTIZE_ROWS, "BLOCK_K": BLOCK_K}
+    constants["STACK"] = spec.experts > 0
     launch = Launch(
         dequantize_kernel, pointers, constants | changes, divisible=("rows", "K")
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""ŵ [rows, K] from the fragment layout: code times scale in fp32, rounded once."""
+"""ŵ [rows, K], or a stack of such, from the fragment layout: code times scale, rounded once."""
 
 # mypy: allow-incomplete-defs, allow-untyped-defs
 
@@ -6,7 +6,14 @@ import triton
 import triton.language as tl
 
 from fqcompile.kernels.triton.fragments import code_factor, operand
-from fqcompile.kernels.triton.gemm import MICRO_ROWS, load_scales, load_words, word_offsets
+from fqcompile.kernels.triton.gemm import (
+    MICRO_ROWS,
+    load_scales,
+    load_words,
+    scales_of_an_expert,
+    word_offsets,
+    words_of_an_expert,
+)
 
 
 @triton.jit
@@ -16,6 +23,7 @@ def dequantize_kernel(
     w_ptr,
     rows,
     K,
+    STACK: tl.constexpr,
     BLOCKS_PER_GROUP: tl.constexpr,
     DOT_K: tl.constexpr,
     BITS: tl.constexpr,
@@ -24,8 +32,13 @@ def dequantize_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """w [rows, K]; the format as in `gemm_kernel`."""
+    """w [rows, K], or of a stack expert program_id(1); the format as in `gemm_kernel`."""
     num_blocks = tl.cdiv(K, BLOCK_K)
+    if STACK:
+        expert = tl.program_id(1).to(tl.int64)
+        qweight_ptr += expert * words_of_an_expert(rows, K, BITS, BLOCK_K)
+        scale_ptr += expert * scales_of_an_expert(rows, K, BLOCKS_PER_GROUP, DOT_K, BLOCK_K)
+        w_ptr += expert * rows * K
     block = tl.program_id(0) % num_blocks
     offs_n = (tl.program_id(0) // num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = block * BLOCK_K + tl.arange(0, BLOCK_K)

@@ -17,24 +17,24 @@ def _sum_of_shares(
     return total
 
 
-@triton.jit(do_not_specialize=["M"])
-def finish_kernel(
+@triton.jit
+def finish_row(
     shares_ptr,
     bias_ptr,
     residual_ptr,
     y_ptr,
+    m,
+    offs_n,
     M,
     N,
     stride_rm,
     ACTIVATION: tl.constexpr,
+    UP: tl.constexpr,
     GATED: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """y [M, N] from shares [SPLIT_K, M, N], or [SPLIT_K, M, 2 N] with gate before up."""
-    num_pid_n = tl.cdiv(N, BLOCK_N)
-    m = (tl.program_id(0) // num_pid_n).to(tl.int64)
-    offs_n = (tl.program_id(0) % num_pid_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """Row m (int64) of y at the columns offs_n."""
     mask = offs_n < N
     columns = 2 * N if GATED else N
     stride = M.to(tl.int64) * columns
@@ -49,9 +49,34 @@ def finish_kernel(
         if bias_ptr is not None:
             # [BLOCK_N]
             up += tl.load(bias_ptr + N + offs_n, mask=mask, other=0.0).to(tl.float32)
-        y *= up
+        y *= UP(up)
     if residual_ptr is not None:
         # [BLOCK_N]
         residual = tl.load(residual_ptr + m * stride_rm + offs_n, mask=mask, other=0.0)
         y += residual.to(tl.float32)
     tl.store(y_ptr + m * N + offs_n, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def finish_kernel(
+    shares_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    M,
+    N,
+    stride_rm,
+    ACTIVATION: tl.constexpr,
+    UP: tl.constexpr,
+    GATED: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y [M, N] from shares [SPLIT_K, M, N], or [SPLIT_K, M, 2 N] with gate before up."""
+    num_pid_n = tl.cdiv(N, BLOCK_N)
+    m = (tl.program_id(0) // num_pid_n).to(tl.int64)
+    offs_n = (tl.program_id(0) % num_pid_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    finish_row(
+        shares_ptr, bias_ptr, residual_ptr, y_ptr, m, offs_n, M, N, stride_rm,
+        ACTIVATION, UP, GATED, SPLIT_K, BLOCK_N,
+    )  # fmt: skip

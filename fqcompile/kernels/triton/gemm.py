@@ -1,5 +1,7 @@
 """y[m, n] = act(Σ_g scale[g, n] Σ_(k in g) q[n, k] x[m, k] + bias[n]) + residual[m, n]
 
+Gated, act(gate) * up(up) takes act's place. `expert_gemm` has the same body with routed rows.
+
 The weight is the left operand, the only one that tensor cores read from registers (wgmma) or that
 comes in fragment order for free (mma.sync). Products are taken with the codes, which fp16 and bf16
 hold exactly; a group's scale meets its fp32 sum, so a dot never crosses a group.
@@ -44,6 +46,24 @@ def load_scales(scale_ptr, offs_n, rows, group, BLOCK_N: tl.constexpr, DOTS: tl.
     """[BLOCK_N, DOTS]. Rows of scales are filled up to whole tiles, so there is no mask."""
     start = scale_ptr + group * (tl.cdiv(rows, SCALE_ROWS) * SCALE_ROWS * DOTS)
     return tl.load(start + offs_n[:, None] * DOTS + tl.arange(0, DOTS)[None, :])
+
+
+@triton.jit
+def words_of_an_expert(rows, K, BITS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """int64, so that the product with an expert may be beyond 2^31."""
+    WORDS: tl.constexpr = BLOCK_K * BITS // 32
+    micro_tiles = tl.cdiv(rows, MICRO_ROWS) * tl.cdiv(K, BLOCK_K)
+    return micro_tiles.to(tl.int64) * (MICRO_ROWS * WORDS)
+
+
+@triton.jit
+def scales_of_an_expert(
+    rows, K, BLOCKS_PER_GROUP: tl.constexpr, DOT_K: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """int64: groups or blocks of K, times rows, times dots."""
+    groups = tl.cdiv(tl.cdiv(K, BLOCK_K), BLOCKS_PER_GROUP) if BLOCKS_PER_GROUP > 0 else 1
+    tiles = groups * tl.cdiv(rows, SCALE_ROWS)
+    return tiles.to(tl.int64) * (SCALE_ROWS * (BLOCK_K // DOT_K))
 
 
 @triton.jit
@@ -115,54 +135,19 @@ def _accumulate(
 
 
 @triton.jit
-def _store(
-    acc, acc_up, bias_ptr, residual_ptr, y_ptr, offs_m, offs_n, mask, M, N, stride_rm,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, SPLIT_K: tl.constexpr,
-):  # fmt: skip
-    """Epilogue and output; of a share of K, the share."""
-    rows = offs_m[None, :].to(tl.int64)
-    columns = offs_n[:, None]
-    mask_n = offs_n < N
-    if SPLIT_K > 1:
-        share = tl.program_id(1).to(tl.int64) * M * N
-        tl.store(y_ptr + share + rows * N + columns, acc, mask=mask)
-    else:
-        if bias_ptr is not None:
-            # [BLOCK_N]
-            acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
-        y = ACTIVATION(acc)
-        if GATED:
-            if bias_ptr is not None:
-                # [BLOCK_N]
-                bias = tl.load(bias_ptr + N + offs_n, mask=mask_n, other=0.0)
-                acc_up += bias.to(tl.float32)[:, None]
-            y *= acc_up
-        if residual_ptr is not None:
-            # [BLOCK_N, BLOCK_M]
-            residual = tl.load(residual_ptr + rows * stride_rm + columns, mask=mask, other=0.0)
-            y += residual.to(tl.float32)
-        tl.store(y_ptr + rows * N + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["M"])
-def gemm_kernel(
-    x_ptr,
+def scaled_products(
+    x_ptrs,
+    mask_m,
     qweight_ptr,
     scale_ptr,
-    bias_ptr,
-    residual_ptr,
-    y_ptr,
-    M,
+    offs_n,
     N,
     K,
-    stride_xm,
-    stride_rm,
     BLOCKS_PER_GROUP: tl.constexpr,
     DOT_K: tl.constexpr,
     BITS: tl.constexpr,
     KWIDTH: tl.constexpr,
     CONVERSION: tl.constexpr,
-    ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -170,22 +155,15 @@ def gemm_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
-    """y [M, N], or with SPLIT_K its shares [SPLIT_K, M, N] in fp32 and without an epilogue.
+    """ŵ xᵀ [BLOCK_N, BLOCK_M] in fp32, and that of up; of K the share of program_id(1).
 
-    BLOCKS_PER_GROUP: blocks of K that share their scales, 0 where there is one scale per row.
-    DOT_K: columns of K in one dot.
+    x_ptrs [1, BLOCK_M]: the rows of x. Rows of the weight: offs_n [BLOCK_N], those of up N later.
     """
-    # Programs that read the same weight tile are neighbours: L2 serves it to all but the first.
-    num_pid_m = tl.cdiv(M, BLOCK_M)
-    offs_m = (tl.program_id(0) % num_pid_m) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = (tl.program_id(0) // num_pid_m) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_m = offs_m < M
     rows = N * 2 if GATED else N
     num_blocks = tl.cdiv(K, BLOCK_K)
     WORDS: tl.constexpr = BLOCK_K * BITS // 32
     DOTS: tl.constexpr = BLOCK_K // DOT_K
     GROUPED: tl.constexpr = BLOCKS_PER_GROUP > 0
-    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm
     q_ptrs = qweight_ptr + word_offsets(offs_n, rows, num_blocks, WORDS)
     q_up_ptrs = qweight_ptr + word_offsets(offs_n + N, rows, num_blocks, WORDS)
 
@@ -213,14 +191,90 @@ def gemm_kernel(
             BLOCK_K, DOT_K, GROUPED, BITS, KWIDTH, CONVERSION, GATED, EVEN_K,
         )  # fmt: skip
 
-    FACTOR: tl.constexpr = code_factor(x_ptr.dtype.element_ty, CONVERSION)
+    FACTOR: tl.constexpr = code_factor(x_ptrs.dtype.element_ty, CONVERSION)
     acc *= FACTOR
     acc_up *= FACTOR
     if not GROUPED:
         acc *= scales.to(tl.float32)
         acc_up *= scales_up.to(tl.float32)
+    return acc, acc_up
+
+
+@triton.jit
+def store(
+    acc, acc_up, bias_ptr, residual_ptr, y_ptr, offs_m, offs_n, mask, M, N, stride_rm,
+    ACTIVATION: tl.constexpr, UP: tl.constexpr, GATED: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """Epilogue and output; of a share of K, the share."""
+    rows = offs_m[None, :].to(tl.int64)
+    columns = offs_n[:, None]
+    mask_n = offs_n < N
+    if SPLIT_K > 1:
+        share = tl.program_id(1).to(tl.int64) * M * N
+        tl.store(y_ptr + share + rows * N + columns, acc, mask=mask)
+    else:
+        if bias_ptr is not None:
+            # [BLOCK_N]
+            acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+        y = ACTIVATION(acc)
+        if GATED:
+            if bias_ptr is not None:
+                # [BLOCK_N]
+                bias = tl.load(bias_ptr + N + offs_n, mask=mask_n, other=0.0)
+                acc_up += bias.to(tl.float32)[:, None]
+            y *= UP(acc_up)
+        if residual_ptr is not None:
+            # [BLOCK_N, BLOCK_M]
+            residual = tl.load(residual_ptr + rows * stride_rm + columns, mask=mask, other=0.0)
+            y += residual.to(tl.float32)
+        tl.store(y_ptr + rows * N + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def gemm_kernel(
+    x_ptr,
+    qweight_ptr,
+    scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_rm,
+    BLOCKS_PER_GROUP: tl.constexpr,
+    DOT_K: tl.constexpr,
+    BITS: tl.constexpr,
+    KWIDTH: tl.constexpr,
+    CONVERSION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    UP: tl.constexpr,
+    GATED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):
+    """y [M, N], or with SPLIT_K its shares [SPLIT_K, M, N] in fp32 and without an epilogue.
+
+    BLOCKS_PER_GROUP: blocks of K that share their scales, 0 where there is one scale per row.
+    DOT_K: columns of K in one dot.
+    """
+    # Programs that read the same weight tile are neighbours: L2 serves it to all but the first.
+    num_pid_m = tl.cdiv(M, BLOCK_M)
+    offs_m = (tl.program_id(0) % num_pid_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = (tl.program_id(0) // num_pid_m) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm
+    acc, acc_up = scaled_products(
+        x_ptrs, mask_m, qweight_ptr, scale_ptr, offs_n, N, K,
+        BLOCKS_PER_GROUP, DOT_K, BITS, KWIDTH, CONVERSION, GATED, EVEN_K,
+        BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K,
+    )  # fmt: skip
     mask = (offs_n < N)[:, None] & mask_m[None, :]
-    _store(
+    store(
         acc, acc_up, bias_ptr, residual_ptr, y_ptr, offs_m, offs_n, mask, M, N, stride_rm,
-        ACTIVATION, GATED, SPLIT_K,
+        ACTIVATION, UP, GATED, SPLIT_K,
     )  # fmt: skip

@@ -24,8 +24,9 @@ FINISH_BLOCK_N = 256
 DEQUANTIZE_ROWS = 32
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)  # triton.cdiv takes 2 us
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; triton.cdiv takes 2 us."""
+    return -(-a // b)
 
 
 def has_two_sums(n: int, config: TileConfig) -> bool:
@@ -35,10 +36,16 @@ def has_two_sums(n: int, config: TileConfig) -> bool:
     return config.SPLIT_K == 1 and fits
 
 
+def forms_of(activation: str) -> tuple[object, object]:
+    """ACTIVATION and UP of the kernels."""
+    entry = activation_entry(activation)
+    return entry.triton_form, entry.triton_up
+
+
 _HERE = nullcontext()
 
 
-def _device_of(t: torch.Tensor) -> AbstractContextManager[object]:
+def device_of(t: torch.Tensor) -> AbstractContextManager[object]:
     """Makes t's device the current one; where it is, that takes no time."""
     index = t.get_device()
     return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
@@ -56,9 +63,9 @@ def dequant_gemm(
 ) -> torch.Tensor:
     """`act(x @ ŵᵀ + bias) + residual` [M, N] in x's dtype, for x [M, K] and residual [M, N].
 
-    With `gated` the weight and bias have 2 N rows, gate over up: `act(gate) * up + residual`. Where
-    they cannot have an accumulator each, they are columns of one product and meet in the finishing
-    kernel.
+    With `gated` the weight and bias have 2 N rows, gate over up: `act(gate) * up(up) + residual`,
+    as the activation has it. Where they cannot have an accumulator each, they are columns of one
+    product and meet in the finishing kernel.
     """
     m, n = x.shape[0], weight.rows // 2 if gated else weight.rows
     if x.stride(1) != 1:
@@ -67,19 +74,19 @@ def dequant_gemm(
         residual = residual.contiguous()
     y = x.new_empty((m, n))
     direct = has_two_sums(n, config) if gated else config.SPLIT_K == 1
-    form = activation_entry(activation).triton_form
+    forms = forms_of(activation)
     end = (None if bias is None else bias.contiguous(), residual)
-    with _device_of(x):
+    with device_of(x):
         if direct:
-            _gemm(x, weight, *end, y, n, form, gated, config, kwidth)
+            _gemm(x, weight, *end, y, n, forms, gated, config, kwidth)
             return y
         shares = x.new_empty((config.SPLIT_K, m, weight.rows), dtype=torch.float32)
-        none = activation_entry("none").triton_form
+        none = forms_of("none")
         _gemm(x, weight, None, None, shares, weight.rows, none, False, config, kwidth)
-        grid = (m * _cdiv(n, FINISH_BLOCK_N),)
+        grid = (m * cdiv(n, FINISH_BLOCK_N),)
         stride_rm = 0 if residual is None else residual.stride(0)
         finish_kernel[grid](
-            shares, *end, y, m, n, stride_rm, form, gated, config.SPLIT_K, FINISH_BLOCK_N,
+            shares, *end, y, m, n, stride_rm, *forms, gated, config.SPLIT_K, FINISH_BLOCK_N,
             num_warps=2,
         )  # fmt: skip
     return y
@@ -92,7 +99,7 @@ def _gemm(
     residual: torch.Tensor | None,
     y: torch.Tensor,
     n: int,
-    form: object,
+    forms: tuple[object, object],
     gated: bool,
     config: TileConfig,
     kwidth: int,
@@ -102,29 +109,30 @@ def _gemm(
     gemm_kernel[(tiles, config.SPLIT_K)](
         x, weight.qweight, weight.scale, bias, residual, y,
         m, n, k, x.stride(0), 0 if residual is None else residual.stride(0),
-        *_format(weight.group_size, k), weight.bits, kwidth, conversion(x.device, x.dtype),
-        form, gated, k % BLOCK_K == 0,
+        *format_of(weight.group_size, k), weight.bits, kwidth, conversion(x.device, x.dtype),
+        *forms, gated, k % BLOCK_K == 0,
         config.BLOCK_M, config.BLOCK_N, BLOCK_K, config.SPLIT_K,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
 @cache
-def _format(group_size: int, k: int) -> tuple[int, int]:
+def format_of(group_size: int, k: int) -> tuple[int, int]:
     """BLOCKS_PER_GROUP and DOT_K."""
     return blocks_per_group(group_size, k), dot_width(group_size, k)
 
 
 def dequantize(weight: PackedLinear, dtype: torch.dtype, kwidth: int) -> torch.Tensor:
-    """ŵ [rows, k] in `dtype`: code times scale in fp32, rounded once."""
-    w = torch.empty((weight.rows, weight.k), dtype=dtype, device=weight.qweight.device)
+    """ŵ [rows, k] in `dtype`, of a stack [E, rows, k]: code times scale in fp32, rounded once."""
+    stack = weight.qweight.shape[:-4]
+    w = torch.empty((*stack, weight.rows, weight.k), dtype=dtype, device=weight.qweight.device)
     if w.numel() == 0:
         return w
-    blocks = _cdiv(weight.k, BLOCK_K)
-    with _device_of(w):
-        dequantize_kernel[(_cdiv(weight.rows, DEQUANTIZE_ROWS) * blocks,)](
-            weight.qweight, weight.scale, w, weight.rows, weight.k,
-            *_format(weight.group_size, weight.k), weight.bits, kwidth,
+    tiles = cdiv(weight.rows, DEQUANTIZE_ROWS) * cdiv(weight.k, BLOCK_K)
+    with device_of(w):
+        dequantize_kernel[(tiles, *stack)](
+            weight.qweight, weight.scale, w, weight.rows, weight.k, bool(stack),
+            *format_of(weight.group_size, weight.k), weight.bits, kwidth,
             conversion(w.device, torch.float16), DEQUANTIZE_ROWS, BLOCK_K,
         )  # fmt: skip
     return w

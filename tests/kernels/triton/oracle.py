@@ -24,7 +24,7 @@ from tests.kernels.triton.ptx import emulated_ptx
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 FLOATS = (FP16, BF16, FP32)
 NARROW = (FP16, BF16)
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "swiglu_oai")
 CONVERSIONS = ("exponent", "subnormal", "subnormal_prmt")
 COLUMN = 4096  # more than any K here: one scale per row
 GROUPS = (16, 32, 48, 64, 96, 128, 192, 256, 384, COLUMN)
@@ -170,8 +170,13 @@ def activate(z: Tensor, name: str) -> Tensor:
         "gelu": z * 0.5 * (1 + torch.erf(z / 2**0.5)),
         "gelu_tanh": z * 0.5 * (1 + tanh),
         "silu": z / (1 + torch.exp(-z)),
+        "swiglu_oai": z.clamp(max=7) / (1 + torch.exp(-1.702 * z.clamp(max=7))),
     }
     return table[name]
+
+
+def of_up(z: Tensor, name: str) -> Tensor:
+    return z.clamp(-7, 7) + 1 if name == "swiglu_oai" else z
 
 
 def expected(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -184,8 +189,8 @@ def expected(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
     normal numbers of fp32 a scaled sum is off by 2^-150 instead, once for each of up to K / 16
     groups and once at the end, and is multiplied with the factor (2^6 for bf16, 2^9) afterwards.
     Activations have slopes below 1.13 and errors below 2^-20 |z|, the GPU's approximate exponential
-    included. The epilogue's product and sums are one rounding each. Then one rounding to the output
-    type, whose subnormals have a fixed spacing.
+    included; what becomes of up is one rounding more. The epilogue's product and sums are one each.
+    Then one rounding to the output type, whose subnormals have a fixed spacing.
     """
     x, w, zero = inputs.x.double(), inputs.w, torch.zeros((), dtype=torch.float64)
     bias = zero if inputs.bias is None else inputs.bias.double()
@@ -198,9 +203,11 @@ def expected(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
     a = activate(gate, case.activation)
     if case.activation != "none":
         d_gate = STEEPEST * d_gate + 2.0**-20 * gate.abs()
+    if case.gated:
+        up = of_up(up, case.activation)
     y = a * up + residual
     dy = d_gate * up.abs() + (a.abs() + d_gate) * d_up
-    dy = dy + 4 * U32 * ((a * up).abs() + residual.abs())
+    dy = dy + 5 * U32 * ((a * up).abs() + residual.abs())
     out = torch.finfo(case.dtype)
     return y, dy + (y.abs() + dy) * out.eps / 2 + out.smallest_normal * out.eps / 2
 
