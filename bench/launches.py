@@ -55,7 +55,7 @@ TILES = {
 class Case:
     """A launch, and what it is of.
 
-    kind: "gemm", "finish", "dequantize", or "plain".
+    kind: "gemm", "finish", "dequantize", "plain", or one of `bench.expert_launches`.
     weights: read in one iteration of the kernel's loop, or by a program where there is no loop; of
         "finish", the elements that a program writes.
     """
@@ -73,10 +73,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Such as "gemm w4 g128 bf16 16x128x128x1w4s4 gated sm_90"."""
+        """Such as "gemm w4 g128 bf16 16x128x128x1w4s4 gated sm_90"; of experts with E x N x K."""
         spec = self.spec
         group = "column" if spec.group_size >= spec.k else f"g{spec.group_size}"
-        parts = [self.kind, f"w{spec.bits}", group, TYPES[spec.dtype]]
+        parts = [self.kind]
+        parts += [f"{spec.experts}x{spec.weight_rows}x{spec.k}"] if spec.experts else []
+        parts += [f"w{spec.bits}", group, TYPES[spec.dtype]]
         parts += [str(self.config)] if self.config else []
         parts += ["gated"] if spec.gated else []
         return " ".join([*parts, self.gpu.arch])
@@ -85,7 +87,7 @@ class Case:
     def bytes_per_weight(self) -> float:
         """Moved between the SMs and device memory; x, which caches hold, is left out."""
         spec, width = self.spec, self.spec.dtype.itemsize
-        if self.kind == "finish":
+        if self.kind.startswith("finish"):
             return (2 if spec.gated else 1) * FINISHED_SHARES * 4 + 2 * width
         codes = spec.bits / 8 + spec.scale_dtype.itemsize / min(spec.group_size, spec.k)
         return codes + (width if self.kind == "dequantize" else 0)
@@ -121,7 +123,8 @@ def spec(
     )
 
 
-def _format(spec: GemmSpec) -> dict[str, Any]:
+def format_of(spec: GemmSpec) -> dict[str, Any]:
+    """The constants of every kernel that reads a packed weight."""
     assert spec.gpu is not None
     return {
         "BLOCKS_PER_GROUP": blocks_per_group(spec.group_size, spec.k),
@@ -132,7 +135,8 @@ def _format(spec: GemmSpec) -> dict[str, Any]:
     }
 
 
-def _epilogue(name: str) -> dict[str, Any]:
+def epilogue_of(name: str) -> dict[str, Any]:
+    """The constants of every kernel that ends with an activation."""
     return dict(zip(("ACTIVATION", "UP"), forms_of(name), strict=True))
 
 
@@ -145,9 +149,9 @@ def gemm(spec: GemmSpec, config: TileConfig, **changes: Any) -> Case:
     pointers["y_ptr"] = f"*{dtype}" if direct else "*fp32"
     ends = {"bias_ptr": spec.has_bias and direct, "residual_ptr": spec.has_residual and direct}
     pointers |= {name: f"*{dtype}" for name, there in ends.items() if there}
-    constants = _format(spec) | {name: None for name, there in ends.items() if not there}
+    constants = format_of(spec) | {name: None for name, there in ends.items() if not there}
     constants |= {
-        **_epilogue(spec.activation if direct else "none"),
+        **epilogue_of(spec.activation if direct else "none"),
         "GATED": gated,
         "EVEN_K": spec.k % BLOCK_K == 0,
         "BLOCK_M": config.BLOCK_M,
@@ -170,7 +174,7 @@ def finish(spec: GemmSpec) -> Case:
     pointers = {"shares_ptr": "*fp32"}
     pointers |= dict.fromkeys(("bias_ptr", "residual_ptr", "y_ptr"), f"*{dtype}")
     constants = {
-        **_epilogue(spec.activation),
+        **epilogue_of(spec.activation),
         "GATED": spec.gated,
         "SPLIT_K": FINISHED_SHARES,
         "BLOCK_N": FINISH_BLOCK_N,
@@ -184,7 +188,7 @@ def finish(spec: GemmSpec) -> Case:
 def dequantize(spec: GemmSpec, **changes: Any) -> Case:
     """`dequantize_kernel` as launched, but for `changes` to its constants."""
     pointers = {"qweight_ptr": "*i32", "scale_ptr": "*fp16", "w_ptr": f"*{TYPES[spec.dtype]}"}
-    constants = _format(spec) | {"BLOCK_N": DEQUANTIZE_ROWS, "BLOCK_K": BLOCK_K}
+    constants = format_of(spec) | {"BLOCK_N": DEQUANTIZE_ROWS, "BLOCK_K": BLOCK_K}
     constants["STACK"] = spec.experts > 0
     launch = Launch(
         dequantize_kernel, pointers, constants | changes, divisible=("rows", "K")

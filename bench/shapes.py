@@ -51,3 +51,18 @@ def _sides(name: str) -> tuple[int, int]:
     if not n or not k:
         raise OptionError(f"shape {name!r} has an empty side; N and K are at least 1")
     return n, k
+
+
+class ExpertShape(NamedTuple):
+    """The experts of a model's layer: gate_up [E, 2 I, H] and down [E, H, I]."""
+
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+
+
+EXPERTS = {
+    "qwen3-30b-a3b": ExpertShape(128, 8, 2048, 768),
+    "mixtral-8x7b": ExpertShape(8, 2, 4096, 14336),
+}

@@ -16,8 +16,16 @@ LAUNCH_SECONDS = 2e-6  # until a kernel's programs run at full rate, and the las
 _FLOAT_BYTES = 2
 
 
+def experts_hit(spec: GemmSpec) -> Expr:
+    """How many weights M rows are expected to read: each row's expert is one of all by chance."""
+    if not spec.experts:
+        return sympy.Integer(1)
+    missed = sympy.Float(1 - 1 / spec.experts) ** M
+    return spec.experts * (1 - missed)
+
+
 def weight_bytes(spec: GemmSpec) -> int:
-    """Codes and scales."""
+    """Codes and scales, of one expert."""
     groups = -(-spec.k // min(spec.group_size, spec.k))
     scales = spec.weight_rows * groups * spec.scale_dtype.itemsize
     return spec.weight_rows * spec.k * spec.bits // 8 + scales
@@ -36,7 +44,7 @@ def flops(spec: GemmSpec) -> Expr:
 
 def ideal(spec: GemmSpec, gpu: Gpu) -> Expr:
     """Each byte moved once at copy speed, or the product at cuBLAS's rate: the longer."""
-    moved = (weight_bytes(spec) + activation_bytes(spec)) / gpu.bandwidth
+    moved = (experts_hit(spec) * weight_bytes(spec) + activation_bytes(spec)) / gpu.bandwidth
     return Max(moved, flops(spec) / gpu.matrix_flops)
 
 
@@ -47,9 +55,10 @@ def ideal_seconds(spec: GemmSpec, m: int) -> float:
 
 
 def dense(spec: GemmSpec, gpu: Gpu) -> Expr:
-    """Dequantise into scratch, then multiply as cuBLAS does."""
-    scratch = spec.weight_rows * spec.k * _FLOAT_BYTES
-    dequantize = (weight_bytes(spec) + scratch) / gpu.bandwidth
+    """Dequantise into scratch, then multiply as cuBLAS does; of experts all, with rows or not."""
+    stack = max(1, spec.experts)
+    scratch = stack * spec.weight_rows * spec.k * _FLOAT_BYTES
+    dequantize = (stack * weight_bytes(spec) + scratch) / gpu.bandwidth
     moved = (scratch + activation_bytes(spec)) / gpu.bandwidth
     return dequantize + Max(moved, flops(spec) / gpu.matrix_flops) + 2 * LAUNCH_SECONDS
 

@@ -3,6 +3,9 @@
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import product
+from math import ceil
+
+import torch
 
 from fqcompile.kernels.gpu import Gpu
 from fqcompile.kernels.launch_table import DENSE, Config, LaunchTable, Step
@@ -10,7 +13,13 @@ from fqcompile.kernels.roofline import M, crossover, dense
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import SearchMode
 from fqcompile.kernels.tile_config import TileConfig
-from fqcompile.kernels.triton.cost import MAX_REGISTERS, cost, steady_seconds
+from fqcompile.kernels.triton.cost import (
+    MAX_REGISTERS,
+    cost,
+    mean_experts_hit,
+    steady_seconds,
+)
+from fqcompile.kernels.triton.experts import GROUPED_MM_ALIGNED
 from fqcompile.kernels.triton.launch import has_two_sums
 from fqcompile.kernels.triton.layout import BLOCK_K
 
@@ -22,24 +31,53 @@ _MOST_SHARES = 64
 _LEAST_BLOCKS = 4  # of K in a share: fewer never fill the pipeline
 _MANY_ROWS = 4096
 _FIRST_STEP = 16  # rows of the smallest tile: up to here the time is that of one row
+_MANY_ROWS_OF_EACH = 256  # of an expert, on average
 
 
 def launches(spec: GemmSpec) -> LaunchTable:
-    """The closed form: the model's fastest for the spec's rows; where they are open, three steps.
+    """The closed form: the model's fastest for the spec's rows; where they are open, in steps.
 
-    The last step begins where dequantising and cuBLAS become faster, as the model solves it.
+    Three, of grouped experts four. The last begins where dequantising and cuBLAS become faster, as
+    the model solves it.
     """
     if spec.m_range is None:
         return LaunchTable.of(candidates(spec, spec.m, "fast")[0])
     least, most = spec.m_range
     end = _dense_from(spec)
-    bounds = [b for b in (_FIRST_STEP, end) if b is not None and least <= b]
+    bounds = [b for b in _bounds(spec, end) if least <= b]
     steps: list[Step] = [(b, _fastest(spec, b)) for b in bounds if most is None or b < most]
     if end is None or (most is not None and most <= end):
-        last = _fastest(spec, most or _MANY_ROWS)
+        last = _fastest(spec, most or _many_rows(spec))
     else:
         last = DENSE
     return LaunchTable((*dict(steps).items(), (None, last)))
+
+
+def _bounds(spec: GemmSpec, end: int | None) -> list[int]:
+    """Ascending; one step more of grouped experts, as long as the smallest tile holds a mean one's
+    rows and as many again."""
+    bounds = {_FIRST_STEP}
+    if spec.routing == "grouped":
+        bounds.add(max(_FIRST_STEP, spec.experts * _FIRST_STEP // 2))
+    if end is None:
+        return sorted(bounds)
+    return sorted({end, *(bound for bound in bounds if bound < end)})
+
+
+def _many_rows(spec: GemmSpec) -> int:
+    grouped = spec.routing == "grouped"
+    return max(_MANY_ROWS, _MANY_ROWS_OF_EACH * spec.experts) if grouped else _MANY_ROWS
+
+
+def offers_dense(spec: GemmSpec) -> bool:
+    """Of experts, where PyTorch's grouped matmul is fast: sorted rows of bf16, from Hopper on, with
+    addresses of whole 16 bytes."""
+    if not spec.experts:
+        return True
+    assert spec.gpu is not None, "templates refuse specs without a GPU"
+    aligned = spec.k % GROUPED_MM_ALIGNED == 0 == spec.weight_rows % GROUPED_MM_ALIGNED
+    fast = spec.dtype == torch.bfloat16 and spec.gpu.capability >= 90
+    return spec.routing == "grouped" and fast and aligned
 
 
 def candidates(spec: GemmSpec, m: int, mode: SearchMode) -> Sequence[Config]:
@@ -70,9 +108,8 @@ def _candidates(spec: GemmSpec, m: int, limit: int | None) -> tuple[Config, ...]
     seconds: dict[Config, float] = {
         config: cost(spec, config, gpu, m).seconds for config in _fitting(spec, gpu, m)
     }
-    if (
-        m > _FIRST_STEP or not seconds
-    ):  # below, to write and read the dense weight is never worth it
+    # Below, to write and read the dense weight is never worth it.
+    if offers_dense(spec) and (m > _FIRST_STEP or not seconds):
         seconds[DENSE] = float(dense(spec, gpu).subs(M, m))
     ranked = sorted(seconds, key=lambda c: (_is_unshapely(spec, c), seconds[c], str(c)))
     if limit is None:
@@ -96,7 +133,7 @@ def _fitting(spec: GemmSpec, gpu: Gpu, m: int) -> Iterator[TileConfig]:
     shares = [1]
     while shares[-1] < _MOST_SHARES and blocks >= 2 * shares[-1] * _LEAST_BLOCKS:
         shares.append(2 * shares[-1])
-    widest = max(_TILE_M[0], 1 << (m - 1).bit_length())
+    widest = max(_TILE_M[0], 1 << (_rows_of_a_weight(spec, m) - 1).bit_length())
     tiles_m = [tile for tile in _TILE_M if tile <= widest]
     for tile_m, tile_n, share, warps, stages in product(tiles_m, _TILE_N, shares, _WARPS, _STAGES):
         config = TileConfig(tile_m, tile_n, BLOCK_K, share, warps, stages)
@@ -107,12 +144,23 @@ def _fitting(spec: GemmSpec, gpu: Gpu, m: int) -> Iterator[TileConfig]:
             yield config
 
 
+def _rows_of_a_weight(spec: GemmSpec, m: int) -> int:
+    """How many a tile may have; of grouped experts one has twice as many as the mean at times."""
+    if spec.routing == "gathered":
+        return 1
+    return ceil(2 * m / mean_experts_hit(spec, m)) if spec.experts else m
+
+
 @cache
 def _dense_from(spec: GemmSpec) -> int | None:
     """The largest M at which the best of the tiles is as fast as `dense`; None: at any."""
     gpu = spec.gpu
     assert gpu is not None, "templates refuse specs without a GPU"
-    ranked = [c for c in _candidates(spec, _MANY_ROWS, None) if c is not DENSE and c.SPLIT_K == 1]
+    if not offers_dense(spec):
+        return None
+    ranked = [
+        c for c in _candidates(spec, _many_rows(spec), None) if c is not DENSE and c.SPLIT_K == 1
+    ]
     best = {c.BLOCK_M: c for c in reversed(ranked)}.values()  # of each tile the fastest
     ends = [crossover(steady_seconds(spec, c, gpu), dense(spec, gpu)) for c in best]
     last = max(ends, default=0.0)

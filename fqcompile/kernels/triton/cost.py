@@ -39,6 +39,7 @@ class Model:
     """The formulas; fields are numbers, or symbols.
 
     one_scale, wgmma: 1 or 0. dots: of one block of K. pair: 2 where gate and up have a sum each.
+    kernels: 2 with a schedule, else 1.
     """
 
     rows: Any
@@ -54,6 +55,7 @@ class Model:
     stages: Any
     pair: Any
     wgmma: Any
+    kernels: Any
     sms: Any
     clock: Any
     bandwidth: Any
@@ -105,8 +107,11 @@ class Model:
         by_shared = self.shared / (self.shared_bytes + 1024)
         return Min(by_registers, by_shared, _WARPS / self.warps)
 
-    def seconds(self, tiles_m: Any, steady: bool) -> Any:
-        """Of one call with M rows. `steady`: so many programs that all SMs are always busy."""
+    def seconds(self, tiles_m: Any, hit: Any, steady: bool) -> Any:
+        """Of one call with M rows that read `hit` weights, an expert's each.
+
+        `steady`: so many programs that all SMs are always busy.
+        """
         per_program = ceiling(ceiling(self.k / BLOCK_K) / self.split)
         programs = tiles_m * ceiling(self.rows / (self.pair * self.tile_n)) * self.split
         per_sm = programs / self.sms if steady else Max(programs / self.sms, 1)
@@ -118,7 +123,7 @@ class Model:
         matrix = 2 * tile * BLOCK_K * self.sms / self.flops
         in_flight = Min(programs, self.sms * self._resident) * (self.stages - 1) * self._block_bytes
         rate = self.bandwidth if steady else Min(self.bandwidth, in_flight / _LATENCY)
-        memory = (self.rows * self.k * self.bits / 8 + M * 2 * (self.k + self.n)) / rate
+        memory = (hit * self.rows * self.k * self.bits / 8 + M * 2 * (self.k + self.n)) / rate
         read = programs * per_program * (self._block_bytes + self._x_bytes)
         from_cache = read / (_L2_OVER_DRAM * self.bandwidth)
         # A program's products wait for its own conversions; those of its neighbours fill the gap.
@@ -127,7 +132,7 @@ class Model:
         finish = Min(self.split - 1, 1) * (LAUNCH_SECONDS + shares)
         times = (blocks * issue, blocks * matrix, memory, from_cache)
         hidden = (1 - _NOT_HIDDEN) * Max(*times) + _NOT_HIDDEN * sum(times)
-        return hidden + waiting + LAUNCH_SECONDS + finish
+        return hidden + waiting + self.kernels * LAUNCH_SECONDS + finish
 
 
 def _model(spec: GemmSpec, config: TileConfig, gpu: Gpu) -> Model:
@@ -145,6 +150,7 @@ def _model(spec: GemmSpec, config: TileConfig, gpu: Gpu) -> Model:
         stages=config.num_stages,
         pair=2 if spec.gated and has_two_sums(spec.n, config) else 1,
         wgmma=int(gpu.capability == 90),
+        kernels=2 if spec.routing == "grouped" else 1,
         sms=gpu.num_sms,
         clock=gpu.clock_hz,
         bandwidth=gpu.bandwidth,
@@ -167,19 +173,48 @@ class Cost:
 def _evaluate() -> Callable[..., tuple[float, ...]]:
     symbols = [Symbol(field.name, positive=True) for field in fields(Model)]
     model = Model(*symbols)
-    seconds = model.seconds(ceiling(M / model.tile_m), steady=False)
+    tiles_m, hit = (Symbol(name, positive=True) for name in ("tiles_m", "hit"))
+    seconds = model.seconds(tiles_m, hit, steady=False)
     per_weight = model.instructions / model._weights
     wanted = (seconds, model.registers, model.shared_bytes, per_weight)
     function: Callable[..., tuple[float, ...]]
-    function = lambdify((M, *symbols), wanted, "math", cse=True)
+    function = lambdify((M, tiles_m, hit, *symbols), wanted, "math", cse=True)
     return function
+
+
+def mean_experts_hit(spec: GemmSpec, m: int) -> float:
+    """`roofline.experts_hit` as a number."""
+    return spec.experts * (1 - (1 - 1 / spec.experts) ** m) if spec.experts else 1.0
+
+
+def _tiles_of_experts(m: Any, hit: Any, block_m: int) -> Any:
+    """Of experts with many rows the last tile is half full in the mean."""
+    return m / block_m + hit * (block_m - 1) / (2 * block_m)
+
+
+def _tiles(spec: GemmSpec, config: TileConfig, m: int) -> tuple[float, float]:
+    """Tiles of rows, and the weights they read."""
+    if not spec.experts:
+        return -(-m // config.BLOCK_M), 1
+    hit = mean_experts_hit(spec, m)
+    if spec.routing == "gathered":
+        return m, hit
+    return max(hit, _tiles_of_experts(m, hit, config.BLOCK_M)), hit
 
 
 def cost(spec: GemmSpec, config: TileConfig, gpu: Gpu, m: int) -> Cost:
     """The model's figures for m rows."""
-    return Cost(*_evaluate()(m, *astuple(_model(spec, config, gpu))))
+    return Cost(*_evaluate()(m, *_tiles(spec, config, m), *astuple(_model(spec, config, gpu))))
 
 
 def steady_seconds(spec: GemmSpec, config: TileConfig, gpu: Gpu) -> Expr:
-    """The time as a maximum of lines in M, for many rows: what crossovers are solved from."""
-    return _model(spec, config, gpu).seconds(M / config.BLOCK_M, steady=True)
+    """The time as a maximum of lines in M, for many rows: what crossovers are solved from.
+
+    Of experts, where each has rows for several tiles.
+    """
+    model, block_m = _model(spec, config, gpu), config.BLOCK_M
+    if not spec.experts:
+        return model.seconds(M / block_m, 1, steady=True)
+    assert spec.routing == "grouped", "one program a row: nothing takes over from it"
+    tiles_m = _tiles_of_experts(M, spec.experts, block_m)
+    return model.seconds(tiles_m, spec.experts, steady=True)

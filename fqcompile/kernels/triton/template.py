@@ -10,18 +10,24 @@ from triton.runtime.errors import PTXASError
 from fqcompile.errors import KernelBuildError
 from fqcompile.kernels.epilogue import apply_epilogue
 from fqcompile.kernels.launch_table import DENSE, Config
+from fqcompile.kernels.routing import Routing
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import Layout, PackedLinear, Template
+from fqcompile.kernels.tile_config import TileConfig
 from fqcompile.kernels.triton import layout
 from fqcompile.kernels.triton.configs import candidates, launches
+from fqcompile.kernels.triton.experts import dense_experts, expert_gemm
 from fqcompile.kernels.triton.launch import dequant_gemm, dequantize
+from fqcompile.kernels.triton.layout import BLOCK_K
 from fqcompile.kernels.triton.target import kwidth as kwidth_of
 
 # What compiling or loading a kernel raises; errors of a launch that ran are not among them.
 _BUILD_ERRORS = (CompilationError, OutOfResources, PTXASError)
+_MAY_BE_OF_THE_BUILD = (*_BUILD_ERRORS, RuntimeError)
 _DTYPES = (torch.float16, torch.bfloat16)
 _LEAST_GROUP = 16
-_MOST_BYTES = 1 << 32  # word offsets are 32 bits, one of them the sign
+_MOST_BYTES = 1 << 32  # of one expert: word offsets are 32 bits, one of them the sign
+_ANY_ROWS = TileConfig(16, 64, BLOCK_K, 1, 4, 3)  # for experts where no configuration is named
 
 
 def _refuse(spec: GemmSpec, kwidth: int) -> str | None:
@@ -58,16 +64,40 @@ def _linear(
             z = F.linear(x, dequantize(weight, x.dtype, kwidth), bias)
             return apply_epilogue(z, None, residual, activation, gated)
         return dequant_gemm(x, weight, bias, residual, activation, gated, config, kwidth)
-    except _BUILD_ERRORS as error:
-        raise KernelBuildError(f"{type(error).__name__}: {error}") from error
-    except RuntimeError as error:
+    except _MAY_BE_OF_THE_BUILD as error:
         if not _is_of_the_build(error):
             raise
-        raise KernelBuildError(f"RuntimeError: {error}") from error
+        raise KernelBuildError(f"{type(error).__name__}: {error}") from error
 
 
-def _is_of_the_build(error: RuntimeError) -> bool:
+def _experts(
+    x: torch.Tensor,
+    weight: PackedLinear,
+    offsets: torch.Tensor | None,
+    ids: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    activation: str,
+    gated: bool,
+    config: Config | None,
+    kwidth: int,
+) -> torch.Tensor:
+    try:
+        if config is DENSE:
+            if offsets is None:
+                raise KernelBuildError("dense experts take rows that are grouped, not gathered")
+            return dense_experts(x, weight, offsets, bias, activation, gated, kwidth)
+        routing = Routing(offsets, ids)
+        return expert_gemm(x, weight, routing, bias, activation, gated, config or _ANY_ROWS, kwidth)
+    except _MAY_BE_OF_THE_BUILD as error:
+        if not _is_of_the_build(error):
+            raise
+        raise KernelBuildError(f"{type(error).__name__}: {error}") from error
+
+
+def _is_of_the_build(error: Exception) -> bool:
     """Triton names the compiler's passes, or the file it cannot load, in a plain RuntimeError."""
+    if isinstance(error, _BUILD_ERRORS):
+        return True
     text = str(error)
     return "PassManager::run failed" in text or "device kernel image is invalid" in text
 
@@ -92,6 +122,7 @@ def _family(name: str, kwidth: int) -> Template:
         launches,
         partial(_linear, kwidth=kwidth),
         candidates,
+        partial(_experts, kwidth=kwidth),
     )
 
 

@@ -193,7 +193,7 @@ def test_the_kernels_compile_for_amd_without_spills(bits: int) -> None:
 
 def launched(kernel: Any, args: tuple[Any, ...], options: dict[str, int]) -> Launch:
     """What Triton would compile for this call."""
-    types = {torch.float32: "fp32", torch.int32: "i32"} | TYPES
+    types = {torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"} | TYPES
     values = dict(zip(kernel.arg_names, args, strict=True))
     tensors = {name: t for name, t in values.items() if isinstance(t, torch.Tensor)}
     constants = {p.name for p in kernel.params if p.is_constexpr}

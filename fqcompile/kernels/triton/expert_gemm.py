@@ -1,0 +1,138 @@
+"""y[m, n] = act(Σ_k ŵ[e(m), n, k] x[m, k] + bias[e(m), n]): the GEMM with an expert for each row.
+
+grouped    a program has up to BLOCK_M rows of one expert, as `schedule` says
+gathered   a program has one row, whose id names its expert; no sorting before
+
+A stack is that of its experts' packed weights, one after the other.
+"""
+
+# mypy: allow-incomplete-defs, allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+from fqcompile.kernels.triton.finish import finish_row
+from fqcompile.kernels.triton.gemm import (
+    scaled_products,
+    scales_of_an_expert,
+    store,
+    words_of_an_expert,
+)
+
+
+@triton.jit
+def expert_of_id(ids_ptr, m, experts):
+    """(expert, whether there is such a one); a negative id counts from the last expert."""
+    index = tl.load(ids_ptr + m).to(tl.int64)
+    expert = tl.where(index < 0, index + experts, index)
+    known = (expert >= 0) & (expert < experts)
+    return tl.where(known, expert, 0), known
+
+
+@triton.jit(do_not_specialize=["M", "experts", "num_blocks"])
+def expert_gemm_kernel(
+    x_ptr,
+    qweight_ptr,
+    scale_ptr,
+    routing_ptr,
+    bias_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    experts,
+    num_blocks,
+    stride_xm,
+    GROUPED: tl.constexpr,
+    BLOCKS_PER_GROUP: tl.constexpr,
+    DOT_K: tl.constexpr,
+    BITS: tl.constexpr,
+    KWIDTH: tl.constexpr,
+    CONVERSION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    UP: tl.constexpr,
+    GATED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):
+    """y [M, N], or its shares, as `gemm_kernel`; what has no expert is not written.
+
+    routing: the schedule [num_blocks, 3], or ids [M], and num_blocks is M. A row whose id names no
+    expert becomes NaN.
+    """
+    # Programs that may read the same weight tile are neighbours, as those of one expert are.
+    block = tl.program_id(0) % num_blocks
+    offs_n = (tl.program_id(0) // num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    lanes = tl.arange(0, BLOCK_M)
+    if GROUPED:
+        expert = tl.load(routing_ptr + 3 * block).to(tl.int64)
+        if expert < 0:
+            return
+        offs_m = tl.load(routing_ptr + 3 * block + 1) + lanes
+        mask_m = offs_m < tl.load(routing_ptr + 3 * block + 2)
+    else:
+        expert, known = expert_of_id(routing_ptr, block, experts)
+        offs_m = block + lanes
+        mask_m = lanes == 0
+    rows = N * 2 if GATED else N
+    qweight_ptr += expert * words_of_an_expert(rows, K, BITS, BLOCK_K)
+    scale_ptr += expert * scales_of_an_expert(rows, K, BLOCKS_PER_GROUP, DOT_K, BLOCK_K)
+    if bias_ptr is not None:
+        bias_ptr += expert * rows
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm
+    acc, acc_up = scaled_products(
+        x_ptrs, mask_m, qweight_ptr, scale_ptr, offs_n, N, K,
+        BLOCKS_PER_GROUP, DOT_K, BITS, KWIDTH, CONVERSION, GATED, EVEN_K,
+        BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K,
+    )  # fmt: skip
+    if not GROUPED:
+        acc = tl.where(known, acc, float("nan"))
+    mask = (offs_n < N)[:, None] & mask_m[None, :]
+    store(
+        acc, acc_up, bias_ptr, None, y_ptr, offs_m, offs_n, mask, M, N, 0,
+        ACTIVATION, UP, GATED, SPLIT_K,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "experts"])
+def finish_experts_kernel(
+    shares_ptr,
+    routing_ptr,
+    bias_ptr,
+    y_ptr,
+    M,
+    N,
+    experts,
+    GROUPED: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    UP: tl.constexpr,
+    GATED: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y [M, N] from shares, as `finish_kernel`; of rows that have an expert, or an id.
+
+    routing: offsets [experts] or ids [M]. BLOCK_E: experts filled up to a power of two.
+    """
+    num_pid_n = tl.cdiv(N, BLOCK_N)
+    m = (tl.program_id(0) // num_pid_n).to(tl.int64)
+    offs_n = (tl.program_id(0) % num_pid_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if GROUPED:
+        e = tl.arange(0, BLOCK_E)
+        # [BLOCK_E]
+        ends = tl.load(routing_ptr + e, mask=e < experts, other=M)
+        expert = tl.sum((ends <= m).to(tl.int32), 0).to(tl.int64)  # filled-up ones end after m
+        if expert >= experts:
+            return
+    else:
+        expert, _ = expert_of_id(routing_ptr, m, experts)
+    if bias_ptr is not None:
+        bias_ptr += expert * (2 * N if GATED else N)
+    finish_row(
+        shares_ptr, bias_ptr, None, y_ptr, m, offs_n, M, N, 0,
+        ACTIVATION, UP, GATED, SPLIT_K, BLOCK_N,
+    )  # fmt: skip

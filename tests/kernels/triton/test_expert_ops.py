@@ -1,0 +1,230 @@
+"""The kernels of experts through their operators: configurations, dense, backward, opcheck."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from fqcompile.errors import KernelBuildError
+from fqcompile.kernels import execute
+from fqcompile.kernels.expert_ops import gathered_linear, grouped_linear
+from fqcompile.kernels.gpu import A100, H200
+from fqcompile.kernels.launch_table import DENSE
+from fqcompile.kernels.registry import parse_kernel, select_kernel
+from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.triton import experts as launch_experts
+from fqcompile.kernels.triton import template as template_module
+from fqcompile.kernels.triton.template import TRITON_GEMM
+from tests.kernels.triton.expert_oracle import (
+    ExpertCase,
+    ExpertInputs,
+    assert_close,
+    bounds,
+    draw,
+    stacked,
+)
+from tests.kernels.triton.oracle import BF16, FP16, Case, on_device, on_every_device, running
+
+SPLIT = "triton_gemm:16x64x128x2w4s2"
+TABLE = "triton_gemm:m4=16x64x128x1w4s2,dense"
+PLAIN = "triton_gemm"
+ONE = Case(n=24, k=136, bias=True)
+GROUPED = ExpertCase(offsets=(3, 3, 8), one=ONE)
+GATHERED = ExpertCase(ids=(2, -3, 1, 2), one=replace(ONE, bits=8, dtype=BF16, gated=True))
+every_routing = pytest.mark.parametrize("case", [GROUPED, GATHERED], ids=["grouped", "gathered"])
+
+
+def arguments(
+    case: ExpertCase, inputs: ExpertInputs, kernel: str, device: str = "cpu"
+) -> tuple[Any, ...]:
+    one, weight = case.one, stacked(case, inputs, device)
+    x, bias = (on_device(t, device) for t in (inputs.x, inputs.bias))
+    routing = case.routing(device)
+    form = (one.bits, min(one.group_size, one.k), one.n, one.k, one.activation, one.gated, kernel)
+    rows_of = routing.ids if routing.offsets is None else routing.offsets
+    return (x, weight.qweight, weight.scale, rows_of, bias, *form)
+
+
+def op_of(case: ExpertCase) -> Any:
+    return grouped_linear if case.ids is None else gathered_linear
+
+
+@on_every_device
+@every_routing
+@pytest.mark.parametrize("kernel", [SPLIT, "triton_gemm:32x128x128x1w4s4", PLAIN])
+def test_experts_run_the_configuration_that_their_kernel_names(
+    kernel: str, case: ExpertCase, device: str
+) -> None:
+    """And some tile where none is named, as the backward pass asks for."""
+    inputs = draw(case)
+    with running(device):
+        y = op_of(case)(*arguments(case, inputs, kernel, device))
+    assert_close(case, inputs, y.cpu())
+
+
+def dense_bound(case: ExpertCase, inputs: ExpertInputs) -> tuple[Tensor, Tensor]:
+    """Beyond the fused kernel's error: ŵ and z are rounded to bf16, twice with a bias."""
+    want, tolerance = bounds(case, inputs)
+    own, u = case.of_rows, 2.0**-8
+    for row, expert in enumerate(own.tolist()):
+        if expert >= 0:
+            reach = inputs.x[row].double().abs() @ inputs.w[expert].abs().T
+            tolerance[row] += u * (reach + 3 * want[row].abs())
+            if inputs.bias is not None:
+                tolerance[row] += 2 * u * inputs.bias[expert].double().abs()
+    return want, tolerance
+
+
+@on_every_device
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dense_is_the_stack_dequantised_and_multiplied_by_pytorch(
+    bits: int, bias: bool, index_dtype: torch.dtype, device: str
+) -> None:
+    one = replace(ONE, dtype=BF16, bits=bits, bias=bias)
+    case = replace(GROUPED, one=one, tail=2, index_dtype=index_dtype)
+    inputs = draw(case)
+    with running(device):
+        y = grouped_linear(*arguments(case, inputs, TABLE, device)).cpu().double()
+    want, tolerance = dense_bound(case, inputs)
+    has_expert = case.of_rows >= 0
+    assert ((y - want).abs() <= tolerance)[has_expert].all()
+
+
+def test_dense_applies_the_gate() -> None:
+    one = replace(ONE, dtype=BF16, gated=True, activation="swiglu_oai", bias=True)
+    case = replace(GROUPED, one=one)
+    inputs = draw(case)
+    with running("cpu"):
+        dense = grouped_linear(*arguments(case, inputs, TABLE))
+        fused = grouped_linear(*arguments(case, inputs, SPLIT))
+    torch.testing.assert_close(dense.float(), fused.float(), rtol=0.1, atol=0.3)
+
+
+def test_the_table_decides_by_the_number_of_routed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+
+    def tile(x: Tensor, *rest: Any) -> Tensor:
+        seen.append(rest[-2])
+        return x
+
+    def dense(x: Tensor, *rest: Any) -> Tensor:
+        seen.append(DENSE)
+        return x
+
+    monkeypatch.setattr(template_module, "expert_gemm", tile)
+    monkeypatch.setattr(template_module, "dense_experts", dense)
+    for offsets in ((1, 2, 4), (1, 4, 5)):
+        case = replace(GROUPED, offsets=offsets)
+        grouped_linear(*arguments(case, draw(case), TABLE))
+    launches = parse_kernel(TABLE).launches
+    assert launches is not None
+    assert seen == [launches.at(4), DENSE]
+
+
+def test_dense_for_gathered_rows_is_told_and_computed_another_way(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No selection writes that; a table is a file."""
+    monkeypatch.setattr(execute, "BROKEN", {})
+    case = replace(GATHERED, ids=(0, 1, 2, 0, 1), one=ONE)
+    inputs = draw(case)
+    with running("cpu"):
+        y = gathered_linear(*arguments(case, inputs, TABLE))
+    assert "take rows that are grouped" in caplog.text
+    want, tolerance = dense_bound(case, inputs)
+    assert ((y.double() - want).abs() <= tolerance).all()
+
+
+@pytest.mark.parametrize("error", [template_module.OutOfResources(1, 2, "shared memory")])
+@every_routing
+def test_what_does_not_build_is_named(
+    case: ExpertCase, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*rest: Any) -> Tensor:
+        raise error
+
+    monkeypatch.setattr(template_module, "expert_gemm", fails)
+    inputs = draw(case)
+    routing, one = case.routing(), case.one
+    assert TRITON_GEMM.experts is not None
+    ends = (routing.offsets, routing.ids, inputs.bias, one.activation, one.gated, one.config)
+    with pytest.raises(KernelBuildError, match="OutOfResources"):
+        TRITON_GEMM.experts(inputs.x, stacked(case, inputs), *ends)
+    monkeypatch.setattr(template_module, "expert_gemm", lambda *rest: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        TRITON_GEMM.experts(inputs.x, stacked(case, inputs), *ends)
+
+
+@every_routing
+def test_experts_pass_opcheck(case: ExpertCase) -> None:
+    case = replace(case, one=replace(case.one, n=3, k=20))
+    x, qweight, scale, rows_of, bias, *form = arguments(case, draw(case), SPLIT)
+    with running("cpu"):
+        torch.library.opcheck(op_of(case), (x, qweight, scale, rows_of, bias, *form))
+        leaves = [t.detach().clone().requires_grad_() for t in (x, bias) if t is not None]
+        x, bias = (*leaves, None)[:2]
+        torch.library.opcheck(op_of(case), (x, qweight, scale, rows_of, bias, *form))
+
+
+@on_every_device
+@every_routing
+def test_backward_is_each_experts_own(case: ExpertCase, device: str) -> None:
+    case = replace(case, one=replace(case.one, activation="silu", dtype=FP16, bits=4))
+    inputs = draw(case)
+    x, *rest = arguments(case, inputs, SPLIT, device)
+    leaf = x.detach().clone().requires_grad_()
+    with running(device):
+        op_of(case)(leaf, *rest).sum().backward()
+    exact = inputs.x.double().requires_grad_()
+    total = torch.zeros((), dtype=torch.float64)
+    for row, expert in enumerate(case.of_rows.tolist()):
+        z = inputs.w[expert] @ exact[row]
+        z = z if inputs.bias is None else z + inputs.bias[expert].double()
+        gate, up = z.chunk(2) if case.one.gated else (z, torch.ones(()))
+        total = total + (torch.nn.functional.silu(gate) * up).sum()
+    (want,) = torch.autograd.grad(total, exact)
+    error = float((leaf.grad.cpu().double() - want).norm() / want.norm())
+    assert error < 4 * 2.0**-11  # three roundings to fp16, spread over many terms
+
+
+EXPERTS = GemmSpec(
+    64, 768, 2048, 4, 128, BF16, BF16, "cuda", gated=True, gpu=H200, experts=128, routing="grouped"
+)
+
+
+@pytest.mark.parametrize("gpu", [H200, A100], ids=lambda gpu: gpu.arch)
+@pytest.mark.parametrize("routing", ["grouped", "gathered"])
+def test_the_family_is_chosen_for_experts_on_a_gpu(routing: str, gpu: Any) -> None:
+    choice = select_kernel(replace(EXPERTS, routing=routing, gpu=gpu))
+    assert choice.template.name.startswith("triton_gemm")
+    assert choice.launches is not None
+
+
+def test_the_limit_of_bytes_is_that_of_one_expert() -> None:
+    many = replace(EXPERTS, experts=4096, n=14336, k=4096)
+    assert TRITON_GEMM.refuse(many) is None
+    assert "4 GiB of codes" in str(TRITON_GEMM.refuse(replace(many, n=1 << 20)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_stack_of_more_than_2_gib_is_read_at_its_end() -> None:
+    experts, n, k = 300, 4096, 4096
+    template = TRITON_GEMM
+    codes = torch.zeros(experts, n // 16, k // 128, 16, 16, dtype=torch.int32, device="cuda")
+    codes[-1] = 0x11111111 * 9 - (1 << 32)  # code 9, so 1
+    scale = torch.ones(experts, k // 128, 4096, 1, dtype=BF16, device="cuda")
+    weight = launch_experts.PackedLinear(codes, scale, 4, 128, n, k)
+    x = torch.ones(3, k, dtype=BF16, device="cuda")
+    offsets = torch.zeros(experts, dtype=torch.int32, device="cuda")
+    offsets[-1] = 3
+    assert template.experts is not None
+    for routing in ((offsets, None), (None, torch.full((3,), -1, device="cuda"))):
+        y = template.experts(x, weight, *routing, None, "none", False, None)
+        assert torch.equal(y, torch.full_like(y, float(k)))

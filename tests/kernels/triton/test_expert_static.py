@@ -1,0 +1,156 @@
+"""The machine code of the kernels of experts keeps the budgets that those of one matrix have.
+
+And `bench.expert_launches` launches what `triton.experts` does.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from triton.runtime.jit import JITFunction
+
+from bench import expert_launches, launches
+from bench.expert_launches import layer, routed
+from bench.faults import faults, most_instructions
+from bench.launches import CONVERSION, GPUS, Case
+from bench.machine_code import Launch, toolchain_missing
+from fqcompile.kernels.routing import Routing
+from fqcompile.kernels.template import PackedLinear
+from fqcompile.kernels.tile_config import TileConfig
+from fqcompile.kernels.triton import experts, launch
+from fqcompile.kernels.triton.cost import cost
+from fqcompile.kernels.triton.target import kwidth
+from tests.kernels.triton.test_static import BUDGETS as OF_ONE
+from tests.kernels.triton.test_static import (
+    SLACK,
+    VERSION,
+    Budget,
+    launched,
+    over_budget,
+)
+
+MISSING = toolchain_missing()
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+CASES = [case for arch in GPUS for case in expert_launches.selection(arch)]
+by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
+
+# By Triton version: of kernels without a counterpart for one matrix, or with a few registers more.
+BUDGETS: dict[str, dict[str, Budget]] = {
+    "3.7": {
+        "gathered 128x1536x2048 w4 g128 bf16 16x64x128x1w4s4 gated sm_90": Budget(113, 40960, 2.17),
+        "finish gathered 128x1536x2048 w4 g128 bf16 gated sm_90": Budget(74, 0, 84.5),
+        "grouped 128x1536x2048 w4 g128 bf16 16x64x128x1w4s4 gated sm_90": Budget(115, 40960, 2.19),
+        "finish grouped 128x1536x2048 w4 g128 bf16 gated sm_90": Budget(74, 8, 90.75),
+        "schedule 128x2048x768 w4 g128 bf16 sm_90": Budget(40, 256, 3384.0),
+        "dequantize 128x2048x768 w4 g128 bf16 sm_90": Budget(37, 8192, 10.22),
+        "finish gathered 128x1536x2048 w4 g128 bf16 gated sm_80": Budget(72, 0, 83.0),
+        "grouped 128x2048x768 w4 g128 bf16 16x128x128x8w4s4 sm_80": Budget(118, 37376, 2.62),
+        "finish grouped 128x1536x2048 w4 g128 bf16 gated sm_80": Budget(72, 8, 87.0),
+        "schedule 128x2048x768 w4 g128 bf16 sm_80": Budget(39, 256, 3248.0),
+        "dequantize 128x2048x768 w4 g128 bf16 sm_80": Budget(32, 8192, 11.72),
+    }
+}
+
+
+def budget_of(case: Case) -> Budget | None:
+    """Its own, or that of the same tile and format in `gemm_kernel`."""
+    own = BUDGETS[VERSION].get(case.name)
+    if own is not None:
+        return own
+    _, _, rest = case.name.partition("x")
+    _, _, form = rest.partition(" ")
+    return OF_ONE[VERSION].get(f"gemm {form}")
+
+
+@by_name
+def test_machine_code_has_no_fault_and_keeps_its_budget(case: Case) -> None:
+    if VERSION not in OF_ONE:
+        pytest.skip(f"no budgets for Triton {VERSION}: add those of `python -m bench static`")
+    code, budget = case.read(), budget_of(case)
+    assert budget is not None, "neither a budget of its own nor one of the dense family"
+    assert faults(case, code) == []
+    assert code.spills == code.stack_bytes == code.local_bytes == 0
+    assert over_budget(code, case.weights, budget) == []
+    most = most_instructions(case)
+    assert most is None or code.per_weight(case.weights) <= most
+
+
+@pytest.mark.parametrize("version", BUDGETS)
+def test_budgets_are_of_cases_that_there_are(version: str) -> None:
+    assert set(BUDGETS[version]) <= {case.name for case in CASES}
+
+
+@by_name
+def test_routing_costs_no_instruction_in_the_loop(case: Case) -> None:
+    """But for what the compiler orders otherwise: 5 % of the loop of one matrix."""
+    if case.config is None:
+        return
+    one = replace(case.spec, experts=0, routing=None)
+    dense = launches.gemm(one, case.config).read()
+    code = case.read()
+    assert code.instructions / code.unroll <= SLACK * dense.instructions / dense.unroll
+    assert code.resident_programs() >= dense.resident_programs() - 1
+
+
+@by_name
+def test_the_model_is_near_the_machine_code(case: Case) -> None:
+    if case.config is None or VERSION not in OF_ONE:
+        return
+    code, model = case.read(), cost(case.spec, case.config, case.gpu, 16)
+    near = 0.12 if case.config.BLOCK_M == 16 else 0.25
+    assert model.instructions == pytest.approx(code.per_weight(case.weights), rel=near)
+    assert 0.95 <= model.shared_bytes / code.shared_bytes <= 1.15
+    assert 0.65 <= model.registers / code.registers <= 1.5
+
+
+@pytest.mark.parametrize("arch", list(GPUS))
+def test_strides_between_experts_that_are_not_known_to_be_whole_lines_are_seen(arch: int) -> None:
+    """What the lint is for: without the hints the copies of a stack are narrow."""
+    case = routed(
+        layer("qwen3-30b-a3b", "down", "grouped", gpu=GPUS[arch]), TileConfig(16, 128, 128)
+    )
+    unknown = replace(case, launch=replace(case.launch, divisible=()))
+    assert "copies of 16 bytes" in " ".join(faults(unknown, unknown.read()))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
+    """The launches made, none of which runs."""
+    made: list[Launch] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: int) -> None:
+        made.append(launched(self, args, options))
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    for module in (launch, experts):
+        monkeypatch.setattr(module, "conversion", lambda device, dtype: CONVERSION)
+    yield made
+
+
+@by_name
+def test_the_cases_are_what_is_launched(case: Case, calls: list[Launch]) -> None:
+    s, empty = case.spec, torch.empty
+    many = 1 << 16
+    with torch.device("meta"):
+        codes = empty(s.experts, 1, 1, 1, 1, dtype=torch.int32)
+        scales = empty(s.experts, 1, dtype=s.scale_dtype)
+        weight = PackedLinear(codes, scales, s.bits, s.group_size, s.weight_rows, s.k)
+        rows = many if case.kind == "schedule" else s.m
+        x = empty(rows, s.k, dtype=s.dtype)
+        bias = empty(s.experts, s.weight_rows, dtype=s.dtype) if s.has_bias else None
+        offsets, ids = empty(s.experts, dtype=torch.int32), empty(rows, dtype=torch.int64)
+        if case.kind == "dequantize":
+            launch.dequantize(weight, s.dtype, kwidth(case.gpu))
+        else:
+            routing = Routing(offsets) if s.routing == "grouped" else Routing(ids=ids)
+            shares = launches.FINISHED_SHARES
+            config = case.config or TileConfig(16, 128, 128, shares if rows == s.m else 1, 4, 4)
+            ends = (bias, s.activation, s.gated)
+            experts.expert_gemm(x, weight, routing, *ends, config, kwidth(case.gpu))
+    (made,) = (call for call in calls if call.kernel is case.launch.kernel)
+    assert made == replace(case.launch, divisible=set(case.launch.divisible))
