@@ -162,6 +162,20 @@ def test_gated_and_per_column_shapes_have_keys_of_their_own(
     assert len(measure.set_up) == len(reports)
 
 
+def test_a_stack_of_experts_is_tuned_for_both_routings(
+    measure: FakeMeasure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = _report(tmp_path, "128x768x2048", "--gated", "--m", "8,4096")
+    found = [(c["experts"], c["routing"], c["n"], c["k"], c["rows"]) for c in report["cases"]]
+    assert found == [
+        (128, "grouped", 768, 2048, 8), (128, "grouped", 768, 2048, 8192),
+        (128, "gathered", 768, 2048, 8), (128, "gathered", 768, 2048, 2048),
+    ]  # fmt: skip
+    assert "128x768x2048 int4 g128 bfloat16 gated grouped" in capsys.readouterr().out
+    (one,) = _report(tmp_path, "8x64x256", "--routing", "gathered", "--m", "1")["cases"]
+    assert one["key"].startswith("experts=8 gathered ")
+
+
 def test_a_kernel_without_configurations_is_named(
     measure: FakeMeasure, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,6 +189,7 @@ def test_a_kernel_without_configurations_is_named(
     ("arguments", "message"),
     [
         (["0x4096"], "shape '0x4096' has an empty side"),
+        (["0x4096x4096"], "shape '0x4096x4096' has an empty side; E, N and K"),
         (["4096x"], "neither a directory with a checkpoint nor"),
         (["4096x4096", "--m", "1,,2"], "'1,,2' is no list of numbers"),
         (["4096x4096", "--m", "0"], "'0' is no list of numbers from 1 up"),

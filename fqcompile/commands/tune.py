@@ -5,7 +5,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -25,7 +25,8 @@ from fqcompile.kernels.tuning.table import TunedTable, table_for
 from fqcompile.report.files import replace_text
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_SHAPE = re.compile(r"(\d+)x(\d+)")
+_SHAPE = re.compile(r"(?:(\d+)x)?(\d+)x(\d+)")
+_ROUTINGS: tuple[Literal["grouped", "gathered"], ...] = ("grouped", "gathered")
 _DEFAULT_GROUP = 128
 _DEVICE = torch.device("cuda")
 
@@ -34,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to tune, how widely to search, where to write the report."""
     parser.add_argument(
         "target", nargs="+", help="directory of a Hugging Face checkpoint, module:function that "
-        "returns (model, example inputs), or the N x K of a matrix, such as 4096x14336",
+        "returns (model, example inputs), the N x K of a matrix, such as 4096x14336, or E x N x K "
+        "of a stack of experts",
     )  # fmt: skip
     parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
     parser.add_argument(
@@ -46,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--m", type=_row_counts, metavar="M,...", help="numbers of rows, each for its bucket "
         "(default: 1, and what a model with an open batch looks up)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--routing", choices=_ROUTINGS, help="of experts (default: both); their rows are routed "
+        "ones, tokens times experts of each",
     )  # fmt: skip
     parser.add_argument("--mode", choices=("fast", "max"), default="fast")
     parser.add_argument("--report", metavar="FILE", help="also write every trial as JSON")
@@ -89,7 +95,7 @@ def _cases(specs: list[GemmSpec], rows: list[int] | None) -> tuple[list[TunedCas
             text = f"{spec.n}x{spec.k} int{spec.bits} g{spec.group_size}"
             untuned[f"{text}: kernel {template.name} has no configuration to search"] = None
             continue
-        buckets = [bucket_of(m) for m in rows] if rows else buckets_of_a_model(spec, template)
+        buckets = [bucket_of(m, spec) for m in rows] if rows else buckets_of_a_model(spec, template)
         key = tuning_key(spec, template.layout.name)
         for bucket in buckets:
             cases.setdefault((key, bucket), TunedCase(spec, template, key, bucket))
@@ -101,12 +107,16 @@ def _specs(target: str, arguments: argparse.Namespace, gpu: Gpu) -> list[GemmSpe
     shape = _SHAPE.fullmatch(target)
     if shape is None:
         return _specs_of_model(target, dtype, arguments, gpu)
-    n, k = map(int, shape.groups())
-    if not n or not k:
-        raise OptionError(f"shape {target!r} has an empty side; N and K are at least 1")
+    experts, n, k = (int(side or 0) for side in shape.groups())
+    if not n or not k or (shape[1] and not experts):
+        raise OptionError(f"shape {target!r} has an empty side; E, N and K are at least 1")
     group = k if arguments.group == "column" else min(k, arguments.group or _DEFAULT_GROUP)
     spec = GemmSpec(1, n, k, arguments.bits, group, dtype, dtype, _DEVICE.type, gpu=gpu)
-    return [replace(spec, gated=arguments.gated)]
+    spec = replace(spec, gated=arguments.gated)
+    if not experts:
+        return [spec]
+    asked = _ROUTINGS if arguments.routing is None else (arguments.routing,)
+    return [replace(spec, experts=experts, routing=routing) for routing in asked]
 
 
 def _specs_of_model(

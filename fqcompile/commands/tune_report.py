@@ -31,7 +31,7 @@ class TunedCase:
     @property
     def closed_form(self) -> Config | None:
         launches = self.template.launches(at_bucket(self.spec, self.bucket))
-        return None if launches is None else launches.at(rows_of(self.bucket))
+        return None if launches is None else launches.at(rows_of(self.bucket, self.spec))
 
     @property
     def closed_form_trial(self) -> Trial | None:
@@ -39,7 +39,7 @@ class TunedCase:
 
     @property
     def ideal_us(self) -> float:
-        rows = rows_of(self.bucket)
+        rows = rows_of(self.bucket, self.spec)
         return 1e6 * ideal_seconds(at_bucket(self.spec, self.bucket), rows)
 
     def of_ideal(self, timing: Timing) -> float:
@@ -60,7 +60,7 @@ def format_cases(cases: Sequence[TunedCase]) -> list[str]:
     rows = [_row(case) for case in cases]
     lines = [tabulate(rows, HEADERS, disable_numparse=True)] if rows else []
     for case in cases:
-        where = f"{_name(case)}, {bucket_name(case.bucket)}"
+        where = f"{_name(case)}, {bucket_name(case.bucket, case.spec)}"
         refused = [t for t in case.known.trials if t.refusal is not None]
         lines += [f"{where}: {t.config} refused: {t.refusal}" for t in refused]
         if case.problem is not None:
@@ -82,7 +82,9 @@ def _name(case: TunedCase) -> str:
     spec = case.spec
     group = "column" if spec.group_size >= spec.k else f"g{spec.group_size}"
     dtype = str(spec.dtype).removeprefix("torch.")
-    return f"{spec.n}x{spec.k} int{spec.bits} {group} {dtype}" + (" gated" if spec.gated else "")
+    stack = f"{spec.experts}x" if spec.experts else ""
+    ends = [word for word in ("gated" if spec.gated else None, spec.routing) if word]
+    return " ".join([f"{stack}{spec.n}x{spec.k} int{spec.bits} {group} {dtype}", *ends])
 
 
 def _row(case: TunedCase) -> tuple[str, ...]:
@@ -91,7 +93,7 @@ def _row(case: TunedCase) -> tuple[str, ...]:
     timing = None if best is None else best.timing
     return (
         _name(case),
-        bucket_name(case.bucket),
+        bucket_name(case.bucket, case.spec),
         "none" if best is None else str(best.config),
         "" if timing is None else str(timing),
         "" if timing is None else f"{case.of_ideal(timing):.0%}",
@@ -112,8 +114,10 @@ def _case_as_dict(case: TunedCase) -> dict[str, object]:
         "group_size": spec.group_size,
         "dtype": str(spec.dtype).removeprefix("torch."),
         "gated": spec.gated,
+        "experts": spec.experts,
+        "routing": spec.routing,
         "bucket": case.bucket,
-        "rows": rows_of(case.bucket),
+        "rows": rows_of(case.bucket, case.spec),
         "ideal_us": case.ideal_us,
         "best": None if case.known.best is None else str(case.known.best.config),
         "closed_form": str(case.closed_form),

@@ -19,30 +19,44 @@ from fqcompile.kernels.spec import GemmSpec
 Bucket = int | None
 M_BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
 _OPEN_ROWS = 2048
+# Rows that are sorted by expert are a prompt's tokens times the experts of each.
+GROUPED_BUCKETS = (*M_BUCKETS, 2048, 8192)
+_OPEN_GROUPED_ROWS = 32768
 _TRITON_SOURCE = Path(__file__).parent.parent / "triton"
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def bucket_of(m: int) -> Bucket:
+def buckets(spec: GemmSpec) -> tuple[int, ...]:
+    """The bounds of the spec's buckets of M."""
+    return GROUPED_BUCKETS if spec.routing == "grouped" else M_BUCKETS
+
+
+def bucket_of(m: int, spec: GemmSpec) -> Bucket:
     """The bucket that `m` rows fall in."""
-    return next((bound for bound in M_BUCKETS if m <= bound), None)
+    return next((bound for bound in buckets(spec) if m <= bound), None)
 
 
-def rows_of(bucket: Bucket) -> int:
-    """The number of rows that a bucket is measured at: its largest, or 2048 in the open one."""
-    return _OPEN_ROWS if bucket is None else bucket
+def rows_of(bucket: Bucket, spec: GemmSpec) -> int:
+    """The rows that a bucket is measured at: its largest; in the open one 2048, or 32768 grouped
+    by expert."""
+    if bucket is not None:
+        return bucket
+    return _OPEN_GROUPED_ROWS if spec.routing == "grouped" else _OPEN_ROWS
 
 
-def bucket_name(bucket: Bucket) -> str:
+def bucket_name(bucket: Bucket, spec: GemmSpec) -> str:
     """For people: "M <= 16", and "M > 512" for the open one."""
-    return f"M > {M_BUCKETS[-1]}" if bucket is None else f"M <= {bucket}"
+    return f"M > {buckets(spec)[-1]}" if bucket is None else f"M <= {bucket}"
 
 
 def tuning_key(spec: GemmSpec, layout_name: str) -> str:
-    """The matmul as text, e.g. "dense sm_90/132 4096x14336 int4 g128 bfloat16 ... plain"."""
+    """The matmul as text, e.g. "dense sm_90/132 4096x14336 int4 g128 bfloat16 ... plain".
+
+    Of experts it begins with "experts=128 grouped".
+    """
     assert spec.gpu is not None
     parts = (
-        "dense",
+        f"experts={spec.experts} {spec.routing}" if spec.experts else "dense",
         f"{spec.gpu.arch}/{spec.gpu.num_sms}",
         f"{spec.n}x{spec.k}",
         f"int{spec.bits}",

@@ -17,7 +17,7 @@ TABLE: Final = "tuned table"
 SEARCHED: Final = "searched"
 _FROM_GUESS_TO_KNOWLEDGE: tuple[Source, ...] = (CLOSED_FORM, TABLE, SEARCHED)
 Mode = Literal["off"] | SearchMode
-MAX_KERNELS = 3
+MAX_KERNELS = 4  # no more are compiled for one node; dense layers have three
 
 
 class Chosen(NamedTuple):
@@ -55,7 +55,7 @@ def tuned_launches(
         tuned, source, problem = _tuned(spec, template, bucket, mode, make_measure, table)
         sources.append(source)
         if problem is not None:
-            notes.append(f"{bucket_name(bucket)}: {problem}")
+            notes.append(f"{bucket_name(bucket, spec)}: {problem}")
         if steps and steps[-1][1] == (tuned or config):
             steps.pop()
         steps.append((bound, tuned or config))
@@ -64,7 +64,7 @@ def tuned_launches(
 
 
 def steps_in_range(spec: GemmSpec, closed: LaunchTable) -> list[tuple[int | None, Bucket, Config]]:
-    """The steps that `spec`'s rows can reach, at most three: (bound, bucket of it, configuration).
+    """The steps that `spec`'s rows can reach, at most four: (bound, bucket of it, configuration).
 
     The last is open, as a LaunchTable wants it, but its bucket is that of the largest M there is.
     """
@@ -74,9 +74,9 @@ def steps_in_range(spec: GemmSpec, closed: LaunchTable) -> list[tuple[int | None
         if bound is not None and bound < low:
             continue
         if bound is None or (high is not None and bound >= high):
-            reached.append((None, None if high is None else bucket_of(high), config))
+            reached.append((None, None if high is None else bucket_of(high, spec), config))
             break
-        reached.append((bound, bucket_of(bound), config))
+        reached.append((bound, bucket_of(bound, spec), config))
     return [*reached[:-1][: MAX_KERNELS - 1], reached[-1]]
 
 
@@ -86,7 +86,7 @@ def buckets_of_a_model(spec: GemmSpec, template: Template) -> list[Bucket]:
     if closed is None:
         return []
     found = [bucket for _, bucket, _ in steps_in_range(replace(spec, m_range=(1, None)), closed)]
-    return list(dict.fromkeys([bucket_of(1), *found]))
+    return list(dict.fromkeys([bucket_of(1, spec), *found]))
 
 
 def _tuned(

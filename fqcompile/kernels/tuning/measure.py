@@ -5,6 +5,8 @@ in turn than any cache holds. CUDA graphs of many calls keep Python's time out o
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from statistics import median, quantiles
 
@@ -13,8 +15,10 @@ import torch
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels.epilogue import apply_epilogue
 from fqcompile.kernels.launch_table import Config
+from fqcompile.kernels.routing import Routing
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import Layout, PackedLinear, Template
+from fqcompile.kernels.tuning.routed_rows import experts_of, packed_stack, routings
 from fqcompile.kernels.tuning.search import DeviceLost, Measure, WrongResult
 from fqcompile.kernels.tuning.table import Timing
 from fqcompile.quant.affine import dequantize_rows
@@ -24,6 +28,7 @@ from fqcompile.quant.packing import pack
 from fqcompile.quant.qtype import QTYPES
 from fqcompile.quant.quantized_weight import QuantizedWeight
 
+Run = Callable[[Config], torch.Tensor]
 ROTATED_BYTES = 256 << 20
 _DEVICE = torch.device("cuda")
 _MOST_COPIES = 257
@@ -40,26 +45,64 @@ def measure_on_gpu(template: Template, spec: GemmSpec, m: int) -> Measure:
     if torch.cuda.is_current_stream_capturing():
         raise FineQuantError("a CUDA graph is being captured; call the model once before capturing")
     with plain_tensors():
-        weight, x = random_problem(spec, m, _DEVICE)
-        expected = reference(x, weight, spec)
-        weights, rounds = packed_copies(weight, template.layout)
-    copies = len(weights)
-
-    def run(weight: PackedLinear, config: Config) -> torch.Tensor:
-        return template.linear(x, weight, None, None, spec.activation, spec.gated, config)
+        runs, expected = (_experts if spec.experts else _linear)(template, spec, m)
 
     def measure(config: Config) -> Timing:
         try:
             with plain_tensors():
-                wrong = difference(run(weights[0], config), expected, spec.k)
+                wrong = difference(runs[0](config), expected, spec.k)
                 if wrong is not None:
                     raise WrongResult(wrong)
-                return _time(lambda: [run(w, config) for w in weights], rounds, copies)
+                return _time(lambda: [run(config) for run in runs], rounds_of(len(runs)), len(runs))
         except Exception as error:
             check_device(error)
             raise
 
     return measure
+
+
+def _linear(template: Template, spec: GemmSpec, m: int) -> tuple[list[Run], torch.Tensor]:
+    """A run for each copy of the weight, and what each must give."""
+    weight, x = random_problem(spec, m, _DEVICE)
+    weights, _ = packed_copies(weight, template.layout)
+
+    def run(packed: PackedLinear, config: Config) -> torch.Tensor:
+        return template.linear(x, packed, None, None, spec.activation, spec.gated, config)
+
+    runs: list[Run] = [partial(run, packed) for packed in weights]
+    return runs, reference(x, weight, spec)
+
+
+def _experts(template: Template, spec: GemmSpec, m: int) -> tuple[list[Run], torch.Tensor]:
+    """A run for each copy of the stack and each routing; the first has the result."""
+    assert template.experts is not None, "select takes no other for experts"
+    experts = template.experts
+    stack, x = random_problem(replace(spec, n=spec.experts * spec.n), m, _DEVICE)
+    weights = experts_of(stack, spec.experts)
+    packed = packed_stack(weights, template.layout)
+    in_turn = routings(spec, m, _DEVICE)
+
+    def run(weight: PackedLinear, routing: Routing, config: Config) -> torch.Tensor:
+        ends = (None, spec.activation, spec.gated, config)
+        return experts(x, weight, routing.offsets, routing.ids, *ends)
+
+    copies = min(rotation(packed.qweight.nbytes)[0], -(-_MOST_COPIES // len(in_turn)))
+    clones = (
+        packed._replace(qweight=packed.qweight.clone(), scale=packed.scale.clone())
+        for _ in range(copies - 1)
+    )
+    runs: list[Run] = [partial(run, w, routing) for w in (packed, *clones) for routing in in_turn]
+    return runs, expert_reference(x, weights, in_turn[0], spec)
+
+
+def expert_reference(
+    x: torch.Tensor, weights: Sequence[QuantizedWeight], routing: Routing, spec: GemmSpec
+) -> torch.Tensor:
+    """`reference` of each expert on its rows; all rows have one."""
+    y = x.new_empty((x.shape[0], spec.n), dtype=torch.float64)
+    for expert, rows in routing.rows_of_experts(len(weights), x.shape[0]):
+        y[rows] = reference(x[rows], weights[expert], spec)
+    return y
 
 
 def packed_copies(weight: QuantizedWeight, layout: Layout) -> tuple[list[PackedLinear], int]:

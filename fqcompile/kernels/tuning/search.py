@@ -42,7 +42,7 @@ class Searched(NamedTuple):
 
 def at_bucket(spec: GemmSpec, bucket: Bucket) -> GemmSpec:
     """The matmul with the number of rows that the bucket is measured at."""
-    return replace(spec, m=rows_of(bucket), m_range=None)
+    return replace(spec, m=rows_of(bucket, spec), m_range=None)
 
 
 def search(
@@ -85,7 +85,8 @@ def _try_all(
         measure = make_measure(template, spec, spec.m)
     except Exception as error:
         return f"nothing could be measured: {_first_line(error)}"
-    shape = f"tuning {spec.n}x{spec.k} int{spec.bits} M={spec.m}"
+    stack = f"{spec.experts}x" if spec.experts else ""
+    shape = f"tuning {stack}{spec.n}x{spec.k} int{spec.bits} M={spec.m}"
     problem = None
     # disable=None: no bar where standard error is no terminal.
     for config in tqdm(configs, shape, leave=False, disable=None):

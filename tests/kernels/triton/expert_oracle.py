@@ -78,7 +78,7 @@ class ExpertInputs:
 
 
 def draw(case: ExpertCase) -> ExpertInputs:
-    """x is rows inside NaNs, its rows without an expert too; unused experts are NaN."""
+    """x is rows inside NaNs, those beyond the last offset too; unused experts are NaN."""
     one = case.one
     torch.manual_seed(one.seed)
     codes = [random_codes(one.bits, one.rows, one.k) for _ in range(case.stack)]
@@ -88,7 +88,8 @@ def draw(case: ExpertCase) -> ExpertInputs:
         scale[expert][:] = torch.nan
     groups = group_of(one.k, one.group_size)
     x = torch.randn(case.m, one.k).to(one.dtype)
-    x[own < 0] = torch.nan
+    if case.ids is None:
+        x[own < 0] = torch.nan
     bias = torch.randn(case.stack, 2 * one.rows).to(one.dtype)[:, ::2]
     return ExpertInputs(
         inside_nans(x),

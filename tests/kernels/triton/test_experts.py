@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import accumulate
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -146,6 +147,41 @@ def test_experts_read_x_of_any_strides(case: ExpertCase, device: str) -> None:
     want, x = run(case, inputs, device), inputs.x.contiguous()
     for view in (x.t().contiguous().t(), x.repeat_interleave(2, 1)[:, ::2]):
         assert torch.equal(run(case, replace(inputs, x=view), device), want)
+
+
+READ = [
+    (ExpertCase((0, 3, 3, 20, 20), tail=4, one=ONE), {1, 3}, 3),
+    (ExpertCase(ids=(2, 4, -1), experts=5, one=ONE), {2, 4}, 3),
+]
+
+
+@pytest.mark.parametrize(("case", "hit", "blocks"), READ, ids=["grouped", "gathered"])
+@pytest.mark.parametrize("split_k", [1, 2])
+def test_only_what_has_rows_is_read(
+    split_k: int, case: ExpertCase, hit: set[int], blocks: int
+) -> None:
+    """Of each expert with rows its two blocks of K, once for each block of rows; no other x."""
+    inputs = draw(case)
+    weight, reads = stacked(case, inputs), []
+    config = replace(SMALL, SPLIT_K=split_k)
+    with running("cpu") as memory, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch_experts, "conversion", lambda device, dtype: "subnormal")
+        assert memory is not None
+        touch = memory.touch
+
+        def noted(access: object, addresses: np.ndarray, *rest: object) -> None:
+            reads.append((rest[-1], addresses.astype(np.int64)))
+            touch(access, addresses, *rest)
+
+        patch.setattr(memory, "touch", noted)
+        launch_experts.expert_gemm(inputs.x, weight, case.routing(), None, "none", False, config, 2)
+    words = [addresses for name, addresses in reads if name == "qweight_ptr"]
+    assert len(words) == 2 * blocks
+    of_expert = (np.concatenate(words) - weight.qweight.data_ptr()) // weight.qweight[0].nbytes
+    assert set(of_expert.tolist()) == hit
+    x = np.concatenate([addresses for name, addresses in reads if name == "x_ptr"])
+    rows = (x - inputs.x.data_ptr()) // (2 * inputs.x.stride(0))
+    assert set(rows.tolist()) == set(case.of_rows.ge(0).nonzero().flatten().tolist())
 
 
 @st.composite

@@ -22,12 +22,36 @@ from tests.kernels.tuning.fake import SPEC
 
 def test_buckets_are_those_of_the_design() -> None:
     expected = {0: 1, 1: 1, 2: 4, 4: 4, 5: 8, 9: 16, 17: 32, 33: 64, 65: 128, 129: 256, 257: 512}
-    assert {m: bucket_of(m) for m in expected} == expected
-    assert bucket_of(512) == 512
-    assert bucket_of(513) is None
-    assert [rows_of(bucket) for bucket in M_BUCKETS] == list(M_BUCKETS)
-    assert rows_of(None) > 512
-    assert [bucket_name(16), bucket_name(None)] == ["M <= 16", "M > 512"]
+    assert {m: bucket_of(m, SPEC) for m in expected} == expected
+    assert bucket_of(512, SPEC) == 512
+    assert bucket_of(513, SPEC) is None
+    assert [rows_of(bucket, SPEC) for bucket in M_BUCKETS] == list(M_BUCKETS)
+    assert rows_of(None, SPEC) > 512
+    assert [bucket_name(16, SPEC), bucket_name(None, SPEC)] == ["M <= 16", "M > 512"]
+
+
+def test_rows_grouped_by_expert_have_buckets_of_their_own_beyond() -> None:
+    """Gathered ones do not: a program has one of them, so what is best for 512 is for more."""
+    grouped, gathered = replace(SPEC, **GROUPED), replace(SPEC, experts=8, routing="gathered")
+    assert bucket_of(512, grouped) == 512
+    assert [bucket_of(m, grouped) for m in (513, 2049, 8193)] == [2048, 8192, None]
+    assert rows_of(None, grouped) > 8192
+    assert bucket_name(None, grouped) == "M > 8192"
+    assert bucket_of(513, gathered) is None
+    assert rows_of(None, gathered) == rows_of(None, SPEC)
+
+
+def test_a_key_names_the_experts_and_how_rows_reach_them() -> None:
+    keys = [
+        tuning_key(replace(SPEC, experts=experts, routing=routing), "v1")
+        for experts in (8, 128)
+        for routing in ("grouped", "gathered")
+    ]
+    assert len({*keys, tuning_key(SPEC, "v1")}) == 5
+    assert keys[0].startswith("experts=8 grouped sm_90/132 4096x14336 int4")
+
+
+GROUPED = {"experts": 8, "routing": "grouped"}
 
 
 def test_a_key_can_be_read() -> None:

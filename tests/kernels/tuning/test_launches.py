@@ -178,7 +178,7 @@ def test_any_range_gets_at_most_three_kernels_that_cover_it(
     template = replace(TEMPLATE, launches=lambda spec: closed)
     table = TunedTable(Path("/proc/none"), {}, {}, {})
     for m in data.draw(st.lists(st.integers(0, 2000)), label="tuned at"):
-        table._cases[KEY, bucket_of(m)] = launches_module.Case((_trial(FAST[1 + m % 11]),))
+        table._cases[KEY, bucket_of(m, SPEC)] = launches_module.Case((_trial(FAST[1 + m % 11]),))
     chosen = tuned_launches(spec, template, "off", table=table).launches
     assert chosen is not None
     assert 1 <= len(chosen.steps) <= MAX_KERNELS

@@ -1,0 +1,124 @@
+"""What measuring experts needs beside one matrix; and measuring, as far as it needs no GPU."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fqcompile.kernels.dequantize import DEQUANTIZE
+from fqcompile.kernels.epilogue import apply_epilogue
+from fqcompile.kernels.launch_table import DENSE
+from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.template import PLAIN, PackedLinear
+from fqcompile.kernels.tuning import measure as measure_module
+from fqcompile.kernels.tuning.measure import expert_reference, measure_on_gpu, random_problem
+from fqcompile.kernels.tuning.routed_rows import experts_of, packed_stack, routings
+from fqcompile.kernels.tuning.search import WrongResult
+from fqcompile.kernels.tuning.table import Timing
+
+CPU = torch.device("cpu")
+BASE = GemmSpec(
+    5, 24, 70, 4, 32, torch.bfloat16, torch.bfloat16, "cpu", "silu", True,
+    experts=12, routing="grouped",
+)  # fmt: skip
+every_routing = pytest.mark.parametrize("routing", ["grouped", "gathered"])
+
+
+@every_routing
+@pytest.mark.parametrize("m", [1, 3, 40, 1000])
+def test_calls_in_turn_hit_as_many_experts_and_no_two_the_same(routing: str, m: int) -> None:
+    spec = replace(BASE, routing=routing)
+    hits: list[set[int]] = []
+    for one in routings(spec, m, CPU):
+        found = dict(one.rows_of_experts(12, m))
+        rows = [torch.arange(m)[own] for own in found.values()]
+        assert torch.cat(rows).sort().values.tolist() == list(range(m))
+        hits.append(set(found))
+    assert len({len(hit) for hit in hits}) == 1
+    assert sum(map(len, hits)) == len(set.union(*hits)) > 12 - len(hits[0])
+
+
+def stacked(spec: GemmSpec, m: int) -> tuple[Any, Tensor]:
+    stack, x = random_problem(replace(spec, n=spec.experts * spec.n), m, CPU)
+    return experts_of(stack, spec.experts), x
+
+
+def test_a_stack_is_that_of_its_experts_packed() -> None:
+    weights, _ = stacked(BASE, 1)
+    packed = packed_stack(weights, PLAIN)
+    assert packed.qweight.shape == (12, *weights[0].qweight.shape)
+    assert packed[2:] == (4, 32, 48, 70)
+    for e, weight in enumerate(weights):
+        assert torch.equal(packed.qweight[e], weight.qweight)
+        assert torch.equal(packed.scale[e], weight.scale)
+
+
+@every_routing
+def test_the_reference_is_each_rows_own_expert(routing: str) -> None:
+    spec = replace(BASE, routing=routing)
+    weights, x = stacked(spec, 30)
+    one = routings(spec, 30, CPU)[0]
+    if one.ids is not None:
+        own = one.ids
+    else:
+        counts = torch.diff(one.offsets, prepend=torch.zeros(1, dtype=torch.int32))
+        own = torch.repeat_interleave(torch.arange(12), counts)
+    w_hat = torch.stack([weight.dequantize(torch.float64) for weight in weights])
+    z = torch.einsum("mk,mnk->mn", x.double(), w_hat[own])
+    want = apply_epilogue(z, None, None, "silu", True)
+    torch.testing.assert_close(expert_reference(x, weights, one, spec), want)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """measure_on_gpu on a CPU, with a small cache and without a clock; the copies of each call."""
+    calls: list[int] = []
+
+    def run_once(rotate: Callable[[], list[Tensor]], rounds: int, copies: int) -> Timing:
+        assert len(rotate()) == copies
+        calls.append(copies)
+        return Timing(1.0, 1.0, 1.0)
+
+    monkeypatch.setattr(measure_module, "_DEVICE", CPU)
+    monkeypatch.setattr(measure_module, "_time", run_once)
+    monkeypatch.setattr(measure_module, "ROTATED_BYTES", 40_000)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return calls
+
+
+@every_routing
+def test_a_trial_reads_every_expert_of_every_copy_in_turn(routing: str, no_gpu: list[int]) -> None:
+    seen: list[tuple[int, tuple[int, ...]]] = []
+
+    def experts(x: Tensor, weight: PackedLinear, offsets: Any, ids: Any, *rest: Any) -> Tensor:
+        assert (offsets is None) == (routing == "gathered")
+        seen.append(
+            (weight.qweight.data_ptr(), tuple((ids if offsets is None else offsets).tolist()))
+        )
+        assert DEQUANTIZE.experts is not None
+        return DEQUANTIZE.experts(x, weight, offsets, ids, *rest)
+
+    template = replace(DEQUANTIZE, experts=experts)
+    measure = measure_on_gpu(template, replace(BASE, routing=routing), 3)
+    assert measure(DENSE) == Timing(1.0, 1.0, 1.0)
+    runs = seen[1:]  # after the one that was held against the reference
+    assert no_gpu == [len(runs)]
+    copies = len({pointer for pointer, _ in runs})
+    nbytes = 12 * 48 * 35  # codes; scales come on top
+    assert copies == 40_000 // nbytes + 1
+    assert len(set(runs)) == len(runs) == copies * (12 // 3)
+
+
+def test_a_kernel_that_mixes_experts_up_is_never_timed(no_gpu: list[int]) -> None:
+    def experts(x: Tensor, weight: PackedLinear, *rest: Any) -> Tensor:
+        assert DEQUANTIZE.experts is not None
+        return DEQUANTIZE.experts(x, weight._replace(qweight=weight.qweight.roll(1, 0)), *rest)
+
+    measure = measure_on_gpu(replace(DEQUANTIZE, experts=experts), replace(BASE, m=30), 30)
+    with pytest.raises(WrongResult):
+        measure(DENSE)
+    assert not no_gpu
