@@ -7,6 +7,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from typing import Literal
 
 import torch
@@ -24,7 +25,6 @@ from bench.launches import (
 from bench.machine_code import Launch
 from bench.shapes import EXPERTS, ExpertShape
 from fqcompile.kernels.gpu import H200, Gpu
-from fqcompile.kernels.launch_table import DENSE
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.tile_config import TileConfig
 from fqcompile.kernels.triton.configs import candidates
@@ -36,8 +36,8 @@ from fqcompile.kernels.triton.schedule import schedule_kernel
 
 Matrix = Literal["gate_up", "down"]
 Routing = Literal["grouped", "gathered"]
-# Of a token: 1 to 16 decoding, then rows for small and for large tiles.
-DECODED, PREFILLED = (1, 16), (256, 4096)
+MATRICES: tuple[Matrix, ...] = ("gate_up", "down")
+DECODED, PREFILLED = (1, 2, 4, 8, 16), (256, 4096)  # tokens
 IDS, OFFSETS = "*i64", "*i32"
 
 
@@ -123,19 +123,30 @@ def schedule(spec: GemmSpec, block_m: int) -> Case:
 
 
 def chosen(arch: int) -> Iterator[Case]:
-    """What the closed form picks for the models, for 1 to 16 tokens and for many."""
+    """What the closed form picks for the models, for 1 to 16 tokens, and grouped for many."""
     found: dict[tuple[object, ...], Case] = {}
-    for model in EXPERTS:
-        for matrix in ("gate_up", "down"):
-            for routing, tokens in (
-                *(("gathered", tokens) for tokens in DECODED),
-                *(("grouped", tokens) for tokens in (*DECODED, *PREFILLED)),
-            ):
-                one = layer(model, matrix, routing, tokens, gpu=GPUS[arch])
-                config = next(c for c in candidates(one, one.m, "max") if c is not DENSE)
-                config = replace(config, SPLIT_K=min(config.SPLIT_K, FINISHED_SHARES))
-                found.setdefault((model, matrix, routing, config), routed(one, config))
+    tokens: dict[Routing, tuple[int, ...]] = {
+        "gathered": DECODED,
+        "grouped": (*DECODED, *PREFILLED),
+    }
+    for model, routing in product(EXPERTS, tokens):
+        for matrix, many in product(MATRICES, tokens[routing]):
+            one = layer(model, matrix, routing, many, gpu=GPUS[arch])
+            config = next(c for c in candidates(one, one.m, "max") if isinstance(c, TileConfig))
+            config = replace(config, SPLIT_K=min(config.SPLIT_K, FINISHED_SHARES))
+            found.setdefault((model, matrix, routing, config), routed(one, config))
     yield from found.values()
+
+
+def matrix(arch: int) -> Iterator[Case]:
+    """What is chosen, and the kernels before and after."""
+    yield from chosen(arch)
+    for model in EXPERTS:
+        one = layer(model, "gate_up", "grouped", gpu=GPUS[arch])
+        yield schedule(one, 16)
+        yield finish(one)
+        yield finish(replace(one, routing="gathered"))
+        yield dequantize(one)
 
 
 def selection(arch: int) -> Iterator[Case]:

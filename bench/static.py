@@ -1,6 +1,6 @@
 """What the compiler makes of the Triton kernels, for GPUs that need not be there.
 
-    python -m bench static [--arch 90] [--quick] [--check] [--json FILE]
+    python -m bench static [--arch 90] [--quick] [--experts] [--check] [--json FILE]
 
 Compiles every format in every tile and reads the machine code. A row is a kernel: instructions of a
 thread per weight; copies and loads of 16 bytes / fewer, stores to shared memory, conversions from
@@ -8,6 +8,9 @@ integers, products (R: the weight comes from registers) in an iteration of its l
 KB of weights under way on an SM. "issue" and "pipes" are the TB/s of codes and scales that the SMs
 could take if nothing but their issue slots, or any of their pipes, counted; "memory" is what a copy
 reaches on H200 or A100. A kernel is bound by the least. Nothing was run: no latency, no cache.
+
+"grouped" and "gathered" are the kernels of experts, for E x rows x K of two models: what the closed
+form picks to decode 1 to 16 tokens, and for 256 and 4096. A "weight" of their schedule is a block.
 
 "plain" is `bench.plain`; "ideal" is what memory allows. --check fails on `bench.faults`.
 """
@@ -21,6 +24,7 @@ from typing import Any
 from tabulate import tabulate
 from tqdm import tqdm
 
+from bench import expert_launches
 from bench.faults import LEAST_IN_FLIGHT, faults, most_instructions
 from bench.launches import GPUS, Case, chosen, matrix, plain_cases, selection
 from bench.machine_code import MachineCode, toolchain_missing
@@ -105,12 +109,21 @@ def broken(case: Case, code: MachineCode) -> Iterator[str]:
         yield f"{code.per_weight(case.weights):.2f} instructions per weight, more than {target}"
 
 
-def measure(archs: Sequence[int], quick: bool) -> tuple[list[dict[str, Any]], list[str]]:
+def cases_of(arch: int, quick: bool, only_experts: bool) -> Iterator[Case]:
+    """What is read; `quick`: what the tests read."""
+    if not only_experts:
+        yield from selection(arch) if quick else chain(matrix(arch), chosen(arch))
+    yield from expert_launches.selection(arch) if quick else expert_launches.matrix(arch)
+
+
+def measure(
+    archs: Sequence[int], quick: bool, only_experts: bool
+) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows, and what is broken."""
     rows, complaints = [], []
     for arch in archs:
-        cases = list(selection(arch) if quick else chain(matrix(arch), chosen(arch)))
-        compared = list(plain_cases(arch))
+        cases = list(cases_of(arch, quick, only_experts))
+        compared = [] if only_experts else list(plain_cases(arch))
         for case in tqdm([*cases, *compared], f"sm_{arch}", disable=None, leave=False):
             code = case.read()
             rows.append(figures(case, code))
@@ -124,13 +137,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", type=int, choices=tuple(GPUS), help="one instead of all")
     parser.add_argument("--quick", action="store_true", help="only what the tests read")
+    parser.add_argument("--experts", action="store_true", help="only the kernels of experts")
     parser.add_argument("--check", action="store_true", help="fail if a rule is broken")
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
     if missing := toolchain_missing():
         raise SystemExit(f"no machine code to read: {missing}")
     archs = [arguments.arch] if arguments.arch else list(GPUS)
-    rows, complaints = measure(archs, arguments.quick)
+    rows, complaints = measure(archs, arguments.quick, arguments.experts)
     table = [[row.get(name) for name in HEADERS] for row in rows]
     print(tabulate(table, list(HEADERS.values()), floatfmt=".4g", disable_numparse=[5, 6]))
     if arguments.json:

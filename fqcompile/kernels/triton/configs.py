@@ -139,9 +139,17 @@ def _fitting(spec: GemmSpec, gpu: Gpu, m: int) -> Iterator[TileConfig]:
         config = TileConfig(tile_m, tile_n, BLOCK_K, share, warps, stages)
         if tile_n < _ROWS_OF_A_WARP * warps:
             continue  # warps would repeat each other's products
+        if spec.experts and _spills(spec, gpu, config):
+            continue
         needs = cost(spec, config, gpu, m)
         if needs.registers <= MAX_REGISTERS and needs.shared_bytes <= gpu.shared_bytes:
             yield config
+
+
+def _spills(spec: GemmSpec, gpu: Gpu, config: TileConfig) -> bool:
+    """Where the model's registers are too few: mma.sync with two sums of 64 rows, for 4 warps."""
+    two_sums = spec.gated and has_two_sums(spec.n, config)
+    return gpu.capability != 90 and two_sums and config.BLOCK_M >= 64 and config.num_warps == 4
 
 
 def _rows_of_a_weight(spec: GemmSpec, m: int) -> int:

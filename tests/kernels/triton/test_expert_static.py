@@ -23,6 +23,7 @@ from fqcompile.kernels.routing import Routing
 from fqcompile.kernels.template import PackedLinear
 from fqcompile.kernels.tile_config import TileConfig
 from fqcompile.kernels.triton import experts, launch
+from fqcompile.kernels.triton.configs import candidates
 from fqcompile.kernels.triton.cost import cost
 from fqcompile.kernels.triton.target import kwidth
 from tests.kernels.triton.test_static import BUDGETS as OF_ONE
@@ -37,6 +38,7 @@ from tests.kernels.triton.test_static import (
 MISSING = toolchain_missing()
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 CASES = [case for arch in GPUS for case in expert_launches.selection(arch)]
+SPILLS = TileConfig(64, 64, 128, 1, 4, 3)
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
 
 # By Triton version: of kernels without a counterpart for one matrix, or with a few registers more.
@@ -116,6 +118,15 @@ def test_strides_between_experts_that_are_not_known_to_be_whole_lines_are_seen(a
     )
     unknown = replace(case, launch=replace(case.launch, divisible=()))
     assert "copies of 16 bytes" in " ".join(faults(unknown, unknown.read()))
+
+
+def test_what_is_chosen_for_two_sums_of_many_rows_holds_in_the_registers() -> None:
+    """The model of registers does not see it; the machine code of 64 x 64 on sm_80 does."""
+    spilled = routed(layer("mixtral-8x7b", "gate_up", "grouped", gpu=GPUS[80]), SPILLS)
+    assert "spills" in " ".join(faults(spilled, spilled.read()))
+    tiles = candidates(replace(spilled.spec, m=8192), 8192, "max")
+    assert SPILLS not in tiles
+    assert any(isinstance(tile, TileConfig) and tile.BLOCK_M == 32 for tile in tiles)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from bench import __main__ as command
 from bench import launches, static
+from bench.expert_launches import layer, routed
 from bench.faults import faults, most_instructions
 from bench.launches import CONVERSION, GPUS, TYPES, Case, dequantize, gemm, plain, spec
 from bench.machine_code import Launch, MachineCode, compile_for, toolchain_missing
@@ -259,15 +260,18 @@ def test_the_table_shows_all_figures_and_names_what_is_broken(
     good = gemm(spec(4, 128), SMALL)
     bad = replace(good, launch=replace(good.launch, divisible=()))
     monkeypatch.setattr(static, "selection", lambda arch: [good, bad])
+    grouped = routed(layer("qwen3-30b-a3b", "down", "grouped"), SMALL)
+    monkeypatch.setattr(static.expert_launches, "selection", lambda arch: [grouped])
     monkeypatch.setattr(static, "plain_cases", lambda arch: [plain(spec(4, 128), SMALL)])
     arguments = ["static", "--arch", "90", "--quick", "--json", str(tmp_path / "rows.json")]
     monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--check"])
     with pytest.raises(SystemExit, match=f"{good.name}: .* copies of 16 bytes"):
         command.main()
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["kernel"].split()[0] for row in rows] == ["gemm", "gemm", "plain", "ideal", "ideal"]
+    kinds = [row["kernel"].split()[0] for row in rows]
+    assert kinds == ["gemm", "gemm", "grouped", "plain", "ideal", "ideal"]
     assert set(rows[0]) == set(static.HEADERS)
-    assert rows[0]["issue"] > rows[0]["memory"] == H200.bandwidth / 1e12 > rows[2]["issue"]
+    assert rows[0]["issue"] > rows[0]["memory"] == H200.bandwidth / 1e12 > rows[3]["issue"]
     assert good.name in capsys.readouterr().out
 
 
