@@ -11,6 +11,7 @@ BENCHMARKS = {
     "overhead": "share of fqcompile's passes in the whole compilation of a small Llama",
     "static": "registers, copies and instructions of the Triton kernels, read from machine code",
     "kernels": "a GPU: our kernels against cuBLAS, torch.compile and other libraries, by layer",
+    "experts": "a GPU: a layer of experts, routing included, against torch._grouped_mm in 16 bits",
     "models": "a GPU: decoding and prefill of whole models, random weights, against 16 bits",
     "launch_overhead": "Python's time in one call of the operator, against Triton's own launcher",
     "subnormals": "a GPU: whether its matrix units keep the codes that are subnormal numbers",

@@ -8,10 +8,10 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
-from typing import Literal
 
 import torch
 
+from bench.expert_layers import MATRICES, Matrix, RoutingName, expert_spec
 from bench.launches import (
     FINISHED_SHARES,
     GPUS,
@@ -20,10 +20,9 @@ from bench.launches import (
     dequantize,
     epilogue_of,
     format_of,
-    spec,
 )
 from bench.machine_code import Launch
-from bench.shapes import EXPERTS, ExpertShape
+from bench.shapes import EXPERTS
 from fqcompile.kernels.gpu import H200, Gpu
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.tile_config import TileConfig
@@ -34,35 +33,18 @@ from fqcompile.kernels.triton.launch import FINISH_BLOCK_N, has_two_sums
 from fqcompile.kernels.triton.layout import BLOCK_K
 from fqcompile.kernels.triton.schedule import schedule_kernel
 
-Matrix = Literal["gate_up", "down"]
-Routing = Literal["grouped", "gathered"]
-MATRICES: tuple[Matrix, ...] = ("gate_up", "down")
 DECODED, PREFILLED = (1, 2, 4, 8, 16), (256, 4096)  # tokens
 IDS, OFFSETS = "*i64", "*i32"
 
 
 def layer(
-    model: str, matrix: Matrix, routing: Routing, tokens: int = 1, bits: int = 4,
+    model: str, matrix: Matrix, routing: RoutingName, tokens: int = 1, bits: int = 4,
     group_size: int = 128, dtype: torch.dtype = torch.bfloat16, gpu: Gpu = H200,
 ) -> GemmSpec:  # fmt: skip
-    """One of the two matrices of a model's experts, without a bias, for so many tokens."""
-    return spec_of(EXPERTS[model], matrix, routing, tokens, bits, group_size, dtype, gpu)
-
-
-def spec_of(
-    shape: ExpertShape, matrix: Matrix, routing: Routing, tokens: int, bits: int, group_size: int,
-    dtype: torch.dtype, gpu: Gpu,
-) -> GemmSpec:  # fmt: skip
-    """gate_up [E, 2 I, H] with silu(gate) * up, or down [E, H, I]; I intermediate, H hidden."""
-    gated = matrix == "gate_up"
-    n, k = shape.intermediate, shape.hidden
-    if not gated:
-        n, k = k, n
-    return replace(
-        spec(bits, min(group_size, k), dtype, gpu, gated, "silu" if gated else "none"),
-        m=tokens * shape.top_k, n=n, k=k, has_bias=False, has_residual=False,
-        experts=shape.experts, routing=routing,
-    )  # fmt: skip
+    """One of the two matrices of a model's experts, for so many tokens; scales are fp16."""
+    form = (bits, group_size, dtype, gpu)
+    made = expert_spec(EXPERTS[model], matrix, routing, tokens, *form)
+    return replace(made, scale_dtype=torch.float16)
 
 
 def routed(spec: GemmSpec, config: TileConfig) -> Case:
@@ -125,7 +107,7 @@ def schedule(spec: GemmSpec, block_m: int) -> Case:
 def chosen(arch: int) -> Iterator[Case]:
     """What the closed form picks for the models, for 1 to 16 tokens, and grouped for many."""
     found: dict[tuple[object, ...], Case] = {}
-    tokens: dict[Routing, tuple[int, ...]] = {
+    tokens: dict[RoutingName, tuple[int, ...]] = {
         "gathered": DECODED,
         "grouped": (*DECODED, *PREFILLED),
     }

@@ -11,7 +11,7 @@ too long does not stop the next, whose time is what is left of the budget:
     kernels       bench kernels --quick, also as kernels.json
     overhead      host time of one call
 
-Asked for by name: models, which takes a session of its own. A table of the steps comes last.
+Asked for by name: experts and models, each a session of its own. A table of the steps comes last.
 """
 
 import argparse
@@ -65,6 +65,10 @@ def _kernels(out: Path, seconds: float) -> Sequence[str]:
     return (*_BENCH, "kernels", "--device", "cuda", "--quick", *_json(out, "kernels", seconds))
 
 
+def _experts(out: Path, seconds: float) -> Sequence[str]:
+    return (*_BENCH, "experts", "--device", "cuda", *_json(out, "experts", seconds))
+
+
 def _models(out: Path, seconds: float) -> Sequence[str]:
     return (*_BENCH, "models", "--device", "cuda", *_json(out, "models", seconds))
 
@@ -79,6 +83,7 @@ STEPS = {
     "tests": Step(_tests, share=0.45),
     "kernels": Step(_kernels, share=0.85, shown=6000),
     "overhead": Step(_overhead, shown=1500),
+    "experts": Step(_experts, shown=6000),
     "models": Step(_models, shown=6000),
 }
 USUAL = ("environment", "subnormals", "tests", "kernels", "overhead")

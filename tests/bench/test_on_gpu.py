@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import kernels, models
+from bench import experts, kernels, models
 from bench.interleaved import recorded_on_gpu
 from fqcompile.kernels.gpu import gpu_of
 
@@ -36,3 +36,14 @@ def test_models_run_as_cuda_graphs() -> None:
     assert {row["way"]: row["cudagraph_skips"] for row in rows} == {
         "inductor": 0, "int8": 0, "int4": 0
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_every_way_to_run_experts_is_right_and_no_faster_than_memory(bits: str) -> None:
+    options = ["--models", "qwen3-30b-a3b", "--tokens", "1,16", "--bits", bits]
+    results = experts.run(experts.parse(options), DEVICE, gpu_of(DEVICE), recorded_on_gpu)
+    assert not results.left_out
+    assert not [row for row in results.rows if "failure" in row]
+    assert {"fqcompile gathered", "fqcompile grouped"} < {r["contender"] for r in results.rows}
+    for row in results.rows:
+        assert row["ideal_us"] < row["us"] < 100 * row["ideal_us"], row
