@@ -73,6 +73,20 @@ def test_open_rows_get_at_most_four_kernels(spec: GemmSpec, low: int, span: int 
         assert all(isinstance(config, TileConfig) for _, config in table.steps)
 
 
+def test_grouped_rows_have_a_step_where_a_tile_of_16_holds_an_experts_rows() -> None:
+    """A step less would run 8 rows an expert in the tile for many."""
+    table = launches(replace(QWEN, m_range=(1, None)))
+    assert [bound for bound, _ in table.steps][:2] == [16, 128 * 8]
+    for m in (8, 1024):
+        config = table.at(m)
+        assert isinstance(config, TileConfig)
+        assert config.BLOCK_M == 16
+    assert [bound for bound, _ in launches(replace(GATHERED, m_range=(1, None))).steps] == [
+        16,
+        None,
+    ]
+
+
 @pytest.mark.parametrize("experts", [1, 2, 8, 128])
 @pytest.mark.parametrize("m", [1, 2, 8, 128, 2000])
 def test_the_mean_of_experts_hit_is_that_of_drawing_them(m: int, experts: int) -> None:

@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import triton
+import triton.language as tl
+
 from fqcompile.kernels.tile_config import TileConfig
 from fqcompile.kernels.triton import experts as launch_experts
+from fqcompile.kernels.triton.gemm import scales_of_an_expert, words_of_an_expert
 from tests.kernels.triton.expert_oracle import ExpertCase, check, draw, run, stacked
 from tests.kernels.triton.oracle import (
     ACTIVATIONS,
@@ -182,6 +186,22 @@ def test_only_what_has_rows_is_read(
     x = np.concatenate([addresses for name, addresses in reads if name == "x_ptr"])
     rows = (x - inputs.x.data_ptr()) // (2 * inputs.x.stride(0))
     assert set(rows.tolist()) == set(case.of_rows.ge(0).nonzero().flatten().tolist())
+
+
+@triton.jit
+def _begins_kernel(out_ptr, expert, rows, K, BITS: tl.constexpr):
+    tl.store(out_ptr, expert * words_of_an_expert(rows, K, BITS, 128))
+    tl.store(out_ptr + 1, expert * scales_of_an_expert(rows, K, 1, 16, 128))
+
+
+@on_every_device
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_stack_may_be_larger_than_2_gib(bits: int, device: str) -> None:
+    """Where the last of 512 experts of 28672 x 4096 begins: beyond int32, whatever the expert's."""
+    out = torch.zeros(2, dtype=torch.int64, device=device)
+    with running(device):
+        _begins_kernel[(1,)](out, 511, 28672, 4096, bits)
+    assert out.tolist() == [511 * 28672 * 4096 * bits // 32, 511 * 28672 * 4096 // 16]
 
 
 @st.composite
