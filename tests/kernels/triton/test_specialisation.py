@@ -14,8 +14,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton.runtime import driver
 
 from bench.stub_driver import StubDriver, install
+from fqcompile.kernels.routing import Routing
 from fqcompile.kernels.template import PackedLinear
 from fqcompile.kernels.tile_config import TileConfig
+from fqcompile.kernels.triton import experts as launch_experts
 from fqcompile.kernels.triton import launch
 from fqcompile.kernels.triton.layout import pack
 from tests.kernels.triton.oracle import quantized, random_codes
@@ -28,7 +30,8 @@ def stub() -> Iterator[StubDriver]:
     """One for all: a kernel that was compiled before keeps the launcher of its driver."""
     before = driver._active
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "conversion", lambda device, dtype: "subnormal_prmt")
+        for module in (launch, launch_experts):
+            patch.setattr(module, "conversion", lambda device, dtype: "subnormal_prmt")
         yield install()
     driver._active = before
 
@@ -56,3 +59,33 @@ def test_every_shape_compiles(
     assert stub.launches - before == (4 if finished else 2)
     assert launch.dequantize(weight, BF16, 2).shape == (rows, k)
     assert stub.launches - before == (5 if finished else 3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the stub would take the GPU's place")
+@pytest.mark.parametrize(("m", "n", "k", "experts"), [(1, 1, 1, 1), (5, 1000, 4064, 3)])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "gated", "split"),
+    [(4, 16, False, 1), (4, 128, True, 1), (8, 4096, True, 2)],
+)
+def test_every_shape_of_experts_compiles(
+    stub: StubDriver, m: int, n: int, k: int, experts: int, bits: int, group_size: int,
+    gated: bool, split: int,
+) -> None:  # fmt: skip
+    rows = 2 * n if gated else n
+    scale = torch.ones(rows, -(-k // group_size), dtype=BF16)
+    tensors = pack(quantized(random_codes(bits, rows, k), scale, bits, group_size), 2)
+    stacks = (torch.stack([t] * experts) for t in tensors)
+    weight = PackedLinear(*stacks, bits, min(group_size, k), rows, k)
+    x, bias = torch.randn(m, k, dtype=BF16), torch.randn(experts, rows, dtype=BF16)
+    config = TileConfig(16, 128, 128, split)
+    before = stub.launches
+    for routing in (
+        Routing(ids=torch.zeros(m, dtype=torch.int64)),
+        Routing(torch.full((experts,), m, dtype=torch.int32)),
+    ):
+        ends = (bias, "swiglu_oai", gated)
+        y = launch_experts.expert_gemm(x, weight, routing, *ends, config, 2)
+        assert y.shape == (m, n)
+    finished = split > 1 or (gated and n % 16)
+    assert stub.launches - before == (5 if finished else 3)
+    assert launch.dequantize(weight, BF16, 2).shape == (experts, rows, k)
