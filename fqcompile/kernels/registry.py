@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 from fqcompile.errors import NoKernelError
 from fqcompile.kernels.cpu.aten_packed import INT4PACK, INT8PACK
+from fqcompile.kernels.cpu.stream import X86_STREAM
 from fqcompile.kernels.dequantize import DEQUANTIZE
 from fqcompile.kernels.launch_table import LaunchTable
 from fqcompile.kernels.spec import GemmSpec
@@ -22,7 +23,8 @@ if HAS_TRITON:
 else:
     _TRITON = ()
 
-TEMPLATES: dict[str, Template] = {t.name: t for t in (*_TRITON, INT4PACK, INT8PACK, DEQUANTIZE)}
+_CPU = (X86_STREAM, INT4PACK, INT8PACK)
+TEMPLATES: dict[str, Template] = {t.name: t for t in (*_TRITON, *_CPU, DEQUANTIZE)}
 
 
 @dataclass(frozen=True)

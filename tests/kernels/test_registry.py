@@ -7,6 +7,7 @@ import torch
 
 from fqcompile.errors import NoKernelError
 from fqcompile.kernels import registry
+from fqcompile.kernels.cpu import native_library
 from fqcompile.kernels.gpu import H200
 from fqcompile.kernels.launch_table import DENSE, LaunchTable
 from fqcompile.kernels.registry import TEMPLATES, KernelChoice, parse_kernel, select_kernel
@@ -31,8 +32,17 @@ SPEC = GemmSpec(4, 64, 128, 4, 64, BF16, BF16, "cpu")
     ],
     ids=str,
 )
-def test_first_template_that_takes_it_is_chosen(changes: dict[str, object], expected: str) -> None:
+def test_first_template_that_takes_it_is_chosen_where_ours_is_not_built(
+    changes: dict[str, object], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_library, "refusal", lambda: "no C++ compiler")
     assert str(select_kernel(replace(SPEC, **changes))) == expected
+
+
+@pytest.mark.skipif(native_library.refusal() is not None, reason=str(native_library.refusal()))
+@pytest.mark.parametrize("changes", [{}, {"m": 65, "bits": 8}, {"group_size": 5, "n": 63}], ids=str)
+def test_our_own_kernel_is_preferred_on_a_cpu(changes: dict[str, object]) -> None:
+    assert str(select_kernel(replace(SPEC, needs_backward=True, **changes))) == "x86_stream"
 
 
 @pytest.mark.skipif(not registry.HAS_TRITON, reason="Triton is not installed")

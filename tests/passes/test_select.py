@@ -1,9 +1,11 @@
 """select: the kernel stands on the node, and its layout on what fills the node's inputs."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fqcompile.kernels.cpu import native_library
 from fqcompile.passes.op_nodes import argument
 from fqcompile.passes.select import gemm_spec
 from tests.passes.graphs import run_passes, weight
@@ -12,6 +14,20 @@ W = [weight(64, 64, i) for i in range(2)]
 X = torch.randn(2, 3, 64)
 
 
+@pytest.fixture
+def without_our_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_library, "refusal", lambda: "no C++ compiler")
+
+
+@pytest.mark.skipif(native_library.refusal() is not None, reason=str(native_library.refusal()))
+def test_our_kernel_reads_its_own_layout() -> None:
+    run = run_passes(lambda x: F.linear(x, W[0]), X, until="select")
+    (op,) = run.linears
+    assert argument(op, "kernel") == "x86_stream"
+    assert run.state.packed[op].spec.layout.name == "x86_stream_1"
+
+
+@pytest.mark.usefixtures("without_our_kernel")
 def test_kernel_and_layout_follow_the_spec() -> None:
     layer = nn.Linear(64, 64).bfloat16()
     run = run_passes(layer, X.bfloat16(), until="select")
@@ -22,6 +38,7 @@ def test_kernel_and_layout_follow_the_spec() -> None:
     assert run.outputs()[0].dtype == torch.bfloat16
 
 
+@pytest.mark.usefixtures("without_our_kernel")
 def test_fp32_reads_the_plain_layout() -> None:
     run = run_passes(lambda x: F.linear(x, W[0]), X, until="select")
     (op,) = run.linears

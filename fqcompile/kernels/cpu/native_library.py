@@ -1,0 +1,210 @@
+"""Builds the x86 kernel's C++ on first use and loads it: the widest path that this processor has.
+
+The compiler is the one that Inductor takes for CPU graphs. What it makes is kept in the cache
+directory under a name made of the source, the compiler, the flags and torch's version, so it is
+built once for all processes and another version builds anew. Importing this builds nothing.
+
+FQCOMPILE_CPU_ISA names a narrower path, or "none", to be used instead.
+"""
+
+import ctypes
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from torch._inductor.exc import InvalidCxxCompiler
+
+from fqcompile.errors import KernelBuildError
+from fqcompile.kernels.tuning.table import cache_directory
+
+if sys.platform != "win32":
+    import fcntl
+
+OVERRIDE = "FQCOMPILE_CPU_ISA"
+_SOURCES = Path(__file__).parent / "native"
+_MAIN = _SOURCES / "matmul.cpp"
+# Inductor's own builds take minutes at most; a compiler that hangs must not hang a model.
+_TIME_LIMIT = 600.0
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+
+
+@dataclass(frozen=True)
+class Isa:
+    """A path of the kernel: the instructions that it is compiled for, and whether they are here."""
+
+    name: str
+    flags: tuple[str, ...]
+    supported: Callable[[], bool]
+
+
+ISAS = {
+    isa.name: isa
+    for isa in (
+        Isa("avx512_bf16", (*_AVX512, "-mavx512bf16"), lambda: _has("avx512_bf16")),
+        Isa("avx512", _AVX512, lambda: _has("avx512")),
+        Isa("avx2", _AVX2, lambda: _has("avx2")),
+    )
+}
+
+
+def _has(feature: str) -> bool:
+    return bool(getattr(torch.cpu, f"_is_{feature}_supported")())
+
+
+@dataclass(frozen=True)
+class NativeLibrary:
+    """The kernel's two functions; each takes the bytes of its arguments, see `matmul.cpp`."""
+
+    isa: str
+    matmul: Callable[[bytes], int]
+    dequantize: Callable[[bytes], None]
+
+
+def native_library() -> NativeLibrary:
+    """The kernel for this machine, built if no process has built it before.
+
+    Raises:
+        KernelBuildError: no path fits this processor, or it does not build; the text says why. It
+            is not tried again in this process.
+    """
+    found = loaded()
+    if isinstance(found, str):
+        raise KernelBuildError(found)
+    return found
+
+
+def refusal() -> str | None:
+    """Why there is no kernel here, or None. Builds it."""
+    found = loaded()
+    return found if isinstance(found, str) else None
+
+
+@cache
+def loaded() -> NativeLibrary | str:
+    """The kernel, or why there is none; found out once in a process."""
+    try:
+        isa = chosen_isa()
+        return load(isa, build(isa, cache_directory() / "x86"))
+    except KernelBuildError as error:
+        return str(error)
+
+
+def chosen_isa() -> Isa:
+    """The path that FQCOMPILE_CPU_ISA names, else the widest one that this processor has.
+
+    Raises:
+        KernelBuildError: there is none.
+    """
+    wanted = os.environ.get(OVERRIDE)
+    if wanted == "none":
+        raise KernelBuildError(f"{OVERRIDE}=none says so")
+    if wanted and wanted not in ISAS:
+        raise KernelBuildError(f"{OVERRIDE}={wanted!r} is not one of {', '.join(ISAS)}, none")
+    if sys.platform != "linux":
+        raise KernelBuildError(f"is built on linux, not {sys.platform}")
+    for isa in [ISAS[wanted]] if wanted else ISAS.values():
+        if isa.supported():
+            return isa
+    raise KernelBuildError(f"this processor has none of {wanted or ', '.join(ISAS)}")
+
+
+def build(isa: Isa, directory: Path) -> Path:
+    """The shared library for `isa` in `directory`, compiled if it is not there.
+
+    Raises:
+        KernelBuildError: the compiler is missing or fails, or the directory cannot be written.
+    """
+    compiler = _compiler()
+    command = [compiler, *_FLAGS, *isa.flags]
+    path = directory / f"{isa.name}-{_digest(command)}.so"
+    if path.exists():
+        return path
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_suffix(".lock")):
+            if not path.exists():  # by another process meanwhile
+                _compile(command, path)
+    except OSError as error:
+        raise KernelBuildError(
+            f"cannot be built in {directory} ({error}); set FQCOMPILE_CACHE_DIR to a directory "
+            "that can be written"
+        ) from error
+    return path
+
+
+def _compiler() -> str:
+    from torch._inductor.cpp_builder import get_cpp_compiler  # half a second, only to build
+
+    try:
+        return get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise KernelBuildError(
+            "no C++ compiler: install g++ or clang++, or set CXX; Inductor on CPU needs it too"
+        ) from error
+
+
+def _digest(command: list[str]) -> str:
+    """Of all that the library is made of."""
+    version = _run([command[0], "--version"])
+    parts = [*command, version, torch.__version__]
+    parts += [path.read_text(encoding="utf-8") for path in sorted(_SOURCES.iterdir())]
+    return sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _compile(command: list[str], path: Path) -> None:
+    """Compile to a file of its own and rename it: whoever finds `path` finds all of it."""
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
+    os.close(handle)
+    libraries = Path(torch.__file__).parent / "lib"
+    try:
+        _run([*command, str(_MAIN), "-o", part, f"-L{libraries}", "-ltorch_cpu"])
+        Path(part).replace(path)
+    finally:
+        Path(part).unlink(missing_ok=True)
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIME_LIMIT)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelBuildError(f"the compiler {command[0]} does not run: {error}") from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr]
+        raise KernelBuildError(
+            f"the compiler {command[0]} failed with {done.returncode}: {lines[0].strip()}"
+        )
+    return done.stdout
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time; the lock ends with its holder, however that ends."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def load(isa: Isa, path: Path) -> NativeLibrary:
+    """The functions of the shared library at `path`.
+
+    Raises:
+        KernelBuildError: it is not one, or not one of ours.
+    """
+    try:
+        library = ctypes.CDLL(str(path))
+        matmul, dequantize = library.fqcompile_matmul, library.fqcompile_dequantize
+    except (OSError, AttributeError) as error:
+        raise KernelBuildError(f"{path} does not load: {error}") from error
+    matmul.argtypes, matmul.restype = [ctypes.c_char_p], ctypes.c_int64
+    dequantize.argtypes, dequantize.restype = [ctypes.c_char_p], None
+    return NativeLibrary(isa.name, matmul, dequantize)

@@ -1,0 +1,74 @@
+"""The layout of the x86 kernel: blocks of 64 outputs, each in the order it is read.
+
+    qweight [blocks, (K rounded up to 8) / codes in a word, 64] int32; a word has 8 (int4) or
+            4 (int8) neighbouring codes of one row as two's complement. Code i is at bit
+            16 * (i odd) + bits * (i // 2): of each pair one code in either half of the word
+    scale   [blocks, groups, 64] as given; rows that fill up the last block have codes and scales 0
+
+No number of rows or columns needs another layout, so decode, prefill and backward share one copy.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fqcompile.kernels.template import PackedLinear, PackedTensors
+from fqcompile.quant.affine import dequantize_rows
+from fqcompile.quant.chunks import each_chunk
+from fqcompile.quant.qtype import QTYPES
+from fqcompile.quant.quantized_weight import QuantizedWeight
+
+OUTPUTS = 64
+STEP = 8  # K is rounded up to a multiple of it
+_CHUNK_SHARE = 8.0
+# Plain int4 codes are stored plus 8: this makes all eight of a word two's complement.
+_PLAIN_OFFSET = {4: 0x88888888 - (1 << 32), 8: 0}
+
+
+def pack(weight: QuantizedWeight) -> PackedTensors:
+    """qweight and scale in this layout."""
+    n, k = weight.shape
+    blocks, per_word = -(-n // OUTPUTS), 32 // weight.bits
+    words = torch.zeros(
+        blocks,
+        (k + -k % STEP) // per_word,
+        OUTPUTS,
+        dtype=torch.int32,
+        device=weight.qweight.device,
+    )
+    plain = weight.qweight.view(torch.uint8)
+
+    def fill(some: slice) -> None:
+        rows = plain[some.start * OUTPUTS : some.stop * OUTPUTS]
+        own = plain.new_empty((some.stop - some.start) * OUTPUTS, 4 * words.shape[1])
+        own.view(torch.int32).fill_(_PLAIN_OFFSET[weight.bits])
+        own[: rows.shape[0], : rows.shape[1]] = rows
+        codes = own.view(torch.int32) ^ _PLAIN_OFFSET[weight.bits]
+        moved = _move(codes, weight.bits, to_pairs=True)
+        words[some] = moved.view(-1, OUTPUTS, words.shape[1]).transpose(1, 2)
+
+    each_chunk(fill, words.view(blocks, -1), _CHUNK_SHARE)
+    scale = pad(weight.scale, (0, 0, 0, -n % OUTPUTS)).view(blocks, OUTPUTS, -1)
+    return words, scale.transpose(1, 2).contiguous()
+
+
+def dequantize(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
+    """ŵ [rows, K] in `dtype` by PyTorch's operations alone; where the kernel runs it is faster."""
+    words = weight.qweight.transpose(1, 2).flatten(0, 1).contiguous()
+    plain = _move(words, weight.bits, to_pairs=False) ^ _PLAIN_OFFSET[weight.bits]
+    columns = -(-weight.k * weight.bits // 8)
+    qweight = plain.view(QTYPES[weight.bits].storage_dtype)[: weight.rows, :columns]
+    scale = weight.scale.transpose(1, 2).reshape(-1, weight.scale.shape[1])[: weight.rows]
+    return dequantize_rows(qweight, scale, weight.bits, weight.group_size, weight.k, dtype)
+
+
+def _move(words: Tensor, bits: int, *, to_pairs: bool) -> Tensor:
+    """Codes from where they follow one another in a word to where pairs are read, or back."""
+    mask = (1 << bits) - 1
+    moved = torch.zeros_like(words, memory_format=torch.contiguous_format)
+    for i in range(32 // bits):
+        source, target = bits * i, 16 * (i % 2) + bits * (i // 2)
+        if not to_pairs:
+            source, target = target, source
+        moved |= ((words >> source) & mask) << target
+    return moved

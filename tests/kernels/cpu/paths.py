@@ -1,0 +1,42 @@
+"""Every path of the x86 kernel that this processor has, built once for all tests of a process."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from fqcompile.errors import KernelBuildError
+from fqcompile.kernels.cpu import native_library
+from fqcompile.kernels.cpu.native_library import ISAS, NativeLibrary, build, load
+from fqcompile.kernels.tuning.table import cache_directory
+
+NAMES = [isa.name for isa in ISAS.values() if isa.supported()]
+_libraries: dict[str, NativeLibrary] = {}
+
+
+def library(name: str) -> NativeLibrary:
+    """The path called `name`; the test is skipped where no C++ compiler is found."""
+    if name not in _libraries:
+        try:
+            isa = ISAS[name]
+            _libraries[name] = load(isa, build(isa, cache_directory() / "x86"))
+        except KernelBuildError as error:
+            if "no C++ compiler" not in str(error):
+                raise
+            pytest.skip(str(error))
+    return _libraries[name]
+
+
+@contextmanager
+def path(name: str, threads: int = 1) -> Iterator[None]:
+    """Within it the kernel takes this path, with so many threads."""
+    before, was = native_library.loaded, torch.get_num_threads()
+    found = library(name)
+    native_library.loaded = lambda: found
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        native_library.loaded = before
+        torch.set_num_threads(was)

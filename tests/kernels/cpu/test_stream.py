@@ -1,0 +1,189 @@
+"""The x86 kernel on every path against the float64 oracle: shapes, formats, layouts of x."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fqcompile.kernels.cpu.stream import STREAM, X86_STREAM
+from fqcompile.kernels.cpu.stream_layout import dequantize as dequantize_by_torch
+from fqcompile.kernels.epilogue import ACTIVATIONS
+from fqcompile.kernels.ops import linear
+from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.template import PackedLinear
+from fqcompile.quant.quantized_weight import QuantizedWeight
+from tests.kernels.cpu.paths import NAMES, path
+from tests.kernels.test_ops import oracle
+from tests.strategies import Problem, make_problem
+
+if not NAMES:
+    pytest.skip("this processor has none of the kernel's paths", allow_module_level=True)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+paths = st.sampled_from(NAMES)
+problems = st.fixed_dictionaries(
+    {
+        "leading": st.integers(0, 40).map(lambda m: (m,)),
+        "n": st.one_of(st.integers(1, 140), st.sampled_from([63, 64, 65, 128, 192])),
+        "k": st.one_of(st.integers(1, 70), st.sampled_from([128, 256, 257, 520, 777])),
+        "bits": st.sampled_from([4, 8]),
+        "group_size": st.sampled_from([1, 5, 8, 24, 31, 32, 64, 100, 128, 4096]),
+        "activation": st.sampled_from(list(ACTIVATIONS)),
+        "gated": st.booleans(),
+        "bias": st.booleans(),
+        "residual": st.booleans(),
+        "dtype": st.sampled_from(DTYPES),
+        "scale_dtype": st.sampled_from(DTYPES),
+        "strided": st.booleans(),
+        "seed": st.integers(0, 99),
+    }
+)
+
+
+def packed(p: Problem) -> PackedLinear:
+    rows = p.qweight.shape[0]
+    group = min(p.group_size, p.k)
+    plain = QuantizedWeight(p.qweight, p.scale, p.bits, group, (rows, p.k))
+    return PackedLinear(*STREAM.pack(plain), p.bits, group, rows, p.k)
+
+
+def assert_is_oracle(p: Problem) -> None:
+    weight = packed(p)
+    got = linear(p.x, weight.qweight, weight.scale, *p.arguments[3:], "x86_stream")
+    want, bound = oracle(p)
+    assert (got.shape, got.dtype) == (want.shape, p.x.dtype)
+    error = (got.double() - want).abs()
+    assert bool((error <= bound).all()), (
+        f"off by {error.max():.3g} where {bound[error > bound].min():.3g} is allowed"
+    )
+
+
+@given(name=paths, threads=st.sampled_from([1, 2]), options=problems)
+def test_every_path_is_the_oracle(name: str, threads: int, options: dict[str, Any]) -> None:
+    with path(name, threads):
+        assert_is_oracle(make_problem(**options))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_every_height_of_a_tile(name: str, dtype: torch.dtype, bits: int, gated: bool) -> None:
+    """From one row to more than two tiles, over a long K with two sums and a short last group."""
+    with path(name):
+        for m in (1, 2, 3, 4, 5, 6, 7, 8, 9, 17):
+            for group in (96, 4096):
+                p = make_problem(
+                    leading=(m,), n=70, k=600, bits=bits, group_size=group, dtype=dtype, seed=m,
+                    bias=True, residual=True, activation="silu", gated=gated,
+                )  # fmt: skip
+                assert_is_oracle(p)
+
+
+@given(name=paths, options=problems, dtype=st.sampled_from(DTYPES))
+def test_the_weight_comes_back_as_it_was(
+    name: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    p = make_problem(**options)
+    weight = packed(p)
+    plain = QuantizedWeight(
+        p.qweight, p.scale, p.bits, weight.group_size, (weight.rows, p.k)
+    ).dequantize(dtype)
+    assert STREAM.dequantize is not None
+    with path(name):
+        by_kernel = STREAM.dequantize(weight, dtype)
+    assert by_kernel.is_contiguous()
+    assert torch.equal(by_kernel, plain)
+    assert torch.equal(dequantize_by_torch(weight, dtype), plain)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factor", [0.0, -1.0, 1e-40], ids=["zero", "negative", "denormal"])
+def test_scales_of_any_sign_and_size(name: str, dtype: torch.dtype, factor: float) -> None:
+    p = make_problem(leading=(3,), n=70, k=72, bits=8, group_size=24, dtype=dtype)
+    scale = p.scale * factor
+    with path(name):
+        assert_is_oracle(replace(p, scale=scale))
+        assert_is_oracle(
+            replace(p, scale=torch.where(torch.rand(scale.shape) < 0.5, scale, p.scale))
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_activations_far_from_zero(name: str, dtype: torch.dtype, activation: str) -> None:
+    """x = I reads the scaled codes: pre-activations from -1024 to 1016, some within 1e-3 of 0."""
+    codes = torch.arange(-128, 128, dtype=torch.int8).view(1, -1).repeat(3, 1)
+    scale = torch.tensor([[8.0], [0.1], [1e-5]], dtype=dtype)
+    p = Problem(
+        torch.eye(256, dtype=dtype), codes, scale, None, None, 8, 256, 3, 256, activation, False
+    )
+    with path(name):
+        assert_is_oracle(p)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_not_finite_stays_in_its_row(name: str) -> None:
+    p = make_problem(leading=(9,), n=70, k=40, dtype=torch.bfloat16, activation="silu")
+    x = p.x.clone()
+    x[4, 7], x[6, 3] = torch.nan, torch.inf
+    with path(name):
+        got = linear(x, *packed(p)[:2], *p.arguments[3:], "x86_stream")
+    others = [i for i in range(9) if i not in (4, 6)]
+    assert bool(got[4].isnan().all())
+    assert bool(got[others].isfinite().all())
+
+
+def test_bias_of_another_type_and_strided() -> None:
+    p = make_problem(leading=(2,), n=70, k=40, dtype=torch.bfloat16, bias=True)
+    assert p.bias is not None
+    wide = torch.stack((p.bias.double(), torch.zeros(70).double()), 1)
+    for bias in (wide[:, 0], p.bias.float(), p.bias.half()):
+        with path(NAMES[-1]):
+            assert_is_oracle(replace(p, bias=bias))
+
+
+SPEC = GemmSpec(4, 64, 128, 4, 64, torch.bfloat16, torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"device_type": "cuda"}, "runs on cpu, not cuda"),
+        ({"bits": 3}, "takes int4 and int8, not 3 bits"),
+        ({"dtype": torch.float64}, "takes fp32, bf16 and fp16, not torch.float64"),
+    ],
+    ids=str,
+)
+def test_refusal_says_why(changes: dict[str, Any], text: str) -> None:
+    assert X86_STREAM.refuse(replace(SPEC, **changes)) == text
+
+
+def test_many_rows_with_amx_go_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fqcompile.kernels.cpu.stream._has_amx", lambda: True)
+    monkeypatch.setattr("fqcompile.kernels.cpu.stream._PANEL", 1 << 13)
+    p = make_problem(
+        leading=(70,), n=150, k=40, dtype=torch.bfloat16, bias=True, residual=True, gated=True
+    )
+    with path(NAMES[-1]):
+        assert_is_oracle(p)
+
+
+def test_unaligned_weights_are_only_slower() -> None:
+    """As a memory-mapped file may hand them over."""
+    p = make_problem(n=70, k=72, dtype=torch.bfloat16)
+
+    def moved(t: Tensor) -> Tensor:
+        return torch.cat((t.flatten()[:1], t.flatten()))[1:].view(t.shape)
+
+    weight = packed(p)
+    with path(NAMES[0]):
+        a = linear(p.x, weight.qweight, weight.scale, *p.arguments[3:], "x86_stream")
+        b = linear(p.x, moved(weight.qweight), moved(weight.scale), *p.arguments[3:], "x86_stream")
+    assert torch.equal(a, b)
