@@ -5,9 +5,12 @@ import argparse
 import torch
 
 from fqcompile.doctor import diagnose
+from fqcompile.kernels.cpu import native_library
+from fqcompile.kernels.cpu.stream import X86_STREAM
 from fqcompile.kernels.gpu import gpu_of
 from fqcompile.kernels.registry import TEMPLATES
 from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.template import Template
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +27,15 @@ def kernel_availability() -> list[tuple[str, str | None]]:
     rows: list[tuple[str, str | None]] = []
     for template in TEMPLATES.values():
         reasons = [template.refuse(_decode_spec(device, b)) for device in devices for b in (4, 8)]
-        rows.append((template.name, None if None in reasons else reasons[0]))
+        rows.append((_named(template), None if None in reasons else reasons[0]))
     return rows
+
+
+def _named(template: Template) -> str:
+    """With the path that the x86 kernel takes here, where it is built."""
+    if template is not X86_STREAM or native_library.refusal() is not None:
+        return template.name
+    return f"{template.name} ({native_library.native_library().isa})"
 
 
 def _decode_spec(device_type: str, bits: int) -> GemmSpec:
