@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import fqcompile
-from fqcompile.passes.op_nodes import is_quantized
+from fqcompile.passes.op_nodes import is_linear, is_quantized
 from fqcompile.report import CompileReport, Site
 
 # Half the distance of two neighbouring floats around one: the most one rounding changes.
@@ -29,6 +29,15 @@ class InnerGraphs:
         self.modules.append(module)
         self.packed.append(tuple(map(weakref.ref, packed)))
         return module.forward
+
+    def packed_of_experts(self, graph: int) -> list[Tensor]:
+        """Codes and scales that the graph's grouped and gathered matmuls read."""
+        nodes = self.modules[graph].graph.nodes
+        inputs = [n for n in nodes if n.op == "placeholder" and n.name.startswith("fq_")]
+        tensors = dict(zip(inputs, self.packed[graph], strict=True))
+        ops = [n for n in nodes if is_quantized(n) and not is_linear(n)]
+        found = [tensors[arg]() for op in ops for arg in op.args[1:3]]
+        return [t for t in found if t is not None]
 
     def linears(self) -> list[fx.Node]:
         """Every quantised matmul of every graph."""

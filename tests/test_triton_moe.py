@@ -66,9 +66,9 @@ def test_prefill_and_decode_read_one_copy_in_fragment_order(
         compiled(torch.ones(1, 9, dtype=torch.int64), use_cache=False)
         model.set_experts_implementation("batched_mm")
         compiled(torch.ones(1, 1, dtype=torch.int64), use_cache=False)
-    stacks = [{id(t()) for t in packed if t().dim() > 3} for packed in inner_graphs.packed]
-    assert len(stacks) == 2 and len(stacks[0]) >= 2 * LAYERS
-    assert stacks[0] == stacks[1]
+    prefill, decode = (inner_graphs.packed_of_experts(i) for i in range(2))
+    assert len(prefill) == 4 * LAYERS
+    assert all(a is b for a, b in zip(prefill, decode, strict=True))
 
 
 def test_open_number_of_tokens(on: Any) -> None:  # noqa: F811
