@@ -144,3 +144,33 @@ def test_a_failing_model_raises_its_own_error() -> None:
     with pytest.raises(RuntimeError, match="128"):
         fqcompile.explain(_model(), torch.randn(5, 127))
     assert fqcompile.explain(_model(), X).quantized
+
+
+def test_matrices_that_no_graph_reads_are_listed() -> None:
+    """A loop over data keeps experts out of every graph; a branch not taken keeps its layer out."""
+
+    class Unread(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stack = nn.Parameter(torch.randn(4, 128, 128))
+            self.other = nn.Linear(128, 256)
+            self.tiny = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.other(x)[:, :8] if len(x) > 99 else super().forward(x)
+
+    plan = fqcompile.explain(frozen(Unread()), X)
+    reasons = {s.name: (s.kind, str(s.reason)) for s in plan.kept}
+    unread = {name: found for name, found in reasons.items() if "no captured graph" in found[1]}
+    assert {name: kind for name, (kind, _) in unread.items()} == {
+        "stack": "experts",
+        "other.weight": "linear",
+    }
+    assert unread["stack"][1].endswith("call model.set_experts_implementation('grouped_mm') first")
+    assert "set_experts" not in unread["other.weight"][1]
+
+
+def test_every_matrix_that_a_graph_reads_is_listed_once() -> None:
+    plan = fqcompile.explain(_model(), X)
+    assert len({s.name for s in plan.sites}) == len(plan.sites)
+    assert not any("no captured graph" in str(s.reason) for s in plan.sites)

@@ -134,6 +134,7 @@ CASES = {
     "gemma3": Case(_gemma3, tied_head=True),
     "gpt2": Case(_gpt2, tied_head=True),
     "phi": Case(lambda: hf.PhiForCausalLM(hf.PhiConfig(**COMMON))),
+    "phi3": Case(lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**COMMON, pad_token_id=0))),
     "bert": Case(lambda: hf.BertModel(hf.BertConfig(**COMMON))),
     "t5": Case(_t5, _pair, 3 * LAYERS, tied_head=True),
     "vit": Case(_vit, _image),

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fqcompile.report import Plan, Site
-from fqcompile.report.table import WIDTH, shorten, site_page_table, site_table
+from fqcompile.report.table import PAGE_HEADERS, WIDTH, shorten, site_page_table, site_table
 
 SITES = st.builds(
     Site,
@@ -86,3 +86,21 @@ def test_page_table_sorts_by_number(plan: Plan) -> None:
     before = table.headers.index("MiB before")
     assert [row[before].value for row in table.rows] == [4 << 20, 32 << 20, 32768, 60]
     assert all(len(row) == len(table.headers) for row in table.rows)
+
+
+def test_experts_have_their_worst_named_in_the_page_and_one_line_in_the_text(plan) -> None:
+    one, other = plan.sites[1], dataclasses.replace(plan.sites[1], name="up")
+    stacks = (
+        dataclasses.replace(one, expert_errors=(0.05, 0.11, 0.07)),
+        dataclasses.replace(other, expert_errors=(0.02, 0.10)),
+    )
+    cells = site_page_table(stacks).rows
+    column = PAGE_HEADERS.index("worst expert")
+    assert [row[column].text for row in cells] == ["0.1100 (expert 1)", "0.1000 (expert 1)"]
+    (line,) = Plan(stacks).expert_lines()
+    assert line == (
+        "experts: 5 in 2 stacks, errors 0.0200 to 0.1100; the worst is expert 1 of "
+        "layers.2.mlp.experts.down_proj"
+    )
+    assert line in str(Plan(stacks))
+    assert Plan(plan.sites[:1]).expert_lines() == []
