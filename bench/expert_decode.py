@@ -13,7 +13,7 @@ while it runs, packed weights included, over the packed size.
 import argparse
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 import fqcompile
 from bench.identity import identity
-from bench.results import Results
+from bench.results import Results, Row
 from fqcompile.weights.store import STORE
 
 SHAPE = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 64}
@@ -48,18 +48,31 @@ class Case(NamedTuple):
     run: Callable[[Tensor], Tensor]
 
 
-def block(dtype: torch.dtype, form: str) -> nn.Module:
-    """The layer with random weights that keep a value's size."""
-    config = Qwen3MoeConfig(**SHAPE, num_experts_per_tok=TOP_K, norm_topk_prob=True)
-    config._experts_implementation = form
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        made = Qwen3MoeSparseMoeBlock(config)
-    made = made.to(dtype).to_empty(device="cpu")
+def blocks(dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The layer in each form, on the same random weights, which keep a value's size."""
+    made: dict[str, nn.Module] = {}
+    for form in FORMS:
+        config = Qwen3MoeConfig(**SHAPE, num_experts_per_tok=TOP_K, norm_topk_prob=True)
+        config._experts_implementation = form
+        with torch.device("meta"):
+            made[form] = Qwen3MoeSparseMoeBlock(config).to(dtype).eval().requires_grad_(False)
+    first, *others = made.values()
+    first.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    return made.eval().requires_grad_(False)
+        for parameter in first.parameters():
+            parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+    for other in others:
+        other.load_state_dict(first.state_dict(), assign=True)
+        _share_parameters(first, other)
+    return made
+
+
+def _share_parameters(source: nn.Module, target: nn.Module) -> None:
+    """The same Parameter objects, so that they are quantised once."""
+    for name, parameter in source.named_parameters():
+        owner, _, attribute = name.rpartition(".")
+        setattr(target.get_submodule(owner), attribute, parameter)
 
 
 def output(block: Callable[..., Any], x: Tensor) -> Tensor:
@@ -69,23 +82,25 @@ def output(block: Callable[..., Any], x: Tensor) -> Tensor:
     return y[0] if isinstance(y, tuple) else y
 
 
-def cases(dtype: str, x: Tensor) -> list[Case]:
-    """Ours and Inductor's in both forms, compiled; ours compared with the dequantised block."""
+def cases(dtype: str, layers: Mapping[str, nn.Module], oracle: Tensor, x: Tensor) -> list[Case]:
+    """Ours and Inductor's in both forms, compiled; ours held against `oracle`, its result for x."""
     found = []
-    for form in FORMS:
-        plain = block(DTYPES[dtype], form)
+    for form, plain in layers.items():
         compiled: Any = torch.compile(plain, fullgraph=True, dynamic=False)
         found.append(Case(dtype, form, False, lambda x, run=compiled: output(run, x)))
         ours: Any = torch.compile(plain, backend="finequant", fullgraph=True, dynamic=False)
         y = output(ours, x)
-        oracle = fqcompile.fake_quantize_(copy.deepcopy(plain), fqcompile.reports()[-1])
-        want = output(oracle, x)
-        error = float((y - want).abs().max() / want.abs().max())
+        error = float((y - oracle).abs().max() / oracle.abs().max())
         if error > ALLOWED[y.dtype]:
             raise SystemExit(f"{dtype} {form}: wrong by {error:.3g} of the largest result")
         found.append(Case(dtype, form, True, lambda x, run=ours: output(run, x)))
-        del oracle
     return found
+
+
+def dequantized(plain: nn.Module, x: Tensor) -> nn.Module:
+    """The layer under its dequantised weights."""
+    plan = fqcompile.explain(plain, x)
+    return fqcompile.fake_quantize_(copy.deepcopy(plain), plan)
 
 
 def timed(found: Sequence[Case], inputs: Sequence[Tensor]) -> dict[Case, list[float]]:
@@ -114,15 +129,11 @@ def _status(name: str) -> int:
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
 
 
-def memory(dtype: str, inputs: Sequence[Tensor]) -> tuple[float, float]:
+def memory(plain: nn.Module, ours: Case, inputs: Sequence[Tensor]) -> tuple[float, float]:
     """(bytes that decoding needs beside the original weights, over the packed size; that size)."""
-    plain = block(DTYPES[dtype], "batched_mm")
-    ours: Any = torch.compile(plain, backend="finequant", fullgraph=True, dynamic=False)
-    output(ours, inputs[0])
     packed = sum(site.bytes_after for site in fqcompile.reports()[-1].plan.quantized)
-    held = _packed_bytes(plain)
-    grown = peak_above(lambda: [output(ours, x) for x in inputs])
-    return (held + grown) / packed, packed / 2**20
+    grown = peak_above(lambda: [ours.run(x) for x in inputs])
+    return (_packed_bytes(plain) + grown) / packed, packed / 2**20
 
 
 def _packed_bytes(block: nn.Module) -> int:
@@ -140,37 +151,35 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     settings = {**SHAPE, "top_k": TOP_K, "threads": arguments.threads}
     results = Results(identity(torch.device("cpu")), settings, arguments.json)
-    for tokens in map(int, arguments.tokens.split(",")):
-        for dtype in DTYPES:
-            _measure(dtype, tokens, results)
+    for dtype in DTYPES:
+        layers = blocks(DTYPES[dtype])
+        oracle = dequantized(layers[FORMS[0]], _inputs(dtype, 1)[0])
+        for tokens in map(int, arguments.tokens.split(",")):
+            inputs = _inputs(dtype, tokens)
+            torch._dynamo.reset()
+            found = cases(dtype, layers, output(oracle, inputs[0]), inputs[0])
+            results.add(*_rows(found, layers[FORMS[0]], tokens, inputs))
     _print(results)
 
 
-def _measure(dtype: str, tokens: int, results: Results) -> None:
+def _inputs(dtype: str, tokens: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(tokens)
-    inputs = [
-        torch.randn(1, tokens, SHAPE["hidden_size"], generator=generator).to(DTYPES[dtype])
-        for _ in range(INPUTS)
-    ]
-    times = timed(cases(dtype, inputs[0]), inputs)
-    share, packed = memory(dtype, inputs)
-    for case, found in times.items():
-        low, _, _, high = quantiles(found, n=5)
-        results.add(
-            {
-                "tokens": tokens,
-                "dtype": case.dtype,
-                "form": case.form,
-                "ours": case.ours,
-                "ms": median(found),
-                "low": low,
-                "high": high,
-                "best": min(found),
-                "memory": share,
-                "packed_mib": packed,
-            }
-        )
-    torch._dynamo.reset()
+    shape = (1, tokens, SHAPE["hidden_size"])
+    return [torch.randn(shape, generator=generator).to(DTYPES[dtype]) for _ in range(INPUTS)]
+
+
+def _rows(
+    found: Sequence[Case], plain: nn.Module, tokens: int, inputs: Sequence[Tensor]
+) -> list[Row]:
+    times = timed(found, inputs)
+    share, packed = memory(plain, next(case for case in found if case.ours), inputs)
+    rows = []
+    for case, milliseconds in times.items():
+        low, _, _, high = quantiles(milliseconds, n=5)
+        about: Row = {"tokens": tokens, "dtype": case.dtype, "form": case.form, "ours": case.ours}
+        about |= {"ms": median(milliseconds), "low": low, "high": high, "best": min(milliseconds)}
+        rows.append(about | {"memory": share, "packed_mib": packed})
+    return rows
 
 
 def _print(results: Results) -> None:
@@ -178,7 +187,7 @@ def _print(results: Results) -> None:
     for ours in (row for row in results.rows if row["ours"]):
         same = [r for r in results.rows if not r["ours"] and r["tokens"] == ours["tokens"]]
         (plain,) = [r for r in same if (r["dtype"], r["form"]) == (ours["dtype"], ours["form"])]
-        best = min(same, key=lambda r: r["ms"])
+        best = min(same, key=lambda r: float(r["ms"]))
         table.append(
             (
                 ours["tokens"],
