@@ -1,4 +1,5 @@
-"""Our kernels against cuBLAS, torch.compile and other libraries, layer by layer, on a GPU.
+"""Our kernels against cuBLAS, torch.compile and other libraries, layer by layer, on a GPU
+(on a CPU: see kernels_cpu).
 
     python -m bench kernels --device cuda [--quick] [--shapes llama-3-8b 4096x4096] [--m 1,16,256]
         [--bits 4] [--group 128|column] [--dtype bf16|fp16] [--tune fast|max]
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from bench import kernels_cpu
 from bench.baselines import BASELINES, MAX_AUTOTUNE
 from bench.contenders import Problem
 from bench.failures import failure
@@ -38,6 +40,7 @@ from fqcompile.kernels.tuning.search import DeviceLost
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ROWS = (1, 4, 16, 64, 128, 256, 512, 2048)
+CPU_SHAPES = ("llama-3-8b", "opt-6.7b", "encoders")
 QUICK_SHAPES, QUICK_ROWS = ("llama-3-8b", "8192x8192"), (1, 16, 64, 256)
 MANY_COMPILATIONS = {"recompile_limit": 4096, "accumulated_recompile_limit": 4096}
 LEASE = 540.0  # seconds; of the ten minutes of a lease, the rest is for starting and writing
@@ -92,11 +95,16 @@ class Runner:
 
 def run(arguments: argparse.Namespace, device: torch.device, gpu: Gpu, record: Record) -> Results:
     """Everything that the arguments ask for, or what the time budget allows of it."""
-    settings = {k: v for k, v in vars(arguments).items() if k not in ("device", "json")}
-    path = None if arguments.json is None else Path(arguments.json)
-    results = Results(identity(device), settings, path)
+    results = results_for(arguments, device)
     Runner(arguments, device, gpu, record, results, Budget(arguments.time_budget)).run()
     return results
+
+
+def results_for(arguments: argparse.Namespace, device: torch.device) -> Results:
+    """Empty, with what the run was asked for."""
+    settings = {k: v for k, v in vars(arguments).items() if k not in ("device", "json")}
+    path = None if arguments.json is None else Path(arguments.json)
+    return Results(identity(device), settings, path)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -110,11 +118,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--tune", choices=("off", "fast", "max"), default="off")
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=usual)
+    parser.add_argument("--threads", type=row_counts, metavar="T,...", help="a CPU: how many")
+    parser.add_argument("--experts", action="store_true", help="a CPU: a layer of experts too")
     parser.add_argument("--quick", action="store_true", help="five layers at four M")
     parser.add_argument("--json", metavar="FILE", help="write rows and identity there")
     parser.add_argument("--time-budget", type=float, default=LEASE, metavar="SECONDS")
     arguments = parser.parse_args(argv)
-    arguments.shapes = arguments.shapes or list(QUICK_SHAPES if arguments.quick else SHAPES)
+    shapes = CPU_SHAPES if arguments.device == "cpu" else SHAPES
+    arguments.shapes = arguments.shapes or list(QUICK_SHAPES if arguments.quick else shapes)
+    arguments.threads = arguments.threads or [1, torch.get_num_threads()]
     arguments.m = arguments.m or list(QUICK_ROWS if arguments.quick else ROWS)
     return arguments
 
@@ -134,10 +146,8 @@ def show(results: Results) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     if arguments.device == "cpu":
-        raise SystemExit(
-            "bench kernels --device cpu: comes with the x86 kernels, which are not there yet; "
-            "for a GPU: --device cuda"
-        )
+        kernels_cpu.main(arguments, results_for(arguments, torch.device("cpu")))
+        return
     device = torch.device(arguments.device)
     try:
         # Each M is a compilation of its own of one function.

@@ -21,7 +21,7 @@ class Results:
     """
 
     identity: Mapping[str, str]
-    settings: Mapping[str, Any]
+    settings: dict[str, Any]
     path: Path | None = None
     rows: list[Row] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)

@@ -286,9 +286,7 @@ def test_who_quantises_anew_may_be_a_step_away_and_no_more() -> None:
     )
 
 
-def test_an_x86_processor_is_told_to_wait_and_a_missing_gpu_is_named() -> None:
-    with pytest.raises(SystemExit, match="comes with the x86 kernels"):
-        kernels.main(["--device", "cpu"])
+def test_a_missing_gpu_is_named() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match="torch sees no GPU on this machine"):
             kernels.main([])
