@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 ARGS ?=
 
-.PHONY: demo test test-gpu check static format bench clean
+.PHONY: demo test test-gpu check sanitize static format bench clean
 
 demo: .venv/demo.installed
 	$(BIN)/fqcompile demo $(ARGS)
@@ -20,6 +20,13 @@ check: .venv/dev.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest tests/test_house.py
+
+# The x86 kernel under the address and undefined-behaviour sanitizers, every path that is here.
+sanitize: .venv/dev.installed
+	FQTEST_SANITIZE=1 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:handle_segv=0 $(BIN)/pytest $(ARGS) \
+	tests/kernels/cpu/test_stream.py tests/kernels/cpu/test_stream_experts.py \
+	tests/kernels/cpu/test_stream_bounds.py
 
 static: .venv/dev.installed
 	$(BIN)/python -m bench static --check $(ARGS)

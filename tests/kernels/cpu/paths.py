@@ -1,5 +1,6 @@
 """Every path of the x86 kernel that this processor has, built once for all tests of a process."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,9 @@ from fqcompile.errors import KernelBuildError
 from fqcompile.kernels.cpu import native_library
 from fqcompile.kernels.cpu.native_library import ISAS, NativeLibrary, build, load
 from fqcompile.kernels.tuning.table import cache_directory
+
+if os.environ.get("FQTEST_SANITIZE"):  # as `make sanitize` does, which preloads their runtime
+    native_library._FLAGS += ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 NAMES = [isa.name for isa in ISAS.values() if isa.supported()]
 _libraries: dict[str, NativeLibrary] = {}

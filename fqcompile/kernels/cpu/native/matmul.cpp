@@ -91,7 +91,7 @@ void in_parallel(int64_t count, bool one_thread, const Task& task) {
 
 // sums[row][64] of one block for ROWS rows of packed x: [k / PER_UNIT][ROWS].
 template <class Code, int ROWS>
-void tile(const Weight& w, int64_t block, const uint32_t* x, float* sums, int64_t stride) {
+void tile(const Weight& w, int64_t block, const Bits* x, float* sums, int64_t stride) {
   // As many vectors of outputs as leave registers for their codes; one row has two sums for each.
   constexpr int WIDE = LANES == 16 ? (ROWS <= 4 ? 4 : 2) : (ROWS <= 2 ? 4 : ROWS <= 4 ? 2 : 1);
   constexpr int CHAINS = ROWS == 1 ? 2 : 1;
@@ -107,7 +107,7 @@ void tile(const Weight& w, int64_t block, const uint32_t* x, float* sums, int64_
         for (auto& row : chain)
           for (F32& s : row) s = zero();
       const uint32_t* from = words + start / Code::WORD * OUTPUTS + v * LANES;
-      const uint32_t* xs = x + start / Code::PER_UNIT * ROWS;
+      const Bits* xs = x + start / Code::PER_UNIT * ROWS;
       for (int64_t k = start; k < end; k += Code::WORD) {
         U32 word[WIDE];
 #pragma GCC unroll 4
@@ -169,7 +169,7 @@ void values(const Weight& w, int64_t block, int64_t start, int64_t end, float* t
 
 // As `tile`, for groups that end within a word: every weight is scaled before it is multiplied.
 template <int BITS>
-void odd_tile(const Weight& w, int64_t block, const uint32_t* x, int rows, float* sums, int64_t stride) {
+void odd_tile(const Weight& w, int64_t block, const Bits* x, int rows, float* sums, int64_t stride) {
   constexpr int64_t PART = 32;
   float part[PART * OUTPUTS];
   const int64_t padded = w.padded_k();
@@ -191,7 +191,7 @@ void odd_tile(const Weight& w, int64_t block, const uint32_t* x, int rows, float
 }
 
 template <class Few, class Code>  // one way for one or two rows, one for more
-void tile_of(const Weight& w, int64_t block, const uint32_t* x, int rows, float* sums, int64_t stride) {
+void tile_of(const Weight& w, int64_t block, const Bits* x, int rows, float* sums, int64_t stride) {
   switch (rows) {
     case 1: return tile<Few, 1>(w, block, x, sums, stride);
     case 2: return tile<Few, 2>(w, block, x, sums, stride);
@@ -204,7 +204,7 @@ void tile_of(const Weight& w, int64_t block, const uint32_t* x, int rows, float*
   }
 }
 
-using Multiply = void (*)(const Weight&, int64_t, const uint32_t*, int, float*, int64_t);
+using Multiply = void (*)(const Weight&, int64_t, const Bits*, int, float*, int64_t);
 
 // How a call is multiplied: the function, and the type that it wants x in.
 struct Way {
@@ -250,7 +250,7 @@ class Matmul {
   const Way way;
   std::vector<int64_t> order;  // rows of x, those of one expert side by side
   std::vector<Job> jobs;
-  const uint32_t* packed = nullptr;  // per tile [k][rows] of fp32, or [k / 2][rows] of pairs of bf16
+  const Bits* packed = nullptr;  // per tile [k][rows] of fp32, or [k / 2][rows] of pairs of bf16
 
   int64_t entry(int64_t i) const {
     return c.routing_bytes == 8 ? ((const int64_t*)c.routing)[i] : ((const int32_t*)c.routing)[i];
@@ -302,7 +302,7 @@ class Matmul {
   // One row that already is as a tile of it would be is read where it is.
   void pack_x() {
     if (order.size() == 1 && way.x == c.type && c.weight.k % STEP == 0) {
-      packed = (const uint32_t*)((const char*)c.x + order[0] * c.x_stride * bytes_of(c.type));
+      packed = (const Bits*)((const char*)c.x + order[0] * c.x_stride * bytes_of(c.type));
       return;
     }
     thread_local std::vector<uint32_t> buffer;
@@ -335,7 +335,7 @@ class Matmul {
   // z[row][64] for outputs [start, start + 64) of the weight, which may lie across two blocks.
   // Rows of z are 128 long; the result begins at z + the value returned.
   int64_t outputs(const Weight& w, int64_t start, const Tile& t, float* z) const {
-    const uint32_t* x = packed + t.first * words_per_row();
+    const Bits* x = packed + t.first * words_per_row();
     const int64_t block = start / OUTPUTS, skip = start % OUTPUTS;
     way.multiply(w, block, x, t.rows, z, 2 * OUTPUTS);
     if (skip && block + 1 < w.blocks()) way.multiply(w, block + 1, x, t.rows, z + OUTPUTS, 2 * OUTPUTS);

@@ -10,6 +10,9 @@
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
 
+// Four bytes of x, wherever they lie: an fp32 or two bf16.
+typedef uint32_t Bits __attribute__((aligned(1), may_alias));
+
 enum DType : int64_t { FP32 = 0, BF16 = 1, FP16 = 2 };
 
 #if defined(__AVX512F__)
