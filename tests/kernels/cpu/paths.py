@@ -13,7 +13,12 @@ from fqcompile.kernels.cpu.native_library import ISAS, NativeLibrary, build, loa
 from fqcompile.kernels.tuning.table import cache_directory
 
 if os.environ.get("FQTEST_SANITIZE"):  # as `make sanitize` does, which preloads their runtime
-    native_library._FLAGS += ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    native_library._FLAGS += (
+        "-O1",
+        "-g",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+    )
 
 NAMES = [isa.name for isa in ISAS.values() if isa.supported()]
 _libraries: dict[str, NativeLibrary] = {}
