@@ -4,6 +4,9 @@ fqcompile            our kernel, by activation type
 aten int4pack        PyTorch's own packed kernels
 F.linear             on the dequantised weight, compiled by Inductor
 onnxruntime          MatMulNBits; level 0 computes in fp32, level 4 quantises activations to int8
+openvino             its plugin for CPUs on compressed weights; "int8" quantises activations
+
+torchao's int4 for CPUs calls the kernel of `aten int4pack`, so it has no column of its own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -71,6 +74,9 @@ def ways(weight: QuantizedWeight) -> Iterator[Way]:
     if find_spec("onnxruntime") and find_spec("onnx") and weight.bits == 4:
         for level in (0, 4):
             yield _onnxruntime(weight, level)
+    if find_spec("openvino") and weight.bits == 4 and weight.shape[1] % weight.group_size == 0:
+        for quantized in (False, True):
+            yield _openvino(weight, quantized)
 
 
 def _spec(weight: QuantizedWeight, dtype: torch.dtype) -> GemmSpec:
@@ -141,3 +147,42 @@ def _matmul_nbits(weight: QuantizedWeight, level: int) -> bytes:
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     model: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
     return model
+
+
+def _openvino(weight: QuantizedWeight, quantized: bool) -> Way:
+    """bf16 inside; `quantized`: activations become int8 in groups of 128, its default."""
+    ov = import_module("openvino")
+    model = _compressed_matmul(weight)
+    settings = {
+        "INFERENCE_PRECISION_HINT": "bf16",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "128" if quantized else "0",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    core = ov.Core()
+    requests = [
+        core.compile_model(model, "CPU", settings).create_infer_request()
+        for _ in range(copies_of(weight.nbytes))
+    ]
+
+    def run(x: Tensor, request: Any) -> Tensor:
+        return torch.from_numpy(request.infer([x.numpy()])[0])
+
+    name = "openvino int8" if quantized else "openvino bf16"
+    return Way(name, version("openvino"), FP32, run, requests, loose=quantized)
+
+
+def _compressed_matmul(weight: QuantizedWeight) -> Any:
+    """(codes - 8) * scale as its plugin recognises compressed weights; codes as ours, unsigned."""
+    ov, ops = import_module("openvino"), import_module("openvino.opset13")
+    (n, k), group = weight.shape, weight.group_size
+    shape = ov.Shape([n, k // group, group])
+    packed = weight.qweight.view(n, k // group, group // 2).numpy()
+    codes = ops.convert(ov.op.Constant(ov.Tensor(packed, shape, ov.Type.u4)), "f32")
+    eight = torch.full((1, 1, 1), 8, dtype=torch.uint8).numpy()
+    offset = ops.convert(ov.op.Constant(ov.Tensor(eight)), "f32")
+    scale = ops.constant(weight.scale.float()[:, :, None].numpy())
+    scaled = ops.multiply(ops.subtract(codes, offset), scale)
+    dense = ops.reshape(scaled, ops.constant(torch.tensor([n, k]).numpy()), False)
+    x = ops.parameter([-1, k], ov.Type.f32)
+    return ov.Model([ops.matmul(x, dense, False, True)], [x])
