@@ -33,7 +33,8 @@ IsConstant = Callable[[object], bool]
 class ExpertForm:
     """y = x @ w[expert of the row]ᵀ + bias, where w = weight_steps(stack) is [E, N, K].
 
-    `weight` is the node that was multiplied with; `indices` is None where x is [S, K].
+    `weight` is the node that was multiplied with; `indices` is None where x is [S, K]; `gather` are
+    the nodes from stack[routing] to the weight.
     """
 
     x: fx.Node
@@ -44,6 +45,7 @@ class ExpertForm:
     routing: fx.Node | None
     indices: ExpertEinsum | None = None
     bias: fx.Node | None = None
+    gather: tuple[fx.Node, ...] = ()
 
 
 def expert_form(node: fx.Node, is_constant: IsConstant) -> ExpertForm | None:
@@ -174,7 +176,9 @@ def _gathered(
     if indices is None:
         return None
     steps = (*picked.steps, *indices.weight_steps)
-    return ExpertForm(x, weight, picked.stack, steps, "gathered", picked.ids, indices)
+    return ExpertForm(
+        x, weight, picked.stack, steps, "gathered", picked.ids, indices, gather=picked.nodes
+    )
 
 
 def _every_expert(

@@ -26,6 +26,7 @@ class Gathered:
         num_ids: dimensions of ids; the gathered tensor has these and then the stack's others.
         dims: for each dimension of the node, which of those it is.
         shape: of the stack after `steps`.
+        nodes: the gather, and what follows it.
     """
 
     stack: fx.Node
@@ -33,6 +34,7 @@ class Gathered:
     num_ids: int
     dims: tuple[int, ...]
     shape: tuple[int, ...]
+    nodes: tuple[fx.Node, ...]
     steps: tuple[Step, ...] = ()
 
     def on_stack(self, dim: int) -> int | None:
@@ -45,6 +47,11 @@ def gathered(node: object, is_constant: IsConstant) -> Gathered | None:
     """The node as experts picked from a constant stack, or None."""
     if not isinstance(node, fx.Node) or has_effects(node) or example(node) is None:
         return None
+    found = _read(node, is_constant)
+    return found and replace(found, nodes=(*found.nodes, node))
+
+
+def _read(node: fx.Node, is_constant: IsConstant) -> Gathered | None:
     name = target_name(node.target)
     source = node.args[0] if node.args else None
     if name in ("getitem", "__getitem__", "index_select"):
@@ -77,7 +84,7 @@ def _gather(node: fx.Node, name: str, is_constant: IsConstant) -> Gathered | Non
         return None  # a mask picks a number of experts that depends on its values
     assert isinstance(stack, fx.Node) and isinstance(ids, fx.Node)
     dims = tuple(range(index.dim() + value.dim() - 1))
-    return Gathered(stack, ids, index.dim(), dims, tuple(map(int, value.shape)))
+    return Gathered(stack, ids, index.dim(), dims, tuple(map(int, value.shape)), ())
 
 
 def _moved(node: fx.Node, name: str, found: Gathered) -> Gathered | None:

@@ -11,6 +11,7 @@ from collections import Counter
 from torch import Tensor, fx
 
 from fqcompile.passes.base import GraphState, example, placeholders
+from fqcompile.passes.effects import effects_between
 from fqcompile.passes.expert_forms import ExpertForm, expert_form
 from fqcompile.passes.fold import ConstantFolder
 from fqcompile.passes.linear_forms import LinearForm, linear_form
@@ -41,9 +42,17 @@ def _find(state: GraphState, node: fx.Node, folder: ConstantFolder) -> WeightSit
     if linear is not None:
         return _linear_site(state, node, linear, folder) if _is_float(node, linear.x) else None
     experts = expert_form(node, folder.is_constant)
-    if experts is not None and _is_float(node, experts.x):
-        return _expert_site(state, node, experts, folder)
-    return None
+    if experts is None or not _is_float(node, experts.x) or _is_overwritten(state, node, experts):
+        return None
+    return _expert_site(state, node, experts, folder)
+
+
+def _is_overwritten(state: GraphState, node: fx.Node, form: ExpertForm) -> bool:
+    """Whether a write may part what was gathered from what the op reads in the product's place."""
+    if any(part in state.written for part in form.gather):
+        return True
+    late = bool(form.gather) and form.routing in state.written
+    return late and effects_between(form.gather[0], node)
 
 
 def _transform(graph: fx.Graph) -> str | None:

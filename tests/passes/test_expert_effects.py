@@ -1,0 +1,72 @@
+"""Writes around experts: what a program reads before a write must not be read after it instead."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.passes.graphs import assert_same, run_passes
+
+E, N, K, P = 5, 24, 40, 7
+STACK = torch.randn(E, N, K, generator=torch.Generator().manual_seed(1)) / K**0.5
+BIAS = torch.randn(E, N, generator=torch.Generator().manual_seed(2))
+IDS, X = torch.tensor([3, 0, 3, 3, 1, 0, 2]), torch.randn(P, K)
+
+
+def product(x: Tensor, w: Tensor) -> Tensor:
+    return torch.bmm(w, x.unsqueeze(-1)).squeeze(-1)
+
+
+def scaled_after_gather(x: Tensor, ids: Tensor) -> Tensor:
+    w = STACK[ids]
+    w.mul_(2)
+    return product(x, w)
+
+
+def part_written_after_gather(x: Tensor, ids: Tensor) -> Tensor:
+    w = STACK[ids]
+    w[:, :3].zero_()
+    return product(x, w)
+
+
+def written_before_a_copy(x: Tensor, ids: Tensor) -> Tensor:
+    w = STACK[ids].mT
+    w.mul_(2)
+    return (x[:, None] @ w.contiguous())[:, 0]
+
+
+def ids_written_after_gather(x: Tensor, ids: Tensor) -> Tensor:
+    w = STACK[ids]
+    ids.add_(1).remainder_(E)
+    return product(x, w)
+
+
+GATHERS = [
+    scaled_after_gather,
+    part_written_after_gather,
+    written_before_a_copy,
+    ids_written_after_gather,
+]
+
+
+@pytest.mark.parametrize("forward", GATHERS, ids=lambda f: f.__name__)
+def test_write_between_gather_and_product_keeps_the_product(
+    forward: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    run = run_passes(lambda x, i: forward(x, i.clone()), X, IDS, granularity=16)
+    assert run.ops["fq"] == 0
+    assert_same(run)
+
+
+def test_ids_written_before_the_gather_name_the_experts_that_the_op_reads() -> None:
+    """Expert parallelism clamps ids in place first."""
+
+    def forward(x: Tensor, ids: Tensor) -> Tensor:
+        own = ids.clone()
+        own.clamp_(max=2)
+        return product(x, STACK[own])
+
+    run = run_passes(forward, X, IDS, granularity=16)
+    assert run.ops["fq"] == 1
+    assert_same(run)
