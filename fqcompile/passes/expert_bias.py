@@ -5,7 +5,7 @@ grouped_linear(x, .., offsets) + b[sorted_ids]                ->  b, if offsets 
 grouped_linear(x, .., arange(1, E + 1) * C) + b [E, 1, N]     ->  b.reshape(E, N)
 """
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from typing import Any
 
 from torch import fx
@@ -21,11 +21,18 @@ _RESHAPES = ("reshape", "view", "flatten")
 def bias_per_expert(
     op: fx.Node, term: fx.Node, experts: int, written: Container[fx.Node]
 ) -> fx.Node | None:
-    """The node of the biases [E, N], or None where `term` is no bias of the rows' experts."""
+    """The node of the biases [E, N], or None where `term` is no bias of the rows' experts.
+
+    Nor where something between the routing and the sum may be `written` to: the op reads biases and
+    routing in its own place.
+    """
     picked = _picked(_without(term, _RESHAPES))
-    if picked is None or picked[1] in written:
+    if picked is None:
         return None
     bias, ids = picked
+    read = {*_between(term, bias), *_between(argument(op, "routing"), ids), bias, ids}
+    if any(node in written for node in read):
+        return None
     value = example(bias)
     if value is None or not same_shape(value.shape, (experts, argument(op, "n"))):
         return None
@@ -84,6 +91,13 @@ def _is_sorted(ids: fx.Node) -> bool:
 
 def _is_call(node: Any, name: str) -> bool:
     return isinstance(node, fx.Node) and target_name(node.target) == name
+
+
+def _between(node: Any, source: fx.Node) -> Iterator[fx.Node]:
+    """The node and what leads from it to `source` by first arguments."""
+    while isinstance(node, fx.Node) and node is not source:
+        yield node
+        node = node.args[0] if node.args else None
 
 
 def _without(node: Any, names: tuple[str, ...]) -> Any:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fqcompile.passes.op_nodes import argument
 from tests.passes.graphs import assert_same, run_passes
 
 E, N, K, P = 5, 24, 40, 7
@@ -69,4 +70,62 @@ def test_ids_written_before_the_gather_name_the_experts_that_the_op_reads() -> N
 
     run = run_passes(forward, X, IDS, granularity=16)
     assert run.ops["fq"] == 1
+    assert_same(run)
+
+
+def with_offsets(x: Tensor, ids: Tensor, change: Callable[[Tensor, Tensor], object]) -> Tensor:
+    """`change` of the counts and the offsets; the operator of transformers runs in fp32 too."""
+    import transformers.integrations.moe  # noqa: F401  (defines it)
+
+    in_order, _ = torch.sort(ids)
+    counts = torch.histc(in_order.float(), bins=E, min=0, max=E - 1)
+    offsets = torch.cumsum(counts, dim=0, dtype=torch.int32)
+    change(counts, offsets)
+    y = torch.ops.transformers.grouped_mm_fallback(x, STACK.mT, offs=offsets)
+    return y + BIAS[in_order]
+
+
+def term_scaled(x: Tensor, ids: Tensor, bias: Tensor) -> Tensor:
+    term = bias[ids]
+    term.mul_(2)
+    return product(x, STACK[ids]) + term
+
+
+def biases_scaled_after_they_were_picked(x: Tensor, ids: Tensor, bias: Tensor) -> Tensor:
+    term = bias[ids]
+    bias.mul_(2)
+    return product(x, STACK[ids]) + term
+
+
+def term_scaled_before_a_copy(x: Tensor, ids: Tensor, bias: Tensor) -> Tensor:
+    term = bias[ids]
+    term.mul_(2)
+    return product(x, STACK[ids]) + term.mT.reshape(N * P).view(N, P).mT
+
+
+def offsets_changed(x: Tensor, ids: Tensor, bias: Tensor) -> Tensor:
+    return with_offsets(x, ids, lambda counts, offsets: offsets[0].fill_(0))
+
+
+BIASES = [
+    term_scaled,
+    biases_scaled_after_they_were_picked,
+    term_scaled_before_a_copy,
+    offsets_changed,
+]
+
+
+@pytest.mark.parametrize("forward", BIASES, ids=lambda f: f.__name__)
+def test_bias_that_is_written_to_stays_outside(
+    forward: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> None:
+    run = run_passes(lambda x, i, b: forward(x, i, b.clone()), X, IDS, BIAS, granularity=16)
+    (op,) = run.linears
+    assert argument(op, "bias") is None
+    assert_same(run)
+
+
+def test_unwritten_counts_let_the_bias_in() -> None:
+    run = run_passes(lambda x, i: with_offsets(x, i, lambda c, o: None), X, IDS, granularity=16)
+    assert argument(run.linears[0], "bias") is not None
     assert_same(run)
