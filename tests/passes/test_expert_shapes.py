@@ -1,0 +1,34 @@
+"""Sizes and layouts around experts that are easy to take for others."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fqcompile.passes.op_nodes import argument
+from tests.passes.graphs import assert_same, run_passes
+
+E, N, K, P = 5, 24, 40, 7
+STACK = torch.randn(E, N, K, generator=torch.Generator().manual_seed(1)) / K**0.5
+BIAS = torch.randn(E, N, generator=torch.Generator().manual_seed(2))
+IDS, X = torch.tensor([3, 0, 3, 3, 1, 0, 2]), torch.randn(P, K)
+CAPACITY = torch.randn(E, 4, K)
+
+
+def gshard(x: Tensor, bias: Tensor) -> Tensor:
+    return torch.einsum("egcm,ehm->egch", x, STACK) + bias
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_bias_of_as_many_groups_as_experts_is_no_bias_of_experts(dynamic: bool) -> None:
+    """[E, 1, N] beside [E, G, C, N] is a bias of each group."""
+    x = torch.randn(E, E, 3, K)
+    run = run_passes(lambda x: gshard(x, BIAS[:, None]), x, dynamic=dynamic, granularity=16)
+    assert argument(run.linears[0], "bias") is None
+    assert_same(run)
+
+
+def test_bias_of_experts_beside_groups_is_fused() -> None:
+    x = torch.randn(E, E, 3, K)
+    run = run_passes(lambda x: gshard(x, BIAS[:, None, None]), x, granularity=16)
+    assert argument(run.linears[0], "bias") is not None
+    assert_same(run)
