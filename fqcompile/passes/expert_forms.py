@@ -172,6 +172,9 @@ def _gathered(
     batch = original[: picked.num_ids]
     stack = [STACK, *original[picked.num_ids :]]
     x_names, singles = _without_singles(x, x_names, weight, weight_names)
+    ids, sizes = zip(batch, _shape(picked.ids), strict=True), _sizes(x, x_names, singles)
+    if not all(same_shape([size], [sizes.get(i, size)]) for i, size in ids):
+        return None  # a single id, broadcast over rows of x
     indices = _indices(x, x_names, singles, picked.shape, stack, out, batch)
     if indices is None:
         return None
@@ -205,8 +208,7 @@ def _indices(
 ) -> ExpertEinsum | None:
     """None too where an index has one size in x and another in the stack, which broadcasts."""
     sizes = dict(zip(stack, stack_shape, strict=True))
-    shape = [size for i, size in enumerate(_shape(x)) if i not in singles]
-    shared = [(size, sizes[i]) for i, size in zip(x_names, shape, strict=True) if i in sizes]
+    shared = [(n, sizes[i]) for i, n in _sizes(x, x_names, singles).items() if i in sizes]
     if not same_shape([a for a, _ in shared], [b for _, b in shared]):
         return None
     found = expert_einsum(x_names, stack, out, batch, sizes)
@@ -224,6 +226,11 @@ def _without_singles(
         if name in sizes and same_shape([size], [1]) and not same_shape([sizes[name]], [1])
     )
     return [name for dim, name in enumerate(x_names) if dim not in singles], singles
+
+
+def _sizes(x: fx.Node, names: list[str], singles: tuple[int, ...]) -> dict[str, int]:
+    shape = [size for dim, size in enumerate(_shape(x)) if dim not in singles]
+    return dict(zip(names, shape, strict=True))
 
 
 def _ndim(node: object) -> int:

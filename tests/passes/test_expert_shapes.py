@@ -1,5 +1,7 @@
 """Sizes and layouts around experts that are easy to take for others."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -31,4 +33,18 @@ def test_bias_of_experts_beside_groups_is_fused() -> None:
     x = torch.randn(E, E, 3, K)
     run = run_passes(lambda x: gshard(x, BIAS[:, None, None]), x, granularity=16)
     assert argument(run.linears[0], "bias") is not None
+    assert_same(run)
+
+
+ONE_ID: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor]] = {
+    "matmul": (lambda x, i: x @ STACK[i].mT, torch.randn(P, 3, K)),
+    "einsum": (lambda x, i: torch.einsum("pk,pnk->pn", x, STACK[i]), X),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", ONE_ID)
+def test_single_id_that_is_broadcast_over_rows(name: str, dynamic: bool) -> None:
+    forward, x = ONE_ID[name]
+    run = run_passes(lambda x, i: forward(x, i), x, IDS[:1], dynamic=dynamic, granularity=16)
     assert_same(run)
