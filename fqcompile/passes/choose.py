@@ -173,7 +173,7 @@ def _is_choice(node: fx.Node, top_one: bool) -> bool:
     if not top_one or name not in ("max", "argmax"):
         return name == "topk"
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    scores = example(node.args[0])
+    scores = example(node.args[0] if node.args else node.kwargs.get("input"))
     return scores is not None and dim in (-1, scores.dim() - 1)
 
 

@@ -81,9 +81,10 @@ def _same_view_before(node: fx.Node, value: Tensor) -> fx.Node | None:
         fake = example(node)
         if fake is not None and _is_same_view(fake, value):
             return node
-        if target_name(node.target) not in VIEWS or not isinstance(node.args[0], fx.Node):
+        source = node.args[0] if node.args else None
+        if target_name(node.target) not in VIEWS or not isinstance(source, fx.Node):
             return None
-        node = node.args[0]
+        node = source
 
 
 def _is_same_view(a: Tensor, b: Tensor) -> bool:

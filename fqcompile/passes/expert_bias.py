@@ -45,7 +45,7 @@ def bias_per_expert(
 def is_even_routing(op: fx.Node) -> bool:
     """Whether every expert has equally many rows: offsets are multiples of one number."""
     routing = argument(op, "routing")
-    return target_name(routing.target) == "mul" and _is_call(routing.args[0], "arange")
+    return _is_call(routing, "mul") and bool(routing.args) and _is_call(routing.args[0], "arange")
 
 
 def _picked(term: Any) -> tuple[fx.Node, fx.Node] | None:
@@ -69,8 +69,8 @@ def _counted(offsets: Any, experts: int) -> fx.Node | None:
     total = _without(offsets, _CASTS)
     if not _is_call(total, "cumsum"):
         return None
-    counts = _without(total.args[0], _CASTS)
-    if not _is_call(counts, "histc"):
+    counts = _without(total.args[0] if total.args else None, _CASTS)
+    if not _is_call(counts, "histc") or not counts.args:
         return None
     names = ("input", "bins", "min", "max")
     call = dict(zip(names, counts.args, strict=False)) | dict(counts.kwargs)

@@ -65,12 +65,14 @@ def _everywhere(state: GraphState, rule: Rule) -> int:
 
 def _fuse_views(state: GraphState, node: fx.Node) -> bool:
     """The op takes any leading dimensions, so flattening them around it is not needed."""
-    if target_name(node.target) not in _VIEWS or not is_linear(node.args[0]):
+    op = node.args[0] if node.args else None
+    if target_name(node.target) not in _VIEWS or not is_linear(op):
         return False
-    op = node.args[0]
     assert isinstance(op, fx.Node)
     flat = argument(op, "x")
-    if target_name(flat.target) not in _VIEWS or argument(op, "residual") is not None:
+    if target_name(flat.target) not in _VIEWS or not flat.args:
+        return False
+    if argument(op, "residual") is not None:
         return False
     x, out = example(flat.args[0]), example(node)
     if x is None or out is None or not x.is_contiguous():

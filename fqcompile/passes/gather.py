@@ -119,12 +119,14 @@ def _narrowed(found: Gathered, dim: Any, start: Any, length: Any) -> Gathered | 
 
 def _part(node: fx.Node, is_constant: IsConstant) -> Gathered | None:
     """A chunk of the gathered rows, or a slice of them."""
-    source, index = node.args[0], node.args[1] if len(node.args) > 1 else None
+    if len(node.args) != 2:
+        return None
+    source, index = node.args
     if isinstance(source, fx.Node) and target_name(source.target) in ("chunk", "split", "unbind"):
         pieces = source.meta.get("example_value")
         if target_name(source.target) == "unbind" or not isinstance(index, int):
             return None
-        return _piece(gathered(source.args[0], is_constant), pieces, index)
+        return _piece(gathered(source.all_input_nodes[0], is_constant), pieces, index)
     found = gathered(source, is_constant)
     if found is None or not isinstance(index, tuple):
         return None
