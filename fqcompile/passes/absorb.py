@@ -1,9 +1,8 @@
 """How an op takes over what follows it: the node is computed by the op, in the node's place."""
 
-from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch import fx
 
-from fqcompile.passes.base import GraphState, erase_dead, example, same_shape
+from fqcompile.passes.base import GraphState, erase_dead, example, same_layout, same_shape
 from fqcompile.passes.effects import effects_between
 from fqcompile.passes.op_nodes import argument, changed, is_linear, is_quantized
 from fqcompile.weights.recipe import target_name
@@ -80,10 +79,4 @@ def same_value(a: fx.Node, b: fx.Node) -> bool:
     left, right = example(a), example(b)
     if left is None or right is None or left.dtype != right.dtype:
         return False
-    return same_shape(left.shape, right.shape) and _same_layout(left, right)
-
-
-def _same_layout(left: Tensor, right: Tensor) -> bool:
-    """A sum takes the layout of its first operand, and a view after it may need that layout."""
-    dims = zip(left.shape, left.stride(), right.stride(), strict=True)
-    return all(statically_known_true(n == 1) or statically_known_true(s == t) for n, s, t in dims)
+    return same_shape(left.shape, right.shape) and same_layout(left, right)

@@ -74,6 +74,12 @@ def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
     )
 
 
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape have equal strides; later views may need those they have."""
+    dims = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(statically_known_true(n == 1) or statically_known_true(s == t) for n, s, t in dims)
+
+
 def copy_module(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """A GraphModule on a copy of the graph, with what Dynamo and AOTAutograd read from it.
 

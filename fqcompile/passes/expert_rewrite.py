@@ -6,10 +6,12 @@ bmm(x [E, C, K], w)              ->  grouped_linear(x.reshape(-1, K), .., arange
 _grouped_mm(x, w, offs=o)        ->  grouped_linear(x, .., o)
 """
 
-import torch
-from torch import fx
+from itertools import permutations
 
-from fqcompile.passes.base import PackedPair, example, same_shape
+import torch
+from torch import Tensor, fx
+
+from fqcompile.passes.base import PackedPair, example, same_layout, same_shape
 from fqcompile.passes.emit import VIEWS, Emitter, Size
 from fqcompile.passes.expert_einsum import ExpertEinsum
 from fqcompile.passes.op_nodes import GATHERED, GROUPED
@@ -37,7 +39,7 @@ def emit_experts(
             bias = emit("to", bias, out.dtype)
         every = emit("expand", bias, tuple(sizes[name] for name in order))
         rows = emit(torch.add, op, emit("reshape", every, (-1, site.shape[1])))
-    y = _arranged(emit, rows, order, site.indices.out, sizes, out.is_contiguous())
+    y = _arranged(emit, rows, order, site.indices.out, sizes, out)
     if bias is not None and not in_order:
         y = emit(torch.add, y, emit("to", bias, out.dtype))
     return op, rows, y
@@ -124,15 +126,26 @@ def _arranged(
     order: tuple[str, ...],
     out: tuple[str, ...],
     sizes: dict[str, Size],
-    contiguous: bool,
+    like: Tensor,
 ) -> fx.Node:
     """The op's rows [batch * rows, N] in the order of the site's value, and in its layout."""
     y = emit("reshape", y, tuple(sizes[name] for name in order))
     if order != out:
         y = emit("permute", y, tuple(order.index(name) for name in out))
-        if contiguous:  # a view of the result that eager allows must still be possible
-            y = emit("contiguous", y)
+    layout = None if same_layout(y.meta["example_value"], like) else _layout(like)
+    if layout is not None:  # a view of the result that eager allows must still be possible
+        y = emit("contiguous", emit("permute", y, layout))
+        y = emit("permute", y, tuple(layout.index(dim) for dim in range(len(layout))))
     return y
+
+
+def _layout(value: Tensor) -> tuple[int, ...] | None:
+    """The dimensions as they follow each other in memory; None where that has gaps."""
+    for dims in permutations(range(value.dim())):
+        moved = value.permute(dims)
+        if same_layout(moved, moved.new_empty(moved.shape)):
+            return dims
+    return None
 
 
 def views_of_result(rows: fx.Node, y: fx.Node) -> list[fx.Node]:

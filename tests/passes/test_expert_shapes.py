@@ -48,3 +48,24 @@ def test_single_id_that_is_broadcast_over_rows(name: str, dynamic: bool) -> None
     forward, x = ONE_ID[name]
     run = run_passes(lambda x, i: forward(x, i), x, IDS[:1], dynamic=dynamic, granularity=16)
     assert_same(run)
+
+
+LAYOUTS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
+    "every expert": (lambda x: torch.einsum("eck,enk->nce", x, STACK), (CAPACITY,)),
+    "picked": (lambda x, i: torch.einsum("pck,pnk->ncp", x, STACK[i]), (torch.randn(P, 4, K), IDS)),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_result_has_the_layout_that_views_of_it_rely_on(name: str, dynamic: bool) -> None:
+    """einsum leaves its result permuted in memory, here [last, first, middle]."""
+    forward, args = LAYOUTS[name]
+
+    def viewed(*args: Tensor) -> tuple[Tensor, Tensor]:
+        y = forward(*args)
+        return y, y.permute(2, 0, 1).view(-1)
+
+    run = run_passes(viewed, *args, dynamic=dynamic, granularity=16)
+    assert run.ops["fq"] == 1
+    assert_same(run)
