@@ -59,9 +59,11 @@ def _read(node: fx.Node, is_constant: IsConstant) -> Gathered | None:
     if name in ("contiguous", "clone"):
         return gathered(source, is_constant)
     if name in ("to", "type", "float", "half", "bfloat16", "type_as"):
-        found = gathered(source, is_constant)
-        dtype = node.meta["example_value"].dtype
-        return found and replace(found, steps=(*found.steps, ("to", (dtype,))))
+        found, value, before = gathered(source, is_constant), example(node), example(source)
+        assert value is not None
+        if before is None or before.device != value.device:
+            return None  # offloaded: the packed stack would be where the op is not
+        return found and replace(found, steps=(*found.steps, ("to", (value.dtype,))))
     if name in ("transpose", "swapaxes", "swapdims", "mT", "permute", "getattr", "narrow"):
         found = gathered(source, is_constant)
         return None if found is None else _moved(node, name, found)

@@ -69,3 +69,10 @@ def test_result_has_the_layout_that_views_of_it_rely_on(name: str, dynamic: bool
     run = run_passes(viewed, *args, dynamic=dynamic, granularity=16)
     assert run.ops["fq"] == 1
     assert_same(run)
+
+
+def test_experts_picked_on_another_device_are_kept() -> None:
+    """Offloaded experts: the packed ones would lie where the stack does, apart from x."""
+    x = torch.empty(P, 1, K, device="meta")
+    run = run_passes(lambda x, i: torch.bmm(x, STACK[i].to("meta").mT), x, IDS, until="match")
+    assert run.state.sites == []
