@@ -24,7 +24,7 @@ class Emitter:
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         self._before: fx.Node = next(iter(graph.nodes))
-        self.made: set[fx.Node] = set()
+        self.made: dict[fx.Node, None] = {}  # in their order
 
     def at(self, before: fx.Node) -> "Emitter":
         """From now on, new calls stand before this node."""
@@ -48,14 +48,14 @@ class Emitter:
             call = self.graph.call_method if method else self.graph.call_function
             node = call(target, args, kwargs)
         node.meta["example_value"] = value
-        self.made.add(node)
+        self.made[node] = None
         return node
 
     def _made_earlier(
         self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> fx.Node | None:
         sources = [arg for arg in args if isinstance(arg, fx.Node)]
-        for user in sources[0].users if sources else ():
+        for user in sources[0].users if sources else self.made:
             equal = user.target == target and user.args == args and user.kwargs == kwargs
             if user in self.made and equal and user < self._before:
                 return None if effects_between(user, self._before) else user

@@ -120,8 +120,12 @@ def test_near_miss_of_a_gated_unit_stays(name: str) -> None:
 def sorted_by_expert(ids: Tensor) -> tuple[Tensor, Tensor]:
     """(sorted ids, offsets) as Hugging Face computes them on a CPU."""
     in_order, _ = torch.sort(ids)
-    counts = torch.histc(in_order.float(), bins=E, min=0, max=E - 1)
-    return in_order, torch.cumsum(counts, dim=0, dtype=torch.int32)
+    return in_order, counted(in_order)
+
+
+def counted(ids: Tensor) -> Tensor:
+    counts = torch.histc(ids.float(), bins=E, min=0, max=E - 1)
+    return torch.cumsum(counts, dim=0, dtype=torch.int32)
 
 
 def grouped(x: Tensor, offsets: Tensor) -> Tensor:
@@ -167,6 +171,7 @@ def changed_ids(x: Tensor, ids: Tensor) -> Tensor:
 BIAS_MISSES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "bias of other ids": lambda x, i: gathered(x, i) + BIAS[i.flip(0)],
     "ids not sorted": lambda x, i: grouped(x, sorted_by_expert(i)[1]) + BIAS[i],
+    "counted but not sorted": lambda x, i: grouped(x, counted(i)) + BIAS[i],
     "offsets of other ids": lambda x, i: (
         grouped(x, sorted_by_expert(i)[1]) + BIAS[sorted_by_expert(i + 0)[0]]
     ),
@@ -211,6 +216,14 @@ def test_gate_and_up_of_their_own_stacks_are_one_op_in_the_end() -> None:
     run = run_passes(lambda x, i: F.silu(gathered(x, i, gate_w)) * gathered(x, i, up_w), X, IDS)
     (op,) = run.linears
     assert len(run.state.packed[op].spec.parts) == 2
+    fused(run, activation="silu", gated=True, n=N)
+
+
+def test_gate_and_up_of_capacity_dispatched_experts_are_one_op() -> None:
+    """Both have the same offsets, which are made once."""
+    gate_w, up_w = STACK[:, :N], STACK[:, N:].clone()
+    run = run_passes(lambda x: F.silu(x @ gate_w.mT) * torch.bmm(x, up_w.mT), CAPACITY)
+    assert run.ops["arange"] == 1
     fused(run, activation="silu", gated=True, n=N)
 
 
