@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from fqcompile.passes.base import example, same_shape
+from fqcompile.passes.gather import whole_rows
 from fqcompile.passes.op_nodes import GATHERED, argument, training_op
 from fqcompile.weights.recipe import target_name
 
@@ -57,9 +58,7 @@ def _picked(term: Any) -> tuple[fx.Node, fx.Node] | None:
         return None
     if name not in ("getitem", "__getitem__", "index_select"):
         return None
-    if isinstance(index, tuple) and len(index) == 1:
-        (index,) = index
-    source = term.args[0]
+    source, index = term.args[0], whole_rows(index)
     both = isinstance(source, fx.Node) and isinstance(index, fx.Node)
     return (source, index) if both else None  # type: ignore[return-value]
 

@@ -74,9 +74,7 @@ def _gather(node: fx.Node, name: str, is_constant: IsConstant) -> Gathered | Non
     """w[ids] itself, by whichever call."""
     names = ("input", "dim", "index") if name == "index_select" else ("input", "index")
     call = {"dim": 0} | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    stack, ids = call["input"], call["index"]
-    if isinstance(ids, tuple) and len(ids) == 1:
-        (ids,) = ids
+    stack, ids = call["input"], whole_rows(call["index"])
     if call["dim"] != 0:
         return None
     index, value = example(ids), example(stack)
@@ -87,6 +85,14 @@ def _gather(node: fx.Node, name: str, is_constant: IsConstant) -> Gathered | Non
     assert isinstance(stack, fx.Node) and isinstance(ids, fx.Node)
     dims = tuple(range(index.dim() + value.dim() - 1))
     return Gathered(stack, ids, index.dim(), dims, tuple(map(int, value.shape)), ())
+
+
+def whole_rows(index: Any) -> Any:
+    """The ids of x[ids], x[ids, :] and x[ids, ...]; any other index as it is."""
+    if not isinstance(index, tuple) or not index:
+        return index
+    whole = all(part is Ellipsis or part == slice(None) for part in index[1:])
+    return index[0] if whole else index
 
 
 def _moved(node: fx.Node, name: str, found: Gathered) -> Gathered | None:

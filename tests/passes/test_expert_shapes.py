@@ -76,3 +76,41 @@ def test_experts_picked_on_another_device_are_kept() -> None:
     x = torch.empty(P, 1, K, device="meta")
     run = run_passes(lambda x, i: torch.bmm(x, STACK[i].to("meta").mT), x, IDS, until="match")
     assert run.state.sites == []
+
+
+def test_columns_picked_by_ids_are_no_biases_of_rows() -> None:
+    """Of as many experts as rows and columns, every shape is that of a bias."""
+    n = 6
+    stack, bias, ids = torch.randn(n, n, K) / K**0.5, torch.randn(n, n), torch.randperm(n)
+
+    def forward(x: Tensor, i: Tensor) -> Tensor:
+        return torch.bmm(stack[i], x.unsqueeze(-1)).squeeze(-1) + bias.index_select(1, i)
+
+    run = run_passes(forward, torch.randn(n, K), ids, granularity=16)
+    assert argument(run.linears[0], "bias") is None
+    assert_same(run)
+
+
+INDICES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "[i, :]": lambda w, i: w[i, :],
+    "[i, ...]": lambda w, i: w[i, ...],
+    "[i,]": lambda w, i: w[i,],
+}
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_index_that_picks_whole_rows(name: str) -> None:
+    pick = INDICES[name]
+
+    def forward(x: Tensor, i: Tensor) -> Tensor:
+        return torch.bmm(pick(STACK, i), x.unsqueeze(-1)).squeeze(-1) + pick(BIAS, i)
+
+    run = run_passes(forward, X, IDS, granularity=16)
+    assert argument(run.linears[0], "bias") is not None
+    assert_same(run)
+
+
+def test_index_of_part_of_the_rows_is_left_alone() -> None:
+    run = run_passes(lambda x, i: torch.bmm(x[:, None, :9], STACK[i, :, :9].mT), X, IDS)
+    assert run.ops["fq"] == 0
+    assert_same(run)
