@@ -25,10 +25,12 @@ def gathered(x: Tensor, ids: Tensor, stack: Tensor = STACK) -> Tensor:
     return torch.bmm(stack[ids], x.unsqueeze(-1)).squeeze(-1)
 
 
-def oai(gate: Tensor, up: Tensor, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
+def oai(
+    gate: Tensor, up: Tensor, alpha: float = 1.702, limit: float = 7.0, offset: int = 1
+) -> Tensor:
     gate = gate.clamp(min=None, max=limit)
     up = up.clamp(min=-limit, max=limit)
-    return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+    return (up + offset) * (gate * torch.sigmoid(gate * alpha))
 
 
 def fused(run: Run, **expected: Any) -> None:
@@ -106,6 +108,7 @@ HALF_MISSES: dict[str, Callable[[Tensor], Any]] = {
     "no activation": lambda y: y[..., :N] * y[..., N:],
     "another steepness": lambda y: oai(*y.chunk(2, -1), alpha=1.5),
     "another limit": lambda y: oai(*y.chunk(2, -1), limit=6.0),
+    "another offset": lambda y: oai(*y.chunk(2, -1), offset=2),
     "up not clamped": lambda y: (y[..., N:] + 1) * oai(y[..., :N], torch.zeros(N)),
 }
 
@@ -123,8 +126,8 @@ def sorted_by_expert(ids: Tensor) -> tuple[Tensor, Tensor]:
     return in_order, counted(in_order)
 
 
-def counted(ids: Tensor) -> Tensor:
-    counts = torch.histc(ids.float(), bins=E, min=0, max=E - 1)
+def counted(ids: Tensor, low: int = 0) -> Tensor:
+    counts = torch.histc(ids.float(), bins=E, min=low, max=E - 1)
     return torch.cumsum(counts, dim=0, dtype=torch.int32)
 
 
@@ -172,6 +175,15 @@ BIAS_MISSES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "bias of other ids": lambda x, i: gathered(x, i) + BIAS[i.flip(0)],
     "ids not sorted": lambda x, i: grouped(x, sorted_by_expert(i)[1]) + BIAS[i],
     "counted but not sorted": lambda x, i: grouped(x, counted(i)) + BIAS[i],
+    "sorted the other way": lambda x, i: (lambda o: grouped(x, counted(o)) + BIAS[o])(
+        torch.sort(i, descending=True)[0]
+    ),
+    "sorted the other way, by position": lambda x, i: (lambda o: grouped(x, counted(o)) + BIAS[o])(
+        torch.sort(i, 0, True)[0]
+    ),
+    "counted in other bins": lambda x, i: (lambda o: grouped(x, counted(o, -1)) + BIAS[o])(
+        sorted_by_expert(i)[0]
+    ),
     "offsets of other ids": lambda x, i: (
         grouped(x, sorted_by_expert(i)[1]) + BIAS[sorted_by_expert(i + 0)[0]]
     ),
