@@ -129,3 +129,17 @@ def test_unwritten_counts_let_the_bias_in() -> None:
     run = run_passes(lambda x, i: with_offsets(x, i, lambda c, o: None), X, IDS, granularity=16)
     assert argument(run.linears[0], "bias") is not None
     assert_same(run)
+
+
+def test_rows_written_between_two_projections_are_arranged_again() -> None:
+    """x is repeated for each of a token's experts, which copies it."""
+
+    def forward(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        own = x.clone()
+        first = torch.einsum("tk,tank->tan", own, STACK[ids])
+        own.mul_(2)
+        return first, torch.einsum("tk,tank->tan", own, STACK[ids])
+
+    run = run_passes(forward, X[:3], IDS[:6].view(3, 2), granularity=16)
+    assert (run.ops["fq"], run.ops["expand"]) == (2, 2)
+    assert_same(run)
