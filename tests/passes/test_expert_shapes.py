@@ -114,3 +114,12 @@ def test_index_of_part_of_the_rows_is_left_alone() -> None:
     run = run_passes(lambda x, i: torch.bmm(x[:, None, :9], STACK[i, :, :9].mT), X, IDS)
     assert run.ops["fq"] == 0
     assert_same(run)
+
+
+def test_second_chunk_of_gathered_rows_is_the_second_half_of_the_stack() -> None:
+    def forward(x: Tensor, i: Tensor) -> Tensor:
+        return torch.einsum("pk,pnk->pn", x, STACK[i].chunk(2, dim=1)[1])
+
+    run = run_passes(forward, X, IDS, granularity=16)
+    assert run.ops["fq"] == 1
+    assert_same(run)
