@@ -43,10 +43,13 @@ def bias_per_expert(
     return bias if _is_sorted(ids) and ids is _counted(routing, experts) else None
 
 
-def is_even_routing(op: fx.Node) -> bool:
-    """Whether every expert has equally many rows: offsets are multiples of one number."""
+def is_even_routing(op: fx.Node, experts: int) -> bool:
+    """Whether every expert has equally many rows: offsets 1, 2, ..., E times one number."""
     routing = argument(op, "routing")
-    return _is_call(routing, "mul") and bool(routing.args) and _is_call(routing.args[0], "arange")
+    if not _is_call(routing, "mul") or not routing.args:
+        return False
+    counts = routing.args[0]
+    return _is_call(counts, "arange") and counts.args == (1, experts + 1)
 
 
 def _picked(term: Any) -> tuple[fx.Node, fx.Node] | None:

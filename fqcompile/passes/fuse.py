@@ -134,7 +134,9 @@ def _expert_bias(state: GraphState, op: fx.Node, term: object, node: fx.Node) ->
     if same_shape(value.shape, out.shape):
         return bias_per_expert(op, term, experts, state.written)
     # [E, 1, .., N] beside [E, C, .., N]: of fewer dimensions, E would meet another than the first
-    if is_even_routing(op) and same_shape(value.shape, (experts, *(1,) * (out.dim() - 2), n)):
+    if is_even_routing(op, experts) and same_shape(
+        value.shape, (experts, *(1,) * (out.dim() - 2), n)
+    ):
         with state.graph.inserting_before(node):
             bias = state.graph.call_method("reshape", (term, (experts, n)))
         bias.meta["example_value"] = value.reshape(experts, n)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fqcompile.passes.expert_bias import is_even_routing
 from fqcompile.passes.op_nodes import argument
 from tests.passes.graphs import Run, assert_same, run_passes
 
@@ -204,6 +205,19 @@ def test_near_miss_of_an_expert_bias_stays(name: str) -> None:
     run = run_passes(lambda x, i: BIAS_MISSES[name](x, i), X, IDS, granularity=16)
     assert all(argument(op, "bias") is None for op in run.linears)
     assert_same(run)
+
+
+def test_offsets_that_leave_the_first_expert_out_are_no_even_routing() -> None:
+    """arange(0, E) * C looks like it, and gives the rows to the experts from the second on."""
+
+    def forward(x: Tensor) -> Tensor:
+        y = grouped(x, torch.arange(0, E, dtype=torch.int32) * 2)
+        return y[: 2 * E - 2].view(E - 1, 2, -1) + BIAS[1:, None]
+
+    run = run_passes(forward, torch.randn(2 * E, K), granularity=16)
+    (op,) = run.linears
+    assert not is_even_routing(op, E)
+    assert argument(op, "bias") is None
 
 
 def test_clamped_ids_keep_their_own_bias() -> None:

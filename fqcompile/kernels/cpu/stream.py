@@ -98,7 +98,7 @@ def _multiply(
 ) -> tuple[Tensor, bool]:
     """One C++ call. Whether the routing named only what there is; if not, y is not written."""
     library = native.native_library()
-    x = _rows_contiguous(x)
+    weight, x = _contiguous(weight), _rows_contiguous(x)
     bias = None if bias is None else _plain(bias)
     residual = None if residual is None else _rows_contiguous(residual.to(x.dtype))
     routing = None if routing is None else routing.contiguous()
@@ -129,10 +129,17 @@ def _multiply(
 
 
 def _weight_fields(weight: PackedLinear) -> tuple[int, ...]:
-    qweight, scale = weight.qweight.contiguous(), weight.scale.contiguous()
+    """Addresses, so of tensors that the caller holds until the C++ returns; see `_contiguous`."""
     group = min(weight.group_size, weight.k)
-    format = (DTYPES[scale.dtype], weight.bits, group, weight.rows, weight.k)
-    return (qweight.data_ptr(), scale.data_ptr(), *format)
+    format = (DTYPES[weight.scale.dtype], weight.bits, group, weight.rows, weight.k)
+    return (weight.qweight.data_ptr(), weight.scale.data_ptr(), *format)
+
+
+def _contiguous(weight: PackedLinear) -> PackedLinear:
+    qweight, scale = weight.qweight, weight.scale
+    if qweight.is_contiguous() and scale.is_contiguous():
+        return weight
+    return weight._replace(qweight=qweight.contiguous(), scale=scale.contiguous())
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
@@ -163,6 +170,7 @@ def _linear_of_many(
 def _transposed(weight: PackedLinear, first: int, last: int, dtype: torch.dtype) -> Tensor:
     """ŵᵀ [K, last - first] of those rows; `first` is a multiple of 64."""
     library = native.native_library()
+    weight = _contiguous(weight)
     panel = torch.empty(weight.k, last - first, dtype=dtype)
     library.dequantize(
         _DEQUANTIZE.pack(

@@ -187,3 +187,14 @@ def test_unaligned_weights_are_only_slower() -> None:
         a = linear(p.x, weight.qweight, weight.scale, *p.arguments[3:], "x86_stream")
         b = linear(p.x, moved(weight.qweight), moved(weight.scale), *p.arguments[3:], "x86_stream")
     assert torch.equal(a, b)
+
+
+def test_strided_weights_are_copied_and_held_while_they_are_read() -> None:
+    """The C++ gets addresses alone: a copy that nobody holds would be written over."""
+    p = make_problem(n=70, k=4096, leading=(3,), dtype=torch.bfloat16)
+    weight = packed(p)
+    strided = [torch.stack((t, torch.zeros_like(t)), -1)[..., 0] for t in weight[:2]]
+    with path(NAMES[0]):
+        a = linear(p.x, weight.qweight, weight.scale, *p.arguments[3:], "x86_stream")
+        b = linear(p.x, *strided, *p.arguments[3:], "x86_stream")
+    assert torch.equal(a, b)
