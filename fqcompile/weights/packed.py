@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fqcompile.kernels.cpu.huge_pages import in_huge_pages
 from fqcompile.kernels.template import PLAIN, Layout, PackedTensors
 from fqcompile.quant.choose import QuantPlan, quantize_weight
 from fqcompile.quant.quantized_weight import QuantizedWeight
@@ -125,7 +126,8 @@ class PackedSpec:
 
 def _pack_each(experts: Sequence[QuantizedWeight], layout: Layout) -> PackedTensors:
     """Into one tensor each from the start: a second copy of all experts would be large."""
-    qweight, scale = (t.new_empty((len(experts), *t.shape)) for t in layout.pack(experts[0]))
+    first = layout.pack(experts[0])
+    qweight, scale = (in_huge_pages(t.new_empty((len(experts), *t.shape))) for t in first)
     for i, expert in enumerate(experts):
         qweight[i], scale[i] = layout.pack(expert)
     return qweight, scale

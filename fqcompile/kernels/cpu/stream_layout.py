@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fqcompile.kernels.cpu.huge_pages import in_huge_pages
 from fqcompile.kernels.template import PackedLinear, PackedTensors
 from fqcompile.quant.affine import dequantize_rows
 from fqcompile.quant.chunks import each_chunk
@@ -29,13 +30,9 @@ def pack(weight: QuantizedWeight) -> PackedTensors:
     """qweight and scale in this layout."""
     n, k = weight.shape
     blocks, per_word = -(-n // OUTPUTS), 32 // weight.bits
-    words = torch.zeros(
-        blocks,
-        (k + -k % STEP) // per_word,
-        OUTPUTS,
-        dtype=torch.int32,
-        device=weight.qweight.device,
-    )
+    shape = (blocks, (k + -k % STEP) // per_word, OUTPUTS)
+    words = torch.empty(shape, dtype=torch.int32, device=weight.qweight.device)
+    in_huge_pages(words)
     plain = weight.qweight.view(torch.uint8)
 
     def fill(some: slice) -> None:
