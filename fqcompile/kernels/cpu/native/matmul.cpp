@@ -25,7 +25,8 @@ namespace {
 constexpr int OUTPUTS = 64, VECTORS = OUTPUTS / LANES, MAX_TILE = 8, STEP = 8;
 constexpr int64_t LONGEST_SUM = 256;  // codes that are summed up unscaled; x's part fits the L1 cache
 // A thread reads so many bytes in a row, where there are RUNS such runs for each: every start waits for
-// memory. Measured, 8 of 64 experts of 2048x768, 2 threads: blocks one by one 640 us for gate, up and down, in such runs 530.
+// memory. Measured, a layer of experts (8 of 64, 2048x768), 2 threads: blocks one by one 640 us in its
+// two products, in such runs 530.
 constexpr int64_t RUN_BYTES = 1 << 18, RUNS = 4;
 constexpr int AHEAD = 4096;           // bytes to prefetch ahead: hardware stops at the page's end
 
