@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fqcompile.kernels.cpu import huge_pages
 from fqcompile.kernels.cpu.huge_pages import in_huge_pages
 
 _KNOWN = Path("/sys/kernel/mm/transparent_hugepage/enabled").exists()
@@ -29,7 +30,6 @@ def _asked_for(t: torch.Tensor) -> bool:
 def test_a_large_tensor_asks_for_large_pages() -> None:
     """Whether it gets them is up to the system, and to how scattered its free memory is."""
     assert _asked_for(in_huge_pages(torch.empty(64 << 20, dtype=torch.uint8)))
-    assert not _asked_for(torch.empty(96 << 20, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 1 << 20, 5 << 20])
@@ -37,6 +37,18 @@ def test_values_are_kept_and_small_tensors_left_alone(nbytes: int) -> None:
     t = torch.empty(nbytes, dtype=torch.uint8)
     assert in_huge_pages(t) is t
     assert int(t.fill_(7).sum(dtype=torch.int64)) == 7 * nbytes
+
+
+def test_whole_pages_inside_the_tensor_alone_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(huge_pages, "_madvise", lambda: lambda *a: asked.append(a))
+    whole = torch.empty(8 << 20, dtype=torch.uint8)
+    t = in_huge_pages(whole[100:-100])
+    in_huge_pages(whole[: 1 << 20])
+    ((start, length, advice),) = asked
+    assert advice == 14 and start % 4096 == length % 4096 == 0
+    assert t.data_ptr() <= start and start + length <= t.data_ptr() + t.nbytes
+    assert length > t.nbytes - 2 * 4096
 
 
 def test_elsewhere_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
