@@ -42,7 +42,7 @@ def row(
     form: str,
     model: nn.Module,
     run: Callable[[Any], Tensor],
-    prepare: Callable[[Any], None],
+    prepare: Callable[[Any], None] = lambda model: None,
 ) -> Row:
     """One model in one form; `prepare` puts a copy of the model into that form."""
     torch._dynamo.reset()
