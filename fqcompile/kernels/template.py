@@ -68,13 +68,15 @@ class ExpertsFn(Protocol):
 class Layout:
     """How a kernel wants codes and scales in memory; `pack` makes it from the plain one.
 
-    `dequantize` gives ŵ [rows, K] back in a dtype; None where nothing can. The name carries the
-    layout's version, since packed tensors and tuned tables are found by it.
+    `unpack` gives the plain one back, bit for bit; `dequantize` gives ŵ [rows, K] in a dtype. Both
+    take one matrix, and both are None where nothing can. The name carries the layout's version,
+    since packed tensors and tuned tables are found by it.
     """
 
     name: str
     pack: Callable[[QuantizedWeight], PackedTensors]
     dequantize: Callable[[PackedLinear, torch.dtype], torch.Tensor] | None = None
+    unpack: Callable[[PackedLinear], QuantizedWeight] | None = None
 
 
 def dequantize_plain(weight: PackedLinear, dtype: torch.dtype) -> torch.Tensor:
@@ -84,7 +86,13 @@ def dequantize_plain(weight: PackedLinear, dtype: torch.dtype) -> torch.Tensor:
     )
 
 
-PLAIN = Layout("plain", lambda w: (w.qweight, w.scale), dequantize_plain)
+def unpack_plain(weight: PackedLinear) -> QuantizedWeight:
+    """The same tensors."""
+    qweight, scale, bits, group_size, rows, k = weight
+    return QuantizedWeight(qweight, scale, bits, group_size, (rows, k))
+
+
+PLAIN = Layout("plain", lambda w: (w.qweight, w.scale), dequantize_plain, unpack_plain)
 
 
 def nothing_to_search(spec: GemmSpec, m: int, mode: SearchMode) -> Sequence[Config]:

@@ -14,7 +14,6 @@ from torch.nn.functional import pad
 
 from fqcompile.kernels.cpu.huge_pages import in_huge_pages
 from fqcompile.kernels.template import PackedLinear, PackedTensors
-from fqcompile.quant.affine import dequantize_rows
 from fqcompile.quant.chunks import each_chunk
 from fqcompile.quant.qtype import QTYPES
 from fqcompile.quant.quantized_weight import QuantizedWeight
@@ -49,14 +48,21 @@ def pack(weight: QuantizedWeight) -> PackedTensors:
     return words, scale.transpose(1, 2).contiguous()
 
 
-def dequantize(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
-    """ŵ [rows, K] in `dtype` by PyTorch's operations alone; where the kernel runs it is faster."""
+def unpack(weight: PackedLinear) -> QuantizedWeight:
+    """The plain layout again: what `pack` was given."""
+    storage = QTYPES[weight.bits].storage_dtype
     words = weight.qweight.transpose(1, 2).flatten(0, 1).contiguous()
     plain = _move(words, weight.bits, to_pairs=False) ^ _PLAIN_OFFSET[weight.bits]
     columns = -(-weight.k * weight.bits // 8)
-    qweight = plain.view(QTYPES[weight.bits].storage_dtype)[: weight.rows, :columns]
+    qweight = plain.view(storage)[: weight.rows, :columns].contiguous()
     scale = weight.scale.transpose(1, 2).reshape(-1, weight.scale.shape[1])[: weight.rows]
-    return dequantize_rows(qweight, scale, weight.bits, weight.group_size, weight.k, dtype)
+    shape = (weight.rows, weight.k)
+    return QuantizedWeight(qweight, scale.contiguous(), weight.bits, weight.group_size, shape)
+
+
+def dequantize(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
+    """ŵ [rows, K] in `dtype` by PyTorch's operations alone; where the kernel runs it is faster."""
+    return unpack(weight).dequantize(dtype)
 
 
 def _move(words: Tensor, bits: int, *, to_pairs: bool) -> Tensor:

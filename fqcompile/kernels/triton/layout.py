@@ -23,8 +23,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from fqcompile.kernels.template import PackedTensors
-from fqcompile.quant.packing import unpack
+from fqcompile.kernels.template import PackedLinear, PackedTensors
+from fqcompile.quant.granularity import num_groups
+from fqcompile.quant.packing import pack as pack_plain
+from fqcompile.quant.packing import unpack as unpack_plain
 from fqcompile.quant.qtype import QTYPES
 from fqcompile.quant.quantized_weight import QuantizedWeight
 
@@ -55,7 +57,7 @@ def column_order(bits: int, kwidth: int, device: torch.device | str = "cpu") -> 
 def pack(weight: QuantizedWeight, kwidth: int) -> PackedTensors:
     """qweight and scale as above; rows and K are filled up with zeros."""
     rows, k = weight.shape
-    codes = unpack(weight.qweight, QTYPES[weight.bits], k)
+    codes = unpack_plain(weight.qweight, QTYPES[weight.bits], k)
     codes = F.pad(codes, (0, -k % BLOCK_K, 0, -rows % MICRO_ROWS))
     order = column_order(weight.bits, kwidth, codes.device)
     blocks = codes.view(-1, MICRO_ROWS, codes.shape[1] // BLOCK_K, BLOCK_K).transpose(1, 2)
@@ -64,6 +66,19 @@ def pack(weight: QuantizedWeight, kwidth: int) -> PackedTensors:
     for place in range(order.shape[1]):
         words |= unsigned[..., order[:, place]].to(torch.int32) << (weight.bits * place)
     return words, _pack_scales(weight)
+
+
+def unpack(weight: PackedLinear, kwidth: int) -> QuantizedWeight:
+    """The plain layout again: what `pack` was given."""
+    words, bits, k = weight.qweight, weight.bits, weight.k
+    order = column_order(bits, kwidth, words.device)
+    codes = torch.empty((*words.shape[:3], BLOCK_K), dtype=torch.int8, device=words.device)
+    for place in range(order.shape[1]):
+        unsigned = (words >> (bits * place)) & ((1 << bits) - 1)
+        codes[..., order[:, place]] = (unsigned - (1 << (bits - 1))).to(torch.int8)
+    rows = codes.transpose(1, 2).reshape(-1, words.shape[1] * BLOCK_K)[: weight.rows, :k]
+    qweight = pack_plain(rows, QTYPES[bits])
+    return QuantizedWeight(qweight, _unpack_scales(weight), bits, weight.group_size, (len(rows), k))
 
 
 def blocks_per_group(group_size: int, k: int) -> int:
@@ -91,3 +106,11 @@ def _pack_scales(weight: QuantizedWeight) -> torch.Tensor:
     dots = BLOCK_K // width
     blocks = scale.view(scale.shape[0], len(groups) // dots, dots)
     return blocks.transpose(0, 1).contiguous()
+
+
+def _unpack_scales(weight: PackedLinear) -> torch.Tensor:
+    """[rows, groups]: each group's first dot has its scale."""
+    dots = weight.scale.transpose(0, 1).flatten(1)[: weight.rows]
+    width = dot_width(weight.group_size, weight.k)
+    step = 1 if width == BLOCK_K else weight.group_size // width
+    return dots[:, ::step][:, : num_groups(weight.k, weight.group_size)].contiguous()

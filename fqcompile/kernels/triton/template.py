@@ -114,6 +114,7 @@ def _family(name: str, kwidth: int) -> Template:
         f"fragment{kwidth}_v{layout.VERSION}",
         partial(layout.pack, kwidth=kwidth),
         partial(_dequantize, kwidth=kwidth),
+        partial(layout.unpack, kwidth=kwidth),
     )
     return Template(
         name,

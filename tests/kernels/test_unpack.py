@@ -1,0 +1,53 @@
+"""Every layout that can be unpacked gives back, bit for bit, the plain one that it was made of."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fqcompile.kernels.registry import TEMPLATES
+from fqcompile.kernels.template import Layout, PackedLinear
+from fqcompile.quant.granularity import num_groups
+from fqcompile.quant.quantized_weight import QuantizedWeight
+from tests.strategies import random_codes
+
+LAYOUTS = {t.layout.name: t.layout for t in TEMPLATES.values() if t.layout.unpack is not None}
+
+
+def test_all_layouts_are_there_but_atens_whose_order_is_not_documented() -> None:
+    every = {template.layout.name for template in TEMPLATES.values()}
+    assert every - LAYOUTS.keys() == {"aten_int4_cpu"}
+    assert {"plain", "x86_stream_1"} <= LAYOUTS.keys()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+@given(
+    n=st.integers(1, 140),
+    k=st.integers(1, 300),
+    bits=st.sampled_from([4, 8]),
+    group=st.sampled_from([1, 3, 16, 32, 48, 64, 128, 256, 1000]),
+    scale_dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    seed=st.integers(0, 999),
+)
+def test_what_was_packed_comes_back(
+    layout: Layout,
+    n: int,
+    k: int,
+    bits: int,
+    group: int,
+    scale_dtype: torch.dtype,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = random_codes(bits, n, k, generator)
+    if bits == 4 and k % 2:  # the half byte beyond K holds code 0
+        codes[:, -1] = (codes[:, -1] & 0x0F) | 0x80
+    group = min(group, k)
+    scale = torch.randn(n, num_groups(k, group), generator=generator).to(scale_dtype)
+    weight = QuantizedWeight(codes, scale, bits, group, (n, k))
+    assert layout.unpack is not None
+    back = layout.unpack(PackedLinear(*layout.pack(weight), bits, group, n, k))
+    assert torch.equal(back.qweight, codes) and back.qweight.dtype == codes.dtype
+    assert torch.equal(back.scale, scale) and back.scale.dtype == scale_dtype
+    assert (back.bits, back.group_size, back.shape) == (bits, group, (n, k))
+    assert back.qweight.is_contiguous() and back.scale.is_contiguous()
