@@ -53,6 +53,14 @@ class QuantizedWeight:
         scale = self.scale.repeat_interleave(repeats, 1)[:, :groups].contiguous()
         return type(self)(self.qweight, scale, self.bits, min(group_size, k), self.shape)
 
+    @plain_tensors()
+    def coarsen(self, group_size: int) -> Self:
+        """What `regroup` came from: of the repeated scales every group keeps its first."""
+        k = self.shape[1]
+        step = self.scale.shape[1] if group_size >= k else group_size // self.group_size
+        scale = self.scale[:, ::step].contiguous()
+        return type(self)(self.qweight, scale, self.bits, group_size, self.shape)
+
     def narrow(self, start: int, rows: int) -> Self:
         """The rows from `start` on; views."""
         qweight, scale = self.qweight.narrow(0, start, rows), self.scale.narrow(0, start, rows)
@@ -73,6 +81,28 @@ class QuantizedWeight:
 
         moved = move(self.qweight), move(self.scale)
         return type(self)(*moved, self.bits, self.group_size, self.shape)
+
+    @plain_tensors()
+    def gate_beside_up(self, experts: int = 1) -> Self:
+        """Undoes `gate_then_up`: rows of gate and of up take turns."""
+
+        def move(rows: torch.Tensor) -> torch.Tensor:
+            halves = rows.view(experts, 2, -1, rows.shape[1])
+            return halves.transpose(1, 2).reshape(rows.shape)
+
+        moved = move(self.qweight), move(self.scale)
+        return type(self)(*moved, self.bits, self.group_size, self.shape)
+
+    @plain_tensors()
+    def narrow_each(self, start: int, rows: int, experts: int = 1) -> Self:
+        """The rows from `start` on of each expert, one expert after the other."""
+
+        def part(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.view(experts, -1, tensor.shape[1])[:, start : start + rows].flatten(0, 1)
+
+        shape = (experts * rows, self.shape[1])
+        tensors = part(self.qweight), part(self.scale)
+        return type(self)(*tensors, self.bits, self.group_size, shape)
 
     @classmethod
     @plain_tensors()

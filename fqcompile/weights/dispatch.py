@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fqcompile.weights.freed import Refills, is_freed
 from fqcompile.weights.store import Fingerprint, fingerprint
 
 Inner = Callable[..., Any]
@@ -28,9 +29,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class _Binding:
+    """`live` are the positions of weights that are not freed: those alone can change, except that
+    freed ones are refilled, which is counted."""
+
     variant: Variant
     packed: tuple[Tensor, ...]
+    live: tuple[int, ...]
     state: Fingerprint
+    refills: int
     alive: tuple[weakref.ref[Tensor], ...]
 
 
@@ -58,10 +64,15 @@ class WeightDispatch:
     def __call__(self, *args: Any) -> Any:
         weights = tuple([args[i] for i in self._inputs])
         binding = self._bindings.get(tuple(map(id, weights)))
-        if binding is None or (self._detect and binding.state != fingerprint(weights)):
+        if binding is None or self._is_stale(binding, args):
             binding = self.bind(args)
         variant = binding.variant
         return variant.inner(*[args[i] for i in variant.kept_args], *binding.packed)
+
+    def _is_stale(self, binding: _Binding, args: Sequence[Any]) -> bool:
+        if len(binding.live) < len(self._inputs) and binding.refills != Refills.count:
+            return True
+        return self._detect and binding.state != fingerprint(tuple([args[i] for i in binding.live]))
 
     def bind(self, args: Sequence[Any]) -> _Binding:
         """Decide and pack for these weights; forget them when one of them dies."""
@@ -72,8 +83,13 @@ class WeightDispatch:
         def forget(_: object) -> None:
             bindings.pop(ids, None)
 
-        state = fingerprint(weights)
+        refills = Refills.count
+        before = {i: fingerprint((args[i],)) for i in self._inputs if not is_freed(args[i])}
         variant = self._variant_for(args)
+        packed = variant.pack(args)
+        live = tuple(i for i in before if not is_freed(args[i]))
+        versions, addresses = (tuple(before[i][part][0] for i in live) for part in (0, 1))
         alive = tuple(weakref.ref(w, forget) for w in weights)
-        bindings[ids] = binding = _Binding(variant, variant.pack(args), state, alive)
+        binding = _Binding(variant, packed, live, (versions, addresses), refills, alive)
+        bindings[ids] = binding
         return binding

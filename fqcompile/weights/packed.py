@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fqcompile.kernels.cpu.huge_pages import in_huge_pages
-from fqcompile.kernels.template import PLAIN, Layout, PackedTensors
+from fqcompile.kernels.template import PLAIN, Layout, PackedLinear, PackedTensors
 from fqcompile.quant.choose import QuantPlan, quantize_weight
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.weights.recipe import WeightRecipe
@@ -122,6 +122,27 @@ class PackedSpec:
             rows = part.rows * max(1, part.experts)
             yield None if moved else stacked.narrow(start, rows)
             start += rows
+
+    def recover(self, packed: PackedTensors, index: int) -> QuantizedWeight:
+        """Part `index` as `stack` was given it, bit for bit, from what `pack` made.
+
+        The layout must have an `unpack`.
+        """
+        part, experts = self.parts[index], max(1, self.experts)
+        start = sum(other.rows for other in self.parts[:index])
+        stacked = self._unpack(packed)
+        if self.interleaved:
+            stacked = stacked.gate_beside_up(experts)
+        own = stacked.narrow_each(start, part.rows, experts).coarsen(part.plan.group_size)
+        # cat made one dtype of all parts' scales; the way back is as exact.
+        return replace(own, scale=own.scale.to(part.plan.scale_dtype))
+
+    def _unpack(self, packed: PackedTensors) -> QuantizedWeight:
+        unpack = self.layout.unpack
+        assert unpack is not None
+        matrices = list(zip(*packed, strict=True)) if self.experts else [packed]
+        formats = (self.bits, self.group_size, self.rows, self.k)
+        return QuantizedWeight.cat([unpack(PackedLinear(q, s, *formats)) for q, s in matrices])
 
 
 def _pack_each(experts: Sequence[QuantizedWeight], layout: Layout) -> PackedTensors:

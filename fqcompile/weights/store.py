@@ -2,7 +2,7 @@
 
 Parameters are graph inputs without identity guards, so one compiled graph serves many instances;
 nothing about a weight may live in the graph. An entry dies with its weight, and is stale when the
-weight's storage, version or the request changes.
+weight's storage or version changes; of a freed weight, whose only copy it is, it never is.
 """
 
 import threading
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
+from itertools import count
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from fqcompile.errors import UnquantizableWeight
 from fqcompile.kernels.template import PackedTensors
 from fqcompile.quant.choose import QuantPlan, choose_and_quantize
 from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.weights.freed import freed_by, is_freed
 from fqcompile.weights.packed import PackedPart, PackedSpec, Tensors, part_key
 from fqcompile.weights.recipe import WeightRecipe
 
@@ -70,14 +71,30 @@ def plain_eager(device_type: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Entry:
-    state: Fingerprint
+    """`values` number the values that the sources had, see `PackedStore._value`."""
+
+    values: tuple[int, ...]
     sources: tuple[weakref.ref[Tensor], ...]
     result: Any
 
     def is_of(self, sources: Tensors) -> bool:
-        """Same tensors, unchanged. A dead tensor's id may be used again."""
-        same = all(ref() is source for ref, source in zip(self.sources, sources, strict=True))
-        return same and self.state == fingerprint(sources)
+        """The very same tensors. A dead tensor's id may be used again."""
+        return all(ref() is source for ref, source in zip(self.sources, sources, strict=True))
+
+
+@dataclass(frozen=True)
+class _InPacked:
+    """A part that is held in a kernel's layout alone, from which it can be recovered."""
+
+    spec: PackedSpec
+    index: int
+    packed: PackedTensors
+
+    def recover(self) -> QuantizedWeight:
+        return self.spec.recover(self.packed, self.index)
+
+
+_Held = QuantizedWeight | _InPacked | None
 
 
 class PackedStore:
@@ -85,6 +102,8 @@ class PackedStore:
 
     def __init__(self) -> None:
         self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._values: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._numbers = count()
         self._lock = threading.RLock()
 
     def plan(
@@ -100,6 +119,7 @@ class PackedStore:
         """
 
         def choose() -> QuantPlan | str:
+            _check_readable(sources)
             try:
                 plan, weight = choose_and_quantize(recipe(*sources), options, scale_dtype)
             except UnquantizableWeight as error:
@@ -109,13 +129,26 @@ class PackedStore:
 
         return self._get(sources, ("plan", recipe.key, options, scale_dtype), choose)
 
-    def quantized(self, part: PackedPart, sources: Tensors) -> QuantizedWeight | None:
+    def quantized(self, part: PackedPart, sources: Tensors) -> QuantizedWeight:
         """One site's codes and scales in the plain layout, made on the first request.
 
-        None where a kernel's own layout already holds them and the plain copy was dropped.
+        Where a kernel's layout holds them alone they are recovered from it, bit for bit; only where
+        that cannot be undone are they computed again.
         """
-        make = partial(part.quantize, sources)
-        return self._get(sources, ("part", part.key), make)
+        held = self.hold(part, sources)
+        if held is None:
+            with plain_eager(sources[0].device.type):
+                return _quantize(part, sources)
+        return held.recover() if isinstance(held, _InPacked) else held
+
+    def hold(self, part: PackedPart, sources: Tensors) -> _Held:
+        """Quantise on the first request; what is held of it from then on. None: nothing."""
+        return self._get(sources, ("part", part.key), partial(_quantize, part, sources))
+
+    def hold_alone(self, part: PackedPart, sources: Tensors) -> None:
+        """Hold what the weight's own values are not needed for any more."""
+        if self.hold(part, sources) is None:
+            self._set(sources, ("part", part.key), self.quantized(part, sources))
 
     def packed(self, spec: PackedSpec, sources: Tensors) -> PackedTensors:
         """What a node reads: the parts stacked, in its kernel's layout; one copy for all."""
@@ -123,15 +156,19 @@ class PackedStore:
 
     def _pack(self, spec: PackedSpec, sources: Tensors) -> PackedTensors:
         parts = list(spec.part_sources(sources))
-        weights = [self.quantized(part, own) or part.quantize(own) for part, own in parts]
-        stacked = spec.stack(weights)
+        stacked = spec.stack([self.quantized(part, own) for part, own in parts])
         packed = spec.pack(stacked)
         plain = packed[0].data_ptr() == stacked.qweight.data_ptr()
-        views = spec.slices(stacked) if plain else repeat(None)
-        for (part, own), view in zip(parts, views, strict=False):
+        views = list(spec.slices(stacked)) if plain else [None] * len(parts)
+        for index, ((part, own), view) in enumerate(zip(parts, views, strict=True)):
+            held: _Held = None
             # scales repeated for a finer group size would not serve a coarser request
-            exact = view is not None and view.group_size == part.plan.group_size
-            self._set(own, ("part", part.key), view if exact else None)
+            if view is not None and view.group_size == part.plan.group_size:
+                held = view
+            elif spec.layout.unpack is not None:
+                held = _InPacked(spec, index, packed)
+            if held is not None or not any(map(is_freed, own)):
+                self._set(own, ("part", part.key), held)
         return packed
 
     def _get(self, sources: Tensors, request: object, make: Callable[[], T]) -> T:
@@ -139,7 +176,7 @@ class PackedStore:
         with self._lock:
             entries: dict[Any, _Entry] = self._entries.setdefault(sources[0], {})
             found = entries.get((request, tuple(map(id, sources))))
-            if found is not None and found.is_of(sources):
+            if found is not None and found.is_of(sources) and found.values == self._all(sources):
                 result: T = found.result
                 return result
             with plain_eager(sources[0].device.type):
@@ -152,7 +189,35 @@ class PackedStore:
         key = request, tuple(map(id, sources))
         # `entries` dies with the first source alone; the callback serves the others.
         references = tuple(weakref.ref(s, lambda _: entries.pop(key, None)) for s in sources)
-        entries[key] = _Entry(fingerprint(sources), references, result)
+        entries[key] = _Entry(self._all(sources), references, result)
+
+    def _all(self, sources: Tensors) -> tuple[int, ...]:
+        return tuple(map(self._value, sources))
+
+    def _value(self, weight: Tensor) -> int:
+        """The number of the values that the weight has: a new one when its fingerprint changes."""
+        now = None if is_freed(weight) else fingerprint((weight,))
+        known = self._values.get(weight)
+        if known is None or known[0] != now:
+            self._values[weight] = known = (now, next(self._numbers))
+        number: int = known[1]
+        return number
+
+    @contextmanager
+    def values_kept(self, weight: Tensor) -> Iterator[None]:
+        """What is held of a weight stays valid while it is freed, or filled again, inside."""
+        with self._lock:
+            number = self._value(weight)
+            yield
+            now = None if is_freed(weight) else fingerprint((weight,))
+            self._values[weight] = (now, number)
+
+    def share(self, weight: Tensor, copy: Tensor) -> None:
+        """What is held of this weight alone holds for a copy of it too."""
+        with self._lock:
+            for (request, _), entry in list(self._entries.get(weight, {}).items()):
+                if len(entry.sources) == 1:
+                    self._set((copy,), request, entry.result)
 
     def tensors_of(self, sources: Tensors) -> list[Tensor]:
         """Every tensor that is held for these weights, packed or plain; some share memory."""
@@ -163,8 +228,21 @@ class PackedStore:
         return [*packed, *(t for weight in plain for t in (weight.qweight, weight.scale))]
 
     def clear(self) -> None:
+        """Forget all that can be made again: of freed weights everything stays."""
         with self._lock:
-            self._entries.clear()
+            for weight in [w for w in self._entries if not is_freed(w)]:
+                del self._entries[weight]
+
+
+def _quantize(part: PackedPart, sources: Tensors) -> QuantizedWeight:
+    _check_readable(sources)
+    return part.quantize(sources)
+
+
+def _check_readable(sources: Tensors) -> None:
+    for weight in sources:
+        if is_freed(weight):
+            raise freed_by(weight).error("a graph that quantises it in another way")
 
 
 STORE = PackedStore()

@@ -220,6 +220,8 @@ def test_experts_keep_one_copy_that_plain_requests_view(store: PackedStore) -> N
 def test_experts_with_moved_rows_drop_the_plain_copy(store: PackedStore) -> None:
     w = torch.randn(4, 8, 64)
     packed = store.packed(expert_spec(interleaved=True), (w,))
-    assert store.quantized(expert_spec().parts[0], (w,)) is None
+    plain = PackedStore().quantized(expert_spec().parts[0], (w.clone(),))
+    recovered = store.quantized(expert_spec().parts[0], (w,))
+    assert torch.equal(recovered.qweight, plain.qweight)
     straight = store.packed(expert_spec(), (w,))
     assert torch.equal(packed[0][:, :4], straight[0][:, ::2]), "made again on request"
