@@ -7,6 +7,7 @@ from fqcompile.config import FineQuantConfig
 from fqcompile.decorator import finequant
 from fqcompile.errors import (
     FineQuantError,
+    FreedWeightError,
     GraphInvariantError,
     NoKernelError,
     OptionError,
@@ -15,12 +16,14 @@ from fqcompile.errors import (
 from fqcompile.explain import explain
 from fqcompile.fake_quantize import fake_quantize_
 from fqcompile.report import CompileReport, Plan, Site, reports
+from fqcompile.restore import restore
 from fqcompile.warm_up import warm_up
 
 __all__ = [
     "CompileReport",
     "FineQuantConfig",
     "FineQuantError",
+    "FreedWeightError",
     "GraphInvariantError",
     "NoKernelError",
     "OptionError",
@@ -31,5 +34,6 @@ __all__ = [
     "fake_quantize_",
     "finequant",
     "reports",
+    "restore",
     "warm_up",
 ]

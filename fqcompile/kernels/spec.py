@@ -22,7 +22,8 @@ class GemmSpec:
         n: columns of the output (half the weight's rows when `gated`).
         k: the reduced dimension.
         dtype: of x and of the output.
-        needs_backward: x may require grad, so the weight must be dequantisable again.
+        needs_backward: the weight must be dequantisable again, since x may require grad or since
+            the packed copy is its only one.
         m_range: least and largest number of rows (None: no bound) where the graph leaves it open.
         gpu: the GPU that it will run on; None elsewhere.
         experts: matrices in the stack; 0 for a plain linear, which has one and no routing.

@@ -10,7 +10,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fqcompile.config import FineQuantConfig
 from fqcompile.passes.effects import has_effects
 from fqcompile.passes.sites import KeptWeight, WeightSite
-from fqcompile.weights.packed import PackedSpec
+from fqcompile.quant.choose import QuantPlan
+from fqcompile.weights.packed import PackedPart, PackedSpec
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class GraphState:
         constants: the constant inputs, with their positions among `args`.
         written: nodes whose memory the named call of the graph may write to.
         names: parameter names of the inputs that are constant, or would be if not written.
+        name: the graph's, for messages.
+        free_now: with `free_weights`, free in `choose`; else what will be freed is only named.
+        dense_readers: with `free_weights`, what reads a constant input besides its sites.
+        kept_originals: with `free_weights`, by a weight's id: why it is not freed, None if it is.
+        freed: the weights that this compilation has freed.
     """
 
     module: fx.GraphModule
@@ -44,6 +50,11 @@ class GraphState:
     packed: dict[fx.Node, PackedPair] = field(default_factory=dict)
     matched: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    name: str = "the graph"
+    free_now: bool = True
+    dense_readers: dict[fx.Node, str] = field(default_factory=dict)
+    kept_originals: dict[int, str | None] = field(default_factory=dict)
+    freed: list[Tensor] = field(default_factory=list)
 
     @property
     def graph(self) -> fx.Graph:
@@ -55,6 +66,13 @@ class GraphState:
         for site in self.sites:
             if site.op in ops:
                 site.op = fused
+
+
+def part_of(state: GraphState, site: WeightSite, plan: QuantPlan) -> PackedPart:
+    """The site's rows as quantised by this plan, whoever's weights come in."""
+    *experts, rows, k = site.shape
+    inputs = tuple(state.constants[source] for source in site.sources)
+    return PackedPart(site.recipe, inputs, plan, rows, k, *experts)
 
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:

@@ -1,7 +1,8 @@
 """3 choose: bits and granularity for each site, or the reason why it stays as it is.
 
 What depends on the graph and the options is decided once (`settle`); what depends on the weights'
-values is decided again for every instance that runs the graph (`decide`).
+values is decided again for every instance that runs the graph (`decide`). With `free_weights` each
+original goes as soon as its last site is decided, so that few are there beside their codes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,10 @@ from tqdm import tqdm
 from fqcompile.errors import UnquantizableWeight
 from fqcompile.passes.base import GraphState, example
 from fqcompile.passes.effects import has_effects
+from fqcompile.passes.release import Releases, dense_readers
 from fqcompile.passes.sites import WeightSite
 from fqcompile.quant.choose import QuantPlan
+from fqcompile.weights.freed import FreedWeight
 from fqcompile.weights.recipe import target_name
 from fqcompile.weights.store import STORE
 
@@ -35,17 +38,34 @@ def choose(state: GraphState) -> int:
     for site in state.sites:
         site.reason = _settled_reason(state, site)
         site.settled = site.reason is not None
-    apply_decisions(state, decide(state, state.args))
+    if state.config.free_weights:
+        state.dense_readers = dense_readers(state)
+    releases = releases_of(state, state.args, state.free_now)
+    if releases is not None:
+        state.kept_originals, state.freed = releases.kept, releases.freed
+    apply_decisions(state, decide(state, state.args, releases))
     state.warnings += _experts_outside(state)
     state.matched = [f"{s.name}: {s.plan or s.reason}" for s in state.sites]
     return sum(site.plan is not None for site in state.sites)
 
 
-def decide(state: GraphState, args: Sequence[Any]) -> tuple[Decision, ...]:
+def releases_of(state: GraphState, args: Sequence[Any], free_now: bool) -> Releases | None:
+    """What frees the weights in `args` while it is decided on them; None without `free_weights`."""
+    return Releases(state, args, free_now) if state.config.free_weights else None
+
+
+def decide(
+    state: GraphState, args: Sequence[Any], releases: Releases | None = None
+) -> tuple[Decision, ...]:
     """For each site that is not settled: its plan for these weights, or why there is none."""
     open_sites = [site for site in state.sites if not site.settled]
     progress = tqdm(open_sites, "fqcompile: quantising", unit="weight", disable=None, delay=2)
-    return tuple(_decide_site(state, site, args) for site in progress)
+    decisions = []
+    for site in progress:
+        decisions.append(_decide_site(state, site, args))
+        if releases is not None:
+            releases.decided(site, decisions[-1])
+    return tuple(decisions)
 
 
 def apply_decisions(state: GraphState, decisions: tuple[Decision, ...]) -> None:
@@ -96,7 +116,7 @@ def _unsupported(sources: tuple[Tensor, ...]) -> str | None:
         if weight.is_quantized or weight.layout != torch.strided:
             kind = str(weight.dtype if weight.is_quantized else weight.layout)
             return f"the weight is already quantised or sparse ({kind.removeprefix('torch.')})"
-        if type(weight) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        if type(weight) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer, FreedWeight):
             return f"the weight is a {type(weight).__name__}, not a plain tensor"
         if weight.dtype not in _DTYPES:
             return f"dtype {weight.dtype} is not supported; use fp32, fp16 or bf16"

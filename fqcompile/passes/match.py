@@ -121,6 +121,7 @@ def _expert_site(
         form=form.form,
         routing=form.routing,
         indices=form.indices,
+        gather=form.gather,
     )
 
 

@@ -26,10 +26,17 @@ VERIFY = os.environ.get("FQCOMPILE_VERIFY") == "1"
 
 
 def analyse(
-    module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig, recorder: "Recorder"
+    module: fx.GraphModule,
+    args: Sequence[Any],
+    config: FineQuantConfig,
+    recorder: "Recorder",
+    *,
+    name: str = "the graph",
+    free_now: bool = True,
 ) -> GraphState:
     """All that happens before compilation; what `explain` shows."""
     state = recorder.start("capture", lambda: capture(module, args, config))
+    state.name, state.free_now = name, free_now
     recorder.run("match", state, match)
     recorder.run("choose", state, choose)
     recorder.run("quantize", state, quantize)
@@ -53,17 +60,21 @@ def compile_state(state: GraphState, args: Sequence[Any], recorder: "Recorder") 
 
 @dataclass
 class Recorder:
-    """Runs the passes and keeps what the report says of each; `running` names the one at work."""
+    """Runs the passes and keeps what the report says of each; `running` names the one at work.
+
+    `state` is what they work on, also after one has failed.
+    """
 
     keep_graphs: bool = False
     records: list[PassRecord] = field(default_factory=list)
     running: str = ""
+    state: GraphState | None = None
 
     def start(self, name: str, make: Callable[[], GraphState]) -> GraphState:
         """The first pass, which makes the state that the others change."""
         self.running = name
         begin = time.perf_counter()
-        state = make()
+        self.state = state = make()
         seconds = time.perf_counter() - begin
         names = tuple(state.names.values())
         self.records.append(PassRecord(name, seconds, len(names), names, None, self._text(state)))

@@ -6,10 +6,8 @@ site: [E, N, K] bf16   ->   the same of [E * N, K]
 
 from tqdm import tqdm
 
-from fqcompile.passes.base import GraphState
-from fqcompile.passes.sites import WeightSite
-from fqcompile.quant.choose import QuantPlan
-from fqcompile.weights.packed import PackedPart, PackedSpec
+from fqcompile.passes.base import GraphState, part_of
+from fqcompile.weights.packed import PackedSpec
 from fqcompile.weights.store import STORE
 
 
@@ -17,14 +15,8 @@ def quantize(state: GraphState) -> int:
     """Quantise each site that has a plan; the node's final layout follows in `lower`."""
     chosen = [(site, site.plan) for site in state.sites if site.plan is not None]
     for site, plan in tqdm(chosen, "fqcompile: quantising", unit="weight", disable=None, delay=2):
-        part = _part(state, site, plan)
-        STORE.quantized(part, tuple(state.args[i] for i in part.inputs))
+        part = part_of(state, site, plan)
+        STORE.hold(part, tuple(state.args[i] for i in part.inputs))
         site.packed = PackedSpec((part,), plan.group_size)
         state.matched.append(f"{site.name}: {plan.bits} bits, groups of {plan.group_size}")
     return len(chosen)
-
-
-def _part(state: GraphState, site: WeightSite, plan: QuantPlan) -> PackedPart:
-    *experts, rows, k = site.shape
-    inputs = tuple(state.constants[source] for source in site.sources)
-    return PackedPart(site.recipe, inputs, plan, rows, k, *experts)

@@ -77,12 +77,14 @@ class ExpertSite(WeightSite):
 
     `indices` arrange x and the result around [rows, K] -> [rows, N]; None: they have these shapes.
     `routing` is the node of the offsets or ids; None where every expert has equally many rows.
+    `gather` are the nodes from stack[routing] to the weight.
     """
 
     kind: ClassVar[str] = "experts"
     form: Literal["grouped", "gathered"]
     routing: fx.Node | None
     indices: ExpertEinsum | None
+    gather: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What the passes did to each weight, as the rows of a plan."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx
 
@@ -59,8 +60,17 @@ def _site(state: GraphState, site: WeightSite) -> Site:
         relative_error=site.plan.relative_error,
         expert_errors=site.plan.expert_errors or None,
         kernel=str(argument(site.op, "kernel")),
+        **_freed(state, site),
         recipe=SiteRecipe(site.recipe, names, site.plan),
     )
+
+
+def _freed(state: GraphState, site: WeightSite) -> dict[str, Any]:
+    if not state.config.free_weights:
+        return {}
+    weights = [state.args[state.constants[source]] for source in site.sources]
+    reasons = [why for w in weights if (why := state.kept_originals.get(id(w)))]
+    return {"freed": not reasons, "not_freed": reasons[0] if reasons else None}
 
 
 def _kept(weight: KeptWeight) -> Site:

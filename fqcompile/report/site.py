@@ -11,7 +11,7 @@ class Site:
     `shape` is (N, K) or (E, N, K), `group_size` is K where one scale serves a whole column, and
     `relative_error` is the delivered ‖w-ŵ‖/‖w‖; `expert_errors` has that of each expert. `recipe`
     says how to find the weight in a model again; it is there for `fake_quantize_` and never written
-    out.
+    out. With `free_weights`, `freed` says whether the original was released, else `not_freed` why.
     """
 
     name: str
@@ -26,6 +26,8 @@ class Site:
     relative_error: float | None = None
     expert_errors: tuple[float, ...] | None = None
     kernel: str | None = None
+    freed: bool = False
+    not_freed: str | None = None
     recipe: object | None = field(default=None, repr=False, compare=False)
 
     @property
