@@ -109,6 +109,48 @@ def test_parameters_that_require_grad_are_freed_where_no_gradient_can_flow() -> 
     assert model.up.weight.requires_grad
 
 
+FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "linear": lambda x, w: F.linear(x, w),
+    "T": lambda x, w: x @ w.T,
+    "mT": lambda x, w: torch.matmul(x, w.mT),
+    "permute": lambda x, w: torch.mm(x, w.permute(1, 0)),
+    "left": lambda x, w: (w @ x.mT).mT,
+    "addmm": lambda x, w: torch.addmm(x.new_ones(384), x, w.t()),
+    "cast": lambda x, w: F.linear(x, w.to(x.dtype).contiguous()),
+    "chunk": lambda x, w: torch.cat([F.linear(x, part) for part in w.chunk(3)], -1),
+    "split": lambda x, w: torch.cat([F.linear(x, part) for part in w.split(128)], -1),
+    "slices": lambda x, w: F.linear(x, w[:200]).sum(-1, True) + F.linear(x, w[200:]),
+    "unflatten": lambda x, w: (
+        F.linear(x, w.unflatten(0, (2, -1))[0]) + F.linear(x, w.unflatten(0, (2, -1))[1])
+    ),
+    "einsum": lambda x, w: torch.einsum("bd,hkd->bhk", x, w.view(4, 96, 128)),
+    "metadata": lambda x, w: F.linear(x.to(w.device, w.dtype), w) * w.size(0) + w.dim(),
+    "types": lambda x, w: F.linear(x, w if isinstance(w, nn.Parameter) else x),
+}
+
+
+class OneForm(nn.Module):
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(384, 128) / 11)
+        self.form = form
+
+    def forward(self, x: Tensor) -> Tensor:
+        return FORMS[self.form](x, self.w)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_later_graph_traces_every_form_on_a_freed_weight(form: str) -> None:
+    """Dynamo sees another class of parameter there, and must write the same graph."""
+    model, inputs = frozen(OneForm(form)), [torch.randn(rows, 128) for rows in (4, 3)]
+    options = {"dynamic": False, "min_elements": 1}
+    expected = same_without_freeing(model, *inputs, **options)
+    compiled = finequant(model, free_weights=True, **options)
+    for x, want in zip(inputs, expected, strict=True):
+        assert torch.equal(compiled(x), want)
+        assert freed_names(model) == {"w"}
+
+
 class Fork(nn.Module):
     """Four linears of one input: fused where all are called, and some alone where not."""
 
@@ -501,24 +543,27 @@ def _restore_and_step(model: Mlp, new: Tensor) -> None:
 
 
 UPDATES = [
-    _load_state_dict,
-    _load_state_dict_assigning,
-    _copy_,
-    _set_data,
-    _replace_parameter,
-    _restore_and_step,
+    *[
+        (update, weight_updates)
+        for update in (
+            _load_state_dict,
+            _load_state_dict_assigning,
+            _copy_,
+            _set_data,
+            _replace_parameter,
+        )
+        for weight_updates in ("detect", "ignore")
+    ],
+    (_restore_and_step, "detect"),  # a restored weight is an ordinary one
 ]
 
 
 @pytest.mark.parametrize("guarded", [True, False], ids=["by Dynamo", "called directly"])
-@pytest.mark.parametrize("weight_updates", ["detect", "ignore"])
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize(("update", "weight_updates"), UPDATES)
 def test_freed_weight_given_values_is_packed_anew(
     update: Callable[[Mlp, Tensor], None], weight_updates: str, guarded: bool
 ) -> None:
     """In every graph; also where nothing guards, which is what serving stacks switch off."""
-    if update is _restore_and_step and weight_updates == "ignore":
-        pytest.skip("a restored weight is an ordinary one, whose updates are ignored")
     model = frozen(Mlp())
     options = {"granularity": 64, "free_weights": True, "weight_updates": weight_updates}
     run = _compile(model, options, guarded)
@@ -531,13 +576,13 @@ def test_freed_weight_given_values_is_packed_anew(
         with torch.no_grad():
             update(model, new.clone())
         fresh = frozen(Mlp())
-        fqcompile.restore(model)  # down holds its dequantised values from here on, or always did
         fresh.up.weight.copy_(model.up.weight)
         assert_close(fresh.up.weight, new, depth=1)
         plan = fqcompile.reports()[0]
         expected = oracle(fresh, plan)
         for x in (*inputs, *inputs):
             assert_close(run(x), expected(x), k=256, depth=2)
+        assert is_freed(model.up.weight) == (update is not _restore_and_step)
 
 
 def _compile(model: Mlp, options: dict[str, Any], guarded: bool) -> Callable[[Tensor], Tensor]:

@@ -29,8 +29,8 @@ class Variant:
 
 @dataclass(frozen=True)
 class _Binding:
-    """`live` are the positions of weights that are not freed: those alone can change, except that
-    freed ones are refilled, which is counted."""
+    """`live` are the places of the weights that are not freed. Those alone change unnoticed: when a
+    freed one is filled again, it is counted."""
 
     variant: Variant
     packed: tuple[Tensor, ...]
@@ -64,15 +64,17 @@ class WeightDispatch:
     def __call__(self, *args: Any) -> Any:
         weights = tuple([args[i] for i in self._inputs])
         binding = self._bindings.get(tuple(map(id, weights)))
-        if binding is None or self._is_stale(binding, args):
+        if binding is None or self._is_stale(binding, weights):
             binding = self.bind(args)
         variant = binding.variant
         return variant.inner(*[args[i] for i in variant.kept_args], *binding.packed)
 
-    def _is_stale(self, binding: _Binding, args: Sequence[Any]) -> bool:
-        if len(binding.live) < len(self._inputs) and binding.refills != Refills.count:
-            return True
-        return self._detect and binding.state != fingerprint(tuple([args[i] for i in binding.live]))
+    def _is_stale(self, binding: _Binding, weights: tuple[Any, ...]) -> bool:
+        if len(binding.live) < len(weights):
+            if binding.refills != Refills.count:
+                return True
+            weights = tuple([weights[i] for i in binding.live])
+        return self._detect and binding.state != fingerprint(weights)
 
     def bind(self, args: Sequence[Any]) -> _Binding:
         """Decide and pack for these weights; forget them when one of them dies."""
@@ -84,10 +86,10 @@ class WeightDispatch:
             bindings.pop(ids, None)
 
         refills = Refills.count
-        before = {i: fingerprint((args[i],)) for i in self._inputs if not is_freed(args[i])}
+        before = {i: fingerprint((w,)) for i, w in enumerate(weights) if not is_freed(w)}
         variant = self._variant_for(args)
         packed = variant.pack(args)
-        live = tuple(i for i in before if not is_freed(args[i]))
+        live = tuple(i for i in before if not is_freed(weights[i]))
         versions, addresses = (tuple(before[i][part][0] for i in live) for part in (0, 1))
         alive = tuple(weakref.ref(w, forget) for w in weights)
         binding = _Binding(variant, packed, live, (versions, addresses), refills, alive)

@@ -101,6 +101,13 @@ class FreedWeight(nn.Parameter):
     def as_subclass(self, cls: Any) -> Any:
         raise freed_by(self).error("as_subclass")  # does not come to __torch_function__
 
+    # The views that Tensor has written in Python: Dynamo traces those of a subclass in this form.
+    def split(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__torch_function__(Tensor.split, (), (self, *args), kwargs)
+
+    def unflatten(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.unflatten(self, *args, **kwargs)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         if id(self) not in memo:
             memo[id(self)] = copied = self._dense_parameter()
