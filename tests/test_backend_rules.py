@@ -133,6 +133,23 @@ def test_a_weight_changed_after_compilation_is_noticed(update: Any) -> None:
     assert len(fqcompile.reports()) == 1
 
 
+@pytest.mark.parametrize("update", UPDATES)
+def test_a_changed_weight_is_noticed_in_every_graph_and_instance(update: Any) -> None:
+    """Three graphs by number of rows; the update comes between their calls, and again."""
+    models = [frozen(Mlp()), frozen(Mlp(seed=7))]
+    compiled = [finequant(model, granularity=64, dynamic=False) for model in models]
+    inputs = [X, X[:1], X[:3]]
+    for seed in (1, 2):
+        for run, x in ((run, x) for run in compiled for x in inputs):
+            run(x)
+        with torch.no_grad():
+            update(models[0], Mlp(seed=seed).up.weight.detach().clone())
+        for model, run in zip(models, compiled, strict=True):
+            for x in inputs:
+                _check(model, run, x)
+    assert len(fqcompile.reports()) == 3
+
+
 def test_ignored_updates_are_ignored_but_another_parameter_is_not() -> None:
     model = frozen(Mlp())
     compiled = finequant(model, granularity=64, weight_updates="ignore")
