@@ -1,0 +1,34 @@
+"""content_digest: one name for all tensors of the same type, shape and values.
+
+SHA-256 of pieces of rows, several at a time, and then of their digests, so that two contents of one
+name are not to be found. A core that has instructions for it digests 1.8 GB/s (BLAKE2b .9), and
+quantises .04 to .12 GB/s of bf16 weights.
+"""
+
+from collections.abc import Iterator
+from hashlib import sha256
+
+import torch
+from torch import Tensor
+
+from fqcompile.quant.chunks import each_chunk
+
+_CHUNK_SHARE = 8.0  # pieces of half a million elements: long beside the start of a task
+
+
+def content_digest(w: Tensor) -> str:
+    """Of w [N, K] or [E, N, K] on a CPU, whatever its strides: 64 hexadecimal digits."""
+    matrices = [w] if w.dim() == 2 else w.unbind()
+    digest = sha256(f"{w.dtype} {tuple(w.shape)}".encode())
+    for matrix in matrices:
+        for piece in _digests(matrix.detach()):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _digests(w: Tensor) -> Iterator[bytes]:
+    def digest(rows: slice) -> bytes:
+        piece = w[rows].contiguous().view(-1).view(torch.uint8)
+        return sha256(piece.numpy().data).digest()
+
+    yield from each_chunk(digest, w, _CHUNK_SHARE)
