@@ -2,15 +2,18 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
 from bench.results import Row
 
+_ERROR = re.compile(r"[A-Za-z_][\w.]*: ")
+
 
 class ChildFailed(RuntimeError):
-    """The process ended without a result; the text is its last line."""
+    """The process ended without a result; the text is the last line that names an error."""
 
 
 def in_fresh_process(
@@ -29,6 +32,7 @@ def in_fresh_process(
     )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
-        raise ChildFailed(lines[-1])
+        errors = [line for line in lines if _ERROR.match(line)]
+        raise ChildFailed((errors or lines)[-1])
     row: Row = json.loads(done.stdout.splitlines()[-1])
     return row

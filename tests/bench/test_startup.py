@@ -109,6 +109,7 @@ def test_a_fresh_process_gives_its_last_line_or_why_it_failed(
     (tmp_path / "child_of_a_test.py").write_text(
         "import json, os, sys\n"
         "if sys.argv[1] == 'bad': raise SystemExit('no such way')\n"
+        "if sys.argv[1] == 'worse': sys.exit('OptionError: that one\\n\\nSet THIS=1 for more')\n"
         "print('more'); print(json.dumps({'way': sys.argv[1], 'set': os.environ['SET']}))"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -116,5 +117,7 @@ def test_a_fresh_process_gives_its_last_line_or_why_it_failed(
     assert found == {"way": "good", "set": "1"}
     with pytest.raises(ChildFailed, match=r"^no such way$"):
         in_fresh_process("child_of_a_test", ["bad"])
+    with pytest.raises(ChildFailed, match=r"^OptionError: that one$"):
+        in_fresh_process("child_of_a_test", ["worse"])
     with pytest.raises(ChildFailed, match="No module named no_such_module"):
         in_fresh_process("no_such_module", [])
