@@ -24,7 +24,15 @@ from fqcompile.errors import UnquantizableWeight
 from fqcompile.kernels.template import PackedTensors
 from fqcompile.quant.choose import QuantPlan, choose_and_quantize
 from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.weights.packed import PackedPart, PackedSpec, Tensors, part_key
+from fqcompile.weights.packed import (
+    PackedPart,
+    PackedSpec,
+    Tensors,
+    packed_already,
+    part_key,
+    plan_of_packed,
+)
+from fqcompile.weights.packed_weight import PackedWeight
 from fqcompile.weights.recipe import WeightRecipe
 
 T = TypeVar("T")
@@ -100,8 +108,11 @@ class PackedStore:
         """
 
         def choose() -> QuantPlan | str:
+            w = recipe(*sources)
+            if any(isinstance(source, PackedWeight) for source in sources):
+                return plan_of_packed(w)
             try:
-                plan, weight = choose_and_quantize(recipe(*sources), options, scale_dtype)
+                plan, weight = choose_and_quantize(w, options, scale_dtype)
             except UnquantizableWeight as error:
                 return str(error)
             self._get(sources, ("part", part_key(recipe, plan)), lambda: weight)
@@ -122,6 +133,9 @@ class PackedStore:
         return self._get(sources, ("packed", spec.key), partial(self._pack, spec, sources))
 
     def _pack(self, spec: PackedSpec, sources: Tensors) -> PackedTensors:
+        own_memory = packed_already(spec, sources)
+        if own_memory is not None:
+            return own_memory
         parts = list(spec.part_sources(sources))
         weights = [self.quantized(part, own) or part.quantize(own) for part, own in parts]
         stacked = spec.stack(weights)
