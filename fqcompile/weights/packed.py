@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fqcompile.kernels.template import PLAIN, Layout, PackedTensors
+from fqcompile.kernels.template import PLAIN, Layout, PackedLinear, PackedTensors
 from fqcompile.quant.choose import QuantPlan, quantize_weight
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.weights.packed_weight import PackedWeight
@@ -155,3 +155,28 @@ def packed_already(spec: PackedSpec, sources: Sequence[Tensor]) -> PackedTensors
     as_asked = (spec.layout.name, spec.group_size, False)
     as_it_is = (w.form.layout, w.form.group_size, spec.interleaved)
     return (w.qweight, w.scale) if as_it_is == as_asked else None
+
+
+def share_memory(spec: PackedSpec, packed: PackedTensors, sources: Sequence[Tensor]) -> None:
+    """Let packed weights that were stacked be rows of the stack: their own memory is released.
+
+    Not where the stack has another layout or other groups, where rows have changed places, or
+    where their blocks in memory would be cut.
+    """
+    narrow = spec.layout.narrow
+    if narrow is None or spec.experts or spec.interleaved or len(spec.parts) < 2:
+        return
+    form = (spec.bits, spec.group_size, spec.rows, spec.k)
+    start = 0
+    for part, own in spec.part_sources(sources):
+        w = own[0]
+        if isinstance(w, PackedWeight) and not part.recipe.steps:
+            rows = narrow(PackedLinear(*packed, *form), start, part.rows)
+            as_it_is = (w.form.layout, w.form.group_size, w.scale.dtype)
+            if rows is not None and as_it_is == (
+                spec.layout.name,
+                spec.group_size,
+                packed[1].dtype,
+            ):
+                w.qweight, w.scale = rows
+        start += part.rows

@@ -6,19 +6,19 @@ the two, under every backend.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fqcompile.errors import FineQuantError
-from fqcompile.kernels.gpu import gpu_of
-from fqcompile.kernels.ops import dequantize
-from fqcompile.kernels.registry import LAYOUTS, TEMPLATES, select_kernel
-from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.template import PLAIN, Layout, PackedLinear
+from fqcompile.kernels.ops import CACHE_TAG, dequantize
+from fqcompile.kernels.registry import LAYOUTS
+from fqcompile.kernels.template import Layout, PackedLinear
+from fqcompile.quant.chunks import plain_tensors
 from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.weights.packed_form import PackedForm, best_layout
 from fqcompile.weights.stacks import pack_stack, unpack_stack
 
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -26,36 +26,15 @@ Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 HANDLERS: dict[str | None, Handler] = {}
 
 
-@dataclass(frozen=True)
-class PackedForm:
-    """How to read the two tensors.
+class _NoMemory(torch.UntypedStorage):
+    """The storage of a tensor whose memory is two others'."""
 
-    Attributes:
-        rows, k: of the matrix, or of one of `experts` matrices (0: there is no stack).
-        transposed: the tensor is the matrices' transpose, [K, N] or [E, K, N].
-        scale_method: how scales were chosen; new values that are copied in are quantised so.
-        layout: the name of the order in memory.
-    """
-
-    bits: int
-    group_size: int
-    rows: int
-    k: int
-    experts: int = 0
-    transposed: bool = False
-    scale_method: str = "mse"
-    layout: str = PLAIN.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weight that it stands for."""
-        matrix = (self.k, self.rows) if self.transposed else (self.rows, self.k)
-        return (self.experts, *matrix) if self.experts else matrix
-
-    @property
-    def reader(self) -> str:
-        """A kernel that knows the layout."""
-        return next(t.name for t in TEMPLATES.values() if t.layout.name == self.layout)
+    def data_ptr(self) -> int:
+        raise FineQuantError(
+            "a packed weight has no memory of its own to be read or written as a dense one: save "
+            "the model with fqcompile.save(model, directory), or torch.save its state_dict, or "
+            "make it dense again by fqcompile.restore(model)"
+        )
 
 
 class PackedWeight(Tensor):
@@ -81,11 +60,14 @@ class PackedWeight(Tensor):
         ids: Tensor | None = None,
     ) -> "PackedWeight":
         shape = form.shape if ids is None else (ids.shape[0], *form.shape[1:])
-        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=qweight.device)
+        # What is made in inference mode could not be a view of what was not.
+        with torch.inference_mode(False):
+            self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=qweight.device)
         self.qweight, self.scale, self.form, self.ids = qweight, scale, form, ids
         return self
 
     @classmethod
+    @plain_tensors()
     def of(
         cls,
         weight: QuantizedWeight,
@@ -165,13 +147,28 @@ class PackedWeight(Tensor):
         with torch.no_grad():
             self.copy_(values)
 
-    def data_ptr(self) -> int:
-        """Raises: two tensors have no one address; a file written from it would be garbage."""
-        raise FineQuantError(
-            f"a packed weight {tuple(self.shape)} has no memory of its own to be read or written "
-            "as a dense one; save the model with fqcompile.save(model, directory), or call "
-            "fqcompile.restore(model) first"
-        )
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """Of no bytes: whoever asks it for an address, as safetensors does, is told what to do."""
+        storage = super().untyped_storage()
+        if type(storage) is torch.UntypedStorage:
+            storage.__class__ = _NoMemory
+        return storage
+
+    def share_memory_(self) -> "PackedWeight":
+        """Moves codes and scales to memory that other processes can be given."""
+        self.qweight.share_memory_()
+        self.scale.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        return bool(self.qweight.is_shared())
+
+    def _stable_hash_for_caching(self) -> str:
+        """What AOTAutograd's cache knows it by: all that its compiled code depends on."""
+        inner = [(t.shape, t.stride(), t.dtype) for t in (self.qweight, self.scale)]
+        outer = (self.shape, self.stride(), self.dtype, self.device, self.requires_grad)
+        gathered = None if self.ids is None else self.ids.dtype
+        return f"{CACHE_TAG} {outer} {self.form} {inner} {gathered}"
 
     @property
     def layout_in_memory(self) -> Layout:
@@ -212,39 +209,6 @@ class PackedWeight(Tensor):
         """The same memory, read in another way."""
         form = replace(self.form, **changes)
         return PackedWeight(self.qweight, self.scale, form, self.dtype, self.ids)
-
-
-def best_layout(
-    form: PackedForm, dtype: torch.dtype, scale_dtype: torch.dtype, device: torch.device
-) -> Layout:
-    """That of the kernel which runs a weight of this form here; it can be undone."""
-    spec = spec_of(form, dtype, scale_dtype, device, None)
-    return select_kernel(spec).template.layout
-
-
-def spec_of(
-    form: PackedForm,
-    dtype: torch.dtype,
-    scale_dtype: torch.dtype,
-    device: torch.device,
-    routing: Any,
-) -> GemmSpec:
-    """Any number of rows of x; experts without a routing as grouped ones."""
-    return GemmSpec(
-        m=1,
-        n=form.rows,
-        k=form.k,
-        bits=form.bits,
-        group_size=form.group_size,
-        dtype=dtype,
-        scale_dtype=scale_dtype,
-        device_type=device.type,
-        needs_backward=True,
-        m_range=(0, None),
-        gpu=gpu_of(device) if device.type == "cuda" and torch.cuda.is_available() else None,
-        experts=form.experts,
-        routing=(routing or "grouped") if form.experts else None,
-    )
 
 
 def rebuild_packed_weight(

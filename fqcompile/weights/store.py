@@ -31,6 +31,7 @@ from fqcompile.weights.packed import (
     packed_already,
     part_key,
     plan_of_packed,
+    share_memory,
 )
 from fqcompile.weights.packed_weight import PackedWeight
 from fqcompile.weights.recipe import WeightRecipe
@@ -146,6 +147,7 @@ class PackedStore:
             # scales repeated for a finer group size would not serve a coarser request
             exact = view is not None and view.group_size == part.plan.group_size
             self._set(own, ("part", part.key), view if exact else None)
+        share_memory(spec, packed, sources)
         return packed
 
     def _get(self, sources: Tensors, request: object, make: Callable[[], T]) -> T:
