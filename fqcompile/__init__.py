@@ -14,6 +14,7 @@ from fqcompile.errors import (
 )
 from fqcompile.explain import explain
 from fqcompile.fake_quantize import fake_quantize_
+from fqcompile.quantize_model import quantize_
 from fqcompile.report import CompileReport, Plan, Site, reports
 from fqcompile.warm_up import warm_up
 
@@ -30,6 +31,7 @@ __all__ = [
     "explain",
     "fake_quantize_",
     "finequant",
+    "quantize_",
     "reports",
     "warm_up",
 ]

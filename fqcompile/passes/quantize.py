@@ -10,6 +10,7 @@ from fqcompile.passes.base import GraphState
 from fqcompile.passes.sites import WeightSite
 from fqcompile.quant.choose import QuantPlan
 from fqcompile.weights.packed import PackedPart, PackedSpec
+from fqcompile.weights.packed_weight import PackedWeight
 from fqcompile.weights.store import STORE
 
 
@@ -18,7 +19,9 @@ def quantize(state: GraphState) -> int:
     chosen = [(site, site.plan) for site in state.sites if site.plan is not None]
     for site, plan in tqdm(chosen, "fqcompile: quantising", unit="weight", disable=None, delay=2):
         part = _part(state, site, plan)
-        STORE.quantized(part, tuple(state.args[i] for i in part.inputs))
+        sources = tuple(state.args[i] for i in part.inputs)
+        if not any(isinstance(source, PackedWeight) for source in sources):
+            STORE.quantized(part, sources)
         site.packed = PackedSpec((part,), plan.group_size)
         state.matched.append(f"{site.name}: {plan.bits} bits, groups of {plan.group_size}")
     return len(chosen)

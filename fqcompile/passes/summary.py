@@ -1,5 +1,6 @@
 """What the passes did to each weight, as the rows of a plan."""
 
+import math
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -50,13 +51,14 @@ def _site(state: GraphState, site: WeightSite) -> Site:
     names = tuple(state.names[source] for source in site.sources)
     assert site.packed is not None and site.op is not None
     group_size = state.packed[site.op].spec.group_size
+    error = site.plan.relative_error  # not a number where the weight came packed
     return replace(
         kept,
         status="quantized",
         bits=site.plan.bits,
         group_size=group_size,
         bytes_after=_packed_bytes(site, group_size),
-        relative_error=site.plan.relative_error,
+        relative_error=None if math.isnan(error) else error,
         expert_errors=site.plan.expert_errors or None,
         kernel=str(argument(site.op, "kernel")),
         recipe=SiteRecipe(site.recipe, names, site.plan),

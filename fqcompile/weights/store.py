@@ -25,7 +25,16 @@ from fqcompile.kernels.template import PackedTensors
 from fqcompile.quant.choose import QuantPlan, choose_and_quantize
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.weights.find_or_quantize import find_or_quantize
-from fqcompile.weights.packed import PackedPart, PackedSpec, Tensors, part_key
+from fqcompile.weights.packed import (
+    PackedPart,
+    PackedSpec,
+    Tensors,
+    packed_already,
+    part_key,
+    plan_of_packed,
+    share_memory,
+)
+from fqcompile.weights.packed_weight import PackedWeight
 from fqcompile.weights.recipe import WeightRecipe
 
 T = TypeVar("T")
@@ -106,8 +115,11 @@ class PackedStore:
         make = choose_and_quantize if changed else find_or_quantize
 
         def choose() -> QuantPlan | str:
+            w = recipe(*sources)
+            if any(isinstance(source, PackedWeight) for source in sources):
+                return plan_of_packed(w)
             try:
-                plan, weight = make(recipe(*sources), options, scale_dtype)
+                plan, weight = make(w, options, scale_dtype)
             except UnquantizableWeight as error:
                 return str(error)
             self._get(sources, ("part", part_key(recipe, plan)), lambda: weight)
@@ -128,6 +140,9 @@ class PackedStore:
         return self._get(sources, ("packed", spec.key), partial(self._pack, spec, sources))
 
     def _pack(self, spec: PackedSpec, sources: Tensors) -> PackedTensors:
+        own_memory = packed_already(spec, sources)
+        if own_memory is not None:
+            return own_memory
         parts = list(spec.part_sources(sources))
         weights = [self.quantized(part, own) or part.quantize(own) for part, own in parts]
         stacked = spec.stack(weights)
@@ -138,6 +153,7 @@ class PackedStore:
             # scales repeated for a finer group size would not serve a coarser request
             exact = view is not None and view.group_size == part.plan.group_size
             self._set(own, ("part", part.key), view if exact else None)
+        share_memory(spec, packed, sources)
         return packed
 
     def _get(self, sources: Tensors, request: object, make: Callable[[], T]) -> T:
