@@ -25,14 +25,19 @@ def content_digest(w: Tensor) -> str:
     digest = sha256(f"{w.dtype} {tuple(w.shape)} {transposed}".encode())
     stack = w.mT if transposed else w
     for matrix in [stack] if stack.dim() == 2 else stack.unbind():
-        for piece in _digests(matrix.detach()):
+        for piece in _digests(matrix):
             digest.update(piece)
     return digest.hexdigest()
 
 
+def bytes_of(w: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on a CPU, which lives as long as this does."""
+    flat = w.detach().as_strided((w.numel(),), (1,))  # a view of one value may have any stride
+    return flat.view(torch.uint8).numpy().data
+
+
 def _digests(w: Tensor) -> Iterator[bytes]:
     def digest(rows: slice) -> bytes:
-        piece = w[rows].contiguous().view(-1).view(torch.uint8)
-        return sha256(piece.numpy().data).digest()
+        return sha256(bytes_of(w[rows].contiguous())).digest()
 
     yield from each_chunk(digest, w, _CHUNK_SHARE)

@@ -19,7 +19,7 @@ from fqcompile.errors import CorruptEntry
 from fqcompile.kernels.cpu.huge_pages import in_huge_pages
 from fqcompile.quant.choose import QuantPlan
 from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.weights.content_digest import content_digest
+from fqcompile.weights.content_digest import bytes_of, content_digest
 
 Entry = tuple[QuantPlan, QuantizedWeight]
 
@@ -43,19 +43,19 @@ def encoded(key: str, entry: Entry) -> list[memoryview]:
     plan, weight = entry
     about = {**vars(plan), "scale_dtype": _name(plan.scale_dtype), "k": weight.shape[1]}
     text = json.dumps(about)
-    digest = _digest(key, text, weight.qweight, weight.scale)
+    tensors = {"scale": weight.scale.contiguous(), "qweight": weight.qweight.contiguous()}
+    digest = _digest(key, text, tensors["qweight"], tensors["scale"])
     header: dict[str, object] = {"__metadata__": {"plan": text, "digest": digest}}
     pieces, end = [], 0
     # The wider type first, so that each value lies on a multiple of its size.
-    for name in ("scale", "qweight"):
-        tensor: Tensor = getattr(weight, name)
+    for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
         header[name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
-        pieces.append(_bytes_of(tensor.contiguous()))
+        pieces.append(bytes_of(tensor))
     content = json.dumps(header).encode()
     content += b" " * (-len(content) % 8)
     return [memoryview(struct.pack("<Q", len(content)) + content), *pieces]
@@ -93,15 +93,10 @@ def _tensor(file: BufferedReader, start: int, about: dict[str, Any]) -> Tensor:
     tensor = in_huge_pages(torch.empty(about["shape"], dtype=_DTYPES[about["dtype"]]))
     # Any place may be read: the digest decides whether it was the right one.
     file.seek(start + abs(about["data_offsets"][0]))
-    size = file.readinto(_bytes_of(tensor))
+    size = file.readinto(bytes_of(tensor))
     if size != tensor.nbytes:
         raise CorruptEntry(f"it ends {tensor.nbytes - size} bytes too early")
     return tensor
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _digest(key: str, plan: str, qweight: Tensor, scale: Tensor) -> str:
