@@ -87,9 +87,12 @@ class DiskCache:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with locked(self.directory / ".lock"):
-                if self._make_room(sum(map(len, pieces))):
+                # Processes that start together make the same weights at the same time.
+                if not path.exists():
+                    if not self._make_room(sum(map(len, pieces))):
+                        return
                     _replace(path, pieces)
-                    self._used.add(path)
+                self._used.add(path)
         except OSError as error:
             self._writable = False
             self._warn(

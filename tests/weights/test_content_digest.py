@@ -52,6 +52,14 @@ def test_one_value_has_a_name_whatever_its_strides() -> None:
     assert content_digest(torch.ones(3, 1).t()[:, :1]) == content_digest(torch.ones(1, 1))
 
 
+@pytest.mark.parametrize("shape", [(8, 8), (3, 8, 8)])
+def test_a_square_matrix_and_its_transpose_in_the_same_memory_are_two_contents(
+    shape: tuple[int, ...],
+) -> None:
+    w = torch.randn(shape)
+    assert content_digest(w.mT) != content_digest(w)
+
+
 def test_zeros_of_either_sign_are_two_contents() -> None:
     assert content_digest(torch.zeros(2, 2)) != content_digest(-torch.zeros(2, 2))
 

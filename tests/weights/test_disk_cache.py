@@ -100,6 +100,19 @@ def test_a_weight_larger_than_the_bound_drives_nothing_out(tmp_path: Path) -> No
     assert kept(tmp_path) == {"a"}
 
 
+def test_what_another_process_has_kept_meanwhile_is_not_written_again(tmp_path: Path) -> None:
+    def make() -> Entry:
+        put(DiskCache(tmp_path, 3 * SIZE), "a")
+        return entry(seed=ord("a"))
+
+    cache = DiskCache(tmp_path, 3 * SIZE)
+    cache.get_or_make("a", make)
+    inode = (tmp_path / "a.safetensors").stat().st_ino
+    put(cache, "b", "c", "d")
+    assert kept(tmp_path) == {"a", "b", "c"}  # it counts as used here
+    assert (tmp_path / "a.safetensors").stat().st_ino == inode
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "of another"])
 def test_a_damaged_entry_is_made_again(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
