@@ -86,8 +86,19 @@ def test_the_file_is_safetensors_and_says_how_the_weight_was_quantised(tmp_path:
         about = json.loads(file.metadata()["plan"])
     assert (about["bits"], about["k"], about["scale_dtype"]) == (4, 33, "bfloat16")
     assert about["expert_errors"] == list(plan.expert_errors)
-    start = 8 + int.from_bytes((tmp_path / "e").read_bytes()[:8], "little")
-    assert start % 8 == 0  # scales lie on multiples of their size
+
+
+@pytest.mark.parametrize("experts", range(5))
+def test_values_lie_on_multiples_of_their_size(experts: int) -> None:
+    """As safetensors itself writes them, so that others may map the file."""
+    plan, weight = entry(rows=3, k=9, experts=experts)  # an odd number of bytes of codes
+    content = b"".join(encoded(KEY, (plan, weight)))
+    start = 8 + int.from_bytes(content[:8], "little")
+    assert start % 8 == 0
+    scale = start + json.loads(content[8:start])["scale"]["data_offsets"][0]
+    assert scale % weight.scale.itemsize == 0
+    wanted = weight.scale.view(torch.uint8).numpy().tobytes()
+    assert content[scale : scale + len(wanted)] == wanted
 
 
 def test_views_are_written_as_they_read(tmp_path: Path) -> None:
