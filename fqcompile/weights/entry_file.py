@@ -90,7 +90,8 @@ def _read(file: BufferedReader) -> tuple[dict[str, str], Tensor, Tensor]:
 
 
 def _tensor(file: BufferedReader, start: int, about: dict[str, Any]) -> Tensor:
-    tensor = in_huge_pages(torch.empty(about["shape"], dtype=_DTYPES[about["dtype"]]))
+    dtype = _DTYPES[about["dtype"]]
+    tensor = in_huge_pages(torch.empty(about["shape"], dtype=dtype, device="cpu"))
     # Any place may be read: the digest decides whether it was the right one.
     file.seek(start + abs(about["data_offsets"][0]))
     size = file.readinto(bytes_of(tensor))

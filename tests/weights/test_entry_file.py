@@ -122,6 +122,14 @@ def test_a_missing_file_is_no_corrupt_one(tmp_path: Path) -> None:
         read_entry(tmp_path / "e", KEY)
 
 
+def test_the_caller_s_device_is_not_that_of_files(tmp_path: Path) -> None:
+    written = entry()
+    with torch.device("meta"):
+        write_entry(tmp_path / "e", KEY, written)
+        found = read_entry(tmp_path / "e", KEY)
+    assert_same(found, written)
+
+
 def test_the_header_of_very_many_experts_is_read(tmp_path: Path) -> None:
     written = entry(experts=2000)
     write_entry(tmp_path / "e", KEY, written)
