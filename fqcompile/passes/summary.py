@@ -61,8 +61,17 @@ def _site(state: GraphState, site: WeightSite) -> Site:
         relative_error=None if math.isnan(error) else error,
         expert_errors=site.plan.expert_errors or None,
         kernel=str(argument(site.op, "kernel")),
+        least_us=_least_us(state, site),
         recipe=SiteRecipe(site.recipe, names, site.plan),
     )
+
+
+def _least_us(state: GraphState, site: WeightSite) -> float | None:
+    """Its part of what its matmul takes at the least, by its share of the rows."""
+    assert site.op is not None and site.packed is not None
+    whole = state.least_seconds.get(site.op)
+    share = site.packed.rows / state.packed[site.op].spec.rows
+    return None if whole is None else 1e6 * whole * share
 
 
 def _kept(weight: KeptWeight) -> Site:

@@ -10,6 +10,8 @@ from fqcompile.kernels.registry import TEMPLATES, select_kernel
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import PLAIN, Layout
 
+Routed = Literal["grouped", "gathered"]  # how rows are told their experts
+
 
 @dataclass(frozen=True)
 class PackedForm:
@@ -56,7 +58,7 @@ def spec_of(
     dtype: torch.dtype,
     scale_dtype: torch.dtype,
     device: torch.device,
-    routing: Literal["grouped", "gathered"] | None,
+    routing: Routed | None,
 ) -> GemmSpec:
     """Any number of rows of x; experts without a routing as grouped ones."""
     return GemmSpec(

@@ -10,7 +10,7 @@ this one, whose own backward multiplies with the dequantised weight.
 """
 
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from fqcompile.kernels.expert_ops import gathered_linear_inference, grouped_line
 from fqcompile.kernels.ops import linear_inference
 from fqcompile.kernels.registry import KernelChoice, select_kernel
 from fqcompile.kernels.tuning.launches import tuned_launches
-from fqcompile.weights.packed_form import PackedForm, spec_of
+from fqcompile.weights.packed_form import PackedForm, Routed, spec_of
 from fqcompile.weights.packed_ops import implements
 from fqcompile.weights.packed_weight import PackedWeight
 
@@ -31,7 +31,7 @@ def kernel_for(
     dtype: torch.dtype,
     scale_dtype: torch.dtype,
     device: torch.device,
-    routing: Literal["grouped", "gathered"] | None,
+    routing: Routed | None,
 ) -> str | None:
     """The operator's `kernel`, for any number of rows; None where nothing reads that layout."""
     spec = spec_of(form, dtype, scale_dtype, device, routing)
@@ -42,9 +42,7 @@ def kernel_for(
     return str(KernelChoice(choice.template, tuned_launches(spec, choice.template, "off").launches))
 
 
-def _kernel(
-    w: PackedWeight, x: Tensor, routing: Literal["grouped", "gathered"] | None = None
-) -> str | None:
+def _kernel(w: PackedWeight, x: Tensor, routing: Routed | None = None) -> str | None:
     if x.dtype != w.dtype:
         raise RuntimeError(
             f"expected x and the packed weight to have the same dtype, but got {x.dtype} and "

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
 from fqcompile.errors import FineQuantError
-from fqcompile.quant.choose import QuantPlan, quantize_weight
+from fqcompile.quant.choose import QuantPlan, quantize_weight, scale_dtype_beside
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.weights.packed_weight import HANDLERS, PackedWeight
 
@@ -248,8 +248,9 @@ def _copy(w: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
 
 
 def _quantized_like(w: PackedWeight, source: Tensor) -> PackedWeight:
-    form, dtype = w.form, w.scale.dtype
-    scale_dtype = torch.float16 if dtype == torch.float32 else dtype
+    form, scale_dtype = w.form, w.scale.dtype
+    if scale_dtype == torch.float32:  # the old values may have needed it, and the new ones not
+        scale_dtype = scale_dtype_beside(w.dtype)
     plan = QuantPlan(form.bits, form.group_size, form.scale_method, scale_dtype, math.nan)
     dense = source.detach().to(w.device)
     weight = quantize_weight(dense.transpose(-2, -1) if form.transposed else dense, plan)
