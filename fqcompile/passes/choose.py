@@ -17,6 +17,7 @@ from fqcompile.passes.effects import has_effects
 from fqcompile.passes.sites import WeightSite
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
 from fqcompile.quant.validate import WEIGHT_DTYPES
+from fqcompile.weights.find_or_quantize import use_logged
 from fqcompile.weights.packed_weight import PackedWeight
 from fqcompile.weights.recipe import target_name
 from fqcompile.weights.store import STORE
@@ -47,7 +48,8 @@ def decide(state: GraphState, args: Sequence[Any]) -> tuple[Decision, ...]:
     """For each site that is not settled: its plan for these weights, or why there is none."""
     open_sites = [site for site in state.sites if not site.settled]
     progress = tqdm(open_sites, "fqcompile: quantising", unit="weight", disable=None, delay=2)
-    return tuple(_decide_site(state, site, args) for site in progress)
+    with use_logged():
+        return tuple(_decide_site(state, site, args) for site in progress)
 
 
 def apply_decisions(state: GraphState, decisions: tuple[Decision, ...]) -> None:

@@ -24,6 +24,7 @@ from fqcompile.errors import UnquantizableWeight
 from fqcompile.kernels.template import PackedTensors
 from fqcompile.quant.choose import QuantPlan, choose_and_quantize
 from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.weights.find_or_quantize import find_or_quantize
 from fqcompile.weights.packed import (
     PackedPart,
     PackedSpec,
@@ -108,18 +109,23 @@ class PackedStore:
         To know the error that a plan delivers is to quantise; the result is kept for `quantized`.
         """
 
+        request = ("plan", recipe.key, options, scale_dtype)
+        # A weight that changes while it is in use is being trained: no other start will meet it.
+        changed = (request, tuple(map(id, sources))) in self._entries.get(sources[0], {})
+        make = choose_and_quantize if changed else find_or_quantize
+
         def choose() -> QuantPlan | str:
             w = recipe(*sources)
             if any(isinstance(source, PackedWeight) for source in sources):
                 return plan_of_packed(w)
             try:
-                plan, weight = choose_and_quantize(w, options, scale_dtype)
+                plan, weight = make(w, options, scale_dtype)
             except UnquantizableWeight as error:
                 return str(error)
             self._get(sources, ("part", part_key(recipe, plan)), lambda: weight)
             return plan
 
-        return self._get(sources, ("plan", recipe.key, options, scale_dtype), choose)
+        return self._get(sources, request, choose)
 
     def quantized(self, part: PackedPart, sources: Tensors) -> QuantizedWeight | None:
         """One site's codes and scales in the plain layout, made on the first request.
