@@ -3,9 +3,12 @@
 model = torch.compile(model, backend="finequant")
 """
 
+from fqcompile.checkpoint.load import load
+from fqcompile.checkpoint.save import save
 from fqcompile.config import FineQuantConfig
 from fqcompile.decorator import finequant
 from fqcompile.errors import (
+    CheckpointError,
     FineQuantError,
     GraphInvariantError,
     NoKernelError,
@@ -19,6 +22,7 @@ from fqcompile.report import CompileReport, Plan, Site, reports
 from fqcompile.warm_up import warm_up
 
 __all__ = [
+    "CheckpointError",
     "CompileReport",
     "FineQuantConfig",
     "FineQuantError",
@@ -31,7 +35,9 @@ __all__ = [
     "explain",
     "fake_quantize_",
     "finequant",
+    "load",
     "quantize_",
     "reports",
+    "save",
     "warm_up",
 ]
