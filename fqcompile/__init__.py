@@ -5,6 +5,7 @@ model = torch.compile(model, backend="finequant")
 
 from fqcompile.checkpoint.load import load
 from fqcompile.checkpoint.save import save
+from fqcompile.checkpoint.stream import quantize_checkpoint
 from fqcompile.config import FineQuantConfig
 from fqcompile.decorator import finequant
 from fqcompile.errors import (
@@ -37,6 +38,7 @@ __all__ = [
     "finequant",
     "load",
     "quantize_",
+    "quantize_checkpoint",
     "reports",
     "save",
     "warm_up",
