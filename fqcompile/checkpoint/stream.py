@@ -78,7 +78,7 @@ def quantize_checkpoint(
     if finished and finished.model.get("source") == identity:
         return Plan(tuple(map(site_from, finished.sites)), finished.options)
     if not unfinished and not overwrite:
-        _check_unused(target)
+        _check_unused(target, resume)
     plan = _run(work, config, target, identity, unfinished or (new_generation(), Progress()), say)
     if work.unused:
         say(f"left out, as {work.name} has no place for them: {shortened(work.unused)}")
@@ -176,13 +176,13 @@ def _read(source: Source, dtype: torch.dtype, name: str) -> Tensor:
     return read_tensor(source.tensors[name]).to(dtype)
 
 
-def _check_unused(target: Path) -> None:
+def _check_unused(target: Path, resume: bool) -> None:
     if (target / MANIFEST).exists():
         raise CheckpointError(
             f"{target} holds a quantised model; give overwrite=True (--overwrite) to replace it, "
             "or another directory"
         )
-    if Journal(target).path.exists():
+    if Journal(target).path.exists() and not resume:
         raise CheckpointError(
             f"{target} holds an unfinished run; give resume=True (--resume) to go on with it, or "
             "overwrite=True (--overwrite) to start anew"

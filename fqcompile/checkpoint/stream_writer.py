@@ -15,7 +15,7 @@ from fqcompile.checkpoint.safetensors_file import bytes_of
 from fqcompile.checkpoint.shards import ShardWriter
 from fqcompile.checkpoint.slots import slots
 from fqcompile.config import FineQuantConfig
-from fqcompile.errors import UnquantizableWeight
+from fqcompile.errors import CheckpointError, UnquantizableWeight
 from fqcompile.module_weights import ModuleWeight, module_weights
 from fqcompile.quant.choose import choose_and_quantize, scale_dtype_beside
 from fqcompile.quantize_model import site_of
@@ -45,7 +45,7 @@ class StreamWriter:
         self._config, self._journal = config, journal
         self._found = module_weights(model, config)
         places = {slot.name: slot for slot in slots(model)}
-        self._kinds = {name: slot.kind for name, slot in places.items()}
+        self._places = places
         self._identities = {name: id(slot.tensor) for name, slot in places.items()}
         self._groups: dict[int, list[str]] = {}
         for name, identity in self._identities.items():
@@ -76,9 +76,19 @@ class StreamWriter:
         return name in self.done.slots or name in self._waiting.slots
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """A parameter or buffer, and what is tied to it."""
+        """A parameter or buffer, and what is tied to it.
+
+        Raises:
+            CheckpointError: it has another shape than the model's.
+        """
         if self.wrote(name):
             return
+        expected = self._places[name].tensor.shape
+        if tensor.shape != expected:
+            raise CheckpointError(
+                f"{name} is {list(tensor.shape)} in the checkpoint and {list(expected)} in the "
+                "model; is config.json that of another model?"
+            )
         names = self._receivers.get(name, [name])
         packed = [n for n in names if n in self._packable]
         if packed and not self._write_packed(packed, tensor):
@@ -154,7 +164,7 @@ class StreamWriter:
         if value is None:
             value = names[0]
             self._shards.add({value: tensor})
-        self._waiting += Progress(slots={n: SlotRecord(self._kinds[n], value) for n in names})
+        self._waiting += Progress(slots={n: SlotRecord(self._places[n].kind, value) for n in names})
 
     def _same_value(self, name: str, tensor: Tensor) -> str | None:
         """The value of a tied name, where the checkpoint has it twice and it is the same."""

@@ -30,7 +30,7 @@ class Disk:
     def __init__(self, fails_at: int | None = None, seed: int = 0) -> None:
         self.operations = 0
         self._fails_at, self._rng, self._failed = fails_at, random.Random(seed), False
-        self._unsynced: set[Path] = set()
+        self._unsynced: dict[Path, int] = {}  # and how many of its bytes are safe
         self._undo: list[Callable[[], object]] = []
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
@@ -50,7 +50,8 @@ class Disk:
         path = Path(name)
         if not path.exists():
             self._undo.append(lambda: path.unlink(missing_ok=True))
-        self._unsynced.add(path)
+        safe = path.stat().st_size if mode == "ab" and path.exists() else 0
+        self._unsynced[path] = min(safe, self._unsynced.get(path, safe))
         return _File(self, builtins.open(path, mode), path)
 
     def fsync(self, descriptor: int) -> None:
@@ -59,13 +60,16 @@ class Disk:
         if path.is_dir():
             self._undo.clear()
         else:
-            self._unsynced.discard(path)
+            self._unsynced.pop(path, None)
 
     def replace(self, source: Path, target: Path) -> None:
         self.operation()
         before = target.read_bytes() if target.exists() else None
         content = source.read_bytes()
         os.replace(source, target)
+        self._unsynced.pop(target, None)
+        if source in self._unsynced:
+            self._unsynced[target] = self._unsynced.pop(source)
 
         def undo() -> None:
             source.write_bytes(content)
@@ -87,10 +91,10 @@ class Disk:
         lost = self._rng.randint(0, len(self._undo))
         for undo in reversed(self._undo[len(self._undo) - lost :]):
             undo()
-        for path in self._unsynced:
+        for path, safe in self._unsynced.items():
             if path.exists():
                 data = path.read_bytes()
-                path.write_bytes(data[: self._rng.randint(0, len(data))])
+                path.write_bytes(data[: self._rng.randint(min(safe, len(data)), len(data))])
 
     def partly(self, data: Any) -> bytes:
         """What reaches the file of a write in which the power fails."""
