@@ -36,9 +36,9 @@ def check_fits(
     parts = [f"{what} {shortened(names)}" for what, names in kinds.items() if names]
     if parts:
         raise CheckpointError(
-            f"{directory} holds another model than {type(model).__name__} (a "
-            f"{manifest.model.get('class')}): {'; '.join(parts)}; build the model "
-            "with the configuration that was saved"
+            f"{directory} holds a {manifest.model.get('class')} that is not this "
+            f"{type(model).__name__}: {'; '.join(parts)}; build the model with the configuration "
+            "that was saved"
         )
 
 

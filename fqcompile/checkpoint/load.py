@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +19,9 @@ from fqcompile.checkpoint.slots import Slot, slots
 from fqcompile.errors import CheckpointError
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.weights.packed_weight import PackedWeight
+
+# One compares checksums while the other packs.
+_READERS = 2
 
 
 def load(
@@ -53,16 +58,14 @@ def load(
     model = _model(model_or_factory, manifest, target)
     places = {slot.name: slot for slot in slots(model)}
     check_fits(manifest, places, model, target)
-    names: dict[str, list[str]] = {}
+    holders: dict[str, list[Slot]] = {record.value: [] for record in manifest.slots.values()}
     for name, record in manifest.slots.items():
-        names.setdefault(record.value, []).append(name)
-    # All are there and right before the first is put: a refused directory leaves the model alone.
-    values = {
-        value: _value(
-            value, [places[n] for n in own if n in places], manifest, shards, device, verify
-        )
-        for value, own in names.items()
-    }
+        holders[record.value] += [places[name]] if name in places else []
+    reader = _Reader(manifest, shards, device, verify)
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = pool.map(reader.value, holders, holders.values())
+        # All are there and right before any is put: a refused directory leaves the model alone.
+        values = dict(zip(holders, found, strict=True))
     for name, record in manifest.slots.items():
         put(model, places.get(name), name, values[record.value])
     return model
@@ -98,48 +101,44 @@ def _model(
     return model.eval()
 
 
-def _value(
-    name: str,
-    holders: list[Slot],
-    manifest: Manifest,
-    shards: MappedShards,
-    device: torch.device | str | None,
-    verify: bool,
-) -> Tensor:
-    """One value, as a parameter where a module holds it as one."""
-    if device is None:
-        device = next((h.tensor.device for h in holders if not h.tensor.is_meta), "cpu")
-    record = manifest.packed.get(name)
-    if record is None:
-        tensor = _dense(shards.tensor(name, verify=verify).to(device))
-    else:
-        tensor = _packed(record, shards, torch.device(device), verify)
-    if all(holder.kind != "parameter" for holder in holders):
-        return tensor
-    trains = record is None and any(holder.tensor.requires_grad for holder in holders)
-    return nn.Parameter(tensor, requires_grad=trains)
+@dataclass(frozen=True)
+class _Reader:
+    """Makes what goes into the model, from any thread."""
 
+    manifest: Manifest
+    shards: MappedShards
+    device: torch.device | str | None
+    verify: bool
 
-def _dense(tensor: Tensor) -> Tensor:
-    """Compiled graphs copy what lies askew, in every call."""
-    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+    def value(self, name: str, holders: list[Slot]) -> Tensor:
+        """One value, as a parameter where a module holds it as one."""
+        device = self.device
+        if device is None:
+            device = next((h.tensor.device for h in holders if not h.tensor.is_meta), "cpu")
+        record = self.manifest.packed.get(name)
+        tensor = self._dense(name, device) if record is None else self._packed(record, device)
+        if all(holder.kind != "parameter" for holder in holders):
+            return tensor
+        trains = record is None and any(holder.tensor.requires_grad for holder in holders)
+        return nn.Parameter(tensor, requires_grad=trains)
 
+    def _dense(self, name: str, device: torch.device | str) -> Tensor:
+        tensor = self.shards.tensor(name, verify=self.verify).to(device)
+        # Compiled graphs copy what lies askew, in every call.
+        return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
-def _packed(
-    record: PackedRecord, shards: MappedShards, device: torch.device, verify: bool
-) -> PackedWeight:
-    codes, scale = (shards.tensor(n, verify=verify) for n in (record.codes, record.scale))
-    shape = (record.all_rows, record.k)
-    plain = QuantizedWeight(
-        codes.to(device), scale.to(device), record.bits, record.group_size, shape
-    )
-    packed = PackedWeight.of(
-        plain,
-        dtype=DTYPES[record.dtype],
-        experts=record.experts,
-        transposed=record.transposed,
-        scale_method=record.scale_method,
-    )
-    if packed.qweight.data_ptr() != codes.data_ptr():
-        shards.release(record.codes)
-    return packed
+    def _packed(self, record: PackedRecord, device: torch.device | str) -> PackedWeight:
+        names = (record.codes, record.scale)
+        codes, scale = (self.shards.tensor(name, verify=self.verify) for name in names)
+        shape = (record.all_rows, record.k)
+        tensors = (codes.to(device), scale.to(device))
+        packed = PackedWeight.of(
+            QuantizedWeight(*tensors, record.bits, record.group_size, shape),
+            dtype=DTYPES[record.dtype],
+            experts=record.experts,
+            transposed=record.transposed,
+            scale_method=record.scale_method,
+        )
+        if packed.qweight.data_ptr() != codes.data_ptr():
+            self.shards.release(record.codes)
+        return packed

@@ -11,7 +11,7 @@ from fqcompile.checkpoint.directory import commit, new_generation, readable_mani
 from fqcompile.checkpoint.hugging_face import config_of, hugging_face_files
 from fqcompile.checkpoint.manifest import Manifest, PackedRecord, SlotRecord
 from fqcompile.checkpoint.packed_record import write_packed
-from fqcompile.checkpoint.safetensors_file import DTYPE_NAMES
+from fqcompile.checkpoint.safetensors_file import DTYPE_NAMES, DTYPES
 from fqcompile.checkpoint.shards import ShardWriter
 from fqcompile.checkpoint.slots import Slot, slots
 from fqcompile.checkpoint.versions import versions
@@ -53,7 +53,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, plan: Plan | No
         before = readable_manifest(target)
         stage(target, generation, files)
         names = dict.fromkeys([*files, *(before.files if before else ())])
-        sites = plan.sites if plan else [_site(name, record) for name, record in packed.items()]
+        sites = plan.sites if plan else [_site(n, r, writer) for n, r in packed.items()]
         manifest = Manifest(
             generation=generation,
             versions=versions(),
@@ -142,10 +142,10 @@ def _unsavable(tensor: Tensor) -> str | None:
     return None
 
 
-def _site(name: str, record: PackedRecord) -> Site:
+def _site(name: str, record: PackedRecord, writer: ShardWriter) -> Site:
     """What the packed weight alone tells of its site."""
     matrix = (record.rows, record.k)
-    dense = record.all_rows * record.k
+    tensors = (writer.tensors[tensor] for tensor in (record.codes, record.scale))
     return Site(
         name=name,
         kind="experts" if record.experts else "linear",
@@ -153,6 +153,6 @@ def _site(name: str, record: PackedRecord) -> Site:
         status="quantized",
         bits=record.bits,
         group_size=record.group_size,
-        bytes_before=dense,
-        bytes_after=0,
+        bytes_before=record.all_rows * record.k * DTYPES[record.dtype].itemsize,
+        bytes_after=sum(tensor.nbytes for tensor in tensors),
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fqcompile.checkpoint.checkpoint_model import CheckpointModel
-from fqcompile.checkpoint.conversion import initialise, target_types
+from fqcompile.checkpoint.conversion import Conversion, initialise, target_types
 from fqcompile.checkpoint.directory import commit, new_generation, readable_manifest, stage, writing
 from fqcompile.checkpoint.fit import shortened
 from fqcompile.checkpoint.hugging_face import config_of
@@ -121,12 +121,19 @@ def _write_all(work: CheckpointModel, writer: StreamWriter) -> None:
         for i, step in enumerate(work.steps):
             if not writer.has(step.targets):
                 will_read(places[i + 1] if i + 1 < len(places) else [])
-                read = partial(_read, work.source, types(step.target))
-                for name, tensor in step.run(work.model, read).items():
-                    writer.write(name, tensor)
+                _write_step(work, step, types(step.target), writer)
             bar.update(sum(place.nbytes for place in places[i]))
     _write_the_rest(work, writer)
     writer.flush()
+
+
+def _write_step(
+    work: CheckpointModel, step: Conversion, dtype: torch.dtype, writer: StreamWriter
+) -> None:
+    results = step.run(work.model, partial(_read, work.source, dtype))
+    while results:  # what was written is not held any longer
+        name = next(iter(results))
+        writer.write(name, results.pop(name))
 
 
 def _write_the_rest(work: CheckpointModel, writer: StreamWriter) -> None:

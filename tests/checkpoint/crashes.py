@@ -4,7 +4,8 @@ It stands in for the operating system below `fqcompile.checkpoint.files`. After 
 operation fails, so nothing can be cleaned up, as after SIGKILL. Then
 
     a file that was not synced keeps some of its bytes
-    the latest renames, removals and new files that no sync of the directory followed are undone
+    renames, removals and new files that no sync of the directory followed are undone: the latest of
+    them, or any
 """
 
 import builtins
@@ -88,9 +89,11 @@ class Disk:
 
     def lose(self) -> None:
         """What the power failure costs."""
-        lost = self._rng.randint(0, len(self._undo))
-        for undo in reversed(self._undo[len(self._undo) - lost :]):
-            undo()
+        kept = self._rng.randint(0, len(self._undo))
+        in_order = self._rng.random() < 0.5
+        for number, undo in reversed(list(enumerate(self._undo))):
+            if number >= kept if in_order else self._rng.random() < 0.5:
+                undo()
         for path, safe in self._unsynced.items():
             if path.exists():
                 data = path.read_bytes()

@@ -129,10 +129,11 @@ def test_the_plan_is_recorded(tmp_path: Path) -> None:
     assert content["sites"] == json.loads(json.dumps([site.as_dict() for site in plan.sites]))
     fqcompile.save(model, tmp_path)
     sites = json.loads((tmp_path / "fqcompile.json").read_text())["content"]["sites"]
-    assert [(s["name"], s["bits"], s["shape"]) for s in sites] == [
-        ("up.weight", 8, [128, 64]),
-        ("down.weight", 8, [64, 128]),
-    ]
+    for site, full in zip(sites, plan.quantized, strict=True):
+        known = ("name", "kind", "status", "bits", "group_size", "bytes_before")
+        assert [site[key] for key in known] == [getattr(full, key) for key in known]
+        assert site["shape"] == list(full.shape)
+        assert site["bytes_after"] == 128 * 64 + 2 * full.shape[0]  # codes, and a scale each
 
 
 def test_other_files_of_the_directory_stay(saved: Path) -> None:
