@@ -363,3 +363,35 @@ def test_the_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["quantize", str(source), out, "--overwrite", "--dtype", "fp16"]) == 0
     assert main(["quantize", str(tmp_path), out, "--resume"]) == 2
     assert "has no config.json" in capsys.readouterr().err
+
+
+MEASURED = """
+import re, sys
+import torch, fqcompile
+from fqcompile.checkpoint import shards
+torch.set_num_threads(1)
+shards.SHARD_BYTES = 4 << 20
+
+def memory(what):
+    return int(re.search(what + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) << 10
+
+# Once, so that all is imported; then the high-water mark begins anew.
+fqcompile.quantize_checkpoint(sys.argv[1], sys.argv[2] + "/first", granularity=128)
+open("/proc/self/clear_refs", "w").write("5")
+before = memory("VmRSS")
+fqcompile.quantize_checkpoint(sys.argv[3], sys.argv[2] + "/second", granularity=128)
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_the_largest_tensor(source: Path, tmp_path: Path) -> None:
+    """Not that of the checkpoint: stacks of up to 17 MB, of 130 tensors in all."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 5}
+    large = checkpoint(tmp_path / "large", **sizes, num_local_experts=8, tie_word_embeddings=True)
+    nbytes = sum(path.stat().st_size for path in large.glob("*.safetensors"))
+    command = [sys.executable, "-c", MEASURED, str(source), str(tmp_path / "out"), str(large)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    stack = 8 * 2 * 1024 * 512 * 2
+    assert nbytes > 7 * stack
+    assert int(printed) < 4 * stack, int(printed) / stack

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fqcompile
 from fqcompile.checkpoint import shards
 from fqcompile.checkpoint.files import locked
+from fqcompile.checkpoint.manifest import read_manifest
 from fqcompile.errors import CheckpointError
 from fqcompile.weights.packed_weight import PackedWeight
 from tests.checkpoint.small_models import Small, contents, small
@@ -364,6 +365,21 @@ def test_readers_beside_writers_always_find_a_whole_save(saved: Path) -> None:
         seen.add(expected.index(contents(fqcompile.load(Small, saved))))
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert len(seen) > 1
+
+
+def test_a_save_that_is_replaced_while_it_is_opened(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader has the manifest of shards that are gone: it begins again."""
+    old = read_manifest(saved)
+    fqcompile.save(small(1), saved)
+    seen = [old]
+    monkeypatch.setattr(
+        "fqcompile.checkpoint.load.read_manifest",
+        lambda directory: seen.pop() if seen else read_manifest(directory),
+    )
+    assert contents(fqcompile.load(Small, saved)) == contents(small(1))
+    assert not seen
 
 
 def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
