@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fqcompile.errors import CheckpointError
+from fqcompile.weights.content_digest import bytes_of
 
 # Tensors start at multiples of it where their sizes allow: compiled graphs copy what lies askew.
 ALIGNMENT = 64
@@ -63,11 +64,6 @@ class TensorPlace:
 def byte_size(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor of that type and shape."""
     return math.prod(shape) * DTYPES[dtype].itemsize
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The elements of a contiguous tensor on the CPU, without a copy."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> bytes:

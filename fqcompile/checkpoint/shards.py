@@ -15,10 +15,10 @@ from fqcompile.checkpoint.safetensors_file import (
     ALIGNMENT,
     DTYPE_NAMES,
     DTYPES,
-    bytes_of,
     encode_header,
 )
 from fqcompile.errors import CheckpointError
+from fqcompile.weights.content_digest import bytes_of
 
 # What is collected before it is written: a killed run loses no more work than that, and packed
 # tensors that wait take no more memory.

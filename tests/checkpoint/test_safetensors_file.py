@@ -79,6 +79,22 @@ def test_large_tensors_start_aligned_whatever_stands_before_them(tmp_path: Path)
     assert starts == {"even": 0, "odd": 256, "last": 268}
 
 
+def test_views_are_written_as_what_they_show(tmp_path: Path) -> None:
+    numbers = torch.arange(24.0)
+    views = {
+        "transposed": numbers.view(4, 6).t(),
+        "rows": numbers.view(4, 6)[1:3],
+        "one": numbers[3::5][:1],
+        "repeated": numbers[:2, None].expand(2, 3),
+        "scalar": numbers[7],
+    }
+    writer = ShardWriter(tmp_path, "01234567")
+    writer.add(views)
+    writer.flush()
+    read = load_file(tmp_path / writer.shards[0].file)
+    assert {k: v.tolist() for k, v in read.items()} == {k: v.tolist() for k, v in views.items()}
+
+
 def _mutated(data: bytes, rng: random.Random) -> bytes:
     """One of: some bytes changed, some removed, some added, the end cut off."""
     changed = bytearray(data)
