@@ -3,9 +3,13 @@
 model = torch.compile(model, backend="finequant")
 """
 
+from fqcompile.checkpoint.load import load
+from fqcompile.checkpoint.save import save
+from fqcompile.checkpoint.stream import quantize_checkpoint
 from fqcompile.config import FineQuantConfig
 from fqcompile.decorator import finequant
 from fqcompile.errors import (
+    CheckpointError,
     FineQuantError,
     GraphInvariantError,
     NoKernelError,
@@ -19,6 +23,7 @@ from fqcompile.report import CompileReport, Plan, Site, reports
 from fqcompile.warm_up import warm_up
 
 __all__ = [
+    "CheckpointError",
     "CompileReport",
     "FineQuantConfig",
     "FineQuantError",
@@ -31,7 +36,10 @@ __all__ = [
     "explain",
     "fake_quantize_",
     "finequant",
+    "load",
     "quantize_",
+    "quantize_checkpoint",
     "reports",
+    "save",
     "warm_up",
 ]

@@ -31,3 +31,7 @@ class GraphInvariantError(FineQuantError, RuntimeError):
 
 class CorruptEntry(FineQuantError, ValueError):
     """A file of the weight cache is not as it was written; it is removed and made again."""
+
+
+class CheckpointError(FineQuantError, RuntimeError):
+    """A directory of weights cannot be read or written; the message names the file or tensor."""
