@@ -25,6 +25,7 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 import fqcompile
+from bench import process_memory
 from bench.identity import identity
 from bench.results import Results, Row
 from fqcompile.weights.store import STORE
@@ -118,15 +119,10 @@ def timed(found: Sequence[Case], inputs: Sequence[Tensor]) -> dict[Case, list[fl
 
 def peak_above(run: Callable[[], object]) -> int:
     """Bytes that the process grows by at most while `run` runs."""
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    process_memory.reset_peak()
+    before = process_memory.resident()
     run()
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
+    return process_memory.peak() - before
 
 
 def memory(plain: nn.Module, ours: Case, inputs: Sequence[Tensor]) -> tuple[float, float]:

@@ -1,4 +1,7 @@
-"""Measures a phase of a model three ways: 16 bits by Inductor, int8 and int4 by finequant."""
+"""Measures a phase of a model: 16 bits by Inductor, int8 and int4 by finequant.
+
+"int4 head": the output head in 4 bits too, which by default has 8.
+"""
 
 import copy
 import time
@@ -23,7 +26,12 @@ from fqcompile.report import CompileReport, clear_reports, reports
 
 Phase = Decoding | Prefill
 PLAIN = "inductor"
-WAYS = {PLAIN: None, "int8": 8, "int4": 4}
+WAYS: dict[str, dict[str, Any] | None] = {
+    PLAIN: None,
+    "int8": {"bits": 8},
+    "int4": {"bits": 4},
+    "int4 head": {"bits": 4, "overrides": {"lm_head|embed_tokens": {"bits": 4}}},
+}
 # Results that are rounded one after another in a layer: norm, q/k/v, scores, softmax, values, out,
 # sum, norm, up, activation, down, sum.
 CHAIN = 12
@@ -38,12 +46,12 @@ class Ready:
     row: Row
 
 
-def compiler(bits: int | None, inner: str) -> Callable[[Any], Any]:
+def compiler(own: dict[str, Any] | None, inner: str) -> Callable[[Any], Any]:
     """torch.compile as users call it; `inner` other than Inductor has no CUDA graphs."""
     graphs = {"mode": "reduce-overhead"} if inner == "inductor" else {}
-    if bits is None:
+    if own is None:
         return partial(torch.compile, backend=inner, dynamic=False, **graphs)
-    options = {"bits": bits, "inner_backend": inner, **graphs}
+    options = {**own, "inner_backend": inner, **graphs}
     return partial(torch.compile, backend=finequant, dynamic=False, options=options)
 
 
@@ -61,9 +69,9 @@ def measured_rows(model: nn.Module, phase: Phase, layers: int, inner: str) -> It
     ready: dict[str, Ready] = {}
     failures: dict[str, str] = {}
     torch.compiler.reset()
-    for way, bits in WAYS.items():
+    for way, options in WAYS.items():
         try:
-            ready[way] = _prepared(model, phase, bits, layers, inner)
+            ready[way] = _prepared(model, phase, options, layers, inner)
         except Exception as error:
             failures[way] = failure(error)
     device = next(model.parameters()).device
@@ -80,18 +88,20 @@ def measured_rows(model: nn.Module, phase: Phase, layers: int, inner: str) -> It
         yield row | ready[way].row
 
 
-def _prepared(model: nn.Module, phase: Phase, bits: int | None, layers: int, inner: str) -> Ready:
+def _prepared(
+    model: nn.Module, phase: Phase, options: dict[str, Any] | None, layers: int, inner: str
+) -> Ready:
     """Compile, compare with the dequantised weights in the same model, and warm up."""
     clear_reports()
     skips = _cudagraph_skips()
-    work = phase.step_of(model, compiler(bits, inner))
+    work = phase.step_of(model, compiler(options, inner))
     phase.rewind()
     start = time.perf_counter()
     logits = work().clone()
     _synchronize(logits.device)
     row: Row = {"first_call_s": time.perf_counter() - start}
     found = reports()
-    if bits is not None:
+    if options is not None:
         error = _relative_error(logits, _oracle_logits(model, phase, found))
         row |= _about(found) | {"error": error, "allowed": allowed_error(logits.dtype, layers)}
         if not error <= row["allowed"]:

@@ -1,8 +1,8 @@
 """Whole decoders with random weights: a step of decoding and a prefill, against 16 bits.
 
     python -m bench models --device cuda [--model llama-3-8b opt-175b] [--layers N]
-        [--batch 1,16,64] [--context 1024] [--prompt 1024] [--dtype bf16|fp16] [--json FILE]
-        [--time-budget SECONDS]
+        [--batch 1,16,64] [--context 1024] [--prompt 1024] [--phases prefill decode]
+        [--dtype bf16|fp16] [--json FILE] [--time-budget SECONDS]
     python -m bench models --device cpu --tiny     # whether it works, in 3 minutes
 
 All are compiled with mode="reduce-overhead", so run as CUDA graphs: the same model by Inductor, and
@@ -42,14 +42,16 @@ from fqcompile.kernels.gpu import gpu_of
 from fqcompile.kernels.tuning.search import DeviceLost
 
 _STEPS = WARM_UPS + REPLAYS + 1
+PHASES = ("prefill", "decode")
 TINY = {"model": ["tiny", "tiny-opt"], "batch": [1, 2], "context": 32, "prompt": 16}
 
 
 def phases(model: torch.nn.Module, arguments: argparse.Namespace) -> Iterator[tuple[Row, Phase]]:
     """The prefill, and decoding for each batch; made one after another, for caches are large."""
     prompt, context = arguments.prompt, arguments.context
-    yield {"phase": "prefill", "batch": 1, "tokens": prompt}, Prefill(model, prompt)
-    for batch in arguments.batch:
+    if "prefill" in arguments.phases:
+        yield {"phase": "prefill", "batch": 1, "tokens": prompt}, Prefill(model, prompt)
+    for batch in arguments.batch if "decode" in arguments.phases else ():
         about = {"phase": "decode", "batch": batch, "tokens": context}
         yield about, Decoding(model, batch, context, _STEPS)
 
@@ -111,6 +113,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=row_counts, default=[1, 16, 64], metavar="B,...")
     parser.add_argument("--context", type=int, default=1024, help="tokens that decoding attends to")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prefill")
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--tiny", action="store_true", help="made-up models: does it work?")
     parser.add_argument("--inner", default="inductor", help="backend that compiles the graphs")

@@ -50,7 +50,8 @@ def in_new_process(backend: str, dtype: str) -> dict[str, Any]:
     """`first_call` where nothing is imported, compiled or cached yet."""
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", "bench.overhead", "--backend", backend, "--dtype", dtype]
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+        empty = {"TORCHINDUCTOR_CACHE_DIR": cache, "FQCOMPILE_CACHE_SIZE": "0"}
+        environment = {**os.environ, **empty}
         result = subprocess.run(
             command, env=environment, check=True, stdout=subprocess.PIPE, text=True
         )

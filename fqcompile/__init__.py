@@ -3,9 +3,13 @@
 model = torch.compile(model, backend="finequant")
 """
 
+from fqcompile.checkpoint.load import load
+from fqcompile.checkpoint.save import save
+from fqcompile.checkpoint.stream import quantize_checkpoint
 from fqcompile.config import FineQuantConfig
 from fqcompile.decorator import finequant
 from fqcompile.errors import (
+    CheckpointError,
     FineQuantError,
     FreedWeightError,
     GraphInvariantError,
@@ -15,11 +19,13 @@ from fqcompile.errors import (
 )
 from fqcompile.explain import explain
 from fqcompile.fake_quantize import fake_quantize_
+from fqcompile.quantize_model import quantize_
 from fqcompile.report import CompileReport, Plan, Site, reports
 from fqcompile.restore import restore
 from fqcompile.warm_up import warm_up
 
 __all__ = [
+    "CheckpointError",
     "CompileReport",
     "FineQuantConfig",
     "FineQuantError",
@@ -33,7 +39,11 @@ __all__ = [
     "explain",
     "fake_quantize_",
     "finequant",
+    "load",
+    "quantize_",
+    "quantize_checkpoint",
     "reports",
     "restore",
+    "save",
     "warm_up",
 ]

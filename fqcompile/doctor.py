@@ -13,6 +13,8 @@ from textwrap import indent
 import torch
 from tabulate import tabulate
 
+from fqcompile.weights.disk_cache import SIZE, disk_cache
+
 DISTRIBUTIONS = ("fqcompile", "torch", "triton", "transformers", "numpy", "safetensors")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -88,6 +90,17 @@ def _kernel(refusal: str | None) -> str:
     return "available" if refusal is None else f"unavailable: {refusal}"
 
 
+def _weight_cache() -> str:
+    found = disk_cache()
+    if found is None:
+        return f"off, as {SIZE} says"
+    entries, nbytes = found.usage()
+    return (
+        f"{entries} weights, {nbytes / 2**30:.2f} of at most {found.limit / 2**30:g} GiB ({SIZE}), "
+        f"in {found.directory}: delete it to clear"
+    )
+
+
 def _section(title: str, lines: Sequence[Line]) -> str:
     body = tabulate(lines, tablefmt="plain", disable_numparse=True)
     return f"{title}\n{indent(body, '  ')}"
@@ -103,6 +116,7 @@ def diagnose(kernels: Sequence[tuple[str, str | None]] = ()) -> str:
         "devices": _devices(),
         "compilers": _compilers(),
         "backend": [("finequant", _entry_point())],
+        "cache": [("quantised", _weight_cache())],
         "kernels": [(name, _kernel(refusal)) for name, refusal in kernels],
     }
     return "\n\n".join(_section(title, lines) for title, lines in sections.items() if lines)

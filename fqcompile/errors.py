@@ -31,3 +31,11 @@ class KernelBuildError(FineQuantError, RuntimeError):
 
 class GraphInvariantError(FineQuantError, RuntimeError):
     """A pass left a graph that breaks a rule of its stage: a bug of fqcompile."""
+
+
+class CorruptEntry(FineQuantError, ValueError):
+    """A file of the weight cache is not as it was written; it is removed and made again."""
+
+
+class CheckpointError(FineQuantError, RuntimeError):
+    """A directory of weights cannot be read or written; the message names the file or tensor."""

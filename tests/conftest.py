@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("FQCOMPILE_DEBUG_DIR", None)
 os.environ["FQCOMPILE_CACHE_DIR"] = tempfile.mkdtemp(prefix="fqcompile-tests-")
+os.environ["FQCOMPILE_CACHE_SIZE"] = "0"  # a weight of one test is not found by the next
 
 import pytest
 import torch

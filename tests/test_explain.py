@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fqcompile
+from fqcompile.kernels import roofline
 from tests.helpers import Mlp, assert_close, finequant, frozen, oracle, quantized_names, report
 
 X = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
@@ -174,3 +175,14 @@ def test_every_matrix_that_a_graph_reads_is_listed_once() -> None:
     plan = fqcompile.explain(_model(), X)
     assert len({s.name for s in plan.sites}) == len(plan.sites)
     assert not any("no captured graph" in str(s.reason) for s in plan.sites)
+
+
+def test_each_site_says_what_it_takes_at_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merged gate and up share the activations that their one matmul moves."""
+    monkeypatch.setattr(roofline, "read_bandwidth", lambda: 10e9)
+    sites = fqcompile.explain(frozen(Mlp()), torch.randn(3, 128), granularity=64).quantized
+    for site in sites:
+        n, k = site.shape
+        moved = site.bytes_after + 3 * 4 * (n + k)
+        assert site.least_us == pytest.approx(1e6 * moved / 10e9)
+        assert site.as_dict()["least_us"] == site.least_us

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 import fqcompile
-from bench.moe_models import MODELS, build, expert_weights
+from bench import moe_models
 from fqcompile.report import clear_reports
 from fqcompile.weights.freed import is_freed
+from tests.dense_models import CASES, VOCAB, build, run
 from tests.helpers import finequant, oracle
-from tests.test_models import CASES, VOCAB, _build, _run
 from tests.test_moe_models import _ids, _logits
 
 
@@ -26,14 +26,14 @@ def _check(model: nn.Module, runs: list[Callable[[Any], Tensor]], **options: Any
     """The same results as without freeing; then all that was quantised is freed, and restorable."""
     twin = copy.deepcopy(model)
     keeping = finequant(twin, **options)
-    expected = [run(keeping) for run in runs]
+    expected = [one(keeping) for one in runs]
     plan = fqcompile.reports()[0]
     torch._dynamo.reset()
     clear_reports()
     freeing = finequant(model, free_weights=True, **options)
     for _ in range(2):
-        for run, want in zip(runs, expected, strict=True):
-            assert torch.equal(run(freeing), want)
+        for one, want in zip(runs, expected, strict=True):
+            assert torch.equal(one(freeing), want)
     assert not any(r.warnings for r in fqcompile.reports())
     _check_freed(model)
     names = _freed(model)
@@ -42,8 +42,8 @@ def _check(model: nn.Module, runs: list[Callable[[Any], Tensor]], **options: Any
     for name, weight in model.named_parameters():
         want = dequantised[name] if name in names else twin.get_parameter(name)
         assert torch.equal(weight, want), name
-    for run, want in zip(runs, expected, strict=True):
-        assert torch.equal(run(freeing), want)
+    for one, want in zip(runs, expected, strict=True):
+        assert torch.equal(one(freeing), want)
 
 
 def _check_freed(model: nn.Module) -> None:
@@ -60,25 +60,25 @@ def _check_freed(model: nn.Module) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", CASES)
 def test_model_is_freed(name: str, dtype: torch.dtype) -> None:
-    model, inputs = _build(name, dtype)
-    _check(model, [lambda m: _run(m, inputs)])
+    model, inputs = build(name, dtype)
+    _check(model, [lambda m: run(m, inputs)])
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
 def test_prefill_and_decode(name: str) -> None:
     """Two graphs with their own kernels and fusions, from one packed copy."""
-    model, _ = _build(name, torch.bfloat16)
+    model, _ = build(name, torch.bfloat16)
     prompt, token = torch.randint(0, VOCAB, (1, 80)), torch.randint(0, VOCAB, (1, 1))
-    runs = [lambda m, ids=ids: _run(m, {"input_ids": ids}) for ids in (prompt, token)]
+    runs = [lambda m, ids=ids: run(m, {"input_ids": ids}) for ids in (prompt, token)]
     _check(model, runs, dynamic=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", moe_models.MODELS)
 def test_mixture_of_experts_grouped_for_the_prompt_gathered_for_a_token(
     name: str, dtype: torch.dtype
 ) -> None:
-    model = build(name, dtype, "grouped_mm")
+    model = moe_models.build(name, dtype, "grouped_mm")
 
     def switch(compiled: Any, implementation: str) -> None:
         if name != "llama4":  # which has one of its own
@@ -92,7 +92,7 @@ def test_mixture_of_experts_grouped_for_the_prompt_gathered_for_a_token(
         switch(compiled, "batched_mm")
         return _logits(compiled, _ids(1))
 
-    stacks = set(expert_weights(model))
+    stacks = set(moe_models.expert_weights(model))
     _check(model, [prefill, decode], min_elements=4096, dynamic=False)
     assert stacks <= {s.name for s in fqcompile.reports()[0].plan.quantized if s.freed}
 
@@ -100,14 +100,14 @@ def test_mixture_of_experts_grouped_for_the_prompt_gathered_for_a_token(
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_blocks_compiled_in_place(name: str) -> None:
     """As `compile_repeated_blocks` does: the head and the embeddings stay eager."""
-    model, inputs = _build(name, torch.float32)
+    model, inputs = build(name, torch.float32)
     twin = copy.deepcopy(model)
     results = []
     for own, free in ((twin, False), (model, True)):
         options = {"inner_backend": "eager", "free_weights": free}
         for block in (own.model.decoder if name == "opt" else own.model).layers:
             block.compile(backend="finequant", options=options)
-        results += [_run(own, inputs), _run(own, inputs)]
+        results += [run(own, inputs), run(own, inputs)]
         torch._dynamo.reset()
     assert all(torch.equal(r, results[0]) for r in results)
     assert _freed(model) and all(".layers." in name for name in _freed(model))
@@ -115,7 +115,7 @@ def test_blocks_compiled_in_place(name: str) -> None:
 
 @pytest.mark.slow
 def test_generate_with_prefill_and_decode_compiled() -> None:
-    model, _ = _build("llama", torch.float32)
+    model, _ = build("llama", torch.float32)
     prompt = torch.randint(1, VOCAB, (1, 9))
     settings: dict[str, Any] = {
         "max_new_tokens": 6,

@@ -13,7 +13,7 @@ from fqcompile.kernels.cpu.stream import X86_STREAM
 from fqcompile.kernels.dequantize import DEQUANTIZE
 from fqcompile.kernels.launch_table import LaunchTable
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.template import Template
+from fqcompile.kernels.template import Layout, Template
 
 HAS_TRITON = find_spec("triton") is not None
 if HAS_TRITON:
@@ -25,6 +25,7 @@ else:
 
 _CPU = (X86_STREAM, INT4PACK, INT8PACK)
 TEMPLATES: dict[str, Template] = {t.name: t for t in (*_TRITON, *_CPU, DEQUANTIZE)}
+LAYOUTS: dict[str, Layout] = {t.layout.name: t.layout for t in TEMPLATES.values()}
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ class KernelChoice:
         return name if self.launches is None else f"{name}:{self.launches}"
 
 
-def select_kernel(spec: GemmSpec) -> KernelChoice:
+def select_kernel(spec: GemmSpec, layout: str | None = None) -> KernelChoice:
     """The first template that takes `spec`, with its closed-form configurations.
+
+    `layout`: the name of the one in which the weight is packed already, where it is.
 
     Raises:
         NoKernelError: every template refused; the text has each one's reason.
@@ -48,6 +51,8 @@ def select_kernel(spec: GemmSpec) -> KernelChoice:
     refusals = []
     for template in TEMPLATES.values():
         reason = _refusal(template, spec)
+        if reason is None and layout not in (None, template.layout.name):
+            reason = f"reads the layout {template.layout.name!r}, not {layout!r}"
         if reason is None:
             return KernelChoice(template, template.launches(spec))
         refusals.append(f"{template.name}: {reason}")

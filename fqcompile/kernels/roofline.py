@@ -1,4 +1,4 @@
-"""Least times: what a matmul must move and compute, over what the GPU moves and computes a second.
+"""Least times: what a matmul must move and compute, over what the device can a second.
 
 Expressions in M, the rows of x, in seconds. A kernel's own model is beside the kernel.
 """
@@ -8,6 +8,7 @@ from collections.abc import Callable
 import sympy
 from sympy import Expr, Max, Symbol
 
+from fqcompile.kernels.cpu.bandwidth import read_bandwidth
 from fqcompile.kernels.gpu import Gpu
 from fqcompile.kernels.spec import GemmSpec
 
@@ -52,6 +53,20 @@ def ideal_seconds(spec: GemmSpec, m: int) -> float:
     """`ideal` for m rows on the spec's GPU."""
     assert spec.gpu is not None, "only a GPU has a roofline here"
     return float(ideal(spec, spec.gpu).subs(M, m))
+
+
+def least_seconds(spec: GemmSpec) -> float | None:
+    """The least time for the spec's own number of rows, on the device where it runs.
+
+    On a CPU each byte is read once at the measured rate, and computing costs nothing: so for few
+    rows. None where neither is known.
+    """
+    if spec.gpu is not None:
+        return ideal_seconds(spec, spec.m)
+    if spec.device_type != "cpu":
+        return None
+    moved = experts_hit(spec) * weight_bytes(spec) + activation_bytes(spec)
+    return float(moved.subs(M, spec.m)) / read_bandwidth()
 
 
 def dense(spec: GemmSpec, gpu: Gpu) -> Expr:

@@ -68,15 +68,17 @@ class ExpertsFn(Protocol):
 class Layout:
     """How a kernel wants codes and scales in memory; `pack` makes it from the plain one.
 
-    `unpack` gives the plain one back, bit for bit; `dequantize` gives ŵ [rows, K] in a dtype. Both
-    take one matrix, and both are None where nothing can. The name carries the layout's version,
-    since packed tensors and tuned tables are found by it.
+    `unpack` gives the plain one back, bit for bit; `dequantize` gives ŵ [rows, K] in a dtype;
+    `narrow` gives some rows, in this layout, whose codes are a view, or None where these rows have
+    none. All take one matrix, and are None where nothing can. The name carries the layout's
+    version, since packed tensors and tuned tables are found by it.
     """
 
     name: str
     pack: Callable[[QuantizedWeight], PackedTensors]
     dequantize: Callable[[PackedLinear, torch.dtype], torch.Tensor] | None = None
     unpack: Callable[[PackedLinear], QuantizedWeight] | None = None
+    narrow: Callable[[PackedLinear, int, int], PackedTensors | None] | None = None
 
 
 def dequantize_plain(weight: PackedLinear, dtype: torch.dtype) -> torch.Tensor:
@@ -92,7 +94,14 @@ def unpack_plain(weight: PackedLinear) -> QuantizedWeight:
     return QuantizedWeight(qweight, scale, bits, group_size, (rows, k))
 
 
-PLAIN = Layout("plain", lambda w: (w.qweight, w.scale), dequantize_plain, unpack_plain)
+def narrow_plain(weight: PackedLinear, start: int, rows: int) -> PackedTensors:
+    """Rows from `start` on."""
+    return weight.qweight.narrow(0, start, rows), weight.scale.narrow(0, start, rows)
+
+
+PLAIN = Layout(
+    "plain", lambda w: (w.qweight, w.scale), dequantize_plain, unpack_plain, narrow_plain
+)
 
 
 def nothing_to_search(spec: GemmSpec, m: int, mode: SearchMode) -> Sequence[Config]:

@@ -30,6 +30,7 @@ class GraphState:
     Attributes:
         constants: the constant inputs, with their positions among `args`.
         written: nodes whose memory the named call of the graph may write to.
+        least_seconds: what each quantised matmul takes at the least, for the rows of the example.
         names: parameter names of the inputs that are constant, or would be if not written.
         name: the graph's, for messages.
         free_now: with `free_weights`, free in `choose`; else what will be freed is only named.
@@ -48,6 +49,7 @@ class GraphState:
     sites: list[WeightSite] = field(default_factory=list)
     kept: list[KeptWeight] = field(default_factory=list)
     packed: dict[fx.Node, PackedPair] = field(default_factory=dict)
+    least_seconds: dict[fx.Node, float] = field(default_factory=dict)
     matched: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     name: str = "the graph"

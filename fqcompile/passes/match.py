@@ -5,11 +5,11 @@ bmm(w[ids], x.unsqueeze(-1))           ->   ExpertSite(x, recipe: identity; sour
 _grouped_mm(x, w.mT, offs=offsets)     ->   ExpertSite(x, the same recipe; routing: offsets)
 """
 
-import re
 from collections import Counter
 
 from torch import Tensor, fx
 
+from fqcompile.config import HEAD_NAMES
 from fqcompile.passes.base import GraphState, example, placeholders
 from fqcompile.passes.effects import effects_between
 from fqcompile.passes.expert_forms import ExpertForm, expert_form
@@ -17,9 +17,6 @@ from fqcompile.passes.fold import ConstantFolder
 from fqcompile.passes.linear_forms import LinearForm, linear_form
 from fqcompile.passes.sites import ExpertSite, KeptWeight, LinearSite, WeightSite
 from fqcompile.weights.recipe import simplified, target_name
-
-# A head under its usual names; elsewhere a head is known by sharing its weight with an embedding.
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|embed_tokens|wte|word_embeddings|shared)(\.|$)")
 
 
 def match(state: GraphState) -> int:
@@ -96,7 +93,7 @@ def _linear_site(
         x_steps=form.x_steps,
         out_steps=form.out_steps,
         name=_name(state, sources),
-        head=any(_HEAD.search(state.names[s]) or _feeds_embedding(s) for s in sources),
+        head=any(HEAD_NAMES.search(state.names[s]) or _feeds_embedding(s) for s in sources),
     )
 
 

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from fqcompile.passes.base import GraphState, part_of
 from fqcompile.weights.packed import PackedSpec
+from fqcompile.weights.packed_weight import PackedWeight
 from fqcompile.weights.store import STORE
 
 
@@ -16,7 +17,9 @@ def quantize(state: GraphState) -> int:
     chosen = [(site, site.plan) for site in state.sites if site.plan is not None]
     for site, plan in tqdm(chosen, "fqcompile: quantising", unit="weight", disable=None, delay=2):
         part = part_of(state, site, plan)
-        STORE.hold(part, tuple(state.args[i] for i in part.inputs))
+        sources = tuple(state.args[i] for i in part.inputs)
+        if not any(isinstance(source, PackedWeight) for source in sources):
+            STORE.hold(part, sources)
         site.packed = PackedSpec((part,), plan.group_size)
         state.matched.append(f"{site.name}: {plan.bits} bits, groups of {plan.group_size}")
     return len(chosen)

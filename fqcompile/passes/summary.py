@@ -1,5 +1,6 @@
 """What the passes did to each weight, as the rows of a plan."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,15 +52,17 @@ def _site(state: GraphState, site: WeightSite) -> Site:
     names = tuple(state.names[source] for source in site.sources)
     assert site.packed is not None and site.op is not None
     group_size = state.packed[site.op].spec.group_size
+    error = site.plan.relative_error  # not a number where the weight came packed
     return replace(
         kept,
         status="quantized",
         bits=site.plan.bits,
         group_size=group_size,
         bytes_after=_packed_bytes(site, group_size),
-        relative_error=site.plan.relative_error,
+        relative_error=None if math.isnan(error) else error,
         expert_errors=site.plan.expert_errors or None,
         kernel=str(argument(site.op, "kernel")),
+        least_us=_least_us(state, site),
         **_freed(state, site),
         recipe=SiteRecipe(site.recipe, names, site.plan),
     )
@@ -71,6 +74,14 @@ def _freed(state: GraphState, site: WeightSite) -> dict[str, Any]:
     weights = [state.args[state.constants[source]] for source in site.sources]
     reasons = [why for w in weights if (why := state.kept_originals.get(id(w)))]
     return {"freed": not reasons, "not_freed": reasons[0] if reasons else None}
+
+
+def _least_us(state: GraphState, site: WeightSite) -> float | None:
+    """Its part of what its matmul takes at the least, by its share of the rows."""
+    assert site.op is not None and site.packed is not None
+    whole = state.least_seconds.get(site.op)
+    share = site.packed.rows / state.packed[site.op].spec.rows
+    return None if whole is None else 1e6 * whole * share
 
 
 def _kept(weight: KeptWeight) -> Site:

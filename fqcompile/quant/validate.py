@@ -6,6 +6,7 @@ from fqcompile.errors import UnquantizableWeight
 from fqcompile.quant.chunks import each_chunk, plain_tensors, row_chunks
 
 FLOAT_DTYPES = torch.float32, torch.float16, torch.bfloat16, torch.float64
+WEIGHT_DTYPES = FLOAT_DTYPES[:3]  # what models are quantised in
 
 
 @plain_tensors()

@@ -61,7 +61,11 @@ class CompileReport:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         title = f"graph {self.graph}, {self.total_seconds:.2f} s"
         warnings = [f"warning: {text}" for text in self.warnings]
-        return [f"{title} ({versions})" if versions else title, *warnings]
+        least = [site.least_us for site in self.sites if site.least_us is not None]
+        roofline = (
+            [f"quantised matmuls take {sum(least) / 1e3:.3g} ms at the least"] if least else []
+        )
+        return [f"{title} ({versions})" if versions else title, *roofline, *warnings]
 
     def __str__(self) -> str:
         rows = [(p.name, p.count, f"{p.seconds:.3f}") for p in self.passes]

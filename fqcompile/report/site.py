@@ -9,9 +9,11 @@ class Site:
     """A linear or a stack of experts whose weight was looked at.
 
     `shape` is (N, K) or (E, N, K), `group_size` is K where one scale serves a whole column, and
-    `relative_error` is the delivered ‖w-ŵ‖/‖w‖; `expert_errors` has that of each expert. `recipe`
-    says how to find the weight in a model again; it is there for `fake_quantize_` and never written
-    out. With `free_weights`, `freed` says whether the original was released, else `not_freed` why.
+    `relative_error` is the delivered ‖w-ŵ‖/‖w‖; `expert_errors` has that of each expert. `least_us`
+    is what moving its bytes takes, or on a GPU computing if that is longer, for the rows of the
+    example call. With `free_weights`, `freed` says whether the original was released, else
+    `not_freed` why. `recipe` says how to find the weight in a model again; it is there for
+    `fake_quantize_` and never written out.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Site:
     relative_error: float | None = None
     expert_errors: tuple[float, ...] | None = None
     kernel: str | None = None
+    least_us: float | None = None
     freed: bool = False
     not_freed: str | None = None
     recipe: object | None = field(default=None, repr=False, compare=False)

@@ -88,6 +88,7 @@ def _cells(site: Site) -> tuple[Cell, ...]:
         Cell(format_error(site.relative_error), site.relative_error),
         _worst_expert(site),
         Cell(site.kernel or ""),
+        Cell("" if site.least_us is None else f"{site.least_us:.1f}", site.least_us),
         Cell(site.reason or ""),
     )
 
@@ -102,7 +103,7 @@ def _worst_expert(site: Site) -> Cell:
 
 PAGE_HEADERS = (
     *("name", "kind", "shape", "status", "group", "MiB before", "MiB after"),
-    *("error", "worst expert", "kernel", "reason"),
+    *("error", "worst expert", "kernel", "least µs", "reason"),
 )
 
 

@@ -1,16 +1,18 @@
 """PackedSpec: the packed tensors that a node reads, as a value that any instance can fill."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fqcompile.kernels.cpu.huge_pages import in_huge_pages
 from fqcompile.kernels.template import PLAIN, Layout, PackedLinear, PackedTensors
 from fqcompile.quant.choose import QuantPlan, quantize_weight
 from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.weights.packed_weight import PackedWeight
 from fqcompile.weights.recipe import WeightRecipe
+from fqcompile.weights.stacks import pack_stack, unpack_stack
 
 Tensors = tuple[Tensor, ...]
 
@@ -40,7 +42,8 @@ class PackedPart:
         return part_key(self.recipe, self.plan)
 
     def quantize(self, sources: tuple[Tensor, ...]) -> QuantizedWeight:
-        return quantize_weight(self.recipe(*sources), self.plan)
+        w = self.recipe(*sources)
+        return w.quantized() if isinstance(w, PackedWeight) else quantize_weight(w, self.plan)
 
 
 @dataclass(frozen=True)
@@ -107,12 +110,7 @@ class PackedSpec:
 
     def pack(self, stacked: QuantizedWeight) -> PackedTensors:
         """In the layout; experts are packed one by one, so both tensors begin with [E, ...]."""
-        if not self.experts:
-            return self.layout.pack(stacked)
-        if self.layout is PLAIN:  # already one expert after the other
-            views = [t.unflatten(0, (self.experts, -1)) for t in (stacked.qweight, stacked.scale)]
-            return views[0], views[1]
-        return _pack_each(stacked.split(self.experts), self.layout)
+        return pack_stack(stacked, self.experts, self.layout)
 
     def slices(self, stacked: QuantizedWeight) -> Iterator[QuantizedWeight | None]:
         """The parts again, as views of the stacked tensors; None where rows changed places."""
@@ -130,28 +128,13 @@ class PackedSpec:
         """
         part, experts = self.parts[index], max(1, self.experts)
         start = sum(other.rows for other in self.parts[:index])
-        stacked = self._unpack(packed)
+        formats = (self.bits, self.group_size, self.rows, self.k)
+        stacked = unpack_stack(PackedLinear(*packed, *formats), self.experts, self.layout)
         if self.interleaved:
             stacked = stacked.gate_beside_up(experts)
         own = stacked.narrow_each(start, part.rows, experts).coarsen(part.plan.group_size)
         # cat made one dtype of all parts' scales; the way back is as exact.
         return replace(own, scale=own.scale.to(part.plan.scale_dtype))
-
-    def _unpack(self, packed: PackedTensors) -> QuantizedWeight:
-        unpack = self.layout.unpack
-        assert unpack is not None
-        matrices = list(zip(*packed, strict=True)) if self.experts else [packed]
-        formats = (self.bits, self.group_size, self.rows, self.k)
-        return QuantizedWeight.cat([unpack(PackedLinear(q, s, *formats)) for q, s in matrices])
-
-
-def _pack_each(experts: Sequence[QuantizedWeight], layout: Layout) -> PackedTensors:
-    """Into one tensor each from the start: a second copy of all experts would be large."""
-    first = layout.pack(experts[0])
-    qweight, scale = (in_huge_pages(t.new_empty((len(experts), *t.shape))) for t in first)
-    for i, expert in enumerate(experts):
-        qweight[i], scale[i] = layout.pack(expert)
-    return qweight, scale
 
 
 def common_group_size(specs: list[PackedSpec]) -> int | None:
@@ -164,3 +147,51 @@ def common_group_size(specs: list[PackedSpec]) -> int | None:
         return specs[0].k
     finest = min(sizes)
     return finest if all(size % finest == 0 for size in sizes) else None
+
+
+def plan_of_packed(w: Tensor) -> QuantPlan | str:
+    """How what was read of packed weights is quantised, or the reason why its codes do not serve.
+
+    Its error was known when it was packed, and is not any more.
+    """
+    if not isinstance(w, PackedWeight) or w.form.transposed or w.ids is not None:
+        return "the weight is packed, and is read here in a way that its codes cannot follow"
+    form = w.form
+    return QuantPlan(form.bits, form.group_size, form.scale_method, w.scale.dtype, math.nan)
+
+
+def packed_already(spec: PackedSpec, sources: Sequence[Tensor]) -> PackedTensors | None:
+    """The memory of a packed weight itself, where it is what `spec` asks for."""
+    part = spec.parts[0]
+    if len(spec.parts) > 1 or not any(isinstance(s, PackedWeight) for s in sources):
+        return None
+    w = part.recipe(*sources)
+    assert isinstance(w, PackedWeight), "checked when it was planned"
+    as_asked = (spec.layout.name, spec.group_size, False)
+    as_it_is = (w.form.layout, w.form.group_size, spec.interleaved)
+    return (w.qweight, w.scale) if as_it_is == as_asked else None
+
+
+def share_memory(spec: PackedSpec, packed: PackedTensors, sources: Sequence[Tensor]) -> None:
+    """Let packed weights that were stacked be rows of the stack: their own memory is released.
+
+    Not where the stack has another layout or other groups, where rows have changed places, or
+    where their blocks in memory would be cut.
+    """
+    narrow = spec.layout.narrow
+    if narrow is None or spec.experts or spec.interleaved or len(spec.parts) < 2:
+        return
+    form = (spec.bits, spec.group_size, spec.rows, spec.k)
+    start = 0
+    for part, own in spec.part_sources(sources):
+        w = own[0]
+        if isinstance(w, PackedWeight) and not part.recipe.steps:
+            rows = narrow(PackedLinear(*packed, *form), start, part.rows)
+            as_it_is = (w.form.layout, w.form.group_size, w.scale.dtype)
+            if rows is not None and as_it_is == (
+                spec.layout.name,
+                spec.group_size,
+                packed[1].dtype,
+            ):
+                w.qweight, w.scale = rows
+        start += part.rows

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fqcompile.quant.chunks import plain_tensors
 from fqcompile.weights.freed import FreedBy, empty_for, free, freed_by, refill
 from fqcompile.weights.packed import PackedPart
+from fqcompile.weights.packed_weight import PackedWeight
 from fqcompile.weights.store import STORE
 
 # Weights that a compiled graph reads as they are, with its name; never forgotten while they live.
@@ -42,6 +43,8 @@ def module_counts() -> Mapping[int, int]:
 
 def why_kept(weight: Tensor, parts: Sequence[PackedPart], modules: Mapping[int, int]) -> str | None:
     """Why a weight of which these parts are packed must keep its storage; None: it need not."""
+    if isinstance(weight, PackedWeight):
+        return "it is packed itself, and has no other values"
     if type(weight) is not nn.Parameter or weight.is_inference():
         return "only parameters, made outside of inference mode, are freed"
     if weight in _restored:

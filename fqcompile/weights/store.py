@@ -24,8 +24,18 @@ from fqcompile.errors import UnquantizableWeight
 from fqcompile.kernels.template import PackedTensors
 from fqcompile.quant.choose import QuantPlan, choose_and_quantize
 from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.weights.find_or_quantize import find_or_quantize
 from fqcompile.weights.freed import freed_by, is_freed
-from fqcompile.weights.packed import PackedPart, PackedSpec, Tensors, part_key
+from fqcompile.weights.packed import (
+    PackedPart,
+    PackedSpec,
+    Tensors,
+    packed_already,
+    part_key,
+    plan_of_packed,
+    share_memory,
+)
+from fqcompile.weights.packed_weight import PackedWeight
 from fqcompile.weights.recipe import WeightRecipe
 
 T = TypeVar("T")
@@ -118,16 +128,24 @@ class PackedStore:
         To know the error that a plan delivers is to quantise; the result is kept for `quantized`.
         """
 
+        request = ("plan", recipe.key, options, scale_dtype)
+        # A weight that changes while it is in use is being trained: no other start will meet it.
+        changed = (request, tuple(map(id, sources))) in self._entries.get(sources[0], {})
+        make = choose_and_quantize if changed else find_or_quantize
+
         def choose() -> QuantPlan | str:
             _check_readable(sources)
+            w = recipe(*sources)
+            if _any_packed(sources):
+                return plan_of_packed(w)
             try:
-                plan, weight = choose_and_quantize(recipe(*sources), options, scale_dtype)
+                plan, weight = make(w, options, scale_dtype)
             except UnquantizableWeight as error:
                 return str(error)
             self._get(sources, ("part", part_key(recipe, plan)), lambda: weight)
             return plan
 
-        return self._get(sources, ("plan", recipe.key, options, scale_dtype), choose)
+        return self._get(sources, request, choose)
 
     def quantized(self, part: PackedPart, sources: Tensors) -> QuantizedWeight:
         """One site's codes and scales in the plain layout, made on the first request.
@@ -155,6 +173,9 @@ class PackedStore:
         return self._get(sources, ("packed", spec.key), partial(self._pack, spec, sources))
 
     def _pack(self, spec: PackedSpec, sources: Tensors) -> PackedTensors:
+        own_memory = packed_already(spec, sources)
+        if own_memory is not None:
+            return own_memory
         parts = list(spec.part_sources(sources))
         stacked = spec.stack([self.quantized(part, own) for part, own in parts])
         packed = spec.pack(stacked)
@@ -165,10 +186,11 @@ class PackedStore:
             # scales repeated for a finer group size would not serve a coarser request
             if view is not None and view.group_size == part.plan.group_size:
                 held = view
-            elif spec.layout.unpack is not None:
+            elif spec.layout.unpack is not None and not _any_packed(own):
                 held = _InPacked(spec, index, packed)
             if held is not None or not any(map(is_freed, own)):
                 self._set(own, ("part", part.key), held)
+        share_memory(spec, packed, sources)
         return packed
 
     def _get(self, sources: Tensors, request: object, make: Callable[[], T]) -> T:
@@ -237,6 +259,11 @@ class PackedStore:
 def _quantize(part: PackedPart, sources: Tensors) -> QuantizedWeight:
     _check_readable(sources)
     return part.quantize(sources)
+
+
+def _any_packed(sources: Tensors) -> bool:
+    """Whether some have codes of their own, which nothing else need hold."""
+    return any(isinstance(source, PackedWeight) for source in sources)
 
 
 def _check_readable(sources: Tensors) -> None:

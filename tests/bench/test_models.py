@@ -31,9 +31,7 @@ def arguments(*more: str) -> Any:
 def test_each_way_is_checked_and_timed(capsys: pytest.CaptureFixture[str]) -> None:
     results = models.run(arguments())
     rows = {(row["phase"], row["way"]): row for row in results.rows}
-    assert set(rows) == {
-        (p, w) for p in ("prefill", "decode") for w in ("inductor", "int8", "int4")
-    }
+    assert set(rows) == {(p, w) for p in ("prefill", "decode") for w in model_rows.WAYS}
     assert not any("failure" in row for row in results.rows)
     for row in results.rows:
         assert 0 < row["low"] <= row["ms"] <= row["high"]
@@ -43,6 +41,13 @@ def test_each_way_is_checked_and_timed(capsys: pytest.CaptureFixture[str]) -> No
             assert row["linear_bytes"] < 0.6 * row["linear_bytes_before"]
     models.show(results)
     assert capsys.readouterr().out.rstrip().splitlines()[-1].split()[:2] == ["tiny", "decode"]
+
+
+def test_one_phase_alone_and_the_head_in_four_bits() -> None:
+    rows = models.run(arguments("--phases", "decode")).rows
+    assert {row["phase"] for row in rows} == {"decode"}
+    held = {row["way"]: row.get("linear_bytes") for row in rows}
+    assert held["int4 head"] < held["int4"] < held["int8"]
 
 
 def test_a_wrong_model_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

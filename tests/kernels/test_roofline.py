@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sympy import Expr, Max, lambdify
 
+from fqcompile.kernels import roofline
+from fqcompile.kernels.cpu.bandwidth import read_bandwidth
 from fqcompile.kernels.gpu import H200
-from fqcompile.kernels.roofline import M, crossover, ideal_seconds, weight_bytes
+from fqcompile.kernels.roofline import M, crossover, ideal_seconds, least_seconds, weight_bytes
 from fqcompile.kernels.spec import GemmSpec
 
 BF16 = torch.bfloat16
@@ -29,6 +31,25 @@ def test_few_rows_take_the_time_of_their_bytes_and_many_that_of_their_flops() ->
     assert ideal_seconds(residual, 1) == pytest.approx((moved + 2000) / H200.bandwidth)
     wide = replace(SPEC, n=8192, k=8192)
     assert ideal_seconds(wide, 4096) == pytest.approx(2 * 4096 * 8192**2 / H200.matrix_flops)
+
+
+def test_on_a_cpu_bytes_are_read_at_the_measured_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "read_bandwidth", lambda: 20e9)
+    here = replace(SPEC, device_type="cpu", gpu=None, m=3)
+    moved = weight_bytes(SPEC) + 3 * 2 * (400 + 1000)
+    assert least_seconds(here) == pytest.approx(moved / 20e9)
+    experts = replace(here, experts=4, routing="gathered", m=2)
+    hit = 4 * (1 - (3 / 4) ** 2)
+    moved = hit * weight_bytes(SPEC) + 2 * 2 * (400 + 1000)
+    assert least_seconds(experts) == pytest.approx(moved / 20e9)
+    assert least_seconds(SPEC) == ideal_seconds(SPEC, 1)
+    assert least_seconds(replace(here, device_type="cuda")) is None
+
+
+def test_the_rate_is_measured_once_for_each_number_of_threads() -> None:
+    rate = read_bandwidth()
+    assert 1e8 < rate < 1e13
+    assert read_bandwidth() == rate
 
 
 lines = st.tuples(st.integers(0, 50), st.integers(1, 50)).map(lambda ab: ab[0] + ab[1] * M)

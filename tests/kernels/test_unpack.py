@@ -51,3 +51,46 @@ def test_what_was_packed_comes_back(
     assert torch.equal(back.scale, scale) and back.scale.dtype == scale_dtype
     assert (back.bits, back.group_size, back.shape) == (bits, group, (n, k))
     assert back.qweight.is_contiguous() and back.scale.is_contiguous()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+@given(
+    blocks=st.lists(st.integers(1, 4), min_size=2, max_size=4),
+    k=st.integers(1, 300),
+    bits=st.sampled_from([4, 8]),
+    group=st.sampled_from([16, 32, 96, 128, 1000]),
+    over=st.integers(0, 63),
+    seed=st.integers(0, 999),
+)
+def test_rows_of_what_was_packed_are_views_and_what_packing_them_gives(
+    layout: Layout, blocks: list[int], k: int, bits: int, group: int, over: int, seed: int
+) -> None:
+    sizes = [64 * count for count in blocks[:-1]] + [64 * blocks[-1] - over]
+    n, group, generator = sum(sizes), min(group, k), torch.Generator().manual_seed(seed)
+    codes = random_codes(bits, n, k, generator)
+    scale = torch.randn(n, num_groups(k, group), generator=generator).half()
+    whole = QuantizedWeight(codes, scale, bits, group, (n, k))
+    packed = PackedLinear(*layout.pack(whole), bits, group, n, k)
+    assert layout.narrow is not None
+    start = 0
+    for rows in sizes:
+        found = layout.narrow(packed, start, rows)
+        expected = layout.pack(whole.narrow(start, rows))
+        assert found is not None
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert found[0].untyped_storage().data_ptr() == packed.qweight.untyped_storage().data_ptr()
+        assert all(tensor.is_contiguous() for tensor in found)
+        start += rows
+
+
+def test_rows_that_cut_a_block_have_no_view() -> None:
+    weight = QuantizedWeight(
+        torch.zeros(128, 8, dtype=torch.uint8), torch.ones(128, 1), 4, 16, (128, 16)
+    )
+    for name in LAYOUTS.keys() - {"plain"}:
+        layout = LAYOUTS[name]
+        assert layout.narrow is not None
+        packed = PackedLinear(*layout.pack(weight), 4, 16, 128, 16)
+        assert layout.narrow(packed, 8, 64) is None
+        assert layout.narrow(packed, 64, 8) is None
+        assert layout.narrow(packed, 64, 64) is not None

@@ -12,8 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -23,10 +22,7 @@ import torch
 from torch._inductor.exc import InvalidCxxCompiler
 
 from fqcompile.errors import KernelBuildError
-from fqcompile.kernels.tuning.table import cache_directory
-
-if sys.platform != "win32":
-    import fcntl
+from fqcompile.kernels.cache_directory import cache_directory, locked
 
 OVERRIDE = "FQCOMPILE_CPU_ISA"
 _SOURCES = Path(__file__).parent / "native"
@@ -131,7 +127,7 @@ def build(isa: Isa, directory: Path) -> Path:
         return path
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock")):
             if not path.exists():  # by another process meanwhile
                 _compile(command, path)
     except OSError as error:
@@ -184,14 +180,6 @@ def _run(command: list[str]) -> str:
             f"the compiler {command[0]} failed with {done.returncode}: {lines[0].strip()}"
         )
     return done.stdout
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the lock ends with its holder, however that ends."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def load(isa: Isa, path: Path) -> NativeLibrary:

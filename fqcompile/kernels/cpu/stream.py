@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fqcompile.kernels.cpu import native_library as native
 from fqcompile.kernels.cpu.forked import in_forked_child
-from fqcompile.kernels.cpu.stream_layout import OUTPUTS, dequantize, pack, unpack
+from fqcompile.kernels.cpu.stream_layout import OUTPUTS, dequantize, narrow, pack, unpack
 from fqcompile.kernels.epilogue import ACTIVATIONS, apply_epilogue
 from fqcompile.kernels.launch_table import Config
 from fqcompile.kernels.routing import Routing
@@ -193,5 +193,5 @@ def _dequantize(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
     return _transposed(weight, 0, weight.rows, dtype).t().contiguous()
 
 
-STREAM = Layout("x86_stream_1", pack, _dequantize, unpack)
+STREAM = Layout("x86_stream_1", pack, _dequantize, unpack, narrow)
 X86_STREAM = Template("x86_stream", STREAM, _refuse, lambda spec: None, _linear, experts=_experts)

@@ -60,6 +60,14 @@ def unpack(weight: PackedLinear) -> QuantizedWeight:
     return QuantizedWeight(qweight, scale.contiguous(), weight.bits, weight.group_size, shape)
 
 
+def narrow(weight: PackedLinear, start: int, rows: int) -> PackedTensors | None:
+    """Whole blocks from row `start` on; None where blocks would be cut."""
+    if start % OUTPUTS or (rows % OUTPUTS and start + rows < weight.rows):
+        return None
+    some = slice(start // OUTPUTS, -(-(start + rows) // OUTPUTS))
+    return weight.qweight[some], weight.scale[some]
+
+
 def dequantize(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
     """ŵ [rows, K] in `dtype` by PyTorch's operations alone; where the kernel runs it is faster."""
     return unpack(weight).dequantize(dtype)

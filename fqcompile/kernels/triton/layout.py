@@ -81,6 +81,15 @@ def unpack(weight: PackedLinear, kwidth: int) -> QuantizedWeight:
     return QuantizedWeight(qweight, _unpack_scales(weight), bits, weight.group_size, (len(rows), k))
 
 
+def narrow(weight: PackedLinear, start: int, rows: int) -> PackedTensors | None:
+    """Whole micro-tiles from row `start` on; their scales are copied, for rows are inside there."""
+    if start % MICRO_ROWS or (rows % MICRO_ROWS and start + rows < weight.rows):
+        return None
+    some = slice(start // MICRO_ROWS, -(-(start + rows) // MICRO_ROWS))
+    scale = F.pad(weight.scale[:, start : start + rows], (0, 0, 0, -rows % SCALE_ROWS))
+    return weight.qweight[some], scale.contiguous()
+
+
 def blocks_per_group(group_size: int, k: int) -> int:
     """Blocks of K that share their scales; 0 where a row has one scale."""
     if group_size >= k:

@@ -115,6 +115,7 @@ def _family(name: str, kwidth: int) -> Template:
         partial(layout.pack, kwidth=kwidth),
         partial(_dequantize, kwidth=kwidth),
         partial(layout.unpack, kwidth=kwidth),
+        layout.narrow,
     )
     return Template(
         name,

@@ -8,25 +8,19 @@ says why. Every change is merged into what the file holds by then, and replaces 
 import json
 import logging
 import math
-import os
 import re
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self, cast, get_args
 
+from fqcompile.kernels.cache_directory import cache_directory, locked
 from fqcompile.kernels.gpu import Gpu
 from fqcompile.kernels.launch_table import Config, parse_config
 from fqcompile.kernels.template import SearchMode
 from fqcompile.kernels.tuning.key import Bucket, fingerprint, kernel_source_hash
-
-if sys.platform != "win32":
-    import fcntl
 
 log = logging.getLogger("fqcompile")
 
@@ -145,7 +139,7 @@ class TunedTable:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(self.path.with_suffix(".lock")):
+            with locked(self.path.with_suffix(".lock")):
                 self._cases = merged(read_cases(self.path, self.fingerprint), self._cases)
                 # Under the lock one name serves all writers, so that a kill leaves one such file.
                 part = self.path.with_suffix(".part")
@@ -166,17 +160,6 @@ def table_for(gpu: Gpu) -> TunedTable:
     return _table(gpu, cache_directory() / "tuned")
 
 
-def cache_directory() -> Path:
-    """$FQCOMPILE_CACHE_DIR, else "fqcompile" in $XDG_CACHE_HOME or ~/.cache."""
-    own, shared = os.environ.get("FQCOMPILE_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own)
-    home = os.path.expanduser("~")
-    if not shared and home == "~":  # a user whom the system does not know
-        return Path(tempfile.gettempdir()) / "fqcompile"
-    return Path(shared or os.path.join(home, ".cache")) / "fqcompile"
-
-
 @cache
 def _table(gpu: Gpu, directory: Path) -> TunedTable:
     here = fingerprint(gpu, kernel_source_hash())
@@ -188,15 +171,6 @@ def _table(gpu: Gpu, directory: Path) -> TunedTable:
 def merged(cases: Cases, news: Cases) -> Cases:
     """The cases of both, each with the trials of both."""
     return {**cases, **{at: cases.get(at, Case()).merged(new) for at, new in news.items()}}
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the lock ends with its holder, however that ends."""
-    with path.open("a") as file:
-        if sys.platform != "win32":
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def read_cases(path: Path, fingerprint: Fingerprint, agree: tuple[str, ...] = ()) -> Cases:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fqcompile.errors import KernelBuildError
+from fqcompile.kernels.cache_directory import cache_directory
 from fqcompile.kernels.cpu import native_library
 from fqcompile.kernels.cpu.native_library import ISAS, NativeLibrary, build, load
-from fqcompile.kernels.tuning.table import cache_directory
 
 if os.environ.get("FQTEST_SANITIZE"):  # as `make sanitize` does, which preloads their runtime
     native_library._FLAGS += (

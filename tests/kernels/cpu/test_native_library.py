@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from fqcompile.errors import KernelBuildError
+from fqcompile.kernels.cache_directory import cache_directory
 from fqcompile.kernels.cpu import native_library as native
 from fqcompile.kernels.cpu import stream
 from fqcompile.kernels.cpu.native_library import ISAS, build, chosen_isa, load
-from fqcompile.kernels.tuning.table import cache_directory
 from tests.kernels.cpu.paths import NAMES, library, path
 from tests.kernels.cpu.test_stream import SPEC, packed
 from tests.strategies import make_problem

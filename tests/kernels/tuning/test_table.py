@@ -20,7 +20,6 @@ from fqcompile.kernels.tuning.table import (
     Timing,
     Trial,
     TunedTable,
-    cache_directory,
     table_for,
 )
 
@@ -288,19 +287,6 @@ def test_shipped_measurements_outlive_what_no_kernel_depends_on(
     _filled(tmp_path / "shipped.json")
     table = TunedTable.load(tmp_path / "own.json", {**HERE, **change}, tmp_path / "shipped.json")
     assert (table.case("k1", 16) != Case()) is used
-
-
-def test_the_cache_directory_follows_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("FQCOMPILE_CACHE_DIR", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    assert cache_directory() == tmp_path / ".cache" / "fqcompile"
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert cache_directory() == Path("/xdg/fqcompile")
-    monkeypatch.setenv("FQCOMPILE_CACHE_DIR", "/own")
-    assert cache_directory() == Path("/own")
 
 
 def test_a_gpu_has_one_table_which_is_read_once(

@@ -1,0 +1,125 @@
+"""Memory of a model from loading to its first result: peak and resident, way by way.
+
+    python -m bench memory [--size llama|tiny] [--layers 2] [--way NAME ...] [--json FILE]
+
+A Llama of hidden size 4096 with random bf16 weights, 1.4 GB with 2 layers and its head, and a
+prompt of 16 tokens. Each way is a process of its own, in which the model is made first, as a
+checkpoint would be loaded; "load" has no such model, it reads a directory that another process has
+saved. What is added by importing is taken off. Inductor's caches are filled by a first process that
+is not measured, for what its compilation takes depends on the machine; weights are quantised anew.
+
+    loaded     bytes resident when the model is there
+    peak       the most that was resident from then on to the first result; of "load" from its start
+    after      resident when garbage is gone; "own" is that without pages that are a file's
+"""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from tqdm import tqdm
+
+from bench.failures import failure
+from bench.fresh_process import in_fresh_process
+from bench.identity import identity
+from bench.llama_layers import SIZES
+from bench.memory_ways import PLAIN, SAVE, SAVED, WAYS
+from bench.model_rows import allowed_error
+from bench.results import Results, Row
+from fqcompile.kernels.tuning.search import WrongResult
+
+_MIB = 2**20
+# Random weights quantised to 4 bits by any rule are a tenth of their size off, and so is a model of
+# few layers some times that.
+_LOOSELY = 0.6
+
+
+def measured(way: str, arguments: argparse.Namespace, folder: Path) -> Row:
+    """The way's row, from its second process; both write their caches below `folder`."""
+    environment = {
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "FQCOMPILE_CACHE_SIZE": "0",
+    }
+    flags = ["--size", arguments.size, "--threads", str(arguments.threads)]
+    flags += ["--layers", str(arguments.layers), "--saved", str(folder / "saved")]
+    ways = [SAVE, way, way] if way in SAVED else [way, way]
+    rows = [in_fresh_process("bench.memory_ways", [*flags, name], environment) for name in ways]
+    return rows[-1]
+
+
+def checked(row: Row, before: Sequence[Row], layers: int) -> Row:
+    """The row without its logits.
+
+    Raises:
+        WrongResult: they are not those of the plain model to 4 bits, or of our other ways exactly
+            to rounding.
+    """
+    logits = torch.tensor(row["logits"], dtype=torch.float64)
+    for other in before:
+        if "logits" not in other:
+            continue
+        expected = torch.tensor(other["logits"], dtype=torch.float64)
+        error = float((logits - expected).norm() / expected.norm())
+        alike = row["ours"] and other["ours"]
+        allowed = allowed_error(torch.bfloat16, layers) if alike else _LOOSELY
+        if not error <= allowed:
+            raise WrongResult(f"{error:.2g} from {other['way']}, allowed {allowed:.2g}")
+        row["error"] = row.get("error", error)
+    return row
+
+
+def memory_table(rows: Sequence[Row]) -> str:
+    """MiB beyond those of the imports; "of bf16" compares with the plain model."""
+    plain = next((row for row in rows if row["way"] == PLAIN and "failure" not in row), None)
+    lines = []
+    for row in rows:
+        if "failure" in row:
+            continue
+        figures = [f"{row[key] / _MIB:.0f}" for key in ("loaded", "peak", "after", "own")]
+        shares = [f"{row[key] / plain[key]:.2f}" if plain else "" for key in ("peak", "after")]
+        imports = f"{row['imports'] / _MIB:.0f}"
+        lines.append([row["way"], *figures, *shares, imports, f"{row.get('error', 0):.3f}"])
+    headers = ["way", "loaded", "peak", "after", "own", "peak\nof bf16", "after\nof bf16"]
+    return tabulate(lines, [*headers, "imports", "error"], disable_numparse=True)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench memory", description=__doc__)
+    parser.add_argument("--size", choices=SIZES, default="llama")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> Results:
+    settings = {"size": arguments.size, "layers": arguments.layers, "threads": arguments.threads}
+    results = Results(identity(torch.device("cpu")), settings, arguments.json)
+    found: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for way in tqdm(arguments.way, "ways", disable=None):
+            row: Row = {"way": way}
+            try:
+                row |= measured(way, arguments, Path(folder))
+                found.append(checked(row, found, arguments.layers))
+            except Exception as error:
+                row = {"way": way, "failure": failure(error)}
+            results.add({key: value for key, value in row.items() if key != "logits"})
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    results = run(parse(argv))
+    print(", ".join(f"{key} {value}" for key, value in results.identity.items()))
+    for row in results.rows:
+        if "failure" in row:
+            print(f"{row['way']}: {row['failure']}")
+    print(memory_table(results.rows))
+
+
+if __name__ == "__main__":
+    main()

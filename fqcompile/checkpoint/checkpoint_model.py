@@ -1,0 +1,93 @@
+"""A checkpoint's model without values, and how the checkpoint's tensors become its own."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from fqcompile.checkpoint.conversion import Conversion, conversions
+from fqcompile.checkpoint.fit import shortened
+from fqcompile.checkpoint.hugging_face import build_model, hugging_face_files, model_class
+from fqcompile.checkpoint.safetensors_file import DTYPES
+from fqcompile.checkpoint.slots import slots
+from fqcompile.checkpoint.source import Source
+from fqcompile.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class CheckpointModel:
+    """The class that the config names, on the meta device.
+
+    Attributes:
+        steps: which tensors of the checkpoint become which of the model.
+        unused: tensors of the checkpoint that the model has no place for, unexpectedly.
+        missing: names that the checkpoint need not hold, and does not.
+    """
+
+    source: Source
+    model: Any
+    dtype: torch.dtype
+    steps: tuple[Conversion, ...]
+    unused: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    @classmethod
+    def of(cls, source: Source, dtype: torch.dtype | None) -> "CheckpointModel":
+        """Reads no tensor.
+
+        Raises:
+            CheckpointError: the class is unknown here, or needs what the checkpoint lacks.
+        """
+        names = source.config.get("architectures") or [None]
+        found = model_class(names[0], source.directory)
+        dtype = dtype or _dtype(source)
+        with torch.device("meta"):
+            model = build_model(found, found.config_class.from_dict(dict(source.config)), dtype)
+        steps, unknown = conversions(model, source.tensors)
+        unused = [n for n in unknown if not _matches(model._keys_to_ignore_on_load_unexpected, n)]
+        missing = _missing(model, [name for step in steps for name in step.targets])
+        lost = [n for n in missing if not _matches(model._keys_to_ignore_on_load_missing, n)]
+        if lost:
+            raise CheckpointError(
+                f"{source.directory} lacks {len(lost)} tensors of {found.__name__}: "
+                f"{shortened(lost)}; is config.json that of another model?"
+            )
+        return cls(source, model.eval(), dtype, tuple(steps), tuple(unused), tuple(missing))
+
+    @property
+    def name(self) -> str:
+        return type(self.model).__name__
+
+    @cached_property
+    def given(self) -> tuple[str, ...]:
+        """The names in the model that the checkpoint has a value for."""
+        return tuple(name for step in self.steps for name in step.targets)
+
+    @property
+    def config_file(self) -> bytes:
+        """The model's `config.json`, with the type that it was given."""
+        return hugging_face_files(self.model)["config.json"]
+
+
+def _dtype(source: Source) -> torch.dtype:
+    """As `from_pretrained` decides: the config's, else that of the first tensor with a fraction."""
+    named = source.config.get("dtype") or source.config.get("torch_dtype")
+    if isinstance(named, str) and isinstance(getattr(torch, named, None), torch.dtype):
+        found: torch.dtype = getattr(torch, named)
+        return found
+    types = (DTYPES[place.dtype] for place in source.tensors.values())
+    return next((t for t in types if t.is_floating_point), torch.float32)
+
+
+def _missing(model: Any, given: Sequence[str]) -> list[str]:
+    """Names that nothing gives a value, nor what they are tied to."""
+    tensors = {slot.name: id(slot.tensor) for slot in slots(model)}
+    there = {tensors[name] for name in given if name in tensors}
+    return [name for name in model.state_dict() if tensors[name] not in there]
+
+
+def _matches(patterns: Any, name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns or ())

@@ -1,0 +1,146 @@
+"""From a checkpoint's tensors to a model's, by the converters of transformers.
+
+experts.0.gate_proj.weight, experts.0.up_proj.weight, experts.1. ...  ->  experts.gate_up_proj
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fqcompile.errors import CheckpointError
+
+Read = Callable[[str], Tensor]
+
+
+@dataclass
+class Conversion:
+    """Some tensors of the checkpoint that become one of the model, or several.
+
+    `sources` are the checkpoint's names by the pattern that they match; `target` is the first name
+    of the result.
+    """
+
+    target: str
+    converter: Any
+    sources: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        return [name for names in self.sources.values() for name in names]
+
+    @property
+    def targets(self) -> list[str]:
+        """The model's names that this gives."""
+        first, *others = getattr(self.converter, "target_patterns", [self.target])
+        return [self.target, *(self.target.replace(first, other) for other in others)]
+
+    def run(self, model: Any, read: Read) -> dict[str, Tensor]:
+        """The model's tensors by name.
+
+        Raises:
+            CheckpointError: the tensors are not of shapes that can be converted.
+        """
+        try:
+            if self._is_stack():
+                return {self.target: self._stack(model, read)}
+            return self._convert(model, read, self.sources)
+        except (RuntimeError, ValueError, KeyError, IndexError, StopIteration) as error:
+            names = ", ".join(self.names[:3])
+            raise CheckpointError(f"{names}, ... cannot become {self.target}: {error}") from error
+
+    def _convert(self, model: Any, read: Read, sources: dict[str, list[str]]) -> dict[str, Tensor]:
+        converter = copy.deepcopy(self.converter)
+        for pattern, names in sources.items():
+            for name in names:
+                converter.add_tensor(self.target, name, pattern, partial(read, name))
+        results = converter.convert(self.target, model=model, config=model.config)
+        return {k: v[0] if isinstance(v, list) else v for k, v in results.items()}
+
+    def _is_stack(self) -> bool:
+        """Whether each expert can be converted alone."""
+        operations = getattr(self.converter, "operations", [])
+        kinds = [type(operation).__name__ for operation in operations]
+        return (
+            kinds in (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
+            and [operation.dim for operation in operations] in ([0], [0, 1])
+            and len({len(names) for names in self.sources.values()}) == 1
+        )
+
+    def _stack(self, model: Any, read: Read) -> Tensor:
+        """Expert by expert: all of them and their parts at once would need twice the memory."""
+        experts = len(next(iter(self.sources.values())))
+        result: Tensor | None = None
+        for expert in range(experts):
+            own = {pattern: [names[expert]] for pattern, names in self.sources.items()}
+            (matrix,) = self._convert(model, read, own).values()
+            if result is None:
+                result = matrix.new_empty((experts, *matrix.shape[1:]))
+            result[expert] = matrix[0]
+        assert result is not None
+        return result
+
+
+def conversions(model: Any, names: Iterable[str]) -> tuple[list[Conversion], list[str]]:
+    """What becomes what, in the order of `from_pretrained`; and the names that the model lacks."""
+    loading = import_module("transformers.core_model_loading")
+    mapping = import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, loading.WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, loading.WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    known, prefix = model.state_dict(), model.base_model_prefix
+    found: dict[str, Conversion] = {}
+    unknown = []
+    for name in sorted(names, key=loading.dot_natural_key):
+        target, pattern = loading.rename_source_key(name, renamings, converters, prefix, known)
+        if target not in known and name in known:
+            target, pattern = loading.rename_source_key(name, [], [], prefix, known)
+        if target not in known:
+            unknown.append(name)
+            continue
+        if pattern is None:
+            pattern, converter = name, loading.WeightRenaming(name, target)
+        else:
+            converter = by_pattern[pattern]
+        conversion = found.setdefault(target, Conversion(target, converter))
+        conversion.sources.setdefault(pattern, []).append(name)
+    return list(found.values()), unknown
+
+
+def target_types(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+    """The type in which `from_pretrained` would load a tensor of that name."""
+    loading = import_module("transformers.core_model_loading")
+    known, plan = model.state_dict(), model._get_dtype_plan(dtype)
+    pattern = loading.build_glob_alternation(list(plan))[0] if plan else None
+
+    def of(name: str) -> torch.dtype:
+        if pattern is not None and pattern.search(name):
+            return torch.float32  # what models keep in a type of its own, they keep in this
+        own: torch.dtype = known[name].dtype
+        return own
+
+    return of
+
+
+def initialise(model: Any, missing: Iterable[str]) -> None:
+    """Compute what a checkpoint does not hold: buffers such as rotary frequencies, and `missing`.
+
+    All else is marked as initialised and stays on the meta device.
+    """
+    names = set(missing)
+    model._move_missing_keys_from_meta_to_device(names, None, None, None)
+    for name, tensor in _state(model):
+        if name not in names:
+            tensor._is_hf_initialized = True
+    model._initialize_missing_keys(False)
+
+
+def _state(model: Any) -> Iterator[tuple[str, Any]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    persistent = model.state_dict(keep_vars=True)
+    yield from ((n, b) for n, b in model.named_buffers() if n in persistent)

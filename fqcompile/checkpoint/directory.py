@@ -1,0 +1,99 @@
+"""A directory that holds the old save or the new one, whenever its writer is killed.
+
+    1  shards of a new generation, other files beside the old ones     the old save is whole
+    2  the manifest, by one rename                                     the new save is whole
+    3  other files by a rename each; what no manifest names is removed
+
+Whoever writes next finishes step 3, or undoes step 1, of one that did not get so far.
+"""
+
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from fqcompile.checkpoint.files import locked, remove, rename, sync_directory, write_file
+from fqcompile.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from fqcompile.errors import CheckpointError
+
+_SHARD = re.compile(r"fqcompile-([0-9a-f]{8})-\d{5}\.safetensors")
+_STAGED = re.compile(r"(.+)\.fqcompile-([0-9a-f]{8})")
+
+
+def new_generation() -> str:
+    """A tag that no other save has."""
+    return secrets.token_hex(4)
+
+
+def staged(directory: Path, file: str, generation: str) -> Path:
+    """Where a file waits for the manifest."""
+    return directory / f"{file}.fqcompile-{generation}"
+
+
+@contextmanager
+def writing(directory: Path, keep: str | None = None) -> Iterator[None]:
+    """The directory for one writer alone, rid of what others left; `keep` is a generation to keep.
+
+    Raises:
+        CheckpointError: it is a file, or another process writes to it.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file; give a directory to write to")
+    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory):
+        _tidy(directory, readable_manifest(directory), keep)
+        try:
+            yield
+        except BaseException:
+            _tidy(directory, readable_manifest(directory), keep)
+            raise
+
+
+def readable_manifest(directory: Path) -> Manifest | None:
+    """That of a directory, or None where there is none or it is unreadable."""
+    try:
+        return read_manifest(directory)
+    except CheckpointError:
+        return None
+
+
+def stage(directory: Path, generation: str, files: Mapping[str, bytes]) -> None:
+    """Files to appear under their names when the manifest does; those that are there stay."""
+    for name, content in files.items():
+        path = directory / name
+        if not path.is_file() or path.read_bytes() != content:
+            write_file(staged(directory, name, generation), [content])
+
+
+def commit(directory: Path, manifest: Manifest) -> None:
+    """The moment when the new save takes the place of the old."""
+    path = staged(directory, MANIFEST, manifest.generation)
+    write_file(path, [manifest.to_json().encode()])
+    sync_directory(directory)
+    rename(path, directory / MANIFEST)
+    sync_directory(directory)
+    _tidy(directory, manifest, None)
+
+
+def file_of(directory: Path, manifest: Manifest, name: str) -> Path:
+    """Where one of `manifest.files` lies, even if its writer was killed in step 3."""
+    path = staged(directory, name, manifest.generation)
+    return path if path.is_file() else directory / name
+
+
+def _tidy(directory: Path, manifest: Manifest | None, keep: str | None) -> None:
+    """Finish what the manifest promises, and remove what neither it nor `keep` names.
+
+    Without a readable manifest nobody knows what is whose: all shards stay.
+    """
+    if manifest is None and (directory / MANIFEST).exists():
+        return
+    generation = None if manifest is None else manifest.generation
+    for path in sorted(directory.iterdir()):
+        shard, waiting = _SHARD.fullmatch(path.name), _STAGED.fullmatch(path.name)
+        if waiting and manifest and waiting[2] == generation and waiting[1] in manifest.files:
+            rename(path, directory / waiting[1])
+        elif (waiting and waiting[2] != keep) or (shard and shard[1] not in (generation, keep)):
+            remove(path)
+    sync_directory(directory)

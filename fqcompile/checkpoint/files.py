@@ -1,0 +1,74 @@
+"""Files that survive a crash: each is on the disk before anything that speaks of it is written."""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fqcompile.errors import CheckpointError
+
+if sys.platform != "win32":
+    import fcntl
+
+Piece = bytes | memoryview
+
+
+def write_file(path: Path, pieces: Iterable[Piece]) -> None:
+    """The pieces one after the other, in a new file or in place of an old one."""
+    with open(path, "wb") as file:
+        for piece in pieces:
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def append_to_file(path: Path, piece: Piece) -> None:
+    """At the end of the file, which is made where it is not there."""
+    with open(path, "ab") as file:
+        file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def rename(source: Path, target: Path) -> None:
+    """`source` takes the place of `target`: a reader finds the one or the other."""
+    os.replace(source, target)
+
+
+def remove(path: Path) -> None:
+    """Where it is there."""
+    if path.exists():
+        os.unlink(path)
+
+
+def sync_directory(directory: Path) -> None:
+    """Which files there are, and by what names, reaches the disk too."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """One writer at a time; the system releases the lock of a process that dies.
+
+    Raises:
+        CheckpointError: another writer holds it, or the system has no such locks.
+    """
+    if sys.platform == "win32":
+        raise CheckpointError("writing a checkpoint needs the file locks of Linux or macOS")
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"{directory} is being written by another process; wait for it, or choose another "
+                "directory"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)

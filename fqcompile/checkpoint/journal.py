@@ -1,0 +1,122 @@
+"""The journal of a long run: which shards are finished, so that a killed run goes on from there.
+
+    {"identity": ..., "generation": ...}        of what, how
+    {"shards": [...], "tensors": {...}, ...}    one line per finished shard
+
+A line is appended when its shard is on the disk. A torn last line is a shard that is written again.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fqcompile.checkpoint.directory import staged
+from fqcompile.checkpoint.fields import checked
+from fqcompile.checkpoint.files import (
+    append_to_file,
+    remove,
+    rename,
+    sync_directory,
+    write_file,
+)
+from fqcompile.checkpoint.manifest import PackedRecord, ShardRecord, SlotRecord, TensorRecord
+from fqcompile.errors import CheckpointError
+
+JOURNAL = "fqcompile.journal"
+
+
+@dataclass(frozen=True)
+class _Head:
+    identity: str
+    generation: str
+
+
+@dataclass
+class Progress:
+    """What one shard holds, or all up to now; `sites` are rows of the plan by name."""
+
+    shards: tuple[ShardRecord, ...] = ()
+    tensors: Mapping[str, TensorRecord] = field(default_factory=dict)
+    packed: Mapping[str, PackedRecord] = field(default_factory=dict)
+    slots: Mapping[str, SlotRecord] = field(default_factory=dict)
+    sites: Mapping[str, Any] = field(default_factory=dict)
+
+    def __add__(self, later: "Progress") -> "Progress":
+        return Progress(
+            (*self.shards, *later.shards),
+            {**self.tensors, **later.tensors},
+            {**self.packed, **later.packed},
+            {**self.slots, **later.slots},
+            {**self.sites, **later.sites},
+        )
+
+
+class Journal:
+    """The journal of a directory; at most one."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / JOURNAL
+
+    def start(self, identity: str, generation: str, progress: Progress) -> None:
+        """In place of any other, and of one whose last line is torn."""
+        waiting = staged(self.path.parent, JOURNAL, generation)
+        write_file(waiting, [_line(_Head(identity, generation)), _line(progress)])
+        rename(waiting, self.path)
+        sync_directory(self.path.parent)
+
+    def note(self, progress: Progress) -> None:
+        """One more shard is on the disk, and its name in the directory."""
+        sync_directory(self.path.parent)
+        append_to_file(self.path, _line(progress))
+
+    def close(self) -> None:
+        remove(self.path)
+
+    def read(self, identity: str) -> tuple[str, Progress] | None:
+        """Generation and progress of a run that was not finished; None where there is none.
+
+        Raises:
+            CheckpointError: it was a run of something else.
+        """
+        if not self.path.is_file():
+            return None
+        lines = self.path.read_bytes().split(b"\n")[:-1]  # what has no end was not written whole
+        if not lines:
+            return None
+        head = checked(_Head, _parsed(lines[0], self.path), f"{self.path}: line 1")
+        if head.identity != identity:
+            raise CheckpointError(
+                f"{self.path} is of another run: another checkpoint, or other options or versions; "
+                "repeat those to resume it, or give overwrite=True (--overwrite) to start anew"
+            )
+        progress = Progress()
+        for number, line in enumerate(lines[1:], 2):
+            where = f"{self.path}: line {number}"
+            progress += checked(Progress, _parsed(line, self.path), where)
+        self._check_shards(progress)
+        return head.generation, progress
+
+    def _check_shards(self, progress: Progress) -> None:
+        for shard in progress.shards:
+            path = self.path.parent / shard.file
+            if not path.is_file() or path.stat().st_size != shard.bytes:
+                raise CheckpointError(
+                    f"{path} is not as {self.path.name} says; give overwrite=True (--overwrite) to "
+                    "start anew"
+                )
+
+
+def _line(record: Any) -> bytes:
+    return json.dumps(asdict(record), separators=(",", ":")).encode() + b"\n"
+
+
+def _parsed(line: bytes, path: Path) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is not as it was written ({error}); give overwrite=True (--overwrite) to "
+            "start anew"
+        ) from error

@@ -1,0 +1,137 @@
+"""The safetensors format: eight bytes of length, a header of JSON, then the tensors' bytes.
+
+    [u64 length] {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, ...} [bytes]
+
+Read and written here, and not by the library, to know what is on the disk when, and to read a
+checkpoint without mapping all of it into this process.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fqcompile.errors import CheckpointError
+from fqcompile.weights.content_digest import bytes_of
+
+# Tensors start at multiples of it where their sizes allow: compiled graphs copy what lies askew.
+ALIGNMENT = 64
+_LARGEST_HEADER = 100_000_000  # the format's own limit
+_METADATA = "__metadata__"
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """A tensor in a file: `start` and `end` are bytes of the file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+def byte_size(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of that type and shape."""
+    return math.prod(shape) * DTYPES[dtype].itemsize
+
+
+def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> bytes:
+    """Length and header of {name: (dtype, shape, start)}, padded so that the data is aligned."""
+    entries: dict[str, Any] = {_METADATA: {"format": "pt"}}
+    for name, (dtype, shape, start) in tensors.items():
+        offsets = [start, start + byte_size(dtype, shape)]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def read_header(path: Path) -> dict[str, TensorPlace]:
+    """The tensors of a file that somebody else wrote.
+
+    Raises:
+        CheckpointError: it is not a whole safetensors file; the message names the tensor.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+            raise CheckpointError(
+                f"{path} is no safetensors file, or was cut short: it has {size} bytes and a "
+                f"header of {length}; download it again"
+            )
+        text = file.read(length)
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"the header of {path} is not JSON ({error})") from error
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"the header of {path} is no JSON object")
+    entries.pop(_METADATA, None)
+    return {name: _place(path, name, entry, 8 + length, size) for name, entry in entries.items()}
+
+
+def _place(path: Path, name: str, entry: Any, base: int, size: int) -> TensorPlace:
+    def numbers(key: str) -> list[int]:
+        found = entry.get(key) if isinstance(entry, dict) else None
+        if not isinstance(found, list) or any(type(n) is not int or n < 0 for n in found):
+            raise CheckpointError(f"{path}: tensor {name} has {key} {found!r}, not a list of sizes")
+        return found
+
+    offsets, shape = numbers("data_offsets"), tuple(numbers("shape"))
+    dtype = entry.get("dtype")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{path}: tensor {name} has dtype {dtype!r}; known: {list(DTYPES)}")
+    if len(offsets) != 2 or offsets[1] - offsets[0] != byte_size(dtype, shape):
+        raise CheckpointError(
+            f"{path}: tensor {name} of {dtype} {list(shape)} lies at {offsets}, but takes "
+            f"{byte_size(dtype, shape)} bytes"
+        )
+    if base + offsets[1] > size:
+        raise CheckpointError(
+            f"{path} was cut short: tensor {name} ends at byte {base + offsets[1]} of {size}; "
+            "download it again"
+        )
+    return TensorPlace(path, dtype, shape, base + offsets[0], base + offsets[1])
+
+
+def read_tensor(place: TensorPlace) -> Tensor:
+    """Into memory of its own."""
+    result = torch.empty(place.shape, dtype=DTYPES[place.dtype])
+    with open(place.path, "rb") as file:
+        file.seek(place.start)
+        read = file.readinto(bytes_of(result)) if place.nbytes else 0
+    if read != place.nbytes:
+        raise CheckpointError(f"{place.path} was cut short while it was read; download it again")
+    return result

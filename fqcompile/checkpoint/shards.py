@@ -1,0 +1,157 @@
+"""Shards: safetensors files that are written whole, and mapped to be read."""
+
+import hashlib
+import mmap
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fqcompile.checkpoint.files import write_file
+from fqcompile.checkpoint.manifest import Manifest, ShardRecord, TensorRecord
+from fqcompile.checkpoint.safetensors_file import (
+    ALIGNMENT,
+    DTYPE_NAMES,
+    DTYPES,
+    encode_header,
+)
+from fqcompile.errors import CheckpointError
+from fqcompile.weights.content_digest import bytes_of
+
+# What is collected before it is written: a killed run loses no more work than that, and packed
+# tensors that wait take no more memory.
+SHARD_BYTES = 256 << 20
+
+
+def shard_name(generation: str, index: int) -> str:
+    """Of the file; no other save uses it."""
+    return f"fqcompile-{generation}-{index:05d}.safetensors"
+
+
+class ShardWriter:
+    """Collects tensors, and writes them as shards of about `shard_bytes` (SHARD_BYTES)."""
+
+    def __init__(
+        self,
+        directory: Path,
+        generation: str,
+        shard_bytes: int | None = None,
+        shards: Sequence[ShardRecord] = (),
+        tensors: Mapping[str, TensorRecord] | None = None,
+    ) -> None:
+        self._directory, self._generation = directory, generation
+        self._limit = SHARD_BYTES if shard_bytes is None else shard_bytes
+        self.shards = list(shards)
+        self.tensors = dict(tensors or {})
+        self._waiting: dict[str, Tensor] = {}
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """These go into one shard; they must not change until it is written.
+
+        Raises:
+            CheckpointError: the format has no name for a tensor's type.
+        """
+        for name, tensor in tensors.items():
+            if tensor.dtype not in DTYPE_NAMES:
+                raise CheckpointError(
+                    f"{name} is of {tensor.dtype}, which safetensors files cannot hold; cast it to "
+                    f"one of {', '.join(DTYPE_NAMES.values())}"
+                )
+            self._waiting[name] = tensor.detach().cpu().contiguous()
+
+    @property
+    def is_full(self) -> bool:
+        return sum(t.nbytes for t in self._waiting.values()) >= self._limit
+
+    def flush(self) -> dict[str, TensorRecord]:
+        """Write what waits as a shard; returns the records of its tensors."""
+        if not self._waiting:
+            return {}
+        # Those of odd sizes last: the others stay aligned.
+        ordered = dict(
+            sorted(self._waiting.items(), key=lambda item: item[1].nbytes % ALIGNMENT != 0)
+        )
+        records, start = {}, 0
+        for name, tensor in ordered.items():
+            records[name] = TensorRecord(
+                shard=len(self.shards),
+                dtype=DTYPE_NAMES[tensor.dtype],
+                shape=tuple(tensor.shape),
+                start=start,
+                sha256=hashlib.sha256(bytes_of(tensor)).hexdigest(),
+            )
+            start += tensor.nbytes
+        header = encode_header({name: (r.dtype, r.shape, r.start) for name, r in records.items()})
+        file = shard_name(self._generation, len(self.shards))
+        write_file(self._directory / file, [header, *map(bytes_of, ordered.values())])
+        self.shards.append(ShardRecord(file, len(header) + start))
+        self.tensors.update(records)
+        self._waiting.clear()
+        return records
+
+
+class MappedShards:
+    """The tensors that a manifest names, in mapped files: privately, so nothing is written back.
+
+    Raises:
+        CheckpointError: a file is missing, or has another size or header than was written.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self._directory, self._manifest = directory, manifest
+        self._maps: list[mmap.mmap] = []
+        self._starts: list[int] = []
+        for index, shard in enumerate(manifest.shards):
+            header = manifest.shard_header(index)
+            self._maps.append(_mapped(directory / shard.file, shard, header))
+            self._starts.append(len(header))
+
+    def tensor(self, name: str, *, verify: bool) -> Tensor:
+        """A view of the mapped file.
+
+        Raises:
+            CheckpointError: its bytes are not those that were written (`verify`), or lie outside.
+        """
+        record = self._manifest.tensors[name]
+        file = self._directory / self._manifest.shards[record.shard].file
+        mapped, start = self._maps[record.shard], self._starts[record.shard] + record.start
+        if start + record.nbytes > len(mapped):
+            raise CheckpointError(f"{file} ends before tensor {name}; copy it again")
+        if not record.nbytes:
+            return torch.empty(record.shape, dtype=DTYPES[record.dtype])
+        with memoryview(mapped) as whole, whole[start : start + record.nbytes] as part:
+            if verify and hashlib.sha256(part).hexdigest() != record.sha256:
+                raise CheckpointError(
+                    f"{file}: tensor {name} is not what was written: its checksum differs; copy "
+                    "the file again"
+                )
+        dtype = DTYPES[record.dtype]
+        count = record.nbytes // dtype.itemsize
+        flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start)
+        return flat.view(record.shape)
+
+    def release(self, name: str) -> None:
+        """The memory of a tensor that was copied: its pages are read again if they are needed."""
+        record = self._manifest.tensors[name]
+        start = self._starts[record.shard] + record.start
+        first, last = -(-start // mmap.PAGESIZE), (start + record.nbytes) // mmap.PAGESIZE
+        if last > first and hasattr(mmap, "MADV_DONTNEED"):
+            place = first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE
+            self._maps[record.shard].madvise(mmap.MADV_DONTNEED, *place)
+
+
+def _mapped(path: Path, shard: ShardRecord, header: bytes) -> mmap.mmap:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; copy the whole directory again")
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != shard.bytes:
+            raise CheckpointError(
+                f"{path} has {size} bytes, and {shard.bytes} were written: it was cut short or "
+                "changed; copy it again"
+            )
+        if file.read(len(header)) != header:
+            raise CheckpointError(f"the header of {path} is not what was written; copy it again")
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

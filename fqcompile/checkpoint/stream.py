@@ -1,0 +1,196 @@
+"""quantize_checkpoint: a Hugging Face checkpoint quantised tensor by tensor, never all in memory.
+
+tensors of the source -> converters of transformers -> codes and scales -> shards -> manifest
+"""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fqcompile.checkpoint.checkpoint_model import CheckpointModel
+from fqcompile.checkpoint.conversion import Conversion, initialise, target_types
+from fqcompile.checkpoint.directory import commit, new_generation, readable_manifest, stage, writing
+from fqcompile.checkpoint.fit import shortened
+from fqcompile.checkpoint.hugging_face import config_of
+from fqcompile.checkpoint.journal import Journal, Progress
+from fqcompile.checkpoint.manifest import MANIFEST, Manifest
+from fqcompile.checkpoint.safetensors_file import read_tensor
+from fqcompile.checkpoint.slots import slots
+from fqcompile.checkpoint.source import Source, open_source, will_read
+from fqcompile.checkpoint.stream_writer import StreamWriter, site_from
+from fqcompile.checkpoint.versions import versions
+from fqcompile.config import FineQuantConfig
+from fqcompile.errors import CheckpointError, OptionError
+from fqcompile.quantize_model import packing_config
+from fqcompile.report import Plan
+
+log = logging.getLogger("fqcompile")
+
+
+def quantize_checkpoint(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = log.info,
+    **options: object,
+) -> Plan:
+    """Quantise a checkpoint of Hugging Face into a directory that `fqcompile.load` reads.
+
+    What comes out is what `quantize_` makes of the model that `from_pretrained` loads. Tensors are
+    read, converted and quantised one by one (a stack of experts is one), so the peak of memory is
+    what the largest needs and less than a GiB. Tokenizer and configs are copied.
+
+    Args:
+        source: a local directory with `config.json` and safetensors files.
+        dtype: of the model; by default that of the config, else of the tensors.
+        resume: go on where a killed run of the same arguments stopped; start where there is none.
+        overwrite: replace what is in `out`, which stays whole until the end.
+        say: gets a line about the rate, and one about tensors that the model has no use for.
+        options: those of `quantize_`.
+
+    Raises:
+        CheckpointError: the source is no such checkpoint, is quantised or pickled, or is not of the
+            class that its config names; `out` holds something else.
+        OptionError, UnquantizableWeight: as `quantize_`.
+    """
+    if resume and overwrite:
+        raise OptionError("resume and overwrite are both given; overwrite starts anew: choose one")
+    config = packing_config(options)
+    found, target = open_source(Path(source)), Path(out)
+    if target.resolve() == found.directory.resolve():
+        raise CheckpointError(f"{target} is the checkpoint itself; give another directory")
+    work = CheckpointModel.of(found, dtype)
+    identity = _identity(work, config)
+    unfinished = Journal(target).read(identity) if resume else None
+    finished = readable_manifest(target) if resume and not unfinished else None
+    if finished and finished.model.get("source") == identity:
+        return Plan(tuple(map(site_from, finished.sites)), finished.options)
+    if not unfinished and not overwrite:
+        _check_unused(target, resume)
+    plan = _run(work, config, target, identity, unfinished or (new_generation(), Progress()), say)
+    if work.unused:
+        say(f"left out, as {work.name} has no place for them: {shortened(work.unused)}")
+    return plan
+
+
+def _run(
+    work: CheckpointModel,
+    config: FineQuantConfig,
+    target: Path,
+    identity: str,
+    before: tuple[str, Progress],
+    say: Callable[[str], None],
+) -> Plan:
+    generation, done = before
+    journal, start = Journal(target), time.perf_counter()
+    with writing(target, keep=generation):
+        journal.start(identity, generation, done)
+        writer = StreamWriter(work.model, config, work.given, target, journal, generation, done)
+        _write_all(work, writer)
+        plan = Plan(writer.sites(), config.as_dict())
+        files = {**work.source.other_files(), "config.json": work.config_file}
+        stage(target, generation, files)
+        commit(target, _manifest(work, identity, generation, writer.done, plan, files))
+        journal.close()
+    seconds = time.perf_counter() - start
+    say(
+        f"quantised {writer.weights / 1e6:.1f} million weights in {seconds:.1f} s: "
+        f"{writer.weights / 1e6 / seconds:.1f} million a second"
+    )
+    return plan
+
+
+def _write_all(work: CheckpointModel, writer: StreamWriter) -> None:
+    """Each step of the work, while the system fetches what the next one reads."""
+    types = target_types(work.model, work.dtype)
+    places = [[work.source.tensors[name] for name in step.names] for step in work.steps]
+    label = "fqcompile: quantising"
+    with tqdm(total=work.source.nbytes, desc=label, unit="B", unit_scale=True, disable=None) as bar:
+        for i, step in enumerate(work.steps):
+            if not writer.has(step.targets):
+                will_read(places[i + 1] if i + 1 < len(places) else [])
+                _write_step(work, step, types(step.target), writer)
+            bar.update(sum(place.nbytes for place in places[i]))
+    _write_the_rest(work, writer)
+    writer.flush()
+
+
+def _write_step(
+    work: CheckpointModel, step: Conversion, dtype: torch.dtype, writer: StreamWriter
+) -> None:
+    results = step.run(work.model, partial(_read, work.source, dtype))
+    while results:  # what was written is not held any longer
+        name = next(iter(results))
+        writer.write(name, results.pop(name))
+
+
+def _write_the_rest(work: CheckpointModel, writer: StreamWriter) -> None:
+    """What no checkpoint holds."""
+    initialise(work.model, work.missing)
+    places = list(slots(work.model))
+    for slot in places:
+        if not slot.tensor.is_meta:
+            writer.write(slot.name, slot.tensor)
+    lost = [slot.name for slot in places if not writer.wrote(slot.name)]
+    if lost:
+        raise CheckpointError(
+            f"{work.name} computes {shortened(lost)} in its constructor, which no checkpoint "
+            "holds; load the model and use fqcompile.quantize_ and fqcompile.save"
+        )
+
+
+def _manifest(
+    work: CheckpointModel,
+    identity: str,
+    generation: str,
+    done: Progress,
+    plan: Plan,
+    files: Mapping[str, bytes],
+) -> Manifest:
+    return Manifest(
+        generation=generation,
+        versions=versions(),
+        model={"class": work.name, "config": config_of(files), "source": identity},
+        options=dict(plan.options),
+        sites=tuple(site.as_dict() for site in plan.sites),
+        shards=done.shards,
+        tensors=done.tensors,
+        packed=done.packed,
+        slots=done.slots,
+        files=tuple(files),
+    )
+
+
+def _identity(work: CheckpointModel, config: FineQuantConfig) -> str:
+    """Equal for runs that write the same."""
+    parts = [work.source.identity, str(work.dtype), config.as_dict(), versions()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _read(source: Source, dtype: torch.dtype, name: str) -> Tensor:
+    return read_tensor(source.tensors[name]).to(dtype)
+
+
+def _check_unused(target: Path, resume: bool) -> None:
+    if (target / MANIFEST).exists():
+        raise CheckpointError(
+            f"{target} holds a quantised model; give overwrite=True (--overwrite) to replace it, "
+            "or another directory"
+        )
+    if Journal(target).path.exists() and not resume:
+        raise CheckpointError(
+            f"{target} holds an unfinished run; give resume=True (--resume) to go on with it, or "
+            "overwrite=True (--overwrite) to start anew"
+        )

@@ -1,0 +1,196 @@
+"""What a run over a checkpoint writes: each tensor quantised or as it is, and the journal of it."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fqcompile.checkpoint.journal import Journal, Progress
+from fqcompile.checkpoint.manifest import PackedRecord, SlotRecord
+from fqcompile.checkpoint.packed_record import write_packed
+from fqcompile.checkpoint.shards import ShardWriter
+from fqcompile.checkpoint.slots import slots
+from fqcompile.config import FineQuantConfig
+from fqcompile.errors import CheckpointError, UnquantizableWeight
+from fqcompile.module_weights import ModuleWeight, module_weights
+from fqcompile.quant.choose import choose_and_quantize, scale_dtype_beside
+from fqcompile.quantize_model import site_of
+from fqcompile.report import Site
+from fqcompile.weights.content_digest import bytes_of
+from fqcompile.weights.store import plain_eager
+
+
+class StreamWriter:
+    """Takes the tensors of a model without values by name, in any order.
+
+    Args:
+        model: on the meta device; tells what is tied, and which weights are to be quantised.
+        given: the names that will be written; those tied to one of them take its value.
+        done: what an earlier run wrote.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: FineQuantConfig,
+        given: Iterable[str],
+        directory: Path,
+        journal: Journal,
+        generation: str,
+        done: Progress,
+    ) -> None:
+        self._config, self._journal = config, journal
+        self._found = module_weights(model, config)
+        places = {slot.name: slot for slot in slots(model)}
+        self._places = places
+        self._identities = {name: id(slot.tensor) for name, slot in places.items()}
+        self._groups: dict[int, list[str]] = {}
+        for name, identity in self._identities.items():
+            self._groups.setdefault(identity, []).append(name)
+        self._receivers = _receivers(self._groups.values(), set(given))
+        holders = {
+            (id(module), attribute): found
+            for found in self._found
+            for module, attribute in found.holders
+            if found.reason is None
+        }
+        self._packable = {
+            name: holders[key]
+            for name, slot in places.items()
+            if (key := (id(slot.module), slot.attribute)) in holders
+        }
+        self._shards = ShardWriter(directory, generation, shards=done.shards, tensors=done.tensors)
+        self.done = done
+        self._waiting = Progress()
+        self.weights = 0
+
+    def has(self, names: Iterable[str]) -> bool:
+        """Whether an earlier run wrote all of these."""
+        return all(name in self.done.slots for name in names)
+
+    def wrote(self, name: str) -> bool:
+        """Whether there is a value for this name, be it in no shard yet."""
+        return name in self.done.slots or name in self._waiting.slots
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """A parameter or buffer, and what is tied to it.
+
+        Raises:
+            CheckpointError: it has another shape than the model's.
+        """
+        if self.wrote(name):
+            return
+        expected = self._places[name].tensor.shape
+        if tensor.shape != expected:
+            raise CheckpointError(
+                f"{name} is {list(tensor.shape)} in the checkpoint and {list(expected)} in the "
+                "model; is config.json that of another model?"
+            )
+        names = self._receivers.get(name, [name])
+        packed = [n for n in names if n in self._packable]
+        if packed and not self._write_packed(packed, tensor):
+            packed = []
+        self._write_dense([n for n in names if n not in packed], tensor)
+        if self._shards.is_full:
+            self.flush()
+
+    def flush(self) -> None:
+        """Finish a shard, and note that it is."""
+        tensors = self._shards.flush()
+        if tensors:
+            written = replace(
+                self._waiting, shards=tuple(self._shards.shards[-1:]), tensors=tensors
+            )
+            self._journal.note(written)
+            self.done, self._waiting = self.done + written, Progress()
+
+    def sites(self) -> tuple[Site, ...]:
+        """The rows of the plan, in the order of the model."""
+        rows = (self.done + self._waiting).sites
+        return tuple(
+            site_from(rows[f.name]) if f.name in rows else replace(site_of(f), reason=f.reason)
+            for f in self._found
+        )
+
+    def _write_packed(self, names: list[str], tensor: Tensor) -> bool:
+        """False, and the reason in its site, where the values do not allow it."""
+        found = replace(self._packable[names[0]], weight=tensor)
+        try:
+            site, record = self._quantized(found, names[0])
+        except UnquantizableWeight as error:
+            if self._config.on_unsupported == "error":
+                raise UnquantizableWeight(f"{found.name}: {error}") from error
+            site, record = replace(site_of(found), reason=str(error)), None
+        packed = {names[0]: record} if record is not None else {}
+        targets = {n: SlotRecord("parameter", names[0]) for n in names if record is not None}
+        self._waiting += Progress(packed=packed, slots=targets, sites={found.name: site.as_dict()})
+        return record is not None
+
+    def _quantized(self, found: ModuleWeight, name: str) -> tuple[Site, PackedRecord]:
+        weight = found.weight
+        options = self._config.site_options(found.name, head=found.head)
+        with plain_eager(weight.device.type):
+            plan, codes = choose_and_quantize(
+                found.matrix, options, scale_dtype_beside(weight.dtype)
+            )
+        self.weights += weight.numel()
+        record = write_packed(
+            self._shards,
+            name,
+            codes,
+            dtype=weight.dtype,
+            experts=weight.shape[0] if weight.dim() == 3 else 0,
+            transposed=found.transposed,
+            scale_method=plan.scale_method,
+        )
+        site = replace(
+            site_of(found),
+            status="quantized",
+            bits=plan.bits,
+            group_size=plan.group_size,
+            bytes_after=codes.nbytes,
+            relative_error=plan.relative_error,
+            expert_errors=plan.expert_errors or None,
+        )
+        return site, record
+
+    def _write_dense(self, names: list[str], tensor: Tensor) -> None:
+        if not names:
+            return
+        value = self._same_value(names[0], tensor)
+        if value is None:
+            value = names[0]
+            self._shards.add({value: tensor})
+        self._waiting += Progress(slots={n: SlotRecord(self._places[n].kind, value) for n in names})
+
+    def _same_value(self, name: str, tensor: Tensor) -> str | None:
+        """The value of a tied name, where the checkpoint has it twice and it is the same."""
+        group = self._groups[self._identities[name]]
+        if len(group) == 1:
+            return None
+        self.flush()
+        digest = hashlib.sha256(bytes_of(tensor.contiguous())).hexdigest()
+        values = {slot.value for n in group if (slot := self.done.slots.get(n))}
+        records = [(value, self.done.tensors.get(value)) for value in sorted(values)]
+        return next((value for value, r in records if r and r.sha256 == digest), None)
+
+
+def _receivers(groups: Iterable[list[str]], given: set[str]) -> dict[str, list[str]]:
+    """For each given name: itself; for the first of a group, those too that are not given."""
+    result = {}
+    for names in groups:
+        present = [name for name in names if name in given]
+        result.update({name: [name] for name in present})
+        if present:
+            result[present[0]] = [present[0], *(name for name in names if name not in given)]
+    return result
+
+
+def site_from(row: Mapping[str, Any]) -> Site:
+    """The row of a plan that `Site.as_dict` wrote."""
+    errors = row["expert_errors"]
+    lists = {"shape": tuple(row["shape"]), "expert_errors": errors and tuple(errors)}
+    return Site(**{**row, **lists})

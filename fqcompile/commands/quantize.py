@@ -1,0 +1,38 @@
+"""fqcompile quantize CHECKPOINT OUT: a Hugging Face checkpoint, quantised tensor by tensor."""
+
+import argparse
+from typing import Any
+
+import torch
+
+from fqcompile.checkpoint.stream import quantize_checkpoint
+from fqcompile.commands.options import add_option_flags, given_options
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """From where, to where, and every FineQuant option."""
+    parser.add_argument("checkpoint", help="directory with config.json and safetensors files")
+    parser.add_argument("out", help="directory to write, for fqcompile.load")
+    parser.add_argument("--dtype", choices=_DTYPES, help="of the model; by default the config's")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on with a run that was killed")
+    existing.add_argument(
+        "--overwrite", action="store_true", help="replace what is in OUT when all is written"
+    )
+    add_option_flags(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    options: Any = given_options(arguments)
+    plan = quantize_checkpoint(
+        arguments.checkpoint,
+        arguments.out,
+        dtype=_DTYPES.get(arguments.dtype),
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        say=print,
+        **options,
+    )
+    print(plan)

@@ -1,0 +1,129 @@
+"""quantize_: packed weights in a model, in place, without compiling it."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+from tqdm import tqdm
+
+from fqcompile.config import FineQuantConfig, SiteOptions
+from fqcompile.errors import OptionError, UnquantizableWeight
+from fqcompile.module_weights import ModuleWeight, module_weights
+from fqcompile.passes.summary import SiteRecipe
+from fqcompile.quant.choose import QuantPlan, choose_and_quantize, scale_dtype_beside
+from fqcompile.report import Plan, Site
+from fqcompile.weights.packed_matmul import kernel_for
+from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.recipe import IDENTITY
+from fqcompile.weights.store import plain_eager
+
+# What is decided when a model is compiled has no meaning where nothing is.
+_OF_COMPILING = "free_weights weight_updates autotune debug_dir inner_backend inductor mode".split()
+
+
+def quantize_(model: nn.Module, **options: object) -> Plan:
+    """Replace the weights of linears, Conv1Ds and stacks of experts by packed ones, in place.
+
+    The model then runs eagerly, under every torch.compile backend and under "finequant", which
+    finds the weights packed. A weight that an embedding shares is packed for the linear alone.
+    Packed weights do not train; adapters on top of them do. Weights go one by one, so the peak of
+    memory is the model and one weight.
+
+    Args:
+        options: those of `FineQuantConfig` that say which weights are quantised, and how.
+
+    Returns:
+        What was done to each weight, and why others stay.
+
+    Raises:
+        OptionError: an option is unknown, its value is not allowed, or it is one of compiling.
+        UnquantizableWeight: a weight must stay and `on_unsupported="error"`.
+    """
+    config = packing_config(options)
+    weights = module_weights(model, config)
+    progress = tqdm(weights, "fqcompile: packing", unit="weight", disable=None, delay=2)
+    sites = tuple(_pack(found, config) for found in progress)
+    return Plan(sites, config.as_dict())
+
+
+def packing_config(options: Mapping[str, object]) -> FineQuantConfig:
+    """The options of `quantize_` as a config.
+
+    Raises:
+        OptionError: one is unknown, its value is not allowed, or it is one of compiling.
+    """
+    config = FineQuantConfig.from_options(options)
+    given = [name for name in _OF_COMPILING if name in options]
+    if given:
+        raise OptionError(
+            f"option {given[0]} is one of compiling, which this does not: give it to "
+            "torch.compile(model, backend='finequant', options=...)"
+        )
+    return config
+
+
+def _pack(found: ModuleWeight, config: FineQuantConfig) -> Site:
+    reason = found.reason
+    if reason is None:
+        try:
+            plan, packed = pack_weight(found, config.site_options(found.name, head=found.head))
+        except UnquantizableWeight as error:
+            reason = str(error)
+            if config.on_unsupported == "error":
+                raise UnquantizableWeight(f"{found.name}: {error}") from error
+    if reason is not None:
+        return replace(site_of(found), reason=reason)
+    for module, attribute in found.holders:
+        module._parameters[attribute] = nn.Parameter(packed, requires_grad=False)
+    return packed_site(found, plan, packed)
+
+
+def pack_weight(found: ModuleWeight, options: SiteOptions) -> tuple[QuantPlan, PackedWeight]:
+    """Chosen and quantised on the weight's device.
+
+    Raises:
+        UnquantizableWeight: its values or the options do not allow it; the text says why.
+    """
+    weight = found.weight
+    with plain_eager(weight.device.type):
+        scale_dtype = scale_dtype_beside(weight.dtype)
+        plan, codes = choose_and_quantize(found.matrix, options, scale_dtype)
+        packed = PackedWeight.of(
+            codes,
+            dtype=weight.dtype,
+            experts=weight.shape[0] if weight.dim() == 3 else 0,
+            transposed=found.transposed,
+            scale_method=plan.scale_method,
+        )
+    return plan, packed
+
+
+def site_of(found: ModuleWeight) -> Site:
+    """The row of a plan for a weight that stays."""
+    nbytes = found.weight.numel() * found.weight.element_size()
+    return Site(
+        name=found.name,
+        kind=found.kind,
+        shape=tuple(found.matrix.shape),
+        status="kept",
+        bytes_before=nbytes,
+        bytes_after=nbytes,
+    )
+
+
+def packed_site(found: ModuleWeight, plan: QuantPlan, packed: PackedWeight) -> Site:
+    """The row of a plan for a weight that was packed."""
+    form = packed.form
+    recipe = IDENTITY.then("transpose", -2, -1) if found.transposed else IDENTITY
+    scale, device = packed.scale.dtype, packed.device
+    return replace(
+        site_of(found),
+        status="quantized",
+        bits=plan.bits,
+        group_size=plan.group_size,
+        bytes_after=packed.packed_bytes,
+        relative_error=plan.relative_error,
+        expert_errors=plan.expert_errors or None,
+        kernel=kernel_for(form, packed.dtype, scale, device, None),
+        recipe=SiteRecipe(recipe, (found.name,), plan),
+    )

@@ -1,0 +1,170 @@
+"""DiskCache: quantised weights on disk, so that the next start of the same model finds them.
+
+    key  ──►  <cache directory>/weights/<key>.safetensors
+
+Files are replaced in one step under a lock, so processes may share them. Those used longest ago go
+first where the bound would be exceeded. A file that is not as it was written is removed and counts
+as missing; a directory that cannot be written is said once, and nothing is kept.
+
+FQCOMPILE_CACHE_SIZE is the bound in GiB; 0 switches the cache off.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from fqcompile.errors import CorruptEntry
+from fqcompile.kernels.cache_directory import cache_directory, locked
+from fqcompile.weights.entry_file import Entry, encoded, read_entry
+
+log = logging.getLogger("fqcompile")
+
+SIZE = "FQCOMPILE_CACHE_SIZE"
+_DEFAULT_GIB = 16.0
+
+
+class Usage(NamedTuple):
+    """What a cache holds."""
+
+    entries: int
+    nbytes: int
+
+
+class DiskCache:
+    """The quantised weights in `directory`, of at most `limit` bytes in all.
+
+    What this process itself has used is not removed for the sake of more: a model larger than the
+    bound finds a part of itself at the next start instead of nothing.
+    """
+
+    def __init__(self, directory: Path, limit: int) -> None:
+        self.directory, self.limit = directory, limit
+        self.hits = self.misses = 0
+        self._used: set[Path] = set()
+        self._writable = True
+        self._warned = False
+
+    def get_or_make(self, key: str, make: Callable[[], Entry]) -> Entry:
+        """The weight kept for `key`; else that of `make()`, kept from now on."""
+        path = self.directory / f"{key}.safetensors"
+        entry = self._find(path, key)
+        if entry is not None:
+            self.hits += 1
+            return entry
+        entry = make()
+        self.misses += 1
+        if self._writable:
+            self._keep(path, key, entry)
+        return entry
+
+    def usage(self) -> Usage:
+        sizes = [size for _, size, _ in self._files()]
+        return Usage(len(sizes), sum(sizes))
+
+    def _find(self, path: Path, key: str) -> Entry | None:
+        try:
+            entry = read_entry(path, key)
+        except FileNotFoundError:
+            return None
+        except (OSError, CorruptEntry) as error:
+            log.info("a quantised weight on disk is not used: %s", error)
+            if isinstance(error, CorruptEntry):
+                with suppress(OSError):
+                    path.unlink()
+            return None
+        self._used.add(path)
+        with suppress(OSError):  # a directory that others fill may be read alone
+            os.utime(path)
+        return entry
+
+    def _keep(self, path: Path, key: str, entry: Entry) -> None:
+        pieces = encoded(key, entry)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with locked(self.directory / ".lock"):
+                # Processes that start together make the same weights at the same time.
+                if not path.exists():
+                    if not self._make_room(sum(map(len, pieces))):
+                        return
+                    _replace(path, pieces)
+                self._used.add(path)
+        except OSError as error:
+            self._writable = False
+            self._warn(
+                f"quantised weights cannot be kept in {self.directory} ({error}): the next start "
+                "quantises again; set FQCOMPILE_CACHE_DIR to a directory that can be written, or "
+                f"{SIZE}=0 to keep none"
+            )
+
+    def _make_room(self, size: int) -> bool:
+        """Remove what was used longest ago until `size` bytes more fit; nothing if they cannot."""
+        files = sorted(self._files())
+        others = [(path, nbytes) for _, nbytes, path in files if path not in self._used]
+        excess = sum(nbytes for _, nbytes, _ in files) + size - self.limit
+        if excess > sum(nbytes for _, nbytes in others):
+            self._warn(
+                f"the weights of this process need more than the {self.limit / 2**30:.3g} GiB that "
+                f"may be kept in {self.directory}: the next start quantises the rest again; raise "
+                f"{SIZE} (in GiB)"
+            )
+            return False
+        for path, nbytes in others:
+            if excess <= 0:
+                break
+            path.unlink(missing_ok=True)
+            excess -= nbytes
+        return True
+
+    def _files(self) -> Iterator[tuple[int, int, Path]]:
+        """(time of last use, bytes, path) of each entry; others may remove them meanwhile."""
+        for path in self.directory.glob("*.safetensors"):
+            with suppress(FileNotFoundError):
+                about = path.stat()
+                yield about.st_mtime_ns, about.st_size, path
+
+    def _warn(self, text: str) -> None:
+        if not self._warned:
+            log.warning(text)
+        self._warned = True
+
+
+def _replace(path: Path, pieces: Sequence[memoryview]) -> None:
+    """Under the lock one name serves all writers, so that a kill leaves one such file."""
+    part = path.with_name(".part")
+    try:
+        with part.open("wb") as file:
+            file.writelines(pieces)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def disk_cache() -> DiskCache | None:
+    """The cache that the environment asks for, one in a process; None where it is off."""
+    limit = _limit(os.environ.get(SIZE) or str(_DEFAULT_GIB))
+    return _cache(cache_directory() / "weights", limit) if limit else None
+
+
+@cache
+def _cache(directory: Path, limit: int) -> DiskCache:
+    return DiskCache(directory, limit)
+
+
+@cache
+def _limit(gib: str) -> int:
+    """Bytes; what is no size is said once, and switches the cache off."""
+    try:
+        size = float(gib)
+    except ValueError:
+        size = math.nan
+    if not 0 <= size < math.inf:
+        log.warning(
+            "%s is %r; allowed: a number of GiB from 0 (off) up. No weights are kept.", SIZE, gib
+        )
+        return 0
+    return int(size * 2**30)

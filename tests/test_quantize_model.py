@@ -1,0 +1,255 @@
+"""quantize_: packed weights in a model that runs eagerly and under every backend, equally."""
+
+import copy
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("transformers", reason="the demo extra is not installed")
+import fqcompile
+from bench import moe_models
+from fqcompile.errors import OptionError, UnquantizableWeight
+from fqcompile.weights.packed_weight import PackedWeight
+from tests.dense_models import CASES, build, run
+from tests.helpers import InnerGraphs, Mlp, assert_close, finequant, frozen, report
+
+CHAIN = 15  # rounded results in a layer, see `tests.test_moe_models`
+SMALL: dict[str, Any] = {"min_elements": 4096}
+
+
+def _oracle(model: nn.Module, plan: fqcompile.Plan) -> nn.Module:
+    return fqcompile.fake_quantize_(copy.deepcopy(model), plan)
+
+
+def _packed(model: nn.Module, **options: Any) -> tuple[nn.Module, fqcompile.Plan]:
+    packed = copy.deepcopy(model)
+    return packed, fqcompile.quantize_(packed, **SMALL, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", CASES)
+def test_dense_model_equals_its_oracle_eagerly_and_compiled(name: str, dtype: torch.dtype) -> None:
+    model, inputs = build(name, dtype)
+    packed, plan = _packed(model)
+    expected = run(_oracle(model, plan), inputs)
+    depth = CHAIN * CASES[name].layers
+    assert_close(run(packed, inputs), expected, depth=depth)
+    whole = torch.compile(packed, backend="aot_eager", fullgraph=True)
+    assert_close(run(whole, inputs), expected, depth=depth)
+    torch._dynamo.reset()
+    assert_close(run(finequant(packed, **SMALL), inputs), expected, depth=depth)
+    assert not any(s.status == "kept" and s.name in _names(plan) for s in report().sites)
+    original = run(model, inputs)
+    assert (expected - original).float().norm() > 0.03 * original.float().norm()
+
+
+def _names(plan: fqcompile.Plan) -> set[str]:
+    return {site.name for site in plan.quantized}
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(ids, use_cache=False).logits
+    return logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize("name", moe_models.MODELS)
+def test_experts_equal_their_oracle_eagerly_and_compiled(
+    name: str, implementation: str, dtype: torch.dtype
+) -> None:
+    model = moe_models.build(name, dtype, implementation)
+    ids = torch.randint(1, moe_models.VOCAB, (2, 5), generator=torch.Generator().manual_seed(7))
+    packed, plan = _packed(model)
+    stacks = set(moe_models.expert_weights(model))
+    assert {site.name for site in plan.quantized if site.kind == "experts"} == stacks
+    expected = _logits(_oracle(model, plan), ids)
+    depth = CHAIN * moe_models.LAYERS
+    assert_close(_logits(packed, ids), expected, depth=depth)
+    if implementation == "eager" and name != "llama4":
+        return  # a loop over data: no one graph
+    whole = torch.compile(packed, backend="aot_eager", fullgraph=True)
+    assert_close(_logits(whole, ids), expected, depth=depth)
+    torch._dynamo.reset()
+    assert_close(_logits(finequant(packed, **SMALL), ids), expected, depth=depth)
+    assert {site.name for site in report().plan.quantized} == _names(plan)
+
+
+def _memory(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct memories behind these tensors."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def _packed_tensors(model: nn.Module) -> list[Tensor]:
+    packed = [p for p in model.parameters() if isinstance(p, PackedWeight)]
+    return [t for w in packed for t in (w.qweight, w.scale)]
+
+
+def test_finequant_reads_the_memory_of_the_packed_weights(inner_graphs: InnerGraphs) -> None:
+    """Merged q, k, v and gate, up too: their weights become rows of what the kernel reads."""
+    model, inputs = build("llama", torch.float32)
+    packed, plan = _packed(model, granularity=64)  # those of one group size are merged
+    held = sum(w.packed_bytes for w in packed.parameters() if isinstance(w, PackedWeight))
+    before = run(packed, inputs)
+    run(finequant(packed, **SMALL, inner_backend="fqtest_spy"), inputs)
+    own = _packed_tensors(packed)
+    read = [ref() for ref in inner_graphs.packed[0]]
+    assert len(read) < 2 * len(plan.quantized), "some were merged"
+    assert _memory(own) == _memory([*own, *(t for t in read if t is not None)]) <= 1.01 * held
+    assert torch.equal(run(packed, inputs), before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["finequant", "inductor"])
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_generate_with_eager_prefill_and_compiled_decoding(name: str, backend: str) -> None:
+    """As `generate` does with a static cache: the prompt runs eagerly, each token compiled."""
+    moe = name == "mixtral"
+    model = (
+        moe_models.build(name, torch.float32, "grouped_mm")
+        if moe
+        else build(name, torch.float32)[0]
+    )
+    packed, plan = _packed(model)
+    options: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "cache_implementation": "static",
+        "disable_compile": True,
+    }
+    prompt = torch.randint(1, 100, (1, 7))
+    expected = _oracle(model, plan).generate(prompt, **options)
+    eager = packed.forward
+    compiled = torch.compile(eager, backend=backend, fullgraph=True)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (eager if kwargs["input_ids"].shape[1] > 1 else compiled)(*args, **kwargs)
+
+    packed.forward = forward
+    with torch.no_grad():
+        actual = packed.generate(prompt, **options)
+    assert actual.tolist() == expected.tolist()
+
+
+def test_sibling_blocks_share_one_graph_and_keep_their_own_weights() -> None:
+    blocks = nn.ModuleList(frozen(Mlp(seed=seed)) for seed in range(3))
+    fqcompile.quantize_(blocks, granularity="column")
+    x = torch.randn(2, 128)
+    expected = [block(x) for block in blocks]
+    for block in blocks:
+        block.compile(backend="finequant", options={"inner_backend": "eager"})
+    for block, y in zip(blocks, expected, strict=True):
+        assert_close(block(x), y)
+    report()  # of the one graph
+
+
+@pytest.mark.parametrize("backend", ["finequant", "aot_eager"])
+def test_new_values_reach_compiled_graphs(backend: str) -> None:
+    model = frozen(Mlp())
+    fqcompile.quantize_(model)
+    options = {"options": {"inner_backend": "eager"}} if backend == "finequant" else {}
+    compiled = torch.compile(model, backend=backend, fullgraph=True, **options)
+    x = torch.randn(2, 128)
+    first = compiled(x)
+    model.load_state_dict(frozen(Mlp(seed=1)).state_dict())
+    second = compiled(x)
+    assert not torch.allclose(first, second, atol=0.1)
+    assert_close(second, model(x))
+
+
+def test_gradients_reach_what_lies_before_a_packed_weight() -> None:
+    """As adapters and prompts are tuned on a frozen base."""
+    model = frozen(Mlp())
+    plan = fqcompile.quantize_(packed := copy.deepcopy(model))
+    x = torch.randn(2, 128, requires_grad=True)
+    expected = torch.autograd.grad(_oracle(model, plan)(x).square().sum(), x)[0]
+    backends: dict[str, Any] = {
+        "eager": packed,
+        "aot": torch.compile(packed, backend="aot_eager", fullgraph=True),
+        "finequant": finequant(packed, inner_backend="aot_eager"),
+    }
+    for name, way in backends.items():
+        torch._dynamo.reset()
+        actual = torch.autograd.grad(way(x).square().sum(), x)[0]
+        assert_close(actual, expected, k=256, depth=4, what=name)
+
+
+def test_options_say_what_is_packed_and_how() -> None:
+    model = build("llama", torch.float32)[0]
+    plan = fqcompile.quantize_(
+        model,
+        bits=8,
+        exclude=["o_proj"],
+        overrides={"down_proj": {"bits": 4, "granularity": 64}},
+        min_elements=128 * 128,
+    )
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    assert mlp.down_proj.weight.form.group_size == 64 and mlp.down_proj.weight.form.bits == 4
+    assert mlp.up_proj.weight.form.bits == 8
+    assert not isinstance(attention.o_proj.weight, PackedWeight)
+    assert not isinstance(attention.k_proj.weight, PackedWeight)
+    reasons = {site.name.split(".")[-2]: site.reason for site in plan.kept}
+    assert reasons["o_proj"] == "name matches exclude pattern 'o_proj'"
+    assert reasons["k_proj"] == "fewer elements than min_elements=16384"
+    assert plan.totals.bytes_after < 0.6 * plan.totals.bytes_before
+
+
+def test_a_tied_head_is_packed_and_the_embedding_stays() -> None:
+    model = build("opt", torch.float32)[0]
+    table = model.get_input_embeddings().weight
+    before = table.clone()
+    plan = fqcompile.quantize_(model)
+    head = model.get_output_embeddings().weight
+    assert isinstance(head, PackedWeight) and head.form.bits == 8
+    assert model.get_input_embeddings().weight is table and torch.equal(table, before)
+    assert plan.site("lm_head.weight").bits == 8
+
+
+def test_weights_that_cannot_be_packed_stay_with_their_reason() -> None:
+    model = frozen(nn.Sequential(nn.Linear(128, 128), nn.MultiheadAttention(128, 4), Mlp()))
+    model[0].weight[3, 4] = torch.nan
+    model[2].up.double()
+    plan = fqcompile.quantize_(model)
+    reasons = {site.name: site.reason or "" for site in plan.kept}
+    assert "NaN" in reasons["0.weight"]
+    assert "attention" in reasons["1.out_proj.weight"]
+    assert "float64" in reasons["2.up.weight"]
+    assert [site.name for site in plan.quantized] == ["2.down.weight"]
+    again = fqcompile.quantize_(model)
+    assert again.site("2.down.weight").reason == "the weight is packed already"
+    with pytest.raises(UnquantizableWeight, match=r"0\.weight: .*NaN"):
+        fqcompile.quantize_(model, on_unsupported="error")
+
+
+def test_experts_that_do_not_say_their_orientation_stay() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(4, 64, 128))
+
+    model = frozen(Experts())
+    assert "is_transposed" in str(fqcompile.quantize_(model).site("up").reason)
+    model.is_transposed = True
+    assert fqcompile.quantize_(model).site("up").shape == (4, 128, 64)
+
+
+@pytest.mark.parametrize("option", [{"mode": "reduce-overhead"}, {"free_weights": True}])
+def test_options_of_compiling_are_refused(option: dict[str, Any]) -> None:
+    (name,) = option
+    with pytest.raises(OptionError, match=f"option {name} is one of compiling"):
+        fqcompile.quantize_(frozen(Mlp()), **option)
+    with pytest.raises(OptionError, match="did you mean 'granularity'"):
+        fqcompile.quantize_(frozen(Mlp()), granularty=64)
+
+
+def test_originals_are_released_one_by_one() -> None:
+    model = frozen(Mlp())
+    alive = [weakref.ref(p) for p in model.parameters() if p.dim() == 2]
+    fqcompile.quantize_(model)
+    assert not any(ref() is not None for ref in alive)
