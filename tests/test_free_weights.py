@@ -663,6 +663,14 @@ def test_restored_weights_are_not_quantised_again(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(compiled(X), expected)
 
 
+def test_packed_weights_are_restored_too() -> None:
+    model = frozen(Mlp())
+    dequantised = oracle(model, fqcompile.explain(model, X))
+    fqcompile.restore(fqcompile.quantize_(model) and model)
+    assert all(type(w) is nn.Parameter for w in model.parameters())
+    assert torch.equal(model(X), dequantised(X))
+
+
 def test_deepcopy_of_a_freed_model_runs_eagerly_and_compiled_with_the_same_codes() -> None:
     model = frozen(Mlp())
     dequantised = oracle(model, fqcompile.explain(model, X))
