@@ -332,6 +332,11 @@ def test_a_class_that_is_not_of_hugging_face_needs_a_function(saved: Path) -> No
         fqcompile.load(None, saved)
 
 
+def test_arguments_that_changed_places_are_refused(saved: Path) -> None:
+    with pytest.raises(CheckpointError, match="got a str in place of a model"):
+        fqcompile.load(str(saved), saved)  # type: ignore[arg-type]
+
+
 def test_two_writers_do_not_meet(saved: Path) -> None:
     with (
         locked(saved),
