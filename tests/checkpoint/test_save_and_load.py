@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fqcompile
 from fqcompile.checkpoint import shards
-from fqcompile.checkpoint.files import locked
+from fqcompile.checkpoint.durable_files import locked
 from fqcompile.checkpoint.manifest import read_manifest
 from fqcompile.errors import CheckpointError
 from fqcompile.weights.packed_weight import PackedWeight
