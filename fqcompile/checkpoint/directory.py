@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from fqcompile.checkpoint.files import locked, remove, rename, sync_directory, write_file
+from fqcompile.checkpoint.durable_files import locked, remove, rename, sync_directory, write_file
 from fqcompile.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from fqcompile.errors import CheckpointError
 

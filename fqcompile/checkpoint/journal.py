@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fqcompile.checkpoint.checked_fields import checked
 from fqcompile.checkpoint.directory import staged
-from fqcompile.checkpoint.fields import checked
-from fqcompile.checkpoint.files import (
+from fqcompile.checkpoint.durable_files import (
     append_to_file,
     remove,
     rename,

@@ -89,6 +89,11 @@ def _model(
 ) -> nn.Module:
     if isinstance(given, nn.Module):
         return given
+    if given is not None and not callable(given):
+        raise CheckpointError(
+            f"load got a {type(given).__name__} in place of a model or a function that makes one; "
+            "give that first, and the directory second"
+        )
     with torch.device("meta"):
         if given is not None:
             return given()

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from fqcompile.checkpoint.fields import checked
+from fqcompile.checkpoint.checked_fields import checked
 from fqcompile.checkpoint.safetensors_file import DTYPES, byte_size, encode_header
 from fqcompile.errors import CheckpointError
 from fqcompile.quant.granularity import num_groups

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fqcompile.checkpoint.files import write_file
+from fqcompile.checkpoint.durable_files import write_file
 from fqcompile.checkpoint.manifest import Manifest, ShardRecord, TensorRecord
 from fqcompile.checkpoint.safetensors_file import (
     ALIGNMENT,

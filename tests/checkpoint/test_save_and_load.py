@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fqcompile
 from fqcompile.checkpoint import shards
-from fqcompile.checkpoint.files import locked
+from fqcompile.checkpoint.durable_files import locked
 from fqcompile.checkpoint.manifest import read_manifest
 from fqcompile.errors import CheckpointError
 from fqcompile.weights.packed_weight import PackedWeight
@@ -330,6 +330,11 @@ def test_attributes_of_the_constructor_stay_where_nobody_saved_them(saved: Path)
 def test_a_class_that_is_not_of_hugging_face_needs_a_function(saved: Path) -> None:
     with pytest.raises(CheckpointError, match="holds a Small, which is no model class"):
         fqcompile.load(None, saved)
+
+
+def test_arguments_that_changed_places_are_refused(saved: Path) -> None:
+    with pytest.raises(CheckpointError, match="got a str in place of a model"):
+        fqcompile.load(str(saved), saved)  # type: ignore[arg-type]
 
 
 def test_two_writers_do_not_meet(saved: Path) -> None:
