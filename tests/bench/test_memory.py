@@ -84,20 +84,25 @@ def test_a_way_takes_what_it_allocates(monkeypatch: pytest.MonkeyPatch, tmp_path
 
     monkeypatch.setitem(memory_ways.OF_A_MODEL, memory_ways.PLAIN, greedy)
     found = memory_ways.took(memory_ways.PLAIN, TINY, tmp_path)
-    assert found["peak"] - found["loaded"] > 190 * MIB
-    assert 60 * MIB < found["own"] < found["peak"]
+    assert found["peak"] - found["loaded"] > 150 * MIB
+    assert 50 * MIB < found["own"] < found["peak"]
     assert len(found["logits"]) == 256
     assert found["ours"] is False
 
 
 def test_peaks_are_of_what_follows_the_reset() -> None:
-    torch.ones(96 * MIB, dtype=torch.uint8)
+    """Beside what is resident then: the system may take pages of files away at any time."""
+
+    def above() -> int:
+        return process_memory.peak() - process_memory.resident()
+
+    torch.ones(256 * MIB, dtype=torch.uint8)
+    assert above() > 200 * MIB
     process_memory.reset_peak()
-    before = process_memory.peak()
-    held = torch.ones(48 * MIB, dtype=torch.uint8)
-    assert 40 * MIB < process_memory.peak() - before < 90 * MIB
+    assert above() < 50 * MIB
+    held = torch.ones(64 * MIB, dtype=torch.uint8)
+    assert process_memory.anonymous() >= held.nbytes
     assert process_memory.anonymous() <= process_memory.resident() <= process_memory.peak()
-    del held
 
 
 def test_the_model_is_the_same_each_time_and_no_two_matrices_are_alike() -> None:
