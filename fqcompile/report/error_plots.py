@@ -55,7 +55,7 @@ def worst_experts(sites: Sequence[Site]) -> Table:
 def _legend(sites: Sequence[Site]) -> str:
     formats = sorted({(site.bits or 0, format_status(site)) for site in sites})
     keys = "".join(f'<span class="key bits{bits}"></span>{escape(name)} ' for bits, name in formats)
-    if any(site.expert_errors for site in sites):
+    if any(site.kind == "experts" for site in sites):
         keys += '<span class="key square"></span>a stack of experts, from its best to its worst'
     return f'<p class="quiet">{keys}</p>'
 
@@ -92,7 +92,7 @@ def _point(site: Site, x: float) -> Point:
         y=error,
         title=title,
         css=f"bits{site.bits}",
-        square=bool(experts),
+        square=site.kind == "experts",
         span=(min(experts), max(experts)) if experts else None,
         query=f"^{site.name}",
     )

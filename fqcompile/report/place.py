@@ -47,9 +47,10 @@ def place_of(name: str) -> Place:
 def _split(name: str) -> tuple[str, int | None, str]:
     """What precedes the first number of a name, the number, and what follows it."""
     parts = name.split(".")
-    for at, part in enumerate(parts[:-1]):
-        if part.isascii() and part.isdecimal():
-            return ".".join(parts[:at]), int(part), ".".join(_same_expert(parts[at + 1 :]))
+    for at, part in enumerate(parts):
+        tail = ".".join(_same_expert(parts[at + 1 :]))
+        if part.isascii() and part.isdecimal() and tail.strip("."):
+            return ".".join(parts[:at]), int(part), tail
     return "", None, name
 
 

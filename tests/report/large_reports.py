@@ -14,7 +14,7 @@ ROLES = {
     "mlp.down_proj": (4096, 14336),
 }
 GROUPS = (16, 32, 64, 128, 256, 1 << 20)
-BITE = "<script>bitten = 1</script><img src=x onerror='bitten = 2'>\"'><b>&amp;"
+BITE = f"<script>bitten = 1</script><img src=x onerror='bitten = 2'>\"'><b>&amp;{'w' * 120}"
 
 
 def quantized(

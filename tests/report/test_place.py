@@ -17,6 +17,7 @@ NAMES = [
     ("0.weight", "", 0, "weight"),
     ("lm_head.weight", "", None, "lm_head"),
     ("head.5", "", None, "head.5"),
+    ("0.", "", None, "0."),
     ("layers.².w", "", None, "layers.².w"),
     ("a.1.q.weight+a.1.k.weight", "a", 1, "q+k"),
     ("a.1.q.weight+a.2.k.weight", "a", 1, "q+a.2.k"),
