@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fqcompile.config import FineQuantConfig
 from fqcompile.report import (
     CompileReport,
     PassRecord,
@@ -74,6 +75,22 @@ def test_long_lines_of_a_diff_are_cut_and_the_page_says_so(tmp_path: Path) -> No
     page = CompileReport("g", Plan(()), (record,)).to_html(tmp_path / "r.html").read_text("utf-8")
     assert "b" * 501 not in page and "lines cut at … are whole" in page
     assert record.diff[-1] == f"+b{'b' * 500} = 2"
+
+
+def test_diff_is_text_whatever_the_graph_says(tmp_path: Path) -> None:
+    record = PassRecord("fuse", 0.1, 1, ("<script>",), "a = 1\n", "<script>\n")
+    report = CompileReport("g", Plan(()), (record,))
+    page = Page(report.to_html(tmp_path / "r.html").read_text("utf-8"))
+    assert page.tags.count("script") == 1
+
+
+def test_page_says_which_options_are_unlike_the_defaults(tmp_path: Path) -> None:
+    options = {**FineQuantConfig().as_dict(), "alpha": 0.8, "bits": 8}
+    text = Plan((), options).to_html(tmp_path / "r.html").read_text("utf-8")
+    assert "<p>unlike the defaults: bits=8, alpha=0.8</p>" in text
+    assert "<p>unlike the defaults: nothing</p>" in (
+        Plan((), FineQuantConfig().as_dict()).to_html(tmp_path / "r.html").read_text("utf-8")
+    )
 
 
 def test_pass_without_both_graphs_has_no_diff() -> None:
