@@ -16,7 +16,7 @@ _MOST_LABELS = 8
 
 def errors_html(sites: Sequence[Site]) -> str:
     """Both plots of the sites whose error is known, and a table where there are experts."""
-    known = [s for s in sites if s.relative_error is not None and math.isfinite(s.relative_error)]
+    known = [site for site in sites if _is_known(site)]
     if not known:
         return "<p>no quantised weight has a known error: there is none, or they came packed</p>"
     plots = f'<div class="plots">{_bits_plot(known)}\n{_order_plot(known)}</div>\n{_legend(known)}'
@@ -24,6 +24,11 @@ def errors_html(sites: Sequence[Site]) -> str:
     if not worst.rows:
         return plots
     return f"{plots}\n<h3>{worst.title}</h3>\n{table_html(worst)}"
+
+
+def _is_known(site: Site) -> bool:
+    error = site.relative_error
+    return site.num_weights > 0 and error is not None and math.isfinite(error)
 
 
 def bits_per_weight(site: Site) -> float:

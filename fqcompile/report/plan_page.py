@@ -12,10 +12,12 @@ from fqcompile.report.table import format_mib, format_shape, site_page_table
 
 
 def plan_sections(sites: Sequence[Site]) -> list[Section]:
-    """The parts that a dry run has as well as a compilation."""
+    """The parts that a dry run has as well as a compilation; none where nothing was looked at."""
+    if not sites:
+        return []
     kept = [site for site in sites if site.status == "kept"]
     done = [site for site in sites if site.status == "quantized"]
-    sections = [
+    return [
         Section("sizes", table_html(_sizes(sites))),
         Section("granularity map", map_html(sites)),
         Section("errors", errors_html(done)),
@@ -23,7 +25,6 @@ def plan_sections(sites: Sequence[Site]) -> list[Section]:
         Section("kept, and why", _kept_html(kept)),
         Section("sites", table_html(site_page_table(sites))),
     ]
-    return sections if sites else []
 
 
 def options_html(options: Mapping[str, object], versions: Mapping[str, str]) -> str:
@@ -93,6 +94,8 @@ def _least(sites: Iterable[Site]) -> float:
 
 def _kernels_html(sites: Sequence[Site]) -> str:
     """The kernels chosen, each with its part of the least time of all quantised matmuls."""
+    if not sites:
+        return "<p>none: nothing is quantised</p>"
     groups = _grouped(sites, lambda site: site.kernel or "none yet", lambda g: _least(g) or len(g))
     whole = _least(sites)
     rows = tuple(
