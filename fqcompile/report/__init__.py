@@ -2,12 +2,12 @@
 
 from fqcompile.report.compile_report import (
     CompileReport,
-    PassRecord,
     clear_reports,
     record,
     reports,
 )
 from fqcompile.report.dump import dump_report, is_traced, trace_report
+from fqcompile.report.pass_record import PassRecord
 from fqcompile.report.plan import Plan, Totals
 from fqcompile.report.site import Site
 

@@ -12,34 +12,12 @@ from pathlib import Path
 from tabulate import tabulate
 
 from fqcompile.report.files import replace_text
-from fqcompile.report.html import Cell, Table, render_page
+from fqcompile.report.html import Section
+from fqcompile.report.page import render_page
+from fqcompile.report.pass_record import PassRecord, passes_html
 from fqcompile.report.plan import Plan
+from fqcompile.report.plan_page import options_html, plan_sections
 from fqcompile.report.site import Site
-from fqcompile.report.table import site_page_table
-
-
-@dataclass(frozen=True)
-class PassRecord:
-    """One pass over the graph: what it matched, how many changes, and the graph on both sides.
-
-    `before` and `after` are the readable graph, or None where no dump was asked for.
-    """
-
-    name: str
-    seconds: float
-    count: int
-    matched: tuple[str, ...] = ()
-    before: str | None = field(default=None, repr=False)
-    after: str | None = field(default=None, repr=False)
-
-    def as_dict(self) -> dict[str, object]:
-        """Without the graphs, which are files of the dump."""
-        return {
-            "name": self.name,
-            "seconds": self.seconds,
-            "count": self.count,
-            "matched": list(self.matched),
-        }
 
 
 @dataclass(frozen=True)
@@ -57,14 +35,23 @@ class CompileReport:
     def sites(self) -> tuple[Site, ...]:
         return self.plan.sites
 
+    @property
+    def least_ms(self) -> float | None:
+        """What the quantised matmuls take at the least, where that is known of any."""
+        least = [site.least_us for site in self.sites if site.least_us is not None]
+        return sum(least) / 1e3 if least else None
+
+    def _facts(self) -> list[tuple[str, str]]:
+        least = self.least_ms
+        known = [] if least is None else [(f"{least:.3g} ms", "least time of quantised matmuls")]
+        return [*known, (f"{self.total_seconds:.2f} s", "to compile")]
+
     def _notes(self) -> list[str]:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         title = f"graph {self.graph}, {self.total_seconds:.2f} s"
         warnings = [f"warning: {text}" for text in self.warnings]
-        least = [site.least_us for site in self.sites if site.least_us is not None]
-        roofline = (
-            [f"quantised matmuls take {sum(least) / 1e3:.3g} ms at the least"] if least else []
-        )
+        least = self.least_ms
+        roofline = [] if least is None else [f"quantised matmuls take {least:.3g} ms at the least"]
         return [f"{title} ({versions})" if versions else title, *roofline, *warnings]
 
     def __str__(self) -> str:
@@ -87,22 +74,15 @@ class CompileReport:
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
         """Write the report as one page that needs nothing else, and return its path."""
-        notes = [*self._notes(), *self.plan.notes()]
-        tables = [site_page_table(self.sites), _pass_table(self.passes)]
-        return replace_text(path, render_page(f"fqcompile {self.graph}", notes, tables))
-
-
-def _pass_table(passes: tuple[PassRecord, ...]) -> Table:
-    rows = tuple(
-        (
-            Cell(p.name),
-            Cell(str(p.count), p.count),
-            Cell(f"{p.seconds:.3f}", p.seconds),
-            Cell(", ".join(p.matched)),
-        )
-        for p in passes
-    )
-    return Table("passes", ("pass", "count", "seconds", "matched"), rows)
+        passes = passes_html(self.passes, self.total_seconds)
+        sections = [
+            *plan_sections(self.sites),
+            *([Section("passes", passes)] if self.passes else []),
+            Section("options and versions", options_html(self.plan.options, self.versions)),
+        ]
+        facts = [*self.plan.totals.facts(), *self._facts()]
+        title = f"fqcompile {self.graph}"
+        return replace_text(path, render_page(title, self.warnings, facts, sections))
 
 
 _REPORTS: list[CompileReport] = []

@@ -1,6 +1,5 @@
 """A compile report as files in a folder, and as artifacts in torch's structured trace."""
 
-import difflib
 import os
 import re
 from collections.abc import Iterator
@@ -9,8 +8,9 @@ from pathlib import Path
 
 from torch._logging._internal import trace_log, trace_structured
 
-from fqcompile.report.compile_report import CompileReport, PassRecord
+from fqcompile.report.compile_report import CompileReport
 from fqcompile.report.files import replace_text
+from fqcompile.report.pass_record import PassRecord
 
 
 def _pass_text(record: PassRecord) -> str:
@@ -18,10 +18,9 @@ def _pass_text(record: PassRecord) -> str:
     return "\n".join([head, *(f"matched {name}" for name in record.matched), ""])
 
 
-def _pass_diff(name: str, before: str, after: str) -> str:
-    sides = f"{name}.before.py", f"{name}.after.py"
-    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), *sides, lineterm="")
-    return "".join(f"{line}\n" for line in lines)
+def _pass_diff(name: str, record: PassRecord) -> str:
+    header = [f"--- {name}.before.py", f"+++ {name}.after.py"] if record.diff else []
+    return "".join(f"{line}\n" for line in [*header, *record.diff])
 
 
 def _pass_files(name: str, record: PassRecord) -> Iterator[tuple[str, str]]:
@@ -31,7 +30,7 @@ def _pass_files(name: str, record: PassRecord) -> Iterator[tuple[str, str]]:
     if record.after is not None:
         yield f"{name}.after.py", record.after
     if record.before is not None and record.after is not None:
-        yield f"{name}.diff", _pass_diff(name, record.before, record.after)
+        yield f"{name}.diff", _pass_diff(name, record)
 
 
 def _safe(name: str) -> str:

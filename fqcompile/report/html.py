@@ -1,126 +1,108 @@
-"""Tables as one self-contained HTML page: light and dark, sortable, filterable, no network."""
+"""Pieces of a page, all text escaped: sections, sortable tables, cells with a bar or a filter."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
-from string import Template
 from typing import NamedTuple
+
+from fqcompile.report.svg import share_bar
 
 
 class Cell(NamedTuple):
-    """What a cell shows, and the number it sorts by where the text would sort wrongly."""
+    """What a cell shows, and the number it sorts by where the text would sort wrongly.
+
+    `query` makes the text a button that filters the sites by it; `shares` are fractions of one,
+    drawn as bars over each other, the longest first.
+    """
 
     text: str
     value: float | None = None
+    query: str = ""
+    shares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table; every row has as many cells as there are headers."""
+    """A titled table; every row has as many cells as there are headers.
+
+    `filterable` gives it a box to filter its rows by: the page has at most one such table.
+    """
 
     title: str
     headers: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    filterable: bool = False
+
+
+class Section(NamedTuple):
+    """A part of the page that its contents name; `body` is markup."""
+
+    title: str
+    body: str
+
+
+def filter_button(text: str, query: str, spoken: str = "") -> str:
+    """A button that filters the table of sites by `query`."""
+    label = f' aria-label="{escape(spoken)}"' if spoken else ""
+    return (
+        f'<button type="button" class="filter" data-query="{escape(query)}"{label}>'
+        f"{escape(text)}</button>"
+    )
+
+
+def details(summary: str, body: str) -> str:
+    """A part that is folded away; `summary` is text, `body` markup."""
+    return f"<details><summary>{escape(summary)}</summary>\n{body}\n</details>"
+
+
+def paragraph(text: str, css: str = "") -> str:
+    name = f' class="{css}"' if css else ""
+    return f"<p{name}>{escape(text)}</p>"
+
+
+def scroll_box(body: str, label: str) -> str:
+    """Markup that may be wider than the page: it scrolls alone, and by the keyboard too."""
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">{body}</div>'
+    )
+
+
+def table_html(table: Table) -> str:
+    """The table in a box of its own; a click on a header sorts by its column."""
+    heads = "".join(_head(header, cells) for header, cells in _columns(table))
+    rows = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in table.rows)
+    body = f"<table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>"
+    return f"{_FILTER if table.filterable else ''}{scroll_box(body, table.title)}"
+
+
+def _columns(table: Table) -> Iterable[tuple[str, list[Cell]]]:
+    return ((header, [row[i] for row in table.rows]) for i, header in enumerate(table.headers))
+
+
+def _head(header: str, cells: Iterable[Cell]) -> str:
+    number = ' class="number"' if any(_is_number(cell) for cell in cells) else ""
+    button = f'<button type="button">{escape(header)}</button>'
+    return f'<th scope="col" aria-sort="none"{number}>{button}</th>'
+
+
+def _is_number(cell: Cell) -> bool:
+    return cell.value is not None and bool(cell.text)
+
+
+def unordered(items: Iterable[str]) -> str:
+    """A list of texts."""
+    return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"
 
 
 def _cell(cell: Cell) -> str:
-    number = "" if cell.value is None else f' class="number" data-value="{cell.value}"'
-    return f"<td{number}>{escape(cell.text)}</td>"
+    number = ' class="number"' if _is_number(cell) else ""
+    value = "" if cell.value is None else f' data-value="{cell.value}"'
+    text = filter_button(cell.text, cell.query) if cell.query else escape(cell.text)
+    return f"<td{number}{value}>{text}{share_bar(cell.shares) if cell.shares else ''}</td>"
 
 
-def _table(table: Table) -> str:
-    heads = "".join(
-        f'<th aria-sort="none"><button type="button">{escape(header)}</button></th>'
-        for header in table.headers
-    )
-    rows = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in table.rows)
-    return (
-        f'<h2>{escape(table.title)}</h2>\n<div class="scroll"><table>\n<thead><tr>{heads}</tr>'
-        f"</thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>"
-    )
-
-
-def render_page(title: str, notes: Sequence[str], tables: Sequence[Table]) -> str:
-    """The page; `notes` are the lines between the title and the tables."""
-    return _PAGE.substitute(
-        title=escape(title),
-        notes="\n".join(f"<p>{escape(note)}</p>" for note in notes),
-        tables="\n".join(map(_table, tables)),
-    )
-
-
-_PAGE = Template("""\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --line: #d5dae0; --soft: #f3f5f7;
-  --link: #0b5cad; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8ec; --paper: #14171a; --line: #343a41; --soft: #1f2429; --link: #7db8f5; }
-}
-body { margin: 2rem; color: var(--ink); background: var(--paper);
-  font: 15px/1.45 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; } p { margin: .2rem 0; }
-input { margin-top: 1rem; padding: .4rem .6rem; width: min(26rem, 100%); font: inherit;
-  color: inherit; background: var(--soft); border: 1px solid var(--line); border-radius: 4px; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; text-align: left; vertical-align: top;
-  border-bottom: 1px solid var(--line); }
-td.number { text-align: right; white-space: nowrap; }
-tbody tr:hover { background: var(--soft); }
-th button { all: unset; cursor: pointer; font-weight: 600; white-space: nowrap;
-  color: var(--link); }
-th button:focus-visible { outline: 2px solid var(--link); }
-th[aria-sort=ascending] button::after { content: " ↑"; }
-th[aria-sort=descending] button::after { content: " ↓"; }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-$notes
-<input type="search" placeholder="filter rows" aria-label="filter rows">
-<output></output>
-$tables
-<script>
-const rows = [...document.querySelectorAll("tbody tr")];
-const filter = document.querySelector("input");
-const count = document.querySelector("output");
-
-function show() {
-  const words = filter.value.toLowerCase().split(/\\s+/);
-  for (const row of rows) {
-    const text = row.textContent.toLowerCase();
-    row.hidden = !words.every(word => text.includes(word));
-  }
-  count.textContent = rows.filter(row => !row.hidden).length + " of " + rows.length + " rows";
-}
-
-function compare(a, b) {
-  if (a.dataset.value && b.dataset.value) return a.dataset.value - b.dataset.value;
-  return a.textContent.localeCompare(b.textContent, undefined, {numeric: true});
-}
-
-function sort(head) {
-  const order = head.ariaSort === "ascending" ? "descending" : "ascending";
-  for (const other of head.parentNode.children) other.ariaSort = "none";
-  head.ariaSort = order;
-  const body = head.closest("table").tBodies[0];
-  const column = head.cellIndex, sign = order === "ascending" ? 1 : -1;
-  const sorted = [...body.rows].sort((a, b) => sign * compare(a.cells[column], b.cells[column]));
-  body.append(...sorted);
-}
-
-filter.addEventListener("input", show);
-for (const head of document.querySelectorAll("th")) {
-  head.firstElementChild.addEventListener("click", () => sort(head));
-}
-show();
-</script>
-</body>
-</html>
-""")
+_FILTER = """\
+<div class="filters"><input type="search" placeholder="filter: words that all occur, ^start of name"
+aria-label="filter rows: words that must all occur; ^ stands for the start of the name">
+<button type="button" class="clear">show all</button> <output></output></div>
+"""

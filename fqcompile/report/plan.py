@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Self
 
 from fqcompile.report.files import replace_text
-from fqcompile.report.html import render_page
+from fqcompile.report.html import Section
+from fqcompile.report.page import render_page
+from fqcompile.report.plan_page import options_html, plan_sections
 from fqcompile.report.site import Site
-from fqcompile.report.table import format_mib, site_page_table, site_table
+from fqcompile.report.table import format_mib, format_sizes, site_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,20 @@ class Totals:
             bits_per_weight=8 * sum(s.bytes_after for s in done) / weights if weights else None,
             mean_relative_error=sum(errors) / len(errors) if errors else None,
         )
+
+    def facts(self) -> list[tuple[str, str]]:
+        """The same for a page: figures, and what each one is."""
+        smaller = self.bytes_before / self.bytes_after if self.bytes_after else 1.0
+        sizes = format_sizes(self.bytes_before, self.bytes_after)
+        facts = [
+            (f"{self.quantized} of {self.sites}", "sites quantised"),
+            (sizes, f"of weights, {smaller:.1f} times smaller"),
+        ]
+        if self.bits_per_weight is not None:
+            facts.append((f"{self.bits_per_weight:.2f}", "bits per quantised weight"))
+        if self.mean_relative_error is not None:
+            facts.append((f"{self.mean_relative_error:.4f}", "mean relative error"))
+        return facts
 
     def __str__(self) -> str:
         sizes = f"{format_mib(self.bytes_before)} → {format_mib(self.bytes_after)} MiB"
@@ -122,5 +138,7 @@ class Plan:
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
         """Write the plan as one page that needs nothing else, and return its path."""
-        page = render_page("fqcompile plan", self.notes(), [site_page_table(self.sites)])
+        options = Section("options", options_html(self.options, {}))
+        sections = [*plan_sections(self.sites), options]
+        page = render_page("fqcompile plan", [], self.totals.facts(), sections)
         return replace_text(path, page)

@@ -42,6 +42,13 @@ def format_mib(count: int) -> str:
     return f"{count / 2**20:,.2f}"
 
 
+def format_sizes(before: int, after: int) -> str:
+    """Both in GiB or both in MiB, by what suits the larger."""
+    if max(before, after) < 2**30:
+        return f"{format_mib(before)} → {format_mib(after)} MiB"
+    return f"{before / 2**30:,.2f} → {after / 2**30:,.2f} GiB"
+
+
 def format_error(error: float | None) -> str:
     return "" if error is None else f"{error:.4f}"
 
@@ -108,5 +115,8 @@ PAGE_HEADERS = (
 
 
 def site_page_table(sites: Sequence[Site]) -> Table:
-    """The sites with nothing shortened, each size in a column of its own."""
-    return Table("sites", PAGE_HEADERS, tuple(map(_cells, sites)))
+    """The sites with nothing shortened; a column that says nothing of any of them is left out."""
+    rows = [_cells(site) for site in sites]
+    said = [i for i in range(len(PAGE_HEADERS)) if not rows or any(row[i].text for row in rows)]
+    cells = tuple(tuple(row[i] for i in said) for row in rows)
+    return Table("sites", tuple(PAGE_HEADERS[i] for i in said), cells, filterable=True)

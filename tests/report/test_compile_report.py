@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from fqcompile.report import CompileReport, Plan, clear_reports, record, reports
+from fqcompile.config import FineQuantConfig
+from fqcompile.report import (
+    CompileReport,
+    PassRecord,
+    Plan,
+    clear_reports,
+    record,
+    reports,
+)
+from tests.report.page_parser import Page
 
 
 @pytest.fixture
@@ -48,9 +57,45 @@ def test_sites_are_those_of_the_plan(report: CompileReport) -> None:
 
 
 def test_page_has_sites_and_passes(report: CompileReport, tmp_path: Path) -> None:
-    page = report.to_html(tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<h2>sites</h2>" in page and "<h2>passes</h2>" in page
-    assert "linear&lt;0&gt;" in page and "weight &amp; buffer" in page
+    text = report.to_html(tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert len(page.rows["sites"]) == 4
+    assert page.rows["passes"] == [["capture", "0", "0.250", ""], ["rewrite", "1", "0.125", ""]]
+    assert page.summaries[-3:] == [
+        "rewrite matched 1",
+        "rewrite changed the graph: +1 −1 lines",
+        "all 2 options",
+    ]
+    assert "linear&lt;0&gt;" in text and "weight &amp; buffer" in text
+    assert '<span class="added">+    y = fqcompile_linear(x, w)</span>' in text
+
+
+def test_long_lines_of_a_diff_are_cut_and_the_page_says_so(tmp_path: Path) -> None:
+    record = PassRecord("fuse", 0.1, 1, (), "a = 1\n", f"b{'b' * 500} = 2\n")
+    page = CompileReport("g", Plan(()), (record,)).to_html(tmp_path / "r.html").read_text("utf-8")
+    assert "b" * 501 not in page and "lines cut at … are whole" in page
+    assert record.diff[-1] == f"+b{'b' * 500} = 2"
+
+
+def test_diff_is_text_whatever_the_graph_says(tmp_path: Path) -> None:
+    record = PassRecord("fuse", 0.1, 1, ("<script>",), "a = 1\n", "<script>\n")
+    report = CompileReport("g", Plan(()), (record,))
+    page = Page(report.to_html(tmp_path / "r.html").read_text("utf-8"))
+    assert page.tags.count("script") == 1
+
+
+def test_page_says_which_options_are_unlike_the_defaults(tmp_path: Path) -> None:
+    options = {**FineQuantConfig().as_dict(), "alpha": 0.8, "bits": 8}
+    text = Plan((), options).to_html(tmp_path / "r.html").read_text("utf-8")
+    assert "<p>unlike the defaults: bits=8, alpha=0.8</p>" in text
+    assert "<p>unlike the defaults: nothing</p>" in (
+        Plan((), FineQuantConfig().as_dict()).to_html(tmp_path / "r.html").read_text("utf-8")
+    )
+
+
+def test_pass_without_both_graphs_has_no_diff() -> None:
+    assert PassRecord("capture", 0.1, 1, (), None, "a\n").diff == ()
+    assert PassRecord("match", 0.1, 1, (), "a\n", "a\n").diff == ()
 
 
 def test_reports_come_newest_last_and_as_a_copy(report: CompileReport, empty_list: None) -> None:

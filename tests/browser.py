@@ -1,0 +1,152 @@
+"""A headless Chromium driven over two pipes by the DevTools protocol, and what it complained of."""
+
+import base64
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Self
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run
+--disable-background-networking --disable-component-update --disable-sync --disable-dev-shm-usage
+--disable-extensions --remote-debugging-pipe""".split()
+PATIENCE = 60.0  # seconds for one answer
+
+
+def find_chromium() -> str | None:
+    """The path of a Chromium on this machine."""
+    return next((path for path in map(shutil.which, NAMES) if path), None)
+
+
+class Browser:
+    """One tab. `requests` holds the addresses asked for, `complaints` what went wrong in it."""
+
+    def __init__(self, profile: Path) -> None:
+        commands, self._write = os.pipe()
+        self._read, answers = os.pipe()
+        program = find_chromium()
+        assert program is not None
+        # The browser reads commands from descriptor 3 and answers on 4, each ended by a zero byte.
+        wire = f'exec 3<&{commands} 4>&{answers}; exec "$0" "$@"'
+        self._process = subprocess.Popen(
+            ["bash", "-c", wire, program, *FLAGS, f"--user-data-dir={profile}"],
+            pass_fds=(commands, answers),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(commands)
+        os.close(answers)
+        self._buffer, self._last, self._session = b"", 0, ""
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        attached = self.send("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.send(f"{domain}.enable")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._session = ""
+        self.send("Browser.close")
+        os.close(self._write)
+        os.close(self._read)
+        self._process.wait(PATIENCE)
+
+    def send(self, method: str, **params: Any) -> dict[str, Any]:
+        """Send one command and return its result; events that come before it are noted."""
+        self._last += 1
+        message: dict[str, Any] = {"id": self._last, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._write, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._receive()
+            if answer.get("id") == self._last:
+                assert "error" not in answer, f"{method}: {answer['error']}"
+                return dict(answer["result"])
+            self._note(answer)
+
+    def _receive(self) -> dict[str, Any]:
+        until = time.monotonic() + PATIENCE
+        while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._read], [], [], max(0.0, until - time.monotonic()))
+            chunk = os.read(self._read, 1 << 16) if ready else b""
+            assert chunk, "the browser ended, or said nothing for a minute"
+            self._buffer += chunk
+        message, _, self._buffer = self._buffer.partition(b"\0")
+        return dict(json.loads(message))
+
+    def _note(self, event: dict[str, Any]) -> None:
+        params = event.get("params", {})
+        match event.get("method"):
+            case "Network.requestWillBeSent":
+                self.requests.append(params["request"]["url"])
+            case "Runtime.exceptionThrown" | "Runtime.consoleAPICalled" | "Log.entryAdded":
+                self.complaints.append(json.dumps(params))
+            case "Page.javascriptDialogOpening":
+                self.complaints.append(f"dialog: {params['message']}")
+                self._last += 1
+                answer = {"id": self._last, "method": "Page.handleJavaScriptDialog"}
+                answer |= {"params": {"accept": True}, "sessionId": self._session}
+                os.write(self._write, json.dumps(answer).encode() + b"\0")
+
+    def open(self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+        """Load a file at a size of window and in a theme, and forget the page before it."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.send("Emulation.setDeviceMetricsOverride", **size)
+        theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.send("Emulation.setEmulatedMedia", features=[theme])
+        self.requests, self.complaints = [], []
+        self.send("Page.navigate", url=path.resolve().as_uri())
+        self.wait("document.readyState === 'complete'")
+
+    def wait(self, condition: str) -> None:
+        """Until the expression is true."""
+        until = time.monotonic() + PATIENCE
+        while not self.evaluate(condition):
+            assert time.monotonic() < until, f"never came true: {condition}"
+            time.sleep(0.02)
+
+    def evaluate(self, expression: str) -> Any:
+        """The value of a JavaScript expression, as JSON carries it."""
+        answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def click(self, element: str) -> None:
+        """Press and release the mouse over the middle of what the expression yields."""
+        x, y = self.evaluate(
+            f"(e => {{ e.scrollIntoView({{block: 'center', inline: 'center'}});"
+            " const b = e.getBoundingClientRect();"
+            f" return [b.x + b.width / 2, b.y + b.height / 2] }})({element})"
+        )
+        for kind in ("mousePressed", "mouseReleased"):
+            self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def type(self, text: str) -> None:
+        """Type into what has the focus."""
+        for letter in text:
+            self.send("Input.dispatchKeyEvent", type="char", text=letter)
+
+    def press(self, key: str) -> None:
+        """Press and release a key such as Tab or Enter."""
+        code = {"Tab": 9, "Enter": 13, "Space": 32}[key]
+        text = {"Enter": "\r", "Space": " "}.get(key, "")
+        for kind in ("keyDown", "keyUp"):
+            extra = {"text": text} if text and kind == "keyDown" else {}
+            self.send(
+                "Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **extra
+            )
+
+    def screenshot(self, path: Path, *, whole: bool = True) -> Path:
+        """A picture of the page, or of what the window shows of it."""
+        data = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+        path.write_bytes(base64.b64decode(data["data"]))
+        return path
