@@ -10,8 +10,9 @@ from fqcompile.config import FineQuantConfig, SiteOptions
 from fqcompile.errors import OptionError, UnquantizableWeight
 from fqcompile.module_weights import ModuleWeight, module_weights
 from fqcompile.passes.summary import SiteRecipe
-from fqcompile.quant.choose import QuantPlan, choose_and_quantize, scale_dtype_beside
+from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
 from fqcompile.report import Plan, Site
+from fqcompile.weights.find_or_quantize import find_or_quantize
 from fqcompile.weights.packed_matmul import kernel_for
 from fqcompile.weights.packed_weight import PackedWeight
 from fqcompile.weights.recipe import IDENTITY
@@ -40,10 +41,16 @@ def quantize_(model: nn.Module, **options: object) -> Plan:
         UnquantizableWeight: a weight must stay and `on_unsupported="error"`.
     """
     config = packing_config(options)
-    weights = module_weights(model, config)
-    progress = tqdm(weights, "fqcompile: packing", unit="weight", disable=None, delay=2)
-    sites = tuple(_pack(found, config) for found in progress)
-    return Plan(sites, config.as_dict())
+    waiting = module_weights(model, config)[::-1]
+    sites = []
+    size = len(waiting)
+    with tqdm(
+        desc="fqcompile: packing", total=size, unit="weight", disable=None, delay=2
+    ) as progress:
+        while waiting:  # a list of them all would hold every original until the end
+            sites.append(_pack(waiting.pop(), config))
+            progress.update()
+    return Plan(tuple(sites), config.as_dict())
 
 
 def packing_config(options: Mapping[str, object]) -> FineQuantConfig:
@@ -87,7 +94,7 @@ def pack_weight(found: ModuleWeight, options: SiteOptions) -> tuple[QuantPlan, P
     weight = found.weight
     with plain_eager(weight.device.type):
         scale_dtype = scale_dtype_beside(weight.dtype)
-        plan, codes = choose_and_quantize(found.matrix, options, scale_dtype)
+        plan, codes = find_or_quantize(found.matrix, options, scale_dtype)
         packed = PackedWeight.of(
             codes,
             dtype=weight.dtype,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 import fqcompile
 from bench import moe_models
+from fqcompile import quantize_model
 from fqcompile.errors import OptionError, UnquantizableWeight
 from fqcompile.weights.packed_weight import PackedWeight
 from tests.dense_models import CASES, build, run
@@ -248,8 +249,16 @@ def test_options_of_compiling_are_refused(option: dict[str, Any]) -> None:
         fqcompile.quantize_(frozen(Mlp()), granularty=64)
 
 
-def test_originals_are_released_one_by_one() -> None:
-    model = frozen(Mlp())
-    alive = [weakref.ref(p) for p in model.parameters() if p.dim() == 2]
+def test_originals_are_released_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = frozen(nn.Sequential(*(nn.Linear(128, 128) for _ in range(4))))
+    alive = [weakref.ref(layer.weight) for layer in model]
+    left: list[int] = []
+    quantize = quantize_model.find_or_quantize
+
+    def counted(*args: Any) -> Any:
+        left.append(sum(ref() is not None for ref in alive))
+        return quantize(*args)
+
+    monkeypatch.setattr(quantize_model, "find_or_quantize", counted)
     fqcompile.quantize_(model)
-    assert not any(ref() is not None for ref in alive)
+    assert left == [4, 3, 2, 1]
