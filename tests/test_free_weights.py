@@ -663,6 +663,40 @@ def test_restored_weights_are_not_quantised_again(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(compiled(X), expected)
 
 
+class Conv(nn.Module):
+    """A weight [K, N], as GPT-2's, and one [N, K]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Parameter(torch.randn(128, 256) / 11)
+        self.linear = nn.Linear(256, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.addmm(x.new_ones(256), x, self.conv))
+
+
+def test_freed_model_is_saved_packed_and_loaded(tmp_path: Any) -> None:
+    model = frozen(Conv())
+    finequant(model, free_weights=True)(X)
+    assert len(freed_names(model)) == 2
+    fqcompile.save(model, tmp_path / "packed")
+    loaded = fqcompile.load(Conv, tmp_path / "packed")
+    fqcompile.restore(model)
+    for name in ("conv", "linear.weight"):
+        assert torch.equal(loaded.get_parameter(name).dequantized(), model.get_parameter(name))
+    assert torch.equal(loaded.linear.bias, model.linear.bias)
+
+
+def test_freed_weight_that_is_packed_in_slices_is_not_saved(tmp_path: Any) -> None:
+    model = frozen(FusedQkv())
+    finequant(model, free_weights=True, min_elements=1)(X)
+    with pytest.raises(
+        fqcompile.FineQuantError, match=r"qkv cannot be saved: it was freed.*restore"
+    ):
+        fqcompile.save(model, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+
+
 def test_packed_weights_are_restored_too() -> None:
     model = frozen(Mlp())
     dequantised = oracle(model, fqcompile.explain(model, X))

@@ -17,16 +17,19 @@ from fqcompile.checkpoint.slots import Slot, slots
 from fqcompile.checkpoint.versions import versions
 from fqcompile.errors import CheckpointError
 from fqcompile.report import Plan, Site
+from fqcompile.weights.freed import is_freed
 from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.release import packed_form
 
 # What answers with the packed form of a tensor that has one; the first that does is taken.
 PACKED_FORMS: list[Callable[[Tensor], PackedWeight | None]] = [
-    lambda tensor: tensor if isinstance(tensor, PackedWeight) else None
+    lambda tensor: tensor if isinstance(tensor, PackedWeight) else None,
+    packed_form,
 ]
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str], *, plan: Plan | None = None) -> Path:
-    """Write a model that `fqcompile.quantize_` has quantised; returns the directory.
+    """Write a model that `fqcompile.quantize_` has quantised, or `free_weights` left only packed.
 
     Packed weights are written as codes and scales in the plain layout, all other tensors as they
     are; tied ones once. A model of Hugging Face gets its `config.json` and `generation_config.json`
@@ -129,6 +132,8 @@ def _check_savable(model: nn.Module, found: list[Slot]) -> None:
 
 
 def _unsavable(tensor: Tensor) -> str | None:
+    if is_freed(tensor):
+        return "it was freed, and is packed in slices; call fqcompile.restore(model) first"
     if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
         return f"it is a {type(tensor).__name__}; replace it by a plain tensor"
     if tensor.is_meta:

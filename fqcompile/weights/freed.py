@@ -26,14 +26,16 @@ from fqcompile.quant.chunks import plain_tensors
 class FreedBy:
     """Who freed a weight, and where its value is now.
 
-    `dense` gives ŵ in the weight's shape and dtype; `share` lets a copy of it have the same packed
-    tensors. Both take the weight, which a record must not keep alive.
+    `parts` are what is packed of it; `dense` gives ŵ in the weight's shape and dtype; `share`
+    lets a copy of it have the same packed tensors. Both take the weight, which a record must not
+    keep alive.
     """
 
     name: str
     graph: str
     dense: Callable[[Tensor], Tensor]
     share: Callable[[Tensor, Tensor], None]
+    parts: tuple[Any, ...] = ()
 
     def error(self, use: str) -> FreedWeightError:
         """The exception for a use that needs the values."""

@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fqcompile.quant.chunks import plain_tensors
-from fqcompile.weights.freed import FreedBy, empty_for, free, freed_by, refill
+from fqcompile.weights.freed import FreedBy, empty_for, free, freed_by, is_freed, refill
 from fqcompile.weights.packed import PackedPart
 from fqcompile.weights.packed_weight import PackedWeight
 from fqcompile.weights.store import STORE
@@ -67,7 +67,7 @@ def release(weight: nn.Parameter, parts: Sequence[PackedPart], name: str, graph:
         STORE.hold_alone(part, (weight,))
     memory = StorageWeakRef(weight.untyped_storage())
     form = (weight.storage_offset(), weight.size(), weight.stride())
-    record = FreedBy(name, graph, partial(_dense, tuple(parts)), STORE.share)
+    record = FreedBy(name, graph, partial(_dense, tuple(parts)), STORE.share, tuple(parts))
     with STORE.values_kept(weight):
         free(weight, record)
         if memory.expired():
@@ -84,6 +84,25 @@ def bring_back(weight: Tensor) -> None:
     """Give a freed weight its dequantised values; what is packed of it stays valid."""
     with STORE.values_kept(weight):
         refill(weight, freed_by(weight).dense(weight))
+
+
+def packed_form(weight: Tensor) -> PackedWeight | None:
+    """A freed weight as a packed one, where a single part is all of it, as it is or transposed."""
+    if not is_freed(weight) or len(freed_by(weight).parts) != 1:
+        return None
+    (part,) = freed_by(weight).parts
+    as_it_is = torch.empty_strided(weight.size(), weight.stride(), device="meta")
+    view = part.recipe.view_of(as_it_is)
+    forms = [(t.shape, t.stride()) for t in (as_it_is, as_it_is.mT)]
+    if view is None or (view.shape, view.stride()) not in forms:
+        return None
+    return PackedWeight.of(
+        STORE.quantized(part, (weight,)),
+        dtype=weight.dtype,
+        experts=part.experts,
+        transposed=forms.index((view.shape, view.stride())) == 1,
+        scale_method=part.plan.scale_method,
+    )
 
 
 def restore_weight(weight: Tensor) -> None:
