@@ -26,8 +26,8 @@ from fqcompile.quant.chunks import plain_tensors
 class FreedBy:
     """Who freed a weight, and where its value is now.
 
-    `parts` are what is packed of it; `dense` gives ŵ in the weight's shape and dtype; `share` lets a
-    copy of it have the same packed tensors. Both take the weight, which a record must not keep
+    `parts` are what is packed of it; `dense` gives ŵ in the weight's shape and dtype; `share` lets
+    a copy of it have the same packed tensors. Both take the weight, which a record must not keep
     alive.
     """
 
