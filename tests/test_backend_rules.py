@@ -213,7 +213,7 @@ def test_a_weight_of_two_sites_and_two_graphs_is_packed_once(
     monkeypatch: pytest.MonkeyPatch, inner_graphs: InnerGraphs
 ) -> None:
     quantized: list[object] = []
-    for owner, name in ((PackedPart, "quantize"), (store, "choose_and_quantize")):
+    for owner, name in ((PackedPart, "quantize"), (store, "find_or_quantize")):
         original = getattr(owner, name)
         monkeypatch.setattr(
             owner, name, lambda *args, f=original: quantized.append(args) or f(*args)

@@ -223,7 +223,10 @@ def test_a_changed_source_is_not_resumed(source: Path, tmp_path: Path) -> None:
 
 def test_a_damaged_shard_is_not_resumed(source: Path, tmp_path: Path) -> None:
     _unfinished(source, tmp_path)
-    next(tmp_path.glob("*.safetensors")).write_bytes(b"")
+    # One that the journal calls finished; there may be another, which is written again.
+    lines = (tmp_path / "fqcompile.journal").read_text().splitlines()
+    finished = [shard["file"] for line in lines[1:] for shard in json.loads(line)["shards"]]
+    (tmp_path / finished[0]).write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"is not as fqcompile\.journal says"):
         fqcompile.quantize_checkpoint(source, tmp_path, resume=True, **OPTIONS)
 
