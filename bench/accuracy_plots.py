@@ -1,6 +1,6 @@
 """Figures of the accuracy rows, as SVG; none where matplotlib is not installed.
 
-loss against bits per weight, with the Pareto front      accuracy-pareto.svg
+divergence against bits per weight, the Pareto front     accuracy-pareto.svg
 which group size the rules give each matrix              accuracy-granularity.svg
 how wide columns are, before and after outliers          accuracy-ranges.svg
 """
@@ -19,7 +19,6 @@ from bench.results import Row
 from bench.weight_ranges import QUANTILES
 
 _COLOURS = {"int4": "#1f6feb", "hqq": "#d1242f", "nf4": "#8250df", "torchao": "#bf8700"}
-_LEAST_LOSS = 1e-5  # of what has no loss at all, for a logarithmic axis
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -63,33 +62,33 @@ def _panels(pyplot: Any, count: int, height: float = 3.2) -> tuple[Any, list[Any
 
 
 def _pareto(pyplot: Any, rows: Sequence[Row]) -> Any:
-    """Points of 4-bit ways by bits and loss, whiskers from the bootstrap, the front as a line."""
+    """Points of 4-bit ways by bits and divergence, bootstrap whiskers, the front as a line."""
     models = _parts(rows, "quality")
     if not models:
         return None
     figure, axes = _panels(pyplot, len(models))
     for axis, (model, own) in zip(axes, models.items(), strict=True):
         shown = [r for r in own if r["bits_per_weight"] < 6]
-        points = [(r["bits_per_weight"], max(r["loss"], _LEAST_LOSS)) for r in shown]
-        for row, (bits, loss) in zip(shown, points, strict=True):
-            _point(axis, row, bits, loss)
+        points = [(r["bits_per_weight"], r["divergence"]) for r in shown]
+        for row, (bits, value) in zip(shown, points, strict=True):
+            _point(axis, row, bits, value)
         front = [points[i] for i in pareto_front(points)]
         axis.step(*zip(*front, strict=True), where="post", color="grey", lw=0.8, zorder=0)
         axis.set(yscale="log", title=model, xlabel="bits per weight, scales counted")
-    axes[0].set_ylabel("bits per byte beyond fp32")
+    axes[0].set_ylabel("divergence from fp32, bits per byte")
     return figure
 
 
-def _point(axis: Any, row: Row, bits: float, loss: float) -> None:
+def _point(axis: Any, row: Row, bits: float, value: float) -> None:
     way = row["way"]
     absmax = way.endswith("absmax")
     colour = _COLOURS[way.split()[0]]
-    low, high = (max(row[f"loss_{end}"], _LEAST_LOSS) for end in ("low", "high"))
+    low, high = (row[f"divergence_{end}"] for end in ("low", "high"))
     axis.plot([bits, bits], [low, high], color=colour, lw=0.6, alpha=0.4)
     filled = "white" if absmax else colour
-    axis.plot(bits, loss, "o", ms=4, color=colour, mfc=filled)
+    axis.plot(bits, value, "o", ms=4, color=colour, mfc=filled)
     label = way.removeprefix("int4 ").removesuffix(" mse")
-    axis.annotate(label, (bits, loss), fontsize=5, xytext=(3, 2), textcoords="offset points")
+    axis.annotate(label, (bits, value), fontsize=5, xytext=(3, 2), textcoords="offset points")
 
 
 def _granularity(pyplot: Any, rows: Sequence[Row]) -> Any:

@@ -62,15 +62,13 @@ def interval(loss: Tensor, lengths: Tensor, confidence: float = _CONFIDENCE) -> 
 
 
 def compare(exact: Evaluation, quantised: Evaluation) -> Row:
-    """Bits per byte, how many more than fp32's with the interval over documents, and agreement."""
+    """Bits per byte, how many more than fp32's, divergence, agreement; intervals over documents."""
     lengths = exact.bytes.double()
     difference = quantised.bits - exact.bits
-    low, high = interval(difference, lengths)
     return {
         "bits_per_byte": quantised.bits_per_byte,
-        "loss": (difference.sum() / lengths.sum()).item(),
-        "loss_low": low,
-        "loss_high": high,
+        **_per_byte("loss", difference, lengths),
+        **_per_byte("divergence", quantised.divergence, lengths),
         "agreement": exact.agreement(quantised),
     }
 
@@ -130,7 +128,7 @@ def baseline_row(exact: Exact, baseline: Baseline) -> Evaluated:
 
 
 def _row(exact: Exact, about: Row, quantised: Quantised) -> Evaluated:
-    evaluation = evaluate(quantised.model, exact.windows)
+    evaluation = evaluate(quantised.model, exact.windows, exact.evaluation)
     sizes = {
         "bits_per_weight": quantised.bits_per_weight,
         "matrices": len(quantised.weights),
@@ -142,14 +140,17 @@ def _row(exact: Exact, about: Row, quantised: Quantised) -> Evaluated:
 
 
 def paired(reference: Evaluated, other: Evaluated) -> Row:
-    """How much more `other` loses per byte than `reference`, on the same documents."""
+    """How much more `other` loses and diverges per byte than `reference`, on the same documents."""
     if reference.evaluation is None or other.evaluation is None:
         return {}
     lengths = reference.evaluation.bytes.double()
-    difference = other.evaluation.bits - reference.evaluation.bits
-    low, high = interval(difference, lengths)
-    return {
-        "beyond_adaptive": (difference.sum() / lengths.sum()).item(),
-        "beyond_low": low,
-        "beyond_high": high,
-    }
+    bits = other.evaluation.bits - reference.evaluation.bits
+    divergence = other.evaluation.divergence - reference.evaluation.divergence
+    loss = _per_byte("loss_beyond", bits, lengths)
+    return loss | _per_byte("divergence_beyond", divergence, lengths)
+
+
+def _per_byte(name: str, bits: Tensor, lengths: Tensor) -> Row:
+    """Of bits [D]: their sum per byte, and its interval."""
+    low, high = interval(bits, lengths)
+    return {name: (bits.sum() / lengths.sum()).item(), f"{name}_low": low, f"{name}_high": high}

@@ -18,7 +18,9 @@ def show(results: Results) -> None:
             print(f"NOT REPORTED {row['model']} {row['part']} {row['way']}: {row['failure']}")
     if results.left_out:
         print(f"left out {len(results.left_out)}: {', '.join(results.left_out)}")
-    print("\nlosses: thousandths of a bit per byte beyond fp32; [95 % of bootstraps over files]")
+    print(
+        "\nlosses and divergences from fp32 in thousandths of a bit per byte; [95 % of bootstraps]"
+    )
     for table in (embedding_table, sensitivity_table, error_table):
         print(f"\n{table(results.rows)}")
     print(f"\nwith outliers in the weights\n\n{quality_table(results.rows, 'outliers')}")
@@ -50,7 +52,17 @@ def fp32_table(rows: Sequence[Row]) -> str:
 
 def quality_table(rows: Sequence[Row], part: str) -> str:
     """One line per model and way, by bits and then by loss."""
-    headers = ("model", "way", "bits/weight", "error", "loss", "95 %", "beyond adaptive", "agree")
+    headers = (
+        "model",
+        "way",
+        "bits/weight",
+        "error",
+        "loss",
+        "95 %",
+        "divergence",
+        "beyond adaptive",
+        "agree",
+    )
     found = _of(rows, part)
     order = {model: place for place, model in enumerate(dict.fromkeys(r["model"] for r in found))}
     found.sort(key=lambda r: (order[r["model"]], -r["bits_per_weight"], r["loss"]))
@@ -62,6 +74,7 @@ def quality_table(rows: Sequence[Row], part: str) -> str:
             f"{r['mean_error']:.4f}",
             f"{_MILLI * r['loss']:.2f}",
             _interval(r, "loss"),
+            f"{_MILLI * r['divergence']:.3f}",
             _beyond(r),
             f"{r['agreement']:.1%}",
         )
@@ -76,11 +89,11 @@ def _interval(row: Row, what: str) -> str:
 
 
 def _beyond(row: Row) -> str:
-    """How much more it loses than the adaptive rule; "noise" where the interval holds zero."""
-    if "beyond_adaptive" not in row:
+    """How much more it diverges than the adaptive rule; "noise" where the interval holds zero."""
+    if "divergence_beyond" not in row:
         return ""
-    low, high = row["beyond_low"], row["beyond_high"]
-    text = f"{_MILLI * row['beyond_adaptive']:+.2f}"
+    low, high = row["divergence_beyond_low"], row["divergence_beyond_high"]
+    text = f"{_MILLI * row['divergence_beyond']:+.3f}"
     return f"{text} (noise)" if low <= 0 <= high else text
 
 
@@ -98,9 +111,15 @@ def error_table(rows: Sequence[Row]) -> str:
 
 def sensitivity_table(rows: Sequence[Row]) -> str:
     """The loss where one layer type alone is quantised."""
-    headers = ("model", "layer type alone", "way", "loss", "95 %")
+    headers = ("model", "layer type alone", "way", "loss", "95 %", "divergence", "95 %")
     cells = [
-        (r["model"], r["layer_type"], r["way"], f"{_MILLI * r['loss']:.2f}", _interval(r, "loss"))
+        (
+            *(r[name] for name in ("model", "layer_type", "way")),
+            f"{_MILLI * r['loss']:.2f}",
+            _interval(r, "loss"),
+            f"{_MILLI * r['divergence']:.3f}",
+            _interval(r, "divergence"),
+        )
         for r in _of(rows, "sensitivity")
     ]
     return tabulate(cells, headers, disable_numparse=True)

@@ -5,6 +5,7 @@ A target that compares at equal or fewer bits is only asked of rivals that take 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from bench.results import Row
 
@@ -12,6 +13,8 @@ ADAPTIVE, RANGE, COLUMN = (f"int4 {rule} mse" for rule in ("adaptive", "range", 
 NAIVE_COLUMN = "int4 column absmax"
 INT8 = "int8 adaptive mse"
 NF4_FACTOR, INT8_SHARE, OUTLIER_SHARE, COLLAPSE = 1.05, 0.001, 0.2, 5.0
+MEASURES = ("loss", "divergence")
+_RIVALS = ("hqq", "torchao", "nf4", "int4 g128 mse")
 # Their bits differ by the scales of a few rows at most; what is equal on paper is equal here.
 _SAME_BITS = 1e-6
 
@@ -42,21 +45,20 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
 
 
 def _against_others(model: str, rows: dict[str, Row]) -> Iterator[Verdict]:
+    """By the loss, which chance moves, and by the divergence, which it moves little."""
     adaptive = rows.get(ADAPTIVE)
-    if adaptive is None:
-        return
-    for way, row in rows.items():
-        if not way.startswith(("hqq", "torchao", "nf4", "int4 g128")):
-            continue
+    rivals = {w: r for w, r in rows.items() if w.startswith(_RIVALS)}
+    for measure, (way, row) in product(MEASURES, rivals.items() if adaptive else ()):
         factor = NF4_FACTOR if way.startswith("nf4") else 1.0
-        fits = adaptive["bits_per_weight"] <= row["bits_per_weight"] + _SAME_BITS
-        limit = factor * row["loss"]
-        note = f"{adaptive['bits_per_weight']:.2f} against {row['bits_per_weight']:.2f} bits"
-        if row.get("beyond_low", 0) <= 0 <= row.get("beyond_high", 0):
+        ours, theirs = adaptive["bits_per_weight"], row["bits_per_weight"]
+        limit = factor * row[measure]
+        met = adaptive[measure] < limit if ours <= theirs + _SAME_BITS else None
+        name = f"adaptive's {measure} below {way}'s" + (f" x {factor}" if factor != 1 else "")
+        note = f"{ours:.2f} against {theirs:.2f} bits"
+        beyond = f"{measure}_beyond"
+        if row.get(f"{beyond}_low", 0) <= 0 <= row.get(f"{beyond}_high", 0):
             note += "; the difference is within the noise"
-        met = adaptive["loss"] < limit if fits else None
-        name = f"adaptive loses less than {way}" + (f" x {factor}" if factor != 1 else "")
-        yield Verdict(name, model, adaptive["loss"], limit, met, note)
+        yield Verdict(name, model, adaptive[measure], limit, met, note)
 
 
 def _int8(model: str, rows: dict[str, Row]) -> Iterator[Verdict]:
@@ -67,19 +69,17 @@ def _int8(model: str, rows: dict[str, Row]) -> Iterator[Verdict]:
 
 
 def _outliers(model: str, plain: dict[str, Row], rows: dict[str, Row]) -> Iterator[Verdict]:
-    for way in (NAIVE_COLUMN, COLUMN):
-        if way not in rows or way not in plain:
-            continue
-        loss, before = rows[way]["loss"], COLLAPSE * plain[way]["loss"]
-        name = f"outliers multiply the loss of {way} by {COLLAPSE:g}"
-        yield Verdict(name, model, before, loss, before < loss)
-    if COLUMN in rows:
-        limit = OUTLIER_SHARE * rows[COLUMN]["loss"]
+    for measure in MEASURES:
+        for way in (NAIVE_COLUMN, COLUMN):
+            if way in rows and way in plain:
+                after, before = rows[way][measure], COLLAPSE * plain[way][measure]
+                name = f"outliers multiply {way}'s {measure} by {COLLAPSE:g}"
+                yield Verdict(name, model, before, after, before < after)
         for way in (ADAPTIVE, RANGE):
-            if way in rows:
-                loss = rows[way]["loss"]
-                name = f"with outliers {way} loses a fifth of per column"
-                yield Verdict(name, model, loss, limit, loss < limit)
+            if way in rows and COLUMN in rows:
+                value, limit = rows[way][measure], OUTLIER_SHARE * rows[COLUMN][measure]
+                name = f"with outliers {way}'s {measure} below a fifth of column's"
+                yield Verdict(name, model, value, limit, value < limit)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

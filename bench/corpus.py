@@ -6,6 +6,7 @@ A file is held out by the hash of its name, never a part of a file; its bytes ar
 import hashlib
 import sysconfig
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 SUFFIXES = (".py", ".txt")
@@ -50,6 +51,7 @@ def split(documents: list[Document]) -> Corpus:
     return Corpus(train, tuple(d for d in shuffled if d.held_out))
 
 
+@lru_cache
 def stdlib_corpus() -> Corpus:
     """The library of the Python that runs this, about 12 MB; files that are not UTF-8 left out."""
     root = Path(sysconfig.get_path("stdlib"))

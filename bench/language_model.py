@@ -4,6 +4,11 @@ A document is cut into windows, each after a begin token of its own, so that eve
 predicted once and the bits are those of all its bytes:
 
     bits per byte = sum over tokens of -log2 p(token | those before it in the window) / bytes
+    divergence    = sum over tokens of KL(fp32's p || the quantised model's p), in bits, / bytes
+
+The loss of bits per byte is the difference of two numbers that chance moves, and of a model that is
+not converged it may be negative; the divergence is zero only where all predictions are the same,
+and is what the loss would be on text that fp32 models perfectly. So it tells near ways apart.
 """
 
 import math
@@ -14,7 +19,6 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from bench.corpus import Document
 
@@ -38,11 +42,17 @@ class Windows:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Bits [D] and bytes [D] of each document; the likeliest token [T] of each prediction."""
+    """Bits [D] and bytes [D] of each document; the likeliest token [T] of each prediction.
+
+    `log_probs` [T, V] are kept of a model that others are compared with; `divergence` [D] in bits
+    is that from such a model, zeros where there is none.
+    """
 
     bits: Tensor
     bytes: Tensor
     likeliest: Tensor
+    divergence: Tensor
+    log_probs: Tensor | None = None
 
     @property
     def bits_per_byte(self) -> float:
@@ -80,17 +90,25 @@ def windows_of(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, windows: Windows) -> Evaluation:
-    """Of each token given those before it; bits are summed in float64."""
-    bits = torch.zeros(len(windows.bytes), dtype=torch.float64)
-    likeliest = []
+def evaluate(model: nn.Module, windows: Windows, exact: Evaluation | None = None) -> Evaluation:
+    """Of each token given those before it, summed in float64; log_probs if there is no `exact`."""
+    bits, divergence = torch.zeros(2, len(windows.bytes), dtype=torch.float64)
+    kept: list[Tensor] = []
+    likeliest: list[Tensor] = []
     for part in torch.arange(len(windows.tokens)).split(_BATCH):
-        logits = model(windows.tokens[part]).logits.float()
         targets = windows.targets[part]
-        losses = cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-        )
-        per_window = losses.view(targets.shape).double().sum(1) / math.log(2)
-        bits.index_add_(0, windows.document[part], per_window)
-        likeliest.append(logits.argmax(-1)[targets != IGNORED])
-    return Evaluation(bits, windows.bytes, torch.cat(likeliest))
+        asked = targets != IGNORED
+        log_probs = model(windows.tokens[part]).logits[asked].float().log_softmax(-1)
+        owners = windows.document[part, None].expand_as(targets)[asked]
+        losses = -log_probs.gather(1, targets[asked][:, None])[:, 0]
+        bits.index_add_(0, owners, losses.double() / math.log(2))
+        if exact is None:
+            kept.append(log_probs)
+        elif exact.log_probs is not None:
+            done = sum(map(len, likeliest))
+            known = exact.log_probs[done : done + len(log_probs)]
+            distances = (known.exp() * (known - log_probs)).sum(-1)
+            divergence.index_add_(0, owners, distances.double() / math.log(2))
+        likeliest.append(log_probs.argmax(-1))
+    whole = torch.cat(kept) if kept else None
+    return Evaluation(bits, windows.bytes, torch.cat(likeliest), divergence, whole)

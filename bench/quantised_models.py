@@ -8,7 +8,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fqcompile
 from fqcompile.config import FineQuantConfig
 from fqcompile.module_weights import module_weights
+from fqcompile.passes.summary import SiteRecipe
 from fqcompile.quant.fidelity import relative_error
 from fqcompile.quant.granularity import bits_per_weight
 from fqcompile.report import Site
@@ -82,7 +83,7 @@ def ours(model: nn.Module, options: Mapping[str, Any]) -> Quantised:
 
 
 def _of_site(site: Site) -> QuantisedWeight:
-    planned = site.recipe.plan  # type: ignore[attr-defined]
+    planned = cast(SiteRecipe, site.recipe).plan
     n, k = site.shape[-2:]
     scale_bits = torch.finfo(planned.scale_dtype).bits
     bits = bits_per_weight(planned.bits, n, k, planned.group_size, scale_bits)
