@@ -18,7 +18,7 @@ from bench.quantised_models import NO_HEAD, Quantised, ours, theirs
 from bench.results import Row
 
 # Of what quantisation itself changes in the logits; and of the logits, for fp32's own rounding.
-_ALLOWED_SHARE, _ALLOWED_ROUNDING = 0.05, 1e-5
+_ALLOWED_SHARE, _ALLOWED_ROUNDING = 0.01, 1e-5
 _GATE_WINDOWS = 2
 _RESAMPLES, _CONFIDENCE = 1000, 0.95
 
