@@ -46,9 +46,11 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
 
 def _against_others(model: str, rows: dict[str, Row]) -> Iterator[Verdict]:
     """By the loss, which chance moves, and by the divergence, which it moves little."""
-    adaptive = rows.get(ADAPTIVE)
+    if ADAPTIVE not in rows:
+        return
+    adaptive = rows[ADAPTIVE]
     rivals = {w: r for w, r in rows.items() if w.startswith(_RIVALS)}
-    for measure, (way, row) in product(MEASURES, rivals.items() if adaptive else ()):
+    for measure, (way, row) in product(MEASURES, rivals.items()):
         factor = NF4_FACTOR if way.startswith("nf4") else 1.0
         ours, theirs = adaptive["bits_per_weight"], row["bits_per_weight"]
         limit = factor * row[measure]

@@ -13,6 +13,7 @@ them in the channels whose activations are small.
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +30,19 @@ def with_outliers(model: nn.Module, shrink: float = 1 / 32, seed: int = 0) -> nn
     if not shrink > 0:
         raise ValueError(f"shrink {shrink}: a positive factor keeps what ReLU does")
     changed = copy.deepcopy(model)
+    inner: Any = getattr(changed, "model", None)
+    layers = getattr(getattr(inner, "decoder", inner), "layers", ())
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no decoder layers; give an OPT, Llama or Mixtral for "
+            "causal language modelling"
+        )
     generator = torch.Generator().manual_seed(seed)
-    decoder = getattr(changed.model, "decoder", changed.model)
-    for layer in getattr(decoder, "layers", ()):
+    for layer in layers:
+        change = _opt if hasattr(layer, "fc1") else _llama
         with torch.no_grad():
             _attention(layer.self_attn, shrink, generator)
-            _opt(layer, shrink, generator) if hasattr(layer, "fc1") else _llama(
-                layer, shrink, generator
-            )
+            change(layer, shrink, generator)
     return changed
 
 
@@ -55,14 +61,12 @@ def _move(
         weight[..., channels] /= shrink
 
 
-def _norm(
-    norm: nn.Module, read: Sequence[Tensor], shrink: float, generator: torch.Generator
-) -> None:
+def _norm(norm: Any, read: Sequence[Tensor], shrink: float, generator: torch.Generator) -> None:
     channels = _channels(len(norm.weight), generator)
     _move([norm.weight, getattr(norm, "bias", None)], read, channels, shrink)
 
 
-def _attention(attention: nn.Module, shrink: float, generator: torch.Generator) -> None:
+def _attention(attention: Any, shrink: float, generator: torch.Generator) -> None:
     """A value channel is read once by each query head that shares its key-value head."""
     v, out = attention.v_proj, getattr(attention, "o_proj", None) or attention.out_proj
     groups = out.weight.shape[1] // v.weight.shape[0]
@@ -74,7 +78,7 @@ def _attention(attention: nn.Module, shrink: float, generator: torch.Generator) 
     _move((), [out.weight], readers.flatten(), shrink)
 
 
-def _opt(layer: nn.Module, shrink: float, generator: torch.Generator) -> None:
+def _opt(layer: Any, shrink: float, generator: torch.Generator) -> None:
     attention = layer.self_attn
     qkv = [getattr(attention, f"{name}_proj").weight for name in "qkv"]
     _norm(layer.self_attn_layer_norm, qkv, shrink, generator)
@@ -83,7 +87,7 @@ def _opt(layer: nn.Module, shrink: float, generator: torch.Generator) -> None:
     _move([layer.fc1.weight, layer.fc1.bias], [layer.fc2.weight], channels, shrink)
 
 
-def _llama(layer: nn.Module, shrink: float, generator: torch.Generator) -> None:
+def _llama(layer: Any, shrink: float, generator: torch.Generator) -> None:
     attention, mlp = layer.self_attn, layer.mlp
     qkv = [getattr(attention, f"{name}_proj").weight for name in "qkv"]
     _norm(layer.input_layernorm, qkv, shrink, generator)

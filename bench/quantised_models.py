@@ -94,7 +94,9 @@ def _of_site(site: Site) -> QuantisedWeight:
 def theirs(model: nn.Module, quantiser: Quantiser) -> Quantised:
     """By another library: each matrix alone, each expert of a stack alone."""
     plain = copy.deepcopy(model)
-    found = [w for w in module_weights(plain, FineQuantConfig(**NO_HEAD)) if w.reason is None]
+    found = [
+        w for w in module_weights(plain, FineQuantConfig.from_options(NO_HEAD)) if w.reason is None
+    ]
     weights = []
     for one in found:
         matrix = one.matrix.detach()

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,19 +69,19 @@ SIZES = {
 }
 
 
-def _opt(size: Size) -> nn.Module:
+def _opt(size: Size) -> Any:
     widths = {"ffn_dim": 4 * size.width, "word_embed_proj_dim": size.width}
     return hf.OPTForCausalLM(hf.OPTConfig(**size.sizes, **widths, dropout=0.0))
 
 
-def _llama(size: Size) -> nn.Module:
+def _llama(size: Size) -> Any:
     heads = {"num_key_value_heads": size.heads // 2}
     return hf.LlamaForCausalLM(
         hf.LlamaConfig(**size.sizes, **heads, intermediate_size=3 * size.width)
     )
 
 
-def _mixtral(size: Size) -> nn.Module:
+def _mixtral(size: Size) -> Any:
     config = hf.MixtralConfig(
         **size.sizes,
         num_key_value_heads=size.heads // 2,
@@ -95,7 +95,11 @@ def _mixtral(size: Size) -> nn.Module:
     return hf.MixtralForCausalLM(config)
 
 
-FAMILIES = {"opt": _opt, "llama": _llama, "mixtral": _mixtral}
+FAMILIES: dict[str, Callable[[Size], nn.Module]] = {
+    "opt": _opt,
+    "llama": _llama,
+    "mixtral": _mixtral,
+}
 
 
 def build(family: str, size: Size, seed: int = 0) -> nn.Module:

@@ -20,7 +20,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 def range_rows(model: nn.Module) -> Iterator[Row]:
     """One row per layer type, all its matrices together."""
     ratios: dict[str, list[torch.Tensor]] = {}
-    for weight in module_weights(model, FineQuantConfig(**NO_HEAD)):
+    for weight in module_weights(model, FineQuantConfig.from_options(NO_HEAD)):
         if weight.reason is None:
             columns = weight.matrix.detach().flatten(0, -2)
             ratio = columns.abs().amax(1) / columns.square().mean(1).sqrt()

@@ -115,6 +115,8 @@ def test_an_outlier_moved_on_one_side_alone_would_be_seen(
 def test_outliers_refuse_a_factor_that_relu_would_notice() -> None:
     with pytest.raises(ValueError, match="shrink -1"):
         with_outliers(nn.Linear(2, 2), -1.0)
+    with pytest.raises(ValueError, match="Linear has no decoder layers"):
+        with_outliers(nn.Linear(2, 2))
 
 
 def test_a_row_of_ours_has_passed_its_gate(exact: Exact) -> None:
