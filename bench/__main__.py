@@ -6,6 +6,8 @@ from importlib import import_module
 BENCHMARKS = {
     "quantize": "how fast weights are quantised and dequantised, and with how much memory",
     "granularity": "quality of the granularity rules against fixed groups, real weights",
+    "accuracy": "what quantisation costs trained language models, ours and other libraries",
+    "train_lm": "trains the small language models of the accuracy benchmark, once",
     "expert_forms": "what becomes of experts in every form that models write them",
     "expert_decode": "a CPU: decoding through a layer of experts, against Inductor on it",
     "overhead": "share of fqcompile's passes in the whole compilation of a small Llama",

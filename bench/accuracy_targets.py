@@ -1,0 +1,96 @@
+"""What the accuracy rows are held against: each target, its two numbers, and whether it is met.
+
+A target that compares at equal or fewer bits is only asked of rivals that take at least as many.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from bench.results import Row
+
+ADAPTIVE, RANGE, COLUMN = (f"int4 {rule} mse" for rule in ("adaptive", "range", "column"))
+NAIVE_COLUMN = "int4 column absmax"
+INT8 = "int8 adaptive mse"
+NF4_FACTOR, INT8_SHARE, OUTLIER_SHARE, COLLAPSE = 1.05, 0.001, 0.2, 5.0
+MEASURES = ("loss", "divergence")
+_RIVALS = ("hqq", "torchao", "nf4", "int4 g128 mse")
+# Their bits differ by the scales of a few rows at most; what is equal on paper is equal here.
+_SAME_BITS = 1e-6
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`value` should be below `limit`; `met` is None where the comparison cannot be made."""
+
+    target: str
+    model: str
+    value: float
+    limit: float
+    met: bool | None
+    note: str = ""
+
+
+def verdicts(rows: Sequence[Row]) -> list[Verdict]:
+    """All targets for all models among the rows."""
+    found: list[Verdict] = []
+    for model in dict.fromkeys(row["model"] for row in rows if row["part"] == "quality"):
+        quality, outliers = (
+            {r["way"]: r for r in rows if r["part"] == part and r["model"] == model and "loss" in r}
+            for part in ("quality", "outliers")
+        )
+        found += [*_against_others(model, quality), *_int8(model, quality)]
+        found += _outliers(model, quality, outliers)
+    return found
+
+
+def _against_others(model: str, rows: dict[str, Row]) -> Iterator[Verdict]:
+    """By the loss, which chance moves, and by the divergence, which it moves little."""
+    if ADAPTIVE not in rows:
+        return
+    adaptive = rows[ADAPTIVE]
+    rivals = {w: r for w, r in rows.items() if w.startswith(_RIVALS)}
+    for measure, (way, row) in product(MEASURES, rivals.items()):
+        factor = NF4_FACTOR if way.startswith("nf4") else 1.0
+        ours, theirs = adaptive["bits_per_weight"], row["bits_per_weight"]
+        limit = factor * row[measure]
+        met = adaptive[measure] < limit if ours <= theirs + _SAME_BITS else None
+        name = f"adaptive's {measure} below {way}'s" + (f" x {factor}" if factor != 1 else "")
+        note = f"{ours:.2f} against {theirs:.2f} bits"
+        beyond = f"{measure}_beyond"
+        if row.get(f"{beyond}_low", 0) <= 0 <= row.get(f"{beyond}_high", 0):
+            note += "; the difference is within the noise"
+        yield Verdict(name, model, adaptive[measure], limit, met, note)
+
+
+def _int8(model: str, rows: dict[str, Row]) -> Iterator[Verdict]:
+    if INT8 in rows:
+        row = rows[INT8]
+        limit = INT8_SHARE * (row["bits_per_byte"] - row["loss"])
+        yield Verdict("int8 within 0.1 % of fp32", model, row["loss"], limit, row["loss"] <= limit)
+
+
+def _outliers(model: str, plain: dict[str, Row], rows: dict[str, Row]) -> Iterator[Verdict]:
+    for measure in MEASURES:
+        for way in (NAIVE_COLUMN, COLUMN):
+            if way in rows and way in plain:
+                after, before = rows[way][measure], COLLAPSE * plain[way][measure]
+                name = f"outliers multiply {way}'s {measure} by {COLLAPSE:g}"
+                yield Verdict(name, model, before, after, before < after)
+        for way in (ADAPTIVE, RANGE):
+            if way in rows and COLUMN in rows:
+                value, limit = rows[way][measure], OUTLIER_SHARE * rows[COLUMN][measure]
+                name = f"with outliers {way}'s {measure} below a fifth of column's"
+                yield Verdict(name, model, value, limit, value < limit)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Numbers of the points (bits, loss) that no other point beats in one and equals in the other.
+
+    Ordered by bits; of equal points the first.
+    """
+    front: list[int] = []
+    for number in sorted(range(len(points)), key=lambda i: points[i]):
+        if not front or points[number][1] < points[front[-1]][1]:
+            front.append(number)
+    return front
