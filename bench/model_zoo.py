@@ -53,19 +53,25 @@ MODELS = {
 }
 
 
+def classes(name: str) -> tuple[Any, Any]:
+    """Those of its configuration and of the model, imported."""
+    library, kind = import_module("transformers"), MODELS[name].kind
+    return getattr(library, f"{kind}Config"), getattr(library, f"{kind}ForCausalLM")
+
+
 def build(name: str, layers: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The model with its first `layers` layers, frozen.
 
     A weight of K columns has a standard deviation of K**-1/2, as trained ones about have: values
     keep their size from layer to layer.
     """
-    shape, hf = MODELS[name], import_module("transformers")
-    config = getattr(hf, f"{shape.kind}Config")(**shape.sizes, num_hidden_layers=layers)
+    config_type, model_type = classes(name)
+    config = config_type(**MODELS[name].sizes, num_hidden_layers=layers)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model: nn.Module = getattr(hf, f"{shape.kind}ForCausalLM")(config)
+            model: nn.Module = model_type(config)
     finally:
         torch.set_default_dtype(before)
     generator = torch.Generator(device).manual_seed(0)
