@@ -14,7 +14,8 @@ from bench.decoding import Decoding, Prefill, Work
 from bench.failures import failure
 from bench.interleaved import Replay, timings
 from bench.model_ideal import Rates, bytes_saved, flops_of, ideal_ms, weight_bytes_read
-from bench.model_ways import PLAIN, Way, check_matrices
+from bench.model_table import PLAIN
+from bench.model_ways import Way, check_matrices
 from bench.results import Row
 from fqcompile.fake_quantize import fake_quantize_
 from fqcompile.kernels.tuning.search import WrongResult

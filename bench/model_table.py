@@ -15,6 +15,7 @@ START_HEADERS = (
     "model", "layers", "way", "cold s", "of it\nquantising", "warm s", "of it\nquantising",
     "GiB\nloaded", "peak", "after",
 )  # fmt: skip
+PLAIN = "inductor"  # the way that the others are compared with
 _LINEAR = ("bytes_read", "ideal_ms")  # in the number of layers, exactly
 _GIB = 2**30
 
@@ -32,7 +33,7 @@ def extrapolated(rows: Sequence[Row], name: str, of_layers: int) -> Iterator[Row
             measured.setdefault(key, {}).setdefault(row["way"], []).append(row)
     for ways in measured.values():
         whole = {way: _of_all_layers(found[0], found[-1]) for way, found in ways.items()}
-        plain = whole.get("inductor")
+        plain = whole.get(PLAIN)
         for way, found in ways.items():
             few, many, ms = found[0], found[-1], whole[way]
             if ms is not None and many["layers"] < of_layers:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.model_table import PLAIN
 from fqcompile.backend import finequant
 from fqcompile.kernels.tuning.search import WrongResult
 
@@ -81,7 +82,6 @@ def _torchao_int4(model: nn.Module) -> None:
     import_module("torchao.quantization").quantize_(model, config)
 
 
-PLAIN = "inductor"
 _ALL = (
     Way(PLAIN),
     Way("int8", {"bits": 8}, "fqcompile"),

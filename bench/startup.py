@@ -13,11 +13,9 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import torch
-from tabulate import tabulate
 from tqdm import tqdm
 
 from bench.failures import failure
@@ -25,6 +23,7 @@ from bench.fresh_process import in_fresh_process
 from bench.identity import identity
 from bench.llama_layers import SIZES
 from bench.results import Results, Row
+from bench.startup_table import startup_table
 
 
 class Start(NamedTuple):
@@ -47,8 +46,6 @@ STARTS = (
     Start("finequant", "warm", {}),
     Start("finequant", "warm, no weights", NO_WEIGHTS),
 )
-# Of the first call; the rest of it is Dynamo's, its guards, and ours in between.
-PARTS = ("digest", "quantise", "write", "read", "pack", "x86 build", "compile", "run")
 
 
 def started(start: Start, caches: Path, arguments: argparse.Namespace) -> Row:
@@ -73,32 +70,6 @@ def one_round(arguments: argparse.Namespace, results: Results, number: int) -> N
             except Exception as error:
                 row["failure"] = failure(error)
             results.add(row)
-
-
-def medians(rows: Sequence[Row]) -> dict[str, Row]:
-    """{"finequant, warm": {part: seconds}} over the rounds; starts that failed are not there."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        if "failure" not in row:
-            found.setdefault(f"{row['backend']}, {row['caches']}", []).append(row["seconds"])
-    return {
-        name: {part: median(row[part] for row in starts) for part in starts[0]}
-        for name, starts in found.items()
-    }
-
-
-def startup_table(rows: Sequence[Row]) -> str:
-    """Seconds; "of cold" with the imports and without."""
-    found = medians(rows)
-    lines = []
-    for name, row in found.items():
-        cold = found.get(f"{name.partition(',')[0]}, cold", row)
-        shares = [f"{row[key] / cold[key]:.2f}" for key in ("total", "first call")]
-        seconds = [row[key] for key in ("total", "import", "first call", "dynamo", *PARTS)]
-        lines.append([name, *(f"{s:.2f}" for s in seconds), *shares])
-    headers = ["start", "total", "import", "first call", "dynamo", *PARTS]
-    headers += ["total of cold", "call of cold"]
-    return tabulate(lines, [h.replace(" ", "\n") for h in headers], disable_numparse=True)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

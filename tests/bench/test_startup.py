@@ -7,11 +7,11 @@ import pytest
 
 pytest.importorskip("transformers", reason="the bench extra is not installed")
 
-from bench import one_start, startup
+from bench import one_start, startup, startup_table
 from bench.fresh_process import ChildFailed, in_fresh_process
 from bench.results import Results, Row
 
-PARTS = ("total", "import", "first call", "dynamo", *startup.PARTS)
+PARTS = ("total", "import", "first call", "dynamo", *startup_table.PARTS)
 
 
 def row(caches: str, total: float, backend: str = "finequant") -> Row:
@@ -22,12 +22,12 @@ def row(caches: str, total: float, backend: str = "finequant") -> Row:
 def test_figures_are_medians_beside_the_cold_start() -> None:
     rows = [row("cold", t) for t in (30.0, 20.0, 90.0)] + [row("warm", t) for t in (6.0, 60.0, 5.0)]
     rows.append({"backend": "inductor", "caches": "cold", "failure": "ChildFailed: no compiler"})
-    found = startup.medians(rows)
+    found = startup_table.medians(rows)
     assert {name: start["total"] for name, start in found.items()} == {
         "finequant, cold": 30.0,
         "finequant, warm": 6.0,
     }
-    line = startup.startup_table(rows).splitlines()[-1]
+    line = startup_table.startup_table(rows).splitlines()[-1]
     assert line.split()[:3] == ["finequant,", "warm", "6.00"]
     assert line.split()[-2:] == ["0.20", "0.20"]
 
@@ -76,7 +76,7 @@ def test_the_parts_of_a_start_add_up() -> None:
     seconds = one_start.start("eager", "tiny", 2.0)
     assert set(seconds) == set(PARTS)
     assert seconds["total"] == pytest.approx(2.0 + seconds["first call"])
-    parts = [seconds[part] for part in ("dynamo", *startup.PARTS)]
+    parts = [seconds[part] for part in ("dynamo", *startup_table.PARTS)]
     assert sum(parts) == pytest.approx(seconds["first call"])
     assert all(part >= 0 for part in parts)
     assert seconds["run"] > 0
