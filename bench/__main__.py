@@ -20,7 +20,8 @@ BENCHMARKS = {
     "launch_overhead": "Python's time in one call of the operator, against Triton's own launcher",
     "subnormals": "a GPU: whether its matrix units keep the codes that are subnormal numbers",
     "gpu": "a GPU: the tests marked gpu and the short benchmarks, into one folder",
-    "readme": "writes the README's tables from the results",
+    "short": "what `make bench` runs: each of the above on a small case, 10 minutes on 2 cores",
+    "readme": "writes the README's tables, and docs/results.md, from the results",
 }
 
 

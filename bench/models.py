@@ -44,7 +44,7 @@ from bench.model_rows import Phase, measured_rows
 from bench.model_starts import start_rows
 from bench.model_table import extrapolated, model_table, start_table
 from bench.model_ways import WAYS, Way
-from bench.model_zoo import MODELS, build, parameter_bytes
+from bench.model_zoo import MADE_UP, MODELS, build, parameter_bytes
 from bench.results import Budget, Results, Row
 from fqcompile.commands.tune import _row_counts as row_counts
 from fqcompile.errors import FineQuantError
@@ -142,7 +142,7 @@ def _forget() -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    real = [name for name in MODELS if not name.startswith("tiny")]
+    real = [name for name in MODELS if name not in MADE_UP]
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--model", nargs="+", choices=MODELS, default=real)
     parser.add_argument("--layers", type=int, help="time so many (default: what fits one GPU)")
