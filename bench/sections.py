@@ -5,9 +5,18 @@ from dataclasses import dataclass
 
 from bench.section_text import Content
 from bench.sections_accuracy import accuracy, accuracy_short
+from bench.sections_costs import (
+    launch_overhead,
+    launch_overhead_short,
+    overhead,
+    overhead_short,
+    quantize,
+    quantize_short,
+)
 from bench.sections_experts import expert_decode, expert_decode_short
 from bench.sections_kernels import cpu_kernels, cpu_kernels_short, gpu_kernels
 from bench.sections_models import memory, models, models_short, startup
+from bench.sections_read import expert_forms, expert_forms_short, static, static_short
 from bench.sections_tune import tune, tune_short
 
 Render = Callable[[Content], str]
@@ -46,5 +55,16 @@ SECTIONS = (
     ),
     Section("tune", "Autotuning", "tune*", tune, tune_short),
     Section("memory", "Memory", "memory", memory),
+    Section("static", "Machine code of the GPU kernels", "static*", static, static_short),
+    Section(
+        "launch-overhead",
+        "A call on the host",
+        "launch-overhead",
+        launch_overhead,
+        launch_overhead_short,
+    ),
+    Section("expert-forms", "Forms of experts", "expert-forms", expert_forms, expert_forms_short),
+    Section("quantize", "Speed of quantisation", "quantize", quantize, quantize_short),
+    Section("overhead", "Share of the passes", "overhead", overhead, overhead_short),
     Section("startup", "First and second start", "startup", startup),
 )

@@ -111,7 +111,7 @@ def _main_table(rows: Sequence[Row]) -> str:
 
 
 def _mean_bits(found: dict[str, Row]) -> float:
-    return sum(row["bits_per_weight"] for row in found.values()) / len(found)
+    return float(sum(row["bits_per_weight"] for row in found.values())) / len(found)
 
 
 def _cell(row: Row | None) -> str:

@@ -52,8 +52,9 @@ def _rate(row: Row) -> str:
 
 
 def _with_libraries(rows: Sequence[Row], ways: Sequence[str]) -> list[str]:
-    library = {row["way"]: row.get("library") for row in rows}
-    return [f"{way} ({library[way].partition('+')[0]})" if library[way] else way for way in ways]
+    libraries = {row["way"]: str(row["library"]) for row in rows if "library" in row}
+    named = {way: f" ({library.partition('+')[0]})" for way, library in libraries.items()}
+    return [f"{way}{named.get(way, '')}" for way in ways]
 
 
 def _ideal_words(rows: Sequence[Row]) -> str:

@@ -2,28 +2,23 @@
 
 from typing import Any
 
-import pytest
-
 from bench.results import Row
-from bench.sections_accuracy import accuracy, accuracy_short
+from bench.sections_costs import (
+    launch_overhead,
+    launch_overhead_short,
+    overhead,
+    overhead_short,
+    quantize,
+    quantize_short,
+)
 from bench.sections_experts import expert_decode, expert_decode_short
 from bench.sections_kernels import cpu_kernels, cpu_kernels_short
 from bench.sections_models import memory, models, models_short, startup
+from bench.sections_read import expert_forms, expert_forms_short, static, static_short
 from bench.sections_tune import tune, tune_short
+from tests.bench.made_up_results import cells, content
 
 MIB, GIB = 2**20, 2**30
-
-
-def content(rows: list[Row], **settings: Any) -> dict[str, Any]:
-    return {"rows": rows, "settings": settings, "left_out": ["x: no time"], "figures": [],
-            "name": "n", "folder": "a-device"}  # fmt: skip
-
-
-def cells(text: str, start: str) -> list[str]:
-    """Of the first line of a table that begins with this."""
-    lines = (" ".join(line.split()) for line in text.splitlines())
-    line = next(line for line in lines if line.startswith(f"| {start}"))
-    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def kernel(n: int, m: int, contender: str, us: float, **more: Any) -> Row:
@@ -180,71 +175,60 @@ def test_tuning_counts_where_the_choice_loses() -> None:
     assert "| 0 x 5" not in short
 
 
-def quality(model: str, way: str, loss: float, divergence: float, size: float, **more: Any) -> Row:
-    row = {"part": "quality", "model": model, "way": way, "loss": loss, "divergence": divergence}
-    bounds = {f"{what}_{end}": value + add for what, value in
-              (("loss", loss), ("divergence", divergence)) for end, add in (("low", -1e-4),
-              ("high", 1e-4))}  # fmt: skip
-    row |= {"bits_per_weight": size, "bits_per_byte": 2.0 + loss, "agreement": 0.9}
-    return row | bounds | {"mean_error": 0.1, "errors": {"q": 0.1}} | more
+def test_quantising_is_told_in_millions_of_weights() -> None:
+    rows = [
+        {"setting": f"int4 mse {name}", "weights_per_s": speed, "peak": 0.125, "error": 0.1}
+        for name, speed in (("g128", 60e6), ("adaptive", 18e6))
+    ]
+    rows += [{"dequantize": "int4 g64", "bfloat16": 2.5e9, "float32": 3e9}]
+    found = content(rows, n=8, k=16, dtype="float32", threads=2, repeat=5)
+    assert cells(quantize(found), "int4 mse g128")[1:] == ["60", "0.12", "0.1000"]
+    assert "int4 g64 2.5 (to bfloat16), int4 g64 3.0 (to float32)" in quantize(found)
+    assert "60 million weights a second at a fixed group and 18 with" in quantize_short(found)
 
 
-def accuracy_content() -> dict[str, Any]:
-    rows: list[Row] = []
-    for model, scale in (("opt", 1.0), ("llama", 2.0)):
-        training = {"parameters": 1_500_000, "training_tokens": 9, "bytes_alone": 5.0}
-        exact = {"part": "fp32", "model": model, "bits_per_byte": 2.0, "training": training}
-        rows += [exact | {"documents": 3, "bytes": 99}]
-        rows += [quality(model, "int8 adaptive mse", 0.001 * scale, 1e-4, 8.0, bits=8)]
-        rows += [quality(model, "int4 adaptive mse", 0.01 * scale, 0.02, 4.1 * scale, bits=4)]
-        rows += [quality(model, "hqq g64", 0.02, 0.01, 4.5)]
-        for way, loss in (("adaptive mse", 0.02), ("column mse", 0.5), ("column absmax", 0.9)):
-            about = {"part": "outliers", "bits": 4}
-            rows += [quality(model, f"int4 {way}", loss, loss, 4.1) | about]
-    sentences = {"part": "embeddings", "model": "MiniLM", "way": "hqq g64", "cosine": 0.98765}
-    sizes = {"bits_per_weight": 4.5, "mean_error": 0.1, "least_cosine": 0.9}
-    rows += [sentences | sizes | {"same_neighbour": 0.75}]
-    broken = {"part": "quality", "model": "opt", "way": "int4 range mse", "failure": "differs"}
-    found = content([*rows, broken], baselines="hqq 1, hqq 1, nf 2")
-    return found | {"name": "accuracy", "figures": ["accuracy-pareto.png", "accuracy-ranges.png"]}
+def test_the_share_of_the_passes_is_the_median_of_the_runs() -> None:
+    rows = [
+        {"run": n, "inductor": 20.0, "finequant": 10.0 * n, "ours": 1.0, "share": 1 / (10 * n)}
+        for n in (1, 2, 4)
+    ]
+    found = content(rows, num_hidden_layers=2, hidden_size=64)
+    assert "take 5% of the first call" in overhead_short(found)
+    assert "(20.0 s; Inductor alone 20.0 s)" in overhead_short(found)
+    assert cells(overhead(found), "4 |")[2:] == ["40.0", "1.0", "2.5%"]
 
 
-def test_accuracy_has_ours_and_the_libraries_by_model() -> None:
-    text = accuracy_short(accuracy_content())
-    adaptive = cells(text, "int4 adaptive mse")
-    # bits: the mean of 4.1 and 8.2; thousandths of loss and divergence
-    assert adaptive == ["int4 adaptive mse", "6.15", "10.00 / 20.00", "20.00 / 20.00", "", ""]
-    rival = cells(text, "hqq g64")
-    assert rival == ["hqq g64", "4.50", "20.00 / 10.00", "20.00 / 10.00", "0.9877", "75.0%"]
-    assert "int4 range" not in text
-    assert "opt 1.5, llama 1.5 million parameters" in text
-    assert "Libraries: hqq 1, nf 2." in text
-    assert "](bench/results/a-device/accuracy-pareto.png)" in text
+def test_the_operator_is_held_against_the_launcher() -> None:
+    rows = [{"way": "l", "us": 12.0, "best": 10.0}, {"way": "o", "us": 30.0, "best": 21.5}]
+    found = content(rows, launcher="l", operator="o", stub=True)
+    assert "11.5 us more" in launch_overhead_short(found)
+    assert "a stub stands for the GPU" in launch_overhead_short(found)
+    assert cells(launch_overhead(found), "o |")[1:] == ["30.0", "21.5"]
 
 
-def test_outliers_and_missed_targets_are_told() -> None:
-    text = accuracy_short(accuracy_content())
-    outliers = text.partition("outliers put into their weights")[2]
-    assert cells(outliers, "int4 adaptive mse") == ["int4 adaptive mse", "20.0", "20.0"]
-    assert cells(outliers, "int4 column absmax") == ["int4 column absmax", "900.0", "900.0"]
-    # opt's divergence .02 is above hqq's .01; llama's 8.2 bits are not comparable
-    missed = text.partition("Missed: ")[2]
-    assert "adaptive's divergence below hqq g64's (opt" in missed
-    assert "adaptive's loss below hqq g64's" not in missed
-    met, _, asked = text.partition(" targets are met")[0].rpartition("\n")[2].partition(" of ")
-    assert 0 < int(met) < int(asked)
+def test_of_machine_code_the_tile_with_the_fewest_instructions_is_shown() -> None:
+    rest = {"kb_in_flight": 72.0, "issue": 7.25, "memory": 4.3}
+    names = {
+        "gemm w4 g128 bf16 16x64x128x1w4s4 sm_90": 2.5,
+        "gemm w4 g128 bf16 16x128x128x1w4s4 sm_90": 2.25,
+        "gemm w4 g128 bf16 16x128x128x8w4s4 sm_90": 1.0,  # splits K
+        "gemm w8 g128 bf16 16x128x128x1w4s4 sm_90": 1.0,
+        "plain w4 g128 bf16 16x128x128x1w4s4 sm_90": 8.125,
+    }
+    rows = [{"kernel": k, "instructions_per_weight": v} | rest for k, v in names.items()]
+    text = static_short(content(rows))
+    assert cells(text, "gemm") == ["gemm w4 g128 bf16 sm_90", "2.25", "72", "7.25", "4.3"]
+    assert cells(text, "plain")[1] == "8.12"
+    assert text.count("sm_90") == 2
+    assert static(content(rows)).count("sm_90") == 5
 
 
-def test_the_page_has_every_table_and_figure_of_accuracy() -> None:
-    text = accuracy(accuracy_content())
-    for name in ("pareto", "ranges"):
-        assert f"](../bench/results/a-device/accuracy-{name}.png)" in text
-    assert "Not reported: opt quality int4 range mse: differs." in text
-    assert "MISSED" in text
-    assert text.count("hqq g64") > 3
-
-
-@pytest.mark.parametrize("render", [accuracy, accuracy_short])
-def test_accuracy_of_a_quick_run_is_shown_as_far_as_it_goes(render: Any) -> None:
-    rows = [r for r in accuracy_content()["rows"] if r["part"] in ("fp32", "quality")]
-    assert "int8 adaptive mse" in render(content(rows))
+def test_forms_of_experts_are_summed_by_model() -> None:
+    forms = (("a", "2/2", 0.9, 1e-7), ("b", "1/2", 0.8, 3e-7))
+    rows = [
+        {"model": "m", "form": f, "stacks": s, "share": share, "error": e, "original": 0.1}
+        for f, s, share, e in forms
+    ]
+    found = content(rows, dtype="fp32")
+    assert cells(expert_forms_short(found), "m |") == ["m", "a, b", "3 of 4", "80.0%", "3e-07"]
+    assert cells(expert_forms(found), "m | b")[2:] == ["1 of 2", "80.0%", "3e-07"]
