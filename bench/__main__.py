@@ -10,6 +10,7 @@ BENCHMARKS = {
     "train_lm": "trains the small language models of the accuracy benchmark, once",
     "expert_forms": "what becomes of experts in every form that models write them",
     "expert_decode": "a CPU: decoding through a layer of experts, against Inductor on it",
+    "encoder": "a CPU: sentences through a small encoder in fp32, against Inductor",
     "overhead": "share of fqcompile's passes in the whole compilation of a small Llama",
     "startup": "the first start of a model and the second, part by part",
     "memory": "peak and resident memory of each way to run a model in 4 bits, against bf16",

@@ -15,7 +15,7 @@ from bench.sections_costs import (
 )
 from bench.sections_experts import expert_decode, expert_decode_short
 from bench.sections_kernels import cpu_kernels, cpu_kernels_short, gpu_kernels
-from bench.sections_models import memory, models, models_short, startup
+from bench.sections_models import encoder, memory, models, models_short, startup
 from bench.sections_read import expert_forms, expert_forms_short, static, static_short
 from bench.sections_tune import tune, tune_short
 
@@ -44,6 +44,7 @@ SECTIONS = (
     Section("accuracy", "Quality", "accuracy", accuracy, accuracy_short),
     Section("models", "Whole models on a GPU", "models", models, models_short),
     Section("models-cpu", "Whole models on a CPU", "models-cpu*", models, models_short),
+    Section("encoder", "An encoder in fp32 on a CPU", "encoder", encoder),
     Section("kernels", "Layers on a GPU", "kernels", gpu_kernels),
     Section("kernels-cpu", "Layers on a CPU", "kernels-cpu*", cpu_kernels, cpu_kernels_short),
     Section(

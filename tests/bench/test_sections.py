@@ -13,7 +13,7 @@ from bench.sections_costs import (
 )
 from bench.sections_experts import expert_decode, expert_decode_short
 from bench.sections_kernels import cpu_kernels, cpu_kernels_short
-from bench.sections_models import memory, models, models_short, startup
+from bench.sections_models import encoder, memory, models, models_short, startup
 from bench.sections_read import expert_forms, expert_forms_short, static, static_short
 from bench.sections_tune import tune, tune_short
 from tests.bench.made_up_results import cells, content
@@ -116,6 +116,13 @@ def test_memory_is_in_mib_and_over_the_plain_model() -> None:
     assert cells(text, "torchao") == ["torchao (torchao 9)", "1", "30", "2", "1.50"]
     assert "No figure: load: why." in text
     assert "3 layers" in text
+
+
+def test_an_encoder_shows_where_it_loses() -> None:
+    times = {"ms": 10.0, "low": 9.0, "high": 12.0}
+    rows = [times | {"way": "int4", "over_inductor": 0.95, "bytes_before": 80, "bytes_after": 12}]
+    text = encoder(content(rows, sentences=16, threads=2))
+    assert cells(text, "int4") == ["int4", "10.0 [9.0, 12.0]", "0.95x", "15%"]
 
 
 def test_starts_are_medians_of_their_rounds() -> None:
