@@ -193,7 +193,7 @@ def show(results: Results) -> None:
         where = f"{row['model']} {row['phase']} batch {row['batch']}, {row['layers']} layers"
         if "failure" in row:
             print(f"{where}, {row.get('start', '')} {row['way']}: {row['failure']}")
-        elif row.get("cudagraph_skips"):
+        elif row.get("cudagraph_skips") and torch.cuda.is_available():
             print(f"{row['model']} {row['phase']} {row['way']}: ran WITHOUT CUDA graphs")
     if results.left_out:
         print(f"left out {len(results.left_out)}: {', '.join(results.left_out)}")
@@ -202,7 +202,9 @@ def show(results: Results) -> None:
     if torch.cuda.is_available():
         most = torch.cuda.max_memory_allocated() / 2**30
         print(f"most device memory of all ways and their checks together: {most:.1f} GiB")
-    print(f"\n{start_table(results.rows)}\n\n{model_table(results.rows)}")
+    if results.settings["starts"]:
+        print(f"\n{start_table(results.rows)}")
+    print(f"\n{model_table(results.rows)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
