@@ -27,13 +27,8 @@ from bench.identity import identity
 from bench.llama_layers import SIZES
 from bench.memory_table import memory_table
 from bench.memory_ways import SAVE, SAVED, WAYS
-from bench.model_rows import allowed_error
 from bench.results import Results, Row
-from fqcompile.kernels.tuning.search import WrongResult
-
-# Random weights quantised to 4 bits by any rule are a tenth of their size off, and so is a model of
-# few layers some times that.
-_LOOSELY = 0.6
+from bench.same_logits import checked
 
 
 def measured(way: str, arguments: argparse.Namespace, folder: Path) -> Row:
@@ -47,27 +42,6 @@ def measured(way: str, arguments: argparse.Namespace, folder: Path) -> Row:
     ways = [SAVE, way, way] if way in SAVED else [way, way]
     rows = [in_fresh_process("bench.memory_ways", [*flags, name], environment) for name in ways]
     return rows[-1]
-
-
-def checked(row: Row, before: Sequence[Row], layers: int) -> Row:
-    """The row without its logits.
-
-    Raises:
-        WrongResult: they are not those of the plain model to 4 bits, or of our other ways exactly
-            to rounding.
-    """
-    logits = torch.tensor(row["logits"], dtype=torch.float64)
-    for other in before:
-        if "logits" not in other:
-            continue
-        expected = torch.tensor(other["logits"], dtype=torch.float64)
-        error = float((logits - expected).norm() / expected.norm())
-        alike = row["ours"] and other["ours"]
-        allowed = allowed_error(torch.bfloat16, layers) if alike else _LOOSELY
-        if not error <= allowed:
-            raise WrongResult(f"{error:.2g} from {other['way']}, allowed {allowed:.2g}")
-        row["error"] = row.get("error", error)
-    return row
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

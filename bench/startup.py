@@ -6,7 +6,8 @@ Each start is a process of its own: 2 layers and the head of a Llama (hidden siz
 prompt of 16 tokens. "cold" has empty caches, "warm" those that the cold start has left; "warm, no
 weights" the same with FQCOMPILE_CACHE_SIZE=0, which quantises again. The ways run in turn, and a
 figure is the median of the rounds. The process is timed from its creation to the first result,
-without the making of the model, which stands for its loading.
+without the making of the model, which stands for its loading. The logits of all are compared: ours
+to rounding, with Inductor's to what 4 bits allow.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from bench.fresh_process import in_fresh_process
 from bench.identity import identity
 from bench.llama_layers import SIZES
 from bench.results import Results, Row
+from bench.same_logits import checked
 from bench.startup_table import startup_table
 
 
@@ -61,15 +63,20 @@ def started(start: Start, caches: Path, arguments: argparse.Namespace) -> Row:
 
 
 def one_round(arguments: argparse.Namespace, results: Results, number: int) -> None:
-    """Every start once; those of one backend share their caches."""
+    """Every start once; those of one backend share their caches. All must compute the same."""
+    found: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for start in tqdm(STARTS, f"round {number}", disable=None):
             row: Row = {"backend": start.backend, "caches": start.caches, "round": number}
             try:
+                ours = start.backend != STARTS[0].backend
+                row |= {"way": start.name, "ours": ours}
                 row |= started(start, Path(folder) / start.backend, arguments)
+                found.append(checked(row, found, SIZES[arguments.size].layers))
             except Exception as error:
+                row = {key: row[key] for key in ("backend", "caches", "round")}
                 row["failure"] = failure(error)
-            results.add(row)
+            results.add({key: value for key, value in row.items() if key != "logits"})
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

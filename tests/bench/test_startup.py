@@ -46,7 +46,7 @@ def test_starts_run_in_turn_and_share_the_caches_of_their_backend(
         seen.append((flags[flags.index("--backend") + 1], "new" if new else "old", size))
         if size == "0":
             raise ChildFailed("it ended")
-        return {"seconds": {}, "graphs": 1}
+        return {"seconds": {}, "graphs": 1, "logits": [1.0]}
 
     monkeypatch.setattr(startup, "in_fresh_process", run)
     results = Results({}, {})
@@ -65,6 +65,24 @@ def test_starts_run_in_turn_and_share_the_caches_of_their_backend(
     assert [r["round"] for r in failed] == [0, 1]
 
 
+def test_a_start_that_computes_something_else_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(module: str, flags: list[str], environment: dict[str, str]) -> Row:
+        wrong = environment.get("FQCOMPILE_CACHE_SIZE") == "0"
+        logits = [1.0, 1.5 if wrong else 1.0]  # within 4 bits of Inductor's, not of ours
+        return {"seconds": dict.fromkeys(PARTS, 1.0), "graphs": 1, "logits": logits}
+
+    monkeypatch.setattr(startup, "in_fresh_process", run)
+    results = Results({}, {})
+    startup.one_round(startup.parse(["--size", "tiny"]), results, 0)
+    failed = [row for row in results.rows if "failure" in row]
+    assert [row["caches"] for row in failed] == ["warm, no weights"]
+    assert failed[0]["failure"].startswith("wrong result: 0.35 from finequant, cold")
+    assert len(startup_table.medians(results.rows)) == 4
+    assert not any("logits" in row for row in results.rows)
+
+
 @pytest.fixture
 def as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name in one_start.TIMED:
@@ -73,7 +91,8 @@ def as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("as_it_was")
 def test_the_parts_of_a_start_add_up() -> None:
-    seconds = one_start.start("eager", "tiny", 2.0)
+    seconds, logits = one_start.start("eager", "tiny", 2.0)
+    assert len(logits) == 256
     assert set(seconds) == set(PARTS)
     assert seconds["total"] == pytest.approx(2.0 + seconds["first call"])
     parts = [seconds[part] for part in ("dynamo", *startup_table.PARTS)]
