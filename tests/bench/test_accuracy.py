@@ -184,6 +184,24 @@ def test_targets_compare_at_equal_or_fewer_bits_only() -> None:
     assert verdict(found, "int8 within") is False  # 0.1 % of 2 is 0.0020
 
 
+def test_a_rival_of_more_bits_also_meets_our_way_of_nearly_as_many() -> None:
+    ways = {ADAPTIVE: (4.13, 0.010), "int4 g64 mse": (4.25, 0.008), "int4 g32 mse": (4.5, 0.006)}
+    found = verdicts(rows_of({**ways, "hqq g64": (4.5, 0.009), "hqq g128": (4.26, 0.009)}))
+    assert verdict(found, "adaptive's loss below hqq g64") is False
+    assert verdict(found, "g32's loss below hqq g64") is True
+    assert verdict(found, "g64's divergence below hqq g128") is True
+    assert not any("g32's loss below hqq g128" in v.target for v in found)
+
+
+def test_fixed_groups_are_mixed_to_the_adaptive_bits() -> None:
+    fixed = {"int4 g128 mse": (4.125, 0.02), "int4 g64 mse": (4.25, 0.01)}
+    for value, met in ((0.0149, True), (0.0151, False)):
+        found = verdicts(rows_of({ADAPTIVE: (4.1875, value), **fixed}))
+        one = next(v for v in found if "mixed" in v.target)
+        assert one.limit == pytest.approx(0.015) and one.met is met
+    assert not any("mixed" in v.target for v in verdicts(rows_of({ADAPTIVE: (4.0, 0.1), **fixed})))
+
+
 def test_a_difference_within_the_noise_is_said_to_be() -> None:
     rows = rows_of({ADAPTIVE: (4.25, 0.010), "hqq g64": (4.5, 0.011), "nf4 g64": (4.5, 0.02)})
     for row, ends in zip(rows[1:], ((-0.001, 0.003), (0.001, 0.003)), strict=True):
@@ -233,7 +251,7 @@ def test_the_command_from_training_to_tables(
     monkeypatch.setattr(accuracy, "WAYS", {w: WAYS[w] for w in (ADAPTIVE, "int4 column absmax")})
     accuracy.main(arguments)
     shown = capsys.readouterr().out
-    assert "adaptive's loss" not in shown and "NOT REPORTED" not in shown
+    assert "adaptive's loss below hqq" not in shown and "NOT REPORTED" not in shown
     assert shown.rstrip().splitlines()[-1].split()[:2] == ["opt", "int4"]
     assert (tmp_path / "accuracy.json").is_file()
     if importlib.util.find_spec("matplotlib"):
