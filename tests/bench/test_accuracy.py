@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,8 @@ def test_the_best_assignment_is_that_of_all_that_fit() -> None:
     ]
     known = Sensitivities(choices[1], sensitivity)
     assert known.predicted(choices[1]) == pytest.approx(sum(sensitivity))
+    doubled = [replace(w, error=2 * w.error) for w in choices[1]]
+    assert known.predicted(doubled) == pytest.approx(4 * sum(sensitivity))
     for budget in (4.05, 4.2, 4.4):
         best = known.best(choices, budget)
         spent = sum(w.bits * w.elements for w in best) / 800
