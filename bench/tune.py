@@ -83,8 +83,8 @@ class Run:
                 continue
             try:
                 case = self._case(spec, table)
-            except DeviceLost as lost:
-                self.results.leave_out(f"{_name(spec)} and all after it: {lost}")
+            except (DeviceLost, KeyboardInterrupt) as end:
+                self.results.leave_out(f"{_name(spec)} and all after it: {str(end) or 'stopped'}")
                 return
             except Exception as error:
                 self.results.leave_out(f"{_name(spec)}: {failure(error)}")
@@ -198,7 +198,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gated", action="store_true", help="shapes are of gate and up, 2N x K")
     parser.add_argument("--routing", choices=ROUTINGS, help="of experts (default: both)")
     parser.add_argument("--mode", choices=("fast", "max"), default="fast", help="a GPU's search")
-    parser.add_argument("--threads", type=int, metavar="T", help="of a CPU (default: PyTorch's)")
+    parser.add_argument(
+        "--threads", type=_threads, metavar="T", help="of a CPU (default: PyTorch's)"
+    )
     parser.add_argument("--quick", action="store_true", help="two layers at three M")
     parser.add_argument("--json", type=Path, metavar="FILE", help="cases and identity, as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="a page with plots, for offline")
@@ -207,6 +209,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments.shapes = arguments.shapes or list(QUICK_SHAPES if arguments.quick else USUAL_SHAPES)
     arguments.m = arguments.m or list(QUICK_ROWS if arguments.quick else USUAL_ROWS)
     return arguments
+
+
+def _threads(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of threads, which is 1 at least")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -168,6 +168,20 @@ def test_what_the_time_did_not_allow_is_named(capsys: pytest.CaptureFixture[str]
     assert "left out: 128x256 M=3" in capsys.readouterr().out
 
 
+def test_stopped_by_hand_it_shows_what_it_has() -> None:
+    measured = clock([1.0, 2.0, 3.0])
+
+    def record(calls: Sequence[Callable[[], object]]) -> Replay:
+        try:
+            return measured(calls)
+        except IndexError:
+            raise KeyboardInterrupt from None
+
+    report = run(record, "--m", "1,3")
+    assert [case.rows for case in report.cases] == ["M = 1"]
+    assert report.left_out == ["128x256 M=3 and all after it: stopped"]
+
+
 def test_sets_of_shapes_are_their_layers_and_buckets_of_a_gpu_are_tuned_once() -> None:
     arguments = tune.parse(["--shapes", "llama-3-8b", "4x64x128", "--m", "1,9,16"])
     found = tune.asked_for(arguments, None)
@@ -184,6 +198,15 @@ def test_a_shape_that_is_none_is_told(name: str) -> None:
         tune.asked_for(tune.parse(["--shapes", name]), None)
     with pytest.raises(SystemExit, match="bench tune: shape"):
         tune.main(["--device", "cpu", "--shapes", name])
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "two"])
+def test_a_number_of_threads_that_is_none_is_told(
+    threads: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        tune.parse(["--threads", threads])
+    assert "is no number of threads" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -66,16 +66,21 @@ def test_marks_are_as_many_as_the_report_has_times(
 
 
 def test_points_stand_where_their_shares_say(browser: Browser, pages: dict[str, Path]) -> None:
-    """Of one case two points: the heights above the zero line are as their shares are."""
+    """Heights of the first case's two points, and the ends of their spans, above the zero line."""
     browser.open(pages["tiny"])
     heights = browser.evaluate(
         "(plot => { const zero = +plot.querySelector('line.grid').getAttribute('y1');"
         " return [...plot.querySelectorAll('.point')].slice(0, 2).map(p => {"
-        " const box = p.lastElementChild, y = box.getAttribute('cy') ?? box.getAttribute('y');"
-        " return zero - y; }); })(document.querySelector('.plot'))"
+        " const mark = p.lastElementChild, span = p.querySelector('line');"
+        " const y = mark.getAttribute('cy') ?? mark.getAttribute('y');"
+        " return [y, span.getAttribute('y1'), span.getAttribute('y2')].map(at => zero - at);"
+        " }); })(document.querySelector('.plot'))"
     )
-    # b takes 25 µs; a, the best and so the last of its case, 20.
-    assert heights[1] / heights[0] == pytest.approx(25 / 20, rel=1e-2)
+    # b takes 25 [24, 26] µs; a, the best and so the last of its case, 20 [19, 21]: of 10.
+    (b, *span_of_b), (a, *span_of_a) = heights
+    unit = a * 20
+    assert [unit / at for at in (b, *span_of_b)] == pytest.approx([25, 26, 24], rel=5e-3)
+    assert [unit / at for at in span_of_a] == pytest.approx([21, 19], rel=5e-3)
 
 
 @pytest.mark.parametrize(
