@@ -44,7 +44,7 @@ from fqcompile.report.tuning_report import TuningReport
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 USUAL_SHAPES, QUICK_SHAPES = ("llama-3-8b", "encoders"), ("4096x4096", "1536x384")
-USUAL_ROWS, QUICK_ROWS = (*M_BUCKETS, 2048), (1, 16, 64)
+GPU_ROWS, CPU_ROWS, QUICK_ROWS = (*M_BUCKETS, 2048), (1, 4, 16, 64), (1, 16, 64)
 LEASE = 540.0
 CHECKED = "Before a candidate is timed, its result is compared with fp64; a wrong one is refused."
 IN_TURN = (
@@ -191,7 +191,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--shapes", nargs="+", metavar="NAME|NxK|ExNxK", help=f"of {', '.join(SHAPES)}"
     )
-    parser.add_argument("--m", type=row_counts, metavar="M,...", help=f"(default: {USUAL_ROWS})")
+    parser.add_argument(
+        "--m", type=row_counts, metavar="M,...", help="rows, on a GPU each for its bucket"
+    )
     parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
     parser.add_argument("--group", type=group_size, default=128, help='size along K, or "column"')
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the activations")
@@ -207,7 +209,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--time-budget", type=float, default=LEASE, metavar="SECONDS")
     arguments = parser.parse_args(argv)
     arguments.shapes = arguments.shapes or list(QUICK_SHAPES if arguments.quick else USUAL_SHAPES)
-    arguments.m = arguments.m or list(QUICK_ROWS if arguments.quick else USUAL_ROWS)
+    usual = GPU_ROWS if arguments.device == "cuda" else CPU_ROWS
+    arguments.m = arguments.m or list(QUICK_ROWS if arguments.quick else usual)
     return arguments
 
 

@@ -202,5 +202,6 @@ def doubts(cases: Sequence[TuningCase]) -> list[str]:
     return [
         f"in {len(above)} of {len(cases)} cases the best is faster than the roofline, up to "
         f"{share:.0%} of it ({where}): the rate at which memory is read was taken too low, as it "
-        "is while something else runs, or weights were still in a cache"
+        "is while something else runs, or weights were still in a cache; of experts also, fewer "
+        "were hit than are on average"
     ]

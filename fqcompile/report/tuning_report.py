@@ -89,15 +89,21 @@ def _row(case: TuningCase) -> tuple[str, ...]:
 
 
 def _refusals(cases: Sequence[TuningCase]) -> list[str]:
-    """A line for each refused candidate; one for all cases where it is the same in every one."""
+    """A line for each refused candidate and reason, with the cases where it is so."""
     places: dict[tuple[str, str | None], list[TuningCase]] = {}
     for case in cases:
         for candidate in case.refused:
             places.setdefault((candidate.name, candidate.refusal), []).append(case)
-    lines = []
-    for (name, reason), where in places.items():
-        if len(where) == len(cases) > 1:
-            lines.append(f"all cases: {name} refused: {reason}")
-        else:
-            lines += [f"{case.name}: {name} refused: {reason}" for case in where]
-    return lines
+    return [
+        f"{_where(found, cases)}: {name} refused: {reason}"
+        for (name, reason), found in places.items()
+    ]
+
+
+def _where(found: Sequence[TuningCase], cases: Sequence[TuningCase]) -> str:
+    if len(found) == len(cases) > 1:
+        return "all cases"
+    layers: dict[str, list[str]] = {}
+    for case in found:
+        layers.setdefault(case.layer, []).append(case.rows)
+    return "; ".join(", ".join([layer, *rows]) for layer, rows in layers.items())

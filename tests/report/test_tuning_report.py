@@ -96,7 +96,9 @@ def test_text_has_the_table_the_losses_and_every_refusal() -> None:
         "closed form: the best in 1 of 4 cases, within the spread of the best in 1, slower in 2; "
         f"at the most 1.88x (512x256 {FORM}, M <= 16)"
     ) in lines
-    assert f"64x256 {FORM}, M <= 1: c refused: {REASON}" in lines
+    where = f"64x256 {FORM}, M <= 1, M <= 16; 512x256 {FORM}, M <= 16"
+    assert f"{where}: c refused: {REASON}" in lines
+    assert f"512x256 {FORM}, M <= 64: c refused: out of resource" in lines
     assert f"512x256 {FORM}, M <= 512: all 2 configurations failed" in lines
     assert "left out: 9x9: no time" in lines
 
