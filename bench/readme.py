@@ -62,9 +62,35 @@ def model_section(results: Mapping[str, Any]) -> str:
     return _section(results, f"{results['settings']['dtype']}, medians", lines, headers)
 
 
+def tune_section(results: Mapping[str, Any]) -> str:
+    """The best of each case and what the choice without measuring loses to it."""
+    lines = []
+    for case in results["rows"]:
+        measured = {t["config"]: t for t in case["trials"] if "refusal" not in t}
+        for name, timing in case["final"].items():
+            of_ideal = case["ideal_us"] / timing["microseconds"]
+            measured[name] = timing | {"of_ideal": of_ideal}
+        best = measured.get(case["best"])
+        if best is None:
+            continue
+        times = "{microseconds:.1f} [{low:.1f}, {high:.1f}]".format(**best)
+        over = case["choice_over_best"]
+        ratio = "" if over is None else f"{over:.2f}x, {case['verdict']}"
+        stack = f"{case['experts']} x " if case["experts"] else ""
+        layer = f"{stack}{case['n']} x {case['k']}"
+        tried = len(case["trials"])
+        found = [case["best"], times, f"{best['of_ideal']:.0%}", case["choice"], ratio, tried]
+        lines.append([layer, case["rows"], *found])
+    headers = ["layer", "M", "best", "µs", "of ideal", "chosen unmeasured", "takes", "tried"]
+    s = results["settings"]
+    what = f"int{s['bits']}, group {s['group']}, {s['dtype']}; medians [20th, 80th percentile]"
+    return _section(results, what, lines, headers)
+
+
 SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "kernels": kernel_section,
     "models": model_section,
+    "tune": tune_section,
 }
 
 

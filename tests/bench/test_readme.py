@@ -63,6 +63,30 @@ def test_models_are_those_with_all_layers(root: Path) -> None:
     assert "| 1000" in rows[0]
 
 
+def test_tuned_cases_have_their_best_of_the_second_measurement(tmp_path: Path) -> None:
+    trial = {"low": 9.0, "high": 11.0, "spread": 0.2, "of_ideal": 0.5}
+    case: dict[str, Any] = {
+        "n": 64, "k": 32, "experts": 0, "rows": 16, "ideal_us": 5.0, "best": "b", "choice": "a",
+        "choice_over_best": 1.25, "verdict": "slower",
+        "final": {"b": {"microseconds": 8.0, "low": 7.0, "high": 9.0}},
+        "trials": [
+            {"config": "a", "microseconds": 10.0, **trial},
+            {"config": "b", "microseconds": 9.5, **trial},
+            {"config": "c", "refusal": "out of resource"},
+        ],
+    }  # fmt: skip
+    refused = {"config": "a", "refusal": "out of resource"}
+    none = {"best": None, "final": {}, "trials": [refused], "choice_over_best": None}
+    settings = {"bits": 4, "group": 128, "dtype": "bf16"}
+    results = Results(IDENTITY, settings, tmp_path / "nvidia-x" / "tune.json")
+    results.add(case, case | none)
+    text = readme.with_results("<!-- bench:tune -->\n<!-- /bench:tune -->\n", tmp_path)
+    (row,) = [line for line in text.splitlines() if line.startswith("| 64 x 32")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    best = ["b", "8.0 [7.0, 9.0]", "62%"]
+    assert cells == ["64 x 32", "16", *best, "a", "1.25x, slower", "3"]
+
+
 def test_without_results_the_readme_stays_as_it_is(tmp_path: Path) -> None:
     for text in ("no markers", EMPTY):
         assert readme.with_results(text, tmp_path) == text
