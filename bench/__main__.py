@@ -17,6 +17,7 @@ BENCHMARKS = {
     "static": "registers, copies and instructions of the Triton kernels, read from machine code",
     "experts": "a GPU: a layer of experts, routing included, against torch._grouped_mm in 16 bits",
     "kernels": "our kernels against dense ones, torch.compile and other libraries, by layer",
+    "tune": "every kernel configuration (a CPU: every kernel) with its time and its roofline share",
     "models": "decoding and prefill of whole models, random weights: time, starts, memory, ideal",
     "launch_overhead": "Python's time in one call of the operator, against Triton's own launcher",
     "subnormals": "a GPU: whether its matrix units keep the codes that are subnormal numbers",

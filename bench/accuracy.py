@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from bench.accuracy_allocation import allocation_rows
 from bench.accuracy_embeddings import embedding_rows, load_embedder
 from bench.accuracy_plots import draw
 from bench.accuracy_rows import (
@@ -45,7 +46,9 @@ from bench.weight_ranges import range_rows
 
 _QUICK_WAYS = [w for w in WAYS if w.endswith("mse") or w == "int4 column absmax"]
 _OUTLIER_WAYS = [w for w in WAYS if w.startswith("int4")]
-_QUICK = {"size": "quick", "documents": 16, "windows": 2}
+_QUICK = {"size": "quick", "documents": 16}
+# Sensitivities and outliers differ by factors, which fewer windows show as well.
+_BRIEF = 4
 CPU = torch.device("cpu")
 
 
@@ -72,8 +75,8 @@ def sensitivity_rows(exact: Exact) -> Iterator[Row]:
         yield from (row_of_type(exact, way, layer_type) for layer_type in types)
 
 
-def windows(model: Trained, arguments: argparse.Namespace) -> Windows:
-    documents = stdlib_corpus().held_out[: arguments.documents]
+def windows(model: Trained, arguments: argparse.Namespace, most: int) -> Windows:
+    documents = stdlib_corpus().held_out[:most]
     context = SIZES[arguments.size].context
     return windows_of(documents, model.tokenizer, context, arguments.windows)
 
@@ -81,7 +84,8 @@ def windows(model: Trained, arguments: argparse.Namespace) -> Windows:
 def measure_family(family: str, arguments: argparse.Namespace, results: Results) -> None:
     """All parts on one model; rows are kept as they come."""
     model = trained(family, arguments.size)
-    exact = Exact.of(model.model, windows(model, arguments))
+    exact = Exact.of(model.model, windows(model, arguments, arguments.documents))
+    brief = Exact.of(model.model, windows(model, arguments, -(-arguments.documents // _BRIEF)))
     lengths = exact.windows.bytes
     about = {"part": "fp32", "model": family, "bits_per_byte": exact.evaluation.bits_per_byte}
     sizes = {"documents": len(lengths), "bytes": int(lengths.sum())}
@@ -90,8 +94,9 @@ def measure_family(family: str, arguments: argparse.Namespace, results: Results)
     _add(results, family, "quality", quality_rows(exact, ways))
     _add(results, family, "ranges", range_rows(exact.model))
     if not arguments.quick:
-        _add(results, family, "sensitivity", sensitivity_rows(exact))
-    changed = _with_outliers(exact)
+        _add(results, family, "sensitivity", sensitivity_rows(brief))
+        _add(results, family, "allocation", iter(allocation_rows(brief)))
+    changed = _with_outliers(brief)
     outlier_ways = [w for w in _OUTLIER_WAYS if w in ways]
     _add(results, family, "outliers", quality_rows(changed, outlier_ways, not arguments.quick))
     _add(results, family, "outlier ranges", range_rows(changed.model))
@@ -132,7 +137,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--documents", type=int, default=40, help="held-out files at most")
+    parser.add_argument("--documents", type=int, default=80, help="held-out files at most")
     parser.add_argument("--windows", type=int, default=2, help="of each file, from its start")
     parser.add_argument("--quick", action="store_true", help="smaller models, fewer rows")
     default = RESULTS / slug(device_name(CPU))

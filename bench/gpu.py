@@ -11,7 +11,8 @@ too long does not stop the next, whose time is what is left of the budget:
     kernels       bench kernels --quick, also as kernels.json
     overhead      host time of one call
 
-Asked for by name: experts and models, each a session of its own. A table of the steps comes last.
+Asked for by name: experts, models and tune, each a session of its own. A table of the steps comes
+last.
 """
 
 import argparse
@@ -55,6 +56,11 @@ def _models(out: Path, seconds: float) -> Sequence[str]:
     return (*BENCH, "models", "--device", "cuda", *_json(out, "models", seconds))
 
 
+def _tune(out: Path, seconds: float) -> Sequence[str]:
+    page = ("--html", str(out / "tune.html"))
+    return (*BENCH, "tune", "--device", "cuda", *page, *_json(out, "tune", seconds))
+
+
 def _overhead(out: Path, seconds: float) -> Sequence[str]:
     return (*BENCH, "launch_overhead", "--device", "cuda")
 
@@ -67,6 +73,7 @@ STEPS = {
     "overhead": Step(_overhead, shown=1500),
     "experts": Step(_experts, shown=6000),
     "models": Step(_models, shown=6000),
+    "tune": Step(_tune, shown=6000),
 }
 USUAL = ("environment", "subnormals", "tests", "kernels", "overhead")
 

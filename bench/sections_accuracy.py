@@ -6,7 +6,7 @@ Losses and divergences are in thousandths of a bit per byte.
 from collections.abc import Iterable, Sequence
 
 from bench import accuracy_table
-from bench.accuracy_targets import ADAPTIVE, COLUMN, INT8, NAIVE_COLUMN, RANGE, verdicts
+from bench.accuracy_targets import ADAPTIVE, COLUMN, FIXED, INT8, NAIVE_COLUMN, RANGE, verdicts
 from bench.results import Row
 from bench.section_text import (
     PAGE_BASE,
@@ -19,7 +19,7 @@ from bench.section_text import (
 )
 
 _MILLI = 1000
-_OURS = (INT8, ADAPTIVE, RANGE, "int4 g128 mse", COLUMN, NAIVE_COLUMN)
+_OURS = (INT8, ADAPTIVE, RANGE, *reversed(FIXED), NAIVE_COLUMN)
 _OUTLIERS = (ADAPTIVE, RANGE, COLUMN, NAIVE_COLUMN)
 _EMBEDDINGS = "embeddings"
 
@@ -53,6 +53,7 @@ def accuracy(content: Content) -> str:
         _block(accuracy_table.verdict_table(verdicts(_reported(rows)))),
         _block(accuracy_table.error_table(rows)),
         _block(accuracy_table.sensitivity_table(rows)),
+        _block(accuracy_table.allocation_table(rows)),
         _block(accuracy_table.embedding_table(rows)),
         *figures(content, PAGE_BASE).values(),
         left_out(content),
@@ -143,11 +144,22 @@ def _targets(rows: Sequence[Row]) -> str:
     asked = [v for v in found if v.met is not None]
     if not asked:
         return ""
-    missed: dict[str, list[str]] = {}
+    missed: dict[str, dict[str, list[str]]] = {}
     for verdict in asked:
         if not verdict.met:
             noise = " within the noise" if "noise" in verdict.note else ""
-            missed.setdefault(verdict.target, []).append(f"{verdict.model}{noise}")
-    told = "; ".join(f"{target} ({', '.join(where)})" for target, where in missed.items())
+            what, _, limit = verdict.target.partition(" below ")
+            where = missed.setdefault(what, {}).setdefault(limit, [])
+            where.append(f"{verdict.model}{noise}")
     met = sum(v.met is True for v in asked)
-    return f"{met} of {len(asked)} targets are met." + (f" Missed: {told}." if told else "")
+    text = f"{met} of {len(asked)} targets are met."
+    return f"{text} Missed: {_missed(missed)}." if missed else text
+
+
+def _missed(missed: dict[str, dict[str, list[str]]]) -> str:
+    """ "a's loss below b's (opt, llama), c's (opt); ..."."""
+    told = []
+    for what, limits in missed.items():
+        places = [f"{limit} ({', '.join(where)})".strip() for limit, where in limits.items()]
+        told.append(f"{what} below {', '.join(places)}" if "" not in limits else what + places[0])
+    return "; ".join(told)

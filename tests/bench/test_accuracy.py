@@ -2,6 +2,8 @@
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers", reason="the bench extra is not installed")
 
 from bench import accuracy, accuracy_rows, train_lm
+from bench.accuracy_allocation import Sensitivities, allocation_rows
 from bench.accuracy_plots import draw
 from bench.accuracy_rows import WAYS, Exact, our_row
 from bench.accuracy_targets import ADAPTIVE, pareto_front, verdicts
@@ -19,7 +22,7 @@ from bench.corpus import Corpus, Document
 from bench.language_model import windows_of
 from bench.other_quantisers import BASELINES
 from bench.outliers import with_outliers
-from bench.quantised_models import layer_type, ours, theirs
+from bench.quantised_models import QuantisedWeight, layer_type, ours, theirs
 from bench.results import Row
 from bench.train_lm import FAMILIES, SIZES, build, train_tokenizer
 
@@ -184,6 +187,24 @@ def test_targets_compare_at_equal_or_fewer_bits_only() -> None:
     assert verdict(found, "int8 within") is False  # 0.1 % of 2 is 0.0020
 
 
+def test_a_rival_of_more_bits_also_meets_our_way_of_nearly_as_many() -> None:
+    ways = {ADAPTIVE: (4.13, 0.010), "int4 g64 mse": (4.25, 0.008), "int4 g32 mse": (4.5, 0.006)}
+    found = verdicts(rows_of({**ways, "hqq g64": (4.5, 0.009), "hqq g128": (4.26, 0.009)}))
+    assert verdict(found, "adaptive's loss below hqq g64") is False
+    assert verdict(found, "g32's loss below hqq g64") is True
+    assert verdict(found, "g64's divergence below hqq g128") is True
+    assert not any("g32's loss below hqq g128" in v.target for v in found)
+
+
+def test_fixed_groups_are_mixed_to_the_adaptive_bits() -> None:
+    fixed = {"int4 g128 mse": (4.125, 0.02), "int4 g64 mse": (4.25, 0.01)}
+    for value, met in ((0.0149, True), (0.0151, False)):
+        found = verdicts(rows_of({ADAPTIVE: (4.1875, value), **fixed}))
+        one = next(v for v in found if "mixed" in v.target)
+        assert one.limit == pytest.approx(0.015) and one.met is met
+    assert not any("mixed" in v.target for v in verdicts(rows_of({ADAPTIVE: (4.0, 0.1), **fixed})))
+
+
 def test_a_difference_within_the_noise_is_said_to_be() -> None:
     rows = rows_of({ADAPTIVE: (4.25, 0.010), "hqq g64": (4.5, 0.011), "nf4 g64": (4.5, 0.02)})
     for row, ends in zip(rows[1:], ((-0.001, 0.003), (0.001, 0.003)), strict=True):
@@ -204,6 +225,41 @@ def test_targets_with_outliers() -> None:
     assert verdict(found, "multiply int4 column mse's loss") is True
     assert verdict(found, "with outliers int4 adaptive mse's loss") is True
     assert verdict(found, "with outliers int4 range mse's loss") is False
+
+
+def weight(name: str, bits: float, error: float, elements: int = 100) -> QuantisedWeight:
+    return QuantisedWeight(name, elements, bits, error)
+
+
+def test_the_best_assignment_is_that_of_all_that_fit() -> None:
+    """Against every assignment of three sizes to four matrices, where the hull is what counts."""
+    elements, sensitivity = (100, 400, 100, 200), (5.0, 1.0, 0.1, 2.0)
+    choices = [
+        [weight(f"w{i}", bits, error * (1 + i / 9), n) for i, n in enumerate(elements)]
+        for bits, error in ((4.0, 0.12), (4.25, 0.09), (4.5, 0.08))
+    ]
+    known = Sensitivities(choices[1], sensitivity)
+    assert known.predicted(choices[1]) == pytest.approx(sum(sensitivity))
+    doubled = [replace(w, error=2 * w.error) for w in choices[1]]
+    assert known.predicted(doubled) == pytest.approx(4 * sum(sensitivity))
+    for budget in (4.05, 4.2, 4.4):
+        best = known.best(choices, budget)
+        spent = sum(w.bits * w.elements for w in best) / 800
+        assert spent <= budget
+        rivals = list(product(*zip(*choices, strict=True)))
+        cheaper = [r for r in rivals if sum(w.bits * w.elements for w in r) / 800 <= spent]
+        assert known.predicted(best) <= min(map(known.predicted, cheaper)) * (1 + 1e-12)
+
+
+def test_sensitivities_are_those_of_each_matrix_alone(exact: Exact) -> None:
+    adaptive, best = allocation_rows(exact)
+    known = Sensitivities.of(exact)
+    assert all(value > 0 for value in known.divergence)
+    # Second order: what all together cost is near the sum of what each costs.
+    together = our_row(exact, "int4 g128 mse").row["divergence"]
+    assert sum(known.divergence) == pytest.approx(together, rel=0.5)
+    assert best["bits_per_weight"] <= adaptive["bits_per_weight"]
+    assert set(adaptive["group_sizes"]) == {w.name for w in known.alone}
 
 
 def test_the_pareto_front_against_all_pairs() -> None:
@@ -233,7 +289,7 @@ def test_the_command_from_training_to_tables(
     monkeypatch.setattr(accuracy, "WAYS", {w: WAYS[w] for w in (ADAPTIVE, "int4 column absmax")})
     accuracy.main(arguments)
     shown = capsys.readouterr().out
-    assert "adaptive's loss" not in shown and "NOT REPORTED" not in shown
+    assert "adaptive's loss below hqq" not in shown and "NOT REPORTED" not in shown
     assert shown.rstrip().splitlines()[-1].split()[:2] == ["opt", "int4"]
     assert (tmp_path / "accuracy.json").is_file()
     if importlib.util.find_spec("matplotlib"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import experts, kernels, models
+from bench import experts, kernels, models, tune
 from bench.interleaved import recorded_on_gpu
 from fqcompile.kernels.gpu import gpu_of
 
@@ -58,3 +58,15 @@ def test_every_way_to_run_experts_is_right_and_no_faster_than_memory(bits: str) 
     assert {"fqcompile gathered", "fqcompile grouped"} < {r["contender"] for r in results.rows}
     for row in results.rows:
         assert row["ideal_us"] < row["us"] < 100 * row["ideal_us"], row
+
+
+def test_a_tuned_case_has_its_candidates_and_the_closed_form_again() -> None:
+    arguments = tune.parse(["--shapes", "4096x4096", "--m", "1,128"])
+    report = tune.run(arguments, DEVICE, gpu_of(DEVICE), recorded_on_gpu)
+    assert not report.left_out
+    for case in report.cases:
+        assert len(case.timed) > 6, case.refused
+        assert case.problem is None
+        assert case.choice == case.best or set(case.final) == {case.choice, case.best}
+        for timing in case.timed.values():
+            assert case.ideal_us < timing.microseconds < 100 * case.ideal_us

@@ -168,7 +168,9 @@ def test_tuning_counts_where_the_choice_loses() -> None:
     ratios = [1.0, 1.1, 1.3, 1.3, 1.4, 1.5, 2.5]
     rows = [case(n, "b", r, "slower" if r > 1.25 else "best") for n, r in enumerate(ratios)]
     rows[3]["final"] = {"b": {"microseconds": 20.0, "low": 19.0, "high": 22.0}}
-    whole = content([*rows, case(99, "a", None, "best")])
+    refused = case(99, "a", None, "best") | {"best": None, "verdict": None}
+    refused["trials"] = [{"config": "a", "refusal": "wrong"}]
+    whole = content([*rows, refused])
     text = tune(whole)
     words = "7 cases: the best or within the spread in 2, in the median 1.30 times the best's time"
     assert words in text
@@ -177,6 +179,7 @@ def test_tuning_counts_where_the_choice_loses() -> None:
         "b", "12.0 [11.0, 14.0]", "42%", "a", "1.00x", "1 of 3"
     ]  # fmt: skip
     assert cells(text, "3 x 5")[3:5] == ["20.0 [19.0, 22.0]", "25%"]  # measured once more
+    assert cells(text, "99 x 5")[2:] == ["none", "", "", "a", "", "1 of 1"]
     short = tune_short(whole)
     assert cells(short, "6 x 5")[6] == "2.50x"
     assert "| 0 x 5" not in short
