@@ -199,6 +199,8 @@ def show(results: Results) -> None:
         print(f"left out {len(results.left_out)}: {', '.join(results.left_out)}")
     bandwidth, flops = (results.settings[name] for name in ("bandwidth", "flops"))
     print(f"ideal: {bandwidth / 1e9:.4g} GB/s read, {flops / 1e12:.3g} Tflop/s")
+    if any(row.get("of_ideal", 0) > 1 for row in results.rows):
+        print("a way is FASTER than the ideal: these rates were measured beside other work")
     if torch.cuda.is_available():
         most = torch.cuda.max_memory_allocated() / 2**30
         print(f"most device memory of all ways and their checks together: {most:.1f} GiB")

@@ -76,6 +76,6 @@ def conclude(steps: Mapping[str, Step], rows: Sequence[Ended], out: Path) -> Non
         print(f"\n-- {name}\n{text_of(out / f'{name}.log')[-steps[name].shown :]}")
     table = tabulate(rows, ("step", "end", "seconds", "last line"), floatfmt=".0f")
     (out / "summary.txt").write_text(table + "\n", encoding="utf-8")
-    print(f"\n{table}")
+    print(f"\n{table}\n{sum(row[2] for row in rows):.0f} s; results and logs lie in {out}")
     if any(end != "passed" for _, end, *_ in rows):
         raise SystemExit(1)
