@@ -74,12 +74,12 @@ def exporting(out: Path, identity: str) -> Iterator[Path]:
         except FineQuantError:
             shutil.rmtree(partial)  # going on would end the same
             raise
-        remove(path)
         sync_directory(partial)
         if out.exists():
             out.rmdir()
         os.rename(partial, out)
         sync_directory(out.parent)
+        remove(out / _IDENTITY)  # not before: shards of nobody knows what must not be taken up
 
 
 def write_checkpoint(directory: Path, blocks: Sequence[Block], files: dict[str, bytes]) -> None:

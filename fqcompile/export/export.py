@@ -13,7 +13,6 @@ import torch
 from fqcompile.checkpoint.source import other_files
 from fqcompile.checkpoint.stream import quantize_checkpoint
 from fqcompile.engines.check import find_problems
-from fqcompile.engines.findings import findings_table
 from fqcompile.engines.layers import Layer
 from fqcompile.engines.module_names import is_embedding, stack_of
 from fqcompile.engines.scheme import Scheme
@@ -152,7 +151,7 @@ def _check_loads(
         if finding.effect != "slow"
     ]
     if problems:
-        lines = [findings_table(problems), *plan.kept_lines()]
+        lines = [*map(str, problems), *plan.kept_lines()]
         raise CheckpointError(
             f"profile {request.profile!r} promises what these engines would not load:\n"
             + "\n".join(lines)
