@@ -59,7 +59,7 @@ def _matched(subject: Subject, stack: str, layers: Sequence[Layer]) -> Iterator[
             if stored is not None:
                 what = "ignore names it" if match.ignored else "no target matches it"
                 yield subject.finding(
-                    "experts-target", "refused", [stack], f"{name} is packed, and {what}",
+                    "experts-target", "refused", [stack], f"its first expert is packed, and {what}",
                     "add the target re:.*experts\\..* of this stack",
                 )  # fmt: skip
                 return
@@ -89,7 +89,7 @@ def _split(subject: Subject, stack: str, layers: Sequence[Layer]) -> Iterator[Fi
     for layer in down[:1]:
         k, rest = divmod(layer.k, tp)
         if rest or k % (scheme.group_size or scheme.codes_per_word):
-            yield tp_finding(subject, [stack], layer.k, scheme.group_size)
+            yield tp_finding(subject, stack, layer.k, scheme.group_size, experts=True)
         elif scheme.group_size is None and tp == 1 and layer.k % 64:
             yield subject.finding(
                 "experts-channel", "refused", [stack],

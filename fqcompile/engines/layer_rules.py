@@ -100,7 +100,7 @@ def _shards(subject: Subject, layer: Layer) -> Iterator[Finding]:
     if is_split_along_k(layer.name):
         k, rest = divmod(k, tp)
         if rest or k % (scheme.group_size or scheme.codes_per_word):
-            yield tp_finding(subject, [layer.name], layer.k, scheme.group_size)
+            yield tp_finding(subject, layer.name, layer.k, scheme.group_size)
             return
     elif is_split_along_n(layer.name):
         n, rest = divmod(n, tp)
@@ -125,16 +125,17 @@ def _shards(subject: Subject, layer: Layer) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def tp_finding(subject: Subject, names: Sequence[str], k: int, size: int | None) -> Finding:
+def tp_finding(
+    subject: Subject, name: str, k: int, size: int | None, experts: bool = False
+) -> Finding:
     """K, split over devices, breaks a group."""
     tp = subject.tp
     each = f"{k // tp} on each of {tp} devices" if k % tp == 0 else f"no multiple of {tp} devices"
     fits = max((g for g in GROUP_SIZES if k % tp == 0 and (k // tp) % g == 0), default=None)
-    experts = " or expert parallelism" if any(map(stack_of, names)) else ""
-    other = f"a smaller --tp{experts}"
+    other = f"a smaller --tp{' or expert parallelism' if experts else ''}"
     unit = f"group {size}" if size is not None else "the codes in a word"
     return subject.finding(
-        "tp-splits-groups", "refused", names, f"K = {k} is {each}, no multiple of {unit}",
+        "tp-splits-groups", "refused", [name], f"K = {k} is {each}, no multiple of {unit}",
         f"repeat the scales to group {fits}, or take {other}" if fits else f"take {other}",
     )  # fmt: skip
 
@@ -181,7 +182,7 @@ def _matched(subject: Subject, name: str, parts: Sequence[Layer]) -> Finding | N
         if stored is None:
             return None
         return subject.finding(
-            "no-target", "refused", names, f"it is packed, and no target matches {name}",
+            "no-target", "refused", names, "it is packed, and no target matches it",
             "add a regular expression that also matches the fused name",
         )  # fmt: skip
     if stored is None:

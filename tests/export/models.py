@@ -69,7 +69,7 @@ def library_dense(directory: Path) -> dict[str, Tensor]:
         schemes = [
             scheme
             for scheme in parsed.config_groups.values()
-            if any(match_name(module, target) for target in scheme.targets)
+            if any(t == "Linear" or match_name(module, t) for t in scheme.targets)
         ]
         assert len(schemes) == 1, f"{module} matches {len(schemes)} groups"
         assert not any(match_name(module, pattern) for pattern in parsed.ignore), module
