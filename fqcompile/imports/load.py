@@ -74,7 +74,7 @@ def load_quantized(directory: Path, device: torch.device | str | None = None) ->
 def _reader(config: Mapping[str, Any], directory: Path) -> Reader:
     found = config.get("quantization_config")
     method = found.get("quant_method") if isinstance(found, Mapping) else None
-    if method not in READERS:
+    if not isinstance(method, str) or method not in READERS:
         raise CheckpointError(
             f"{directory / 'config.json'}: quantization_config.quant_method is {method!r}; this "
             f"opens {', '.join(READERS)}"

@@ -165,7 +165,7 @@ def test_an_imported_model_runs_compiled_and_is_saved(tmp_path: Path) -> None:
     schemes = {"experts": arguments(4, 32), "self_attn": arguments(8, None)}
     write_each_layer(tmp_path / "plain", tmp_path / "packed", schemes)
     model = fqcompile.load(None, tmp_path / "packed")
-    compiled = finequant(model, min_elements=1024)
+    compiled = finequant(model, min_elements=1024, exclude=["lm_head"])
     assert_close(logits(compiled, inputs), logits(model, inputs), depth=14)
     assert len(report().plan.quantized) == 12
     fqcompile.save(model, tmp_path / "saved")
