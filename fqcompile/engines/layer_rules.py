@@ -180,7 +180,7 @@ def _matched(subject: Subject, name: str, parts: Sequence[Layer]) -> Finding | N
         )
     if match.group is None:
         if stored is None:
-            return None
+            return _unlisted(subject, names)
         return subject.finding(
             "no-target", "refused", names, "it is packed, and no target matches it",
             "add a regular expression that also matches the fused name",
@@ -199,3 +199,12 @@ def _matched(subject: Subject, name: str, parts: Sequence[Layer]) -> Finding | N
             "write regular expressions that end in $ and match the fused name, not class names",
         )  # fmt: skip
     return None
+
+
+def _unlisted(subject: Subject, names: Sequence[str]) -> Finding | None:
+    if subject.engine != "sglang":
+        return None
+    return subject.finding(
+        "unlisted", "refused", names, "it is dense, and neither a target nor ignore names it",
+        "name it in ignore",
+    )  # fmt: skip

@@ -24,6 +24,7 @@ _EMBEDDING = re.compile(
 )
 # Tensor parallelism splits these along K, and most others along N.
 _ALONG_K = frozenset("o_proj out_proj down_proj w2 fc2 wo dense_4h_to_h c_proj".split())
+_DENSE_ALONG_K = re.compile(r".*(?:output|attention|attn)\.dense")
 _WHOLE = frozenset("q_a_proj kv_a_proj_with_mqa".split())
 _HEADS = frozenset("k_proj v_proj key value".split())  # repeated where there are too few
 
@@ -57,7 +58,7 @@ def is_embedding(name: str) -> bool:
 
 
 def is_split_along_k(name: str) -> bool:
-    return last(name) in _ALONG_K
+    return last(name) in _ALONG_K or _DENSE_ALONG_K.fullmatch(name) is not None
 
 
 def is_split_along_n(name: str) -> bool:

@@ -80,7 +80,7 @@ def _choose(
     sizes: set[int | None] = {None, *GROUP_SIZES}
     for piece in {(m.value, m.k, last(m.name)): m for m in members}.values():
         own = group_sizes(saved, piece, tp)
-        reason = _built_dense(piece.name) or inexact[piece.value]
+        reason = _built_dense(saved, piece) or inexact[piece.value]
         if reason is None and not own:
             size = saved.manifest.packed[piece.value].group_size
             reason = (
@@ -115,10 +115,10 @@ def group_sizes(saved: Saved, piece: Piece, tp: int) -> set[int | None]:
     return found
 
 
-def _built_dense(name: str) -> str | None:
-    if HEAD.fullmatch(name):
+def _built_dense(saved: Saved, piece: Piece) -> str | None:
+    if HEAD.fullmatch(piece.name) or piece.source in saved.ties:
         return "engines keep output heads dense"
-    if ROUTER.fullmatch(name):
+    if ROUTER.fullmatch(piece.name):
         return "engines keep routers of experts dense"
     return None
 

@@ -57,15 +57,20 @@ class Saved:
 
     @cached_property
     def tied(self) -> frozenset[str]:
-        """Names that have the value of another one."""
-        slots, ties = self.manifest.slots, self.model.all_tied_weights_keys
-        alike = (a for a, b in ties.items() if slots[a].value == slots[b].value)
-        return frozenset(alike)
+        """Names that loading ties to others; none where one of them has a value of its own."""
+        return frozenset() if self.untied else frozenset(self.ties)
 
     @property
     def untied(self) -> bool:
-        """Whether names that the model's config ties have values of their own."""
-        return len(self.tied) < len(self.model.all_tied_weights_keys)
+        """Whether a name that the model's config ties has a value of its own: a quantised head."""
+        slots = self.manifest.slots
+        return any(slots[a].value != slots[b].value for a, b in self.ties.items())
+
+    @property
+    def ties(self) -> dict[str, str]:
+        """Names that the model's config ties, and to what: heads to embeddings."""
+        slots, ties = self.manifest.slots, self.model.all_tied_weights_keys
+        return {a: b for a, b in ties.items() if a in slots and b in slots}
 
     @cached_property
     def dtype(self) -> str:

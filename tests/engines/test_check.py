@@ -133,6 +133,11 @@ BAD = {
         config((["Linear"], INT4)), changed(dense_model(), "1.mlp.down_proj", None),
         everywhere("not-ignored", "refused"), "model.layers.1.mlp.down_proj", "name it in ignore",
     ),
+    "dense and in no list": Bad(
+        config(([ATTENTION, MLPS], INT4)),
+        [*dense_model(), Layer("model.projector.linear_1", 512, 512)],
+        {"sglang": ("unlisted", "refused")}, "model.projector.linear_1", "name it in ignore",
+    ),
     "attention-only quantisation of an MoE": Bad(
         config(([ATTENTION], INT4), ignore=["lm_head", ROUTERS, EXPERTS]),
         moe_model(experts=None), {"transformers": ("dense-experts", "refused")},
