@@ -22,6 +22,8 @@ from fqcompile.imports.awq import read_awq
 from fqcompile.imports.compressed_tensors import read_compressed_tensors
 from fqcompile.imports.gptq import read_gptq
 from fqcompile.imports.packed_layer import PackedLayer
+from fqcompile.quant.qtype import INT8
+from fqcompile.weights.packed_weight import PackedWeight
 
 log = logging.getLogger("fqcompile")
 
@@ -65,10 +67,22 @@ def load_quantized(directory: Path, device: torch.device | str | None = None) ->
     for step in work.steps:
         given |= _values(step, work, weights, types(step.target))
     _put_all(places, given, target)
+    _tell_of_zero_points(layers, given)
     path = directory / "generation_config.json"
     if path.is_file():
         model.generation_config = generation_config(path)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _tell_of_zero_points(layers: Mapping[str, PackedLayer], given: Mapping[str, Tensor]) -> None:
+    """Four bits less a zero point need more: nobody should wonder where the memory went."""
+    wide = [n for n, v in given.items() if isinstance(v, PackedWeight) and v.form.bits == INT8.bits]
+    zeros = any("zero" in part for layer in layers.values() for part in layer.places)
+    if wide and zeros:
+        log.warning(
+            "%d weights are held as int8 codes, as their codes less zero points fit no int4: %s",
+            len(wide), shortened(wide),
+        )  # fmt: skip
 
 
 def _reader(config: Mapping[str, Any], directory: Path) -> Reader:

@@ -190,6 +190,21 @@ def test_a_profile_that_would_not_load_is_refused(tmp_path: Path) -> None:
     assert len(plan.quantized) == 8
 
 
+def test_everything_dense_is_in_ignore(tmp_path: Path) -> None:
+    model, _ = make("gpt-oss", tmp_path / "plain")
+    save_quantised(model, tmp_path / "saved", exclude=["lm_head", r"1\.self_attn\.o_proj"])
+    fqcompile.export(tmp_path / "saved", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["ignore"] == [
+        "lm_head",
+        "model.layers.0.mlp.experts",
+        "model.layers.0.mlp.router",
+        "model.layers.1.mlp.experts",
+        "model.layers.1.mlp.router",
+        "model.layers.1.self_attn.o_proj",
+    ]
+
+
 def test_a_model_of_which_nothing_can_be_exported_is_refused(tmp_path: Path) -> None:
     save_quantised(make("gpt2", tmp_path / "plain")[0], tmp_path / "saved")
     with pytest.raises(CheckpointError, match=r"it is \[K, N\] in the checkpoint, and the format"):

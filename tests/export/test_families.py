@@ -57,6 +57,17 @@ def test_exported_values_are_the_fake_quantised_ones(
         assert torch.equal(logits(loaded, inputs), logits(oracle, inputs))
 
 
+@pytest.mark.parametrize("name", MOE)
+def test_transformers_loads_what_is_to_be_served_if_all_experts_are_alike(
+    name: str, tmp_path: Path
+) -> None:
+    model, inputs = make(name, tmp_path / "plain")
+    oracle = save_quantised(model, tmp_path / "saved", overrides={}, granularity=32)
+    fqcompile.export(tmp_path / "saved", tmp_path / "out", profile="serve")
+    loaded = type(model).from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(logits(loaded, inputs), logits(oracle, inputs))
+
+
 @pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
 def test_float32_models_too(name: str, tmp_path: Path) -> None:
     model, inputs = make(name, tmp_path / "plain", torch.float32)

@@ -121,7 +121,9 @@ FOUR_BIT = {
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 @pytest.mark.parametrize("kind", FOUR_BIT)
-def test_gptq_and_awq(kind: str, name: str, tmp_path: Path) -> None:
+def test_gptq_and_awq(
+    kind: str, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     packer, quantization, zeros, bits = FOUR_BIT[kind]
     model, _ = make(name, tmp_path / "plain")
     dense = write_four_bit(tmp_path / "plain", tmp_path / "packed", packer, quantization, zeros)
@@ -130,6 +132,7 @@ def test_gptq_and_awq(kind: str, name: str, tmp_path: Path) -> None:
     assert_same_values(loaded, oracle, packed=14 if name == "llama" else 12)
     found = {p.form.bits for p in loaded.parameters() if isinstance(p, PackedWeight)}
     assert found == {bits}
+    assert ("weights are held as int8 codes" in caplog.text) == (bits == 8)
 
 
 class Largest(TorchDispatchMode):
