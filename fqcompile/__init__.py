@@ -20,7 +20,7 @@ from fqcompile.errors import (
     UnquantizableWeight,
 )
 from fqcompile.explain import explain
-from fqcompile.export.export import export
+from fqcompile.exports.export import export
 from fqcompile.fake_quantize import fake_quantize_
 from fqcompile.quantize_model import quantize_
 from fqcompile.report import CompileReport, Plan, Site, reports

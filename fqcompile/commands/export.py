@@ -5,8 +5,8 @@ from typing import Any
 
 from fqcompile.commands.options import add_option_flags, given_options
 from fqcompile.commands.quantize import DTYPES
-from fqcompile.export.export import export
-from fqcompile.export.request import FORMATS, PROFILES
+from fqcompile.exports.export import export
+from fqcompile.exports.request import FORMATS, PROFILES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

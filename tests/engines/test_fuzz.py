@@ -17,7 +17,7 @@ import fqcompile
 from fqcompile.checkpoint.source import read_config, read_tensors
 from fqcompile.errors import CheckpointError
 from fqcompile.imports.load import _reader
-from tests.export.models import make
+from tests.exports.models import make
 from tests.imports.writers import arguments, awq_parts, gptq_parts, write_each_layer, write_four_bit
 
 RUNS = 250

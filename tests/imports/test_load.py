@@ -15,7 +15,7 @@ pytest.importorskip("compressed_tensors", reason="the dev extra is not installed
 import fqcompile
 from fqcompile.errors import CheckpointError
 from fqcompile.weights.packed_weight import PackedWeight
-from tests.export.models import library_dense, make
+from tests.exports.models import library_dense, make
 from tests.helpers import assert_close, finequant, report
 from tests.imports.writers import (
     arguments,

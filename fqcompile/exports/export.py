@@ -17,14 +17,14 @@ from fqcompile.engines.layers import Layer
 from fqcompile.engines.module_names import is_embedding, stack_of
 from fqcompile.engines.scheme import Scheme
 from fqcompile.errors import CheckpointError
-from fqcompile.export.blocks import blocks, layers
-from fqcompile.export.config import model_config, quantization_config
-from fqcompile.export.directory import check_free, exporting, write_checkpoint
-from fqcompile.export.harmonise import harmonise
-from fqcompile.export.layout import Layout, lay_out
-from fqcompile.export.plan import check_unsupported, export_plan
-from fqcompile.export.request import PROFILES, Request
-from fqcompile.export.saved import Saved
+from fqcompile.exports.blocks import blocks, layers
+from fqcompile.exports.config import model_config, quantization_config
+from fqcompile.exports.directory import check_free, exporting, write_checkpoint
+from fqcompile.exports.harmonise import harmonise
+from fqcompile.exports.layout import Layout, lay_out
+from fqcompile.exports.plan import check_unsupported, export_plan
+from fqcompile.exports.request import PROFILES, Request
+from fqcompile.exports.saved import Saved
 from fqcompile.report import Plan
 
 log = logging.getLogger("fqcompile")

@@ -10,22 +10,25 @@ from torch import Tensor
 from fqcompile.checkpoint.safetensors_file import DTYPE_NAMES, DTYPES, byte_size
 from fqcompile.engines.layers import Layer
 from fqcompile.engines.scheme import Scheme
-from fqcompile.export.harmonise import Choice
-from fqcompile.export.layout import Layout, Piece, Whole
-from fqcompile.export.saved import Saved
+from fqcompile.exports.harmonise import Choice
+from fqcompile.exports.layout import Layout, Piece, Whole
+from fqcompile.exports.saved import Saved
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.quant.words import to_words, widen, words_per_row
+
+_PART = 1 << 25  # weights that are dequantised at once, and not a whole output head
 
 
 @dataclass(frozen=True)
 class Block:
-    """Tensors that are made at once: {name: (dtype of safetensors, shape)}, and how.
+    """Neighbours in a file: {name: (dtype of safetensors, shape)}, and how they are made.
 
-    `release` gives back the memory of what they were made from.
+    `make` yields their values in this order, a large one in parts; `release` gives back the memory
+    of what they were made from.
     """
 
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-    make: Callable[[], Mapping[str, Tensor]]
+    make: Callable[[], Iterator[Tensor]]
     release: Callable[[], None]
 
     @property
@@ -69,17 +72,15 @@ def packed_bytes(piece: Piece, scheme: Scheme) -> int:
     return piece.n * (4 * words + 2 * scheme.groups(piece.k))
 
 
-def _packed(saved: Saved, piece: Piece, scheme: Scheme) -> dict[str, Tensor]:
+def _packed(saved: Saved, piece: Piece, scheme: Scheme) -> Iterator[Tensor]:
     weight = _rows(saved, piece)
     if scheme.bits > weight.bits:
         weight = widen(weight)
     if scheme.group_size is not None:
         weight = weight.regroup(scheme.group_size)
-    return {
-        f"{piece.name}.weight_packed": to_words(weight.qweight, weight.bits, piece.k),
-        f"{piece.name}.weight_scale": weight.scale.to(DTYPES[saved.dtype]),
-        f"{piece.name}.weight_shape": torch.tensor([piece.n, piece.k]),
-    }
+    yield to_words(weight.qweight, weight.bits, piece.k)
+    yield weight.scale.to(DTYPES[saved.dtype])
+    yield torch.tensor([piece.n, piece.k])
 
 
 def _dense_block(saved: Saved, piece: Piece) -> Block:
@@ -87,8 +88,11 @@ def _dense_block(saved: Saved, piece: Piece) -> Block:
     dtype = saved.manifest.packed[piece.value].dtype
     name = f"{piece.name}.weight"
 
-    def make() -> dict[str, Tensor]:
-        return {name: _rows(saved, piece).dequantize(DTYPES[dtype])}
+    def make() -> Iterator[Tensor]:
+        weight = _rows(saved, piece)
+        step = max(1, _PART // piece.k)
+        for start in range(0, piece.n, step):
+            yield weight.narrow(start, min(step, piece.n - start)).dequantize(DTYPES[dtype])
 
     return Block({name: (dtype, (piece.n, piece.k))}, make, partial(saved.release, piece.value))
 
@@ -105,9 +109,10 @@ def _whole_block(saved: Saved, whole: Whole) -> Block:
     tensors = {name: (DTYPE_NAMES[dtype], shape) for name, (dtype, shape) in whole.tensors.items()}
     names = whole.reversion.names
 
-    def make() -> dict[str, Tensor]:
+    def make() -> Iterator[Tensor]:
         given = {name: _dense_value(saved, saved.values[name]) for name in names}
-        return whole.reversion.run(saved.model, given)
+        results = whole.reversion.run(saved.model, given)
+        yield from (results[name] for name in tensors)
 
     def release() -> None:
         for name in names:

@@ -16,7 +16,7 @@ from fqcompile.checkpoint.manifest import PackedRecord
 from fqcompile.checkpoint.reversion import Reversion, reversions
 from fqcompile.checkpoint.safetensors_file import DTYPES
 from fqcompile.errors import CheckpointError
-from fqcompile.export.saved import Saved
+from fqcompile.exports.saved import Saved
 
 Rows = slice | Tensor  # a slice where they follow each other
 # Engines build these as one linear for each expert and projection where they are quantised.

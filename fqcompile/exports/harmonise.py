@@ -19,8 +19,8 @@ from fqcompile.engines.module_names import (
     stack_of,
 )
 from fqcompile.engines.scheme import BITS, GROUP_SIZES, Scheme
-from fqcompile.export.layout import Piece
-from fqcompile.export.saved import Saved
+from fqcompile.exports.layout import Piece
+from fqcompile.exports.saved import Saved
 
 _CHANNEL_EXPERTS = 64  # what K per device must be a multiple of, for one scale per channel
 

@@ -7,7 +7,7 @@ from fqcompile.checkpoint.versions import versions
 from fqcompile.engines.module_names import stack_of
 from fqcompile.engines.quantization_config import FORMAT, METHOD
 from fqcompile.engines.scheme import Scheme
-from fqcompile.export.targets import target_patterns
+from fqcompile.exports.targets import target_patterns
 
 _VERSION = "0.20.0"  # of the format: that of the library whose source was followed
 

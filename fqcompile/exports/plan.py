@@ -5,10 +5,10 @@ from dataclasses import replace
 
 from fqcompile.checkpoint.stream_writer import site_from
 from fqcompile.errors import UnquantizableWeight
-from fqcompile.export.blocks import packed_bytes
-from fqcompile.export.harmonise import Choice
-from fqcompile.export.layout import Layout, Piece
-from fqcompile.export.saved import Saved
+from fqcompile.exports.blocks import packed_bytes
+from fqcompile.exports.harmonise import Choice
+from fqcompile.exports.layout import Layout, Piece
+from fqcompile.exports.saved import Saved
 from fqcompile.report import Plan, Site
 
 

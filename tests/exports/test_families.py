@@ -11,7 +11,7 @@ pytest.importorskip("compressed_tensors", reason="the dev extra is not installed
 
 import fqcompile
 from fqcompile.weights.packed_weight import PackedWeight
-from tests.export.models import (
+from tests.exports.models import (
     OPTIONS,
     assert_same_tensors,
     library_dense,

@@ -23,7 +23,7 @@ from fqcompile.checkpoint.durable_files import (
 )
 from fqcompile.checkpoint.safetensors_file import byte_size, encode_header
 from fqcompile.errors import CheckpointError, FineQuantError
-from fqcompile.export.blocks import Block
+from fqcompile.exports.blocks import Block
 from fqcompile.weights.content_digest import bytes_of
 
 SHARD_BYTES = 4 << 30
@@ -142,8 +142,7 @@ def _pieces(
 ) -> Iterator[bytes | memoryview]:
     yield header
     for block in blocks:
-        tensors = block.make()
-        for name in block.tensors:
-            yield bytes_of(tensors[name].contiguous())
+        for value in block.make():
+            yield bytes_of(value.contiguous())
         progress.update(block.nbytes)
         block.release()

@@ -16,9 +16,10 @@ import fqcompile
 from fqcompile.checkpoint import shards
 from fqcompile.cli import main
 from fqcompile.errors import CheckpointError, OptionError, UnquantizableWeight
-from fqcompile.export import directory as export_directory
+from fqcompile.exports import blocks
+from fqcompile.exports import directory as export_directory
 from tests.checkpoint.crashes import count_operations, crash
-from tests.export.models import make, save_quantised, tensors_of
+from tests.exports.models import make, save_quantised, tensors_of
 
 
 def files(out: Path) -> dict[str, bytes]:
@@ -157,8 +158,9 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 
 def test_what_no_engine_has_a_kernel_for_is_dense_with_the_same_values(
-    odd: tuple[Path, Any], tmp_path: Path
+    odd: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(blocks, "_PART", 1000)  # seven rows at once
     source, oracle = odd
     plan = fqcompile.export(source, tmp_path / "out")
     reasons = {site.name.removeprefix("model.layers."): site.reason for site in plan.kept}

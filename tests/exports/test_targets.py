@@ -5,7 +5,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fqcompile.export.targets import target_patterns
+from fqcompile.exports.targets import target_patterns
 
 OWN = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"]
 EXPERTS = [f"mlp.experts.{e}.{p}" for e in (0, 10) for p in ("gate_proj", "down_proj")]
