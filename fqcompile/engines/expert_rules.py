@@ -11,6 +11,8 @@ from fqcompile.engines.quantization_config import Group
 from fqcompile.engines.scheme import Scheme
 
 _TILE = 128
+# The names that vLLM and SGLang look up, whatever those in the checkpoint.
+_LOOKED_UP = ("gate_proj", "up_proj", "down_proj")
 
 
 def expert_rules(subject: Subject) -> Iterator[Finding]:
@@ -41,25 +43,30 @@ def _one_scheme(subject: Subject, stack: str, layers: Sequence[Layer]) -> Findin
     if len(schemes) == 1:
         return None
     kinds = ", ".join(sorted(str(s or "dense") for s in schemes))
-    dense = None in schemes
+    seen = None in schemes or len(_schemes(_first_expert(stack, layers))) > 1
     return subject.finding(
-        "experts-differ", "refused" if dense else "wrong", [stack],
-        f"its experts and projections have different schemes ({kinds}), and the first is taken "
-        "for all", "give all of a layer one scheme: scales can be repeated without loss",
+        "experts-differ", "refused" if seen else "wrong", [stack],
+        f"its experts and projections have different schemes ({kinds}), and the first expert's "
+        f"{'must be one' if seen else 'is taken for all'}",
+        "give all of a layer one scheme: scales can be repeated without loss",
     )  # fmt: skip
+
+
+def _first_expert(stack: str, layers: Sequence[Layer]) -> list[Layer]:
+    return [layer for layer in layers if layer.name.startswith(f"{stack}.0.")]
 
 
 def _matched(subject: Subject, stack: str, layers: Sequence[Layer]) -> Iterator[Finding]:
     """Looked up by the projections of the first expert."""
     stored = layers[0].scheme
-    first = [layer.name for layer in layers[:3]]
-    for name in first:
-        match = find_match(subject.config, name, (), subject.engine)
+    for projection in _LOOKED_UP:
+        match = find_match(subject.config, f"{stack}.0.{projection}", (), subject.engine)
         if match.ignored or match.group is None:
             if stored is not None:
                 what = "ignore names it" if match.ignored else "no target matches it"
                 yield subject.finding(
-                    "experts-target", "refused", [stack], f"its first expert is packed, and {what}",
+                    "experts-target", "refused", [stack],
+                    f"it is packed, and {what} as experts.0.{projection}",
                     "add the target re:.*experts\\..* of this stack",
                 )  # fmt: skip
                 return

@@ -1,7 +1,8 @@
 """Which scheme an engine finds for a layer's name; each looks in an order of its own.
 
     transformers   whole names, regular expressions, then class names; in each, by the alphabet
-    vLLM           names, then names of a fused layer's parts (the first part's decides), classes
+    vLLM           names, then names of a fused layer's parts (all must match, and the first part's
+                   decides), then classes
     SGLang         names, then classes, then names of a fused layer's parts
 
 A regular expression need only match the beginning of a name.
@@ -69,6 +70,7 @@ def _candidates(
     yield from (item for item in names if matches_name(item[0], name))
     if engine != "vllm":
         yield from by_class
-    for part in parts:
-        yield from (item for item in names if matches_name(item[0], part))
+    own = [next((item for item in names if matches_name(item[0], p)), None) for p in parts]
+    if own and own[0] is not None and None not in own:
+        yield own[0]
     yield from by_class

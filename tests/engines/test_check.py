@@ -155,7 +155,7 @@ BAD = {
         config(([r"re:.*experts\..*\.down_proj$"], GROUP64), ([EXPERTS, ATTENTION], INT4),
                ignore=["lm_head", ROUTERS]),
         [replace(x, scheme=GROUP64) if x.name.endswith("down_proj") else x for x in moe_model()],
-        everywhere("experts-differ", "wrong", SERVERS)
+        everywhere("experts-differ", "refused", SERVERS)
         | {"transformers": ("experts-of-one-scheme", "refused")},
         "model.layers.0.mlp.experts", "one scheme",
     ),
@@ -185,6 +185,18 @@ BAD = {
         config(([ATTENTION], INT4), ignore=["lm_head", ROUTERS]), moe_model(),
         everywhere("experts-target", "refused", SERVERS),
         "model.layers.0.mlp.experts", r"re:.*experts\..*",
+    ),
+    "experts by names that engines do not look up": Bad(
+        config(([r"re:.*experts\.\d+\.w[123]$", ATTENTION], INT4), ignore=["lm_head", ROUTERS]),
+        [replace(x, name=x.name.replace("gate_proj", "w1").replace("up_proj", "w3")
+                 .replace("down_proj", "w2")) for x in moe_model()],
+        everywhere("experts-target", "refused", SERVERS),
+        "model.layers.0.mlp.experts", r"re:.*experts\..*",
+    ),
+    "a fused layer of which one part matches a target": Bad(
+        config(([r"re:.*(q|k)_proj$", r"re:.*o_proj$", MLPS], INT4)), dense_model(),
+        everywhere("no-target", "refused", SERVERS) | {"transformers": ("no-target", "refused")},
+        "model.layers.0.self_attn.v_proj", "matches the fused name",
     ),
     "experts under a target of linears": Bad(
         config((["Linear"], INT8), ignore=["lm_head", ROUTERS]), moe_model(INT8, INT4),
