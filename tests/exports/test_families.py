@@ -95,7 +95,7 @@ def test_checkpoint_of_hugging_face_is_quantised_on_the_way(name: str, tmp_path:
 
 
 @pytest.mark.parametrize("profile", ["portable", "serve"])
-@pytest.mark.parametrize("name", ["llama", "mixtral", "deepseek-v3", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "opt", "mixtral", "deepseek-v3", "llama4"])
 def test_import_gives_back_the_saved_model(name: str, profile: str, tmp_path: Path) -> None:
     """Repeated scales and widened codes are undone."""
     model, inputs = make(name, tmp_path / "plain")
