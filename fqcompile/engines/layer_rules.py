@@ -121,7 +121,7 @@ def _shards(subject: Subject, layer: Layer) -> Iterator[Finding]:
         yield subject.finding(
             "tile", "slow", [layer.name],
             f"{n} x {k} on each device is filled up to multiples of {_TILE_N} x {_TILE_K}",
-            "a smaller --tp keeps multiples",
+            "take a smaller --tp" if tp > 1 else "none: it is the layer's shape",
         )  # fmt: skip
 
 

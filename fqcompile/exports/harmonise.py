@@ -22,6 +22,7 @@ from fqcompile.engines.scheme import BITS, GROUP_SIZES, Scheme
 from fqcompile.exports.layout import Piece
 from fqcompile.exports.saved import Saved
 
+HEADS_STAY = "engines keep output heads dense"
 _CHANNEL_EXPERTS = 64  # what K per device must be a multiple of, for one scale per channel
 
 
@@ -117,7 +118,7 @@ def group_sizes(saved: Saved, piece: Piece, tp: int) -> set[int | None]:
 
 def _built_dense(saved: Saved, piece: Piece) -> str | None:
     if HEAD.fullmatch(piece.name) or piece.source in saved.ties:
-        return "engines keep output heads dense"
+        return HEADS_STAY
     if ROUTER.fullmatch(piece.name):
         return "engines keep routers of experts dense"
     return None

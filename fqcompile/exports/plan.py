@@ -4,12 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from fqcompile.checkpoint.stream_writer import site_from
+from fqcompile.config import HEAD_NAMES
 from fqcompile.errors import UnquantizableWeight
 from fqcompile.exports.blocks import packed_bytes
-from fqcompile.exports.harmonise import Choice
+from fqcompile.exports.harmonise import HEADS_STAY, Choice
 from fqcompile.exports.layout import Layout, Piece
 from fqcompile.exports.saved import Saved
 from fqcompile.report import Plan, Site
+
+# What quantising says of heads that an export has told it to leave.
+_HEADS_EXCLUDED = f"name matches exclude pattern {HEAD_NAMES.pattern!r}"
 
 
 def export_plan(saved: Saved, layout: Layout, choices: Mapping[str, Choice]) -> Plan:
@@ -23,6 +27,8 @@ def export_plan(saved: Saved, layout: Layout, choices: Mapping[str, Choice]) -> 
         reason = layout.reasons.get(site.name) or next(
             (r for piece in own if (r := choices[piece.name].reason)), None
         )
+        if site.reason == _HEADS_EXCLUDED:
+            site = replace(site, reason=HEADS_STAY)
         if site.status == "quantized":
             site = _kept(site, reason) if reason else _packed(site, own, choices)
         sites.append(site)
