@@ -91,6 +91,19 @@ def test_finished_shards_are_not_written_again(saved: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("others", [{"profile": "serve"}, {"tp": 2}])
+def test_only_the_same_export_is_resumed(
+    others: dict[str, Any], saved: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert crash(lambda: fqcompile.export(saved, out), 30, 0)
+    assert (tmp_path / "out.partial" / "export.json").is_file()
+    with pytest.raises(CheckpointError, match="is of another export: another source, or other"):
+        fqcompile.export(saved, out, resume=True, **others)
+    fqcompile.export(saved, out, resume=True)
+
+
+@pytest.mark.usefixtures("small_shards")
 def test_index_names_every_tensor_and_its_file(saved: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     fqcompile.export(saved, out)
