@@ -14,6 +14,7 @@ BENCHMARKS = {
     "overhead": "share of fqcompile's passes in the whole compilation of a small Llama",
     "startup": "the first start of a model and the second, part by part",
     "memory": "peak and resident memory of each way to run a model in 4 bits, against bf16",
+    "export": "speed and memory of exporting to compressed-tensors, codes compared",
     "static": "registers, copies and instructions of the Triton kernels, read from machine code",
     "experts": "a GPU: a layer of experts, routing included, against torch._grouped_mm in 16 bits",
     "kernels": "our kernels against dense ones, torch.compile and other libraries, by layer",

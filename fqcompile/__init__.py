@@ -8,6 +8,8 @@ from fqcompile.checkpoint.save import save
 from fqcompile.checkpoint.stream import quantize_checkpoint
 from fqcompile.config import FineQuantConfig
 from fqcompile.decorator import finequant
+from fqcompile.engines.check import check
+from fqcompile.engines.findings import Finding
 from fqcompile.errors import (
     CheckpointError,
     FineQuantError,
@@ -18,6 +20,7 @@ from fqcompile.errors import (
     UnquantizableWeight,
 )
 from fqcompile.explain import explain
+from fqcompile.exports.export import export
 from fqcompile.fake_quantize import fake_quantize_
 from fqcompile.quantize_model import quantize_
 from fqcompile.report import CompileReport, Plan, Site, reports
@@ -27,6 +30,7 @@ from fqcompile.warm_up import warm_up
 __all__ = [
     "CheckpointError",
     "CompileReport",
+    "Finding",
     "FineQuantConfig",
     "FineQuantError",
     "FreedWeightError",
@@ -36,7 +40,9 @@ __all__ = [
     "Plan",
     "Site",
     "UnquantizableWeight",
+    "check",
     "explain",
+    "export",
     "fake_quantize_",
     "finequant",
     "load",

@@ -14,6 +14,8 @@ COMMANDS = {
     "demo": "compile a real model, show what was done to it, what it cost and what it saved",
     "explain": "show what would be quantised in a model, how, and why the rest would not",
     "quantize": "quantise a Hugging Face checkpoint, tensor by tensor, into a directory to load",
+    "export": "write a quantised model as a checkpoint for vLLM, SGLang and transformers",
+    "check": "show what vLLM, SGLang or transformers would not load of a checkpoint, and why",
     "tune": "measure kernel configurations on this machine's GPU and keep the fastest",
     "doctor": "show versions, devices, compilers, and which kernels are available and why not",
 }

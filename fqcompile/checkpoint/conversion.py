@@ -92,6 +92,7 @@ def conversions(model: Any, names: Iterable[str]) -> tuple[list[Conversion], lis
     mapping = import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
     renamings = [m for m in mapping if isinstance(m, loading.WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, loading.WeightConverter)]
+    converters += _of_single_experts(model)
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     known, prefix = model.state_dict(), model.base_model_prefix
     found: dict[str, Conversion] = {}
@@ -110,6 +111,23 @@ def conversions(model: Any, names: Iterable[str]) -> tuple[list[Conversion], lis
         conversion = found.setdefault(target, Conversion(target, converter))
         conversion.sources.setdefault(pattern, []).append(name)
     return list(found.values()), unknown
+
+
+def _of_single_experts(model: Any) -> list[Any]:
+    """Llama 4's stacks [E, K, N] are a linear for each expert in checkpoints that are quantised.
+
+    transformers then builds the model so, and has no converters for these names.
+    """
+    if not any(type(module).__name__ == "Llama4TextExperts" for module in model.modules()):
+        return []
+    loading = import_module("transformers.core_model_loading")
+    merge, turn = loading.MergeModulelist(0), loading.Transpose(1, 2)
+    parts = [f"feed_forward.experts.*.{own}_proj.weight" for own in ("gate", "up", "down")]
+    gate_up, down = (f"feed_forward.experts.{own}_proj" for own in ("gate_up", "down"))
+    return [
+        loading.WeightConverter(parts[:2], gate_up, [merge, loading.Concatenate(1), turn]),
+        loading.WeightConverter(parts[2], down, [merge, turn]),
+    ]
 
 
 def target_types(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype]:

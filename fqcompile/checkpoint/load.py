@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from fqcompile.checkpoint.directory import file_of
 from fqcompile.checkpoint.fit import check_fits, put
 from fqcompile.checkpoint.hugging_face import generation_config, model_from_config
-from fqcompile.checkpoint.manifest import Manifest, PackedRecord, read_manifest
+from fqcompile.checkpoint.manifest import MANIFEST, Manifest, PackedRecord, read_manifest
 from fqcompile.checkpoint.safetensors_file import ALIGNMENT, DTYPES
 from fqcompile.checkpoint.shards import MappedShards
 from fqcompile.checkpoint.slots import Slot, slots
 from fqcompile.errors import CheckpointError
+from fqcompile.imports.load import is_quantized_checkpoint, load_quantized
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.weights.packed_weight import PackedWeight
 
@@ -31,10 +32,12 @@ def load(
     device: torch.device | str | None = None,
     verify: bool = True,
 ) -> nn.Module:
-    """A model with the weights that `save` or `fqcompile quantize` wrote.
+    """A model with the weights that `save` or `fqcompile quantize` wrote, or others quantised.
 
     Dense tensors are the mapped files themselves: privately, so a change to one is not written
     back. Packed ones are read once, into the order that the kernels of this machine want.
+
+    compressed-tensors (pack-quantized), GPTQ without act-order and AWQ open too, for None.
 
     Args:
         model_or_factory: a function without arguments, called on the meta device, so that no dense
@@ -54,6 +57,9 @@ def load(
             was.
     """
     target = Path(directory)
+    if not (target / MANIFEST).is_file() and is_quantized_checkpoint(target):
+        _check_no_model(model_or_factory, target)
+        return load_quantized(target, device)
     manifest, shards = _open(target)
     model = _model(model_or_factory, manifest, target)
     places = {slot.name: slot for slot in slots(model)}
@@ -69,6 +75,14 @@ def load(
     for name, record in manifest.slots.items():
         put(model, places.get(name), name, values[record.value])
     return model
+
+
+def _check_no_model(given: object, directory: Path) -> None:
+    if given is not None:
+        raise CheckpointError(
+            f"{directory} was not written by fqcompile, and its names are translated for the class "
+            "that its config names: give None in place of a model"
+        )
 
 
 def _open(directory: Path) -> tuple[Manifest, MappedShards]:

@@ -36,8 +36,13 @@ class Source:
 
     def other_files(self) -> dict[str, bytes]:
         """What is to be copied: all that is no weight."""
-        files = (path for path in sorted(self.directory.iterdir()) if path.is_file())
-        return {path.name: path.read_bytes() for path in files if _is_copied(path)}
+        return other_files(self.directory)
+
+
+def other_files(directory: Path) -> dict[str, bytes]:
+    """What lies beside weights and belongs to them: configs, tokenizers, templates, licences."""
+    files = (path for path in sorted(directory.iterdir()) if path.is_file())
+    return {path.name: path.read_bytes() for path in files if _is_copied(path)}
 
 
 def open_source(directory: Path) -> Source:
@@ -47,7 +52,7 @@ def open_source(directory: Path) -> Source:
         CheckpointError: it is no checkpoint, has none in safetensors files, lacks one of them, or
             is quantised already.
     """
-    config = _json(directory / "config.json", directory)
+    config = read_config(directory)
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -55,12 +60,30 @@ def open_source(directory: Path) -> Source:
             f"{directory} is quantised already ({method or 'quantization_config'}); give the "
             "checkpoint that it was made from"
         )
+    return Source(directory, config, read_tensors(directory))
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The content of `config.json`.
+
+    Raises:
+        CheckpointError: there is none, or it is no JSON object.
+    """
+    return _json(directory / "config.json", directory)
+
+
+def read_tensors(directory: Path) -> dict[str, TensorPlace]:
+    """Where each tensor lies, told from the headers of the files.
+
+    Raises:
+        CheckpointError: there are no safetensors files, or one is missing, damaged or cut short.
+    """
     tensors: dict[str, TensorPlace] = {}
     for path in _files(directory):
         tensors |= read_header(path)
     if (directory / _INDEX).is_file() and not (directory / _SINGLE).is_file():
         _check_index(directory / _INDEX, tensors)
-    return Source(directory, config, tensors)
+    return tensors
 
 
 def _files(directory: Path) -> list[Path]:

@@ -8,14 +8,14 @@ import torch
 from fqcompile.checkpoint.stream import quantize_checkpoint
 from fqcompile.commands.options import add_option_flags, given_options
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """From where, to where, and every FineQuant option."""
     parser.add_argument("checkpoint", help="directory with config.json and safetensors files")
     parser.add_argument("out", help="directory to write, for fqcompile.load")
-    parser.add_argument("--dtype", choices=_DTYPES, help="of the model; by default the config's")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the model; by default the config's")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on with a run that was killed")
     existing.add_argument(
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     plan = quantize_checkpoint(
         arguments.checkpoint,
         arguments.out,
-        dtype=_DTYPES.get(arguments.dtype),
+        dtype=DTYPES.get(arguments.dtype),
         resume=arguments.resume,
         overwrite=arguments.overwrite,
         say=print,

@@ -1,0 +1,35 @@
+"""fqcompile check CHECKPOINT: what an engine would make of a compressed-tensors checkpoint."""
+
+import argparse
+import json
+from dataclasses import asdict
+
+from fqcompile.engines.check import check
+from fqcompile.engines.findings import findings_table
+from fqcompile.engines.matching import ENGINES
+from fqcompile.errors import CheckpointError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The checkpoint, and how it is to be served."""
+    parser.add_argument("checkpoint", help="directory with config.json and safetensors files")
+    parser.add_argument("--engine", choices=ENGINES, default="vllm")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallelism")
+    parser.add_argument(
+        "--ep", type=int, default=1, metavar="N", help="expert parallelism: experts stay whole"
+    )
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    found = check(arguments.checkpoint, arguments.engine, tp=arguments.tp, ep=arguments.ep)
+    if arguments.json:
+        print(json.dumps([asdict(finding) for finding in found], indent=2))
+    else:
+        print(findings_table(found) if found else f"{arguments.engine}: nothing found")
+    bad = sum(finding.effect != "slow" for finding in found)
+    if bad:
+        raise CheckpointError(
+            f"{arguments.engine} would not load {arguments.checkpoint} as it was meant: "
+            f"{bad} findings"
+        )

@@ -1,0 +1,47 @@
+"""fqcompile export SOURCE OUT: a checkpoint for the serving engines."""
+
+import argparse
+from typing import Any
+
+from fqcompile.commands.options import add_option_flags, given_options
+from fqcompile.commands.quantize import DTYPES
+from fqcompile.exports.export import export
+from fqcompile.exports.request import FORMATS, PROFILES
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """From where, to where, for whom, and every FineQuant option."""
+    parser.add_argument(
+        "source", help="directory of fqcompile.save or `fqcompile quantize`, or a Hugging Face "
+        "checkpoint, which is quantised first",
+    )  # fmt: skip
+    parser.add_argument("out", help="directory to write, which is not there yet")
+    parser.add_argument("--to", choices=FORMATS, default=FORMATS[0], help="format")
+    parser.add_argument(
+        "--profile", choices=PROFILES, default="portable", help="serve: vLLM and SGLang; portable: "
+        "transformers too, with one scheme for all experts",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tp", type=int, default=1, metavar="N", help="highest degree of tensor parallelism"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of the model; by default the config's")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with an export that was killed"
+    )
+    add_option_flags(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    options: Any = given_options(arguments)
+    plan = export(
+        arguments.source,
+        arguments.out,
+        to=arguments.to,
+        profile=arguments.profile,
+        tp=arguments.tp,
+        dtype=DTYPES.get(arguments.dtype),
+        resume=arguments.resume,
+        say=print,
+        **options,
+    )
+    print(plan)

@@ -1,0 +1,92 @@
+"""check: what an engine would refuse, mis-load or run slowly, told without the engine."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fqcompile.checkpoint.safetensors_file import TensorPlace, read_tensor
+from fqcompile.checkpoint.source import read_config, read_tensors
+from fqcompile.engines.checkpoint_rules import checkpoint_rules
+from fqcompile.engines.expert_rules import expert_rules
+from fqcompile.engines.findings import Finding, Subject, merged
+from fqcompile.engines.layer_rules import layer_rules
+from fqcompile.engines.layers import Layer, find_layers
+from fqcompile.engines.matching import ENGINES
+from fqcompile.engines.quantization_config import parse_quantization_config
+from fqcompile.errors import CheckpointError, OptionError
+
+
+def check(
+    checkpoint: str | os.PathLike[str],
+    engine: str = "vllm",
+    *,
+    tp: int = 1,
+    ep: int = 1,
+) -> list[Finding]:
+    """Look at a compressed-tensors checkpoint as an engine would, reading its config and headers.
+
+    Args:
+        checkpoint: a local directory.
+        engine: "vllm", "sglang" or "transformers".
+        tp: degree of tensor parallelism. ep: of expert parallelism, whose experts are not split.
+
+    Returns:
+        One finding per layer (or fused layer, or stack of experts) and rule that it breaks, each
+        with its remedy; empty where all is well.
+
+    Raises:
+        CheckpointError: it is no such checkpoint, or is damaged; file and key are named.
+        OptionError: the engine is unknown, or a degree is no positive int.
+    """
+    directory = Path(checkpoint)
+    path = directory / "config.json"
+    config = read_config(directory)
+    tensors = read_tensors(directory)
+    if not isinstance(config.get("quantization_config"), Mapping):
+        raise CheckpointError(f"{path} has no quantization_config: it is not quantised")
+    layers = read_layers(tensors)
+    return find_problems(config, layers, engine, tp=tp, ep=ep, where=str(path))
+
+
+def find_problems(
+    config: Mapping[str, Any],
+    layers: list[Layer],
+    engine: str,
+    *,
+    tp: int = 1,
+    ep: int = 1,
+    where: str = "config.json",
+) -> list[Finding]:
+    """The same for a config and layers that are in no file yet."""
+    if engine not in ENGINES:
+        raise OptionError(f"engine is {engine!r}; allowed: {', '.join(ENGINES)}")
+    for name, degree in (("tp", tp), ("ep", ep)):
+        if type(degree) is not int or degree < 1:
+            raise OptionError(f"{name} is {degree!r}; allowed: an int >= 1")
+    subject = Subject(
+        engine=engine,
+        config=parse_quantization_config(config.get("quantization_config"), where),
+        layers=layers,
+        tied=_is_tied(config),
+        tp=tp,
+        ep=ep,
+    )
+    return merged([*checkpoint_rules(subject), *layer_rules(subject), *expert_rules(subject)])
+
+
+def read_layers(tensors: Mapping[str, TensorPlace]) -> list[Layer]:
+    """The layers that files hold."""
+
+    def shape_of(name: str) -> tuple[int, int]:
+        n, k = read_tensor(tensors[name]).tolist()
+        return int(n), int(k)
+
+    return find_layers(tensors, shape_of, lambda name: str(tensors[name].path))
+
+
+def _is_tied(config: Mapping[str, Any]) -> bool:
+    """As the config or that of its language model says."""
+    text = config.get("text_config")
+    inner = text.get("tie_word_embeddings") if isinstance(text, Mapping) else None
+    return bool(config.get("tie_word_embeddings", inner))

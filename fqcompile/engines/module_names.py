@@ -1,0 +1,68 @@
+"""What the names of layers tell: which ones an engine fuses, which are experts, which are split.
+
+q_proj, k_proj, v_proj -> qkv_proj           experts.0.gate_proj, experts.1... -> experts
+"""
+
+import re
+from collections.abc import Iterable
+
+# A fused layer's name, and those of its parts in a checkpoint.
+FUSED = (
+    ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    ("qkv_proj", ("query", "key", "value")),
+    ("gate_up_proj", ("gate_proj", "up_proj")),
+    ("gate_up_proj", ("w1", "w3")),
+    ("fused_qkv_a_proj", ("q_a_proj", "kv_a_proj_with_mqa")),
+    ("in_proj_qkvz", ("in_proj_qkv", "in_proj_z")),
+    ("in_proj_ba", ("in_proj_b", "in_proj_a")),
+)
+EXPERT = re.compile(r"(?P<stack>(?:.+\.)?experts)\.(?P<expert>\d+)\.(?P<projection>[^.]+)")
+HEAD = re.compile(r"(?:.+\.)?(?:lm_head|embed_out)")
+ROUTER = re.compile(r"(?:.+\.)?(?:gate|router|wg|shared_expert_gate|router\.(?:layer|proj))")
+_EMBEDDING = re.compile(
+    r"(?:.+\.)?(?:[^.]*embed[^.]*|wte|wpe|shared|relative_attention_bias)(?:\.\d+)?"
+)
+# Tensor parallelism splits these along K, and most others along N.
+_ALONG_K = frozenset("o_proj out_proj down_proj w2 fc2 wo dense_4h_to_h c_proj".split())
+_DENSE_ALONG_K = re.compile(r".*(?:output|attention|attn)\.dense")
+_WHOLE = frozenset("q_a_proj kv_a_proj_with_mqa".split())
+_HEADS = frozenset("k_proj v_proj key value".split())  # repeated where there are too few
+
+
+def last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def stack_of(name: str) -> str | None:
+    """The stack of experts that a layer is in: "layers.0.mlp.experts", or None."""
+    found = EXPERT.fullmatch(name)
+    return found["stack"] if found else None
+
+
+def fused_name(name: str, present: Iterable[str]) -> str:
+    """What an engine calls the layer that this one is a part of; the name itself if of none.
+
+    Args:
+        present: names of all layers (a set); a part without its partner is not fused.
+    """
+    parent, _, own = name.rpartition(".")
+    prefix = f"{parent}." if parent else ""
+    for fused, parts in FUSED:
+        if own in parts and sum(prefix + part in present for part in parts) > 1:
+            return prefix + fused
+    return name
+
+
+def is_embedding(name: str) -> bool:
+    return _EMBEDDING.fullmatch(name) is not None and HEAD.fullmatch(name) is None
+
+
+def is_split_along_k(name: str) -> bool:
+    return last(name) in _ALONG_K or _DENSE_ALONG_K.fullmatch(name) is not None
+
+
+def is_split_along_n(name: str) -> bool:
+    """Evenly, that is: heads of keys and values may be repeated, and routers are whole."""
+    own = last(name)
+    whole = own in _WHOLE or own in _HEADS or ROUTER.fullmatch(name) is not None
+    return not whole and not is_split_along_k(name)

@@ -1,0 +1,151 @@
+"""`quantization_config` of a compressed-tensors checkpoint, read strictly.
+
+{"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
+ "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, ...}}}}
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from fqcompile.engines.scheme import Scheme
+from fqcompile.errors import CheckpointError
+
+METHOD, FORMAT = "compressed-tensors", "pack-quantized"
+# The library refuses all others.
+_WEIGHT_KEYS = frozenset(
+    """num_bits type symmetric group_size strategy block_structure dynamic actorder scale_dtype
+    zp_dtype observer observer_kwargs""".split()
+)
+_GROUP_KEYS = frozenset("targets weights input_activations output_activations format".split())
+
+
+@dataclass(frozen=True)
+class Group:
+    """A scheme, and the patterns of names that have it."""
+
+    name: str
+    targets: tuple[str, ...]
+    scheme: Scheme
+    format: str
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """The groups in their order, and the patterns of names that stay dense."""
+
+    groups: tuple[Group, ...]
+    ignore: tuple[str, ...]
+    format: str
+
+    @property
+    def targets(self) -> list[tuple[str, Group]]:
+        return [(target, group) for group in self.groups for target in group.targets]
+
+
+def parse_quantization_config(content: Any, where: str) -> QuantizationConfig:
+    """The config from JSON.
+
+    Args:
+        where: the file, for errors.
+
+    Raises:
+        CheckpointError: a key is missing, unknown where the library forbids that, or has a value
+            that is no weight-only int4 or int8; file and key are named.
+    """
+    where = f"{where}: quantization_config"
+    found = _mapping(content, where)
+    if found.get("quant_method") != METHOD:
+        _refuse(f"{where}.quant_method", found.get("quant_method"), f"{METHOD!r}")
+    for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+        if found.get(key):
+            _refuse(f"{where}.{key}", found[key], "none: only weights may be quantised")
+    default = found.get("format")
+    if not isinstance(default, str):
+        _refuse(f"{where}.format", default, f"{FORMAT!r}")
+    groups = _mapping(found.get("config_groups"), f"{where}.config_groups")
+    if not groups:
+        _refuse(f"{where}.config_groups", groups, "at least one group")
+    parsed = [_group(k, v, default, f"{where}.config_groups.{k}") for k, v in groups.items()]
+    ignore = found.get("ignore")
+    patterns = _patterns([] if ignore is None else ignore, f"{where}.ignore")
+    return QuantizationConfig(tuple(parsed), patterns, default)
+
+
+def _group(name: str, content: Any, default: str, where: str) -> Group:
+    found = _mapping(content, where)
+    _known(found, _GROUP_KEYS, where)
+    for key in ("input_activations", "output_activations"):
+        if found.get(key) is not None:
+            _refuse(f"{where}.{key}", found[key], "null: only weights may be quantised")
+    own = found.get("format")
+    if own is not None and not isinstance(own, str):
+        _refuse(f"{where}.format", own, f"{FORMAT!r}")
+    targets = _patterns(found.get("targets"), f"{where}.targets")
+    scheme = _scheme(found.get("weights"), f"{where}.weights")
+    return Group(name, targets, scheme, own or default)
+
+
+def _scheme(content: Any, where: str) -> Scheme:
+    found = _mapping(content, where)
+    _known(found, _WEIGHT_KEYS, where)
+    bits = found.get("num_bits", 8)
+    if type(bits) is not int or not 1 <= bits <= 8:
+        _refuse(f"{where}.num_bits", bits, "1 to 8")
+    if found.get("type", "int") != "int":
+        _refuse(f"{where}.type", found["type"], "'int'")
+    if found.get("dynamic"):
+        _refuse(f"{where}.dynamic", found["dynamic"], "false")
+    if found.get("actorder") not in (None, False, "weight", "static"):
+        _refuse(f"{where}.actorder", found["actorder"], "null or 'weight': columns stay in order")
+    symmetric = found.get("symmetric", True)
+    if type(symmetric) is not bool:
+        _refuse(f"{where}.symmetric", symmetric, "true or false")
+    return Scheme(bits, _group_size(found, where), symmetric)
+
+
+def _group_size(found: Mapping[str, Any], where: str) -> int | None:
+    size, strategy = found.get("group_size"), found.get("strategy")
+    if size is not None and type(size) is not int:
+        _refuse(f"{where}.group_size", size, "an int or null")
+    if strategy is None and size is not None:
+        strategy = "channel" if size == -1 else "group"
+    if strategy == "channel" and (size is None or size == -1):
+        return None
+    if strategy == "group" and size is not None and size > 0:
+        return size
+    if strategy not in ("group", "channel"):
+        _refuse(f"{where}.strategy", strategy, "'group' or 'channel'")
+    return _refuse(f"{where}.group_size", size, f"what strategy {strategy!r} needs")
+
+
+def _patterns(content: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(content, Sequence) or isinstance(content, str):
+        _refuse(where, content, "a list of names")
+    for i, pattern in enumerate(content):
+        if not isinstance(pattern, str):
+            _refuse(f"{where}[{i}]", pattern, "a name")
+        try:
+            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise CheckpointError(
+                f"{where}[{i}] is {pattern!r}, which is no regular expression: {error}"
+            ) from error
+    return tuple(content)
+
+
+def _mapping(content: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(content, Mapping):
+        _refuse(where, content, "a JSON object")
+    return content
+
+
+def _known(found: Mapping[str, Any], known: frozenset[str], where: str) -> None:
+    for key in found:
+        if key not in known:
+            raise CheckpointError(f"{where}.{key} is no key that compressed-tensors knows")
+
+
+def _refuse(where: str, value: object, allowed: str) -> NoReturn:
+    raise CheckpointError(f"{where} is {value!r}; it must be {allowed}")

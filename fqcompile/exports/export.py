@@ -1,0 +1,158 @@
+"""export: a quantised model as a checkpoint that vLLM, SGLang and transformers load."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fqcompile.checkpoint.source import other_files
+from fqcompile.checkpoint.stream import quantize_checkpoint
+from fqcompile.engines.check import find_problems
+from fqcompile.engines.layers import Layer
+from fqcompile.engines.module_names import is_embedding, stack_of
+from fqcompile.engines.scheme import Scheme
+from fqcompile.errors import CheckpointError
+from fqcompile.exports.blocks import blocks, layers
+from fqcompile.exports.config import model_config, quantization_config
+from fqcompile.exports.directory import check_free, exporting, write_checkpoint
+from fqcompile.exports.harmonise import harmonise
+from fqcompile.exports.layout import Layout, lay_out
+from fqcompile.exports.plan import check_unsupported, export_plan
+from fqcompile.exports.request import PROFILES, Request
+from fqcompile.exports.saved import Saved
+from fqcompile.report import Plan
+
+log = logging.getLogger("fqcompile")
+_QUANTISED = "quantised"  # a checkpoint of Hugging Face on its way
+
+
+def export(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    to: str = "compressed-tensors",
+    profile: str = "portable",
+    tp: int = 1,
+    dtype: torch.dtype | None = None,
+    resume: bool = False,
+    say: Callable[[str], None] = log.info,
+    **options: object,
+) -> Plan:
+    """Write a quantised model as a compressed-tensors checkpoint, codes unchanged.
+
+    Scales are repeated to group sizes that the engines have kernels for, and what an engine holds
+    in one tensor gets one scheme. What the format cannot carry (output heads, [K, N] matrices, odd
+    groups) is written dense, with the values that its codes stand for; the plan says why. Tensors
+    go one by one, and `out` appears whole or not at all.
+
+    Args:
+        source: of `fqcompile.save` or `fqcompile quantize`; or a Hugging Face checkpoint, which is
+            quantised first, but for output heads.
+        out: a directory that is not there, or empty.
+        profile: "portable" (vLLM, SGLang, transformers: all experts alike) or "serve" (vLLM,
+            SGLang: the experts of a layer alike).
+        tp: the highest degree of tensor parallelism to serve it with: no group crosses devices.
+        resume: go on where a killed export of the same arguments stopped.
+        dtype, options: those of `quantize_checkpoint`; for what is quantised, `on_unsupported`
+            alone, which with "error" raises for what would be written dense.
+
+    Returns:
+        The plan: what is packed, in the bits and group size that were written.
+
+    Raises:
+        CheckpointError: the source is none of these, `out` is there, or an engine of the profile
+            could not load the result; layers and remedies are named.
+        OptionError, UnquantizableWeight: as `quantize_`.
+    """
+    request, target = Request(Path(source), to, profile, tp, dtype, options), Path(out)
+    check_free(target, resume)
+    with exporting(target, request.identity()) as directory:
+        plan = _export(request, directory, say)
+    say(f"exported {target}: {plan.totals}")
+    return plan
+
+
+def _export(request: Request, directory: Path, say: Callable[[str], None]) -> Plan:
+    if request.is_saved:
+        return _write(Saved.open(request.source), directory, request)
+    quantised, options = directory / _QUANTISED, request.quantising
+    inner: Any = options
+    quantize_checkpoint(
+        request.source, quantised, dtype=request.dtype, resume=True, say=say, **inner
+    )
+    plan = _write(Saved.open(quantised), directory, request)
+    shutil.rmtree(quantised)
+    return plan
+
+
+def _write(saved: Saved, directory: Path, request: Request) -> Plan:
+    layout = lay_out(saved)
+    dense = _dense_layers(layout)
+    choices = harmonise(saved, layout.pieces, dense, request.profile, request.tp)
+    plan = export_plan(saved, layout, choices)
+    if request.config.on_unsupported == "error":
+        check_unsupported(plan, saved)
+    schemes = {name: c.scheme for name, c in choices.items() if c.scheme is not None}
+    if not schemes:
+        lines = "\n".join(plan.kept_lines())
+        raise CheckpointError(f"nothing of {saved.directory} can be exported:\n{lines}")
+    config = _config(saved, layout, schemes, dense)
+    _check_loads(config, layers(layout, choices, dense), request, plan)
+    content = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    files = {**other_files(saved.directory), "config.json": content}
+    write_checkpoint(directory, list(blocks(saved, layout, choices)), files)
+    return plan
+
+
+def _dense_layers(layout: Layout) -> dict[str, Layer]:
+    """Layers of the checkpoint that are not packed in the saved model either, by name."""
+    found = {}
+    for whole in layout.wholes:
+        for name, (_, shape) in whole.tensors.items():
+            module, _, parameter = name.rpartition(".")
+            if parameter == "weight" and len(shape) == 2 and not is_embedding(module):
+                found[module] = Layer(module, *shape)
+    return found
+
+
+def _dense_stacks(layout: Layout) -> set[str]:
+    """Modules of experts that are one tensor in the checkpoint too."""
+    tensors = (item for whole in layout.wholes for item in whole.tensors.items())
+    return {_module(name) for name, (_, shape) in tensors if len(shape) == 3}
+
+
+def _config(
+    saved: Saved, layout: Layout, schemes: Mapping[str, Scheme], dense: Mapping[str, Layer]
+) -> dict[str, Any]:
+    heads = {_module(name) for name in saved.tied}
+    dense_pieces = (p.name for p in layout.pieces if p.name not in schemes)
+    kept = {*dense, *dense_pieces, *heads, *_dense_stacks(layout)}
+    aliases = {p.name: _module(p.source) for p in layout.pieces if stack_of(p.name) is None}
+    quantization = quantization_config(schemes, kept, aliases)
+    return model_config(saved.manifest.model["config"], quantization, saved.dtype, saved.untied)
+
+
+def _module(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _check_loads(
+    config: Mapping[str, Any], found: list[Layer], request: Request, plan: Plan
+) -> None:
+    problems = [
+        finding
+        for engine in PROFILES[request.profile]
+        for finding in find_problems(config, found, engine, tp=request.tp)
+        if finding.effect != "slow"
+    ]
+    if problems:
+        lines = [*map(str, problems), *plan.kept_lines()]
+        raise CheckpointError(
+            f"profile {request.profile!r} promises what these engines would not load:\n"
+            + "\n".join(lines)
+        )

@@ -1,0 +1,82 @@
+"""Checks that the readers of GPTQ and AWQ share: config keys, and the tensors of a layer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fqcompile.checkpoint.safetensors_file import TensorPlace
+from fqcompile.errors import CheckpointError
+
+
+def check_config(
+    config: Mapping[str, Any],
+    where: str,
+    *,
+    bits: tuple[str, int],
+    allowed: Mapping[str, Sequence[object]],
+) -> Mapping[str, Any]:
+    """`quantization_config`, whose values are among those allowed.
+
+    Args:
+        bits: the key of the width, and the only one.
+        allowed: values by key; None among them: the key may be missing.
+
+    Raises:
+        CheckpointError: a value is another; file and key are named.
+    """
+    options: Mapping[str, Any] = config["quantization_config"]
+    for key, values in {**allowed, bits[0]: (bits[1],)}.items():
+        value = options.get(key)
+        if not any(type(value) is type(v) and value == v for v in values):  # 0 is not False
+            raise CheckpointError(
+                f"{where}: quantization_config.{key} is {value!r}, and only "
+                f"{' or '.join(repr(v) for v in values if v is not None)} can be converted exactly"
+            )
+    return options
+
+
+def layer_parts(
+    tensors: Mapping[str, TensorPlace], needed: Sequence[str], optional: Sequence[str]
+) -> dict[str, dict[str, TensorPlace]]:
+    """The tensors of each packed layer by part.
+
+    Raises:
+        CheckpointError: one is there without the others; it is named with its file.
+    """
+    found: dict[str, dict[str, TensorPlace]] = {}
+    for name, place in tensors.items():
+        layer, _, part = name.rpartition(".")
+        if part in (*needed, *optional):
+            found.setdefault(layer, {})[part] = place
+    for layer, places in found.items():
+        missing = [part for part in needed if part not in places]
+        if missing:
+            part, place = next(iter(places.items()))
+            raise CheckpointError(
+                f"{place.path}: {layer}.{part} is there, {layer}.{missing[0]} is not"
+            )
+    return found
+
+
+def check_part(
+    layer: str,
+    places: Mapping[str, TensorPlace],
+    part: str,
+    dtypes: Sequence[str],
+    shape: tuple[int | None, int] | None = None,
+) -> tuple[int, int]:
+    """The shape of a matrix, which must be as expected; None: any size.
+
+    Raises:
+        CheckpointError: type or shape differ; file and tensor are named.
+    """
+    place = places[part]
+    fits = len(place.shape) == 2 and min(place.shape) > 0 and place.dtype in dtypes
+    if fits and shape is not None:
+        fits = all(b in (None, a) for a, b in zip(place.shape, shape, strict=True))
+    if not fits:
+        wanted = "a matrix" if shape is None else f"{list(shape)}"
+        raise CheckpointError(
+            f"{place.path}: {layer}.{part} is {place.dtype} {list(place.shape)}; it must be "
+            f"{' or '.join(dtypes)} {wanted}"
+        )
+    return place.shape[0], place.shape[1]
