@@ -22,6 +22,7 @@ from bench.language_model import evaluate
 from bench.quantised_models import QuantisedWeight, ours
 from bench.results import Row
 
+KNOWN = "int4 sensitivities known"
 _ALONE = "int4 g128 mse"
 _PRICES = [2.0**power for power in range(-40, 0)]  # lambda, of which the best fit is refined
 _BISECTIONS = 30
@@ -84,7 +85,7 @@ def allocation_rows(exact: Exact) -> list[Row]:
     adaptive = ours(exact.model, WAYS[ADAPTIVE]).weights
     ways = {
         ADAPTIVE: adaptive,
-        "int4 sensitivities known": known.best(choices, _bits(adaptive)),
+        KNOWN: known.best(choices, _bits(adaptive)),
     }
     return [
         {

@@ -14,6 +14,7 @@ from bench.sections_costs import (
     quantize_short,
 )
 from bench.sections_experts import expert_decode, expert_decode_short
+from bench.sections_export import export
 from bench.sections_kernels import cpu_kernels, cpu_kernels_short, gpu_kernels
 from bench.sections_models import encoder, memory, models, models_short, startup
 from bench.sections_read import expert_forms, expert_forms_short, static, static_short
@@ -67,5 +68,6 @@ SECTIONS = (
     Section("expert-forms", "Forms of experts", "expert-forms", expert_forms, expert_forms_short),
     Section("quantize", "Speed of quantisation", "quantize", quantize, quantize_short),
     Section("overhead", "Share of the passes", "overhead", overhead, overhead_short),
+    Section("export", "Export to serving engines", "export", export),
     Section("startup", "First and second start", "startup", startup),
 )

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from bench.accuracy_allocation import KNOWN
+from bench.accuracy_targets import ADAPTIVE
 from bench.results import Row
 from bench.sections_accuracy import accuracy, accuracy_short
 from tests.bench.made_up_results import cells, content
@@ -57,11 +59,26 @@ def test_outliers_and_missed_targets_are_told() -> None:
     assert cells(outliers, "int4 adaptive mse") == ["int4 adaptive mse", "20.0", "20.0"]
     assert cells(outliers, "int4 column absmax") == ["int4 column absmax", "900.0", "900.0"]
     # opt's divergence .02 is above hqq's .01; llama's 8.2 bits are not comparable
-    missed = text.partition("Missed: ")[2]
+    missed = text.partition("Missed beside those: ")[2]
     assert "adaptive's divergence below hqq g64's (opt" in missed
     assert "adaptive's loss below hqq g64's" not in missed
     met, _, asked = text.partition(" targets are met")[0].rpartition("\n")[2].partition(" of ")
     assert 0 < int(met) < int(asked)
+
+
+def test_what_an_allocation_is_worth_is_a_share_of_fixed_groups() -> None:
+    parts = {
+        ADAPTIVE: {"opt": (0.98, 1.0), "llama": (1.97, 2.0)},
+        KNOWN: {"opt": (0.8, 1.0), "llama": (1.8, 2.0)},
+    }
+    rows = [
+        {"part": "allocation", "model": model, "way": way, "predicted": own, "fixed_groups": fixed}
+        for way, found in parts.items()
+        for model, (own, fixed) in found.items()
+    ]
+    text = accuracy_short(content([*accuracy_content()["rows"], *rows]))
+    assert "diverges 1.5% to 2.0% less than one size for all" in text
+    assert "would make that 10.0% to 20.0%" in text
 
 
 def test_the_page_has_every_table_and_figure_of_accuracy() -> None:
