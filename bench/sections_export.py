@@ -17,7 +17,7 @@ def export(content: Content) -> str:
         lines.append([row["way"], f"{row['seconds']:.1f}", *sizes, compared])
     headers = ("way", "seconds", "MiB read", "MiB written", "peak MiB", "layers equal")
     what = (
-        "A checkpoint in bf16 in the shape of Llama 3 8B with fewer layers; peak: the most that was "
-        "resident, mapped files included, beyond what imports take."
+        "A checkpoint in bf16 in the shape of Llama 3 8B with fewer layers; peak: the most that "
+        "was resident, mapped files included, beyond what imports take."
     )
     return paragraphs(what, table(lines, headers), left_out(content))
