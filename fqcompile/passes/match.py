@@ -10,6 +10,7 @@ from collections import Counter
 from torch import Tensor, fx
 
 from fqcompile.config import HEAD_NAMES
+from fqcompile.distributed.shards import is_dtensor, local_part
 from fqcompile.passes.base import GraphState, example, placeholders
 from fqcompile.passes.effects import effects_between
 from fqcompile.passes.expert_forms import ExpertForm, expert_form
@@ -17,6 +18,11 @@ from fqcompile.passes.fold import ConstantFolder
 from fqcompile.passes.linear_forms import LinearForm, linear_form
 from fqcompile.passes.sites import ExpertSite, KeptWeight, LinearSite, WeightSite
 from fqcompile.weights.recipe import simplified, target_name
+
+_SHARDED = (
+    "a DTensor that requires grad, or that the graph reads by more than to_local() and linears "
+    "whose parts each rank can multiply alone"
+)
 
 
 def match(state: GraphState) -> int:
@@ -158,10 +164,12 @@ def _other_matrices(state: GraphState) -> list[KeptWeight]:
     for node, weight in zip(placeholders(state.graph), state.args, strict=True):
         if node not in state.names or node in used or not node.users:
             continue
+        sharded, weight = is_dtensor(weight), local_part(weight)
         if not _is_matrix(weight, state.config.min_elements):
             continue
         writer = state.written.get(node)
         reason = f"{writer!r} in the graph may write to it" if writer else _why_not(node)
+        reason = _SHARDED if sharded and "embedding" not in reason else reason
         kind = "experts" if weight.dim() == 3 else "linear"
         nbytes = weight.numel() * weight.element_size()
         kept.append(KeptWeight(state.names[node], kind, tuple(weight.shape), nbytes, reason))

@@ -1,0 +1,67 @@
+"""DTensors: the tensor that lies on this rank, and its version.
+
+A process that never imported torch.distributed.tensor has none, and need not import it.
+"""
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+_versions: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def is_dtensor(value: object) -> "TypeGuard[DTensor]":
+    """Whether it is a tensor over several ranks; Dynamo's fake ones count."""
+    library = sys.modules.get("torch.distributed.tensor")
+    return library is not None and isinstance(value, library.DTensor)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a DTensor: the same object each time; any other tensor itself."""
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
+
+
+def is_replicated(tensor: "DTensor") -> bool:
+    """Whether every rank holds all of it."""
+    return all(placement.is_replicate() for placement in tensor.placements)
+
+
+def note_updates(tensors: Sequence[Tensor]) -> None:
+    """Carry in-place updates of DTensors over to the versions of their local parts.
+
+    An operation on a DTensor counts its version up, and not that of the part that it changes.
+    """
+    for tensor in tensors:
+        part, known = local_part(tensor), _versions.get(tensor)
+        if known is not None and known != tensor._version and not part.is_inference():
+            torch._C._autograd._unsafe_set_version_counter((part,), (part._version + 1,))
+        _versions[tensor] = tensor._version
+
+
+def partial_sum() -> Any:
+    """The placement of a tensor of which each rank has one summand; asked for DTensors alone."""
+    return sys.modules["torch.distributed.tensor"].Partial()
+
+
+def rank_groups(values: Iterable[Any]) -> list[tuple[int, ...]]:
+    """The ranks of each mesh that some of the values lie on, sorted, without repetition."""
+    meshes = [value.device_mesh for value in values if is_dtensor(value)]
+    return sorted({tuple(sorted(mesh.mesh.flatten().tolist())) for mesh in meshes})
+
+
+def fsdp_refusal(name: str) -> str:
+    """Why weights under FSDP are not quantised, and what to do instead."""
+    return (
+        f"{name} is a weight that FSDP spreads over ranks and gathers for each call, in new memory "
+        "each time: it could only be quantised again and again, and the codes would be whole on "
+        "every rank. For inference shard by tensor parallel (parallelize_module, or "
+        "tp_plan='auto' of Hugging Face) or expert parallel; or quantise the plain model with "
+        "fqcompile.quantize_ and run it on each rank, as int4 is a quarter of its size"
+    )
