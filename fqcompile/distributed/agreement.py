@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
-from torch.distributed import DistError, Store
+from torch.distributed import Store
 from torch.distributed.distributed_c10d import _get_default_store
 
 from fqcompile.distributed.ranks import rank
@@ -51,7 +51,7 @@ def _wait(store: Store, key: str, what: str, other: int, seconds: float) -> byte
     try:
         store.wait([key], timedelta(seconds=seconds))
         return bytes(store.get(key))
-    except DistError as error:
+    except RuntimeError as error:  # each kind of store has its own
         raise RankError(
             f"rank {rank()} has compiled {what}, and rank {other} has not come that far in "
             f"{seconds:g} s: it has ended, or runs another graph; see its output. Raise {TIMEOUT} "

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
+
+from fqcompile.errors import ShardingError
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -28,9 +30,23 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
-def is_replicated(tensor: "DTensor") -> bool:
-    """Whether every rank holds all of it."""
-    return all(placement.is_replicate() for placement in tensor.placements)
+def with_part(tensor: Tensor, part: Tensor) -> Tensor:
+    """A DTensor that lies as `tensor` does, with this part here; for a plain tensor the part."""
+    if not is_dtensor(tensor):
+        return part
+    return type(tensor).from_local(
+        part,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+
+
+def is_part(tensor: object) -> bool:
+    """Whether other ranks hold more of it."""
+    return is_dtensor(tensor) and not all(p.is_replicate() for p in tensor.placements)
 
 
 def note_updates(tensors: Sequence[Tensor]) -> None:
@@ -54,6 +70,22 @@ def rank_groups(values: Iterable[Any]) -> list[tuple[int, ...]]:
     """The ranks of each mesh that some of the values lie on, sorted, without repetition."""
     meshes = [value.device_mesh for value in values if is_dtensor(value)]
     return sorted({tuple(sorted(mesh.mesh.flatten().tolist())) for mesh in meshes})
+
+
+def refuse_fsdp_modules(model: nn.Module) -> None:
+    """Raise where FSDP wraps the model or a part of it.
+
+    Raises:
+        ShardingError: it does.
+    """
+    library = sys.modules.get("torch.distributed.fsdp")
+    if library is None:
+        return
+    wrappers = (library.FSDPModule, library.FullyShardedDataParallel)
+    for prefix, module in model.named_modules():
+        if isinstance(module, wrappers):
+            names = (f"{prefix}.{name}".lstrip(".") for name, _ in module.named_parameters())
+            raise ShardingError(fsdp_refusal(next(names, prefix or type(module).__name__)))
 
 
 def fsdp_refusal(name: str) -> str:

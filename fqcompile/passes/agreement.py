@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import fx
 
-from fqcompile.distributed.shards import is_dtensor, is_replicated
+from fqcompile.distributed.shards import is_part
 from fqcompile.passes.base import GraphState, placeholders
 from fqcompile.passes.op_nodes import argument
 from fqcompile.passes.sites import WeightSite
@@ -23,7 +23,7 @@ def shared_facts(state: GraphState) -> Mapping[str, str]:
     facts = {"options": str(options), "collectives": ", ".join(_collectives(state.graph))}
     # the inputs of packed weights come after those of the graph's own arguments
     inputs = zip(placeholders(state.graph), state.args, strict=False)
-    parts = {state.names[n] for n, arg in inputs if is_dtensor(arg) and not is_replicated(arg)}
+    parts = {state.names[n] for n, arg in inputs if is_part(arg)}
     for number, site in enumerate(state.sites):
         facts[f"site {number}"] = f"{site.kind} {site.name}"
         if not parts & {state.names[source] for source in site.sources}:

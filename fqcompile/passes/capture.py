@@ -46,8 +46,13 @@ def capture(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig
     )
 
 
-def source_name(node: fx.Node) -> str:
-    """Where Dynamo found the input, as an expression of Python."""
+def qualified_name(node: fx.Node) -> str:
+    """Of an input, as in `named_parameters()` of the module that the graph began in."""
+    path = _path(_source_name(node))
+    return ".".join(path[1:]) or path[0]
+
+
+def _source_name(node: fx.Node) -> str:
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", node.name)
     return str(name() if callable(name) else name)
@@ -105,8 +110,8 @@ def _parameter_names(constants: dict[fx.Node, int]) -> dict[fx.Node, str]:
 
     A sharded parameter and its part have one name.
     """
-    paths = {node: _path(source_name(node)) for node in constants}
-    short = {node: ".".join(path[1:]) or path[0] for node, path in paths.items()}
+    paths = {node: _path(_source_name(node)) for node in constants}
+    short = {node: qualified_name(node) for node in constants}
     counts = Counter({tuple(paths[node]): name for node, name in short.items()}.values())
     return {
         node: short[node] if counts[short[node]] == 1 else ".".join(path)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from tqdm import tqdm
 
+from fqcompile.distributed.ranks import progress
 from fqcompile.errors import UnquantizableWeight
 from fqcompile.passes.base import GraphState, example
 from fqcompile.passes.effects import has_effects
@@ -62,10 +62,10 @@ def decide(
 ) -> tuple[Decision, ...]:
     """For each site that is not settled: its plan for these weights, or why there is none."""
     open_sites = [site for site in state.sites if not site.settled]
-    progress = tqdm(open_sites, "fqcompile: quantising", unit="weight", disable=None, delay=2)
+    bar = progress(open_sites, "fqcompile: quantising", unit="weight", delay=2)
     decisions = []
     with use_logged():
-        for site in progress:
+        for site in bar:
             decisions.append(_decide_site(state, site, args))
             if releases is not None:
                 releases.decided(site, decisions[-1])

@@ -20,7 +20,7 @@ from torch._dynamo.source import AttrSource
 from fqcompile.distributed.shards import fsdp_refusal, is_dtensor, local_part, note_updates
 from fqcompile.errors import ShardingError
 from fqcompile.passes.base import copy_module, erase_unused, example, placeholders
-from fqcompile.passes.capture import enables_grad, is_constant_input, source_name
+from fqcompile.passes.capture import enables_grad, is_constant_input, qualified_name
 from fqcompile.passes.effects import has_effects
 from fqcompile.passes.local_linear import LocalLinear, local_linear
 from fqcompile.weights.recipe import target_name
@@ -71,7 +71,7 @@ def refuse_fsdp(graph: fx.Graph) -> None:
         source = getattr(node, "_dynamo_source", None)
         guarded = getattr(source, "guard_source", None)
         if guarded is not None and guarded.is_fsdp_module():
-            raise ShardingError(fsdp_refusal(source_name(node)))
+            raise ShardingError(fsdp_refusal(qualified_name(node)))
 
 
 def localize(module: fx.GraphModule, args: Sequence[Any]) -> LocalGraph:

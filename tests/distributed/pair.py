@@ -95,5 +95,5 @@ def _serve(connection: Connection, rank: int, store: str) -> None:
         torch.manual_seed(0)
         try:
             connection.send((True, function(*args)))
-        except Exception:
+        except BaseException:  # pytest's own failures are no Exceptions
             connection.send((False, traceback.format_exc()))

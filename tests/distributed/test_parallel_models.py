@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 import fqcompile
-from tests.dense_models import LAYERS, VOCAB
+from tests.dense_models import LAYERS
 from tests.distributed.pair import Pair
 from tests.distributed.sharded_models import MOE, filled, gathered, sharded, whole
 from tests.helpers import assert_close, finequant, report

@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
+from fqcompile.distributed.ranks import progress
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels.launch_table import Config
 from fqcompile.kernels.spec import GemmSpec
@@ -88,8 +88,7 @@ def _try_all(
     stack = f"{spec.experts}x" if spec.experts else ""
     shape = f"tuning {stack}{spec.n}x{spec.k} int{spec.bits} M={spec.m}"
     problem = None
-    # disable=None: no bar where standard error is no terminal.
-    for config in tqdm(configs, shape, leave=False, disable=None):
+    for config in progress(configs, shape, leave=False):
         try:
             trial = Trial(config, measure(config))
         except torch.OutOfMemoryError as error:
