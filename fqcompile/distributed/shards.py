@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fqcompile.distributed.ranks import Team, world_size
 from fqcompile.errors import ShardingError
 
 if TYPE_CHECKING:
@@ -97,3 +98,24 @@ def fsdp_refusal(name: str) -> str:
         "tp_plan='auto' of Hugging Face) or expert parallel; or quantise the plain model with "
         "fqcompile.quantize_ and run it on each rank, as int4 is a quarter of its size"
     )
+
+
+def team_of(tensors: Iterable[Tensor]) -> Team:
+    """The ranks over which some of the tensors are spread; this one alone where none is.
+
+    Raises:
+        ShardingError: they are spread over several sets of ranks, none of which is all there are.
+    """
+    found = list(tensors)
+    groups = rank_groups(found)
+    if not groups:
+        return Team()
+    if tuple(range(world_size())) in groups:
+        return Team(range(world_size()))
+    (ranks, *others), mesh = groups, next(t.device_mesh for t in found if is_dtensor(t))
+    if others or mesh.ndim > 1:
+        raise ShardingError(
+            f"the model lies on the ranks {groups}; known are meshes of one dimension, or one over "
+            "all ranks"
+        )
+    return Team(ranks, mesh.get_group())

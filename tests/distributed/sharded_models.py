@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import (
 
 from bench import moe_models
 from tests import dense_models
+from tests.helpers import Mlp, frozen
 
 RANKS = 2
 MOE = ("mixtral", "qwen3-moe")
@@ -78,4 +79,27 @@ def filled(model: nn.Module, values: dict[str, Tensor]) -> nn.Module:
         path, _, attribute = name.rpartition(".")
         own = nn.Parameter(value.detach().clone(), requires_grad=False)
         setattr(model.get_submodule(path), attribute, own)
+    return model
+
+
+class Net(nn.Module):
+    """Two blocks; `router` is whole on every rank."""
+
+    def __init__(self, hidden: int = 128) -> None:
+        super().__init__()
+        self.first, self.second = Mlp(64, 128, seed=0), Mlp(64, hidden, seed=1)
+        self.router = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.router(self.second(self.first(x)) + 1)
+        return y
+
+
+def net(hidden: int = 128) -> Any:
+    """Both blocks over the two ranks."""
+    model = frozen(Net(hidden))
+    mesh = init_device_mesh("cpu", (2,))
+    styles = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    for block in (model.first, model.second):
+        parallelize_module(block, mesh, styles, src_data_rank=None)
     return model

@@ -7,41 +7,18 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import fqcompile
 from fqcompile.distributed import agreement
 from fqcompile.errors import FineQuantError, OptionError, RankError, ShardingError
 from tests.distributed.pair import Pair
-from tests.helpers import Mlp, finequant, frozen, report
+from tests.distributed.sharded_models import Net, net
+from tests.helpers import finequant, frozen, report
 
 LIMIT = 20.0
-
-
-class Net(nn.Module):
-    """Two blocks; `router` is whole on every rank."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = Mlp(64, 128, seed=0), Mlp(64, 128, seed=1)
-        self.router = nn.Linear(64, 64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.router(self.second(self.first(x)) + 1)
-        return y
-
-
-def net() -> nn.Module:
-    """Both blocks over the two ranks."""
-    model = frozen(Net())
-    mesh = init_device_mesh("cpu", (2,))
-    styles = {"up": ColwiseParallel(), "down": RowwiseParallel()}
-    for block in (model.first, model.second):
-        parallelize_module(block, mesh, styles, src_data_rank=None)
-    return model
 
 
 def _message(run: object, *kinds: type[Exception]) -> str:
