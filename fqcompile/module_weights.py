@@ -39,7 +39,7 @@ class ModuleWeight:
     """
 
     name: str
-    parameter: nn.Parameter
+    parameter: Tensor
     holders: tuple[tuple[nn.Module, str], ...]
     kind: str
     transposed: bool = False

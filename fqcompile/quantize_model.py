@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
+from tqdm import tqdm
 
 from fqcompile.config import FineQuantConfig, SiteOptions
 from fqcompile.distributed.agreement import agree
@@ -52,7 +53,8 @@ def quantize_(model: nn.Module, **options: object) -> Plan:
     groups = rank_groups(weight.parameter for weight in waiting)
     sites = []
     size = len(waiting)
-    with progress(desc="fqcompile: packing", total=size, unit="weight", delay=2) as bar:
+    bar: tqdm[object] = progress(desc="fqcompile: packing", total=size, unit="weight", delay=2)
+    with bar:
         while waiting:  # a list of them all would hold every original until the end
             sites.append(_pack(waiting.pop(), config))
             bar.update()

@@ -131,10 +131,11 @@ def _take(part: Callable[[int], Block], saved: Layout, runs: Sequence[Run]) -> B
 def _joined(blocks: Sequence[Block], dim: int) -> Block:
     if len(blocks) == 1:
         return blocks[0]
-    kinds = {type(block) for block in blocks}
-    if len(kinds) > 1:
+    packed = [block for block in blocks if isinstance(block, PackedBlock)]
+    dense = [block for block in blocks if isinstance(block, DenseBlock)]
+    if packed and dense:
         raise CheckpointError("some of its parts are packed and some are not")
-    return kinds.pop().join(blocks, dim)
+    return PackedBlock.join(packed, dim) if packed else DenseBlock.join(dense, dim)
 
 
 def _columns(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:

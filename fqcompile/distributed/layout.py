@@ -52,7 +52,8 @@ def layout_of(tensor: Tensor) -> Layout | None:
             f"a tensor {tuple(tensor.shape)} as {tensor.placements} should have {told} of its "
             f"dimension {dim} on this rank, and has {here}: redistribute it"
         )
-    copies = [at for i, at in enumerate(tensor.device_mesh.get_coordinate()) if i != mesh_dim]
+    here_at = tensor.device_mesh.get_coordinate() or ()
+    copies = [at for i, at in enumerate(here_at) if i != mesh_dim]
     return Layout(dim, runs, own, leads=not any(copies))
 
 

@@ -51,7 +51,7 @@ class Team:
         error: Exception | None = None
         answers: list[Any] = [None] * self.size
         try:
-            own = (None, step())
+            own: tuple[str | None, T | None] = (None, step())
         except (FineQuantError, OSError) as caught:
             error, own = caught, (f"{type(caught).__name__}: {caught}", None)
         try:
@@ -66,9 +66,7 @@ class Team:
         return [result for _, result in answers]
 
 
-def progress(
-    things: Iterable[T] | None = None, desc: str | None = None, **options: Any
-) -> "tqdm[T]":
+def progress(things: Iterable[T] = (), desc: str | None = None, **options: Any) -> "tqdm[T]":
     """A bar of tqdm on rank 0 where standard error is a terminal, and none elsewhere."""
     return tqdm(things, desc, disable=True if rank() else None, **options)
 

@@ -58,15 +58,17 @@ def local_linear(node: fx.Node, weight: fx.Node) -> LocalLinear | None:
     if None in kinds or whole is None or (bias is not None and not is_dtensor(b)):
         return None
     # What every rank would add to its part of a sum is added once, to the sum.
-    local_bias = is_dtensor(b) and "sum" not in kinds
-    if local_bias and not all(map(_adds, kinds, x.placements, b.placements)):
+    local_bias = "sum" not in kinds
+    if is_dtensor(b) and local_bias and not all(map(_adds, kinds, x.placements, b.placements)):
         return None
     gradient = [
         partial_sum() if kind == "rows" else own
         for kind, own in zip(kinds, x.placements, strict=True)
     ]
     grad_of_x = {"grad_placements": gradient} if "rows" in kinds else {}
-    return LocalLinear(call["input"], bias, local_bias, tuple(y.placements), whole, grad_of_x)
+    return LocalLinear(
+        call["input"], bias, bias is not None and local_bias, tuple(y.placements), whole, grad_of_x
+    )
 
 
 def _arguments(node: fx.Node) -> dict[str, Any] | None:
@@ -87,7 +89,7 @@ def _kind(x: Any, w: Any, y: Any, last: int) -> str | None:
     return "same" if w.is_replicate() and x == y and (x.is_replicate() or apart) else None
 
 
-def _adds(kind: str, x: Any, bias: Any) -> bool:
+def _adds(kind: str | None, x: Any, bias: Any) -> bool:
     """Whether each rank's part of the bias belongs to its part of the product."""
     if kind == "rows":
         return bool(bias.is_shard(0))

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.source import AttrSource
 
-from fqcompile.distributed.shards import fsdp_refusal, is_dtensor, local_part, note_updates
+from fqcompile.distributed.shards import (
+    from_local,
+    fsdp_refusal,
+    is_dtensor,
+    local_part,
+    note_updates,
+)
 from fqcompile.errors import ShardingError
 from fqcompile.passes.base import copy_module, erase_unused, example, placeholders
 from fqcompile.passes.capture import enables_grad, is_constant_input, qualified_name
@@ -120,7 +126,8 @@ def _part_input(graph: fx.Graph, weight: fx.Node) -> fx.Node:
     """An input for the weight's local part, behind all others, named as the weight is."""
     with graph.inserting_after(placeholders(graph)[-1]):
         part = graph.placeholder(f"{weight.name}_local")
-    part._dynamo_source = AttrSource(weight._dynamo_source, "_local_tensor")
+    base = weight._dynamo_source  # type: ignore[attr-defined]  # fx declares what it sets itself
+    part._dynamo_source = AttrSource(base, "_local_tensor")
     static = {"_dynamo_static_input_type": "unguarded"}
     part.meta = {"example_value": _fake_part(weight), "tensor_dict": static}
     return part
@@ -134,13 +141,11 @@ def _replace_linear(graph: fx.Graph, node: fx.Node, form: LocalLinear, part: fx.
         if form.local_bias:
             bias = graph.call_method("to_local", (form.bias,))
             bias.meta["example_value"] = _fake_part(form.bias)
-        product = graph.call_function(node.target, (x, part, bias))
+        product = graph.call_function(torch.nn.functional.linear, (x, part, bias))
         product.meta["example_value"] = _fake_part(node)
         mesh = graph.call_function(getattr, (form.x, "device_mesh"))
-        library = type(example(node))
-        result = graph.call_function(
-            library.from_local, (product, mesh, list(form.out)), {"run_check": False, **form.whole}
-        )
+        options = {"run_check": False, **form.whole}
+        result = graph.call_function(from_local(), (product, mesh, list(form.out)), options)
         result.meta = dict(node.meta)
         if form.bias is not None and not form.local_bias:
             result = graph.call_function(torch.add, (result, form.bias))
