@@ -150,8 +150,6 @@ def _reason(
         return "PyTorch's own attention reads it in one call, which takes no packed weight"
     if _is_router(name, modules) and not config.override_matches(name):
         return "router: its top-k decides which experts run; name it in overrides to quantise it"
-    if not weight.numel():
-        return "this rank has no part of it"
     if weight.numel() < config.min_elements:
         return f"fewer elements than min_elements={config.min_elements}"
     return None

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 _versions: WeakIdKeyDictionary = WeakIdKeyDictionary()
+NOT_LOCAL = (
+    "a DTensor that the graph reads by other means than to_local() and linears which each rank can "
+    "compute from its own part"
+)
 
 
 def is_dtensor(value: object) -> "TypeGuard[DTensor]":

@@ -10,7 +10,7 @@ from collections import Counter
 from torch import Tensor, fx
 
 from fqcompile.config import HEAD_NAMES
-from fqcompile.distributed.shards import is_dtensor, local_part
+from fqcompile.distributed.shards import NOT_LOCAL, is_dtensor, local_part
 from fqcompile.passes.base import GraphState, example, placeholders
 from fqcompile.passes.effects import effects_between
 from fqcompile.passes.expert_forms import ExpertForm, expert_form
@@ -18,11 +18,6 @@ from fqcompile.passes.fold import ConstantFolder
 from fqcompile.passes.linear_forms import LinearForm, linear_form
 from fqcompile.passes.sites import ExpertSite, KeptWeight, LinearSite, WeightSite
 from fqcompile.weights.recipe import simplified, target_name
-
-_SHARDED = (
-    "a DTensor that requires grad, or that the graph reads by more than to_local() and linears "
-    "whose parts each rank can multiply alone"
-)
 
 
 def match(state: GraphState) -> int:
@@ -99,7 +94,7 @@ def _linear_site(
         x_steps=form.x_steps,
         out_steps=form.out_steps,
         name=_name(state, sources),
-        head=any(HEAD_NAMES.search(state.names[s]) or _feeds_embedding(s) for s in sources),
+        head=any(HEAD_NAMES.search(state.names[s]) or _embeds(state, s) for s in sources),
     )
 
 
@@ -142,8 +137,10 @@ def _matrix_shape(form: LinearForm) -> tuple[int, int]:
     return int(n), int(k)
 
 
-def _feeds_embedding(source: fx.Node) -> bool:
-    return any(target_name(user.target) == "embedding" for user in source.users)
+def _embeds(state: GraphState, source: fx.Node) -> bool:
+    """Whether an embedding reads the weight; of a sharded one it may read the whole."""
+    same = [node for node, name in state.names.items() if name == state.names[source]]
+    return any(target_name(user.target) == "embedding" for node in same for user in node.users)
 
 
 def _number_equal_names(sites: list[WeightSite]) -> None:
@@ -169,7 +166,7 @@ def _other_matrices(state: GraphState) -> list[KeptWeight]:
             continue
         writer = state.written.get(node)
         reason = f"{writer!r} in the graph may write to it" if writer else _why_not(node)
-        reason = _SHARDED if sharded and "embedding" not in reason else reason
+        reason = NOT_LOCAL if sharded and "embedding" not in reason else reason
         kind = "experts" if weight.dim() == 3 else "linear"
         nbytes = weight.numel() * weight.element_size()
         kept.append(KeptWeight(state.names[node], kind, tuple(weight.shape), nbytes, reason))

@@ -60,9 +60,10 @@ def search(
     """
     key, spec = tuning_key(spec, template.layout.name), at_bucket(spec, bucket)
     candidates = template.candidates(spec, spec.m, mode)
-    known = table.case(key, bucket)
-    left = [config for config in candidates if known.trial(config) is None]
-    problem = _try_all(left, template, spec, make_measure, lambda t: table.add(key, bucket, t))
+    with table.search_alone():
+        known = table.case(key, bucket)
+        left = [config for config in candidates if known.trial(config) is None]
+        problem = _try_all(left, template, spec, make_measure, lambda t: table.add(key, bucket, t))
     if problem is None:
         table.finish(key, bucket, mode)
         problem = table.case(key, bucket).failure
