@@ -14,6 +14,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from hashlib import sha256
 
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
@@ -34,16 +35,17 @@ def agree(what: str, facts: Mapping[str, str], groups: Sequence[tuple[int, ...]]
         OptionError: FQCOMPILE_RANK_TIMEOUT is no number of seconds.
     """
     own = json.dumps(dict(facts))
+    digest = sha256(own.encode()).hexdigest()
     for ranks in groups:
         store, seconds = _get_default_store(), _seconds()
         place = f"fqcompile/{'-'.join(map(str, ranks))}/{_times[ranks]}"
         _times[ranks] += 1
-        store.set(f"{place}/{rank()}", own)
+        store.set(f"{place}/{rank()}/facts", own)
+        store.set(f"{place}/{rank()}", digest)
         for other in ranks:
-            theirs = json.loads(_wait(store, f"{place}/{other}", what, other, seconds))
-            for name in dict.fromkeys([*facts, *theirs]):
-                if facts.get(name) != theirs.get(name):
-                    raise RankError(_difference(what, name, facts, theirs, other))
+            if _wait(store, f"{place}/{other}", what, other, seconds) != digest.encode():
+                theirs = json.loads(store.get(f"{place}/{other}/facts"))
+                raise RankError(_difference(what, facts, theirs, other))
 
 
 def _wait(store: Store, key: str, what: str, other: int, seconds: float) -> bytes:
@@ -58,9 +60,9 @@ def _wait(store: Store, key: str, what: str, other: int, seconds: float) -> byte
         ) from error
 
 
-def _difference(
-    what: str, name: str, own: Mapping[str, str], theirs: Mapping[str, str], other: int
-) -> str:
+def _difference(what: str, own: Mapping[str, str], theirs: Mapping[str, str], other: int) -> str:
+    names = [n for n in dict.fromkeys([*own, *theirs]) if own.get(n) != theirs.get(n)]
+    name = names[0] if names else "the order of its sites"
     mine, his = ((facts.get(name) or "nothing")[:_LONGEST] for facts in (own, theirs))
     return (
         f"{what} is not the same on all ranks: for {name!r} rank {rank()} has {mine}, and rank "

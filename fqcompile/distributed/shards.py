@@ -54,6 +54,11 @@ def is_part(tensor: object) -> bool:
     return is_dtensor(tensor) and not all(p.is_replicate() for p in tensor.placements)
 
 
+def version(tensor: Tensor) -> int:
+    """How often it was changed in place; 0 where that is not counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def note_updates(tensors: Sequence[Tensor]) -> None:
     """Carry in-place updates of DTensors over to the versions of their local parts.
 
@@ -61,9 +66,9 @@ def note_updates(tensors: Sequence[Tensor]) -> None:
     """
     for tensor in tensors:
         part, known = local_part(tensor), _versions.get(tensor)
-        if known is not None and known != tensor._version and not part.is_inference():
+        if known is not None and known != version(tensor) and not part.is_inference():
             torch._C._autograd._unsafe_set_version_counter((part,), (part._version + 1,))
-        _versions[tensor] = tensor._version
+        _versions[tensor] = version(tensor)
 
 
 def partial_sum() -> Any:

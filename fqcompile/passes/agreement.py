@@ -36,7 +36,7 @@ def _collectives(graph: fx.Graph) -> Iterator[str]:
         name = target_name(node.target) if node.op.startswith("call") else ""
         if "c10d" in name:
             yield name
-        elif name in ("redistribute", "full_tensor"):
+        elif name.removeprefix("prim_") in ("redistribute", "full_tensor"):
             yield f"{name} to {node.kwargs.get('placements', node.args[1:])}"
 
 

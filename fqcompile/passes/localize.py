@@ -10,7 +10,7 @@ collectives stay as they are.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from fqcompile.distributed.shards import (
     is_dtensor,
     local_part,
     note_updates,
+    version,
 )
 from fqcompile.errors import ShardingError
 from fqcompile.passes.base import copy_module, erase_unused, example, placeholders
@@ -31,7 +32,6 @@ from fqcompile.passes.effects import has_effects
 from fqcompile.passes.local_linear import LocalLinear, local_linear
 from fqcompile.weights.recipe import target_name
 
-_version: Callable[[Tensor], int] = attrgetter("_version")
 _CONVERSIONS = ("to_local", "from_local", "redistribute", "getattr")
 
 
@@ -58,7 +58,7 @@ class LocalGraph:
         def run(*args: Any) -> Any:
             nonlocal seen
             sharded = pick(args)
-            state = (tuple(map(id, sharded)), tuple(map(_version, sharded)))
+            state = (tuple(map(id, sharded)), tuple(map(version, sharded)))
             if state != seen:
                 note_updates(sharded)
                 seen = state
@@ -106,7 +106,7 @@ def _use_local(graph: fx.Graph, weight: fx.Node) -> bool:
     if any(has_effects(user) for user in weight.users):
         return False
     linears = {user: form for user in weight.users if (form := local_linear(user, weight))}
-    reads = [user for user in weight.users if _reads_part(user)]
+    reads = [user for user in weight.users if _is(user, "to_local")]
     if not linears and not reads:
         return False
     part = _part_input(graph, weight)
@@ -118,8 +118,9 @@ def _use_local(graph: fx.Graph, weight: fx.Node) -> bool:
     return True
 
 
-def _reads_part(node: fx.Node) -> bool:
-    return node.op == "call_method" and node.target == "to_local"
+def _is(node: fx.Node, name: str) -> bool:
+    """Whether it is that call of a DTensor, which torch before 2.13 wraps as `prim_<name>`."""
+    return node.op.startswith("call") and target_name(node.target).removeprefix("prim_") == name
 
 
 def _part_input(graph: fx.Graph, weight: fx.Node) -> fx.Node:
@@ -160,19 +161,21 @@ def _straighten(graph: fx.Graph) -> None:
     Not where gradients flow: the way back may have to sum what the way there did not.
     """
     for node in list(graph.nodes):
-        if not _reads_part(node) or node.kwargs:
+        if not _is(node, "to_local") or node.kwargs:
             continue
         made = node.args[0]
-        while target_name(made.target) == "redistribute" and _same_layout(made, made.args[0]):
+        while _is(made, "redistribute") and _same_layout(made, made.args[0]):
             made = made.args[0]
-        if target_name(made.target) == "from_local" and _keeps(made):
+        if _is(made, "from_local") and _keeps(made):
             node.replace_all_uses_with(made.args[0])
             graph.erase_node(node)
 
 
 def _same_layout(a: fx.Node, b: fx.Node) -> bool:
     left, right = example(a), example(b)
-    return is_dtensor(left) and is_dtensor(right) and left.placements == right.placements
+    if not (is_dtensor(left) and is_dtensor(right)) or left.dtype != right.dtype:
+        return False
+    return bool(left.placements == right.placements)
 
 
 def _keeps(made: fx.Node) -> bool:
@@ -188,4 +191,4 @@ def _fake_part(node: fx.Node | None) -> Tensor:
 
 
 def _only_converts(node: fx.Node) -> bool:
-    return node.op.startswith("call") and target_name(node.target) in _CONVERSIONS
+    return any(_is(node, name) for name in _CONVERSIONS)
