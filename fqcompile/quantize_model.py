@@ -66,7 +66,7 @@ def _shared_facts(
     sites: Sequence[Site], whole: Collection[str], config: FineQuantConfig
 ) -> dict[str, str]:
     """What must be the same on all ranks; of a part each rank chooses its own plan."""
-    facts = {"options": str(config.as_dict())}
+    facts = {f"option {name}": str(value) for name, value in config.as_dict().items()}
     for site in sites:
         chosen = (site.status, site.reason, site.bits, site.group_size)
         facts[site.name] = str(chosen) if site.name in whole else site.kind

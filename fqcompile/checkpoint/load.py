@@ -18,7 +18,7 @@ from fqcompile.checkpoint.safetensors_file import ALIGNMENT, DTYPES
 from fqcompile.checkpoint.shards import MappedShards
 from fqcompile.checkpoint.slots import Slot, slots
 from fqcompile.distributed.layout import Layout, layout_of
-from fqcompile.distributed.shards import local_part, team_of, with_part
+from fqcompile.distributed.shards import is_dtensor, local_part, team_of, with_part
 from fqcompile.errors import CheckpointError
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.weights.packed_weight import PackedWeight
@@ -49,8 +49,8 @@ def load(
         model_or_factory: a function without arguments, called on the meta device, so that no dense
             copy of the weights is ever made. Or a model, on the meta device or not, whose tensors
             are replaced. Or None: the class of Hugging Face that was saved, in eval mode.
-        device: for the weights; by default each goes where the model has it, and to the CPU from
-            the meta device.
+        device: for the weights; by default each goes where the model or its mesh has it, and to
+            the CPU from the meta device.
         verify: compare the checksum of every tensor, about a second per GiB.
 
     Returns:
@@ -145,7 +145,7 @@ class _Reader:
         name, layout = wanted
         device = self.device
         if device is None:
-            device = next((h.tensor.device for h in holders if not h.tensor.is_meta), "cpu")
+            device = next((place for h in holders if (place := _place(h.tensor))), "cpu")
         if name in self.manifest.sharded or layout is not None:
             tensor = self._assembled(name, layout, device)
         elif name in self.manifest.packed:
@@ -211,6 +211,13 @@ class _Reader:
 
     def _rows(self, name: str) -> int:
         return next(iter(self.manifest.shape_of(name)), 0)
+
+
+def _place(tensor: Tensor) -> torch.device | str | None:
+    """Where the model has it; None: on the meta device alone."""
+    if is_dtensor(tensor):
+        return tensor.device_mesh.device_type
+    return None if tensor.is_meta else tensor.device
 
 
 def _as_kernels_want(

@@ -121,7 +121,7 @@ class Manifest:
         generation: the tag in the names of this save's files.
         versions: of the packages that wrote it.
         model: `class` and `config` of the model; the config is None where it has none.
-        options, sites: those of the plan.
+        options, sites: those of the plan; where several ranks wrote, of the first one's.
         files: others that were written beside the shards.
         sharded: the values that are in parts.
     """

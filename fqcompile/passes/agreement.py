@@ -14,13 +14,13 @@ from fqcompile.passes.op_nodes import argument
 from fqcompile.passes.sites import WeightSite
 from fqcompile.weights.recipe import target_name
 
-_OWN_OPTIONS = ("debug_dir",)
-
 
 def shared_facts(state: GraphState) -> Mapping[str, str]:
     """By name, in the order of the graph."""
-    options = {k: v for k, v in state.config.as_dict().items() if k not in _OWN_OPTIONS}
-    facts = {"options": str(options), "collectives": ", ".join(_collectives(state.graph))}
+    facts = {"outcome": "quantised"}
+    facts |= {f"option {name}": str(value) for name, value in state.config.as_dict().items()}
+    del facts["option debug_dir"]  # each rank may have its own
+    facts["collectives"] = ", ".join(_collectives(state.graph))
     # the inputs of packed weights come after those of the graph's own arguments
     inputs = zip(placeholders(state.graph), state.args, strict=False)
     parts = {state.names[n] for n, arg in inputs if is_part(arg)}

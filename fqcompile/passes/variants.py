@@ -136,7 +136,7 @@ class GraphCompiler:
             variant = compile_state(state, args, recorder)
         except Exception as error:
             restored = [] if recorder.state is None else undo(recorder.state)
-            self._agree(args, {"options": f"pass {recorder.running!r} failed with {error!r}"})
+            self._agree(args, {"outcome": f"pass {recorder.running!r} failed with {error!r}"})
             strict = self._config.on_unsupported == "error"
             if strict or isinstance(error, (FreedWeightError, RankError, *_DYNAMO_REQUESTS)):
                 raise

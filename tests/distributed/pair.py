@@ -6,6 +6,7 @@ new ones. Nothing waits without a limit.
 """
 
 import multiprocessing
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fqcompile.distributed.agreement import TIMEOUT
 from fqcompile.report import clear_reports
 
 SIZE = 2
@@ -81,6 +83,7 @@ class Pair:
 
 def _serve(connection: Connection, rank: int, store: str) -> None:
     torch.set_num_threads(1)
+    os.environ[TIMEOUT] = str(COLLECTIVE_SECONDS)
     dist.init_process_group(
         "gloo",
         rank=rank,

@@ -18,6 +18,7 @@ from fqcompile.weights.packed_weight import PackedWeight
 from tests.distributed.pair import Pair
 from tests.distributed.sharded_models import Net, net, sharded, whole
 from tests.distributed.test_sharded_quantize import dense_values
+from tests.helpers import assert_close
 
 CASES = [("llama", "tp"), ("mixtral", "tp"), ("qwen3-moe", "ep")]
 
@@ -67,6 +68,22 @@ def _assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert torch.equal(found[name], value), name
+
+
+def test_a_model_on_the_meta_device_never_holds_dense_weights(pair: Pair, tmp_path: Path) -> None:
+    model = Net().eval().requires_grad_(False)
+    fqcompile.quantize_(model, min_elements=0, granularity=32)
+    fqcompile.save(model, tmp_path)
+    for out in pair.run(load_from_meta, tmp_path):
+        assert_close(out, model(torch.ones(2, 64)), depth=4)
+
+
+def load_from_meta(folder: Path) -> Tensor:
+    model = fqcompile.load(net, folder)
+    part = local_part(model.get_parameter("first.up.weight"))
+    assert isinstance(part, PackedWeight) and part.shape == (64, 64)
+    out: Tensor = model(torch.ones(2, 64))
+    return out
 
 
 def test_columns_that_would_cut_a_group_are_named(pair: Pair, tmp_path: Path) -> None:
