@@ -39,3 +39,11 @@ class CorruptEntry(FineQuantError, ValueError):
 
 class CheckpointError(FineQuantError, RuntimeError):
     """A directory of weights cannot be read or written; the message names the file or tensor."""
+
+
+class RankError(FineQuantError, RuntimeError):
+    """Ranks of one model do not do the same, or one does not answer; the message names them."""
+
+
+class ShardingError(FineQuantError, TypeError):
+    """A model is spread over ranks in a way that its weights cannot be quantised in."""

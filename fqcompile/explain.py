@@ -10,6 +10,7 @@ from torch import fx, nn
 from fqcompile.config import FineQuantConfig
 from fqcompile.dry_run import dry_run
 from fqcompile.passes.choose import SWITCH_TO_GROUPED
+from fqcompile.passes.localize import localize
 from fqcompile.passes.pipeline import Recorder, analyse
 from fqcompile.passes.summary import plan_of
 from fqcompile.report import Plan, Site
@@ -39,7 +40,8 @@ def explain(
     sites: dict[tuple[str, int], Site] = {}
 
     def collect(module: fx.GraphModule, args: Sequence[Any]) -> None:
-        state = analyse(module, args, measuring_nothing, Recorder())
+        local = localize(module, args)
+        state = analyse(local.module, local.arguments(args), measuring_nothing, Recorder())
         for site in plan_of(state).sites:
             # A weight met in several graphs, as after a graph break, is one site.
             sites.setdefault((site.name, hash(site.shape)), site)

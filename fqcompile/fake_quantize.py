@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from fqcompile.distributed.shards import local_part
 from fqcompile.errors import FineQuantError
 from fqcompile.passes.summary import SiteRecipe
 from fqcompile.quant.choose import quantize_weight
@@ -36,7 +37,8 @@ def _apply(model: nn.Module, site: Site) -> None:
             f"site {site.name} has no recipe: pass the plan that explain() or a report gave, "
             "not one read from a file"
         )
-    sources = tuple(_separate(model, name) for name in site.recipe.names)
+    # of a sharded parameter the plan is for the part that lies here
+    sources = tuple(local_part(_separate(model, name)) for name in site.recipe.names)
     with torch.no_grad():
         matrix = site.recipe.recipe(*sources)
         w_hat = quantize_weight(matrix, site.recipe.plan).dequantize(torch.float32)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fqcompile.config import HEAD_NAMES, FineQuantConfig
+from fqcompile.distributed.shards import local_part
 from fqcompile.quant.validate import WEIGHT_DTYPES
 from fqcompile.weights.packed_weight import PackedWeight
 
@@ -25,9 +26,10 @@ _ORIENTATION = (
 
 @dataclass(frozen=True)
 class ModuleWeight:
-    """A parameter that linears or experts multiply with.
+    """A parameter that linears or experts multiply with; of a sharded one the part that lies here.
 
     Attributes:
+        parameter: as the module has it.
         name: qualified, of the first that is no embedding's.
         holders: (module, attribute) of all that share it and are no embeddings.
         transposed: its matrices are [K, N].
@@ -37,13 +39,18 @@ class ModuleWeight:
     """
 
     name: str
-    weight: Tensor
+    parameter: Tensor
     holders: tuple[tuple[nn.Module, str], ...]
     kind: str
     transposed: bool = False
     head: bool = False
     tied: bool = False
     reason: str | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The values that are packed."""
+        return local_part(self.parameter)
 
     @property
     def matrix(self) -> Tensor:
@@ -77,7 +84,8 @@ def _weight(
     config: FineQuantConfig,
 ) -> Iterator[ModuleWeight]:
     module, attribute = holders[0]
-    weight = module.get_parameter(attribute)
+    parameter = module.get_parameter(attribute)
+    weight = local_part(parameter)
     stacked = weight.dim() == 3
     if not stacked and not (_is_linear(module) or _is_conv1d(module)):
         return
@@ -87,7 +95,7 @@ def _weight(
         reason = reason or _ORIENTATION
     yield ModuleWeight(
         name=name,
-        weight=weight,
+        parameter=parameter,
         holders=tuple(holders),
         kind="experts" if stacked else "linear",
         transposed=bool(transposed),
@@ -134,7 +142,7 @@ def _reason(
         return by_name
     if isinstance(weight, PackedWeight):
         return "the weight is packed already"
-    if type(weight) is not nn.Parameter or weight.layout != torch.strided:
+    if type(weight) not in (nn.Parameter, Tensor) or weight.layout != torch.strided:
         return f"the weight is a {type(weight).__name__}, not a plain parameter"
     if weight.dtype not in WEIGHT_DTYPES:
         return f"dtype {weight.dtype} is not supported; use fp32, fp16 or bf16"

@@ -1,12 +1,15 @@
 """quantize_: packed weights in a model, in place, without compiling it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
 from tqdm import tqdm
 
 from fqcompile.config import FineQuantConfig, SiteOptions
+from fqcompile.distributed.agreement import agree
+from fqcompile.distributed.ranks import progress
+from fqcompile.distributed.shards import is_part, rank_groups, refuse_fsdp_modules, with_part
 from fqcompile.errors import OptionError, UnquantizableWeight
 from fqcompile.module_weights import ModuleWeight, module_weights
 from fqcompile.passes.summary import SiteRecipe
@@ -28,7 +31,8 @@ def quantize_(model: nn.Module, **options: object) -> Plan:
     The model then runs eagerly, under every torch.compile backend and under "finequant", which
     finds the weights packed. A weight that an embedding shares is packed for the linear alone.
     Packed weights do not train; adapters on top of them do. Weights go one by one, so the peak of
-    memory is the model and one weight.
+    memory is the model and one weight. Of a sharded model each rank packs the parts that it holds;
+    all ranks must call this.
 
     Args:
         options: those of `FineQuantConfig` that say which weights are quantised, and how.
@@ -39,18 +43,34 @@ def quantize_(model: nn.Module, **options: object) -> Plan:
     Raises:
         OptionError: an option is unknown, its value is not allowed, or it is one of compiling.
         UnquantizableWeight: a weight must stay and `on_unsupported="error"`.
+        ShardingError: FSDP wraps the model or a part of it.
+        RankError: other ranks of a sharded model have packed with other options or plans.
     """
     config = packing_config(options)
+    refuse_fsdp_modules(model)
     waiting = module_weights(model, config)[::-1]
+    whole = {w.name for w in waiting if not is_part(w.parameter)}
+    groups = rank_groups(weight.parameter for weight in waiting)
     sites = []
     size = len(waiting)
-    with tqdm(
-        desc="fqcompile: packing", total=size, unit="weight", disable=None, delay=2
-    ) as progress:
+    bar: tqdm[object] = progress(desc="fqcompile: packing", total=size, unit="weight", delay=2)
+    with bar:
         while waiting:  # a list of them all would hold every original until the end
             sites.append(_pack(waiting.pop(), config))
-            progress.update()
+            bar.update()
+    agree("what quantize_ packs", _shared_facts(sites, whole, config), groups)
     return Plan(tuple(sites), config.as_dict())
+
+
+def _shared_facts(
+    sites: Sequence[Site], whole: Collection[str], config: FineQuantConfig
+) -> dict[str, str]:
+    """What must be the same on all ranks; of a part each rank chooses its own plan."""
+    facts = {f"option {name}": str(value) for name, value in config.as_dict().items()}
+    for site in sites:
+        chosen = (site.status, site.reason, site.bits, site.group_size)
+        facts[site.name] = str(chosen) if site.name in whole else site.kind
+    return facts
 
 
 def packing_config(options: Mapping[str, object]) -> FineQuantConfig:
@@ -81,7 +101,8 @@ def _pack(found: ModuleWeight, config: FineQuantConfig) -> Site:
     if reason is not None:
         return replace(site_of(found), reason=reason)
     for module, attribute in found.holders:
-        module._parameters[attribute] = nn.Parameter(packed, requires_grad=False)
+        parameter = nn.Parameter(with_part(found.parameter, packed), requires_grad=False)
+        module._parameters[attribute] = parameter
     return packed_site(found, plan, packed)
 
 

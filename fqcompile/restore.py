@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from fqcompile.distributed.shards import local_part, with_part
 from fqcompile.weights.freed import is_freed
 from fqcompile.weights.packed_weight import PackedWeight
 from fqcompile.weights.release import restore_weight
@@ -21,8 +22,10 @@ def restore(model: nn.Module) -> nn.Module:
     dense: dict[Tensor, nn.Parameter] = {}  # a tied weight stays tied
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if isinstance(weight, PackedWeight):
+            packed = local_part(weight)
+            if isinstance(packed, PackedWeight):
                 if weight not in dense:
-                    dense[weight] = nn.Parameter(weight.dequantized().contiguous(), False)
+                    values = with_part(weight, packed.dequantized().contiguous())
+                    dense[weight] = nn.Parameter(values, False)
                 setattr(module, name, dense[weight])
     return model

@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "fqcompile"
 LAYERS = [
     {"errors"},
     {"options"},
+    {"distributed"},
     {"config"},
     {"quant"},
     {"kernels"},

@@ -66,10 +66,7 @@ def _makes_room(manifest: Manifest, name: str, model: nn.Module) -> bool:
 
 def _differences(manifest: Manifest, name: str, slot: Slot) -> list[str]:
     record = manifest.slots[name]
-    if record.value in manifest.packed:
-        shape = manifest.packed[record.value].shape
-    else:
-        shape = manifest.tensors[record.value].shape
+    shape = manifest.shape_of(record.value)
     if record.kind != slot.kind:
         return [f"{name} is a {record.kind} in the directory and a {slot.kind} in the model"]
     if shape != tuple(slot.tensor.shape):

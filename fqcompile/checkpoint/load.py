@@ -1,25 +1,37 @@
 """load: a saved model, packed as this machine's kernels want it; nothing is quantised again."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from fqcompile.checkpoint.blocks import Block, DenseBlock, PackedBlock, assemble
 from fqcompile.checkpoint.directory import file_of
 from fqcompile.checkpoint.fit import check_fits, put
 from fqcompile.checkpoint.hugging_face import generation_config, model_from_config
-from fqcompile.checkpoint.manifest import MANIFEST, Manifest, PackedRecord, read_manifest
+from fqcompile.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    PackedRecord,
+    PartsRecord,
+    read_manifest,
+)
 from fqcompile.checkpoint.safetensors_file import ALIGNMENT, DTYPES
 from fqcompile.checkpoint.shards import MappedShards
 from fqcompile.checkpoint.slots import Slot, slots
+from fqcompile.distributed.layout import Layout, layout_of
+from fqcompile.distributed.shards import is_dtensor, local_part, team_of, with_part
 from fqcompile.errors import CheckpointError
 from fqcompile.imports.load import is_quantized_checkpoint, load_quantized
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.weights.packed_weight import PackedWeight
+
+# A value, and the part of it that is held here.
+Wanted = tuple[str, Layout | None]
 
 # One compares checksums while the other packs.
 _READERS = 2
@@ -39,12 +51,15 @@ def load(
 
     compressed-tensors (pack-quantized), GPTQ without act-order and AWQ open too, for None.
 
+    A model whose parameters are DTensors gets of each value the part that its rank holds, however
+    many ranks have saved it; all its ranks must call this.
+
     Args:
         model_or_factory: a function without arguments, called on the meta device, so that no dense
             copy of the weights is ever made. Or a model, on the meta device or not, whose tensors
             are replaced. Or None: the class of Hugging Face that was saved, in eval mode.
-        device: for the weights; by default each goes where the model has it, and to the CPU from
-            the meta device.
+        device: for the weights; by default each goes where the model or its mesh has it, and to
+            the CPU from the meta device.
         verify: compare the checksum of every tensor, about a second per GiB.
 
     Returns:
@@ -63,17 +78,16 @@ def load(
     manifest, shards = _open(target)
     model = _model(model_or_factory, manifest, target)
     places = {slot.name: slot for slot in slots(model)}
-    check_fits(manifest, places, model, target)
-    holders: dict[str, list[Slot]] = {record.value: [] for record in manifest.slots.values()}
-    for name, record in manifest.slots.items():
-        holders[record.value] += [places[name]] if name in places else []
-    reader = _Reader(manifest, shards, device, verify)
-    with ThreadPoolExecutor(_READERS) as pool:
-        found = pool.map(reader.value, holders, holders.values())
-        # All are there and right before any is put: a refused directory leaves the model alone.
-        values = dict(zip(holders, found, strict=True))
-    for name, record in manifest.slots.items():
-        put(model, places.get(name), name, values[record.value])
+    values: dict[str, Tensor] = {}
+
+    def read() -> None:
+        check_fits(manifest, places, model, target)
+        values.update(_values(_Reader(manifest, shards, device, verify), places))
+
+    # All are there and right before any is put: a refused directory leaves the model alone.
+    team_of(slot.tensor for slot in places.values()).together(read)
+    for name, value in values.items():
+        put(model, places.get(name), name, value)
     return model
 
 
@@ -83,6 +97,23 @@ def _check_no_model(given: object, directory: Path) -> None:
             f"{directory} was not written by fqcompile, and its names are translated for the class "
             "that its config names: give None in place of a model"
         )
+
+
+def _values(reader: "_Reader", places: Mapping[str, Slot]) -> dict[str, Tensor]:
+    """By slot; one is made for all slots that hold the same part of it."""
+    slots_of = reader.manifest.slots
+    wanted = {name: (r.value, _layout(places.get(name))) for name, r in slots_of.items()}
+    holders: dict[Wanted, list[Slot]] = {want: [] for want in wanted.values()}
+    for name, slot in places.items():
+        if name in wanted:
+            holders[wanted[name]].append(slot)
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = dict(zip(holders, pool.map(reader.value, holders, holders.values()), strict=True))
+    return {name: found[want] for name, want in wanted.items()}
+
+
+def _layout(slot: Slot | None) -> Layout | None:
+    return None if slot is None else layout_of(slot.tensor)
 
 
 def _open(directory: Path) -> tuple[Manifest, MappedShards]:
@@ -129,16 +160,24 @@ class _Reader:
     device: torch.device | str | None
     verify: bool
 
-    def value(self, name: str, holders: list[Slot]) -> Tensor:
-        """One value, as a parameter where a module holds it as one."""
+    def value(self, wanted: Wanted, holders: list[Slot]) -> Tensor:
+        """One value, or what this rank holds of it; as a parameter where a module has it as one."""
+        name, layout = wanted
         device = self.device
         if device is None:
-            device = next((h.tensor.device for h in holders if not h.tensor.is_meta), "cpu")
-        record = self.manifest.packed.get(name)
-        tensor = self._dense(name, device) if record is None else self._packed(record, device)
+            device = next((place for h in holders if (place := _place(h.tensor))), "cpu")
+        if name in self.manifest.sharded or layout is not None:
+            tensor = self._assembled(name, layout, device)
+        elif name in self.manifest.packed:
+            tensor = self._packed(self.manifest.packed[name], device)
+        else:
+            tensor = self._dense(name, device)
+        if holders:
+            tensor = with_part(holders[0].tensor, tensor)
         if all(holder.kind != "parameter" for holder in holders):
             return tensor
-        trains = record is None and any(holder.tensor.requires_grad for holder in holders)
+        packed = isinstance(local_part(tensor), PackedWeight)
+        trains = not packed and any(holder.tensor.requires_grad for holder in holders)
         return nn.Parameter(tensor, requires_grad=trains)
 
     def _dense(self, name: str, device: torch.device | str) -> Tensor:
@@ -147,17 +186,68 @@ class _Reader:
         return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
     def _packed(self, record: PackedRecord, device: torch.device | str) -> PackedWeight:
+        weight = self._plain(record)
+        packed = _as_kernels_want(weight, record, record.experts, device)
+        if packed.qweight.data_ptr() != weight.qweight.data_ptr():
+            self.shards.release(record.codes)
+        return packed
+
+    def _plain(self, record: PackedRecord) -> QuantizedWeight:
         names = (record.codes, record.scale)
         codes, scale = (self.shards.tensor(name, verify=self.verify) for name in names)
         shape = (record.all_rows, record.k)
-        tensors = (codes.to(device), scale.to(device))
-        packed = PackedWeight.of(
-            QuantizedWeight(*tensors, record.bits, record.group_size, shape),
-            dtype=DTYPES[record.dtype],
-            experts=record.experts,
-            transposed=record.transposed,
-            scale_method=record.scale_method,
-        )
-        if packed.qweight.data_ptr() != codes.data_ptr():
-            self.shards.release(record.codes)
-        return packed
+        return QuantizedWeight(codes, scale, record.bits, record.group_size, shape)
+
+    def _assembled(self, name: str, layout: Layout | None, device: torch.device | str) -> Tensor:
+        """From what other ranks, or another number of them, have written."""
+        whole = PartsRecord(self.manifest.shape_of(name), 0, (name,), ((0, self._rows(name)),))
+        parts = self.manifest.sharded.get(name, whole)
+        blocks: dict[int, Block] = {}
+
+        def part(number: int) -> Block:
+            if number not in blocks:
+                blocks[number] = self._block(parts.parts[number])
+            return blocks[number]
+
+        try:
+            block = assemble(part, parts.layout, layout)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{name} was saved by {len(parts.parts)} ranks along dimension {parts.dim}, and "
+                f"cannot be cut for {len(layout.runs) if layout else 1}: {error}; load it on as "
+                "many ranks as saved it, or quantise it again with a granularity that divides "
+                "what each rank holds"
+            ) from error
+        if isinstance(block, DenseBlock):
+            return block.tensor.to(device).clone()
+        record = next(r for n in parts.parts if (r := self.manifest.packed.get(n)))
+        return _as_kernels_want(block.weight, record, block.experts, device)
+
+    def _block(self, name: str) -> Block:
+        record = self.manifest.packed.get(name)
+        if record is None:
+            return DenseBlock(self.shards.tensor(name, verify=self.verify))
+        return PackedBlock(self._plain(record), record.experts, record.transposed)
+
+    def _rows(self, name: str) -> int:
+        return next(iter(self.manifest.shape_of(name)), 0)
+
+
+def _place(tensor: Tensor) -> torch.device | str | None:
+    """Where the model has it; None: on the meta device alone."""
+    if is_dtensor(tensor):
+        return tensor.device_mesh.device_type
+    return None if tensor.is_meta else tensor.device
+
+
+def _as_kernels_want(
+    weight: QuantizedWeight, record: PackedRecord, experts: int, device: torch.device | str
+) -> PackedWeight:
+    moved = replace(weight, qweight=weight.qweight.to(device), scale=weight.scale.to(device))
+    return PackedWeight.of(
+        moved,
+        dtype=DTYPES[record.dtype],
+        experts=experts,
+        transposed=record.transposed,
+        scale_method=record.scale_method,
+    )

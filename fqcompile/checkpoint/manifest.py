@@ -3,7 +3,8 @@
     {"format": "fqcompile", "version": 1, "sha256": of the content, "content": {...}}
 
 A slot is a name in the model (a parameter, a buffer or a plain attribute); its value is a packed
-weight, or the dense tensor of that name. Tied names have one value.
+weight, the dense tensor of that name, or the parts of either that several ranks wrote. Tied names
+have one value.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from typing import Any, Self
 
 from fqcompile.checkpoint.checked_fields import checked
 from fqcompile.checkpoint.safetensors_file import DTYPES, byte_size, encode_header
+from fqcompile.distributed.layout import Layout
 from fqcompile.errors import CheckpointError
 from fqcompile.quant.granularity import num_groups
 from fqcompile.quant.packing import packed_columns
@@ -22,7 +24,8 @@ from fqcompile.quant.qtype import QTYPES
 from fqcompile.quant.validate import WEIGHT_DTYPES
 
 MANIFEST = "fqcompile.json"
-FORMAT, VERSION = "fqcompile", 1
+# The second version has values in parts; what has none is written as the first.
+FORMAT, VERSION, VERSION_OF_PARTS = "fqcompile", 1, 2
 KINDS = ("parameter", "buffer", "attribute")
 
 
@@ -80,6 +83,29 @@ class PackedRecord:
 
 
 @dataclass(frozen=True)
+class PartsRecord:
+    """A value that several ranks wrote.
+
+    Attributes:
+        shape: of the whole.
+        dim: along which it is in parts.
+        parts: packed weights or dense tensors.
+        bounds: by part, start and stop of each run of `dim` that it holds, one after the other.
+    """
+
+    shape: tuple[int, ...]
+    dim: int
+    parts: tuple[str, ...]
+    bounds: tuple[tuple[int, ...], ...]
+
+    @property
+    def layout(self) -> Layout:
+        """As if this process held the first part."""
+        runs = (tuple(zip(b[::2], b[1::2], strict=True)) for b in self.bounds)
+        return Layout(self.dim, tuple(runs), 0)
+
+
+@dataclass(frozen=True)
 class SlotRecord:
     """Where a value goes: a parameter, a buffer or an attribute of that name."""
 
@@ -95,8 +121,9 @@ class Manifest:
         generation: the tag in the names of this save's files.
         versions: of the packages that wrote it.
         model: `class` and `config` of the model; the config is None where it has none.
-        options, sites: those of the plan.
+        options, sites: those of the plan; where several ranks wrote, of the first one's.
         files: others that were written beside the shards.
+        sharded: the values that are in parts.
     """
 
     generation: str
@@ -109,11 +136,21 @@ class Manifest:
     packed: Mapping[str, PackedRecord]
     slots: Mapping[str, SlotRecord]
     files: tuple[str, ...] = field(default=())
+    sharded: Mapping[str, PartsRecord] = field(default_factory=dict)
+
+    def shape_of(self, value: str) -> tuple[int, ...]:
+        """Of the dense tensor that a value is, or stands for."""
+        if value in self.sharded:
+            return self.sharded[value].shape
+        return self.packed[value].shape if value in self.packed else self.tensors[value].shape
 
     def to_json(self) -> str:
-        content = asdict(self)
+        content, version = asdict(self), VERSION_OF_PARTS
+        if not self.sharded:
+            del content["sharded"]
+            version = VERSION
         return json.dumps(
-            {"format": FORMAT, "version": VERSION, "sha256": _digest(content), "content": content},
+            {"format": FORMAT, "version": version, "sha256": _digest(content), "content": content},
             indent=1,
         )
 
@@ -132,10 +169,11 @@ class Manifest:
             ) from (error)
         if not isinstance(outer, dict) or outer.get("format") != FORMAT:
             raise CheckpointError(f"{path} is no manifest of fqcompile: save the model again")
-        if outer.get("version") != VERSION:
+        version = outer.get("version")
+        if version not in (VERSION, VERSION_OF_PARTS):
             raise CheckpointError(
-                f"{path} has format version {outer.get('version')!r}, and this fqcompile reads "
-                f"version {VERSION}: install the fqcompile that wrote it, or save the model again"
+                f"{path} has format version {version!r}, and this fqcompile reads {VERSION} and "
+                f"{VERSION_OF_PARTS}: install the fqcompile that wrote it, or save the model again"
             )
         content = outer.get("content")
         if outer.get("sha256") != _digest(content):
@@ -143,6 +181,8 @@ class Manifest:
                 f"{path} is not what was written: its checksum differs; copy it again or save the "
                 "model again"
             )
+        if version == VERSION and isinstance(content, dict):
+            content = {"sharded": {}, **content}
         manifest = checked(cls, content, f"{path}: content")
         for problem in _problems(manifest):
             raise CheckpointError(f"{path}: {problem}; save the model again")
@@ -188,11 +228,37 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         problem = _packed_problem(record, *tensors)
         if problem is not None:
             yield f"packed weight {name}: {problem}"
+    values = {**manifest.packed, **manifest.tensors, **manifest.sharded}
     for name, slot in manifest.slots.items():
         if slot.kind not in KINDS:
             yield f"{name} is a {slot.kind!r}, not one of {KINDS}"
-        if slot.value not in manifest.packed and slot.value not in manifest.tensors:
+        if slot.value not in values:
             yield f"the value {slot.value!r} of {name} is not there"
+    for name, parts in manifest.sharded.items():
+        problem = _parts_problem(manifest, parts)
+        if problem is not None:
+            yield f"{name}, in parts: {problem}"
+
+
+def _parts_problem(manifest: Manifest, record: PartsRecord) -> str | None:
+    """Why the parts cannot be the whole, or None."""
+    if record.dim >= len(record.shape) or len(record.parts) != len(record.bounds):
+        return f"{len(record.bounds)} of {len(record.parts)} parts along dimension {record.dim}"
+    if any(len(bounds) % 2 for bounds in record.bounds):
+        return "a run of it has no end"
+    runs = sorted(run for runs in record.layout.runs for run in runs)
+    ends = [0, *(stop for _, stop in runs)]
+    starts = [*(start for start, _ in runs), record.shape[record.dim]]
+    if starts != ends:
+        return f"its runs {runs} do not cover {record.shape[record.dim]}"
+    for part, held in zip(record.parts, record.layout.runs, strict=True):
+        if part not in manifest.packed and part not in manifest.tensors:
+            return f"{part} is not there"
+        shape = list(record.shape)
+        shape[record.dim] = sum(stop - start for start, stop in held)
+        if manifest.shape_of(part) != tuple(shape):
+            return f"{part} is {list(manifest.shape_of(part))}, expected {shape}"
+    return None
 
 
 def _packed_problem(

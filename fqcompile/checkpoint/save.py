@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -12,9 +13,13 @@ from fqcompile.checkpoint.hugging_face import config_of, hugging_face_files
 from fqcompile.checkpoint.manifest import Manifest, PackedRecord, SlotRecord
 from fqcompile.checkpoint.packed_record import write_packed
 from fqcompile.checkpoint.safetensors_file import DTYPE_NAMES, DTYPES
-from fqcompile.checkpoint.shards import ShardWriter
+from fqcompile.checkpoint.shards import DigestWriter, ShardWriter
 from fqcompile.checkpoint.slots import Slot, slots
 from fqcompile.checkpoint.versions import versions
+from fqcompile.checkpoint.written import Held, Written, merged, parts_record
+from fqcompile.distributed.layout import layout_of
+from fqcompile.distributed.ranks import Team
+from fqcompile.distributed.shards import local_part, team_of
 from fqcompile.errors import CheckpointError
 from fqcompile.report import Plan, Site
 from fqcompile.weights.freed import is_freed
@@ -36,6 +41,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, plan: Plan | No
     beside them. What was in the directory is replaced as a whole: killed at any moment, this leaves
     the old save or the new one. Files that are not of a save, such as a tokenizer's, stay.
 
+    A model that is spread over ranks is saved by all of them at once, each its parts, to one
+    directory that all see; it loads on any other number of ranks that its groups allow.
+
     Args:
         plan: of `quantize_`, for the record of options and errors; without it, bits and group sizes
             are recorded alone.
@@ -43,60 +51,99 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, plan: Plan | No
     Raises:
         CheckpointError: no weight is packed; a tensor cannot be written (it is on the meta device,
             was freed, or is of a kind that only the process which made it knows); a module has
-            extra state; another process writes to the directory.
+            extra state; another process writes to the directory; what every rank should hold is
+            not the same on all.
+        RankError: another rank failed, or has ended.
+        ShardingError: the model is spread in a way that is not known here.
     """
     found = list(slots(model))
-    _check_savable(model, found)
-    target, generation = Path(directory), new_generation()
-    with writing(target):
-        writer = ShardWriter(target, generation)
-        records, packed = _write_slots(found, writer)
-        inner = getattr(model, "_orig_mod", model)
-        files = hugging_face_files(inner)
-        before = readable_manifest(target)
-        stage(target, generation, files)
-        names = dict.fromkeys([*files, *(before.files if before else ())])
-        sites = plan.sites if plan else [_site(n, r, writer) for n, r in packed.items()]
-        manifest = Manifest(
-            generation=generation,
-            versions=versions(),
-            model={"class": type(inner).__name__, "config": config_of(files)},
-            options=dict(plan.options) if plan else {},
-            sites=tuple(site.as_dict() for site in sites),
-            shards=tuple(writer.shards),
-            tensors=writer.tensors,
-            packed=packed,
-            slots=records,
-            files=tuple(names),
-        )
-        commit(target, manifest)
+    team = team_of(slot.tensor for slot in found)
+    target = Path(directory)
+    with ExitStack() as owned:
+
+        def begin() -> str:
+            _check_savable(model, found)
+            if not team.index:
+                owned.enter_context(writing(target))
+            return new_generation()
+
+        def end() -> None:
+            if not team.index:
+                _finish(target, generation, model, plan, merged(written))
+
+        # What one rank does in the directory comes after all others have done what is before it.
+        generation = team.together(begin)[0]
+        written = team.together(lambda: _write_slots(found, target, generation, team))
+        team.together(end)
     return target
+
+
+def _finish(
+    target: Path, generation: str, model: nn.Module, plan: Plan | None, written: Written
+) -> None:
+    """Other files and the manifest, when all shards are there."""
+    inner = getattr(model, "_orig_mod", model)
+    files = hugging_face_files(inner)
+    before = readable_manifest(target)
+    stage(target, generation, files)
+    names = dict.fromkeys([*files, *(before.files if before else ())])
+    sites = plan.sites if plan else [_site(n, r, written) for n, r in written.packed.items()]
+    manifest = Manifest(
+        generation=generation,
+        versions=versions(),
+        model={"class": type(inner).__name__, "config": config_of(files)},
+        options=dict(plan.options) if plan else {},
+        sites=tuple(site.as_dict() for site in sites),
+        shards=written.shards,
+        tensors=written.tensors,
+        packed=written.packed,
+        slots=written.slots,
+        files=tuple(names),
+        sharded={name: parts_record(held) for name, held in written.held.items()},
+    )
+    commit(target, manifest)
 
 
 def _packed_form(tensor: Tensor) -> PackedWeight | None:
     return next((form for ask in PACKED_FORMS if (form := ask(tensor)) is not None), None)
 
 
-def _write_slots(
-    found: Iterable[Slot], writer: ShardWriter
-) -> tuple[dict[str, SlotRecord], dict[str, PackedRecord]]:
+def _write_slots(found: Iterable[Slot], directory: Path, generation: str, team: Team) -> Written:
+    """What this rank writes: its parts and, on the first, all that is the same on every rank."""
+    writer = ShardWriter(directory, generation, first=team.index, step=team.size)
+    shared = DigestWriter(directory, generation) if team.index else writer
     records: dict[str, SlotRecord] = {}
     packed: dict[str, PackedRecord] = {}
+    held: dict[str, Held] = {}
     values: dict[int, str] = {}
     for slot in found:
         value = values.setdefault(id(slot.tensor), slot.name)
         records[slot.name] = SlotRecord(slot.kind, value)
         if value != slot.name:
             continue
-        weight = _packed_form(slot.tensor)
-        if weight is None:
-            writer.add({slot.name: slot.tensor})
+        layout, name, target = layout_of(slot.tensor), value, shared
+        if layout is not None:
+            name, target = f"{value}.part{layout.own}", writer
+            held[value] = Held(name, tuple(slot.tensor.shape), layout)
+            if not layout.leads:
+                continue
+        weight = _packed_form(local_part(slot.tensor))
+        if weight is not None:
+            packed[name] = _write_packed(target, name, weight)
         else:
-            packed[slot.name] = _write_packed(writer, slot.name, weight)
-        if writer.is_full:
-            writer.flush()
+            target.add({name: local_part(slot.tensor)})
+        if target.is_full:
+            target.flush()
     writer.flush()
-    return records, packed
+    shared.flush()
+    return Written(
+        shards=tuple(writer.shards),
+        tensors=writer.tensors,
+        packed=packed,
+        slots=records,
+        held={name: (own,) for name, own in held.items()},
+        same={} if shared is writer else shared.tensors,
+    )
 
 
 def _write_packed(writer: ShardWriter, name: str, weight: PackedWeight) -> PackedRecord:
@@ -114,7 +161,8 @@ def _write_packed(writer: ShardWriter, name: str, weight: PackedWeight) -> Packe
 
 def _check_savable(model: nn.Module, found: list[Slot]) -> None:
     """Before anything is written."""
-    if not any(_packed_form(slot.tensor) is not None for slot in found):
+    parts = {slot.name: local_part(slot.tensor) for slot in found}
+    if not any(_packed_form(part) is not None for part in parts.values()):
         raise CheckpointError(
             "the model has no packed weight: call fqcompile.quantize_(model) first, or save it "
             "with torch.save or save_pretrained"
@@ -125,10 +173,10 @@ def _check_savable(model: nn.Module, found: list[Slot]) -> None:
                 f"module {name or 'itself'} ({type(module).__name__}) has extra state, which no "
                 "tensor holds; keep it as a buffer to save it"
             )
-    for slot in found:
-        reason = None if _packed_form(slot.tensor) is not None else _unsavable(slot.tensor)
+    for name, part in parts.items():
+        reason = None if _packed_form(part) is not None else _unsavable(part)
         if reason is not None:
-            raise CheckpointError(f"{slot.name} cannot be saved: {reason}")
+            raise CheckpointError(f"{name} cannot be saved: {reason}")
 
 
 def _unsavable(tensor: Tensor) -> str | None:
@@ -147,10 +195,10 @@ def _unsavable(tensor: Tensor) -> str | None:
     return None
 
 
-def _site(name: str, record: PackedRecord, writer: ShardWriter) -> Site:
+def _site(name: str, record: PackedRecord, written: Written) -> Site:
     """What the packed weight alone tells of its site."""
     matrix = (record.rows, record.k)
-    tensors = (writer.tensors[tensor] for tensor in (record.codes, record.scale))
+    tensors = (written.tensors[tensor] for tensor in (record.codes, record.scale))
     return Site(
         name=name,
         kind="experts" if record.experts else "linear",

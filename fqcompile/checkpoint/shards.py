@@ -31,7 +31,10 @@ def shard_name(generation: str, index: int) -> str:
 
 
 class ShardWriter:
-    """Collects tensors, and writes them as shards of about `shard_bytes` (SHARD_BYTES)."""
+    """Collects tensors, and writes them as shards of about `shard_bytes` (SHARD_BYTES).
+
+    Of several writers of one save each takes every `step`-th number of a file, from `first` on.
+    """
 
     def __init__(
         self,
@@ -40,9 +43,12 @@ class ShardWriter:
         shard_bytes: int | None = None,
         shards: Sequence[ShardRecord] = (),
         tensors: Mapping[str, TensorRecord] | None = None,
+        first: int = 0,
+        step: int = 1,
     ) -> None:
         self._directory, self._generation = directory, generation
         self._limit = SHARD_BYTES if shard_bytes is None else shard_bytes
+        self._first, self._step = first, step
         self.shards = list(shards)
         self.tensors = dict(tensors or {})
         self._waiting: dict[str, Tensor] = {}
@@ -84,12 +90,23 @@ class ShardWriter:
             )
             start += tensor.nbytes
         header = encode_header({name: (r.dtype, r.shape, r.start) for name, r in records.items()})
-        file = shard_name(self._generation, len(self.shards))
-        write_file(self._directory / file, [header, *map(bytes_of, ordered.values())])
+        number = self._first + self._step * len(self.shards)
+        file = shard_name(self._generation, number)
+        self._write(file, [header, *map(bytes_of, ordered.values())])
         self.shards.append(ShardRecord(file, len(header) + start))
         self.tensors.update(records)
         self._waiting.clear()
         return records
+
+    def _write(self, file: str, pieces: Sequence[bytes | memoryview]) -> None:
+        write_file(self._directory / file, pieces)
+
+
+class DigestWriter(ShardWriter):
+    """Writes nothing: only the tensors' records, to compare with those of who does."""
+
+    def _write(self, file: str, pieces: Sequence[bytes | memoryview]) -> None:
+        pass
 
 
 class MappedShards:

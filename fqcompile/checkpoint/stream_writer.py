@@ -117,7 +117,7 @@ class StreamWriter:
 
     def _write_packed(self, names: list[str], tensor: Tensor) -> bool:
         """False, and the reason in its site, where the values do not allow it."""
-        found = replace(self._packable[names[0]], weight=tensor)
+        found = replace(self._packable[names[0]], parameter=tensor)
         try:
             site, record = self._quantized(found, names[0])
         except UnquantizableWeight as error:

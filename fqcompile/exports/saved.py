@@ -31,9 +31,15 @@ class Saved:
         """Reads no tensor.
 
         Raises:
-            CheckpointError: the directory is not whole, or its model is none of Hugging Face.
+            CheckpointError: the directory is not whole or was saved in parts, or its model is none
+                of Hugging Face.
         """
         manifest = read_manifest(directory)
+        if manifest.sharded:
+            raise CheckpointError(
+                f"{directory} was saved by several ranks, in parts; export reads whole weights: "
+                "fqcompile.save(fqcompile.load(None, directory), other) on one rank makes them"
+            )
         with torch.device("meta"):
             model = model_from_config(
                 manifest.model.get("class"), manifest.model.get("config"), directory

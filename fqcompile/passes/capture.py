@@ -20,7 +20,8 @@ from fqcompile.weights.freed import is_freed
 from fqcompile.weights.recipe import target_name
 
 _NAME_TOKEN = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
-_CONTAINERS = ("_modules", "_parameters", "_buffers")
+# `_local_tensor` is a sharded parameter's part on this rank, which `localize` made an input.
+_CONTAINERS = ("_modules", "_parameters", "_buffers", "_local_tensor")
 
 
 def capture(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig) -> GraphState:
@@ -30,7 +31,7 @@ def capture(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig
     constants = {
         node: index
         for index, (node, value) in enumerate(zip(inputs, args, strict=True))
-        if isinstance(value, Tensor) and _is_constant_input(node, value)
+        if isinstance(value, Tensor) and is_constant_input(node, value)
     }
     names = _parameter_names(constants)
     written = _writers(copied.graph, inputs, args)
@@ -41,8 +42,14 @@ def capture(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig
         constants={node: i for node, i in constants.items() if node not in written},
         written=written,
         names=names,
-        grad_possible=torch.is_grad_enabled() or _enables_grad(copied.graph),
+        grad_possible=torch.is_grad_enabled() or enables_grad(copied.graph),
     )
+
+
+def qualified_name(node: fx.Node) -> str:
+    """Of an input, as in `named_parameters()` of the module that the graph began in."""
+    path = _path(_source_name(node))
+    return ".".join(path[1:]) or path[0]
 
 
 def _source_name(node: fx.Node) -> str:
@@ -51,7 +58,8 @@ def _source_name(node: fx.Node) -> str:
     return str(name() if callable(name) else name)
 
 
-def _is_constant_input(node: fx.Node, value: Tensor) -> bool:
+def is_constant_input(node: fx.Node, value: Tensor) -> bool:
+    """Whether the input is the module's own, and not the caller's."""
     if isinstance(value, nn.Parameter):
         return True
     if node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") == "unguarded":
@@ -92,15 +100,19 @@ def _storage(value: object) -> int | None:
         return None
 
 
-def _enables_grad(graph: fx.Graph) -> bool:
+def enables_grad(graph: fx.Graph) -> bool:
+    """Whether grad mode is on in some part of the graph, whatever it is around it."""
     return any(target_name(n.target) == "_set_grad_enabled" and n.args[0] for n in graph.nodes)
 
 
 def _parameter_names(constants: dict[fx.Node, int]) -> dict[fx.Node, str]:
-    """Qualified names as in `named_parameters()`; the root is added where two would be equal."""
+    """Qualified names as in `named_parameters()`; the root is added where two would be equal.
+
+    A sharded parameter and its part have one name.
+    """
     paths = {node: _path(_source_name(node)) for node in constants}
-    short = {node: ".".join(path[1:]) or path[0] for node, path in paths.items()}
-    counts = Counter(short.values())
+    short = {node: qualified_name(node) for node in constants}
+    counts = Counter({tuple(paths[node]): name for node, name in short.items()}.values())
     return {
         node: short[node] if counts[short[node]] == 1 else ".".join(path)
         for node, path in paths.items()

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from tqdm import tqdm
 
+from fqcompile.distributed.ranks import progress
+from fqcompile.distributed.shards import NOT_LOCAL, is_dtensor
 from fqcompile.errors import UnquantizableWeight
 from fqcompile.passes.base import GraphState, example
 from fqcompile.passes.effects import has_effects
@@ -62,10 +63,10 @@ def decide(
 ) -> tuple[Decision, ...]:
     """For each site that is not settled: its plan for these weights, or why there is none."""
     open_sites = [site for site in state.sites if not site.settled]
-    progress = tqdm(open_sites, "fqcompile: quantising", unit="weight", disable=None, delay=2)
+    bar = progress(open_sites, "fqcompile: quantising", unit="weight", delay=2)
     decisions = []
     with use_logged():
-        for site in progress:
+        for site in bar:
             decisions.append(_decide_site(state, site, args))
             if releases is not None:
                 releases.decided(site, decisions[-1])
@@ -98,7 +99,7 @@ def _decide_site(state: GraphState, site: WeightSite, args: Sequence[Any]) -> De
     sources = tuple(args[state.constants[source]] for source in site.sources)
     if out.dtype not in WEIGHT_DTYPES:
         return f"dtype {out.dtype} is not supported; use fp32, fp16 or bf16"
-    refused = _unsupported(sources) or _trainable(state, site, sources)
+    refused = _trainable(state, site, sources) or _unsupported(sources)
     return refused or STORE.plan(site.recipe, sources, options, scale_dtype_beside(out.dtype))
 
 
@@ -110,6 +111,8 @@ def _unsupported(sources: tuple[Tensor, ...]) -> str | None:
         if weight.is_quantized or weight.layout != torch.strided:
             kind = str(weight.dtype if weight.is_quantized else weight.layout)
             return f"the weight is already quantised or sparse ({kind.removeprefix('torch.')})"
+        if is_dtensor(weight):
+            return NOT_LOCAL
         if type(weight) not in _PLAIN_TYPES:
             return f"the weight is a {type(weight).__name__}, not a plain tensor"
         if weight.dtype not in WEIGHT_DTYPES:

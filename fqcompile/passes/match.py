@@ -10,6 +10,7 @@ from collections import Counter
 from torch import Tensor, fx
 
 from fqcompile.config import HEAD_NAMES
+from fqcompile.distributed.shards import NOT_LOCAL, is_dtensor, local_part
 from fqcompile.passes.base import GraphState, example, placeholders
 from fqcompile.passes.effects import effects_between
 from fqcompile.passes.expert_forms import ExpertForm, expert_form
@@ -93,7 +94,7 @@ def _linear_site(
         x_steps=form.x_steps,
         out_steps=form.out_steps,
         name=_name(state, sources),
-        head=any(HEAD_NAMES.search(state.names[s]) or _feeds_embedding(s) for s in sources),
+        head=any(HEAD_NAMES.search(state.names[s]) or _embeds(state, s) for s in sources),
     )
 
 
@@ -136,8 +137,10 @@ def _matrix_shape(form: LinearForm) -> tuple[int, int]:
     return int(n), int(k)
 
 
-def _feeds_embedding(source: fx.Node) -> bool:
-    return any(target_name(user.target) == "embedding" for user in source.users)
+def _embeds(state: GraphState, source: fx.Node) -> bool:
+    """Whether an embedding reads the weight; of a sharded one it may read the whole."""
+    same = [node for node, name in state.names.items() if name == state.names[source]]
+    return any(target_name(user.target) == "embedding" for node in same for user in node.users)
 
 
 def _number_equal_names(sites: list[WeightSite]) -> None:
@@ -158,10 +161,12 @@ def _other_matrices(state: GraphState) -> list[KeptWeight]:
     for node, weight in zip(placeholders(state.graph), state.args, strict=True):
         if node not in state.names or node in used or not node.users:
             continue
+        sharded, weight = is_dtensor(weight), local_part(weight)
         if not _is_matrix(weight, state.config.min_elements):
             continue
         writer = state.written.get(node)
         reason = f"{writer!r} in the graph may write to it" if writer else _why_not(node)
+        reason = NOT_LOCAL if sharded and "embedding" not in reason else reason
         kind = "experts" if weight.dim() == 3 else "linear"
         nbytes = weight.numel() * weight.element_size()
         kept.append(KeptWeight(state.names[node], kind, tuple(weight.shape), nbytes, reason))

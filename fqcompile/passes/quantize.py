@@ -4,8 +4,7 @@ site: [N, K] bf16      ->   PackedSpec(recipe, plan): qweight uint8 [N, K/2], sc
 site: [E, N, K] bf16   ->   the same of [E * N, K]
 """
 
-from tqdm import tqdm
-
+from fqcompile.distributed.ranks import progress
 from fqcompile.passes.base import GraphState, part_of
 from fqcompile.weights.packed import PackedSpec
 from fqcompile.weights.packed_weight import PackedWeight
@@ -15,7 +14,7 @@ from fqcompile.weights.store import STORE
 def quantize(state: GraphState) -> int:
     """Quantise each site that has a plan; the node's final layout follows in `lower`."""
     chosen = [(site, site.plan) for site in state.sites if site.plan is not None]
-    for site, plan in tqdm(chosen, "fqcompile: quantising", unit="weight", disable=None, delay=2):
+    for site, plan in progress(chosen, "fqcompile: quantising", unit="weight", delay=2):
         part = part_of(state, site, plan)
         sources = tuple(state.args[i] for i in part.inputs)
         if not any(isinstance(source, PackedWeight) for source in sources):

@@ -9,7 +9,7 @@ until then get their dequantised values for it.
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -18,9 +18,13 @@ from torch._dynamo import exc
 from torch._guards import CompileContext, TracingContext, tracing
 
 from fqcompile.config import FineQuantConfig
-from fqcompile.errors import FreedWeightError
+from fqcompile.distributed.agreement import agree
+from fqcompile.distributed.shards import rank_groups
+from fqcompile.errors import FreedWeightError, RankError
+from fqcompile.passes.agreement import shared_facts
 from fqcompile.passes.base import GraphState, copy_module
 from fqcompile.passes.choose import Decision, decide, releases_of
+from fqcompile.passes.localize import localize, refuse_fsdp
 from fqcompile.passes.lower import compile_inner
 from fqcompile.passes.op_nodes import argument
 from fqcompile.passes.pipeline import Recorder, analyse, compile_state
@@ -47,8 +51,19 @@ def compile_graph(
     Raises:
         FreedWeightError: the graph reads as it is, or quantises in another way, a weight that an
             earlier one has freed.
+        RankError: other ranks of a sharded model compile something else, or do not answer.
+        ShardingError: the model is wrapped by FSDP.
     """
-    graph = GraphCompiler(module, config, name or f"graph_{next(_graph_numbers)}")
+    refuse_fsdp(module.graph)
+    local = localize(module, args)
+    module, args = local.module, local.arguments(args)
+    return local.wrap(_compiled(module, args, config, name or f"graph_{next(_graph_numbers)}"))
+
+
+def _compiled(
+    module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig, name: str
+) -> Inner:
+    graph = GraphCompiler(module, config, name)
     free_now = not (config.free_weights and _is_for_siblings(module, config))
     first = graph.compile_variant(args, free_now)
     weight_inputs = graph.weight_inputs()
@@ -86,6 +101,7 @@ class GraphCompiler:
         self._context = TracingContext.try_get()
         self._variants: dict[tuple[object, ...], Variant] = {}
         self._analysed: GraphState | None = None
+        self._agreed = False
 
     def weight_inputs(self) -> tuple[int, ...]:
         """Arguments on which the choice of a variant depends."""
@@ -116,11 +132,13 @@ class GraphCompiler:
                 self._module, args, self._config, recorder, name=self._name, free_now=free_now
             )
             plan = plan_of(state)
+            self._agree(args, shared_facts(state))
             variant = compile_state(state, args, recorder)
         except Exception as error:
             restored = [] if recorder.state is None else undo(recorder.state)
+            self._agree(args, {"outcome": f"pass {recorder.running!r} failed with {error!r}"})
             strict = self._config.on_unsupported == "error"
-            if strict or isinstance(error, (FreedWeightError, *_DYNAMO_REQUESTS)):
+            if strict or isinstance(error, (FreedWeightError, RankError, *_DYNAMO_REQUESTS)):
                 raise
             return self._unquantized(args, recorder, error, restored)
         state.args, state.freed = (), []  # the example weights must not outlive their model
@@ -131,6 +149,12 @@ class GraphCompiler:
         ] = variant
         self._report(recorder, plan, _warnings(state), time.perf_counter() - start)
         return variant
+
+    def _agree(self, args: Sequence[Any], facts: Mapping[str, str]) -> None:
+        """With the other ranks of a sharded model, once: later variants are each rank's own."""
+        if not self._agreed:
+            self._agreed = True
+            agree(self._name, facts, rank_groups(args))
 
     def _note_dense(self, variant: Variant, args: Sequence[Any]) -> None:
         """No later graph may free what this one reads as it is."""

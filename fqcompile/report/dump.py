@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch._logging._internal import trace_log, trace_structured
 
+from fqcompile.distributed.ranks import own_folder
 from fqcompile.report.compile_report import CompileReport
 from fqcompile.report.files import replace_text
 from fqcompile.report.pass_record import PassRecord
@@ -47,10 +48,11 @@ def _files(report: CompileReport) -> Iterator[tuple[str, str]]:
 def dump_report(report: CompileReport, debug_dir: str | os.PathLike[str]) -> Path:
     """Write the report below `debug_dir`, in a folder named after its graph; return the folder.
 
+    Where there are several ranks, each has a folder of its own around those of its graphs.
     Each pass has NN_<pass>.before.py, .after.py and .diff (where the report holds the graphs) and
     .txt; beside them lie sites.txt, report.json and report.html.
     """
-    folder = Path(debug_dir) / _safe(report.graph)
+    folder = own_folder(Path(debug_dir)) / _safe(report.graph)
     for name, text in _files(report):
         replace_text(folder / name, text)
     report.to_html(folder / "report.html")

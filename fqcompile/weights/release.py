@@ -46,7 +46,10 @@ def why_kept(weight: Tensor, parts: Sequence[PackedPart], modules: Mapping[int, 
     if isinstance(weight, PackedWeight):
         return "it is packed itself, and has no other values"
     if type(weight) is not nn.Parameter or weight.is_inference():
-        return "only parameters, made outside of inference mode, are freed"
+        return (
+            "only parameters, made outside of inference mode, are freed; fqcompile.quantize_ packs "
+            "those of a sharded model in place"
+        )
     if weight in _restored:
         return "fqcompile.restore brought its values back"
     if weight in _dense_readers:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fqcompile.checkpoint.manifest import (
     Manifest,
     PackedRecord,
+    PartsRecord,
     ShardRecord,
     SlotRecord,
     TensorRecord,
@@ -88,7 +89,7 @@ def test_any_config_and_site_survives(value: Any) -> None:
         ("[" * 100_000, "not JSON"),
         ("[]", "no manifest of fqcompile"),
         ('{"format": "other"}', "no manifest of fqcompile"),
-        (signed(content(), version=2), "format version 2"),
+        (signed(content(), version=3), "format version 3"),
         (signed(content(), version="1"), "format version '1'"),
         (signed(content(), sha256="00"), "checksum differs"),
         (MANIFEST.to_json().replace('"group_size": 32', '"group_size": 64'), "checksum differs"),
@@ -135,3 +136,45 @@ def _with(*path: str | int, to: Any) -> str:
 def test_contradictions_are_named(text: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         Manifest.from_json(text, PATH)
+
+
+IN_PARTS = replace(
+    MANIFEST,
+    tensors={
+        **MANIFEST.tensors,
+        "v.part0": TensorRecord(0, "F32", (3, 2), 700, "dd"),
+        "v.part1": TensorRecord(0, "F32", (1, 2), 724, "ee"),
+    },
+    sharded={"v": PartsRecord((4, 2), 0, ("v.part0", "v.part1"), ((0, 1, 2, 4), (1, 2)))},
+    slots={**MANIFEST.slots, "v": SlotRecord("parameter", "v")},
+)
+
+
+def test_values_in_parts_make_it_the_second_version() -> None:
+    text = IN_PARTS.to_json()
+    assert Manifest.from_json(text, PATH) == IN_PARTS
+    assert json.loads(text)["version"] == 2 and json.loads(MANIFEST.to_json())["version"] == 1
+    assert "sharded" not in content()
+    assert IN_PARTS.shape_of("v") == (4, 2)
+    assert IN_PARTS.sharded["v"].layout.runs == (((0, 1), (2, 4)), ((1, 2),))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dim": 2}, "along dimension 2"),
+        ({"parts": ["v.part0"]}, "2 of 1 parts"),
+        ({"bounds": [[0, 1, 2], [1, 2]]}, "no end"),
+        ({"bounds": [[0, 1, 2, 3], [1, 2]]}, "do not cover 4"),
+        ({"bounds": [[0, 1, 2, 4], [0, 2]]}, "do not cover 4"),
+        ({"bounds": [[0, 1], [1, 4]]}, r"v\.part0 is \[3, 2\], expected \[1, 2\]"),
+        ({"parts": ["v.part0", "u"]}, "u is not there"),
+        ({"shape": [4, 3]}, r"expected \[3, 3\]"),
+        ({"shape": [-4, 2]}, "negative"),
+    ],
+)
+def test_contradictions_of_parts_are_named(change: dict[str, Any], message: str) -> None:
+    changed = json.loads(IN_PARTS.to_json())["content"]
+    changed["sharded"]["v"].update(change)
+    with pytest.raises(CheckpointError, match=message):
+        Manifest.from_json(signed(changed, version=2), PATH)

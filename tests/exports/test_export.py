@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ pytest.importorskip("compressed_tensors", reason="the dev extra is not installed
 
 import fqcompile
 from fqcompile.checkpoint import shards
+from fqcompile.checkpoint.manifest import PartsRecord, read_manifest
 from fqcompile.cli import main
 from fqcompile.errors import CheckpointError, OptionError, UnquantizableWeight
 from fqcompile.exports import blocks
 from fqcompile.exports import directory as export_directory
+from fqcompile.exports import saved as export_saved
 from tests.checkpoint.crashes import count_operations, crash
 from tests.exports.models import make, save_quantised, tensors_of
 
@@ -234,6 +237,17 @@ def test_models_of_our_own_and_other_directories_are_refused(tmp_path: Path) -> 
         fqcompile.export(tmp_path / "own", tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         fqcompile.export(tmp_path / "nothing", tmp_path / "out")
+
+
+def test_what_several_ranks_saved_is_to_be_saved_whole_first(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = read_manifest(saved)
+    parts = PartsRecord((2, 2), 0, ("a", "b"), ((0, 1), (1, 2)))
+    in_parts = replace(whole, sharded={"model.layers.0.weight": parts})
+    monkeypatch.setattr(export_saved, "read_manifest", lambda directory: in_parts)
+    with pytest.raises(CheckpointError, match=r"saved by several ranks.*fqcompile.save\(fqcompile"):
+        fqcompile.export(saved, tmp_path / "out")
 
 
 def test_groups_do_not_cross_the_devices_of_tensor_parallelism(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
+from fqcompile.distributed.ranks import progress
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels.launch_table import Config
 from fqcompile.kernels.spec import GemmSpec
@@ -60,9 +60,10 @@ def search(
     """
     key, spec = tuning_key(spec, template.layout.name), at_bucket(spec, bucket)
     candidates = template.candidates(spec, spec.m, mode)
-    known = table.case(key, bucket)
-    left = [config for config in candidates if known.trial(config) is None]
-    problem = _try_all(left, template, spec, make_measure, lambda t: table.add(key, bucket, t))
+    with table.search_alone():
+        known = table.case(key, bucket)
+        left = [config for config in candidates if known.trial(config) is None]
+        problem = _try_all(left, template, spec, make_measure, lambda t: table.add(key, bucket, t))
     if problem is None:
         table.finish(key, bucket, mode)
         problem = table.case(key, bucket).failure
@@ -88,8 +89,7 @@ def _try_all(
     stack = f"{spec.experts}x" if spec.experts else ""
     shape = f"tuning {stack}{spec.n}x{spec.k} int{spec.bits} M={spec.m}"
     problem = None
-    # disable=None: no bar where standard error is no terminal.
-    for config in tqdm(configs, shape, leave=False, disable=None):
+    for config in progress(configs, shape, leave=False):
         try:
             trial = Trial(config, measure(config))
         except torch.OutOfMemoryError as error:

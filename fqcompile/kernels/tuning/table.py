@@ -9,7 +9,8 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
@@ -133,6 +134,22 @@ class TunedTable:
     def add(self, key: str, bucket: Bucket, trial: Trial) -> None:
         """Keep one more trial, in the file too."""
         self._merge({(key, bucket): Case((trial,))})
+
+    @contextmanager
+    def search_alone(self) -> Iterator[None]:
+        """Of the processes that share the file one searches; who waited knows what it has found.
+
+        So the ranks of a model, which want the same kernels at the same time, measure them once.
+        Where no lock can be had each searches for itself, and `add` says why nothing is kept.
+        """
+        with ExitStack() as held:
+            if not self._in_memory:
+                with suppress(OSError):
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(locked(self.path.with_suffix(".searching")))
+                if self.path.exists():
+                    self._cases = merged(read_cases(self.path, self.fingerprint), self._cases)
+            yield
 
     def finish(self, key: str, bucket: Bucket, mode: SearchMode) -> None:
         """Note that a search has tried all that it wanted to."""

@@ -1,0 +1,82 @@
+"""agree: all ranks of one model say what they compile before they run it.
+
+Ranks whose graphs have unlike collectives wait for each other for ever; ranks that compute what all
+of them hold with unlike kernels part in the last bit, and then in a token or in an expert. Either
+is said here. What ranks tell each other goes through the store of their process group and not
+through a collective, so that one that never comes is noticed, and named.
+
+FQCOMPILE_RANK_TIMEOUT is how many seconds to wait for the others; the default is half an hour, as
+one rank may quantise or tune while others find all of it done.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from hashlib import sha256
+
+from torch.distributed.distributed_c10d import Store, _get_default_store
+
+from fqcompile.distributed.ranks import rank
+from fqcompile.errors import OptionError, RankError
+
+TIMEOUT = "FQCOMPILE_RANK_TIMEOUT"
+_DEFAULT_SECONDS = "1800"
+_LONGEST = 200
+_times: Counter[tuple[int, ...]] = Counter()
+
+
+def agree(what: str, facts: Mapping[str, str], groups: Sequence[tuple[int, ...]]) -> None:
+    """Return when all ranks of each group have come here with these facts.
+
+    Raises:
+        RankError: one has other facts, or none came in time.
+        OptionError: FQCOMPILE_RANK_TIMEOUT is no number of seconds.
+    """
+    own = json.dumps(dict(facts))
+    digest = sha256(own.encode()).hexdigest()
+    for ranks in groups:
+        store, seconds = _get_default_store(), _seconds()
+        place = f"fqcompile/{'-'.join(map(str, ranks))}/{_times[ranks]}"
+        _times[ranks] += 1
+        store.set(f"{place}/{rank()}/facts", own)
+        store.set(f"{place}/{rank()}", digest)
+        for other in ranks:
+            if _wait(store, f"{place}/{other}", what, other, seconds) != digest.encode():
+                theirs = json.loads(store.get(f"{place}/{other}/facts"))
+                raise RankError(_difference(what, facts, theirs, other))
+
+
+def _wait(store: Store, key: str, what: str, other: int, seconds: float) -> bytes:
+    try:
+        store.wait([key], timedelta(seconds=seconds))
+        return bytes(store.get(key))
+    except RuntimeError as error:  # each kind of store has its own
+        raise RankError(
+            f"rank {rank()} has compiled {what}, and rank {other} has not come that far in "
+            f"{seconds:g} s: it has ended, or runs another graph; see its output. Raise {TIMEOUT} "
+            f"(seconds) if it only needs longer ({type(error).__name__})"
+        ) from error
+
+
+def _difference(what: str, own: Mapping[str, str], theirs: Mapping[str, str], other: int) -> str:
+    names = [n for n in dict.fromkeys([*own, *theirs]) if own.get(n) != theirs.get(n)]
+    name = names[0] if names else "the order of its sites"
+    mine, his = ((facts.get(name) or "nothing")[:_LONGEST] for facts in (own, theirs))
+    return (
+        f"{what} is not the same on all ranks: for {name!r} rank {rank()} has {mine}, and rank "
+        f"{other} has {his}. Give all ranks the same options and inputs; if only the kernels "
+        "differ, let all share one FQCOMPILE_CACHE_DIR, or compile with autotune='off'"
+    )
+
+
+def _seconds() -> float:
+    text = os.environ.get(TIMEOUT) or _DEFAULT_SECONDS
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e9:
+        raise OptionError(f"{TIMEOUT} is {text!r}; allowed: a number of seconds above 0")
+    return seconds

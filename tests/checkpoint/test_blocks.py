@@ -1,0 +1,112 @@
+"""Packed weights cut and joined are their dense values cut and joined, or the layer is refused."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fqcompile.checkpoint.blocks import DenseBlock, PackedBlock, assemble
+from fqcompile.distributed.layout import Layout, _chunks
+from fqcompile.errors import CheckpointError
+from fqcompile.quant.choose import QuantPlan, quantize_weight
+from fqcompile.quant.quantized_weight import QuantizedWeight
+
+
+def _layout(dim: int, size: int, holders: int, factor: int, own: int) -> Layout:
+    pieces = [_chunks(piece, holders) for piece in _chunks((0, size), factor)]
+    return Layout(dim, tuple(tuple(p[i] for p in pieces) for i in range(holders)), own)
+
+
+def _cut(dense: torch.Tensor, layout: Layout, own: int) -> torch.Tensor:
+    """By torch's own chunks, where they leave none out."""
+    runs = [dense.narrow(layout.dim, a, b - a) for a, b in layout.runs[own]]
+    return torch.cat(runs, layout.dim)
+
+
+def _packed(dense: torch.Tensor, transposed: bool, bits: int, group: int) -> PackedBlock:
+    matrix = dense.mT if transposed else dense
+    plan = QuantPlan(bits, min(group, matrix.shape[-1]), "mse", torch.float32, 0.0)
+    return PackedBlock(
+        quantize_weight(matrix.contiguous(), plan),
+        len(dense) if dense.dim() == 3 else 0,
+        transposed,
+    )
+
+
+def _dense(block: PackedBlock) -> torch.Tensor:
+    w_hat = block.weight.dequantize(torch.float32)
+    if block.experts:
+        w_hat = w_hat.view(block.experts, -1, w_hat.shape[1])
+    return w_hat.mT if block.transposed else w_hat
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_runs_are_those_of_torch_chunk(factor: int) -> None:
+    index = torch.arange(24)
+    for holders in (1, 2, 3, 4):
+        halves = [half.chunk(holders) for half in index.chunk(factor)]
+        for own in range(holders):
+            wanted = torch.cat([half[own] for half in halves])
+            assert torch.equal(_cut(index, _layout(0, 24, holders, factor, own), own), wanted)
+    assert _chunks((0, 3), 4) == [(0, 1), (1, 2), (2, 3), (3, 3)]
+
+
+@settings(max_examples=50)
+@given(data=st.data())
+def test_any_number_of_ranks_gets_what_any_other_saved(data: Any) -> None:
+    def draw(values: Any) -> Any:
+        return data.draw(st.sampled_from(values))
+
+    experts, transposed = draw([0, 4]), draw([False, True])
+    sizes = [128, 64] if transposed else [64, 128]
+    dense = torch.randn(*([experts] if experts else []), *sizes)
+    saved_dim, wanted_dim = draw(range(dense.dim())), draw(range(dense.dim()))
+    saved_by, wanted_by = draw([1, 2, 4]), draw([1, 2, 4])
+    saved = _layout(saved_dim, dense.shape[saved_dim], saved_by, draw([1, 2]), 0)
+    groups = [draw([16, 32, 1 << 20]) for _ in range(saved_by)]
+    bits = draw([4, 8])
+    parts = [
+        _packed(_cut(dense, saved, number), transposed, bits, group)
+        for number, group in enumerate(groups)
+    ]
+    whole = _put_together(saved, [_dense(part) for part in parts], dense.shape)
+    wanted = _layout(wanted_dim, dense.shape[wanted_dim], wanted_by, draw([1, 2]), wanted_by - 1)
+    block = assemble(parts.__getitem__, saved, wanted)
+    assert isinstance(block, PackedBlock)
+    assert torch.equal(_dense(block), _cut(whole, wanted, wanted.own))
+    block = assemble(lambda i: DenseBlock(_dense(parts[i])), saved, None)
+    assert isinstance(block, DenseBlock) and torch.equal(block.tensor, whole)
+
+
+def _put_together(saved: Layout, parts: list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
+    """Each part's values at the indices that it holds."""
+    whole = torch.empty(shape)
+    for runs, part in zip(saved.runs, parts, strict=True):
+        index = torch.cat([torch.arange(*run) for run in runs])
+        whole.index_copy_(saved.dim, index, part)
+    return whole
+
+
+def test_what_cannot_be_cut_or_joined_is_said() -> None:
+    dense = torch.randn(8, 120)
+    block = _packed(dense, False, 4, 32)
+    with pytest.raises(CheckpointError, match="column 60 is inside a group of 32"):
+        block.narrow(1, 60, 120)
+    with pytest.raises(CheckpointError, match="none of it"):
+        block.narrow(0, 8, 8)
+    with pytest.raises(CheckpointError, match=r"groups of \[8, 64\]"):
+        PackedBlock.join([_packed(dense[:, :64], False, 4, 8), _packed(dense, False, 4, 64)], 1)
+    with pytest.raises(CheckpointError, match=r"\[4, 8\] bits"):
+        PackedBlock.join([block, _packed(dense, False, 8, 32)], 0)
+    layout = Layout(0, (((0, 8),), ((8, 16),)), 0)
+    with pytest.raises(CheckpointError, match="some are not"):
+        assemble(lambda i: DenseBlock(dense) if i else block, layout, None)
+
+
+def test_a_slice_inside_one_group_is_a_column() -> None:
+    block = _packed(torch.randn(8, 120), False, 4, 120)
+    part = block.narrow(1, 60, 120)
+    assert isinstance(part.weight, QuantizedWeight) and part.weight.group_size == 60
+    assert torch.equal(_dense(part), _dense(block)[:, 60:])
