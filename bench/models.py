@@ -36,7 +36,7 @@ from bench.model_rows import Phase, measured_rows
 from bench.model_table import extrapolated, model_table
 from bench.model_zoo import MODELS, build, parameter_bytes
 from bench.results import Budget, Results, Row
-from fqcompile.commands.tune import _row_counts as row_counts
+from fqcompile.commands.argument_types import counts as row_counts
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels.gpu import gpu_of
 from fqcompile.kernels.tuning.search import DeviceLost

@@ -14,6 +14,7 @@ COMMANDS = {
     "demo": "compile a real model, show what was done to it, what it cost and what it saved",
     "explain": "show what would be quantised in a model, how, and why the rest would not",
     "quantize": "quantise a Hugging Face checkpoint, tensor by tensor, into a directory to load",
+    "plan": "say what a model takes and how fast it runs, on GPUs that need not be here",
     "tune": "measure kernel configurations on this machine's GPU and keep the fastest",
     "doctor": "show versions, devices, compilers, and which kernels are available and why not",
 }

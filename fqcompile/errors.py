@@ -39,3 +39,7 @@ class CorruptEntry(FineQuantError, ValueError):
 
 class CheckpointError(FineQuantError, RuntimeError):
     """A directory of weights cannot be read or written; the message names the file or tensor."""
+
+
+class PlannerError(FineQuantError, ValueError):
+    """A model, a device or a way to share them out cannot be planned for; the message says why."""
