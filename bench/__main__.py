@@ -17,6 +17,7 @@ BENCHMARKS = {
     "experts": "a GPU: a layer of experts, routing included, against torch._grouped_mm in 16 bits",
     "kernels": "our kernels against dense ones, torch.compile and other libraries, by layer",
     "models": "a GPU: decoding and prefill of whole models, random weights, against 16 bits",
+    "planner": "how far the planner's predictions are from all results",
     "launch_overhead": "Python's time in one call of the operator, against Triton's own launcher",
     "subnormals": "a GPU: whether its matrix units keep the codes that are subnormal numbers",
     "gpu": "a GPU: the tests marked gpu and the short benchmarks, into one folder",
