@@ -8,14 +8,15 @@ from tabulate import tabulate
 
 from fqcompile.planner.estimate import Estimate
 from fqcompile.planner.speed import Speed
+from fqcompile.planner.weight_format import PLAIN_BITS
 
 _GB = 1e9
 # As rows of the body: tabulate widens every column that has a header by two.
 _HEADERS = (
-    ("", "", "", "", "", "weights", "weights", "KV", "other", "", "most", "decode", "ms", "comm",
-     "prefill", "µs", "comm"),
+    ("", "", "", "", "", "weights", "weights", "KV", "other", "", "most", "decode", "over", "ms",
+     "comm", "prefill", "over", "µs", "comm"),
     ("GPUs", "tp", "ep", "batch", "context", "in", "GB", "GB", "GB", "fits", "seqs", "tok/s",
-     "/token", "share", "tok/s", "/token", "share"),
+     "bf16", "/token", "share", "tok/s", "bf16", "/token", "share"),
 )  # fmt: skip
 _COSTS = (("1M decoded", "1M read"), ("cost", "cost"))
 
@@ -42,17 +43,34 @@ def _part(model: str, device: str, found: Sequence[Estimate]) -> str:
         heads = [
             (*head, *cost) if priced else head for head, cost in zip(_HEADERS, _COSTS, strict=True)
         ]
-        rows = [_row(estimate, priced) for estimate in possible]
+        plain = {_way(e): e for e in possible if e.form.bits == PLAIN_BITS}
+        rows = [_row(estimate, plain.get(_way(estimate)), priced) for estimate in possible]
         rule = ["-" * max(map(len, column)) for column in zip(*heads, *rows, strict=True)]
         body = [*heads, rule, *rows]
         lines.append(tabulate(body, tablefmt="plain", disable_numparse=True, stralign="right"))
+        lines.append(_fewest(possible))
     refused = dict.fromkeys(estimate.refusal for estimate in found if estimate.refusal)
     return "\n".join([*lines, *(f"not possible: {reason}" for reason in refused)])
 
 
-def _row(estimate: Estimate, priced: bool) -> list[str]:
+def _way(estimate: Estimate) -> tuple[object, ...]:
+    """All but the format."""
+    return estimate.replicas, estimate.sharing, estimate.load
+
+
+def _fewest(possible: Sequence[Estimate]) -> str:
+    """On how few of the GPUs that were asked about each format fits, with any of the workloads."""
+    words = []
+    for name in dict.fromkeys(estimate.form.name for estimate in possible):
+        fit = [e.sharing.gpus for e in possible if e.form.name == name and e.fits]
+        words.append(f"{name} {min(fit)}" if fit else f"{name} none")
+    return f"fewest GPUs of those asked about: {', '.join(words)}"
+
+
+def _row(estimate: Estimate, plain: Estimate | None, priced: bool) -> list[str]:
     memory, sharing, load = estimate.memory, estimate.sharing, estimate.load
     assert memory is not None, "what is possible has its bytes"
+    decode, prefill = (None, None) if plain is None else (plain.decode, plain.prefill)
     return [
         str(estimate.gpus),
         str(sharing.tp),
@@ -65,19 +83,21 @@ def _row(estimate: Estimate, priced: bool) -> list[str]:
         f"{memory.activations / _GB:.1f}",
         "yes" if memory.fits else "no",
         str(memory.most_sequences * sharing.attention_groups),
-        *_speed(estimate, estimate.decode, 1e3),
-        *_speed(estimate, estimate.prefill, 1e6),
+        *_speed(estimate, estimate.decode, decode, 1e3),
+        *_speed(estimate, estimate.prefill, prefill, 1e6),
         *((_cost(estimate, estimate.decode), _cost(estimate, estimate.prefill)) if priced else ()),
     ]
 
 
-def _speed(estimate: Estimate, speed: Speed | None, units: float) -> tuple[str, str, str]:
-    """Tokens a second of all; time of a token: of one sequence's in decoding, else of them all."""
+def _speed(
+    estimate: Estimate, speed: Speed | None, plain: Speed | None, units: float
+) -> tuple[str, str, str, str]:
+    """Tokens a second of all; over those of bf16; a token's time, of decoding a sequence's."""
     if speed is None:
-        return "", "", ""
-    seconds = seconds_of_a_token(estimate, speed)
-    rate = estimate.tokens_per_second(speed)
-    return f"{rate:,.0f}", _digits(units * seconds), f"{speed.communication_share:.0%}"
+        return "", "", "", ""
+    rate, wait = estimate.tokens_per_second(speed), seconds_of_a_token(estimate, speed)
+    over = "" if plain is None else f"{speed.tokens_per_second / plain.tokens_per_second:.2f}x"
+    return f"{rate:,.0f}", over, _digits(units * wait), f"{speed.communication_share:.0%}"
 
 
 def seconds_of_a_token(estimate: Estimate, speed: Speed) -> float:

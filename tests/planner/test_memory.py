@@ -108,3 +108,9 @@ def test_activations_by_hand() -> None:
     largest = 1024 * 256 * 2  # gate and up, in 16 bits
     assert memory_of(shape, Sharing(), INT4, load, PLAIN).activations == 100 * row * 2 + largest
     assert pytest.approx(0.95e9) == memory_of(shape, Sharing(), BF16, load, PLAIN).usable
+
+
+def test_groups_hold_the_cache_of_their_own_sequences() -> None:
+    shape, load = decoder(MIXTRAL), Workload(5, 10)
+    memory = memory_of(shape, Sharing(2, 4), INT4, load, PLAIN)
+    assert memory.kv == 3 * 10 * 3 * 2 * 2 * 32 * 2  # of 5 sequences 3, of 4 KV heads 2

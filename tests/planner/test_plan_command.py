@@ -1,6 +1,7 @@
 """`fqcompile plan` as a user meets it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,26 @@ def test_the_table_has_a_line_for_each_way(
     printed = capsys.readouterr().out
     assert "my-model (0.0 B parameters) on NVIDIA L40S" in printed
     assert sum(line.split()[5:6] == ["int4"] for line in printed.splitlines()) == 4
+    assert "fewest GPUs of those asked about: bf16 1, int8 1, int4 1" in printed
+    plain, _, int4 = (e["decode"]["tokens_per_second"] for e in found[:3])
+    line = next(line for line in printed.splitlines() if line.split()[5:6] == ["int4"])
+    assert f"{int4 / plain:.2f}x" in line
+    for estimate in found:
+        rates = estimate["prefill"]
+        assert rates["ms_per_token"] == pytest.approx(1e3 / rates["tokens_per_second"])
+        rates = estimate["decode"]
+        wait = estimate["batch"] * 1e3 / rates["tokens_per_second"]
+        assert rates["ms_per_token"] == pytest.approx(wait)
     assert "PCIe 4.0 x16, 64 GB/s" in printed
     assert "cost" not in printed.split("By arithmetic")[0]
     html = page.read_text(encoding="utf-8")
     assert "<circle" in html
     assert "my-model" in html
     assert "://" not in html
+    points = re.findall(r"\n([\d.]+) ms per token.*?cx=\"([\d.]+)%", html, re.S)
+    by_wait = sorted((float(wait), float(left)) for wait, left in points)
+    assert len(by_wait) == 12
+    assert by_wait[0][1] < by_wait[-1][1]
 
 
 def test_replicas_multiply_tokens_and_not_their_cost(model: str, tmp_path: Path) -> None:
@@ -108,3 +123,11 @@ def test_wrong_arguments_are_named(
 ) -> None:
     assert main(["plan", "--model", model, *arguments]) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_the_papers_claim_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    """OPT-175B on 2 GPUs instead of 8."""
+    sizes = ["--tp", "1,2,4,8", "--batch", "1", "--group", "64"]
+    assert main(["plan", "--model", "opt-175b", "--gpu", "a100-80", *sizes]) == 0
+    expected = "fewest GPUs of those asked about: bf16 8, int8 4, int4 2"
+    assert expected in capsys.readouterr().out

@@ -17,7 +17,14 @@ from fqcompile.planner.devices import DEVICES
 from fqcompile.planner.matmul_time import matmul_seconds
 from fqcompile.planner.model_shapes import read_decoder
 from fqcompile.planner.sharding import Sharing, matrices
-from fqcompile.planner.speed import Speed, decode_speed, experts_read, prefill_speed
+from fqcompile.planner.speed import (
+    Rows,
+    Speed,
+    decode_speed,
+    experts_read,
+    matmul_parts,
+    prefill_speed,
+)
 from fqcompile.planner.weight_format import WeightFormat, formats, spec_of
 from fqcompile.planner.workload import Workload
 from tests.planner.shapes import MIXTRAL, PLAIN, decoder
@@ -146,3 +153,47 @@ def test_experts_met_are_at_least_those_of_one_token(count: int, k: int, tokens:
     met = experts_read(count, k, tokens)
     assert k - 1e-9 <= met <= count + 1e-9
     assert met <= experts_read(count, k, tokens + 1) + 1e-9
+
+
+def test_two_groups_of_two_gpus_share_experts_and_not_attention() -> None:
+    """tp 2, ep 4: two GPUs attend to each half of the batch, and each of four has 2 experts."""
+    shape, sharing = decoder(MIXTRAL, num_hidden_layers=1), Sharing(2, 4)
+    parts = matmul_parts(shape, sharing, BF16, Rows(3, 3, 1, 3), PLAIN)
+    seconds = {matrix.name: found for matrix, found in parts}
+    # Six tokens send 12 rows to four GPUs, and meet this share of all experts.
+    met = 2 * (1 - (6 / 8) ** 6)
+    moved = met * 512 * 256 * 2 + 3 * (512 + 256) * 2
+    assert seconds["experts down"] == pytest.approx(moved / 1e9 + 1e-5)
+    moved = 512 // 2 * 256 * 2 + 3 * (512 // 2 + 256) * 2
+    assert seconds["qkv"] == pytest.approx(moved / 1e9 + 1e-5)
+
+
+def test_two_groups_of_two_gpus_exchange_tokens() -> None:
+    shape, sharing, load = decoder(MIXTRAL), Sharing(2, 4), Workload(5, 10)
+    speed = decode_speed(shape, sharing, BF16, load, PLAIN, CLUSTER)
+    state = 3 * 256 * 2  # the larger group's three sequences
+    layer = 2 * all_reduce_seconds(state, 2, PLAIN, CLUSTER)
+    # A GPU sends half of them, each to two experts, and their results come back.
+    layer += 2 * all_to_all_seconds(state / 2 * 2, 4, PLAIN, CLUSTER)
+    logits = all_gather_seconds(3 * 1000 * 2, 2, PLAIN, CLUSTER)
+    assert speed.communication == pytest.approx(3 * layer + logits)
+    assert speed.tokens == 5
+
+
+def test_groups_prefill_their_parts_at_once() -> None:
+    shape, sharing = decoder(MIXTRAL), Sharing(2, 4)
+    for load, tokens in ((Workload(5, 100, 200), 400), (Workload(5, 100, ALL), 500)):
+        speed = prefill_speed(shape, sharing, BF16, load, PLAIN, CLUSTER)
+        assert speed.tokens == tokens
+
+
+def test_on_a_gpu_experts_that_are_not_met_are_not_read() -> None:
+    gpu = DEVICES["h200"]
+    shape = read_decoder("qwen3-235b-a22b")
+    stack = next(m for m in matrices(shape, Sharing()) if m.name == "experts gate_up")
+    for form in (INT4, BF16):
+        spec = spec_of(stack, 64, form, gpu)
+        few, many = (matmul_seconds(spec, gpu, hit) for hit in (8.0, 64.0))
+        one = 3072 * 4096 * form.bits / 8 / gpu.bandwidth
+        assert many - few > 25 * one, form.name
+        assert many - few < 80 * one, form.name
