@@ -36,7 +36,7 @@ format: .venv/dev.installed
 	$(BIN)/ruff check --fix .
 
 bench: .venv/bench.installed
-	$(BIN)/python -m bench $(ARGS)
+	$(BIN)/python -m bench $(or $(ARGS),short)
 
 .venv/%.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

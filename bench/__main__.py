@@ -10,18 +10,21 @@ BENCHMARKS = {
     "train_lm": "trains the small language models of the accuracy benchmark, once",
     "expert_forms": "what becomes of experts in every form that models write them",
     "expert_decode": "a CPU: decoding through a layer of experts, against Inductor on it",
+    "encoder": "a CPU: sentences through a small encoder in fp32, against Inductor",
     "overhead": "share of fqcompile's passes in the whole compilation of a small Llama",
     "startup": "the first start of a model and the second, part by part",
     "memory": "peak and resident memory of each way to run a model in 4 bits, against bf16",
     "static": "registers, copies and instructions of the Triton kernels, read from machine code",
     "experts": "a GPU: a layer of experts, routing included, against torch._grouped_mm in 16 bits",
     "kernels": "our kernels against dense ones, torch.compile and other libraries, by layer",
-    "models": "a GPU: decoding and prefill of whole models, random weights, against 16 bits",
+    "tune": "every kernel configuration (a CPU: every kernel) with its time and its roofline share",
+    "models": "decoding and prefill of whole models, random weights: time, starts, memory, ideal",
     "planner": "how far the planner's predictions are from all results",
     "launch_overhead": "Python's time in one call of the operator, against Triton's own launcher",
     "subnormals": "a GPU: whether its matrix units keep the codes that are subnormal numbers",
     "gpu": "a GPU: the tests marked gpu and the short benchmarks, into one folder",
-    "readme": "writes the README's tables from the results",
+    "short": "what `make bench` runs: each of the above on a small case, 10 minutes on 2 cores",
+    "readme": "writes the README's tables, and docs/results.md, from the results",
 }
 
 

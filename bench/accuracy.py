@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from bench.accuracy_allocation import allocation_rows
 from bench.accuracy_embeddings import embedding_rows, load_embedder
 from bench.accuracy_plots import draw
 from bench.accuracy_rows import (
@@ -94,6 +95,7 @@ def measure_family(family: str, arguments: argparse.Namespace, results: Results)
     _add(results, family, "ranges", range_rows(exact.model))
     if not arguments.quick:
         _add(results, family, "sensitivity", sensitivity_rows(brief))
+        _add(results, family, "allocation", iter(allocation_rows(brief)))
     changed = _with_outliers(brief)
     outlier_ways = [w for w in _OUTLIER_WAYS if w in ways]
     _add(results, family, "outliers", quality_rows(changed, outlier_ways, not arguments.quick))

@@ -21,7 +21,7 @@ def show(results: Results) -> None:
     print(
         "\nlosses and divergences from fp32 in thousandths of a bit per byte; [95 % of bootstraps]"
     )
-    for table in (embedding_table, sensitivity_table, error_table):
+    for table in (embedding_table, sensitivity_table, allocation_table, error_table):
         print(f"\n{table(results.rows)}")
     print(f"\nwith outliers in the weights\n\n{quality_table(results.rows, 'outliers')}")
     print(f"\n{verdict_table(verdicts(results.rows))}")
@@ -121,6 +121,22 @@ def sensitivity_table(rows: Sequence[Row]) -> str:
             _interval(r, "divergence"),
         )
         for r in _of(rows, "sensitivity")
+    ]
+    return tabulate(cells, headers, disable_numparse=True)
+
+
+def allocation_table(rows: Sequence[Row]) -> str:
+    """What group sizes matrix by matrix bring beside fixed ones, predicted from each alone."""
+    headers = ("model", "sizes by", "bits/weight", "predicted", "fixed groups", "less by")
+    cells = [
+        (
+            r["model"],
+            r["way"].removeprefix("int4 ").removesuffix(" mse"),
+            f"{r['bits_per_weight']:.3f}",
+            *(f"{_MILLI * r[name]:.3f}" for name in ("predicted", "fixed_groups")),
+            f"{1 - r['predicted'] / r['fixed_groups']:.1%}",
+        )
+        for r in _of(rows, "allocation")
     ]
     return tabulate(cells, headers, disable_numparse=True)
 

@@ -77,16 +77,21 @@ def _against(model: str, measure: str, way: str, row: Row, own: Row) -> Verdict:
 
 
 def _against_fixed_groups(model: str, measure: str, rows: dict[str, Row]) -> Iterator[Verdict]:
-    """Fixed sizes as many matrices each as make the adaptive rule's bits: linear between two."""
+    """One size for all, or two so that adaptive's bits come out."""
     fixed = sorted((rows[w]["bits_per_weight"], rows[w][measure]) for w in FIXED if w in rows)
-    bits = rows[ADAPTIVE]["bits_per_weight"]
-    for (fewer, worse), (more, better) in pairwise(fixed):
+    bits, value = (rows[ADAPTIVE][name] for name in ("bits_per_weight", measure))
+    limit = mixed(fixed, bits)
+    if limit is not None:
+        name = f"adaptive's {measure} below that of fixed groups mixed to its bits"
+        yield Verdict(name, model, value, limit, value < limit, f"{bits:.2f} bits")
+
+
+def mixed(points: Sequence[tuple[float, float]], bits: float) -> float | None:
+    """Between the two of the sorted points (bits, value) around these bits; None outside."""
+    for (fewer, before), (more, after) in pairwise(points):
         if fewer <= bits <= more:
-            limit = worse + (better - worse) * (bits - fewer) / (more - fewer)
-            name = f"adaptive's {measure} below that of fixed groups mixed to its bits"
-            value = rows[ADAPTIVE][measure]
-            yield Verdict(name, model, value, limit, value < limit, f"{bits:.2f} bits")
-            return
+            return before + (after - before) * (bits - fewer) / (more - fewer)
+    return None
 
 
 def _nearest_below(bits: float, rows: dict[str, Row]) -> Row | None:

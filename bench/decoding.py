@@ -15,14 +15,21 @@ Work = Callable[[], Tensor]
 
 
 class Decoding:
-    """A batch of sequences of `context` tokens, each to be lengthened by up to `steps` more."""
+    """A batch of sequences of `context` tokens, each to be lengthened by up to `steps` more.
+
+    Attributes:
+        rows: tokens that go through the layers in a step; `head_rows` of them through the head.
+        attended: pairs of a token and one that it attends to, in the first step.
+        context_bytes: of the keys and values of the context, of all layers.
+    """
 
     def __init__(self, model: nn.Module, batch: int, context: int, steps: int) -> None:
         config: Any = model.config
         parameter = next(model.parameters())
         device, dtype = parameter.device, parameter.dtype
         self.context = context
-        self.batch = batch
+        self.rows = self.head_rows = batch
+        self.attended = batch * (context + 1)
         cache_type = import_module("transformers").StaticCache
         self.cache = cache_type(config=config, max_cache_len=context + steps)
         heads = config.num_attention_heads
@@ -34,6 +41,8 @@ class Decoding:
         for layer in self.cache.layers:
             layer.keys.normal_(generator=generator)
             layer.values.normal_(generator=generator)
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+        self.context_bytes = held * context // (context + steps)
         self.tokens = torch.randint(
             config.vocab_size, (batch, 1), device=device, generator=generator
         )
@@ -74,9 +83,14 @@ class Decoding:
 
 
 class Prefill:
-    """One prompt of `length` tokens; no cache is kept."""
+    """One prompt of `length` tokens; no cache is kept. Attributes as those of Decoding."""
+
+    context_bytes = 0
+    head_rows = 1
 
     def __init__(self, model: nn.Module, length: int) -> None:
+        self.rows = length
+        self.attended = length * (length + 1) // 2
         parameter, config = next(model.parameters()), model.config
         generator = torch.Generator(parameter.device).manual_seed(2)
         vocabulary: Any = config.vocab_size  # type: ignore[union-attr]

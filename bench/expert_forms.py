@@ -1,6 +1,6 @@
 """What becomes of experts in every form that models write them: sites, share of bytes, error.
 
-    python -m bench expert_forms [--dtype fp32]
+    python -m bench expert_forms [--dtype fp32] [--json FILE]
 
 Small random models, compiled as one graph (`fullgraph=True`); the rewritten graph runs eagerly. The
 error is the largest difference of the logits from the model with dequantised weights, relative to
@@ -13,6 +13,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,9 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import fqcompile
+from bench.identity import identity
 from bench.moe_models import LAYERS_OF_OUR_OWN, MODELS, VOCAB, WIDTH, build, expert_weights
+from bench.results import Results
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HEADERS = ("model", "form", "stacks", "share of bytes", "max error", "of the original")
@@ -91,12 +94,16 @@ def rows(dtype: torch.dtype) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench expert_forms", description=__doc__)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
+    results = Results(identity(torch.device("cpu")), {"dtype": arguments.dtype}, arguments.json)
+    found = rows(DTYPES[arguments.dtype])
+    results.add(*(r._asdict() for r in found))
     table = [
         (r.model, r.form, r.stacks, f"{r.share:.1%}", f"{r.error:.1e}", f"{r.original:.3f}")
-        for r in rows(DTYPES[arguments.dtype])
+        for r in found
     ]
     print(tabulate(table, HEADERS, disable_numparse=True))
 

@@ -22,6 +22,7 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
+from bench.dtypes import DTYPES
 from bench.expert_layers import (
     DENSE_WAY,
     GATHERED,
@@ -42,7 +43,6 @@ from fqcompile.kernels.roofline import ideal_seconds
 from fqcompile.kernels.tuning.launches import Mode
 from fqcompile.kernels.tuning.search import DeviceLost, WrongResult
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
 REGIMES = (GATHERED, GROUPED, DENSE_WAY)  # in the order in which more tokens make them the fastest
 LEASE = 540.0  # seconds; of the ten minutes of a lease, the rest is for starting and writing

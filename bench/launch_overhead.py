@@ -1,6 +1,7 @@
 """Python's time in one call of our operator, against that of Triton's own launcher alone.
 
     python -m bench launch_overhead [--device cuda] [--calls 200] [--repeat 50] [--target 10]
+        [--json FILE]
 
 Outside of CUDA graphs each call of a kernel costs this much of the host, and a small model is bound
 by it. All ways are timed in turn: per-call medians over the repeats, with the fastest repeat, which
@@ -12,6 +13,7 @@ its choice of the compiled kernel and all of ours are real; what the driver take
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +23,7 @@ import triton
 from tabulate import tabulate
 
 from bench.identity import identity
+from bench.results import Results
 from bench.stub_driver import install
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels import ops
@@ -131,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default=here)
     parser.add_argument("--calls", type=int, default=200)
     parser.add_argument("--repeat", type=int, default=50)
+    parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--target", type=float, default=10.0, metavar="MICROSECONDS")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
@@ -138,7 +142,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = measure(device, arguments.calls, arguments.repeat)
     except FineQuantError as error:
         raise SystemExit(f"bench launch_overhead: {error}") from error
-    print(", ".join(f"{key} {value}" for key, value in identity(device).items()))
+    settings = {"stub": device.type == "cpu", "launcher": LAUNCHER, "operator": OP}
+    results = Results(identity(device), settings, arguments.json)
+    results.add(
+        *({"way": n, "us": median(times), "best": min(times)} for n, times in found.items())
+    )
+    print(", ".join(f"{key} {value}" for key, value in results.identity.items()))
     if device.type == "cpu":
         print("a STUB takes the place of the launch, and the machine may have other work")
     base, fastest = median(found[LAUNCHER]), min(found[LAUNCHER])

@@ -19,22 +19,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tabulate import tabulate
 from tqdm import tqdm
 
 from bench.failures import failure
 from bench.fresh_process import in_fresh_process
 from bench.identity import identity
 from bench.llama_layers import SIZES
-from bench.memory_ways import PLAIN, SAVE, SAVED, WAYS
-from bench.model_rows import allowed_error
+from bench.memory_table import memory_table
+from bench.memory_ways import SAVE, SAVED, WAYS
 from bench.results import Results, Row
-from fqcompile.kernels.tuning.search import WrongResult
-
-_MIB = 2**20
-# Random weights quantised to 4 bits by any rule are a tenth of their size off, and so is a model of
-# few layers some times that.
-_LOOSELY = 0.6
+from bench.same_logits import checked
 
 
 def measured(way: str, arguments: argparse.Namespace, folder: Path) -> Row:
@@ -48,42 +42,6 @@ def measured(way: str, arguments: argparse.Namespace, folder: Path) -> Row:
     ways = [SAVE, way, way] if way in SAVED else [way, way]
     rows = [in_fresh_process("bench.memory_ways", [*flags, name], environment) for name in ways]
     return rows[-1]
-
-
-def checked(row: Row, before: Sequence[Row], layers: int) -> Row:
-    """The row without its logits.
-
-    Raises:
-        WrongResult: they are not those of the plain model to 4 bits, or of our other ways exactly
-            to rounding.
-    """
-    logits = torch.tensor(row["logits"], dtype=torch.float64)
-    for other in before:
-        if "logits" not in other:
-            continue
-        expected = torch.tensor(other["logits"], dtype=torch.float64)
-        error = float((logits - expected).norm() / expected.norm())
-        alike = row["ours"] and other["ours"]
-        allowed = allowed_error(torch.bfloat16, layers) if alike else _LOOSELY
-        if not error <= allowed:
-            raise WrongResult(f"{error:.2g} from {other['way']}, allowed {allowed:.2g}")
-        row["error"] = row.get("error", error)
-    return row
-
-
-def memory_table(rows: Sequence[Row]) -> str:
-    """MiB beyond those of the imports; "of bf16" compares with the plain model."""
-    plain = next((row for row in rows if row["way"] == PLAIN and "failure" not in row), None)
-    lines = []
-    for row in rows:
-        if "failure" in row:
-            continue
-        figures = [f"{row[key] / _MIB:.0f}" for key in ("loaded", "peak", "after", "own")]
-        shares = [f"{row[key] / plain[key]:.2f}" if plain else "" for key in ("peak", "after")]
-        imports = f"{row['imports'] / _MIB:.0f}"
-        lines.append([row["way"], *figures, *shares, imports, f"{row.get('error', 0):.3f}"])
-    headers = ["way", "loaded", "peak", "after", "own", "peak\nof bf16", "after\nof bf16"]
-    return tabulate(lines, [*headers, "imports", "error"], disable_numparse=True)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from torch import nn
 import fqcompile
 from bench import process_memory
 from bench.llama_layers import SIZES, Size, build, on_meta, prompt
+from bench.memory_table import PLAIN
 from bench.results import Row
 
 Compiled = Callable[..., Any]
 
-PLAIN, SAVE = "bf16", "save"
+SAVE = "save"
 # The head too, as torchao has it, where ours would by itself have 8 bits.
 GROUP = 128
 OPTIONS: dict[str, Any] = {"granularity": GROUP, "overrides": {"lm_head": {"bits": 4}}}
@@ -90,6 +92,8 @@ def took(way: str, size: Size, saved: Path) -> Row:
     bytes_now = {"loaded": loaded, "peak": peak, "after": process_memory.resident()}
     row: Row = {key: value - imports for key, value in bytes_now.items()}
     row |= {"own": process_memory.anonymous() - own, "imports": imports}
+    if way == "torchao":
+        row["library"] = f"torchao {version('torchao')}"
     return row | {"ours": way in _OURS, "logits": logits}
 
 

@@ -1,16 +1,11 @@
-"""Measures a phase of a model: 16 bits by Inductor, int8 and int4 by finequant.
-
-"int4 head": the output head in 4 bits too, which by default has 8.
-"""
+"""Measures a phase of a model in each of its ways: who computes the right thing is timed."""
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from math import sqrt
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +13,20 @@ from torch import Tensor, nn
 from bench.decoding import Decoding, Prefill, Work
 from bench.failures import failure
 from bench.interleaved import Replay, timings
+from bench.model_ideal import Rates, bytes_saved, flops_of, ideal_ms, weight_bytes_read
+from bench.model_table import PLAIN
+from bench.model_ways import Way, check_matrices
 from bench.results import Row
-from fqcompile.backend import finequant
 from fqcompile.fake_quantize import fake_quantize_
 from fqcompile.kernels.tuning.search import WrongResult
 from fqcompile.report import CompileReport, clear_reports, reports
 
 Phase = Decoding | Prefill
-PLAIN = "inductor"
-WAYS: dict[str, dict[str, Any] | None] = {
-    PLAIN: None,
-    "int8": {"bits": 8},
-    "int4": {"bits": 4},
-    "int4 head": {"bits": 4, "overrides": {"lm_head|embed_tokens": {"bits": 4}}},
-}
 # Results that are rounded one after another in a layer: norm, q/k/v, scores, softmax, values, out,
 # sum, norm, up, activation, down, sum.
 CHAIN = 12
-_WARM_CALLS = 3  # the first compiles, the second is recorded as a CUDA graph, the third replays it
+WARM_CALLS = 3  # the first compiles, the second is recorded as a CUDA graph, the third replays it
+_LOGITS = 256  # of the first sequence, kept for comparison with a start of the same way
 
 
 @dataclass
@@ -44,15 +35,6 @@ class Ready:
 
     work: Work
     row: Row
-
-
-def compiler(own: dict[str, Any] | None, inner: str) -> Callable[[Any], Any]:
-    """torch.compile as users call it; `inner` other than Inductor has no CUDA graphs."""
-    graphs = {"mode": "reduce-overhead"} if inner == "inductor" else {}
-    if own is None:
-        return partial(torch.compile, backend=inner, dynamic=False, **graphs)
-    options = {**own, "inner_backend": inner, **graphs}
-    return partial(torch.compile, backend=finequant, dynamic=False, options=options)
 
 
 def allowed_error(dtype: torch.dtype, layers: int) -> float:
@@ -64,49 +46,67 @@ def allowed_error(dtype: torch.dtype, layers: int) -> float:
     return 2 * sqrt(4 * CHAIN * layers / 3) * torch.finfo(dtype).eps / 2
 
 
-def measured_rows(model: nn.Module, phase: Phase, layers: int, inner: str) -> Iterator[Row]:
-    """A row for each way: its timing, or why there is none."""
+def measured_rows(
+    model: nn.Module, phase: Phase, ways: Sequence[Way], layers: int, inner: str, rates: Rates
+) -> Iterator[Row]:
+    """A row for each way: its timing, or why there is none.
+
+    A row with a timing has "logits", which are for `checked_logits` and no result.
+    """
     ready: dict[str, Ready] = {}
     failures: dict[str, str] = {}
     torch.compiler.reset()
-    for way, options in WAYS.items():
+    for way in ways:
         try:
-            ready[way] = _prepared(model, phase, options, layers, inner)
+            ready[way.name] = _prepared(model, phase, way, layers, inner)
         except Exception as error:
-            failures[way] = failure(error)
+            failures[way.name] = failure(error)
     device = next(model.parameters()).device
-    found = timings({way: _replay(phase, known.work, device) for way, known in ready.items()})
+    found = timings({name: _replay(phase, known.work, device) for name, known in ready.items()})
     plain = found.get(PLAIN)
-    for way in WAYS:
-        row: Row = {"way": way}
-        if way in failures:
-            yield row | {"failure": failures[way]}
+    for way in ways:
+        row: Row = {"way": way.name, "library": way.label}
+        if way.name in failures:
+            yield row | {"failure": failures[way.name]}
             continue
-        t = found[way]
+        t, known = found[way.name], ready[way.name].row
         row |= {"ms": t.microseconds / 1e3, "low": t.low / 1e3, "high": t.high / 1e3}
         row["over_inductor"] = plain and plain.microseconds / t.microseconds
-        yield row | ready[way].row
+        ideal = ideal_ms(known["bytes_read"], flops_of(model, phase), rates)
+        yield row | {"ideal_ms": ideal, "of_ideal": ideal / row["ms"]} | known
 
 
-def _prepared(
-    model: nn.Module, phase: Phase, options: dict[str, Any] | None, layers: int, inner: str
-) -> Ready:
-    """Compile, compare with the dequantised weights in the same model, and warm up."""
+def first_logits(logits: Tensor) -> list[float]:
+    """What is compared between processes, of logits [batch, vocabulary]."""
+    found: list[float] = logits[0, :_LOGITS].double().tolist()
+    return found
+
+
+def _prepared(model: nn.Module, phase: Phase, way: Way, layers: int, inner: str) -> Ready:
+    """Compile, compare with what must come out, and warm up."""
     clear_reports()
     skips = _cudagraph_skips()
-    work = phase.step_of(model, compiler(options, inner))
+    changed = model
+    if way.change is not None:
+        changed = copy.deepcopy(model)
+        way.change(changed)
+        check_matrices(changed, model)
+    work = phase.step_of(changed, way.compiler(inner))
     phase.rewind()
     start = time.perf_counter()
     logits = work().clone()
-    _synchronize(logits.device)
+    synchronize(logits.device)
     row: Row = {"first_call_s": time.perf_counter() - start}
     found = reports()
-    if options is not None:
-        error = _relative_error(logits, _oracle_logits(model, phase, found))
-        row |= _about(found) | {"error": error, "allowed": allowed_error(logits.dtype, layers)}
-        if not error <= row["allowed"]:
-            raise WrongResult(f"relative error {error:.2g}, allowed {row['allowed']:.2g}")
-    for _ in range(_WARM_CALLS - 1):
+    error = relative_error(logits, _oracle_logits(changed, phase, found))
+    row |= {"error": error, "allowed": allowed_error(logits.dtype, layers)}
+    if not error <= row["allowed"]:
+        raise WrongResult(f"relative error {error:.2g}, allowed {row['allowed']:.2g}")
+    if way.options is not None:
+        row |= about(found)
+    held = weight_bytes_read(changed) - bytes_saved(found)
+    row |= {"bytes_read": held + phase.context_bytes, "logits": first_logits(logits)}
+    for _ in range(WARM_CALLS - 1):
         work()
     return Ready(work, row | {"cudagraph_skips": _cudagraph_skips() - skips})
 
@@ -116,7 +116,8 @@ def _cudagraph_skips() -> int:
     return int(torch._dynamo.utils.counters["inductor"]["cudagraph_skips"])
 
 
-def _about(found: list[CompileReport]) -> Row:
+def about(found: Sequence[CompileReport]) -> Row:
+    """Of what finequant compiled: seconds of quantising, sizes, kernels."""
     seconds = {p.name: p.seconds for report in found for p in report.passes}
     totals = [report.plan.totals for report in found]
     return {
@@ -134,16 +135,17 @@ def _kernels(report: CompileReport) -> Iterator[str]:
             yield from (line.partition(": ")[2] for line in record.matched)
 
 
-def _oracle_logits(model: nn.Module, phase: Phase, found: list[CompileReport]) -> Tensor:
-    """Eager, with every weight that was quantised replaced by its dequantised value."""
-    oracle = copy.deepcopy(model)
+def _oracle_logits(model: nn.Module, phase: Phase, found: Sequence[CompileReport]) -> Tensor:
+    """Eager, with every weight that was quantised here replaced by its dequantised value."""
+    oracle = copy.deepcopy(model) if found else model
     for report in found:
         fake_quantize_(oracle, report)
     phase.rewind()
     return phase.step_of(oracle, lambda step: step)()
 
 
-def _relative_error(actual: Tensor, expected: Tensor) -> float:
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual - expected‖ / ‖expected‖."""
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
@@ -157,9 +159,9 @@ def _replay(phase: Phase, work: Work, device: torch.device) -> Replay:
     return replay
 
 
-def clocked(work: Work, count: int, device: torch.device) -> list[float]:
+def clocked(work: Callable[[], Tensor], count: int, device: torch.device) -> list[float]:
     """Microseconds of each of `count` calls: on a GPU from one's end to the next one's."""
-    _synchronize(device)
+    synchronize(device)
     if device.type != "cuda":
         marks = [time.perf_counter()]
         for _ in range(count):
@@ -175,6 +177,7 @@ def clocked(work: Work, count: int, device: torch.device) -> list[float]:
     return [1e3 * start.elapsed_time(end) for start, end in pairwise(events)]
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU has still to do."""
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -48,9 +48,17 @@ MODELS = {
     "llama-3-8b": Shape("Llama", 32, 32, _llama(4096, 14336, 32, 8, 128256)),
     "opt-30b": Shape("OPT", 48, 8, _opt(7168, 56)),
     "opt-175b": Shape("OPT", 96, 4, _opt(12288, 96)),
+    "small": Shape("Llama", 4, 4, _llama(1024, 2816, 16, 4, 32000)),
     "tiny": Shape("Llama", 4, 2, _llama(256, 512, 4, 2, 512)),
     "tiny-opt": Shape("OPT", 4, 2, _opt(256, 4, 512)),
 }
+MADE_UP = ("small", "tiny", "tiny-opt")  # no well-known models: measured where asked for
+
+
+def classes(name: str) -> tuple[Any, Any]:
+    """Those of its configuration and of the model, imported."""
+    library, kind = import_module("transformers"), MODELS[name].kind
+    return getattr(library, f"{kind}Config"), getattr(library, f"{kind}ForCausalLM")
 
 
 def build(name: str, layers: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -59,13 +67,13 @@ def build(name: str, layers: int, dtype: torch.dtype, device: torch.device) -> n
     A weight of K columns has a standard deviation of K**-1/2, as trained ones about have: values
     keep their size from layer to layer.
     """
-    shape, hf = MODELS[name], import_module("transformers")
-    config = getattr(hf, f"{shape.kind}Config")(**shape.sizes, num_hidden_layers=layers)
+    config_type, model_type = classes(name)
+    config = config_type(**MODELS[name].sizes, num_hidden_layers=layers)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model: nn.Module = getattr(hf, f"{shape.kind}ForCausalLM")(config)
+            model: nn.Module = model_type(config)
     finally:
         torch.set_default_dtype(before)
     generator = torch.Generator(device).manual_seed(0)

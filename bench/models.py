@@ -2,18 +2,24 @@
 
     python -m bench models --device cuda [--model llama-3-8b opt-175b] [--layers N]
         [--batch 1,16,64] [--context 1024] [--prompt 1024] [--phases prefill decode]
-        [--dtype bf16|fp16] [--json FILE] [--time-budget SECONDS]
+        [--ways inductor int4 ...] [--dtype bf16|fp16] [--no-starts] [--json FILE]
+        [--time-budget SECONDS]
+    python -m bench models --device cpu --model llama-3-8b --layers 2 --batch 1 --context 64
     python -m bench models --device cpu --tiny     # whether it works, in 3 minutes
 
-All are compiled with mode="reduce-overhead", so run as CUDA graphs: the same model by Inductor, and
-by finequant with int8 and int4. A step of decoding has a static cache filled with --context tokens;
-what is timed is that step alone, compiled on its own, in turn with the others: 25 steps, the
-median, 20th and 80th percentile. Before that the quantised model's logits are compared with those
-of the model with each weight replaced by its dequantised value, eager.
+All are compiled with mode="reduce-overhead", so run as CUDA graphs: the ways of `model_ways`. A
+step of decoding has a static cache filled with --context tokens; what is timed is that step alone,
+compiled on its own, in turn with the others: 25 steps, the median, 20th and 80th percentile. Before
+that a way's logits are compared with those of its weights, dequantised, in the eager model. "of
+ideal" is the least time that reading its own weights and the context, or the products, allow
+(`model_ideal`) over the time measured.
 
 A model with fewer layers than it has is measured with half as many too; what is said of all its
-layers is extrapolated from the two on a straight line, and marked so. "first call" is with empty
-caches for the first line of a model only; it includes quantisation.
+layers is extrapolated from the two on a straight line, and marked so.
+
+Last come the starts of the first work timed, each in a process of its own: seconds from the model
+in 16 bits in memory to its first result, quantisation included, with empty caches and with those
+that this has filled; and memory in the second, with weights that are freed once they are packed.
 """
 
 import argparse
@@ -21,20 +27,24 @@ import gc
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from bench.decoding import Decoding, Prefill
+from bench.dtypes import DTYPES
 from bench.failures import failure
 from bench.identity import identity
 from bench.interleaved import REPLAYS, WARM_UPS
-from bench.kernels import DTYPES, LEASE, MANY_COMPILATIONS
+from bench.kernels import LEASE, MANY_COMPILATIONS
+from bench.model_ideal import Rates, rates_of
 from bench.model_rows import Phase, measured_rows
-from bench.model_table import extrapolated, model_table
-from bench.model_zoo import MODELS, build, parameter_bytes
+from bench.model_starts import start_rows
+from bench.model_table import extrapolated, model_table, start_table
+from bench.model_ways import WAYS, Way
+from bench.model_zoo import MADE_UP, MODELS, build, parameter_bytes
 from bench.results import Budget, Results, Row
 from fqcompile.commands.argument_types import counts as row_counts
 from fqcompile.errors import FineQuantError
@@ -47,35 +57,41 @@ TINY = {"model": ["tiny", "tiny-opt"], "batch": [1, 2], "context": 32, "prompt":
 
 
 def phases(model: torch.nn.Module, arguments: argparse.Namespace) -> Iterator[tuple[Row, Phase]]:
-    """The prefill, and decoding for each batch; made one after another, for caches are large."""
+    """Decoding for each batch, and the prefill; made one after another, for caches are large."""
     prompt, context = arguments.prompt, arguments.context
-    if "prefill" in arguments.phases:
-        yield {"phase": "prefill", "batch": 1, "tokens": prompt}, Prefill(model, prompt)
     for batch in arguments.batch if "decode" in arguments.phases else ():
         about = {"phase": "decode", "batch": batch, "tokens": context}
         yield about, Decoding(model, batch, context, _STEPS)
+    if "prefill" in arguments.phases:
+        yield {"phase": "prefill", "batch": 1, "tokens": prompt}, Prefill(model, prompt)
 
 
 @dataclass
 class Runner:
-    """Measures model after model into `results`, as long as there is time."""
+    """Measures model after model into `results`, as long as there is time.
+
+    checked: of each model the first work that was timed, and the logits of each way.
+    """
 
     arguments: argparse.Namespace
     device: torch.device
+    ways: Sequence[Way]
+    rates: Rates
     results: Results
     budget: Budget
+    checked: dict[str, tuple[Row, dict[str, list[float]]]] = field(default_factory=dict)
 
     def run(self) -> None:
-        with torch.no_grad():
+        try:
             for name in tqdm(self.arguments.model, "models", disable=None):
                 layers = min(self.arguments.layers or MODELS[name].timed, MODELS[name].layers)
-                try:
-                    for count in self._counts(name, layers):
-                        self._attempt(name, count)
-                except DeviceLost as lost:
-                    self.results.leave_out(f"{name} and all after it: {lost}")
-                    return
+                for count in self._counts(name, layers):
+                    self._attempt(name, count)
                 self.results.add(*extrapolated(self.results.rows, name, MODELS[name].layers))
+            if self.arguments.starts:
+                self._starts()
+        except DeviceLost as lost:
+            self.results.leave_out(f"all after {name}: {lost}")
 
     def _counts(self, name: str, layers: int) -> list[int]:
         return [layers] if layers == MODELS[name].layers else sorted({max(1, layers // 2), layers})
@@ -84,29 +100,49 @@ class Runner:
         if not self.budget.allows_a_step():
             self.results.leave_out(f"{name}, {layers} layers")
             return
-        gc.collect()  # of a model before this one
-        torch.cuda.empty_cache()
+        _forget()  # of a model before this one
         try:
             self._measure(name, layers)
         except Exception as error:
             self.results.leave_out(f"{name}, {layers} layers: {failure(error)}")
 
+    @torch.no_grad()
     def _measure(self, name: str, layers: int) -> None:
         model = build(name, layers, DTYPES[self.arguments.dtype], self.device)
         whole = {"model": name, "layers": layers, "of_layers": MODELS[name].layers}
         whole |= {"parameter_bytes": parameter_bytes(model)}
+        self.checked.pop(name, None)  # of fewer layers
         for about, phase in phases(model, self.arguments):
             if not self.budget.allows_a_step():
                 what = f"{name}, {layers} layers, {about['phase']} {about['batch']}"
                 self.results.leave_out(what)
                 continue
-            rows = measured_rows(model, phase, layers, self.arguments.inner)
-            self.results.add(*(whole | about | row for row in rows))
+            work, inner = whole | about, self.arguments.inner
+            rows = list(measured_rows(model, phase, self.ways, layers, inner, self.rates))
+            logits = {row["way"]: row.pop("logits") for row in rows if "logits" in row}
+            self.checked.setdefault(name, (work, logits))
+            self.results.add(*(work | row for row in rows))
+
+    def _starts(self) -> None:
+        torch.compiler.reset()
+        _forget()
+        for name, (work, logits) in self.checked.items():
+            for way in tqdm(logits, f"{name}, starts", disable=None):
+                if not self.budget.allows_a_step():
+                    self.results.leave_out(f"{name}, starts of {way}")
+                    continue
+                one = {way: logits[way]}
+                self.results.add(*start_rows(work, one, _STEPS, self.arguments))
+
+
+def _forget() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    real = [name for name in MODELS if not name.startswith("tiny")]
+    real = [name for name in MODELS if name not in MADE_UP]
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--model", nargs="+", choices=MODELS, default=real)
     parser.add_argument("--layers", type=int, help="time so many (default: what fits one GPU)")
@@ -114,8 +150,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=1024, help="tokens that decoding attends to")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prefill")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--tiny", action="store_true", help="made-up models: does it work?")
+    parser.add_argument("--no-starts", dest="starts", action="store_false", help="time steps alone")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="a CPU's")
     parser.add_argument("--inner", default="inductor", help="backend that compiles the graphs")
     parser.add_argument("--json", metavar="FILE", help="write rows and identity there")
     parser.add_argument("--time-budget", type=float, default=LEASE, metavar="SECONDS")
@@ -134,32 +173,45 @@ def run(arguments: argparse.Namespace) -> Results:
         gpu_of(device)
     if arguments.inner == "inductor":
         torch.compile(lambda x: x + 1)(torch.zeros(3))  # starts Inductor's helpers, for nobody
+    rates = rates_of(device, DTYPES[arguments.dtype])
     settings = {k: v for k, v in vars(arguments).items() if k not in ("device", "json")}
+    settings |= {"bandwidth": rates.bandwidth, "flops": rates.flops}
     path = None if arguments.json is None else Path(arguments.json)
     results = Results(identity(device), settings, path)
-    Runner(arguments, device, results, Budget(arguments.time_budget)).run()
+    ways = [WAYS[name] for name in arguments.ways]
+    results.leave_out(*(f"{way.name}: {way.missing}" for way in ways if way.missing))
+    present = [way for way in ways if way.missing is None]
+    budget = Budget(arguments.time_budget)
+    Runner(arguments, device, present, rates, results, budget).run()
     return results
 
 
 def show(results: Results) -> None:
-    """What it was measured on, what went wrong and what is missing; the table last."""
+    """What it was measured on, what went wrong and what is missing; the tables last."""
     print(", ".join(f"{key} {value}" for key, value in results.identity.items()))
     for row in results.rows:
+        where = f"{row['model']} {row['phase']} batch {row['batch']}, {row['layers']} layers"
         if "failure" in row:
-            where = f"{row['model']} {row['phase']} batch {row['batch']}, {row['layers']} layers"
-            print(f"{where}, {row['way']}: {row['failure']}")
-        elif row.get("cudagraph_skips"):
+            print(f"{where}, {row.get('start', '')} {row['way']}: {row['failure']}")
+        elif row.get("cudagraph_skips") and torch.cuda.is_available():
             print(f"{row['model']} {row['phase']} {row['way']}: ran WITHOUT CUDA graphs")
     if results.left_out:
         print(f"left out {len(results.left_out)}: {', '.join(results.left_out)}")
+    bandwidth, flops = (results.settings[name] for name in ("bandwidth", "flops"))
+    print(f"ideal: {bandwidth / 1e9:.4g} GB/s read, {flops / 1e12:.3g} Tflop/s")
+    if any(row.get("of_ideal", 0) > 1 for row in results.rows):
+        print("a way is FASTER than the ideal: these rates were measured beside other work")
     if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        print(f"most device memory of all ways and their checks together: {peak:.1f} GiB")
+        most = torch.cuda.max_memory_allocated() / 2**30
+        print(f"most device memory of all ways and their checks together: {most:.1f} GiB")
+    if results.settings["starts"]:
+        print(f"\n{start_table(results.rows)}")
     print(f"\n{model_table(results.rows)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
+    torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["TRITON_CACHE_DIR"] = cache
         try:

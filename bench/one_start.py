@@ -22,6 +22,7 @@ from fqcompile.weights.disk_cache import DiskCache
 from fqcompile.weights.packed import PackedSpec
 
 Seconds = dict[str, float]
+_LOGITS = 256  # of the last token, for comparison
 # What is timed by its name: (owner, function) -> part. None calls one of another part.
 TIMED = {
     (find_or_quantize, "content_digest"): "digest",
@@ -60,25 +61,28 @@ def timed(function: Callable[..., Any], part: str, seconds: Seconds) -> Callable
 
 
 @torch.no_grad()
-def start(backend: str, size: str, imported: float) -> Seconds:
-    """The parts of this start; "dynamo" is what remains of the first call."""
+def start(backend: str, size: str, imported: float) -> tuple[Seconds, list[float]]:
+    """The parts of this start, and logits; "dynamo" is what remains of the first call."""
     seconds: Seconds = defaultdict(float)
     for (owner, name), part in TIMED.items():
         setattr(owner, name, timed(getattr(owner, name), part, seconds))
     model, ids = build(SIZES[size]), prompt(SIZES[size])
+    logits: list[float] = []
     compiled: Any = torch.compile(model, backend=backend, dynamic=False)
 
     def call() -> float:
         begin = time.perf_counter()
-        compiled(ids, use_cache=False)
-        return time.perf_counter() - begin
+        output = compiled(ids, use_cache=False)
+        spent = time.perf_counter() - begin
+        logits[:] = output.logits[0, -1, :_LOGITS].tolist()
+        return spent
 
     first = call()
     parts = dict(seconds)
     parts["run"] = call()
     known = {part: parts.get(part, 0.0) for part in (*TIMED.values(), "run")}
     whole = {"total": imported + first, "import": imported, "first call": first}
-    return {**whole, "dynamo": first - sum(known.values()), **known}
+    return {**whole, "dynamo": first - sum(known.values()), **known}, logits
 
 
 def main() -> None:
@@ -89,8 +93,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    seconds = start(arguments.backend, arguments.size, imported)
-    print(json.dumps({"seconds": seconds, "graphs": len(fqcompile.reports())}))
+    seconds, logits = start(arguments.backend, arguments.size, imported)
+    found = {"seconds": seconds, "graphs": len(fqcompile.reports()), "logits": logits}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -67,10 +67,12 @@ class Machine:
     read_rates: Mapping[int, float]
 
     def device(self, threads: int | None = None) -> Device | None:
-        """With so many threads (None: the most). None where there are no figures."""
+        """With so many threads (None: the most). None where nothing is known of it."""
         if self.gpu is not None or not self.read_rates:
             return self.gpu
         threads = max(self.read_rates) if threads is None else threads
+        if threads not in self.read_rates:
+            return None
         return Device(
             self.name,
             memory=float("inf"),
@@ -168,7 +170,8 @@ def _experts_seconds(shape: ExpertShape, tokens: int, form: WeightFormat, device
 
 def _model(row: Row, settings: Mapping[str, Any], machine: Machine) -> Iterator[Compared]:
     """A step of decoding or a prefill; and the bytes of all weights that are matrices."""
-    device, form = machine.device(), MODEL_WAYS.get(row.get("way", ""))
+    device = machine.device(settings.get("threads"))
+    form = None if settings.get("dtype") == "fp32" else MODEL_WAYS.get(row.get("way", ""))
     if "ms" not in row or row["model"] not in MODELS or form is None or device is None:
         return
     shape = _decoder(row["model"], row["layers"])

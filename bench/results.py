@@ -48,10 +48,14 @@ class Results:
 
 
 def stored(name: str, root: Path = RESULTS) -> Iterator[dict[str, Any]]:
-    """The results called `name` of each device, by device."""
+    """The results called `name` of each device, by device; a "*" in the name stands for anything.
+
+    What the file holds, its own "name" and "folder", and the "figures" that lie beside it.
+    """
     for path in sorted(root.glob(f"*/{name}.json")):
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        yield content
+        drawn = sorted(file.name for file in path.parent.glob(f"{path.stem}-*.[ps][nv]g"))
+        yield {**content, "name": path.stem, "folder": path.parent.name, "figures": drawn}
 
 
 class Budget:

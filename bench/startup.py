@@ -6,18 +6,17 @@ Each start is a process of its own: 2 layers and the head of a Llama (hidden siz
 prompt of 16 tokens. "cold" has empty caches, "warm" those that the cold start has left; "warm, no
 weights" the same with FQCOMPILE_CACHE_SIZE=0, which quantises again. The ways run in turn, and a
 figure is the median of the rounds. The process is timed from its creation to the first result,
-without the making of the model, which stands for its loading.
+without the making of the model, which stands for its loading. The logits of all are compared: ours
+to rounding, with Inductor's to what 4 bits allow.
 """
 
 import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import torch
-from tabulate import tabulate
 from tqdm import tqdm
 
 from bench.failures import failure
@@ -25,6 +24,8 @@ from bench.fresh_process import in_fresh_process
 from bench.identity import identity
 from bench.llama_layers import SIZES
 from bench.results import Results, Row
+from bench.same_logits import checked
+from bench.startup_table import startup_table
 
 
 class Start(NamedTuple):
@@ -47,8 +48,6 @@ STARTS = (
     Start("finequant", "warm", {}),
     Start("finequant", "warm, no weights", NO_WEIGHTS),
 )
-# Of the first call; the rest of it is Dynamo's, its guards, and ours in between.
-PARTS = ("digest", "quantise", "write", "read", "pack", "x86 build", "compile", "run")
 
 
 def started(start: Start, caches: Path, arguments: argparse.Namespace) -> Row:
@@ -64,41 +63,20 @@ def started(start: Start, caches: Path, arguments: argparse.Namespace) -> Row:
 
 
 def one_round(arguments: argparse.Namespace, results: Results, number: int) -> None:
-    """Every start once; those of one backend share their caches."""
+    """Every start once; those of one backend share their caches. All must compute the same."""
+    found: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for start in tqdm(STARTS, f"round {number}", disable=None):
             row: Row = {"backend": start.backend, "caches": start.caches, "round": number}
             try:
+                ours = start.backend != STARTS[0].backend
+                row |= {"way": start.name, "ours": ours}
                 row |= started(start, Path(folder) / start.backend, arguments)
+                found.append(checked(row, found, SIZES[arguments.size].layers))
             except Exception as error:
+                row = {key: row[key] for key in ("backend", "caches", "round")}
                 row["failure"] = failure(error)
-            results.add(row)
-
-
-def medians(rows: Sequence[Row]) -> dict[str, Row]:
-    """{"finequant, warm": {part: seconds}} over the rounds; starts that failed are not there."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        if "failure" not in row:
-            found.setdefault(f"{row['backend']}, {row['caches']}", []).append(row["seconds"])
-    return {
-        name: {part: median(row[part] for row in starts) for part in starts[0]}
-        for name, starts in found.items()
-    }
-
-
-def startup_table(rows: Sequence[Row]) -> str:
-    """Seconds; "of cold" with the imports and without."""
-    found = medians(rows)
-    lines = []
-    for name, row in found.items():
-        cold = found.get(f"{name.partition(',')[0]}, cold", row)
-        shares = [f"{row[key] / cold[key]:.2f}" for key in ("total", "first call")]
-        seconds = [row[key] for key in ("total", "import", "first call", "dynamo", *PARTS)]
-        lines.append([name, *(f"{s:.2f}" for s in seconds), *shares])
-    headers = ["start", "total", "import", "first call", "dynamo", *PARTS]
-    headers += ["total of cold", "call of cold"]
-    return tabulate(lines, [h.replace(" ", "\n") for h in headers], disable_numparse=True)
+            results.add({key: value for key, value in row.items() if key != "logits"})
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -16,18 +16,22 @@ form picks to decode 1 to 16 tokens, and for 256 and 4096. A "weight" of their s
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
+import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
 from bench import expert_launches
 from bench.faults import LEAST_IN_FLIGHT, faults, most_instructions
+from bench.identity import identity
 from bench.launches import GPUS, Case, chosen, matrix, plain_cases, selection
 from bench.machine_code import MachineCode, toolchain_missing
+from bench.results import Results
 
 HEADERS = {
     "kernel": "kernel",
@@ -139,7 +143,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="only what the tests read")
     parser.add_argument("--experts", action="store_true", help="only the kernels of experts")
     parser.add_argument("--check", action="store_true", help="fail if a rule is broken")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     if missing := toolchain_missing():
         raise SystemExit(f"no machine code to read: {missing}")
@@ -147,9 +151,9 @@ def main() -> None:
     rows, complaints = measure(archs, arguments.quick, arguments.experts)
     table = [[row.get(name) for name in HEADERS] for row in rows]
     print(tabulate(table, list(HEADERS.values()), floatfmt=".4g", disable_numparse=[5, 6]))
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
+    settings = {"arch": archs, "quick": arguments.quick, "experts": arguments.experts}
+    about = identity(torch.device("cpu")) | {"triton": version("triton")}
+    Results(about, settings, arguments.json).add(*rows)
     if arguments.check and complaints:
         raise SystemExit("\n".join(["", *complaints]))
 

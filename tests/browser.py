@@ -16,6 +16,33 @@ FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run
 --disable-extensions --remote-debugging-pipe""".split()
 PATIENCE = 60.0  # seconds for one answer
 
+# By how many pixels the page is wider than its window.
+OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+# The ratio of the WCAG between a text's colour and the nearest opaque background behind it.
+CONTRASTS = """(() => {
+  const channel = c => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
+  const light = rgb => rgb.slice(0, 3).map(channel)
+    .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+  const rgb = text => text.match(/[\\d.]+/g).map(Number);
+  const behind = e => {
+    for (; e; e = e.parentElement) {
+      const color = rgb(getComputedStyle(e).backgroundColor);
+      if (color.length === 3) return color;
+    }
+    return [255, 255, 255];
+  };
+  const found = [];
+  for (const e of document.querySelectorAll("body *")) {
+    const text = [...e.childNodes].filter(n => n.nodeType === 3 && n.data.trim());
+    if (!text.length || !e.checkVisibility() || e.closest("script, title")) continue;
+    const style = getComputedStyle(e);
+    const ink = rgb(e instanceof SVGElement ? style.fill : style.color);
+    const [a, b] = [light(ink), light(behind(e))].sort((x, y) => y - x);
+    found.push([(a + .05) / (b + .05), e.tagName + "." + e.className + " " + e.textContent]);
+  }
+  return found.sort((x, y) => x[0] - y[0]);
+})()"""
+
 
 def find_chromium() -> str | None:
     """The path of a Chromium on this machine."""

@@ -17,6 +17,7 @@ from fqcompile.kernels.registry import KernelChoice
 from fqcompile.kernels.tile_config import TileConfig
 from fqcompile.kernels.tuning.search import WrongResult
 from tests.kernels.tuning.fake import CLOSED, FAST, TEMPLATE, FakeMeasure, time_of
+from tests.report.page_parser import Page
 
 BEST = FAST[-1]
 
@@ -110,13 +111,15 @@ def test_the_report_has_every_trial(
     case = report["cases"][0]
     assert [trial["config"] for trial in case["trials"]] == [str(config) for config in FAST]
     assert case["best"] == str(FAST[-2])
-    assert case["closed_form"] == str(CLOSED.at(16))
-    assert case["closed_form_over_best"] == pytest.approx(50.0 / time_of(FAST[-2]))
+    assert case["choice"] == str(CLOSED.at(16))
+    assert case["choice_over_best"] == pytest.approx(50.0 / time_of(FAST[-2]))
+    assert report["choice"] == "closed form"
     assert case["trials"][0] == {
         "config": str(CLOSED.at(16)),
         "microseconds": 50.0,
         "low": 49.0,
         "high": 51.0,
+        "spread": pytest.approx(2 / 50),
         "of_ideal": pytest.approx(case["ideal_us"] / 50.0),
     }
     reason = "wrong result: relative error 0.3, allowed 0.0081"
@@ -124,8 +127,24 @@ def test_the_report_has_every_trial(
     # 4096 x 14336 int4 weights at the H200's 4.3 TB/s, and a little for the rest.
     assert 4096 * 14336 / 2 / 4.3e6 < case["ideal_us"] < 9
     printed = capsys.readouterr().out
-    assert f"M <= 16: {BEST} refused: {reason}" in printed
+    assert f"all cases: {BEST} refused: {reason}" in printed
     assert "12, 1 refused" in printed
+
+
+def test_a_page_and_json_come_of_one_run(measure: FakeMeasure, tmp_path: Path) -> None:
+    files = tmp_path / "tuned.html", tmp_path / "tuned.json"
+    options = [word for file in files for word in ("--report", str(file))]
+    assert main(["tune", "4096x14336", "--m", "16", *options]) == 0
+    page = Page(files[0].read_text(encoding="utf-8"))
+    (case,) = json.loads(files[1].read_text(encoding="utf-8"))["cases"]
+    (row,) = page.rows["best-of-each-case"]
+    best, closed = time_of(BEST), time_of(CLOSED.at(16))
+    assert row[:5] == ["1.", "4096x14336 int4 g128 bfloat16", "M <= 16", str(BEST), f"{best:.1f}"]
+    assert row[6] == f"{case['ideal_us'] / best:.0%}"
+    verdict = "within the spread"  # 50 [49, 51] and 48 [47, 49] µs
+    assert row[7:11] == [str(CLOSED.at(16)), f"{closed:.1f}", f"{closed / best:.2f}x", verdict]
+    assert [row[3] for row in page.rows["candidates"]] == [str(config) for config in FAST]
+    assert ["gpu", "NVIDIA H200"] in page.rows["how-it-was-measured"]
 
 
 def test_where_all_fail_the_case_says_so(
@@ -196,6 +215,7 @@ def test_a_kernel_without_configurations_is_named(
         (["4096x4096", "--group", "-1"], "'-1' is neither a size"),
         (["4096x4096", "--group", "all"], "'all' is neither a size"),
         (["4096x4096", "--mode", "off"], "invalid choice: 'off'"),
+        (["4096x4096", "--report", "tuned"], "'tuned' ends in none of .json, .html"),
     ],
 )
 def test_a_mistake_is_told_with_status_2(

@@ -1,35 +1,48 @@
 """fqcompile tune: measure kernel configurations on this machine's GPU, and keep the fastest."""
 
 import argparse
-import json
-import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from fqcompile.commands.argument_types import counts, group_size
 from fqcompile.commands.checkpoints import load_model
-from fqcompile.commands.tune_report import TunedCase, format_cases, report_of
-from fqcompile.errors import FineQuantError, OptionError
+from fqcompile.commands.shapes import DEFAULT_GROUP, ROUTINGS, specs_of_shape
+from fqcompile.errors import FineQuantError
 from fqcompile.gemm_specs import gemm_specs
 from fqcompile.kernels.gpu import Gpu, gpu_of
 from fqcompile.kernels.registry import select_kernel
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.tuning.key import bucket_of, tuning_key
+from fqcompile.kernels.template import SearchMode, Template
+from fqcompile.kernels.tuning.key import Bucket, bucket_of, tuning_key
 from fqcompile.kernels.tuning.launches import buckets_of_a_model
 from fqcompile.kernels.tuning.measure import measure_on_gpu
 from fqcompile.kernels.tuning.search import search
 from fqcompile.kernels.tuning.table import TunedTable, table_for
-from fqcompile.report.files import replace_text
+from fqcompile.report.tuning_case import TuningCase, searched_case
+from fqcompile.report.tuning_report import SUFFIXES, TuningReport
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_SHAPE = re.compile(r"(?:(\d+)x)?(\d+)x(\d+)")
-_ROUTINGS: tuple[Literal["grouped", "gathered"], ...] = ("grouped", "gathered")
-_DEFAULT_GROUP = 128
 _DEVICE = torch.device("cuda")
+_NOTES = (
+    "Before a configuration is timed, its result is compared with fp64; a wrong one is refused.",
+    "A time is one call's, from replays of a CUDA graph whose calls read other copies of the "
+    "weight in turn, so that none finds it in the L2 cache: the median of 25, and the 20th and "
+    "80th percentile; the spread is from one to the other. Configurations are measured one after "
+    "the other, now or in an earlier run on this machine with these versions.",
+    "Of the roofline: the least time that memory or matrix units allow, over the time measured.",
+)
+
+
+class _Search(NamedTuple):
+    """A matmul at one bucket of M, to be tuned."""
+
+    spec: GemmSpec
+    template: Template
+    bucket: Bucket
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
     parser.add_argument(
         "--group", type=group_size, metavar="SIZE", help='size along K, or "column" (default: '
-        f"{_DEFAULT_GROUP} for a shape, what is chosen for each matrix of a model)",
+        f"{DEFAULT_GROUP} for a shape, what is chosen for each matrix of a model)",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of the activations")
     parser.add_argument("--gated", action="store_true", help="shapes are of gate and up, 2N x K")
@@ -51,44 +64,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: 1, and what a model with an open batch looks up)",
     )  # fmt: skip
     parser.add_argument(
-        "--routing", choices=_ROUTINGS, help="of experts (default: both); their rows are routed "
+        "--routing", choices=ROUTINGS, help="of experts (default: both); their rows are routed "
         "ones, tokens times experts of each",
     )  # fmt: skip
-    parser.add_argument("--mode", choices=("fast", "max"), default="fast")
-    parser.add_argument("--report", metavar="FILE", help="also write every trial as JSON")
+    parser.add_argument(
+        "--mode", choices=("fast", "max"), default="fast",
+        help="fast: at most 12 configurations of each case; max: all",
+    )  # fmt: skip
+    parser.add_argument(
+        "--report", action="append", type=_report_file, default=[], metavar="FILE",
+        help="also write every configuration with its time, its share of the roofline or why it "
+        "was refused: as JSON or, where FILE ends in .html, as a page with plots that needs no "
+        "network; may be given twice",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
     gpu = gpu_of(_DEVICE)
     table = table_for(gpu)
     specs = [spec for target in arguments.target for spec in _specs(target, arguments, gpu)]
-    cases, untuned = _cases(specs, arguments.m)
+    searches, untuned = _searches(specs, arguments.m)
     try:
-        for case in tqdm(cases, "cases", disable=None):
-            _tune(case, arguments.mode, table)
+        cases = [
+            _tuned(one, arguments.mode, table) for one in tqdm(searches, "cases", disable=None)
+        ]
     except KeyboardInterrupt:
         raise FineQuantError(
             f"stopped; what was measured is kept in {table.path}, and the same command goes on"
         ) from None
-    print("\n".join([*format_cases(cases), *untuned, f"kept in {table.path}"]))
-    if arguments.report:
-        content = report_of(cases, arguments.mode, table)
-        replace_text(Path(arguments.report), json.dumps(content, indent=2))
+    about = {"fingerprint": table.fingerprint, "table": str(table.path), "mode": arguments.mode}
+    report = TuningReport(cases, about, notes=_NOTES, left_out=untuned)
+    print("\n".join(filter(None, (str(report), f"kept in {table.path}"))))
+    for path in arguments.report:
+        report.write(path)
 
 
-def _tune(case: TunedCase, mode: Any, table: TunedTable) -> None:
-    known = table.case(case.key, case.bucket)
+def _tuned(one: _Search, mode: SearchMode, table: TunedTable) -> TuningCase:
+    """What the table has of it, or what a search finds."""
+    known = table.case(tuning_key(one.spec, one.template.layout.name), one.bucket)
     if known.has(mode):
-        case.known, case.problem = known, known.failure
-        return
-    case.known, case.problem = search(
-        case.template, case.spec, case.bucket, mode, measure_on_gpu, table
+        return searched_case(*one, known, known.failure)
+    return searched_case(
+        *one, *search(one.template, one.spec, one.bucket, mode, measure_on_gpu, table)
     )
 
 
-def _cases(specs: list[GemmSpec], rows: list[int] | None) -> tuple[list[TunedCase], list[str]]:
-    """One case for each key and bucket, and a line for each matmul without anything to search."""
-    cases: dict[object, TunedCase] = {}
+def _searches(specs: list[GemmSpec], rows: list[int] | None) -> tuple[list[_Search], list[str]]:
+    """One for each key and bucket, and a line for each matmul without anything to search."""
+    searches: dict[object, _Search] = {}
     untuned: dict[str, None] = {}
     for spec in specs:
         template = select_kernel(spec).template
@@ -99,25 +122,15 @@ def _cases(specs: list[GemmSpec], rows: list[int] | None) -> tuple[list[TunedCas
         buckets = [bucket_of(m, spec) for m in rows] if rows else buckets_of_a_model(spec, template)
         key = tuning_key(spec, template.layout.name)
         for bucket in buckets:
-            cases.setdefault((key, bucket), TunedCase(spec, template, key, bucket))
-    return list(cases.values()), list(untuned)
+            searches.setdefault((key, bucket), _Search(spec, template, bucket))
+    return list(searches.values()), list(untuned)
 
 
 def _specs(target: str, arguments: argparse.Namespace, gpu: Gpu) -> list[GemmSpec]:
     dtype = _DTYPES[arguments.dtype]
-    shape = _SHAPE.fullmatch(target)
-    if shape is None:
-        return _specs_of_model(target, dtype, arguments, gpu)
-    experts, n, k = (int(side or 0) for side in shape.groups())
-    if not n or not k or (shape[1] and not experts):
-        raise OptionError(f"shape {target!r} has an empty side; E, N and K are at least 1")
-    group = k if arguments.group == "column" else min(k, arguments.group or _DEFAULT_GROUP)
-    spec = GemmSpec(1, n, k, arguments.bits, group, dtype, dtype, _DEVICE.type, gpu=gpu)
-    spec = replace(spec, gated=arguments.gated)
-    if not experts:
-        return [spec]
-    asked = _ROUTINGS if arguments.routing is None else (arguments.routing,)
-    return [replace(spec, experts=experts, routing=routing) for routing in asked]
+    bits, group, gated = arguments.bits, arguments.group, arguments.gated
+    found = specs_of_shape(target, bits, group, dtype, gated, arguments.routing, _DEVICE.type, gpu)
+    return _specs_of_model(target, dtype, arguments, gpu) if found is None else found
 
 
 def _specs_of_model(
@@ -131,3 +144,10 @@ def _specs_of_model(
         on_gpu = [x.to(_DEVICE) if isinstance(x, torch.Tensor) else x for x in inputs]
         found = gemm_specs(model.to(_DEVICE), *on_gpu, **options)
     return [replace(spec, device_type="cuda", gpu=gpu) for spec in found]
+
+
+def _report_file(text: str) -> Path:
+    """Refused before anything is measured."""
+    if Path(text).suffix not in SUFFIXES:
+        raise argparse.ArgumentTypeError(f"{text!r} ends in none of {', '.join(SUFFIXES)}")
+    return Path(text)

@@ -15,7 +15,8 @@ function filter(query) {
   const rows = [...table.tBodies[0].rows];
   for (const row of rows) row.hidden = !matches(row, words);
   const shown = rows.filter(row => !row.hidden).length;
-  document.querySelector("output").textContent = `${shown} of ${rows.length} sites`;
+  const what = search.closest("section").querySelector("h2").textContent;
+  document.querySelector("output").textContent = `${shown} of ${rows.length} ${what}`;
 }
 
 // A cell without a number sorts last in a column of numbers, whichever way.

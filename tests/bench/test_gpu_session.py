@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, identity
+from bench import gpu, identity, session, short
 from bench.__main__ import BENCHMARKS
-from bench.gpu import Step
 from bench.launch_overhead import host_microseconds
 from bench.results import Budget
+from bench.session import Step
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +39,7 @@ def test_no_step_stops_the_next(
     with pytest.raises(SystemExit, match="1"):
         gpu.main(["--out", str(tmp_path / "out"), *options])
     assert time.monotonic() - start < 15
-    table = capsys.readouterr().out.splitlines()[-3:]
+    table = capsys.readouterr().out.splitlines()[-4:-1]
     assert [line.split()[:2] for line in table] == [
         ["bad", "FAILED"], ["slow", "STOPPED"], ["good", "passed"]
     ]  # fmt: skip
@@ -50,7 +50,8 @@ def test_no_step_stops_the_next(
 
 
 def test_without_time_left_a_step_is_left_out(steps: None, tmp_path: Path) -> None:
-    assert gpu.session(["good"], tmp_path, 0.5) == [("good", "no time", 0.0, "")]
+    good = {"good": gpu.STEPS["good"]}
+    assert session.session(good, tmp_path, 0.5) == [("good", "no time", 0.0, "")]
 
 
 def test_the_usual_steps_are_there_in_their_order_and_their_commands_known() -> None:
@@ -60,6 +61,32 @@ def test_the_usual_steps_are_there_in_their_order_and_their_commands_known() -> 
         if "bench" in command:
             assert command[command.index("bench") + 1] in BENCHMARKS, name
     assert "--time-budget" in gpu.STEPS["kernels"].command(Path("out"), 100.0)
+
+
+def test_the_short_suite_goes_on_after_a_failure_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_up = {"bad": step("raise SystemExit(2)"), "good": step("print('fine')")}
+    monkeypatch.setattr(short, "STEPS", made_up)
+    with pytest.raises(SystemExit, match="1"):
+        short.main(["--out", str(tmp_path), "--steps", "bad,good"])
+    printed = capsys.readouterr().out
+    *_, bad, good, where = printed.splitlines()
+    assert where.endswith(f"results and logs lie in {tmp_path}")
+    assert [line.split()[:2] for line in (bad, good)] == [
+        ["bad", "FAILED"], ["good", "passed"]
+    ]  # fmt: skip
+    short.main(["--out", str(tmp_path), "--steps", "good"])
+
+
+def test_the_short_suite_runs_benchmarks_that_are_there_into_a_folder_git_ignores() -> None:
+    for name, known in short.STEPS.items():
+        command = list(known.command(Path("out"), 100.0))
+        assert command[command.index("bench") + 1] == name
+        assert any(text.startswith("out") for text in command), name
+    assert set(short.STEPS) <= set(BENCHMARKS)
+    ignored = subprocess.run(["git", "-C", str(ROOT), "check-ignore", "-q", str(short.OUT)])
+    assert ignored.returncode in (0, 128)  # 128: no checkout
 
 
 def test_a_folder_is_named_after_the_device() -> None:

@@ -8,14 +8,17 @@ import torch
 
 pytest.importorskip("transformers", reason="the bench extra is not installed")
 
-from bench import interleaved, model_rows, models
-from bench.decoding import Decoding
+from bench import interleaved, model_rows, model_starts, models
+from bench.decoding import Decoding, Prefill
+from bench.model_ideal import Rates, flops_of, ideal_ms, weight_bytes_read
 from bench.model_rows import allowed_error, clocked
-from bench.model_table import extrapolated, model_table, tokens_per_second
+from bench.model_table import extrapolated, model_table, start_table, tokens_per_second
+from bench.model_ways import WAYS, Way, check_matrices
 from bench.model_zoo import MODELS, build, parameter_bytes
 from bench.results import Row
 
 CPU = torch.device("cpu")
+OURS = ("int8", "int4", "int4 head")
 
 
 @pytest.fixture(autouse=True)
@@ -25,22 +28,25 @@ def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def arguments(*more: str) -> Any:
     given = ["--device", "cpu", "--inner", "eager", "--model", "tiny", "--layers", "1"]
-    return models.parse([*given, "--batch", "2", "--context", "8", "--prompt", "4", *more])
+    given += ["--batch", "2", "--context", "8", "--prompt", "4", "--ways", "inductor", *OURS]
+    return models.parse([*given, "--no-starts", *more])
 
 
 def test_each_way_is_checked_and_timed(capsys: pytest.CaptureFixture[str]) -> None:
     results = models.run(arguments())
     rows = {(row["phase"], row["way"]): row for row in results.rows}
-    assert set(rows) == {(p, w) for p in ("prefill", "decode") for w in model_rows.WAYS}
+    assert set(rows) == {(p, w) for p in ("prefill", "decode") for w in ("inductor", *OURS)}
     assert not any("failure" in row for row in results.rows)
     for row in results.rows:
         assert 0 < row["low"] <= row["ms"] <= row["high"]
         assert (row["layers"], row["of_layers"]) == (1, 4)
+        assert row["error"] <= row["allowed"] == allowed_error(torch.bfloat16, 1)
+        assert row["library"].split()[0] == ("torch" if row["way"] == "inductor" else "fqcompile")
+        assert "logits" not in row
         if row["way"] != "inductor":
-            assert row["error"] <= row["allowed"] == allowed_error(torch.bfloat16, 1)
             assert row["linear_bytes"] < 0.6 * row["linear_bytes_before"]
     models.show(results)
-    assert capsys.readouterr().out.rstrip().splitlines()[-1].split()[:2] == ["tiny", "decode"]
+    assert capsys.readouterr().out.rstrip().splitlines()[-1].split()[:2] == ["tiny", "prefill"]
 
 
 def test_one_phase_alone_and_the_head_in_four_bits() -> None:
@@ -155,3 +161,138 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "put back when the test ends")
     with pytest.raises(SystemExit, match="torch sees no GPU"):
         models.main([])
+
+
+def hand_counted(hidden: int, inner: int, kv: int, vocab: int, layers: int) -> dict[str, int]:
+    """Of a Llama: weights of a layer's matrices, of a layer's norms, and of the head."""
+    attention = hidden * hidden + 2 * kv * hidden + hidden * hidden
+    return {
+        "layers": layers * (attention + 3 * hidden * inner),
+        "norms": hidden * (2 * layers + 1),
+        "head": vocab * hidden,
+    }
+
+
+def test_the_ideal_is_what_is_counted_by_hand() -> None:
+    """Two layers of the tiny Llama, heads of 64: 256 wide, 512 inside, keys of 128, 512 words."""
+    model = build("tiny", 2, torch.bfloat16, CPU)
+    n = hand_counted(256, 512, 128, 512, 2)
+    assert weight_bytes_read(model) == 2 * sum(n.values())  # the embedding's table is not read
+    decoding = Decoding(model, 3, 8, 4)
+    assert decoding.context_bytes == 2 * 2 * 2 * 3 * 8 * 128  # bytes, K and V, layers, batch ...
+    products = 2 * 3 * (n["layers"] + n["head"])
+    assert flops_of(model, decoding) == products + 4 * 2 * 256 * 3 * 9
+    products = 2 * 16 * n["layers"] + 2 * n["head"]  # logits of the last token alone
+    pairs = sum(range(1, 17))
+    assert flops_of(model, Prefill(model, 16)) == products + 4 * 2 * 256 * pairs
+    assert ideal_ms(5e9, 1e9, Rates(1e10, 1e12)) == pytest.approx(500)
+    assert ideal_ms(5e9, 1e12, Rates(1e10, 1e12)) == pytest.approx(1000)
+
+
+def test_a_table_that_is_also_the_head_is_read() -> None:
+    model = build("tiny-opt", 1, torch.bfloat16, CPU)
+    positions = 2 * 256 * (2048 + 2)  # looked up in; OPT's begin at 2
+    assert weight_bytes_read(model) == parameter_bytes(model) - positions
+
+
+def test_shares_are_of_the_bytes_that_each_way_keeps() -> None:
+    """int8 by column and int4 in groups of 32 or more: bounds on the packed size, by hand."""
+    results = models.run(arguments("--phases", "decode"))
+    n = hand_counted(256, 512, 128, 512, 1)
+    weights, rest = n["layers"] + n["head"], 2 * n["norms"] + 2 * 2 * 2 * 8 * 128
+    bounds = {
+        "inductor": (2 * weights, 2 * weights),
+        "int8": (weights, weights * (1 + 2 / 32)),
+        "int4": (n["layers"] / 2 + n["head"], (n["layers"] / 2 + n["head"]) * (1 + 4 / 32)),
+        "int4 head": (weights / 2, weights / 2 * (1 + 4 / 32)),
+    }
+    rates = [results.settings[name] for name in ("bandwidth", "flops")]
+    flops = 2 * 2 * weights + 4 * 256 * 2 * 9
+    for row in results.rows:
+        low, high = bounds[row["way"]]
+        assert low <= row["bytes_read"] - rest <= high, row["way"]
+        ideal = 1e3 * max(row["bytes_read"] / rates[0], flops / rates[1])
+        assert row["ideal_ms"] == pytest.approx(ideal)
+        assert row["of_ideal"] == pytest.approx(ideal / row["ms"])
+
+
+def test_the_ideal_of_all_layers_is_on_the_same_line() -> None:
+    few = _row("int4", 2, 5.0, ideal_ms=1.0, bytes_read=100)
+    many = _row("int4", 4, 9.0, ideal_ms=1.5, bytes_read=140)
+    (whole,) = extrapolated([few, many], "m", 10)
+    assert (whole["ms"], whole["ideal_ms"], whole["bytes_read"]) == (21.0, 3.0, 260)
+    assert whole["of_ideal"] == pytest.approx(3 / 21)
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models.WAYS, "torchao int4", Way("torchao int4", package="no_such_package"))
+    asked = arguments("--ways", "torchao int4", "--time-budget", "0")
+    assert models.run(asked).left_out[0] == "torchao int4: no_such_package is not installed"
+
+
+def _rounded(groups: int, steps: int) -> Any:
+    def change(model: torch.nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                w = module.weight.reshape(-1, groups)
+                scale = w.abs().amax(1, keepdim=True) / steps
+                module.weight = torch.nn.Parameter(
+                    ((w / scale).round() * scale).view_as(module.weight)
+                )
+
+    return change
+
+
+def test_what_a_library_makes_of_the_matrices_is_held_to_four_bits() -> None:
+    model = build("tiny", 1, torch.bfloat16, CPU)
+    for steps, right in ((7, True), (3, False)):
+        changed = build("tiny", 1, torch.bfloat16, CPU)
+        _rounded(128, steps)(changed)
+        if right:
+            check_matrices(changed, model)
+            continue
+        with pytest.raises(model_rows.WrongResult, match="q_proj: relative error"):
+            check_matrices(changed, model)
+
+
+def test_a_library_runs_a_copy_and_the_model_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = Way("theirs", package="torch", change=_rounded(128, 7))
+    model = build("tiny", 1, torch.bfloat16, CPU)
+    before = model.lm_head.weight.clone()
+    with torch.no_grad():
+        phase = Decoding(model, 1, 4, 30)
+        ways = [WAYS["inductor"], theirs]
+        rows = list(model_rows.measured_rows(model, phase, ways, 1, "eager", Rates(1e10, 1e12)))
+    assert torch.equal(model.lm_head.weight, before)
+    assert not any("failure" in row for row in rows)
+    assert rows[0]["logits"] != rows[1]["logits"]
+
+
+def test_starts_are_measured_in_processes_of_their_own_and_checked() -> None:
+    asked = arguments("--phases", "decode", "--ways", "int4", "--threads", "1")
+    asked.starts = True
+    results = models.run(asked)
+    cold, warm = (row for row in results.rows if "start" in row)
+    assert (cold["start"], warm["start"]) == ("cold", "warm")
+    for row in (cold, warm):
+        assert "failure" not in row
+        assert 0 < row["quantize_s"] < row["first_call_s"]
+        assert 0 < row["loaded"] < row["peak"] > row["after"] > 0
+        assert row["error"] <= row["allowed"]
+    line = start_table(results.rows).splitlines()[-1].split()
+    assert line[:5] == ["tiny", "1", "of", "4", "int4"]
+
+
+def test_a_start_that_computes_something_else_is_not_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def started(*arguments: Any) -> Row:
+        return {"first_call_s": 1.0, "logits": [1.0, 2.5]}
+
+    monkeypatch.setattr(model_starts, "_started", started)
+    work = {"model": "tiny", "layers": 1, "phase": "decode", "batch": 1, "tokens": 8}
+    asked = arguments()
+    for expected, right in (([1.0, 2.5], True), ([1.0, -2.5], False)):
+        rows = list(model_starts.start_rows(work, {"int4": expected}, 5, asked))
+        assert ["failure" not in row for row in rows] == [right, right]
+        assert all("logits" not in row for row in rows)

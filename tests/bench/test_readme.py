@@ -1,6 +1,7 @@
 """`bench readme`: the tables that results give, and a README that has none stays as it is."""
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,10 @@ def test_models_are_those_with_all_layers(root: Path) -> None:
     results.add(row | {"layers": 4}, row | {"layers": 8, "extrapolated_from": [2, 4], "ms": 4.0})
     text = readme.with_results(EMPTY + "<!-- bench:models -->\n<!-- /bench:models -->\n", root)
     rows = [line for line in text.splitlines() if line.startswith("| opt")]
-    assert len(rows) == 1
-    assert "extrapolated from 2 and 4 layers" in rows[0]
-    assert "| 1000" in rows[0]
+    assert len(rows) == 2  # the most that was measured, and the whole model
+    assert "4 of 8" in rows[0]
+    assert "8, extrapolated from 2 and 4" in rows[1]
+    assert "4.00 (3.00x, 1000 tokens/s)" in rows[1]
 
 
 def test_without_results_the_readme_stays_as_it_is(tmp_path: Path) -> None:
@@ -86,8 +88,35 @@ def test_check_writes_nothing(root: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="differs from the results"):
         readme.main(["--check"], file, root)
     assert file.read_text() == EMPTY
+    assert not (tmp_path / "docs").exists()
     readme.main([], file, root)
     readme.main(["--check"], file, root)
+
+
+def test_the_page_has_all_rows_and_is_checked_too(root: Path, tmp_path: Path) -> None:
+    file = tmp_path / "README.md"
+    file.write_text(EMPTY)
+    readme.main([], file, root)
+    page = tmp_path / "docs" / "results.md"
+    text = page.read_text()
+    assert "## Layers on a GPU\n\nNVIDIA X, torch 2.13" in text
+    assert "| 64 x 32 " in text
+    page.write_text(text.replace("8.0", "7.9"))
+    with pytest.raises(SystemExit, match=r"results\.md differs from the results"):
+        readme.main(["--check"], file, root)
+
+
+def test_every_file_of_results_is_shown() -> None:
+    for path in readme.RESULTS.glob("*/*.json"):
+        shown = [s.name for s in readme.SECTIONS if fnmatch(path.stem, s.files)]
+        assert len(shown) == 1, f"{path.name}: {shown}"
+
+
+def test_every_section_has_its_place_in_the_readme() -> None:
+    text = readme.README.read_text(encoding="utf-8")
+    for section in readme.SECTIONS:
+        assert text.count(f"<!-- bench:{section.name} -->") == 1, section.name
+        assert text.count(f"<!-- /bench:{section.name} -->") == 1, section.name
 
 
 def test_the_readme_of_this_checkout_is_as_its_results_have_it() -> None:

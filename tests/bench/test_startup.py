@@ -7,11 +7,11 @@ import pytest
 
 pytest.importorskip("transformers", reason="the bench extra is not installed")
 
-from bench import one_start, startup
+from bench import one_start, startup, startup_table
 from bench.fresh_process import ChildFailed, in_fresh_process
 from bench.results import Results, Row
 
-PARTS = ("total", "import", "first call", "dynamo", *startup.PARTS)
+PARTS = ("total", "import", "first call", "dynamo", *startup_table.PARTS)
 
 
 def row(caches: str, total: float, backend: str = "finequant") -> Row:
@@ -22,12 +22,12 @@ def row(caches: str, total: float, backend: str = "finequant") -> Row:
 def test_figures_are_medians_beside_the_cold_start() -> None:
     rows = [row("cold", t) for t in (30.0, 20.0, 90.0)] + [row("warm", t) for t in (6.0, 60.0, 5.0)]
     rows.append({"backend": "inductor", "caches": "cold", "failure": "ChildFailed: no compiler"})
-    found = startup.medians(rows)
+    found = startup_table.medians(rows)
     assert {name: start["total"] for name, start in found.items()} == {
         "finequant, cold": 30.0,
         "finequant, warm": 6.0,
     }
-    line = startup.startup_table(rows).splitlines()[-1]
+    line = startup_table.startup_table(rows).splitlines()[-1]
     assert line.split()[:3] == ["finequant,", "warm", "6.00"]
     assert line.split()[-2:] == ["0.20", "0.20"]
 
@@ -46,7 +46,7 @@ def test_starts_run_in_turn_and_share_the_caches_of_their_backend(
         seen.append((flags[flags.index("--backend") + 1], "new" if new else "old", size))
         if size == "0":
             raise ChildFailed("it ended")
-        return {"seconds": {}, "graphs": 1}
+        return {"seconds": {}, "graphs": 1, "logits": [1.0]}
 
     monkeypatch.setattr(startup, "in_fresh_process", run)
     results = Results({}, {})
@@ -65,6 +65,24 @@ def test_starts_run_in_turn_and_share_the_caches_of_their_backend(
     assert [r["round"] for r in failed] == [0, 1]
 
 
+def test_a_start_that_computes_something_else_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(module: str, flags: list[str], environment: dict[str, str]) -> Row:
+        wrong = environment.get("FQCOMPILE_CACHE_SIZE") == "0"
+        logits = [1.0, 1.5 if wrong else 1.0]  # within 4 bits of Inductor's, not of ours
+        return {"seconds": dict.fromkeys(PARTS, 1.0), "graphs": 1, "logits": logits}
+
+    monkeypatch.setattr(startup, "in_fresh_process", run)
+    results = Results({}, {})
+    startup.one_round(startup.parse(["--size", "tiny"]), results, 0)
+    failed = [row for row in results.rows if "failure" in row]
+    assert [row["caches"] for row in failed] == ["warm, no weights"]
+    assert failed[0]["failure"].startswith("wrong result: 0.35 from finequant, cold")
+    assert len(startup_table.medians(results.rows)) == 4
+    assert not any("logits" in row for row in results.rows)
+
+
 @pytest.fixture
 def as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name in one_start.TIMED:
@@ -73,10 +91,11 @@ def as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("as_it_was")
 def test_the_parts_of_a_start_add_up() -> None:
-    seconds = one_start.start("eager", "tiny", 2.0)
+    seconds, logits = one_start.start("eager", "tiny", 2.0)
+    assert len(logits) == 256
     assert set(seconds) == set(PARTS)
     assert seconds["total"] == pytest.approx(2.0 + seconds["first call"])
-    parts = [seconds[part] for part in ("dynamo", *startup.PARTS)]
+    parts = [seconds[part] for part in ("dynamo", *startup_table.PARTS)]
     assert sum(parts) == pytest.approx(seconds["first call"])
     assert all(part >= 0 for part in parts)
     assert seconds["run"] > 0

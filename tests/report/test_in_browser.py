@@ -9,7 +9,7 @@ import pytest
 
 from fqcompile.report import CompileReport
 from fqcompile.report.table import site_page_table
-from tests.browser import Browser, find_chromium
+from tests.browser import CONTRASTS, OVERFLOW, Browser, find_chromium
 from tests.report import large_reports
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="needs Chromium on the PATH")
@@ -21,7 +21,6 @@ REPORTS: dict[str, Callable[[], CompileReport]] = {
 }
 SITES = "[...document.querySelectorAll('#sites tbody tr')]"
 SHOWN = f"{SITES}.filter(r => r.getClientRects().length).map(r => r.cells[0].textContent)"
-OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
 @pytest.fixture(scope="module")
@@ -197,32 +196,6 @@ def test_everything_to_use_or_to_look_at_has_a_name(
     assert not unnamed, unnamed
     assert len(named["image"]) == 2 and "relative error" in named["image"][0]
     assert "show the sites of layer 7" in named["button"]
-
-
-# The ratio of the WCAG between a text's colour and the nearest opaque background behind it.
-CONTRASTS = """(() => {
-  const channel = c => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
-  const light = rgb => rgb.slice(0, 3).map(channel)
-    .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
-  const rgb = text => text.match(/[\\d.]+/g).map(Number);
-  const behind = e => {
-    for (; e; e = e.parentElement) {
-      const color = rgb(getComputedStyle(e).backgroundColor);
-      if (color.length === 3) return color;
-    }
-    return [255, 255, 255];
-  };
-  const found = [];
-  for (const e of document.querySelectorAll("body *")) {
-    const text = [...e.childNodes].filter(n => n.nodeType === 3 && n.data.trim());
-    if (!text.length || !e.checkVisibility() || e.closest("script, title")) continue;
-    const style = getComputedStyle(e);
-    const ink = rgb(e instanceof SVGElement ? style.fill : style.color);
-    const [a, b] = [light(ink), light(behind(e))].sort((x, y) => y - x);
-    found.push([(a + .05) / (b + .05), e.tagName + "." + e.className + " " + e.textContent]);
-  }
-  return found.sort((x, y) => x[0] - y[0]);
-})()"""
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

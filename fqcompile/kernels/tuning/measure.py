@@ -45,7 +45,7 @@ def measure_on_gpu(template: Template, spec: GemmSpec, m: int) -> Measure:
     if torch.cuda.is_current_stream_capturing():
         raise FineQuantError("a CUDA graph is being captured; call the model once before capturing")
     with plain_tensors():
-        runs, expected = (_experts if spec.experts else _linear)(template, spec, m)
+        runs, expected = prepared(template, spec, m, _DEVICE)
 
     def measure(config: Config) -> Timing:
         try:
@@ -61,9 +61,21 @@ def measure_on_gpu(template: Template, spec: GemmSpec, m: int) -> Measure:
     return measure
 
 
-def _linear(template: Template, spec: GemmSpec, m: int) -> tuple[list[Run], torch.Tensor]:
-    """A run for each copy of the weight, and what each must give."""
-    weight, x = random_problem(spec, m, _DEVICE)
+def prepared(
+    template: Template, spec: GemmSpec, m: int, device: torch.device
+) -> tuple[list[Run], torch.Tensor]:
+    """The matmul to run with a configuration, and what the first run must give, in fp64.
+
+    There is a run for each of as many copies of the weight as `rotation` says, of experts also for
+    each of several routings.
+    """
+    return (_experts if spec.experts else _linear)(template, spec, m, device)
+
+
+def _linear(
+    template: Template, spec: GemmSpec, m: int, device: torch.device
+) -> tuple[list[Run], torch.Tensor]:
+    weight, x = random_problem(spec, m, device)
     weights, _ = packed_copies(weight, template.layout)
 
     def run(packed: PackedLinear, config: Config) -> torch.Tensor:
@@ -73,14 +85,15 @@ def _linear(template: Template, spec: GemmSpec, m: int) -> tuple[list[Run], torc
     return runs, reference(x, weight, spec)
 
 
-def _experts(template: Template, spec: GemmSpec, m: int) -> tuple[list[Run], torch.Tensor]:
-    """A run for each copy of the stack and each routing; the first has the result."""
+def _experts(
+    template: Template, spec: GemmSpec, m: int, device: torch.device
+) -> tuple[list[Run], torch.Tensor]:
     assert template.experts is not None, "select takes no other for experts"
     experts = template.experts
-    stack, x = random_problem(replace(spec, n=spec.experts * spec.n), m, _DEVICE)
+    stack, x = random_problem(replace(spec, n=spec.experts * spec.n), m, device)
     weights = experts_of(stack, spec.experts)
     packed = packed_stack(weights, template.layout)
-    in_turn = routings(spec, m, _DEVICE)
+    in_turn = routings(spec, m, device)
 
     def run(weight: PackedLinear, routing: Routing, config: Config) -> torch.Tensor:
         ends = (None, spec.activation, spec.gated, config)

@@ -51,6 +51,11 @@ class Timing:
         if not 0 < self.low <= self.microseconds <= self.high < math.inf:
             raise ValueError(f"{self} is no timing: 0 < low <= median <= high must hold")
 
+    @property
+    def spread(self) -> float:
+        """From percentile to percentile, as a share of the median."""
+        return (self.high - self.low) / self.microseconds
+
     def __str__(self) -> str:
         return f"{self.microseconds:.1f} [{self.low:.1f}, {self.high:.1f}]"
 

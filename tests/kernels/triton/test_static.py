@@ -267,7 +267,7 @@ def test_the_table_shows_all_figures_and_names_what_is_broken(
     monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--check"])
     with pytest.raises(SystemExit, match=f"{good.name}: .* copies of 16 bytes"):
         command.main()
-    rows = json.loads((tmp_path / "rows.json").read_text())
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     kinds = [row["kernel"].split()[0] for row in rows]
     assert kinds == ["gemm", "gemm", "grouped", "plain", "ideal", "ideal"]
     assert set(rows[0]) == set(static.HEADERS)

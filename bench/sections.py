@@ -1,0 +1,71 @@
+"""Every kind of result that is shown: where, from which files, and how."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bench.section_text import Content
+from bench.sections_accuracy import accuracy, accuracy_short
+from bench.sections_costs import (
+    launch_overhead,
+    launch_overhead_short,
+    overhead,
+    overhead_short,
+    quantize,
+    quantize_short,
+)
+from bench.sections_experts import expert_decode, expert_decode_short
+from bench.sections_kernels import cpu_kernels, cpu_kernels_short, gpu_kernels
+from bench.sections_models import encoder, memory, models, models_short, startup
+from bench.sections_read import expert_forms, expert_forms_short, static, static_short
+from bench.sections_tune import tune, tune_short
+
+Render = Callable[[Content], str]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One kind.
+
+    Attributes:
+        name: between <!-- bench:name --> and <!-- /bench:name --> its place is in the README.
+        files: of the results, without a device and ".json"; a "*" stands for anything.
+        full: what docs/results.md says of one file of them.
+        short: what the README says of the file called `name`; None where that is the same.
+    """
+
+    name: str
+    title: str
+    files: str
+    full: Render
+    short: Render | None = None
+
+
+SECTIONS = (
+    Section("accuracy", "Quality", "accuracy", accuracy, accuracy_short),
+    Section("models", "Whole models on a GPU", "models", models, models_short),
+    Section("models-cpu", "Whole models on a CPU", "models-cpu*", models, models_short),
+    Section("encoder", "An encoder in fp32 on a CPU", "encoder", encoder),
+    Section("kernels", "Layers on a GPU", "kernels", gpu_kernels),
+    Section("kernels-cpu", "Layers on a CPU", "kernels-cpu*", cpu_kernels, cpu_kernels_short),
+    Section(
+        "expert-decode",
+        "A layer of experts on a CPU",
+        "expert-decode",
+        expert_decode,
+        expert_decode_short,
+    ),
+    Section("tune", "Autotuning", "tune*", tune, tune_short),
+    Section("memory", "Memory", "memory", memory),
+    Section("static", "Machine code of the GPU kernels", "static*", static, static_short),
+    Section(
+        "launch-overhead",
+        "A call on the host",
+        "launch-overhead",
+        launch_overhead,
+        launch_overhead_short,
+    ),
+    Section("expert-forms", "Forms of experts", "expert-forms", expert_forms, expert_forms_short),
+    Section("quantize", "Speed of quantisation", "quantize", quantize, quantize_short),
+    Section("overhead", "Share of the passes", "overhead", overhead, overhead_short),
+    Section("startup", "First and second start", "startup", startup),
+)

@@ -1,0 +1,76 @@
+"""The short suite of `make bench`: each benchmark on a small case, 10 minutes on 2 cores.
+
+    python -m bench short [--out build/bench] [--steps quantize,models,...] [--time-budget 900]
+
+Each step is a process of its own; one that fails does not stop the next, and the suite then ends
+with status 1. Results (JSON) and output (STEP.log) lie in --out, which git ignores unless it
+is another one. Small cases say whether a benchmark works and where it stands; what is quoted comes
+from the whole ones.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.session import BENCH, ROOT, Step, conclude, session
+
+OUT = ROOT / "build" / "bench"
+
+
+def _step(name: str, *flags: str, file: str | None = None, shown: int = 2000) -> Step:
+    """`file`: what its results are called, as bench/sections.py has them."""
+
+    def command(out: Path, seconds: float) -> Sequence[str]:
+        return (*BENCH, name, *flags, "--json", str(out / f"{file or name}.json"))
+
+    return Step(command, shown=shown)
+
+
+def _accuracy(out: Path, seconds: float) -> Sequence[str]:
+    return (*BENCH, "accuracy", "--quick", "--folder", str(out))
+
+
+def _tune(out: Path, seconds: float) -> Sequence[str]:
+    results = ("--json", str(out / "tune.json"), "--html", str(out / "tune.html"))
+    return (*BENCH, "tune", "--quick", "--device", "cpu", "--time-budget", "60", *results)
+
+
+_LAYERS = ("--device", "cpu", "--shapes", "4096x4096", "1536x384", "--m", "1,16")
+_MODEL = ("--device", "cpu", "--model", "small", "--batch", "1", "--context", "64", "--phases",
+          "decode", "--ways", "inductor", "int4")  # fmt: skip
+STEPS: dict[str, Step] = {
+    "quantize": _step("quantize", "--n", "2048", "--k", "2048", "--repeat", "2"),
+    "granularity": _step("granularity", "--quick"),
+    "kernels": _step("kernels", *_LAYERS, file="kernels-cpu"),
+    "tune": Step(_tune, shown=2000),
+    "models": _step("models", *_MODEL, file="models-cpu", shown=3000),
+    "overhead": _step("overhead", "--runs", "1"),
+    "startup": _step("startup", "--size", "tiny", "--rounds", "1"),
+    "launch_overhead": _step(
+        "launch_overhead", "--calls", "50", "--repeat", "10", file="launch-overhead"
+    ),
+    "accuracy": Step(_accuracy, shown=6000),
+}
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in STEPS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(STEPS)}")
+    return names
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIRECTORY")
+    parser.add_argument("--steps", type=_names, default=list(STEPS), metavar="NAME,...")
+    parser.add_argument("--time-budget", type=float, default=900.0, metavar="SECONDS")
+    arguments = parser.parse_args(argv)
+    out = arguments.out.resolve()
+    steps = {name: STEPS[name] for name in arguments.steps}
+    conclude(steps, session(steps, out, arguments.time_budget), out)
+
+
+if __name__ == "__main__":
+    main()
