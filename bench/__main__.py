@@ -20,6 +20,7 @@ BENCHMARKS = {
     "kernels": "our kernels against dense ones, torch.compile and other libraries, by layer",
     "tune": "every kernel configuration (a CPU: every kernel) with its time and its roofline share",
     "models": "decoding and prefill of whole models, random weights: time, starts, memory, ideal",
+    "planner": "how far the planner's predictions are from all results",
     "launch_overhead": "Python's time in one call of the operator, against Triton's own launcher",
     "subnormals": "a GPU: whether its matrix units keep the codes that are subnormal numbers",
     "gpu": "a GPU: the tests marked gpu and the short benchmarks, into one folder",

@@ -16,6 +16,7 @@ COMMANDS = {
     "quantize": "quantise a Hugging Face checkpoint, tensor by tensor, into a directory to load",
     "export": "write a quantised model as a checkpoint for vLLM, SGLang and transformers",
     "check": "show what vLLM, SGLang or transformers would not load of a checkpoint, and why",
+    "plan": "say what a model takes and how fast it runs, on GPUs that need not be here",
     "tune": "measure kernel configurations on this machine's GPU and keep the fastest",
     "doctor": "show versions, devices, compilers, and which kernels are available and why not",
 }

@@ -47,3 +47,7 @@ class RankError(FineQuantError, RuntimeError):
 
 class ShardingError(FineQuantError, TypeError):
     """A model is spread over ranks in a way that its weights cannot be quantised in."""
+
+
+class PlannerError(FineQuantError, ValueError):
+    """A model, a device or a way to share them out cannot be planned for; the message says why."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from fqcompile.commands.argument_types import counts, group_size
 from fqcompile.commands.checkpoints import load_model
 from fqcompile.commands.shapes import DEFAULT_GROUP, ROUTINGS, specs_of_shape
 from fqcompile.errors import FineQuantError
@@ -53,13 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
     parser.add_argument(
-        "--group", type=_group, metavar="SIZE", help='group size along K, or "column" (default: '
+        "--group", type=group_size, metavar="SIZE", help='size along K, or "column" (default: '
         f"{DEFAULT_GROUP} for a shape, what is chosen for each matrix of a model)",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of the activations")
     parser.add_argument("--gated", action="store_true", help="shapes are of gate and up, 2N x K")
     parser.add_argument(
-        "--m", type=_row_counts, metavar="M,...", help="numbers of rows, each for its bucket "
+        "--m", type=counts, metavar="M,...", help="numbers of rows, each for its bucket "
         "(default: 1, and what a model with an open batch looks up)",
     )  # fmt: skip
     parser.add_argument(
@@ -143,19 +144,6 @@ def _specs_of_model(
         on_gpu = [x.to(_DEVICE) if isinstance(x, torch.Tensor) else x for x in inputs]
         found = gemm_specs(model.to(_DEVICE), *on_gpu, **options)
     return [replace(spec, device_type="cuda", gpu=gpu) for spec in found]
-
-
-def _group(text: str) -> int | str:
-    if text == "column" or (text.isdecimal() and int(text) > 0):
-        return text if text == "column" else int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a size of at least 1 nor 'column'")
-
-
-def _row_counts(text: str) -> list[int]:
-    parts = text.split(",")
-    if all(part.isdecimal() and int(part) > 0 for part in parts):
-        return [int(part) for part in parts]
-    raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers from 1 up, such as 1,16,64")
 
 
 def _report_file(text: str) -> Path:

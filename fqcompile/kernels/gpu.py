@@ -11,7 +11,7 @@ from fqcompile.errors import NoKernelError
 # Dense fp16/bf16 flop per SM and clock, by compute capability (vendor's white papers).
 _MATRIX_FLOPS_PER_CLOCK = {80: 2048, 86: 1024, 89: 1024, 90: 4096, 100: 8192}
 # What a copy reaches of the memory's nominal rate, and cuBLAS of the matrix units'.
-_COPY_SHARE, _MATRIX_SHARE = 0.9, 0.8
+COPY_SHARE, MATRIX_SHARE = 0.9, 0.8
 _SHARED_RESERVED = 1 << 10  # bytes of each program's shared memory that the system takes
 
 
@@ -79,7 +79,7 @@ def _from_properties(properties: Any) -> Gpu:
         arch=arch,
         num_sms=properties.multi_processor_count,
         clock_hz=clock,
-        bandwidth=_COPY_SHARE * nominal,
-        matrix_flops=_MATRIX_SHARE * per_clock * properties.multi_processor_count * clock,
+        bandwidth=COPY_SHARE * nominal,
+        matrix_flops=MATRIX_SHARE * per_clock * properties.multi_processor_count * clock,
         shared_bytes=properties.shared_memory_per_multiprocessor - _SHARED_RESERVED,
     )

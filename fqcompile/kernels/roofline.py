@@ -4,6 +4,7 @@ Expressions in M, the rows of x, in seconds. A kernel's own model is beside the 
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import sympy
 from sympy import Expr, Max, Symbol
@@ -15,6 +16,16 @@ from fqcompile.kernels.spec import GemmSpec
 M: Symbol = Symbol("M", positive=True)
 LAUNCH_SECONDS = 2e-6  # until a kernel's programs run at full rate, and the last of them ends
 _FLOAT_BYTES = 2
+_PLAIN_BITS = 16  # of a weight that is not quantised, and so has no scales
+
+
+class Rates(Protocol):
+    """What a device reaches: bytes/s of its memory, flop/s of its matrix units."""
+
+    @property
+    def bandwidth(self) -> float: ...
+    @property
+    def matrix_flops(self) -> float: ...
 
 
 def experts_hit(spec: GemmSpec) -> Expr:
@@ -26,7 +37,9 @@ def experts_hit(spec: GemmSpec) -> Expr:
 
 
 def weight_bytes(spec: GemmSpec) -> int:
-    """Codes and scales, of one expert."""
+    """Codes and scales, of one expert; with 16 bits the weights themselves."""
+    if spec.bits == _PLAIN_BITS:
+        return spec.weight_rows * spec.k * _FLOAT_BYTES
     groups = -(-spec.k // min(spec.group_size, spec.k))
     scales = spec.weight_rows * groups * spec.scale_dtype.itemsize
     return spec.weight_rows * spec.k * spec.bits // 8 + scales
@@ -43,10 +56,14 @@ def flops(spec: GemmSpec) -> Expr:
     return 2 * M * spec.weight_rows * spec.k
 
 
-def ideal(spec: GemmSpec, gpu: Gpu) -> Expr:
-    """Each byte moved once at copy speed, or the product at cuBLAS's rate: the longer."""
-    moved = (experts_hit(spec) * weight_bytes(spec) + activation_bytes(spec)) / gpu.bandwidth
-    return Max(moved, flops(spec) / gpu.matrix_flops)
+def ideal(spec: GemmSpec, rates: Rates, hit: Expr | None = None) -> Expr:
+    """Each byte moved once at copy speed, or the product at cuBLAS's rate: the longer.
+
+    `hit`: how many of the experts are read, where that is known better than from M.
+    """
+    read = experts_hit(spec) if hit is None else hit
+    moved = (read * weight_bytes(spec) + activation_bytes(spec)) / rates.bandwidth
+    return Max(moved, flops(spec) / rates.matrix_flops)
 
 
 def ideal_seconds(spec: GemmSpec, m: int) -> float:

@@ -202,9 +202,11 @@ def _tiles(spec: GemmSpec, config: TileConfig, m: int) -> tuple[float, float]:
     return max(hit, _tiles_of_experts(m, hit, config.BLOCK_M)), hit
 
 
-def cost(spec: GemmSpec, config: TileConfig, gpu: Gpu, m: int) -> Cost:
-    """The model's figures for m rows."""
-    return Cost(*_evaluate()(m, *_tiles(spec, config, m), *astuple(_model(spec, config, gpu))))
+def cost(spec: GemmSpec, config: TileConfig, gpu: Gpu, m: int, hit: float | None = None) -> Cost:
+    """The model's figures for m rows; `hit`: how many experts they read, where that is known."""
+    tiles, read = _tiles(spec, config, m)
+    read = read if hit is None else hit
+    return Cost(*_evaluate()(m, tiles, read, *astuple(_model(spec, config, gpu))))
 
 
 def steady_seconds(spec: GemmSpec, config: TileConfig, gpu: Gpu) -> Expr:

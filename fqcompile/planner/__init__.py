@@ -1,0 +1,1 @@
+"""What a model takes and how fast it runs, by arithmetic: no GPU, no weights, only its shape."""
