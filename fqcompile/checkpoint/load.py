@@ -48,9 +48,7 @@ def load(
 
     Dense tensors are the mapped files themselves: privately, so a change to one is not written
     back. Packed ones are read once, into the order that the kernels of this machine want.
-
     compressed-tensors (pack-quantized), GPTQ without act-order and AWQ open too, for None.
-
     A model whose parameters are DTensors gets of each value the part that its rank holds, however
     many ranks have saved it; all its ranks must call this.
 
