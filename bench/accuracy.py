@@ -116,7 +116,7 @@ def _add(results: Results, family: str, part: str, rows: Iterator[Row]) -> None:
 def run(arguments: argparse.Namespace) -> Results:
     """Everything that the arguments ask for; the libraries that are missing are left out."""
     path = arguments.folder / "accuracy.json" if arguments.folder else None
-    settings = {k: str(v) for k, v in vars(arguments).items()}
+    settings = {k: str(v) for k, v in vars(arguments).items() if k != "folder"}
     settings["baselines"] = ", ".join(
         f"{b.package} {b.version}" for b in BASELINES if b.missing is None
     )
