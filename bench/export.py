@@ -101,10 +101,7 @@ def _check_space(folder: Path, arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     results = run(parse(argv))
-    print(", ".join(f"{key} {value}" for key, value in results.identity.items()))
-    for row in results.rows:
-        if "failure" in row:
-            print(f"{row['way']}: {row['failure']}")
+    results.tell("way")
     print(table(results.rows))
 
 

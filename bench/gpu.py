@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.session import BENCH, Step, conclude, session
+from bench.session import BENCH, Step, conclude, names_of, session
 
 # Reads the card's state and changes none of it.
 _STATE = "nvidia-smi -q -d CLOCK,POWER,UTILIZATION,PERFORMANCE"
@@ -78,19 +78,11 @@ STEPS = {
 USUAL = ("environment", "subnormals", "tests", "kernels", "overhead")
 
 
-def _steps(text: str) -> list[str]:
-    names = text.split(",")
-    unknown = [name for name in names if name not in STEPS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(STEPS)}")
-    return names
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIRECTORY")
     parser.add_argument("--time-budget", type=float, default=570.0, metavar="SECONDS")
-    parser.add_argument("--steps", type=_steps, default=list(USUAL), metavar="NAME,...")
+    parser.add_argument("--steps", type=names_of(STEPS), default=list(USUAL), metavar="NAME,...")
     arguments = parser.parse_args(argv)
     out = arguments.out.resolve()
     steps = {name: STEPS[name] for name in arguments.steps}

@@ -72,10 +72,7 @@ def run(arguments: argparse.Namespace) -> Results:
 
 def main(argv: Sequence[str] | None = None) -> None:
     results = run(parse(argv))
-    print(", ".join(f"{key} {value}" for key, value in results.identity.items()))
-    for row in results.rows:
-        if "failure" in row:
-            print(f"{row['way']}: {row['failure']}")
+    results.tell("way")
     print(memory_table(results.rows))
 
 

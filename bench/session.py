@@ -1,5 +1,6 @@
 """Benchmarks one after another, each in a process of its own; one that fails stops none."""
 
+import argparse
 import subprocess
 import sys
 import time
@@ -25,6 +26,19 @@ class Step:
     command: Callable[[Path, float], Sequence[str]]
     share: float = 1.0
     shown: int = 1000
+
+
+def names_of(steps: Mapping[str, Step]) -> Callable[[str], list[str]]:
+    """What argparse reads a list of these steps' names with."""
+
+    def names(text: str) -> list[str]:
+        given = text.split(",")
+        unknown = [name for name in given if name not in steps]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(steps)}")
+        return given
+
+    return names
 
 
 def session(steps: Mapping[str, Step], out: Path, budget: float) -> list[Ended]:

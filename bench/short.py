@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.session import BENCH, ROOT, Step, conclude, session
+from bench.session import BENCH, ROOT, Step, conclude, names_of, session
 
 OUT = ROOT / "build" / "bench"
 
@@ -53,18 +53,10 @@ STEPS: dict[str, Step] = {
 }
 
 
-def _names(text: str) -> list[str]:
-    names = text.split(",")
-    unknown = [name for name in names if name not in STEPS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(STEPS)}")
-    return names
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIRECTORY")
-    parser.add_argument("--steps", type=_names, default=list(STEPS), metavar="NAME,...")
+    parser.add_argument("--steps", type=names_of(STEPS), default=list(STEPS), metavar="NAME,...")
     parser.add_argument("--time-budget", type=float, default=900.0, metavar="SECONDS")
     arguments = parser.parse_args(argv)
     out = arguments.out.resolve()

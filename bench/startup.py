@@ -94,10 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = Results(identity(torch.device("cpu")), settings, arguments.json)
     for number in range(arguments.rounds):
         one_round(arguments, results, number)
-    print(", ".join(f"{key} {value}" for key, value in results.identity.items()))
-    for row in results.rows:
-        if "failure" in row:
-            print(f"{row['backend']}, {row['caches']}: {row['failure']}")
+    results.tell("backend", "caches")
     print(startup_table(results.rows))
 
 

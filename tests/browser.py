@@ -16,6 +16,7 @@ FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run
 --disable-extensions --remote-debugging-pipe""".split()
 PATIENCE = 60.0  # seconds for one answer
 
+UNFOLD = "document.querySelectorAll('details').forEach(d => d.open = true)"
 # By how many pixels the page is wider than its window.
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 # The ratio of the WCAG between a text's colour and the nearest opaque background behind it.
@@ -177,3 +178,26 @@ class Browser:
         data = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(data["data"]))
         return path
+
+
+def assert_quiet(browser: Browser, page: Path, *, width: int, dark: bool) -> None:
+    """It opens without a complaint or a request, runs no text as code, and fits its window."""
+    browser.open(page, width=width, dark=dark)
+    browser.evaluate(UNFOLD)
+    assert browser.evaluate(OVERFLOW) == 0
+    assert browser.evaluate("typeof bitten") == "undefined"
+    assert browser.evaluate("document.images.length + document.scripts.length") == 1
+    assert browser.evaluate("performance.getEntriesByType('resource').length") == 0
+    assert browser.requests == [page.resolve().as_uri()]
+    assert browser.complaints == []
+
+
+def assert_readable(browser: Browser, page: Path, *, dark: bool) -> None:
+    """All text stands out from what is behind it, on white or on dark paper as asked."""
+    browser.open(page, dark=dark)
+    browser.evaluate(UNFOLD)
+    paper = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (paper == "rgb(255, 255, 255)") != dark
+    contrasts = browser.evaluate(CONTRASTS)
+    assert len(contrasts) > 100
+    assert contrasts[0][0] >= 4.5, contrasts[:5]

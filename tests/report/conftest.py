@@ -1,8 +1,11 @@
-"""A plan of four sites (per column, grouped, kept, hostile text) and a compile report of it."""
+"""A browser; a plan of four sites (per column, grouped, kept, hostile text) and a report of it."""
+
+from collections.abc import Iterator
 
 import pytest
 
 from fqcompile.report import CompileReport, PassRecord, Plan, Site
+from tests.browser import Browser
 
 COLUMN = Site(
     name="layers.10.attn.q_proj.weight",
@@ -49,6 +52,12 @@ HOSTILE = Site(
 )
 BEFORE = "def forward(x, w):\n    y = linear(x, w)\n    return y\n"
 AFTER = "def forward(x, w):\n    y = fqcompile_linear(x, w)\n    return y\n"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The page in a real browser: no errors, no network, and what clicks and keys do."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import pytest
 
 from fqcompile.report import CompileReport
 from fqcompile.report.table import site_page_table
-from tests.browser import CONTRASTS, OVERFLOW, Browser, find_chromium
+from tests.browser import Browser, assert_quiet, assert_readable, find_chromium
 from tests.report import large_reports
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="needs Chromium on the PATH")
@@ -24,12 +24,6 @@ SHOWN = f"{SITES}.filter(r => r.getClientRects().length).map(r => r.cells[0].tex
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     return {name: make().to_html(folder / f"{name}.html") for name, make in REPORTS.items()}
@@ -41,14 +35,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_page_opens_quietly_and_fits(
     browser: Browser, pages: dict[str, Path], name: str, width: int, dark: bool
 ) -> None:
-    browser.open(pages[name], width=width, dark=dark)
-    browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-    assert browser.evaluate(OVERFLOW) == 0
-    assert browser.evaluate("typeof bitten") == "undefined"
-    assert browser.evaluate("document.images.length + document.scripts.length") == 1
-    assert browser.evaluate("performance.getEntriesByType('resource').length") == 0
-    assert browser.requests == [pages[name].resolve().as_uri()]
-    assert browser.complaints == []
+    assert_quiet(browser, pages[name], width=width, dark=dark)
 
 
 @pytest.mark.parametrize("name", REPORTS)
@@ -203,13 +190,7 @@ def test_everything_to_use_or_to_look_at_has_a_name(
 def test_text_stands_out_from_its_background(
     browser: Browser, pages: dict[str, Path], name: str, dark: bool
 ) -> None:
-    browser.open(pages[name], dark=dark)
-    browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-    paper = browser.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (paper == "rgb(255, 255, 255)") != dark
-    contrasts = browser.evaluate(CONTRASTS)
-    assert len(contrasts) > 100
-    assert contrasts[0][0] >= 4.5, contrasts[:5]
+    assert_readable(browser, pages[name], dark=dark)
 
 
 def luminance(color: str) -> float:

@@ -1,12 +1,12 @@
 """The page of a tuning report in a real browser: no errors, no network, sorted and filtered."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from fqcompile.report.tuning_report import TuningReport
-from tests.browser import CONTRASTS, OVERFLOW, Browser, find_chromium
+from tests.browser import Browser, assert_quiet, assert_readable, find_chromium
 from tests.report import tuning_reports
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="needs Chromium on the PATH")
@@ -22,12 +22,6 @@ OUTPUT = "document.querySelector('output').textContent"
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     return {name: make().to_html(folder / f"{name}.html") for name, make in REPORTS.items()}
@@ -39,14 +33,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_page_opens_quietly_and_fits(
     browser: Browser, pages: dict[str, Path], name: str, width: int, dark: bool
 ) -> None:
-    browser.open(pages[name], width=width, dark=dark)
-    browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-    assert browser.evaluate(OVERFLOW) == 0
-    assert browser.evaluate("typeof bitten") == "undefined"
-    assert browser.evaluate("document.images.length + document.scripts.length") == 1
-    assert browser.evaluate("performance.getEntriesByType('resource').length") == 0
-    assert browser.requests == [pages[name].resolve().as_uri()]
-    assert browser.complaints == []
+    assert_quiet(browser, pages[name], width=width, dark=dark)
 
 
 @pytest.mark.parametrize("name", REPORTS)
@@ -125,8 +112,4 @@ def test_click_on_a_header_sorts_by_its_numbers(
 def test_text_stands_out_from_its_background(
     browser: Browser, pages: dict[str, Path], dark: bool
 ) -> None:
-    browser.open(pages["tiny"], dark=dark)
-    browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-    contrasts = browser.evaluate(CONTRASTS)
-    assert len(contrasts) > 100
-    assert contrasts[0][0] >= 4.5, contrasts[:5]
+    assert_readable(browser, pages["tiny"], dark=dark)
