@@ -59,7 +59,8 @@ def test_any_number_of_ranks_gets_what_any_other_saved(data: Any) -> None:
     def draw(values: Any) -> Any:
         return data.draw(st.sampled_from(values))
 
-    experts, transposed = draw([0, 4]), draw([False, True])
+    # Eight experts in two runs on each of four ranks leave none of them without one.
+    experts, transposed = draw([0, 8]), draw([False, True])
     sizes = [128, 64] if transposed else [64, 128]
     dense = torch.randn(*([experts] if experts else []), *sizes)
     saved_dim, wanted_dim = draw(range(dense.dim())), draw(range(dense.dim()))
@@ -103,6 +104,21 @@ def test_what_cannot_be_cut_or_joined_is_said() -> None:
     layout = Layout(0, (((0, 8),), ((8, 16),)), 0)
     with pytest.raises(CheckpointError, match="some are not"):
         assemble(lambda i: DenseBlock(dense) if i else block, layout, None)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_more_ranks_than_experts_leave_one_with_nothing(packed: bool) -> None:
+    dense = torch.randn(2, 32, 64)
+    block = _packed(dense, False, 4, 32) if packed else DenseBlock(dense)
+    saved = _layout(0, 2, 1, 1, 0)
+    first, last = (_layout(0, 2, 4, 1, own) for own in (0, 3))
+    assert isinstance(assemble(lambda i: block, saved, first), type(block))
+    if packed:
+        with pytest.raises(CheckpointError, match="a rank would have none of it"):
+            assemble(lambda i: block, saved, last)
+    else:
+        none = assemble(lambda i: block, saved, last)
+        assert isinstance(none, DenseBlock) and none.tensor.shape == (0, 32, 64)
 
 
 def test_a_slice_inside_one_group_is_a_column() -> None:
