@@ -27,8 +27,8 @@ GROUP = 128
 OPTIONS: dict[str, Any] = {"granularity": GROUP, "overrides": {"lm_head": {"bits": 4}}}
 
 
-def _finequant(model: nn.Module, **options: Any) -> Compiled:
-    return torch.compile(model, backend="finequant", dynamic=False, options={**OPTIONS, **options})
+def _finequant(model: nn.Module) -> Compiled:
+    return torch.compile(model, backend="finequant", dynamic=False, options=OPTIONS)
 
 
 def _quantized_in_place(model: nn.Module) -> Compiled:
@@ -50,7 +50,6 @@ def _torchao(model: nn.Module) -> Compiled:
 OF_A_MODEL: dict[str, Callable[[nn.Module], Compiled]] = {
     PLAIN: lambda model: torch.compile(model, dynamic=False),
     "finequant": _finequant,
-    "finequant, free_weights": lambda model: _finequant(model, free_weights=True),
     "quantize_": _quantized_in_place,
     "torchao": _torchao,
 }

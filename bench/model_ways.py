@@ -55,15 +55,12 @@ class Way:
         """Why it cannot be had, or None."""
         return None if find_spec(self.package) else f"{self.package} is not installed"
 
-    def compiler(self, inner: str, **more: Any) -> Callable[[Any], Any]:
-        """torch.compile as users call it; `inner` other than Inductor has no CUDA graphs.
-
-        more: options of finequant beside its own.
-        """
+    def compiler(self, inner: str) -> Callable[[Any], Any]:
+        """torch.compile as users call it; `inner` other than Inductor has no CUDA graphs."""
         graphs = {"mode": "reduce-overhead"} if inner == "inductor" else {}
         if self.options is None:
             return partial(torch.compile, backend=inner, dynamic=False, **graphs)
-        options = {**self.options, **more, "inner_backend": inner, **graphs}
+        options = {**self.options, "inner_backend": inner, **graphs}
         return partial(torch.compile, backend=finequant, dynamic=False, options=options)
 
 

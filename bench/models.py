@@ -19,7 +19,7 @@ layers is extrapolated from the two on a straight line, and marked so.
 
 Last come the starts of the first work timed, each in a process of its own: seconds from the model
 in 16 bits in memory to its first result, quantisation included, with empty caches and with those
-that this has filled; and memory in the second, with weights that are freed once they are packed.
+that this has filled; and memory in the second, of a model that `quantize_` packs in place first.
 """
 
 import argparse

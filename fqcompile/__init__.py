@@ -13,7 +13,6 @@ from fqcompile.engines.findings import Finding
 from fqcompile.errors import (
     CheckpointError,
     FineQuantError,
-    FreedWeightError,
     GraphInvariantError,
     NoKernelError,
     OptionError,
@@ -33,7 +32,6 @@ __all__ = [
     "Finding",
     "FineQuantConfig",
     "FineQuantError",
-    "FreedWeightError",
     "GraphInvariantError",
     "NoKernelError",
     "OptionError",

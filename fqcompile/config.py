@@ -62,7 +62,6 @@ class FineQuantConfig(SiteOptions):
     overrides: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     min_elements: int = 16384
     on_unsupported: str = "keep"
-    free_weights: bool = False
     weight_updates: str = "detect"
     autotune: str = "off"
     debug_dir: str | Path | None = field(default_factory=_debug_dir_from_environment)

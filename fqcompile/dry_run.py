@@ -10,7 +10,6 @@ import torch
 from torch import fx
 
 from fqcompile.passes.base import copy_module
-from fqcompile.weights.freed import freed_by, is_freed
 
 Visitor = Callable[[fx.GraphModule, Sequence[Any]], None]
 
@@ -22,8 +21,6 @@ def _visiting_backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Call
     module, _ = copy_module(gm)
 
     def run(*args: Any) -> Any:
-        for weight in filter(is_freed, args):
-            raise freed_by(weight).error("a dry run, which runs the model eagerly,")
         visit = _visitor.get()
         if visit is not None:
             visit(module, args)
@@ -49,11 +46,7 @@ def _captured() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def dry_run(
     model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], visit: Visitor
 ) -> None:
-    """Run `model` once, eagerly, with `visit(graph, its inputs)` before each of its graphs.
-
-    Raises:
-        FreedWeightError: the model reads a weight that `free_weights` has released.
-    """
+    """Run `model` once, eagerly, with `visit(graph, its inputs)` before each of its graphs."""
     token = _visitor.set(visit)
     try:
         limits = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16}

@@ -17,10 +17,6 @@ class UnquantizableWeight(FineQuantError, ValueError):
     """A weight cannot be quantised; the message is the reason shown in the report."""
 
 
-class FreedWeightError(FineQuantError, RuntimeError):
-    """The values of a freed weight are asked for; the message says who freed it and what to do."""
-
-
 class NoKernelError(FineQuantError, NotImplementedError):
     """No kernel template accepts a matmul; the message lists each template's refusal."""
 

@@ -36,7 +36,7 @@ def explain(
         UnquantizableWeight: a site must be kept and `on_unsupported="error"`.
     """
     config = FineQuantConfig.from_options(options)
-    measuring_nothing = replace(config, autotune="off", free_weights=False)
+    measuring_nothing = replace(config, autotune="off")
     sites: dict[tuple[str, int], Site] = {}
 
     def collect(module: fx.GraphModule, args: Sequence[Any]) -> None:

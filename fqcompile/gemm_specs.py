@@ -20,7 +20,7 @@ def gemm_specs(
     The model runs once, eagerly, on the example inputs; its weights are not changed. Call this in
     the grad mode of the model's calls: where gradients may flow, less is fused.
     """
-    config = FineQuantConfig.from_options({**options, "autotune": "off", "free_weights": False})
+    config = FineQuantConfig.from_options({**options, "autotune": "off"})
     specs: dict[GemmSpec, None] = {}
 
     def collect(module: fx.GraphModule, args: Sequence[Any]) -> None:

@@ -18,6 +18,12 @@ from fqcompile.errors import OptionError
 
 Rule = Callable[[str, object], object]
 
+# Options that earlier versions had, with what to do instead.
+_REMOVED = {
+    "free_weights": "free_weights was removed: call fqcompile.quantize_(model) before "
+    "torch.compile, which leaves no dense copy of a packed weight",
+}
+
 
 class FrozenMapping(Mapping[str, object]):
     """A read-only, hashable mapping whose order counts in comparisons (the first match wins).
@@ -70,6 +76,8 @@ def check_names(names: Iterable[object], allowed: Iterable[str], owner: str = ""
             raise OptionError(f"option {owner}{name!r} ({kind}) has no name; names are strings")
         if owner and name in RULES:
             hint = f"; {name} holds for the whole model: give it outside overrides"
+        elif name in _REMOVED:
+            hint = f"; {_REMOVED[name]}"
         elif name.replace("-", "_") in list_options():
             hint = f"; {name} is a setting of Inductor: give it as inductor={{{name!r}: ...}}"
         else:
@@ -227,7 +235,6 @@ RULES: Mapping[str, Rule] = {
     "overrides": overrides,
     "min_elements": at_least(0),
     "on_unsupported": one_of("keep", "error"),
-    "free_weights": one_of(False, True),
     "weight_updates": one_of("detect", "ignore"),
     "autotune": one_of("off", "fast", "max"),
     "debug_dir": optional(directory),

@@ -22,7 +22,7 @@ from fqcompile.weights.recipe import IDENTITY
 from fqcompile.weights.store import plain_eager
 
 # What is decided when a model is compiled has no meaning where nothing is.
-_OF_COMPILING = "free_weights weight_updates autotune debug_dir inner_backend inductor mode".split()
+_OF_COMPILING = "weight_updates autotune debug_dir inner_backend inductor mode".split()
 
 
 def quantize_(model: nn.Module, **options: object) -> Plan:

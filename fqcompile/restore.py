@@ -1,24 +1,16 @@
-"""restore: dense weights again, as far as they can come back."""
+"""restore: dense weights in place of packed ones."""
 
 from torch import Tensor, nn
 
 from fqcompile.distributed.shards import local_part, with_part
-from fqcompile.weights.freed import is_freed
 from fqcompile.weights.packed_weight import PackedWeight
-from fqcompile.weights.release import restore_weight
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Give each freed or packed parameter its dequantised values, in place; return `model`.
+    """Replace each packed parameter by an ordinary one with its dequantized values; return `model`.
 
-    What `free_weights` has released stays the same parameter object, with requires_grad as it was;
-    what `quantize_` or `load` has packed is replaced by an ordinary parameter. The model runs
-    eagerly, is saved and copied as any other. Compiled graphs go on with the same packed weights
-    and free these parameters no more. Needs the memory that was saved.
+    The model then runs, is saved and copied as any other. Needs the memory that packing saved.
     """
-    for weight in model.parameters():
-        if is_freed(weight):
-            restore_weight(weight)
     dense: dict[Tensor, nn.Parameter] = {}  # a tied weight stays tied
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):

@@ -87,8 +87,6 @@ GLOBAL_REFUSALS = [
     ("min_elements", 1.5, r"is 1\.5 \(float\)"),
     ("min_elements", True, r"is True \(bool\)"),
     ("on_unsupported", "errors", r"allowed: 'keep', 'error'; did you mean 'error'\?"),
-    ("free_weights", 1, r"is 1 \(int\); allowed: False, True"),
-    ("free_weights", "yes", r"is 'yes' \(str\); allowed: False, True"),
     ("weight_updates", "detekt", r"allowed: 'detect', 'ignore'; did you mean 'detect'\?"),
     ("autotune", "faster", r"allowed: 'off', 'fast', 'max'; did you mean 'fast'\?"),
     ("autotune", True, r"is True \(bool\); allowed: 'off', 'fast', 'max'"),

@@ -16,7 +16,7 @@ from fqcompile import quantize_model
 from fqcompile.errors import OptionError, UnquantizableWeight
 from fqcompile.weights.packed_weight import PackedWeight
 from tests.dense_models import CASES, build, run
-from tests.helpers import InnerGraphs, Mlp, assert_close, finequant, frozen, report
+from tests.helpers import InnerGraphs, Mlp, assert_close, finequant, frozen, oracle, report
 
 CHAIN = 15  # rounded results in a layer, see `tests.test_moe_models`
 SMALL: dict[str, Any] = {"min_elements": 4096}
@@ -245,11 +245,9 @@ def test_experts_that_do_not_say_their_orientation_stay() -> None:
     assert fqcompile.quantize_(model).site("up").shape == (4, 128, 64)
 
 
-@pytest.mark.parametrize("option", [{"mode": "reduce-overhead"}, {"free_weights": True}])
-def test_options_of_compiling_are_refused(option: dict[str, Any]) -> None:
-    (name,) = option
-    with pytest.raises(OptionError, match=f"option {name} is one of compiling"):
-        fqcompile.quantize_(frozen(Mlp()), **option)
+def test_options_of_compiling_are_refused() -> None:
+    with pytest.raises(OptionError, match="option mode is one of compiling"):
+        fqcompile.quantize_(frozen(Mlp()), mode="reduce-overhead")
     with pytest.raises(OptionError, match="did you mean 'granularity'"):
         fqcompile.quantize_(frozen(Mlp()), granularty=64)
 
@@ -267,3 +265,26 @@ def test_originals_are_released_one_by_one(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(quantize_model, "find_or_quantize", counted)
     fqcompile.quantize_(model)
     assert left == [4, 3, 2, 1]
+
+
+def test_restored_model_is_the_dequantized_one() -> None:
+    model, x = frozen(Mlp()), torch.randn(5, 128)
+    dequantized = oracle(model, fqcompile.explain(model, x))
+    fqcompile.quantize_(model)
+    assert fqcompile.restore(model) is model
+    assert all(type(weight) is nn.Parameter for weight in model.parameters())
+    assert torch.equal(model(x), dequantized(x))
+
+
+def test_removed_option_names_what_does_its_work() -> None:
+    """Every door that takes options says what replaces `free_weights`."""
+    model, x = frozen(Mlp()), torch.randn(5, 128)
+    remedy = r"free_weights was removed: call fqcompile\.quantize_\(model\)"
+    for use in (
+        lambda: fqcompile.FineQuantConfig(free_weights=True),
+        lambda: fqcompile.quantize_(model, free_weights=True),
+        lambda: fqcompile.explain(model, x, free_weights=False),
+        lambda: finequant(model, free_weights=True)(x),
+    ):
+        with pytest.raises((OptionError, torch._dynamo.exc.BackendCompilerFailed), match=remedy):
+            use()

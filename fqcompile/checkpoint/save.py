@@ -1,7 +1,7 @@
 """save: a quantised model to a directory that any machine reads back without quantising again."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,19 +22,11 @@ from fqcompile.distributed.ranks import Team
 from fqcompile.distributed.shards import local_part, team_of
 from fqcompile.errors import CheckpointError
 from fqcompile.report import Plan, Site
-from fqcompile.weights.freed import is_freed
 from fqcompile.weights.packed_weight import PackedWeight
-from fqcompile.weights.release import packed_form
-
-# What answers with the packed form of a tensor that has one; the first that does is taken.
-PACKED_FORMS: list[Callable[[Tensor], PackedWeight | None]] = [
-    lambda tensor: tensor if isinstance(tensor, PackedWeight) else None,
-    packed_form,
-]
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str], *, plan: Plan | None = None) -> Path:
-    """Write a model that `fqcompile.quantize_` has quantised, or `free_weights` left only packed.
+    """Write a model that `fqcompile.quantize_` has quantized.
 
     Packed weights are written as codes and scales in the plain layout, all other tensors as they
     are; tied ones once. A model of Hugging Face gets its `config.json` and `generation_config.json`
@@ -50,7 +42,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, plan: Plan | No
 
     Raises:
         CheckpointError: no weight is packed; a tensor cannot be written (it is on the meta device,
-            was freed, or is of a kind that only the process which made it knows); a module has
+            has no memory, or is of a kind that only the process which made it knows); a module has
             extra state; another process writes to the directory; what every rank should hold is
             not the same on all.
         RankError: another rank failed, or has ended.
@@ -104,10 +96,6 @@ def _finish(
     commit(target, manifest)
 
 
-def _packed_form(tensor: Tensor) -> PackedWeight | None:
-    return next((form for ask in PACKED_FORMS if (form := ask(tensor)) is not None), None)
-
-
 def _write_slots(found: Iterable[Slot], directory: Path, generation: str, team: Team) -> Written:
     """What this rank writes: its parts and, on the first, all that is the same on every rank."""
     writer = ShardWriter(directory, generation, first=team.index, step=team.size)
@@ -127,11 +115,11 @@ def _write_slots(found: Iterable[Slot], directory: Path, generation: str, team: 
             held[value] = Held(name, tuple(slot.tensor.shape), layout)
             if not layout.leads:
                 continue
-        weight = _packed_form(local_part(slot.tensor))
-        if weight is not None:
+        weight = local_part(slot.tensor)
+        if isinstance(weight, PackedWeight):
             packed[name] = _write_packed(target, name, weight)
         else:
-            target.add({name: local_part(slot.tensor)})
+            target.add({name: weight})
         if target.is_full:
             target.flush()
     writer.flush()
@@ -162,7 +150,7 @@ def _write_packed(writer: ShardWriter, name: str, weight: PackedWeight) -> Packe
 def _check_savable(model: nn.Module, found: list[Slot]) -> None:
     """Before anything is written."""
     parts = {slot.name: local_part(slot.tensor) for slot in found}
-    if not any(_packed_form(part) is not None for part in parts.values()):
+    if not any(isinstance(part, PackedWeight) for part in parts.values()):
         raise CheckpointError(
             "the model has no packed weight: call fqcompile.quantize_(model) first, or save it "
             "with torch.save or save_pretrained"
@@ -174,14 +162,12 @@ def _check_savable(model: nn.Module, found: list[Slot]) -> None:
                 "tensor holds; keep it as a buffer to save it"
             )
     for name, part in parts.items():
-        reason = None if _packed_form(part) is not None else _unsavable(part)
+        reason = None if isinstance(part, PackedWeight) else _unsavable(part)
         if reason is not None:
             raise CheckpointError(f"{name} cannot be saved: {reason}")
 
 
 def _unsavable(tensor: Tensor) -> str | None:
-    if is_freed(tensor):
-        return "it was freed, and is packed in slices; call fqcompile.restore(model) first"
     if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
         return f"it is a {type(tensor).__name__}; replace it by a plain tensor"
     if tensor.is_meta:
@@ -189,7 +175,7 @@ def _unsavable(tensor: Tensor) -> str | None:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
         return f"it is {tensor.layout} or quantised by PyTorch; make it dense"
     if tensor.numel() and not tensor.untyped_storage().nbytes():
-        return "its memory was freed; call fqcompile.restore(model) first"
+        return "its memory was freed by resizing its storage; give it values first"
     if tensor.dtype not in DTYPE_NAMES:
         return f"safetensors files have no {tensor.dtype}; cast it"
     return None

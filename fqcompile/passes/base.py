@@ -33,10 +33,6 @@ class GraphState:
         least_seconds: what each quantised matmul takes at the least, for the rows of the example.
         names: parameter names of the inputs that are constant, or would be if not written.
         name: the graph's, for messages.
-        free_now: with `free_weights`, free in `choose`; else what will be freed is only named.
-        dense_readers: with `free_weights`, what reads a constant input besides its sites.
-        kept_originals: with `free_weights`, by a weight's id: why it is not freed, None if it is.
-        freed: the weights that this compilation has freed.
     """
 
     module: fx.GraphModule
@@ -53,10 +49,6 @@ class GraphState:
     matched: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     name: str = "the graph"
-    free_now: bool = True
-    dense_readers: dict[fx.Node, str] = field(default_factory=dict)
-    kept_originals: dict[int, str | None] = field(default_factory=dict)
-    freed: list[Tensor] = field(default_factory=list)
 
     @property
     def graph(self) -> fx.Graph:

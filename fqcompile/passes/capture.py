@@ -16,7 +16,6 @@ from torch import Tensor, fx, nn
 from fqcompile.config import FineQuantConfig
 from fqcompile.passes.base import GraphState, copy_module, example, placeholders
 from fqcompile.passes.effects import has_effects, written_inputs
-from fqcompile.weights.freed import is_freed
 from fqcompile.weights.recipe import target_name
 
 _NAME_TOKEN = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
@@ -92,7 +91,7 @@ def _writers(graph: fx.Graph, inputs: Sequence[fx.Node], args: Sequence[Any]) ->
 
 def _storage(value: object) -> int | None:
     """Identity of a tensor's memory, which views share; None for what has no single one."""
-    if not isinstance(value, Tensor) or is_freed(value) or value.layout != torch.strided:
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
         return None
     try:
         return int(value.untyped_storage()._cdata)

@@ -1,8 +1,7 @@
 """3 choose: bits and granularity for each site, or the reason why it stays as it is.
 
 What depends on the graph and the options is decided once (`settle`); what depends on the weights'
-values is decided again for every instance that runs the graph (`decide`). With `free_weights` each
-original goes as soon as its last site is decided, so that few are there beside their codes.
+values is decided again for every instance that runs the graph (`decide`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,18 +15,16 @@ from fqcompile.distributed.shards import NOT_LOCAL, is_dtensor
 from fqcompile.errors import UnquantizableWeight
 from fqcompile.passes.base import GraphState, example
 from fqcompile.passes.effects import has_effects
-from fqcompile.passes.release import Releases, dense_readers
 from fqcompile.passes.sites import WeightSite
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
 from fqcompile.quant.validate import WEIGHT_DTYPES
 from fqcompile.weights.find_or_quantize import use_logged
-from fqcompile.weights.freed import FreedWeight
 from fqcompile.weights.packed_weight import PackedWeight
 from fqcompile.weights.recipe import target_name
 from fqcompile.weights.store import STORE
 
 Decision = QuantPlan | str
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer, PackedWeight, FreedWeight)
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer, PackedWeight)
 _DEVICES = ("cpu", "cuda")
 # A router scores each of its experts; far fewer rows than any vocabulary that is sampled by top-k.
 _ROUTER_MAX_EXPERTS = 1024
@@ -42,35 +39,18 @@ def choose(state: GraphState) -> int:
     for site in state.sites:
         site.reason = _settled_reason(state, site)
         site.settled = site.reason is not None
-    if state.config.free_weights:
-        state.dense_readers = dense_readers(state)
-    releases = releases_of(state, state.args, state.free_now)
-    if releases is not None:
-        state.kept_originals, state.freed = releases.kept, releases.freed
-    apply_decisions(state, decide(state, state.args, releases))
+    apply_decisions(state, decide(state, state.args))
     state.warnings += _experts_outside(state)
     state.matched = [f"{s.name}: {s.plan or s.reason}" for s in state.sites]
     return sum(site.plan is not None for site in state.sites)
 
 
-def releases_of(state: GraphState, args: Sequence[Any], free_now: bool) -> Releases | None:
-    """What frees the weights in `args` while it is decided on them; None without `free_weights`."""
-    return Releases(state, args, free_now) if state.config.free_weights else None
-
-
-def decide(
-    state: GraphState, args: Sequence[Any], releases: Releases | None = None
-) -> tuple[Decision, ...]:
+def decide(state: GraphState, args: Sequence[Any]) -> tuple[Decision, ...]:
     """For each site that is not settled: its plan for these weights, or why there is none."""
     open_sites = [site for site in state.sites if not site.settled]
     bar = progress(open_sites, "fqcompile: quantising", unit="weight", delay=2)
-    decisions = []
     with use_logged():
-        for site in bar:
-            decisions.append(_decide_site(state, site, args))
-            if releases is not None:
-                releases.decided(site, decisions[-1])
-    return tuple(decisions)
+        return tuple([_decide_site(state, site, args) for site in bar])
 
 
 def apply_decisions(state: GraphState, decisions: tuple[Decision, ...]) -> None:

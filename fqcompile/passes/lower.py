@@ -16,9 +16,6 @@ from fqcompile.config import FineQuantConfig
 from fqcompile.kernels.ops import CACHE_TAG
 from fqcompile.passes.base import GraphState, PackedPair, placeholders
 from fqcompile.weights.dispatch import Inner, Variant
-from fqcompile.weights.freed import freed_by, is_freed
-from fqcompile.weights.heap import give_back_freed_memory
-from fqcompile.weights.recipe import target_name
 from fqcompile.weights.store import STORE
 
 # What AOTAutograd requires of an input that Dynamo did not make, and what makes CUDA graphs treat
@@ -33,25 +30,15 @@ def lower(state: GraphState, args: Sequence[Any]) -> Variant:
     # A graph without packed weights keeps the arguments that it is called with.
     dead = {node for node in inputs if not node.users and node in state.constants and pairs}
     kept = [i for i, node in enumerate(inputs) if node not in dead]
-    _check_not_freed(state, {inputs[i]: args[i] for i in kept})
     for node in dead:
         state.graph.erase_node(node)
-    pack = _packer(pairs, state.config.free_weights)
+    pack = _packer(pairs)
     packed = pack(args)
     _describe_inputs(state, pairs, packed)
     state.graph.lint()
     state.module.recompile()
     inner = compile_inner(state.module, [*(args[i] for i in kept), *packed], state.config)
     return Variant(inner, tuple(kept), pack)
-
-
-def _check_not_freed(state: GraphState, kept: dict[fx.Node, Any]) -> None:
-    """Raise FreedWeightError where the rewritten graph reads a freed weight as it is."""
-    for node, weight in kept.items():
-        if is_freed(weight) and node.users:
-            reasons = [f"kept: {s.reason}" for s in state.sites if node in s.sources and s.reason]
-            why = (reasons or [f"read by {target_name(next(iter(node.users)).target)}"])[0]
-            raise freed_by(weight).error(f"{state.name}, in which it is {why},")
 
 
 def compile_inner(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig) -> Inner:
@@ -72,19 +59,14 @@ def _pairs_in_input_order(state: GraphState) -> list[PackedPair]:
     return sorted(state.packed.values(), key=lambda pair: order[pair.qweight])
 
 
-def _packer(
-    pairs: list[PackedPair], free_weights: bool
-) -> Callable[[Sequence[Any]], tuple[Tensor, ...]]:
+def _packer(pairs: list[PackedPair]) -> Callable[[Sequence[Any]], tuple[Tensor, ...]]:
     """Packed tensors for any instance's arguments, in the order of the new inputs."""
     specs = [pair.spec for pair in pairs]
 
     def pack(args: Sequence[Any]) -> tuple[Tensor, ...]:
         sources = [tuple(args[i] for i in spec.inputs) for spec in specs]
         packed = map(STORE.packed, specs, sources)
-        tensors = tuple(tensor for pair in packed for tensor in pair)
-        if free_weights:
-            give_back_freed_memory()
-        return tensors
+        return tuple(tensor for pair in packed for tensor in pair)
 
     return pack
 

@@ -32,11 +32,10 @@ def analyse(
     recorder: "Recorder",
     *,
     name: str = "the graph",
-    free_now: bool = True,
 ) -> GraphState:
     """All that happens before compilation; what `explain` shows."""
     state = recorder.start("capture", lambda: capture(module, args, config))
-    state.name, state.free_now = name, free_now
+    state.name = name
     recorder.run("match", state, match)
     recorder.run("choose", state, choose)
     recorder.run("quantize", state, quantize)

@@ -72,7 +72,7 @@ def gemm_spec(state: GraphState, op: fx.Node) -> GemmSpec:
         gated=argument(op, "gated"),
         has_bias=argument(op, "bias") is not None,
         has_residual=argument(op, "residual") is not None,
-        needs_backward=state.grad_possible or state.config.free_weights,
+        needs_backward=state.grad_possible,
         m_range=_range(math.prod(rows)),
         gpu=gpu_of(out.device) if out.is_cuda and torch.cuda.is_available() else None,
         experts=spec.experts,

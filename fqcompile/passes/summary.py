@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import fx
 
@@ -63,17 +62,8 @@ def _site(state: GraphState, site: WeightSite) -> Site:
         expert_errors=site.plan.expert_errors or None,
         kernel=str(argument(site.op, "kernel")),
         least_us=_least_us(state, site),
-        **_freed(state, site),
         recipe=SiteRecipe(site.recipe, names, site.plan),
     )
-
-
-def _freed(state: GraphState, site: WeightSite) -> dict[str, Any]:
-    if not state.config.free_weights:
-        return {}
-    weights = [state.args[state.constants[source]] for source in site.sources]
-    reasons = [why for w in weights if (why := state.kept_originals.get(id(w)))]
-    return {"freed": not reasons, "not_freed": reasons[0] if reasons else None}
 
 
 def _least_us(state: GraphState, site: WeightSite) -> float | None:

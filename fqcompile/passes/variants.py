@@ -2,8 +2,7 @@
 
 Dynamo hands the same graph to every instance of a class. Instances whose weights lead to the same
 plans share a variant; others get their own. A failure inside the passes never loses the model: the
-graph is compiled as it was, and a warning says which pass failed and why. Weights that were freed
-until then get their dequantised values for it.
+graph is compiled as it was, and a warning says which pass failed and why.
 """
 
 import itertools
@@ -13,31 +12,27 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 from torch._dynamo import exc
-from torch._guards import CompileContext, TracingContext, tracing
+from torch._guards import TracingContext, tracing
 
 from fqcompile.config import FineQuantConfig
 from fqcompile.distributed.agreement import agree
 from fqcompile.distributed.shards import rank_groups
-from fqcompile.errors import FreedWeightError, RankError
+from fqcompile.errors import RankError
 from fqcompile.passes.agreement import shared_facts
 from fqcompile.passes.base import GraphState, copy_module
-from fqcompile.passes.choose import Decision, decide, releases_of
+from fqcompile.passes.choose import Decision, decide
 from fqcompile.passes.localize import localize, refuse_fsdp
 from fqcompile.passes.lower import compile_inner
 from fqcompile.passes.op_nodes import argument
 from fqcompile.passes.pipeline import Recorder, analyse, compile_state
-from fqcompile.passes.release import undo
 from fqcompile.passes.summary import plan_of
 from fqcompile.report import CompileReport, Plan, dump_report, is_traced, record, trace_report
 from fqcompile.weights.dispatch import Inner, Variant, WeightDispatch
-from fqcompile.weights.freed import freed_by, is_freed
-from fqcompile.weights.release import note_dense_reader
 
 log = logging.getLogger("fqcompile")
 _graph_numbers = itertools.count()
-_graphs_of_freed: set[int] = set()
 # How Inductor asks Dynamo to trace again or to give up on a frame: not failures.
 _DYNAMO_REQUESTS = (exc.RestartAnalysis, exc.SkipFrame, exc.Unsupported)
 _VERSIONS = {name: version(name) for name in ("fqcompile", "torch")}
@@ -49,8 +44,6 @@ def compile_graph(
     """What Dynamo gets back for one graph: a callable with the graph's own arguments.
 
     Raises:
-        FreedWeightError: the graph reads as it is, or quantises in another way, a weight that an
-            earlier one has freed.
         RankError: other ranks of a sharded model compile something else, or do not answer.
         ShardingError: the model is wrapped by FSDP.
     """
@@ -64,31 +57,14 @@ def _compiled(
     module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig, name: str
 ) -> Inner:
     graph = GraphCompiler(module, config, name)
-    free_now = not (config.free_weights and _is_for_siblings(module, config))
-    first = graph.compile_variant(args, free_now)
+    first = graph.compile_variant(args)
     weight_inputs = graph.weight_inputs()
     if not weight_inputs:
         return first.inner
     detect = config.weight_updates == "detect"
     dispatch = WeightDispatch(weight_inputs, graph.variant_for, detect)
-    if free_now:
-        dispatch.bind(args)
+    dispatch.bind(args)
     return dispatch
-
-
-def _is_for_siblings(module: fx.GraphModule, config: FineQuantConfig) -> bool:
-    """Whether the same code was compiled with this graph before: for weights now freed.
-
-    Dynamo guards on the class of parameters. The first graph, whose weights are freed while it is
-    compiled, serves freed weights from then on. If this one's were freed too, each further block
-    or instance would be compiled again; left as they are until its first run, it serves all that
-    come with weights not freed yet, and frees them.
-    """
-    graph = hash((module.code, config))
-    known = graph in _graphs_of_freed
-    _graphs_of_freed.add(graph)
-    compile_id = CompileContext.current_compile_id()
-    return known and compile_id is not None and bool(compile_id.frame_compile_id)
 
 
 class GraphCompiler:
@@ -115,34 +91,28 @@ class GraphCompiler:
         """The variant whose plans fit the weights in `args`, compiled if there is none yet."""
         state = self._analysed
         assert state is not None
-        releases = releases_of(state, args, free_now=True)
-        variant = self._variants.get(_key(decide(state, args, releases)))
+        variant = self._variants.get(_key(decide(state, args)))
         if variant is None:
             with tracing(self._context):
                 return self.compile_variant(args)
-        self._note_dense(variant, args)
         return variant
 
-    def compile_variant(self, args: Sequence[Any], free_now: bool = True) -> Variant:
+    def compile_variant(self, args: Sequence[Any]) -> Variant:
         """Run the pipeline for these weights; where it fails, compile the graph as it was."""
         start = time.perf_counter()
         recorder = Recorder(keep_graphs=self._config.debug_dir is not None or is_traced())
         try:
-            state = analyse(
-                self._module, args, self._config, recorder, name=self._name, free_now=free_now
-            )
+            state = analyse(self._module, args, self._config, recorder, name=self._name)
             plan = plan_of(state)
             self._agree(args, shared_facts(state))
             variant = compile_state(state, args, recorder)
         except Exception as error:
-            restored = [] if recorder.state is None else undo(recorder.state)
             self._agree(args, {"outcome": f"pass {recorder.running!r} failed with {error!r}"})
             strict = self._config.on_unsupported == "error"
-            if strict or isinstance(error, (FreedWeightError, RankError, *_DYNAMO_REQUESTS)):
+            if strict or isinstance(error, (RankError, *_DYNAMO_REQUESTS)):
                 raise
-            return self._unquantized(args, recorder, error, restored)
-        state.args, state.freed = (), []  # the example weights must not outlive their model
-        self._note_dense(variant, args)
+            return self._unquantized(args, recorder, error)
+        state.args = ()  # the example weights must not outlive their model
         self._analysed = self._analysed or state
         self._variants[
             _key(tuple(s.plan or str(s.reason) for s in state.sites if not s.settled))
@@ -156,28 +126,14 @@ class GraphCompiler:
             self._agreed = True
             agree(self._name, facts, rank_groups(args))
 
-    def _note_dense(self, variant: Variant, args: Sequence[Any]) -> None:
-        """No later graph may free what this one reads as it is."""
-        kept = [args[i] for i in variant.kept_args]
-        for weight in filter(is_freed, kept):
-            raise freed_by(weight).error(f"{self._name}, which reads it as it is,")
-        note_dense_reader((w for w in kept if isinstance(w, nn.Parameter)), self._name)
-
-    def _unquantized(
-        self, args: Sequence[Any], recorder: Recorder, error: Exception, restored: list[str]
-    ) -> Variant:
+    def _unquantized(self, args: Sequence[Any], recorder: Recorder, error: Exception) -> Variant:
         text = (
             f"{self._name} runs unquantised: pass {recorder.running!r} failed with "
             f"{type(error).__name__}: {error}"
         )
-        for weight in filter(is_freed, args):
-            raise freed_by(weight).error(f"{text}, so that it") from error
-        if restored:
-            text += f"; {len(restored)} weights that were freed have their dequantised values again"
         log.warning(text, exc_info=log.isEnabledFor(logging.DEBUG))
         module, _ = copy_module(self._module)
         inner = compile_inner(module, args, self._config)
-        note_dense_reader((w for w in args if isinstance(w, nn.Parameter)), self._name)
         self._report(recorder, Plan((), self._config.as_dict()), (text,), 0.0)
         return Variant(inner, tuple(range(len(args))), lambda args: ())
 

@@ -112,16 +112,9 @@ class Plan:
             f"{worst.name}"
         ]
 
-    def freed_lines(self) -> list[str]:
-        """What `free_weights` released, and why originals of quantised weights are still there."""
-        freed = [s.bytes_before for s in self.quantized if s.freed]
-        lines = [f"freed {len(freed)} originals: {format_mib(sum(freed))} MiB"] if freed else []
-        reasons = Counter(s.not_freed for s in self.quantized if s.not_freed)
-        return lines + [f"not freed {count}: {why}" for why, count in reasons.most_common()]
-
     def notes(self) -> list[str]:
-        """What the table does not say: totals, experts, what was freed, why sites are kept."""
-        return [str(self.totals), *self.expert_lines(), *self.freed_lines(), *self.kept_lines()]
+        """What the table does not say: totals, experts, why sites are kept."""
+        return [str(self.totals), *self.expert_lines(), *self.kept_lines()]
 
     def __str__(self) -> str:
         return "\n".join([site_table(self.sites), "", *self.notes()])

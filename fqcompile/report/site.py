@@ -29,8 +29,6 @@ class Site:
     expert_errors: tuple[float, ...] | None = None
     kernel: str | None = None
     least_us: float | None = None
-    freed: bool = False
-    not_freed: str | None = None
     recipe: object | None = field(default=None, repr=False, compare=False)
 
     @property

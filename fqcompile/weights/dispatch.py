@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fqcompile.weights.freed import Refills, is_freed
 from fqcompile.weights.store import Fingerprint, fingerprint
 
 Inner = Callable[..., Any]
@@ -29,14 +28,9 @@ class Variant:
 
 @dataclass(frozen=True)
 class _Binding:
-    """`live` are the places of the weights that are not freed. Those alone change unnoticed: when a
-    freed one is filled again, it is counted."""
-
     variant: Variant
     packed: tuple[Tensor, ...]
-    live: tuple[int, ...]
     state: Fingerprint
-    refills: int
     alive: tuple[weakref.ref[Tensor], ...]
 
 
@@ -64,17 +58,10 @@ class WeightDispatch:
     def __call__(self, *args: Any) -> Any:
         weights = tuple([args[i] for i in self._inputs])
         binding = self._bindings.get(tuple(map(id, weights)))
-        if binding is None or self._is_stale(binding, weights):
+        if binding is None or (self._detect and binding.state != fingerprint(weights)):
             binding = self.bind(args)
         variant = binding.variant
         return variant.inner(*[args[i] for i in variant.kept_args], *binding.packed)
-
-    def _is_stale(self, binding: _Binding, weights: tuple[Any, ...]) -> bool:
-        if len(binding.live) < len(weights):
-            if binding.refills != Refills.count:
-                return True
-            weights = tuple([weights[i] for i in binding.live])
-        return self._detect and binding.state != fingerprint(weights)
 
     def bind(self, args: Sequence[Any]) -> _Binding:
         """Decide and pack for these weights; forget them when one of them dies."""
@@ -85,13 +72,10 @@ class WeightDispatch:
         def forget(_: object) -> None:
             bindings.pop(ids, None)
 
-        refills = Refills.count
-        before = {i: fingerprint((w,)) for i, w in enumerate(weights) if not is_freed(w)}
+        before = fingerprint(weights)
         variant = self._variant_for(args)
         packed = variant.pack(args)
-        live = tuple(i for i in before if not is_freed(weights[i]))
-        versions, addresses = (tuple(before[i][part][0] for i in live) for part in (0, 1))
         alive = tuple(weakref.ref(w, forget) for w in weights)
-        binding = _Binding(variant, packed, live, (versions, addresses), refills, alive)
+        binding = _Binding(variant, packed, before, alive)
         bindings[ids] = binding
         return binding

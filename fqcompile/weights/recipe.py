@@ -100,19 +100,6 @@ class WeightRecipe:
         steps = ";".join(f"{s.name}{s.args}{sorted(s.kwargs.items())}" for s in self.steps)
         return f"{self.num_sources}:{steps}"
 
-    def view_of(self, source: Tensor) -> Tensor | None:
-        """The elements of its one source that the recipe reads, in its order, to be written to.
-
-        None where it has several sources, computes or copies elements, or repeats some. Casts keep
-        their elements' places.
-        """
-        names = {step.name for step in self.steps}
-        if self.num_sources != 1 or not names <= MOVING | CASTS:
-            return None
-        view: Tensor = self._places([source])
-        same_memory = view.untyped_storage()._cdata == source.untyped_storage()._cdata
-        return view if same_memory and not torch._debug_has_internal_overlap(view) else None
-
     def write_back(self, sources: tuple[Tensor, ...], value: Tensor) -> None:
         """Store `value` [N, K] into the sources' elements that the recipe reads, in place.
 

@@ -2,7 +2,7 @@
 
 Parameters are graph inputs without identity guards, so one compiled graph serves many instances;
 nothing about a weight may live in the graph. An entry dies with its weight, and is stale when the
-weight's storage or version changes; of a freed weight, whose only copy it is, it never is.
+weight's storage or version changes.
 """
 
 import threading
@@ -25,7 +25,6 @@ from fqcompile.kernels.template import PackedTensors
 from fqcompile.quant.choose import QuantPlan, choose_and_quantize
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.weights.find_or_quantize import find_or_quantize
-from fqcompile.weights.freed import freed_by, is_freed
 from fqcompile.weights.packed import (
     PackedPart,
     PackedSpec,
@@ -134,7 +133,6 @@ class PackedStore:
         make = choose_and_quantize if changed else find_or_quantize
 
         def choose() -> QuantPlan | str:
-            _check_readable(sources)
             w = recipe(*sources)
             if _any_packed(sources):
                 return plan_of_packed(w)
@@ -156,17 +154,12 @@ class PackedStore:
         held = self.hold(part, sources)
         if held is None:
             with plain_eager(sources[0].device.type):
-                return _quantize(part, sources)
+                return part.quantize(sources)
         return held.recover() if isinstance(held, _InPacked) else held
 
     def hold(self, part: PackedPart, sources: Tensors) -> _Held:
         """Quantise on the first request; what is held of it from then on. None: nothing."""
-        return self._get(sources, ("part", part.key), partial(_quantize, part, sources))
-
-    def hold_alone(self, part: PackedPart, sources: Tensors) -> None:
-        """Hold what the weight's own values are not needed for any more."""
-        if self.hold(part, sources) is None:
-            self._set(sources, ("part", part.key), self.quantized(part, sources))
+        return self._get(sources, ("part", part.key), partial(part.quantize, sources))
 
     def packed(self, spec: PackedSpec, sources: Tensors) -> PackedTensors:
         """What a node reads: the parts stacked, in its kernel's layout; one copy for all."""
@@ -188,8 +181,7 @@ class PackedStore:
                 held = view
             elif spec.layout.unpack is not None and not _any_packed(own):
                 held = _InPacked(spec, index, packed)
-            if held is not None or not any(map(is_freed, own)):
-                self._set(own, ("part", part.key), held)
+            self._set(own, ("part", part.key), held)
         share_memory(spec, packed, sources)
         return packed
 
@@ -218,28 +210,12 @@ class PackedStore:
 
     def _value(self, weight: Tensor) -> int:
         """The number of the values that the weight has: a new one when its fingerprint changes."""
-        now = None if is_freed(weight) else fingerprint((weight,))
+        now = fingerprint((weight,))
         known = self._values.get(weight)
         if known is None or known[0] != now:
             self._values[weight] = known = (now, next(self._numbers))
         number: int = known[1]
         return number
-
-    @contextmanager
-    def values_kept(self, weight: Tensor) -> Iterator[None]:
-        """What is held of a weight stays valid while it is freed, or filled again, inside."""
-        with self._lock:
-            number = self._value(weight)
-            yield
-            now = None if is_freed(weight) else fingerprint((weight,))
-            self._values[weight] = (now, number)
-
-    def share(self, weight: Tensor, copy: Tensor) -> None:
-        """What is held of this weight alone holds for a copy of it too."""
-        with self._lock:
-            for (request, _), entry in list(self._entries.get(weight, {}).items()):
-                if len(entry.sources) == 1:
-                    self._set((copy,), request, entry.result)
 
     def tensors_of(self, sources: Tensors) -> list[Tensor]:
         """Every tensor that is held for these weights, packed or plain; some share memory."""
@@ -250,26 +226,14 @@ class PackedStore:
         return [*packed, *(t for weight in plain for t in (weight.qweight, weight.scale))]
 
     def clear(self) -> None:
-        """Forget all that can be made again: of freed weights everything stays."""
+        """Forget everything; it is made again where it is asked for."""
         with self._lock:
-            for weight in [w for w in self._entries if not is_freed(w)]:
-                del self._entries[weight]
-
-
-def _quantize(part: PackedPart, sources: Tensors) -> QuantizedWeight:
-    _check_readable(sources)
-    return part.quantize(sources)
+            self._entries.clear()
 
 
 def _any_packed(sources: Tensors) -> bool:
     """Whether some have codes of their own, which nothing else need hold."""
     return any(isinstance(source, PackedWeight) for source in sources)
-
-
-def _check_readable(sources: Tensors) -> None:
-    for weight in sources:
-        if is_freed(weight):
-            raise freed_by(weight).error("a graph that quantises it in another way")
 
 
 STORE = PackedStore()

@@ -198,7 +198,7 @@ def _extra_state() -> nn.Module:
     [
         (_unquantised, r"no packed weight: call fqcompile\.quantize_"),
         (_on_meta, "angles cannot be saved: it is on the meta device"),
-        (_freed, r"weight cannot be saved: its memory was freed; call fqcompile\.restore"),
+        (_freed, r"weight cannot be saved: its memory was freed by resizing"),
         (_subclass, "mask cannot be saved: it is a Odd"),
         (_sparse, r"angles cannot be saved: it is torch\.sparse_coo"),
         (_wide, r"mask cannot be saved: safetensors files have no torch\.complex128"),

@@ -184,17 +184,3 @@ def run_explain() -> None:
     assert plan.site("first.down.weight").shape == (64, 64)
     assert plan.site("router.weight").shape == Net().router.weight.shape
     assert len(plan.quantized) == 5 and dist.get_world_size() == 2
-
-
-def test_parts_are_not_freed_and_the_report_says_what_does(pair: Pair) -> None:
-    pair.run(run_free)
-
-
-def run_free() -> None:
-    model, x = net(), torch.randn(3, 64)
-    with torch.no_grad():
-        compiled = finequant(model, min_elements=0, free_weights=True)
-        assert torch.equal(compiled(x), compiled(x))
-    site = report().plan.site("first.up.weight")
-    assert site.freed is False and "quantize_" in str(site.not_freed)
-    assert report().plan.site("router.weight").freed is True

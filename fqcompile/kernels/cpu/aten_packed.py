@@ -71,7 +71,7 @@ def _refuse_int4(spec: GemmSpec) -> str | None:
     if spec.weight_rows % _INT4_ROW_MULTIPLE:
         return f"takes a multiple of {_INT4_ROW_MULTIPLE} weight rows, not {spec.weight_rows}"
     if spec.needs_backward:
-        return "its layout cannot be dequantised for a backward pass or a freed weight"
+        return "its layout cannot be dequantised for a backward pass"
     # Experts have one layout for all numbers of rows: prefill and decode share their weights.
     if spec.m > INT4_MAX_ROWS and not spec.experts:
         return f"is slower than dequantising above {INT4_MAX_ROWS} rows; the example has {spec.m}"
