@@ -1,5 +1,6 @@
 """A compile report as files in a folder, and as artifacts in torch's structured trace."""
 
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -12,6 +13,11 @@ from fqcompile.distributed.ranks import own_folder
 from fqcompile.report.compile_report import CompileReport
 from fqcompile.report.files import replace_text
 from fqcompile.report.pass_record import PassRecord
+
+log = logging.getLogger("fqcompile")
+
+_LONGEST_NAME = 60  # in 4 bytes each, as file systems allow 255
+_failed: set[Path] = set()
 
 
 def _pass_text(record: PassRecord) -> str:
@@ -35,7 +41,8 @@ def _pass_files(name: str, record: PassRecord) -> Iterator[tuple[str, str]]:
 
 
 def _safe(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", name).strip(".") or "graph"
+    """As the name of a folder; of a long one the end, which numbers it."""
+    return re.sub(r"[^\w.-]+", "_", name)[-_LONGEST_NAME:].strip(".") or "graph"
 
 
 def _files(report: CompileReport) -> Iterator[tuple[str, str]]:
@@ -50,12 +57,24 @@ def dump_report(report: CompileReport, debug_dir: str | os.PathLike[str]) -> Pat
 
     Where there are several ranks, each has a folder of its own around those of its graphs.
     Each pass has NN_<pass>.before.py, .after.py and .diff (where the report holds the graphs) and
-    .txt; beside them lie sites.txt, report.json and report.html.
+    .txt; beside them lie sites.txt, report.json and report.html. What cannot be written is said
+    once for each `debug_dir`: the call that compiles is worth more than what is known of it.
     """
     folder = own_folder(Path(debug_dir)) / _safe(report.graph)
-    for name, text in _files(report):
-        replace_text(folder / name, text)
-    report.to_html(folder / "report.html")
+    try:
+        for name, text in _files(report):
+            replace_text(folder / name, text)
+        report.to_html(folder / "report.html")
+    except OSError as error:
+        if Path(debug_dir) not in _failed:
+            log.warning(
+                "debug_dir=%s: %s is not written, or not all of it (%s); choose a directory that "
+                "can be written, with room",
+                debug_dir,
+                folder,
+                error,
+            )
+        _failed.add(Path(debug_dir))
     return folder
 
 

@@ -12,7 +12,8 @@ def replace_text(path: str | os.PathLike[str], text: str) -> Path:
     # A rename is atomic only within one file system, hence a neighbour and not the system's tmp.
     part = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}")
     try:
-        part.write_text(text, encoding="utf-8")
+        # What has no place in UTF-8, as half a surrogate pair in a name, is spelt out.
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)

@@ -1,14 +1,21 @@
 """The dump of a report: its files, and the same as artifacts of the structured trace."""
 
 import dataclasses
+import errno
+import itertools
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from fqcompile.report import CompileReport, dump_report, trace_report
+from tests.helpers import finequant
 
 FILES = [
     "01_capture.txt",
@@ -62,6 +69,62 @@ def test_dump_stays_below_its_folder(report: CompileReport, tmp_path: Path, grap
     folder = dump_report(dataclasses.replace(report, graph=graph), tmp_path / "dumps")
     assert folder.parent == tmp_path / "dumps" and folder.resolve() == folder
     assert [path.name for path in tmp_path.iterdir()] == ["dumps"]
+
+
+@pytest.mark.parametrize("name", ["file/dumps", "x" * 300, "/proc/dumps"])
+def test_what_cannot_be_dumped_is_said_once(
+    name: str, report: CompileReport, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    for number in range(3):
+        dump_report(dataclasses.replace(report, graph=f"graph_{number}"), tmp_path / name)
+    (said,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert f"debug_dir={tmp_path / name}" in said and "choose a directory" in said
+    assert not list(tmp_path.rglob("*graph*"))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO])
+def test_a_compilation_does_not_fail_for_its_dumps(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Writing fails at any of the files; the model computes what it would without dumps."""
+    writes = itertools.count()
+    model = nn.Linear(128, 256).requires_grad_(False)
+    x = torch.randn(3, 128)
+    want = finequant(model)(x)
+    real = Path.write_text
+
+    def refuse(path: Path, *args: Any, **named: Any) -> int:
+        if tmp_path in path.parents and next(writes) >= 4:
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path, *args, **named)
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    torch._dynamo.reset()
+    got = [finequant(model, debug_dir=str(tmp_path), alpha=alpha)(x) for alpha in (0.9, 0.8)]
+    assert all(torch.equal(y, want) for y in got)
+    (said,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert os.strerror(code) in said
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) == 4 and all(path.stat().st_size for path in written)
+
+
+def test_a_graph_may_have_any_name(report: CompileReport, tmp_path: Path) -> None:
+    """File systems allow 255 bytes; the end of a name tells graphs apart."""
+    for letter in ("x", "\N{SNOWMAN}", "\N{MATHEMATICAL BOLD SMALL A}"):
+        folders = {
+            dump_report(dataclasses.replace(report, graph=f"{letter * 500}_{number}"), tmp_path)
+            for number in range(2)
+        }
+        assert len(folders) == 2
+        assert all(sorted(p.name for p in folder.iterdir()) == FILES for folder in folders)
+
+
+def test_half_a_surrogate_pair_is_spelt_out(report: CompileReport, tmp_path: Path) -> None:
+    """A parameter may be called so, and no dump may fail its compilation."""
+    passes = (dataclasses.replace(report.passes[1], matched=("a\udc80b",)),)
+    folder = dump_report(dataclasses.replace(report, passes=passes), tmp_path)
+    assert "matched a\\udc80b\n" in (folder / "01_rewrite.txt").read_text(encoding="utf-8")
 
 
 class Collector(logging.Handler):
