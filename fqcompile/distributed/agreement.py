@@ -11,7 +11,7 @@ one rank may quantise or tune while others find all of it done.
 
 import json
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from hashlib import sha256
@@ -25,6 +25,7 @@ TIMEOUT = "FQCOMPILE_RANK_TIMEOUT"
 _DEFAULT_SECONDS = "1800"
 _LONGEST = 200
 _times: Counter[tuple[int, ...]] = Counter()
+_written: defaultdict[tuple[int, ...], list[str]] = defaultdict(list)  # and not deleted yet
 
 
 def agree(what: str, facts: Mapping[str, str], groups: Sequence[tuple[int, ...]]) -> None:
@@ -40,12 +41,25 @@ def agree(what: str, facts: Mapping[str, str], groups: Sequence[tuple[int, ...]]
         store, seconds = _get_default_store(), _seconds()
         place = f"fqcompile/{'-'.join(map(str, ranks))}/{_times[ranks]}"
         _times[ranks] += 1
-        store.set(f"{place}/{rank()}/facts", own)
-        store.set(f"{place}/{rank()}", digest)
-        for other in ranks:
-            if _wait(store, f"{place}/{other}", what, other, seconds) != digest.encode():
+        for key, value in ((f"{place}/{rank()}/facts", own), (f"{place}/{rank()}", digest)):
+            store.set(key, value)
+            _written[ranks].append(key)
+        answers = {r: _wait(store, f"{place}/{r}", what, r, seconds) for r in ranks}
+        _forget(store, ranks)
+        for other, answer in answers.items():
+            if answer != digest.encode():
                 theirs = json.loads(store.get(f"{place}/{other}/facts"))
                 raise RankError(_difference(what, facts, theirs, other))
+
+
+def _forget(store: Store, ranks: tuple[int, ...]) -> None:
+    """Delete what this rank wrote in earlier rounds: who is in this one has read all of it."""
+    earlier, _written[ranks] = _written[ranks][:-2], _written[ranks][-2:]
+    for key in earlier:
+        try:
+            store.delete_key(key)
+        except RuntimeError:  # a kind of store that cannot; it grows by two keys a graph
+            return
 
 
 def _wait(store: Store, key: str, what: str, other: int, seconds: float) -> bytes:

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import socket
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,6 +135,43 @@ def compile_alone() -> str | None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(agreement.TIMEOUT, "2")
         return _message(finequant(model, min_elements=0), RankError)
+
+
+@pytest.mark.parametrize("kind", ["file", "tcp"])
+def test_what_ranks_tell_each_other_does_not_pile_up(pair: Pair, kind: str, tmp_path: Path) -> None:
+    """However many graphs there are, the store holds two rounds of each rank at the most."""
+    for counts in pair.run(agree_often, kind, str(tmp_path / "store"), _free_port()):
+        assert max(counts) - min(counts) <= 2 * 2 * 2, counts
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def agree_often(kind: str, path: str, port: int) -> list[int]:
+    """The numbers of keys in the store, where every fifth graph is unlike."""
+    own = dist.get_rank()
+    store = (
+        dist.FileStore(path, 2)
+        if kind == "file"
+        else dist.TCPStore("127.0.0.1", port, 2, is_master=own == 0)
+    )
+    counts = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agreement, "_get_default_store", lambda: dist.PrefixStore("x", store))
+        for number in range(40):
+            facts = {"some": "x" * 1000, "number": str(number + own * (number % 5 == 4))}
+            if number % 5 == 4:
+                with pytest.raises(RankError, match="'number' rank"):
+                    agreement.agree("a graph", facts, [(0, 1)])
+            else:
+                agreement.agree("a graph", facts, [(0, 1)])
+            counts.append(store.num_keys())
+        dist.barrier()  # the one that has the store ends last
+    return counts
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "nan"])
