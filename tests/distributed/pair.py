@@ -2,12 +2,14 @@
 
 They live from the first request to the last, as importing and joining takes longer than most cases.
 After a failure, in which a rank may wait for the other, both are ended and the next request starts
-new ones. Nothing waits without a limit.
+new ones: what one test does to its ranks is no other test's. Nothing waits without a limit, and the
+limit of a request does not count what it takes to start.
 """
 
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -24,6 +26,7 @@ from fqcompile.report import clear_reports
 
 SIZE = 2
 COLLECTIVE_SECONDS = 60.0
+START_SECONDS = 300.0  # where others use the machine
 Function = Callable[..., Any]
 
 
@@ -47,11 +50,21 @@ class Pair:
         self, function: Function, *args: Any, seconds: float = 120.0
     ) -> list[tuple[bool, Any]]:
         """By rank: (True, its result), or (False, why there is none)."""
+        if not all(process.is_alive() for process, _ in self._ranks):
+            self.close()
         if not self._ranks:
             self._start()
-        for _, connection in self._ranks:
-            connection.send((function, args))
-        return [self._answer(*rank, seconds) for rank in self._ranks]
+        answers: list[tuple[bool, Any]] = []
+        try:
+            for _, connection in self._ranks:
+                connection.send((function, args))
+            end = time.monotonic() + seconds
+            answers = [self._answer(*rank, end, seconds) for rank in self._ranks]
+        finally:
+            # A rank that has not answered would answer the next request with it.
+            if not answers or any(process.exitcode is not None for process, _ in self._ranks):
+                self.close()
+        return answers
 
     def close(self) -> None:
         """End the processes that this has started."""
@@ -69,21 +82,36 @@ class Pair:
             process.start()
             theirs.close()
             self._ranks.append((process, ours))
+        for step in ("import", "join"):
+            end = time.monotonic() + START_SECONDS
+            for rank in self._ranks:
+                good, answer = self._answer(*rank, end, START_SECONDS)
+                if not good:
+                    self.close()
+                    pytest.fail(f"the ranks do not start ({step}): {answer}", pytrace=False)
+            for _, connection in self._ranks:
+                connection.send(None)
 
-    def _answer(self, process: Any, connection: Connection, seconds: float) -> tuple[bool, Any]:
+    def _answer(
+        self, process: Any, connection: Connection, end: float, seconds: float
+    ) -> tuple[bool, Any]:
         try:
-            if connection.poll(seconds):
+            if connection.poll(max(0.0, end - time.monotonic())):
                 answer: tuple[bool, Any] = connection.recv()
                 return answer
             process.kill()
-            return False, f"no answer in {seconds} s"
-        except EOFError:
-            return False, "the process ended"
+            reason = f"no answer in {seconds} s"
+        except (EOFError, ConnectionError):
+            reason = "the process ended"
+        process.join()
+        return False, reason
 
 
 def _serve(connection: Connection, rank: int, store: str) -> None:
     torch.set_num_threads(1)
     os.environ[TIMEOUT] = str(COLLECTIVE_SECONDS)
+    connection.send((True, "imported"))  # the others may need longer, and joining has a limit
+    connection.recv()
     dist.init_process_group(
         "gloo",
         rank=rank,
@@ -91,6 +119,8 @@ def _serve(connection: Connection, rank: int, store: str) -> None:
         store=dist.FileStore(store, SIZE),
         timeout=timedelta(seconds=COLLECTIVE_SECONDS),
     )
+    connection.send((True, "joined"))
+    connection.recv()
     while True:
         function, args = connection.recv()
         torch._dynamo.reset()
