@@ -4,9 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
+from torch._dynamo.convert_frame import compile_lock
 
 from fqcompile.config import FineQuantConfig
+from fqcompile.locks import fork_safe
 from fqcompile.passes.variants import compile_graph
+
+fork_safe(compile_lock)  # held while this package quantizes: else a child could compile nothing
 
 
 def finequant(

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "fqcompile"
 # Imports point to an earlier line, or stay inside their own folder. What is not named here is part
 # of the surface: above the passes, below the command line.
 LAYERS = [
-    {"errors"},
+    {"errors", "locks"},
     {"options"},
     {"distributed"},
     {"config"},

@@ -3,13 +3,11 @@
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from fqcompile import locks
 from fqcompile.errors import CheckpointError
-
-if sys.platform != "win32":
-    import fcntl
 
 Piece = bytes | memoryview
 
@@ -60,15 +58,12 @@ def locked(directory: Path) -> Iterator[None]:
     """
     if sys.platform == "win32":
         raise CheckpointError("writing a checkpoint needs the file locks of Linux or macOS")
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
+    with ExitStack() as held:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            held.enter_context(locks.locked(directory, seconds=0.0))
+        except TimeoutError as error:
             raise CheckpointError(
                 f"{directory} is being written by another process; wait for it, or choose another "
                 "directory"
             ) from error
         yield
-    finally:
-        os.close(descriptor)

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fqcompile.errors import CorruptEntry
-from fqcompile.kernels.cache_directory import cache_directory, locked
+from fqcompile.kernels.cache_directory import cache_directory
+from fqcompile.locks import locked
 from fqcompile.weights.entry_file import Entry, encoded, read_entry
 
 log = logging.getLogger("fqcompile")

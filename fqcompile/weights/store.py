@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fqcompile.config import SiteOptions
 from fqcompile.errors import UnquantizableWeight
 from fqcompile.kernels.template import PackedTensors
+from fqcompile.locks import fork_safe
 from fqcompile.quant.choose import QuantPlan, choose_and_quantize
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.weights.find_or_quantize import find_or_quantize
@@ -113,7 +114,7 @@ class PackedStore:
         self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._values: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._numbers = count()
-        self._lock = threading.RLock()
+        self._lock = fork_safe(threading.RLock())
 
     def plan(
         self,

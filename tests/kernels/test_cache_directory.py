@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fqcompile.kernels.cache_directory import cache_directory, locked
+from fqcompile.kernels.cache_directory import cache_directory
+from fqcompile.locks import locked
 
 
 def test_the_cache_directory_follows_the_environment(

@@ -22,7 +22,8 @@ import torch
 from torch._inductor.exc import InvalidCxxCompiler
 
 from fqcompile.errors import KernelBuildError
-from fqcompile.kernels.cache_directory import cache_directory, locked
+from fqcompile.kernels.cache_directory import cache_directory
+from fqcompile.locks import locked
 
 OVERRIDE = "FQCOMPILE_CPU_ISA"
 _SOURCES = Path(__file__).parent / "native"

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from fqcompile.kernels.cpu import native_library as native
-from fqcompile.kernels.cpu.forked import in_forked_child
 from fqcompile.kernels.cpu.stream_layout import OUTPUTS, dequantize, narrow, pack, unpack
 from fqcompile.kernels.epilogue import ACTIVATIONS, apply_epilogue
 from fqcompile.kernels.launch_table import Config
 from fqcompile.kernels.routing import Routing
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import Layout, PackedLinear, Template
+from fqcompile.locks import in_forked_child
 from fqcompile.quant.qtype import QTYPES
 
 # As enumerated in vectors.h and epilogue.h.

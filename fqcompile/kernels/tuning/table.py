@@ -17,11 +17,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self, cast, get_args
 
-from fqcompile.kernels.cache_directory import cache_directory, locked
+from fqcompile.kernels.cache_directory import cache_directory
 from fqcompile.kernels.gpu import Gpu
 from fqcompile.kernels.launch_table import Config, parse_config
 from fqcompile.kernels.template import SearchMode
 from fqcompile.kernels.tuning.key import Bucket, fingerprint, kernel_source_hash
+from fqcompile.locks import locked
 
 log = logging.getLogger("fqcompile")
 
