@@ -1,6 +1,7 @@
 """Locks that outlive neither their holder nor a fork, and that readers cannot hold."""
 
 import ast
+import logging
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from torch._dynamo.convert_frame import compile_lock
 
 import fqcompile
 import fqcompile.backend
+from fqcompile.kernels import cache_directory
 from fqcompile.kernels.cpu import native_library as native
 from fqcompile.locks import fork_safe, locked
 from fqcompile.weights.disk_cache import DiskCache
@@ -183,6 +185,26 @@ def test_who_may_only_read_cannot_hold_a_lock() -> None:
             return held
 
         assert ".lock" not in in_child(hold_all, NOBODY)
+
+
+def test_who_holds_a_lock_for_ever_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a reader who had opened the file of an earlier version, or a process that is stopped."""
+    cache = tmp_path / "cache" / "weights"
+    cache.mkdir(parents=True)
+    brief = partial(locked, seconds=0.3)
+    monkeypatch.setattr(cache_directory, "locked", lambda path, seconds: brief(path))
+    with (cache / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        start = time.monotonic()
+        found = DiskCache(cache, 2**30)
+        for key in "ab":
+            assert_same(found.get_or_make(key, entry), entry())
+        assert time.monotonic() - start < 20
+    (said,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert f"another process holds {cache / '.lock'}" in said
+    assert "set FQCOMPILE_CACHE_DIR" in said
 
 
 def test_waiting_ends_when_the_holder_leaves(tmp_path: Path) -> None:

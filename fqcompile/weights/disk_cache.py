@@ -4,7 +4,8 @@
 
 Files are replaced in one step under a lock, so processes may share them. Those used longest ago go
 first where the bound would be exceeded. A file that is not as it was written is removed and counts
-as missing; a directory that cannot be written is said once, and nothing is kept.
+as missing; a directory that cannot be written, or that others may write to, is said once, and
+nothing is kept.
 
 FQCOMPILE_CACHE_SIZE is the bound in GiB; 0 switches the cache off.
 """
@@ -12,15 +13,20 @@ FQCOMPILE_CACHE_SIZE is the bound in GiB; 0 switches the cache off.
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from fqcompile.errors import CorruptEntry
-from fqcompile.kernels.cache_directory import cache_directory
-from fqcompile.locks import locked
+from fqcompile.kernels.cache_directory import (
+    cache_directory,
+    check_trusted,
+    replace_file,
+    warn_unusable,
+    writing,
+)
 from fqcompile.weights.entry_file import Entry, encoded, read_entry
 
 log = logging.getLogger("fqcompile")
@@ -69,14 +75,17 @@ class DiskCache:
 
     def _find(self, path: Path, key: str) -> Entry | None:
         try:
+            check_trusted(path)
             entry = read_entry(path, key)
         except FileNotFoundError:
             return None
-        except (OSError, CorruptEntry) as error:
+        except CorruptEntry as error:
             log.info("a quantised weight on disk is not used: %s", error)
-            if isinstance(error, CorruptEntry):
-                with suppress(OSError):
-                    path.unlink()
+            with suppress(OSError):
+                path.unlink()
+            return None
+        except OSError as error:
+            warn_unusable(self.directory, error)
             return None
         self._used.add(path)
         with suppress(OSError):  # a directory that others fill may be read alone
@@ -86,21 +95,16 @@ class DiskCache:
     def _keep(self, path: Path, key: str, entry: Entry) -> None:
         pieces = encoded(key, entry)
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with locked(self.directory / ".lock"):
+            with writing(self.directory):
                 # Processes that start together make the same weights at the same time.
                 if not path.exists():
                     if not self._make_room(sum(map(len, pieces))):
                         return
-                    _replace(path, pieces)
+                    replace_file(path, pieces)
                 self._used.add(path)
         except OSError as error:
             self._writable = False
-            self._warn(
-                f"quantised weights cannot be kept in {self.directory} ({error}): the next start "
-                "quantises again; set FQCOMPILE_CACHE_DIR to a directory that can be written, or "
-                f"{SIZE}=0 to keep none"
-            )
+            warn_unusable(self.directory, error)
 
     def _make_room(self, size: int) -> bool:
         """Remove what was used longest ago until `size` bytes more fit; nothing if they cannot."""
@@ -108,11 +112,15 @@ class DiskCache:
         others = [(path, nbytes) for _, nbytes, path in files if path not in self._used]
         excess = sum(nbytes for _, nbytes, _ in files) + size - self.limit
         if excess > sum(nbytes for _, nbytes in others):
-            self._warn(
-                f"the weights of this process need more than the {self.limit / 2**30:.3g} GiB that "
-                f"may be kept in {self.directory}: the next start quantises the rest again; raise "
-                f"{SIZE} (in GiB)"
-            )
+            if not self._warned:
+                log.warning(
+                    "the weights of this process need more than the %.3g GiB that may be kept in "
+                    "%s: the next start quantises the rest again; raise %s (in GiB)",
+                    self.limit / 2**30,
+                    self.directory,
+                    SIZE,
+                )
+            self._warned = True
             return False
         for path, nbytes in others:
             if excess <= 0:
@@ -127,22 +135,6 @@ class DiskCache:
             with suppress(FileNotFoundError):
                 about = path.stat()
                 yield about.st_mtime_ns, about.st_size, path
-
-    def _warn(self, text: str) -> None:
-        if not self._warned:
-            log.warning(text)
-        self._warned = True
-
-
-def _replace(path: Path, pieces: Sequence[memoryview]) -> None:
-    """Under the lock one name serves all writers, so that a kill leaves one such file."""
-    part = path.with_name(".part")
-    try:
-        with part.open("wb") as file:
-            file.writelines(pieces)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def disk_cache() -> DiskCache | None:

@@ -4,14 +4,16 @@ The compiler is the one that Inductor takes for CPU graphs. What it makes is kep
 directory under a name made of the source, the compiler, the flags and torch's version, so it is
 built once for all processes and another version builds anew. Importing this builds nothing.
 
+<name>.so   the library, and the SHA-256 of it: damaged code would end the process that loads it
+
 FQCOMPILE_CPU_ISA names a narrower path, or "none", to be used instead.
 """
 
 import ctypes
+import logging
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -22,14 +24,23 @@ import torch
 from torch._inductor.exc import InvalidCxxCompiler
 
 from fqcompile.errors import KernelBuildError
-from fqcompile.kernels.cache_directory import cache_directory
-from fqcompile.locks import locked
+from fqcompile.kernels.cache_directory import (
+    cache_directory,
+    check_trusted,
+    fallback_directory,
+    replace_file,
+    warn_unusable,
+    writing,
+)
+
+log = logging.getLogger("fqcompile")
 
 OVERRIDE = "FQCOMPILE_CPU_ISA"
 _SOURCES = Path(__file__).parent / "native"
 _MAIN = _SOURCES / "matmul.cpp"
 # Inductor's own builds take minutes at most; a compiler that hangs must not hang a model.
 _TIME_LIMIT = 600.0
+_DIGEST_BYTES = sha256().digest_size
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
@@ -91,9 +102,31 @@ def loaded() -> NativeLibrary | str:
     """The kernel, or why there is none; found out once in a process."""
     try:
         isa = chosen_isa()
-        return load(isa, build(isa, cache_directory() / "x86"))
     except KernelBuildError as error:
         return str(error)
+    try:
+        return _built_somewhere(isa)
+    except KernelBuildError as error:
+        log.warning("the kernel for x86 is not used, but a slower one: %s", error)
+        return str(error)
+
+
+def _built_somewhere(isa: Isa) -> NativeLibrary:
+    """In the cache, or where that cannot be used in the fallback; the error is that of the first.
+
+    Raises:
+        KernelBuildError: in neither.
+    """
+    kept, fallback = cache_directory() / "x86", fallback_directory() / "x86"
+    try:
+        return load(isa, build(isa, kept))
+    except KernelBuildError as error:
+        try:
+            found = load(isa, build(isa, fallback))
+        except KernelBuildError:
+            raise error from None
+        warn_unusable(kept, error)
+        return found
 
 
 def chosen_isa() -> Isa:
@@ -119,24 +152,35 @@ def build(isa: Isa, directory: Path) -> Path:
     """The shared library for `isa` in `directory`, compiled if it is not there.
 
     Raises:
-        KernelBuildError: the compiler is missing or fails, or the directory cannot be written.
+        KernelBuildError: the compiler is missing or fails, or the directory cannot be written, or
+            others may write to it.
     """
     compiler = _compiler()
     command = [compiler, *_FLAGS, *isa.flags]
     path = directory / f"{isa.name}-{_digest(command)}.so"
-    if path.exists():
-        return path
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with locked(path.with_suffix(".lock")):
-            if not path.exists():  # by another process meanwhile
+        if _is_whole(path):
+            return path
+        with writing(directory, seconds=_TIME_LIMIT):
+            if not _is_whole(path):  # built by another process meanwhile
+                if path.exists():
+                    log.warning("%s is not as it was written: it is built anew", path)
                 _compile(command, path)
     except OSError as error:
         raise KernelBuildError(
             f"cannot be built in {directory} ({error}); set FQCOMPILE_CACHE_DIR to a directory "
-            "that can be written"
+            "that you alone can write to"
         ) from error
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        check_trusted(path)
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    return sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
 
 
 def _compiler() -> str:
@@ -144,7 +188,7 @@ def _compiler() -> str:
 
     try:
         return get_cpp_compiler()
-    except InvalidCxxCompiler as error:
+    except (InvalidCxxCompiler, OSError) as error:
         raise KernelBuildError(
             "no C++ compiler: install g++ or clang++, or set CXX; Inductor on CPU needs it too"
         ) from error
@@ -153,26 +197,35 @@ def _compiler() -> str:
 def _digest(command: list[str]) -> str:
     """Of all that the library is made of."""
     version = _run([command[0], "--version"])
-    parts = [*command, version, torch.__version__]
+    parts = [*command, version, torch.__version__, f"{_DIGEST_BYTES} bytes follow"]
     parts += [path.read_text(encoding="utf-8") for path in sorted(_SOURCES.iterdir())]
     return sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def _compile(command: list[str], path: Path) -> None:
-    """Compile to a file of its own and rename it: whoever finds `path` finds all of it."""
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
-    os.close(handle)
+    """Compile to a file of its own first: whoever finds `path` finds all of it."""
+    made = path.with_name(".made")
     libraries = Path(torch.__file__).parent / "lib"
+    command = [*command, str(_MAIN), "-o", str(made), f"-L{libraries}", "-ltorch_cpu"]
     try:
-        _run([*command, str(_MAIN), "-o", part, f"-L{libraries}", "-ltorch_cpu"])
-        Path(part).replace(path)
+        # What lies between the compiler and the linker fits where the library does.
+        _run(command, {**os.environ, "TMPDIR": str(path.parent.absolute())})
+        content = made.read_bytes()
+        replace_file(path, [content, sha256(content).digest()])
     finally:
-        Path(part).unlink(missing_ok=True)
+        made.unlink(missing_ok=True)
 
 
-def _run(command: list[str]) -> str:
+def _run(command: list[str], environment: dict[str, str] | None = None) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIME_LIMIT)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="backslashreplace",  # a compiler may speak in any encoding
+            timeout=_TIME_LIMIT,
+            env=environment,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelBuildError(f"the compiler {command[0]} does not run: {error}") from error
     if done.returncode:

@@ -17,12 +17,17 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self, cast, get_args
 
-from fqcompile.kernels.cache_directory import cache_directory
+from fqcompile.kernels.cache_directory import (
+    cache_directory,
+    check_trusted,
+    replace_file,
+    warn_unusable,
+    writing,
+)
 from fqcompile.kernels.gpu import Gpu
 from fqcompile.kernels.launch_table import Config, parse_config
 from fqcompile.kernels.template import SearchMode
 from fqcompile.kernels.tuning.key import Bucket, fingerprint, kernel_source_hash
-from fqcompile.locks import locked
 
 log = logging.getLogger("fqcompile")
 
@@ -34,6 +39,7 @@ Fingerprint = Mapping[str, str]
 _UNUSABLE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError
 )  # fmt: skip
+_LONGEST_SEARCH = 1800.0  # seconds; who has waited so long searches too
 _SHIPPED = Path(__file__).parent.parent / "tuned"
 
 
@@ -123,7 +129,7 @@ class TunedTable:
     @classmethod
     def load(cls, path: Path, fingerprint: Fingerprint, shipped: Path | None = None) -> Self:
         """The table in `path`, over the shipped one; of either, what cannot be used is empty."""
-        own = read_cases(path, fingerprint)
+        own = _own_cases(path, fingerprint)
         below = {} if shipped is None else read_cases(shipped, fingerprint, SHIPPED_FOR)
         return cls(path, fingerprint, own, below)
 
@@ -146,10 +152,10 @@ class TunedTable:
         with ExitStack() as held:
             if not self._in_memory:
                 with suppress(OSError):
-                    self.path.parent.mkdir(parents=True, exist_ok=True)
-                    held.enter_context(locked(self.path.with_suffix(".searching")))
-                if self.path.exists():
-                    self._cases = merged(read_cases(self.path, self.fingerprint), self._cases)
+                    lock = f"{self.path.stem}.searching"
+                    held.enter_context(writing(self.path.parent, lock, _LONGEST_SEARCH))
+                    if self.path.exists():
+                        self._cases = merged(_own_cases(self.path, self.fingerprint), self._cases)
             yield
 
     def finish(self, key: str, bucket: Bucket, mode: SearchMode) -> None:
@@ -161,21 +167,12 @@ class TunedTable:
         if self._in_memory:
             return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with locked(self.path.with_suffix(".lock")):
-                self._cases = merged(read_cases(self.path, self.fingerprint), self._cases)
-                # Under the lock one name serves all writers, so that a kill leaves one such file.
-                part = self.path.with_suffix(".part")
-                part.write_text(_as_json(self._cases, self.fingerprint), encoding="utf-8")
-                part.replace(self.path)
+            with writing(self.path.parent):
+                self._cases = merged(_own_cases(self.path, self.fingerprint), self._cases)
+                replace_file(self.path, [_as_json(self._cases, self.fingerprint).encode()])
         except OSError as error:
             self._in_memory = True
-            log.warning(
-                "tuned kernels cannot be kept in %s (%s): what is measured now is lost when this "
-                "process ends; set FQCOMPILE_CACHE_DIR to a directory that can be written",
-                self.path,
-                error,
-            )
+            warn_unusable(self.path.parent, error)
 
 
 def table_for(gpu: Gpu) -> TunedTable:
@@ -194,6 +191,18 @@ def _table(gpu: Gpu, directory: Path) -> TunedTable:
 def merged(cases: Cases, news: Cases) -> Cases:
     """The cases of both, each with the trials of both."""
     return {**cases, **{at: cases.get(at, Case()).merged(new) for at, new in news.items()}}
+
+
+def _own_cases(path: Path, fingerprint: Fingerprint) -> Cases:
+    """The file's; none, with a warning, where it cannot be reached or others may write to it."""
+    try:
+        check_trusted(path)
+    except FileNotFoundError:
+        pass  # `read_cases` says so
+    except OSError as error:
+        warn_unusable(path.parent, error)
+        return {}
+    return read_cases(path, fingerprint)
 
 
 def read_cases(path: Path, fingerprint: Fingerprint, agree: tuple[str, ...] = ()) -> Cases:

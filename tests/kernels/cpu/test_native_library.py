@@ -84,7 +84,7 @@ def test_a_failing_compiler_is_named_and_leaves_nothing(
     monkeypatch.setattr(native, "_compiler", lambda: compiler)
     with pytest.raises(KernelBuildError, match=re.escape(text)):
         build(ISA, tmp_path / "cache")
-    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def test_a_compiler_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,8 @@ def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
     ]
     assert [p.communicate(timeout=120)[0] for p in processes] == [f"{ISA.name}\n"] * 3
     assert (tmp_path / "runs").read_text() == "run\n"
-    assert sorted(p.suffix for p in (tmp_path / "x86").iterdir()) == [".lock", ".so"]
+    names = sorted(p.name for p in (tmp_path / "x86").iterdir())
+    assert names[0] == ".lock" and names[1].endswith(".so") and len(names) == 2
 
 
 def test_the_name_follows_source_compiler_and_flags(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert case.best == Trial(A, TIMING)
     assert read.case("k1", None) == Case((_trial(DENSE, 900.0),))
     assert read.case("k2", 16) == Case()
-    assert sorted(p.name for p in path.parent.iterdir()) == ["t.json", "t.lock"]
+    assert sorted(p.name for p in path.parent.iterdir()) == [".lock", "t.json"]
 
 
 def test_a_case_knows_its_best_and_its_failure() -> None:
@@ -200,6 +200,25 @@ def test_without_a_place_to_write_tuning_goes_on_in_memory(
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warnings) == 1
     assert "FQCOMPILE_CACHE_DIR" in warnings[0]
+
+
+@pytest.mark.parametrize("what", ["t.json", "."])
+def test_a_table_that_others_could_have_written_is_not_used(
+    what: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "tuned" / "t.json"
+    known = _filled(path).case("k1", 16)
+    (path.parent / what).chmod(0o777)
+    with caplog.at_level(logging.WARNING, "fqcompile"):
+        table = TunedTable.load(path, HERE)
+        assert table.case("k1", 16) == Case()
+        table.add("k1", 16, _trial(A, 1.0))
+    assert table.case("k1", 16) == Case((_trial(A, 1.0),))
+    (said,) = caplog.messages
+    assert "others may write to" in said and "set FQCOMPILE_CACHE_DIR" in said
+    (path.parent / what).chmod(0o755)
+    kept = TunedTable.load(path, HERE).case("k1", 16)
+    assert kept == (Case((_trial(A, 1.0),)) if what == "t.json" else known)
 
 
 WRITER = """
