@@ -4,11 +4,11 @@
  "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, ...}}}}
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from fqcompile.engines.patterns import check_pattern
 from fqcompile.engines.scheme import Scheme
 from fqcompile.errors import CheckpointError
 
@@ -126,12 +126,8 @@ def _patterns(content: Any, where: str) -> tuple[str, ...]:
     for i, pattern in enumerate(content):
         if not isinstance(pattern, str):
             _refuse(f"{where}[{i}]", pattern, "a name")
-        try:
-            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
-        except (re.error, OverflowError, RecursionError) as error:
-            raise CheckpointError(
-                f"{where}[{i}] is {pattern!r}, which is no regular expression: {error}"
-            ) from error
+        if pattern.startswith("re:"):
+            check_pattern(pattern.removeprefix("re:"), f"{where}[{i}]")
     return tuple(content)
 
 
