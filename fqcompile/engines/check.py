@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from fqcompile.engines.expert_rules import expert_rules
 from fqcompile.engines.findings import Finding, Subject, merged
 from fqcompile.engines.layer_rules import layer_rules
 from fqcompile.engines.layers import Layer, find_layers
-from fqcompile.engines.matching import ENGINES
-from fqcompile.engines.quantization_config import parse_quantization_config
+from fqcompile.engines.matching import ENGINES, configured_scheme
+from fqcompile.engines.quantization_config import QuantizationConfig, parse_quantization_config
 from fqcompile.errors import CheckpointError, OptionError
 
 
@@ -64,10 +65,11 @@ def find_problems(
     for name, degree in (("tp", tp), ("ep", ep)):
         if type(degree) is not int or degree < 1:
             raise OptionError(f"{name} is {degree!r}; allowed: an int >= 1")
+    parsed = parse_quantization_config(config.get("quantization_config"), where)
     subject = Subject(
         engine=engine,
-        config=parse_quantization_config(config.get("quantization_config"), where),
-        layers=layers,
+        config=parsed,
+        layers=[_as_configured(parsed, layer) for layer in layers],
         tied=_is_tied(config),
         tp=tp,
         ep=ep,
@@ -83,6 +85,12 @@ def read_layers(tensors: Mapping[str, TensorPlace]) -> list[Layer]:
         return int(n), int(k)
 
     return find_layers(tensors, shape_of, lambda name: str(tensors[name].path))
+
+
+def _as_configured(config: QuantizationConfig, layer: Layer) -> Layer:
+    if layer.scheme is None:
+        return layer
+    return replace(layer, scheme=configured_scheme(config, layer) or layer.scheme)
 
 
 def _is_tied(config: Mapping[str, Any]) -> bool:

@@ -84,12 +84,13 @@ def _packed_layer(
         bits = next((b for b in BITS if -(-k * b // WORD_BITS) == words), bits)
     scales, groups = tensors[scale].shape
     size = None if groups == 1 else -(-k // groups)
-    if min(n, k) < 1 or rows != n or scales != n or bits is None:
+    scheme = Scheme(bits or 0, size, zero not in tensors)
+    if min(n, k) < 1 or rows != n or scales != n or not bits or scheme.groups(k) != groups:
         raise CheckpointError(
             f"{where(packed)}: {packed} {[rows, words]} and {scale} {[scales, groups]} are no "
             f"codes and scales of {shape}, which says {[n, k]}"
         )
-    return Layer(module, n, k, Scheme(bits, size, zero not in tensors))
+    return Layer(module, n, k, scheme)
 
 
 def _check(

@@ -8,11 +8,13 @@
 A regular expression need only match the beginning of a name.
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from fqcompile.engines.layers import Layer
+from fqcompile.engines.patterns import matches_pattern
 from fqcompile.engines.quantization_config import Group, QuantizationConfig
+from fqcompile.engines.scheme import Scheme
 
 ENGINES = ("vllm", "sglang", "transformers")
 
@@ -28,7 +30,7 @@ class Match:
 
 def matches_name(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
-        return re.match(pattern.removeprefix("re:"), name) is not None
+        return matches_pattern(pattern.removeprefix("re:"), name)
     return pattern == name
 
 
@@ -44,6 +46,26 @@ def is_ignored(config: QuantizationConfig, name: str, engine: str) -> bool:
 def _ignores(pattern: str, name: str, engine: str) -> bool:
     suffix = engine == "sglang" and not pattern.startswith("re:") and name.endswith(f".{pattern}")
     return suffix or is_class(pattern) or matches_name(pattern, name)
+
+
+def configured_scheme(config: QuantizationConfig, layer: Layer) -> Scheme | None:
+    """The config's scheme that a packed layer's tensors bear out; None: there is none.
+
+    Tensors alone leave the group size open where it does not divide K: three groups of K = 160 are
+    groups of 54 to 79. Where several schemes of the config fit, the targets decide.
+    """
+    stored = layer.scheme
+    assert stored is not None
+    fits = {
+        scheme
+        for scheme in (group.scheme for group in config.groups)
+        if (scheme.bits, scheme.symmetric) == (stored.bits, stored.symmetric)
+        and scheme.groups(layer.k) == stored.groups(layer.k)
+    }
+    if len(fits) > 1:
+        group = find_match(config, layer.name, (), "transformers").group
+        fits &= set() if group is None else {group.scheme}
+    return fits.pop() if fits else None
 
 
 def find_match(config: QuantizationConfig, name: str, parts: Iterable[str], engine: str) -> Match:

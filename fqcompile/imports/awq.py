@@ -13,12 +13,14 @@ from torch import Tensor
 
 from fqcompile.checkpoint.safetensors_file import TensorPlace, read_tensor
 from fqcompile.errors import CheckpointError
-from fqcompile.imports.nibbles import BITS, CODES_PER_WORD, nibbles
+from fqcompile.imports.nibbles import BITS, CODES_PER_WORD, MIDDLE, nibbles
 from fqcompile.imports.packed_layer import PackedLayer, symmetric
-from fqcompile.imports.parts import check_config, check_part, layer_parts
+from fqcompile.imports.parts import check_groups, check_options, check_part, layer_parts
 from fqcompile.quant.quantized_weight import QuantizedWeight
 
 _COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
+# Keys of AutoAWQ's own files, and what transformers calls them.
+_OWN_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
 
 
 def read_awq(
@@ -30,27 +32,37 @@ def read_awq(
         CheckpointError: tensors are missing or do not fit, or the version packs in another order;
             file and key are named.
     """
-    key = "w_bit" if "w_bit" in config["quantization_config"] else "bits"
-    check_config(config, where, bits=(key, BITS), allowed={"version": ("gemm", "GEMM", None)})
+    options: Mapping[str, Any] = config["quantization_config"]
+    bits, size_key = (own if own in options else key for own, key in _OWN_KEYS.items())
+    allowed = {"version": ("gemm", "GEMM", None), "zero_point": (True, False, None)}
+    check_options(options, where, bits=(bits, BITS), allowed=allowed)
     found = {}
     for name, places in layer_parts(tensors, ("qweight", "qzeros", "scales"), ()).items():
         k, words = check_part(name, places, "qweight", ("I32",))
         n = words * CODES_PER_WORD
         groups, _ = check_part(name, places, "scales", ("F16", "BF16", "F32"), (None, n))
         check_part(name, places, "qzeros", ("I32",), (groups, words))
-        if k % groups:
-            raise CheckpointError(
-                f"{places['scales'].path}: {name}.scales has {groups} groups for K = {k}"
-            )
-        found[name] = PackedLayer(name, n, k, places, partial(_read, name, places))
+        size = check_groups(name, places["scales"], k, options, size_key, where)
+        middle = where if options.get("zero_point") is False else None
+        read = partial(_read, name, places, size, middle)
+        found[name] = PackedLayer(name, n, k, places, read)
     return found
 
 
-def _read(name: str, places: Mapping[str, TensorPlace]) -> QuantizedWeight:
+def _read(
+    name: str, places: Mapping[str, TensorPlace], size: int, symmetric_by: str | None
+) -> QuantizedWeight:
+    """`symmetric_by`: the config that says there are no zero points but the middle."""
     codes, zeros = (_columns(read_tensor(places[part])) for part in ("qweight", "qzeros"))
     scale = read_tensor(places["scales"]).t()
-    size = codes.shape[0] // scale.shape[1]
     where = f"{places['qweight'].path}: {name}"
+    if symmetric_by is not None and bool((zeros != MIDDLE).any()):
+        low, high = map(int, zeros.aminmax())
+        raise CheckpointError(
+            f"{where}.qzeros stores {low} to {high}, and quantization_config.zero_point in "
+            f"{symmetric_by} is False: it would be {MIDDLE} throughout; say "
+            '"zero_point": true there if it was quantized so'
+        )
     return symmetric(codes.t().to(torch.int16), zeros.t(), scale, size, where)
 
 

@@ -9,8 +9,9 @@ import torch
 from fqcompile.checkpoint.safetensors_file import TensorPlace, read_tensor
 from fqcompile.engines.check import read_layers
 from fqcompile.engines.layers import PARTS, Layer
+from fqcompile.engines.matching import configured_scheme
 from fqcompile.engines.quantization_config import FORMAT, parse_quantization_config
-from fqcompile.engines.scheme import BITS
+from fqcompile.engines.scheme import BITS, Scheme
 from fqcompile.errors import CheckpointError
 from fqcompile.imports.packed_layer import PackedLayer, symmetric
 from fqcompile.quant.packing import unpack
@@ -24,7 +25,7 @@ def read_compressed_tensors(
 ) -> dict[str, PackedLayer]:
     """The packed layers by name; no codes are read.
 
-    Bits and group sizes are those of the tensors; that the config says the same is checked.
+    Bits and numbers of groups are those of the tensors; the config decides what these leave open.
 
     Raises:
         CheckpointError: config or tensors are damaged, contradict each other, or are of a format
@@ -37,34 +38,43 @@ def read_compressed_tensors(
             f"{where}: quantization_config.format is {', '.join(sorted(formats))}; this reads "
             f"{FORMAT!r}"
         )
-    known = {group.scheme for group in parsed.groups}
+    known = ", ".join(sorted({str(group.scheme) for group in parsed.groups}))
     found = {}
     for layer in read_layers(tensors):
         if layer.scheme is None:
             continue
-        places = {p: tensors[n] for p in PARTS if (n := f"{layer.name}.{p}") in tensors}
+        parts = (*PARTS, "weight_g_idx")
+        places = {p: tensors[n] for p in parts if (n := f"{layer.name}.{p}") in tensors}
         file = places["weight_packed"].path
         if layer.scheme.bits not in BITS:
             raise CheckpointError(
                 f"{file}: {layer.name} is {layer.scheme}; this reads int4 and int8"
             )
-        if layer.scheme not in known and not _is_one_group(layer, known):
+        scheme = configured_scheme(parsed, layer)
+        if scheme is None:
             raise CheckpointError(
                 f"{file}: {layer.name} is {layer.scheme}, which no group of quantization_config in "
-                f"{where} is: {', '.join(sorted(map(str, known)))}"
+                f"{where} is, or several are that match its name in no target: {known}"
             )
         _check_zero_points(layer, places)
-        read = partial(_read, layer, places)
+        _check_order(layer, scheme, places)
+        read = partial(_read, layer, scheme, places)
         found[layer.name] = PackedLayer(layer.name, layer.n, layer.k, places, read)
     return found
 
 
-def _is_one_group(layer: Layer, known: set[Any]) -> bool:
-    """A single group as wide as K looks like a channel."""
-    scheme = layer.scheme
-    assert scheme is not None
-    same = [s for s in known if (s.bits, s.symmetric) == (scheme.bits, scheme.symmetric)]
-    return scheme.group_size is None and any(s.group_size == layer.k for s in same)
+def _check_order(layer: Layer, scheme: Scheme, places: Mapping[str, TensorPlace]) -> None:
+    """Columns that share a scale are neighbors; -1 throughout: nobody has said otherwise."""
+    place = places.get("weight_g_idx")
+    if place is None:
+        return
+    index = read_tensor(place).long() if place.dtype in ("I32", "I64") else torch.empty(0)
+    own = torch.arange(layer.k) // (scheme.group_size or layer.k)
+    if index.shape != own.shape or not (torch.equal(index, own) or bool((index == -1).all())):
+        raise CheckpointError(
+            f"{place.path}: {layer.name}.weight_g_idx is not k // group_size for {scheme}: its "
+            "columns are in act-order, which has no exact conversion"
+        )
 
 
 def _check_zero_points(layer: Layer, places: Mapping[str, TensorPlace]) -> None:
@@ -78,12 +88,10 @@ def _check_zero_points(layer: Layer, places: Mapping[str, TensorPlace]) -> None:
         )
 
 
-def _read(layer: Layer, places: Mapping[str, TensorPlace]) -> QuantizedWeight:
-    scheme = layer.scheme
-    assert scheme is not None
+def _read(layer: Layer, scheme: Scheme, places: Mapping[str, TensorPlace]) -> QuantizedWeight:
     words, scale = read_tensor(places["weight_packed"]), read_tensor(places["weight_scale"])
     qweight = from_words(words, scheme.bits, layer.k)
-    size = layer.k if scheme.group_size is None else scheme.group_size
+    size = min(layer.k, scheme.group_size or layer.k)
     if "weight_zero_point" not in places:
         return QuantizedWeight(qweight, scale, scheme.bits, size, (layer.n, layer.k))
     qtype = QTYPES[scheme.bits]

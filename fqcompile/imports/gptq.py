@@ -1,8 +1,11 @@
-"""GPTQ checkpoints without act-order: w = (q - z) * s, codes and zero points in 4 bits.
+"""GPTQ checkpoints in the order of the columns: w = (q - z) * s, codes and zero points in 4 bits.
 
 M.qweight int32 [K/8, N]     nibble j of a word is the code of row 8i + j
 M.qzeros  int32 [G, N/8]     nibble j is z of column 8i + j; format "gptq" stores z - 1
 M.scales  [G, N]             M.g_idx int32 [K] = k // group_size
+
+The config decides what the tensors leave open: `group_size`, and with `sym` the zero point, which
+then is 8 whichever way it was stored (some programs write the one way and name the other).
 """
 
 from collections.abc import Mapping
@@ -10,15 +13,19 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fqcompile.checkpoint.safetensors_file import TensorPlace, read_tensor
+from fqcompile.engines.patterns import check_pattern, matches_pattern
 from fqcompile.errors import CheckpointError
-from fqcompile.imports.nibbles import BITS, CODES_PER_WORD, nibbles
+from fqcompile.imports.nibbles import BITS, CODES_PER_WORD, MIDDLE, nibbles
 from fqcompile.imports.packed_layer import PackedLayer, symmetric
-from fqcompile.imports.parts import check_config, check_part, layer_parts
+from fqcompile.imports.parts import check_groups, check_options, check_part, layer_parts
 from fqcompile.quant.quantized_weight import QuantizedWeight
 
 _FORMATS = {"gptq": 1, "gptq_v2": 0}  # and what is added to stored zero points
+_LARGEST = (1 << BITS) - 1
+_EITHER = (True, False, None)
 
 
 def read_gptq(
@@ -27,51 +34,126 @@ def read_gptq(
     """The packed layers by name; codes are read later.
 
     Raises:
-        CheckpointError: tensors are missing or do not fit, or the layout has no exact conversion
-            (act-order, other bits or formats); file and key are named.
+        CheckpointError: tensors are missing, do not fit or contradict the config, or the layout has
+            no exact conversion (act-order, other bits or formats); file and key are named.
     """
-    options = check_config(config, where, bits=("bits", BITS), allowed={"desc_act": (False, None)})
+    options: Mapping[str, Any] = config["quantization_config"]
     stored = options.get("checkpoint_format") or "gptq"
-    if stored not in _FORMATS:
+    if not isinstance(stored, str) or stored not in _FORMATS:
         raise CheckpointError(
             f"{where}: quantization_config.checkpoint_format is {stored!r}; this reads "
             f"{', '.join(_FORMATS)}"
         )
+    changes = _changes(options, where)
     found = {}
     for name, places in layer_parts(tensors, ("qweight", "qzeros", "scales"), ("g_idx",)).items():
+        own = {**options, **next((c for p, c in changes.items() if matches_pattern(p, name)), {})}
+        check_options(
+            own, where, bits=("bits", BITS), allowed={"sym": _EITHER, "desc_act": _EITHER}
+        )
         rows, n = check_part(name, places, "qweight", ("I32",))
         k = rows * CODES_PER_WORD
         groups, _ = check_part(name, places, "scales", ("F16", "BF16", "F32"), (None, n))
         check_part(name, places, "qzeros", ("I32",), (groups, -(-n // CODES_PER_WORD)))
-        _check_order(name, places, k, groups)
-        read = partial(_read, name, places, n, k, _FORMATS[stored])
+        size = check_groups(name, places["scales"], k, own, "group_size", where)
+        _check_order(name, places, k, size, own, where)
+        zero_points = partial(_zero_points, own.get("sym"), _FORMATS[stored], where)
+        read = partial(_read, name, places, (n, k), size, zero_points)
         found[name] = PackedLayer(name, n, k, places, read)
     return found
 
 
-def _check_order(name: str, places: Mapping[str, TensorPlace], k: int, groups: int) -> None:
+def _changes(options: Mapping[str, Any], where: str) -> dict[str, Mapping[str, Any]]:
+    """What `dynamic` changes for layers whose names match; the first that does decides."""
+    dynamic, where = options.get("dynamic") or {}, f"{where}: quantization_config.dynamic"
+    if not isinstance(dynamic, Mapping):
+        raise CheckpointError(f"{where} is {dynamic!r}; it must be a JSON object")
+    found = {}
+    for key, value in dynamic.items():
+        if key.startswith("-:"):  # what is not quantized
+            continue
+        if not isinstance(value, Mapping):
+            raise CheckpointError(f"{where}.{key} is {value!r}; it must be a JSON object")
+        pattern = key.removeprefix("+:")
+        check_pattern(pattern, f"{where}.{key}")
+        found[pattern] = value
+    return found
+
+
+def _check_order(
+    name: str,
+    places: Mapping[str, TensorPlace],
+    k: int,
+    size: int,
+    options: Mapping[str, Any],
+    where: str,
+) -> None:
+    """Columns are in groups of neighbors. `desc_act` alone does not tell: static groups are too."""
     place = places.get("g_idx")
     if place is None:
+        if options.get("desc_act") and size < k:
+            raise CheckpointError(
+                f"{where}: quantization_config.desc_act is True, and {name} has no g_idx that says "
+                "which columns share a scale; quantize it with desc_act=False"
+            )
         return
-    index = read_tensor(place)
-    if index.shape != (k,) or not torch.equal(index.long(), torch.arange(k) // -(-k // groups)):
+    index = read_tensor(place) if place.dtype in ("I32", "I64") else None
+    if index is None or index.shape != (k,):
         raise CheckpointError(
-            f"{place.path}: {name}.g_idx is not k // group_size: its columns are in act-order, "
-            "which has no exact conversion; quantise it with desc_act=False"
+            f"{place.path}: {name}.g_idx is {place.dtype} {list(place.shape)}, not I32 {[k]}"
+        )
+    if not torch.equal(index.long(), torch.arange(k) // size):
+        raise CheckpointError(
+            f"{place.path}: {name}.g_idx is not k // group_size for group_size {size}: its columns "
+            "are in act-order, which has no exact conversion; quantize it with desc_act=False"
         )
 
 
 def _read(
-    name: str, places: Mapping[str, TensorPlace], n: int, k: int, added: int
+    name: str,
+    places: Mapping[str, TensorPlace],
+    shape: tuple[int, int],
+    size: int,
+    zero_points: partial[Tensor],
 ) -> QuantizedWeight:
+    n, k = shape
     scale = read_tensor(places["scales"]).t()
     codes = nibbles(read_tensor(places["qweight"]).t()).reshape(n, k)
-    zeros = nibbles(read_tensor(places["qzeros"])).flatten(1)[:, :n].t()
+    stored = nibbles(read_tensor(places["qzeros"])).flatten(1)[:, :n].t()
     where = f"{places['qweight'].path}: {name}"
-    if added and bool((zeros == 15).any()):
+    zeros = zero_points(f"{where}.qzeros", stored.to(torch.int16))
+    return symmetric(codes.to(torch.int16), zeros, scale, size, where)
+
+
+def _zero_points(
+    symmetric: bool | None, added: int, config: str, where: str, stored: Tensor
+) -> Tensor:
+    """What the numbers [N, G] in a file mean.
+
+    Args:
+        symmetric: `sym` of the config. added: what its format adds to what is stored.
+
+    Raises:
+        CheckpointError: they contradict `sym`, or could mean two things.
+    """
+    low, high = map(int, stored.aminmax())
+    middle = low == high and low in (MIDDLE - 1, MIDDLE)
+    if symmetric:
+        if not middle:
+            raise CheckpointError(
+                f"{where} stores {low} to {high}, and quantization_config.sym in {config} is True: "
+                f"the zero point would be {MIDDLE}, stored as {MIDDLE - 1} or {MIDDLE}; say "
+                '"sym": false there if it was quantized so'
+            )
+        return torch.full_like(stored, MIDDLE)
+    if symmetric is None and middle and low + added != MIDDLE:
         raise CheckpointError(
-            f"{where}.qzeros stores 15, which programs read as zero point 16 or 0: it cannot be "
-            "converted exactly; save it with checkpoint_format gptq_v2"
+            f"{where} stores {low} alone, which is {MIDDLE} for symmetric codes and {low + added} "
+            f"for others, and {config} has no quantization_config.sym; say there which it is"
         )
-    size = -(-k // scale.shape[1])
-    return symmetric(codes.to(torch.int16), zeros.to(torch.int16) + added, scale, size, where)
+    if added and high == _LARGEST:
+        raise CheckpointError(
+            f"{where} stores {high}, which programs read as zero point {high + 1} or 0: it cannot "
+            "be converted exactly; save it with checkpoint_format gptq_v2"
+        )
+    return stored + added

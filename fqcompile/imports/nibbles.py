@@ -5,6 +5,7 @@ from torch import Tensor
 
 CODES_PER_WORD = 8
 BITS = 4
+MIDDLE = 8  # the zero point of symmetric codes
 
 
 def nibbles(words: Tensor) -> Tensor:

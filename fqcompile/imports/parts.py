@@ -1,20 +1,21 @@
-"""Checks that the readers of GPTQ and AWQ share: config keys, and the tensors of a layer."""
+"""Checks that the readers of GPTQ and AWQ share: config keys, tensors of a layer, its groups."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fqcompile.checkpoint.safetensors_file import TensorPlace
 from fqcompile.errors import CheckpointError
+from fqcompile.quant.granularity import num_groups
 
 
-def check_config(
-    config: Mapping[str, Any],
+def check_options(
+    options: Mapping[str, Any],
     where: str,
     *,
     bits: tuple[str, int],
     allowed: Mapping[str, Sequence[object]],
-) -> Mapping[str, Any]:
-    """`quantization_config`, whose values are among those allowed.
+) -> None:
+    """The values of `quantization_config` are among those allowed.
 
     Args:
         bits: the key of the width, and the only one.
@@ -23,7 +24,6 @@ def check_config(
     Raises:
         CheckpointError: a value is another; file and key are named.
     """
-    options: Mapping[str, Any] = config["quantization_config"]
     for key, values in {**allowed, bits[0]: (bits[1],)}.items():
         value = options.get(key)
         if not any(type(value) is type(v) and value == v for v in values):  # 0 is not False
@@ -31,7 +31,35 @@ def check_config(
                 f"{where}: quantization_config.{key} is {value!r}, and only "
                 f"{' or '.join(repr(v) for v in values if v is not None)} can be converted exactly"
             )
-    return options
+
+
+def check_groups(
+    layer: str, place: TensorPlace, k: int, options: Mapping[str, Any], key: str, where: str
+) -> int:
+    """Columns in a group, as the config says: the number of scales alone leaves several open.
+
+    Args:
+        place: of the scales [groups, N].
+        key: of the size among the options; -1 there is one group of all K columns.
+
+    Raises:
+        CheckpointError: the config has no such size, or the scales are of another; file, key and
+            tensor are named.
+    """
+    size = options.get(key)
+    if type(size) is not int or (size < 1 and size != -1):
+        raise CheckpointError(
+            f"{where}: quantization_config.{key} is {size!r}; it must be the number of columns "
+            "that share a scale, or -1 for all"
+        )
+    groups = 1 if size == -1 else num_groups(k, size)
+    if place.shape[0] != groups:
+        raise CheckpointError(
+            f"{place.path}: {layer}.scales has {place.shape[0]} groups, and K = {k} in groups of "
+            f"{size} makes {groups}: quantization_config.{key} in {where} contradicts it; give it "
+            "the value that the file was quantized with"
+        )
+    return k if size == -1 else min(size, k)
 
 
 def layer_parts(

@@ -13,15 +13,19 @@ pytest.importorskip("transformers", reason="the demo extra is not installed")
 pytest.importorskip("compressed_tensors", reason="the dev extra is not installed")
 
 import fqcompile
+from fqcompile.engines.scheme import Scheme
 from fqcompile.errors import CheckpointError
 from fqcompile.weights.packed_weight import PackedWeight
-from tests.exports.models import library_dense, make
+from tests.engines.checkpoints import config
+from tests.exports.models import library_dense, make, tensors_of
 from tests.helpers import assert_close, finequant, report
 from tests.imports.writers import (
     arguments,
     awq_parts,
     gptq_parts,
+    words,
     write_by_library,
+    write_checkpoint,
     write_dense,
     write_each_layer,
     write_four_bit,
@@ -185,8 +189,7 @@ def refused(directory: Path, message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"desc_act": True}, "quantization_config.desc_act is True, and only False"),
-        ({"desc_act": 0}, "quantization_config.desc_act is 0, and only False"),
+        ({"desc_act": 0}, "quantization_config.desc_act is 0, and only True or False"),
         ({"bits": 3}, "quantization_config.bits is 3, and only 4"),
         ({"checkpoint_format": "marlin"}, "quantization_config.checkpoint_format is 'marlin'"),
         ({"quant_method": "aqlm"}, "quantization_config.quant_method is 'aqlm'; this opens"),
@@ -229,6 +232,138 @@ def test_awq_in_the_order_of_another_kernel(tmp_path: Path) -> None:
     refused(tmp_path / "packed", "quantization_config.version is 'gemv'")
 
 
+def loads_as_written(directory: Path, quantization: dict[str, Any], parts: Any, **more: Any) -> Any:
+    """A llama whose every weight, opened again, is the one that was written."""
+    model, _ = make("llama", directory / "plain")
+    zeros = more.pop("zeros", zero_points(8, 8))
+    dense = write_four_bit(
+        directory / "plain", directory / "packed", parts, quantization, zeros, **more
+    )
+    oracle = type(model).from_pretrained(write_dense(directory / "plain", directory / "d", dense))
+    loaded = fqcompile.load(None, directory / "packed")
+    assert_same_values(loaded, oracle, packed=14)
+    return loaded
+
+
+@pytest.mark.parametrize("stored_format", [None, "gptq", "gptq_v2"])
+@pytest.mark.parametrize("less", [0, 1])
+def test_the_zero_point_of_symmetric_gptq_is_8_however_it_was_stored(
+    stored_format: str | None, less: int, tmp_path: Path
+) -> None:
+    quantization = {**GPTQ, "sym": True, "checkpoint_format": stored_format}
+    loaded = loads_as_written(tmp_path, quantization, partial(gptq_parts, less=less))
+    packed = [p for p in loaded.parameters() if isinstance(p, PackedWeight)]
+    assert {p.form.bits for p in packed} == {4}
+
+
+@pytest.mark.parametrize(
+    ("sym", "stored", "message"),
+    [
+        (True, (1, 15), r"qzeros stores \d+ to \d+, and quantization_config.sym in .* is True"),
+        (True, (9, 9), "qzeros stores 9 to 9, and quantization_config.sym in .* is True"),
+        (None, (9, 9), "qzeros stores 8 alone, which is 8 for symmetric codes and 9 for others"),
+        ("yes", (8, 8), "quantization_config.sym is 'yes', and only True or False"),
+    ],
+)
+def test_zero_points_that_contradict_sym(
+    sym: Any, stored: tuple[int, int], message: str, tmp_path: Path
+) -> None:
+    make("llama", tmp_path / "plain")
+    less = 0 if stored == (9, 9) and sym else 1
+    parts, options = partial(gptq_parts, less=less), {**GPTQ, "sym": sym}
+    write_four_bit(tmp_path / "plain", tmp_path / "packed", parts, options, zero_points(*stored))
+    refused(tmp_path / "packed", message)
+
+
+def test_zero_points_without_sym(tmp_path: Path) -> None:
+    """Those that differ speak for themselves."""
+    options = {key: value for key, value in GPTQ.items() if key != "sym"}
+    loads_as_written(tmp_path, options, gptq_parts, zeros=zero_points(1, 15))
+
+
+@pytest.mark.parametrize("desc_act", [False, True])
+@pytest.mark.parametrize("group_size", [48, 96, 1000])
+def test_gptq_groups_that_do_not_divide_k(group_size: int, desc_act: bool, tmp_path: Path) -> None:
+    """The last is short; columns in their own order are no act-order, whatever desc_act says."""
+    options = {**GPTQ, "desc_act": desc_act}
+    parts = partial(gptq_parts, group_size=group_size)
+    loads_as_written(tmp_path, options, parts, zeros=zero_points(1, 15), group_size=group_size)
+
+
+def test_one_group_has_no_order(tmp_path: Path) -> None:
+    def unordered(codes: np.ndarray, zeros: np.ndarray) -> dict[str, np.ndarray]:
+        parts = gptq_parts(codes, zeros)
+        del parts["g_idx"]
+        return parts
+
+    options = {**GPTQ, "group_size": -1, "desc_act": True}
+    loads_as_written(tmp_path, options, unordered, group_size=1000)
+    (tmp_path / "more").mkdir()
+    make("llama", tmp_path / "more" / "plain")
+    source, out = tmp_path / "more" / "plain", tmp_path / "more" / "packed"
+    write_four_bit(source, out, unordered, {**GPTQ, "desc_act": True}, zero_points(8, 8))
+    refused(out, "desc_act is True, and .* has no g_idx")
+
+
+@pytest.mark.parametrize("group_size", [64, 48, -1, None, 0, True, "32"])
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_a_group_size_that_the_scales_contradict(
+    kind: str, group_size: Any, tmp_path: Path
+) -> None:
+    make("llama", tmp_path / "plain")
+    parts, options = {"gptq": (gptq_parts, GPTQ), "awq": (awq_parts, AWQ)}[kind]
+    options = {**options, "group_size": group_size}
+    write_four_bit(tmp_path / "plain", tmp_path / "packed", parts, options, zero_points(8, 8))
+    known = type(group_size) is int and group_size
+    message = r"scales has \d+ groups, and K = \d+" if known else "quantization_config.group_size"
+    refused(tmp_path / "packed", message)
+
+
+def test_gptq_whose_layers_differ(tmp_path: Path) -> None:
+    """`dynamic` gives layers other options; the first pattern that matches decides."""
+
+    def of_its_own(codes: np.ndarray, zeros: np.ndarray) -> dict[str, np.ndarray]:
+        return gptq_parts(codes, zeros, less=0, group_size=48)
+
+    dynamic = {"-:.*lm_head": {}, r"+:.*\.layers\..*": {"group_size": 48, "sym": True}, ".*": {}}
+    options = {**GPTQ, "group_size": 128, "dynamic": dynamic}
+    loads_as_written(tmp_path, options, of_its_own, group_size=48)
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "message"),
+    [
+        ({"(": {}}, "dynamic.* which is no regular expression"),
+        ({".*": 3}, r"dynamic\.\.\* is 3; it must be"),
+        ([1], r"dynamic is \[1\]; it must be"),
+        ({".*_proj": {"bits": 8}}, "quantization_config.bits is 8, and only 4"),
+    ],
+)
+def test_gptq_options_of_layers_that_are_refused(
+    dynamic: Any, message: str, tmp_path: Path
+) -> None:
+    make("llama", tmp_path / "plain")
+    options = {**GPTQ, "dynamic": dynamic}
+    write_four_bit(tmp_path / "plain", tmp_path / "packed", gptq_parts, options, zero_points(8, 8))
+    refused(tmp_path / "packed", message)
+
+
+@pytest.mark.parametrize("group_size", [48, 96])
+def test_awq_groups_that_do_not_divide_k(group_size: int, tmp_path: Path) -> None:
+    options = {"quant_method": "awq", "version": "gemm", "w_bit": 4, "q_group_size": group_size}
+    loads_as_written(tmp_path, options, awq_parts, zeros=zero_points(0, 15), group_size=group_size)
+
+
+def test_awq_without_zero_points_is_symmetric(tmp_path: Path) -> None:
+    options = {**AWQ, "zero_point": False}
+    loads_as_written(tmp_path, options, awq_parts)
+    (tmp_path / "more").mkdir()
+    make("llama", tmp_path / "more" / "plain")
+    source, out = tmp_path / "more" / "plain", tmp_path / "more" / "packed"
+    write_four_bit(source, out, awq_parts, options, zero_points(0, 15))
+    refused(out, r"qzeros stores \d+ to \d+, and quantization_config.zero_point in .* is False")
+
+
 def test_a_model_in_place_of_none_is_refused(tmp_path: Path) -> None:
     model, _ = make("llama", tmp_path / "plain")
     schemes = {"mlp": arguments(4, 32)}
@@ -243,3 +378,59 @@ def test_experts_of_which_some_are_dense_are_refused(tmp_path: Path) -> None:
     write_each_layer(tmp_path / "plain", tmp_path / "packed", schemes)
     with pytest.raises(CheckpointError, match=r"is packed and .*experts\.0.* is not"):
         fqcompile.load(None, tmp_path / "packed")
+
+
+def write_in_groups(directory: Path, group_size: int, other: int, **parts: Any) -> Any:
+    """A llama whose attention is int4 in groups of that size, packed by plain loops.
+
+    The config also has a group of `other` for layers that are not there. Returns the dense oracle.
+    """
+    model, _ = make("llama", directory / "plain")
+    rng, tensors, dense = np.random.default_rng(0), {}, {}
+    for name, tensor in tensors_of(directory / "plain").items():
+        tensors[name] = dense[name] = tensor
+        if "self_attn" in name:
+            n, k = tensor.shape
+            codes = rng.integers(0, 16, (n, k))
+            scale = torch.from_numpy(rng.uniform(0.01, 0.02, (n, -(-k // group_size)))).bfloat16()
+            columns = scale.float().repeat_interleave(group_size, 1)[:, :k]
+            dense[name] = (torch.from_numpy(codes - 8).float() * columns).to(tensor.dtype)
+            module = name.removesuffix(".weight")
+            del tensors[name]
+            tensors[f"{module}.weight_packed"] = torch.from_numpy(words(codes, range(8)))
+            tensors[f"{module}.weight_scale"] = scale
+            tensors[f"{module}.weight_shape"] = torch.tensor([n, k])
+            tensors |= {f"{module}.{part}": value.clone() for part, value in parts.items()}
+    groups = [(["re:.*self_attn.*"], Scheme(4, group_size)), (["re:.*no_such"], Scheme(4, other))]
+    own = config(*groups)["quantization_config"]
+    write_checkpoint(directory / "plain", directory / "packed", tensors, own)
+    return type(model).from_pretrained(write_dense(directory / "plain", directory / "d", dense))
+
+
+@pytest.mark.parametrize(("group_size", "other"), [(48, 32), (96, 80), (100, 64), (1000, 128)])
+def test_packed_groups_that_do_not_divide_k(group_size: int, other: int, tmp_path: Path) -> None:
+    """As the config has them, be there a group of another size that makes as many scales."""
+    oracle = write_in_groups(tmp_path, group_size, other)
+    assert_same_values(fqcompile.load(None, tmp_path / "packed"), oracle, packed=8)
+
+
+def test_an_order_beside_packed_weights(tmp_path: Path) -> None:
+    own = torch.arange(128, dtype=torch.int32) // 32
+    for name, index, right in (
+        ("own", own, True),
+        ("unset", torch.full_like(own, -1), True),
+        ("other", own.flip(0), False),
+        ("short", own[1:], False),
+    ):
+        oracle = write_in_groups(tmp_path / name, 32, 64, weight_g_idx=index.contiguous())
+        if right:
+            assert_same_values(fqcompile.load(None, tmp_path / name / "packed"), oracle, packed=8)
+        else:
+            refused(tmp_path / name / "packed", "weight_g_idx is not k // group_size")
+
+
+def test_scales_of_no_group_size(tmp_path: Path) -> None:
+    """No groups of one size make 100 of K = 128."""
+    scale = torch.ones(128, 100, dtype=torch.bfloat16)
+    write_in_groups(tmp_path, 32, 64, weight_scale=scale)
+    refused(tmp_path / "packed", "are no codes and scales of")

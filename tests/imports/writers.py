@@ -93,7 +93,7 @@ def write_each_layer(
         quantization_status="compressed",
         ignore=["lm_head"],
     )
-    _write(plain, directory, tensors, config.to_dict())
+    write_checkpoint(plain, directory, tensors, config.to_dict())
     return dense
 
 
@@ -116,16 +116,19 @@ def write_four_bit(
             tensors[name] = dense[name] = tensor
             continue
         n, k = tensor.shape
-        codes, zero = rng.integers(0, 16, (k, n)), zeros(rng, (k // group_size, n))
+        groups = -(-k // group_size)  # the last may be short
+        codes, zero = rng.integers(0, 16, (k, n)), zeros(rng, (groups, n))
         scale = torch.from_numpy(rng.uniform(0.01, 0.02, zero.shape)).to(torch.float16)
-        wide = torch.from_numpy(codes - np.repeat(zero, group_size, 0)).float()
-        weight = wide * scale.float().repeat_interleave(group_size, 0)
+        wide = torch.from_numpy(codes - np.repeat(zero, group_size, 0)[:k]).float()
+        weight = wide * scale.float().repeat_interleave(group_size, 0)[:k]
         dense[name] = weight.t().to(tensor.dtype)
         module = name.removesuffix(".weight")
         parts = {p: torch.from_numpy(v.copy()) for p, v in packer(codes, zero).items()}
         tensors |= {f"{module}.{part}": value for part, value in parts.items()}
         tensors[f"{module}.scales"] = scale
-    _write(plain, directory, tensors, {"bits": 4, "group_size": group_size, **quantization})
+    write_checkpoint(
+        plain, directory, tensors, {"bits": 4, "group_size": group_size, **quantization}
+    )
     return dense
 
 
@@ -135,8 +138,8 @@ def gptq_parts(
     """Codes in words along K, zero points along N and less by one."""
     order = np.arange(len(codes)) // group_size
     return {
-        "qweight": _words(codes.T, range(8)).T,
-        "qzeros": _words(zeros - less, range(8)),
+        "qweight": words(codes.T, range(8)).T,
+        "qzeros": words(zeros - less, range(8)),
         "g_idx": order.astype(np.int32),
     }
 
@@ -144,10 +147,11 @@ def gptq_parts(
 def awq_parts(codes: np.ndarray, zeros: np.ndarray) -> dict[str, np.ndarray]:
     """Both in words along N, in the order of the kernel named gemm."""
     order = (0, 2, 4, 6, 1, 3, 5, 7)
-    return {"qweight": _words(codes, order), "qzeros": _words(zeros, order)}
+    return {"qweight": words(codes, order), "qzeros": words(zeros, order)}
 
 
-def _words(numbers: np.ndarray, order: Any) -> np.ndarray:
+def words(numbers: np.ndarray, order: Any) -> np.ndarray:
+    """Eight numbers of 4 bits in each int32, `order` from the lowest bits."""
     rows, columns = numbers.shape
     words = np.zeros((rows, columns // 8), np.uint32)
     for column in range(columns // 8):
@@ -164,9 +168,10 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
     return found
 
 
-def _write(
+def write_checkpoint(
     plain: Path, directory: Path, tensors: Mapping[str, Tensor], quantization: Mapping[str, Any]
 ) -> None:
+    """The config of the plain one, with how it is quantized."""
     directory.mkdir()
     config = json.loads((plain / "config.json").read_text())
     config["quantization_config"] = dict(quantization)
