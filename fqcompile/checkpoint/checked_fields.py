@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from fqcompile.checkpoint.json_text import shown
 from fqcompile.errors import CheckpointError
 
 T = TypeVar("T")
@@ -22,7 +23,7 @@ def checked(kind: type[T], value: Any, where: str) -> T:
         return _dataclass(kind, _of_type(dict, value, where), where)  # type: ignore[no-any-return]
     if origin is Mapping:
         items = _of_type(dict, value, where).items()
-        return {k: checked(arguments[1], v, f"{where}.{k}") for k, v in items}  # type: ignore[return-value]
+        return {k: checked(arguments[1], v, f"{where}.{shown(k)}") for k, v in items}  # type: ignore[return-value]
     if origin is tuple:
         found = enumerate(_of_type(list, value, where))
         return tuple(checked(arguments[0], v, f"{where}[{i}]") for i, v in found)  # type: ignore[return-value]
@@ -30,7 +31,9 @@ def checked(kind: type[T], value: Any, where: str) -> T:
         return value  # type: ignore[no-any-return]
     result = _of_type(kind, value, where)
     if isinstance(result, int) and result < 0:
-        raise CheckpointError(f"{where} is {result}, which is negative; save the model again")
+        raise CheckpointError(
+            f"{where} is {shown(result)}, which is negative; save the model again"
+        )
     return result
 
 
@@ -46,6 +49,8 @@ def _dataclass(kind: Any, value: dict[str, Any], where: str) -> Any:
     names = [field.name for field in fields(kind)]
     wrong = set(names) ^ value.keys()
     if wrong:
-        raise CheckpointError(f"{where} lacks or has too many: {sorted(wrong)}; save it again")
+        raise CheckpointError(
+            f"{where} lacks or has too many: {shown(sorted(wrong))}; save it again"
+        )
     hints = get_type_hints(kind)
     return kind(**{name: checked(hints[name], value[name], f"{where}.{name}") for name in names})

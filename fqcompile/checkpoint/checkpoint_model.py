@@ -10,7 +10,7 @@ import torch
 
 from fqcompile.checkpoint.conversion import Conversion, conversions
 from fqcompile.checkpoint.fit import shortened
-from fqcompile.checkpoint.hugging_face import build_model, hugging_face_files, model_class
+from fqcompile.checkpoint.hugging_face import build_model, hugging_face_files
 from fqcompile.checkpoint.safetensors_file import DTYPES
 from fqcompile.checkpoint.slots import slots
 from fqcompile.checkpoint.source import Source
@@ -41,18 +41,19 @@ class CheckpointModel:
         Raises:
             CheckpointError: the class is unknown here, or needs what the checkpoint lacks.
         """
-        names = source.config.get("architectures") or [None]
-        found = model_class(names[0], source.directory)
+        names = source.config.get("architectures")
+        name = names[0] if isinstance(names, list) and names else None
         dtype = dtype or _dtype(source)
         with torch.device("meta"):
-            model = build_model(found, found.config_class.from_dict(dict(source.config)), dtype)
+            tensors = len(source.tensors)
+            model = build_model(name, source.config, source.directory, tensors, dtype)
         steps, unknown = conversions(model, source.tensors)
         unused = [n for n in unknown if not _matches(model._keys_to_ignore_on_load_unexpected, n)]
         missing = _missing(model, [name for step in steps for name in step.targets])
         lost = [n for n in missing if not _matches(model._keys_to_ignore_on_load_missing, n)]
         if lost:
             raise CheckpointError(
-                f"{source.directory} lacks {len(lost)} tensors of {found.__name__}: "
+                f"{source.directory} lacks {len(lost)} tensors of {name}: "
                 f"{shortened(lost)}; is config.json that of another model?"
             )
         return cls(source, model.eval(), dtype, tuple(steps), tuple(unused), tuple(missing))

@@ -1,15 +1,32 @@
 """What is asked of transformers, which is an extra: models without values, and their configs."""
 
 import json
-from collections.abc import Mapping
+import logging
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_module_registration_hook
 
+from fqcompile.checkpoint.json_text import read_json, shown
 from fqcompile.errors import CheckpointError
+
+log = logging.getLogger("fqcompile")
+
+# Those that transformers itself holds; it looks for any other, flash attention too, on the hub.
+_IMPLEMENTATIONS = {
+    "attn_implementation": ("eager", "sdpa", "flex_attention"),
+    "experts_implementation": ("eager", "batched_mm", "grouped_mm"),
+}
+_MOST_LAYERS = 10_000
+_MODULES, _MODULES_PER_TENSOR = 1_000, 20  # far more than models have
 
 
 def transformers() -> Any:
@@ -35,37 +52,105 @@ def model_class(name: object, directory: Path) -> Any:
     found = getattr(transformers(), name, None) if isinstance(name, str) else None
     if not isinstance(found, type) or not hasattr(found, "_from_config"):
         raise CheckpointError(
-            f"{directory} holds a {name}, which is no model class of this transformers; give a "
-            "function that builds the model"
+            f"{directory} holds a {shown(name)}, which is no model class of this transformers; "
+            "give a function that builds the model"
         )
     return found
 
 
-def model_from_config(name: object, config: object, directory: Path) -> Any:
-    """A model of that class under the caller's default device.
+def build_model(
+    name: object, config: object, directory: Path, tensors: int, dtype: torch.dtype | None = None
+) -> Any:
+    """A model of that class under the caller's default device, as `from_pretrained` starts.
+
+    Args:
+        config: the content of a `config.json`, which fetches no code whatever it says.
+        tensors: that there are for the model, which bounds how many layers it may have.
 
     Raises:
-        CheckpointError: the class or the config is not known here.
+        CheckpointError: the class is not known here, or cannot be built from that config.
     """
     found = model_class(name, directory)
     if not isinstance(config, Mapping):
         raise CheckpointError(
             f"{directory} has no config of Hugging Face; give a function that builds the model"
         )
-    return build_model(found, found.config_class.from_dict(dict(config)))
+    _check_layers(config, directory)
+    own = found.config_class
+    # Some constructors compute on the CPU nevertheless.
+    safe = import_module("transformers.initialization").meta_device_safe_creation_ops()
+    try:
+        with safe, _at_most(_MODULES + _MODULES_PER_TENSOR * tensors, directory):
+            read = own.from_dict(own._decode_special_floats(without_code(config)))
+            return found._from_config(read, **({} if dtype is None else {"dtype": dtype}))
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever constructors make of values that they do not expect
+        raise CheckpointError(
+            f"{directory}: {found.__name__} cannot be built from its config: "
+            f"{type(error).__name__}: {shown(error)}; is config.json that of another model?"
+        ) from error
 
 
-def build_model(found: Any, config: Any, dtype: torch.dtype | None = None) -> Any:
-    """A model as `from_pretrained` starts: some constructors compute on the CPU nevertheless."""
-    with import_module("transformers.initialization").meta_device_safe_creation_ops():
-        return found._from_config(config, **({} if dtype is None else {"dtype": dtype}))
+def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without implementations that would be fetched from elsewhere when it is used."""
+    result = {}
+    for key, value in config.items():
+        allowed = next((own for name, own in _IMPLEMENTATIONS.items() if name in key), None)
+        if allowed is not None and value is not None and value not in allowed:
+            log.warning("config.json: %s is %r; it is left at its default", key, shown(value))
+            continue
+        result[key] = without_code(value) if isinstance(value, Mapping) else value
+    return result
+
+
+def _check_layers(config: Mapping[str, Any], directory: Path) -> None:
+    """Before a list is made of them."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_layers(value, directory)
+        elif type(value) is int and value > _MOST_LAYERS and re.search("layer|depth", key):
+            raise CheckpointError(
+                f"{directory}: {shown(key)} is {value} in its config; at most {_MOST_LAYERS} "
+                "layers are built"
+            )
+
+
+@contextmanager
+def _at_most(modules: int, directory: Path) -> Iterator[None]:
+    """This thread stops where a config asks for more modules than its tensors could be in."""
+    own, numbers = threading.get_ident(), count(1)
+
+    def seen(*_: object) -> None:
+        if threading.get_ident() == own and next(numbers) > modules:
+            raise CheckpointError(
+                f"{directory}: its config asks for more than {modules} modules, and there are far "
+                "fewer tensors; is config.json that of another model?"
+            )
+
+    hook = register_module_module_registration_hook(seen)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def generation_config(path: Path) -> Any:
-    """From a file, whatever its name."""
-    return transformers().GenerationConfig.from_pretrained(
-        path.parent, config_file_name=path.name, local_files_only=True
-    )
+    """From a file, whatever its name.
+
+    Raises:
+        CheckpointError: it is no such config.
+    """
+    read_json(path)
+    try:
+        return transformers().GenerationConfig.from_pretrained(
+            path.parent, config_file_name=path.name, local_files_only=True
+        )
+    except Exception as error:  # whatever it makes of values that it does not expect
+        raise CheckpointError(
+            f"{path} is no generation config: {type(error).__name__}: {shown(error)}; download it "
+            "again, or remove it"
+        ) from error
 
 
 def hugging_face_files(model: Any) -> dict[str, bytes]:

@@ -21,6 +21,7 @@ from fqcompile.checkpoint.durable_files import (
     sync_directory,
     write_file,
 )
+from fqcompile.checkpoint.json_text import parse_json
 from fqcompile.checkpoint.manifest import PackedRecord, ShardRecord, SlotRecord, TensorRecord
 from fqcompile.errors import CheckpointError
 
@@ -85,7 +86,7 @@ class Journal:
         lines = self.path.read_bytes().split(b"\n")[:-1]  # what has no end was not written whole
         if not lines:
             return None
-        head = checked(_Head, _parsed(lines[0], self.path), f"{self.path}: line 1")
+        head = checked(_Head, _parsed(lines[0], f"{self.path}: line 1"), f"{self.path}: line 1")
         if head.identity != identity:
             raise CheckpointError(
                 f"{self.path} is of another run: another checkpoint, or other options or versions; "
@@ -94,7 +95,7 @@ class Journal:
         progress = Progress()
         for number, line in enumerate(lines[1:], 2):
             where = f"{self.path}: line {number}"
-            progress += checked(Progress, _parsed(line, self.path), where)
+            progress += checked(Progress, _parsed(line, where), where)
         self._check_shards(progress)
         return head.generation, progress
 
@@ -112,11 +113,5 @@ def _line(record: Any) -> bytes:
     return json.dumps(asdict(record), separators=(",", ":")).encode() + b"\n"
 
 
-def _parsed(line: bytes, path: Path) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not as it was written ({error}); give overwrite=True (--overwrite) to "
-            "start anew"
-        ) from error
+def _parsed(line: bytes, where: str) -> Any:
+    return parse_json(line, where, "give overwrite=True (--overwrite) to start anew")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fqcompile.checkpoint.blocks import Block, DenseBlock, PackedBlock, assemble
 from fqcompile.checkpoint.directory import file_of
 from fqcompile.checkpoint.fit import check_fits, put
-from fqcompile.checkpoint.hugging_face import generation_config, model_from_config
+from fqcompile.checkpoint.hugging_face import build_model, generation_config
 from fqcompile.checkpoint.manifest import (
     MANIFEST,
     Manifest,
@@ -20,6 +20,7 @@ from fqcompile.checkpoint.manifest import (
     PartsRecord,
     read_manifest,
 )
+from fqcompile.checkpoint.recognize import recognized
 from fqcompile.checkpoint.safetensors_file import ALIGNMENT, DTYPES
 from fqcompile.checkpoint.shards import MappedShards
 from fqcompile.checkpoint.slots import Slot, slots
@@ -70,9 +71,8 @@ def load(
             was.
     """
     target = Path(directory)
-    if not (target / MANIFEST).is_file() and is_quantized_checkpoint(target):
-        _check_no_model(model_or_factory, target)
-        return load_quantized(target, device)
+    if not (target / MANIFEST).is_file():
+        return _load_of_others(model_or_factory, target, device)
     manifest, shards = _open(target)
     model = _model(model_or_factory, manifest, target)
     places = {slot.name: slot for slot in slots(model)}
@@ -89,12 +89,16 @@ def load(
     return model
 
 
-def _check_no_model(given: object, directory: Path) -> None:
+def _load_of_others(given: object, directory: Path, device: torch.device | str | None) -> nn.Module:
+    """What no `save` of ours has written."""
+    if not is_quantized_checkpoint(directory):
+        raise CheckpointError(f"{directory} has no {MANIFEST}: {recognized(directory)}")
     if given is not None:
         raise CheckpointError(
             f"{directory} was not written by fqcompile, and its names are translated for the class "
             "that its config names: give None in place of a model"
         )
+    return load_quantized(directory, device)
 
 
 def _values(reader: "_Reader", places: Mapping[str, Slot]) -> dict[str, Tensor]:
@@ -140,8 +144,9 @@ def _model(
     with torch.device("meta"):
         if given is not None:
             return given()
-        model: nn.Module = model_from_config(
-            manifest.model["class"], manifest.model["config"], directory
+        own = manifest.model
+        model: nn.Module = build_model(
+            own.get("class"), own.get("config"), directory, len(manifest.slots)
         )
     if "generation_config.json" in manifest.files:
         path = file_of(directory, manifest, "generation_config.json")

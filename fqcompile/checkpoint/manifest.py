@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from fqcompile.checkpoint.checked_fields import checked
-from fqcompile.checkpoint.safetensors_file import DTYPES, byte_size, encode_header
+from fqcompile.checkpoint.json_text import check_name, parse_json, shown
+from fqcompile.checkpoint.safetensors_file import DTYPES, byte_size, encode_header, is_shape
 from fqcompile.distributed.layout import Layout
 from fqcompile.errors import CheckpointError
 from fqcompile.quant.granularity import num_groups
@@ -161,19 +162,15 @@ class Manifest:
         Raises:
             CheckpointError: it has another format or version, or is not what was written.
         """
-        try:
-            outer = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(
-                f"{path} is not JSON ({error}): it was cut short or changed"
-            ) from (error)
+        outer = parse_json(text, str(path), "it was cut short or changed: save the model again")
         if not isinstance(outer, dict) or outer.get("format") != FORMAT:
             raise CheckpointError(f"{path} is no manifest of fqcompile: save the model again")
         version = outer.get("version")
         if version not in (VERSION, VERSION_OF_PARTS):
             raise CheckpointError(
-                f"{path} has format version {version!r}, and this fqcompile reads {VERSION} and "
-                f"{VERSION_OF_PARTS}: install the fqcompile that wrote it, or save the model again"
+                f"{path} has format version {shown(repr(version))}, and this fqcompile reads "
+                f"{VERSION} and {VERSION_OF_PARTS}: install the fqcompile that wrote it, or save "
+                "the model again"
             )
         content = outer.get("content")
         if outer.get("sha256") != _digest(content):
@@ -184,8 +181,10 @@ class Manifest:
         if version == VERSION and isinstance(content, dict):
             content = {"sharded": {}, **content}
         manifest = checked(cls, content, f"{path}: content")
+        for name in _names(manifest):
+            check_name(name, f"{path}: content")
         for problem in _problems(manifest):
-            raise CheckpointError(f"{path}: {problem}; save the model again")
+            raise CheckpointError(f"{path}: {shown(problem)}; save the model again")
         return manifest
 
     def shard_header(self, index: int) -> bytes:
@@ -215,12 +214,22 @@ def read_manifest(directory: Path) -> Manifest:
     return Manifest.from_json(path.read_bytes(), path)
 
 
+def _names(manifest: Manifest) -> Iterator[object]:
+    """All that messages show."""
+    yield from (name for name in (manifest.model.get("class"),) if name is not None)
+    yield from (shard.file for shard in manifest.shards)
+    for named in (manifest.tensors, manifest.packed, manifest.slots, manifest.sharded):
+        yield from named
+
+
 def _problems(manifest: Manifest) -> Iterator[str]:
     """Where one record contradicts another, or names nothing."""
     for shard in manifest.shards:
-        if Path(shard.file).name != shard.file:
+        if Path(shard.file).name != shard.file or shard.file == "..":
             yield f"shard {shard.file!r} is no file of the directory"
     for name, tensor in manifest.tensors.items():
+        if not is_shape(tensor.shape):
+            yield f"tensor {name} has the shape {shown(tensor.shape)}"
         if tensor.shard >= len(manifest.shards) or tensor.dtype not in DTYPES:
             yield f"tensor {name} of {tensor.dtype!r} in shard {tensor.shard}, which is not there"
     for name, record in manifest.packed.items():

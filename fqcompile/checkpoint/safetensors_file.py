@@ -9,7 +9,7 @@ checkpoint without mapping all of it into this process.
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fqcompile.checkpoint.json_text import LARGEST, check_name, parse_json, shown
 from fqcompile.errors import CheckpointError
 from fqcompile.weights.content_digest import bytes_of
 
 # Tensors start at multiples of it where their sizes allow: compiled graphs copy what lies askew.
 ALIGNMENT = 64
-_LARGEST_HEADER = 100_000_000  # the format's own limit
+_MOST_DIMENSIONS, _MOST_NUMBERS = 64, 2**63 - 1  # that PyTorch has
 _METADATA = "__metadata__"
 
 DTYPES: dict[str, torch.dtype] = {
@@ -66,6 +67,11 @@ def byte_size(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * DTYPES[dtype].itemsize
 
 
+def is_shape(shape: Sequence[int]) -> bool:
+    """Whether PyTorch can have a tensor of that shape, without values too."""
+    return len(shape) <= _MOST_DIMENSIONS and math.prod(n or 1 for n in shape) <= _MOST_NUMBERS
+
+
 def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> bytes:
     """Length and header of {name: (dtype, shape, start)}, padded so that the data is aligned."""
     entries: dict[str, Any] = {_METADATA: {"format": "pt"}}
@@ -86,16 +92,13 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+        if size < 8 or length > min(size - 8, LARGEST):
             raise CheckpointError(
                 f"{path} is no safetensors file, or was cut short: it has {size} bytes and a "
                 f"header of {length}; download it again"
             )
         text = file.read(length)
-    try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"the header of {path} is not JSON ({error})") from error
+    entries = parse_json(text, f"the header of {path}")
     if not isinstance(entries, dict):
         raise CheckpointError(f"the header of {path} is no JSON object")
     entries.pop(_METADATA, None)
@@ -103,16 +106,24 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
 
 
 def _place(path: Path, name: str, entry: Any, base: int, size: int) -> TensorPlace:
+    check_name(name, str(path))
+
     def numbers(key: str) -> list[int]:
         found = entry.get(key) if isinstance(entry, dict) else None
         if not isinstance(found, list) or any(type(n) is not int or n < 0 for n in found):
-            raise CheckpointError(f"{path}: tensor {name} has {key} {found!r}, not a list of sizes")
+            raise CheckpointError(
+                f"{path}: tensor {name} has {key} {shown(found)}, not a list of sizes"
+            )
         return found
 
     offsets, shape = numbers("data_offsets"), tuple(numbers("shape"))
     dtype = entry.get("dtype")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{path}: tensor {name} has dtype {dtype!r}; known: {list(DTYPES)}")
+        raise CheckpointError(
+            f"{path}: tensor {name} has dtype {shown(repr(dtype))}; known: {list(DTYPES)}"
+        )
+    if len(shape) > _MOST_DIMENSIONS:
+        raise CheckpointError(f"{path}: tensor {name} has the shape {shown(shape)}, which is none")
     if len(offsets) != 2 or offsets[1] - offsets[0] != byte_size(dtype, shape):
         raise CheckpointError(
             f"{path}: tensor {name} of {dtype} {list(shape)} lies at {offsets}, but takes "
@@ -123,6 +134,8 @@ def _place(path: Path, name: str, entry: Any, base: int, size: int) -> TensorPla
             f"{path} was cut short: tensor {name} ends at byte {base + offsets[1]} of {size}; "
             "download it again"
         )
+    if not is_shape(shape):  # of nothing, and larger than any
+        raise CheckpointError(f"{path}: tensor {name} has the shape {shown(shape)}, which is none")
     return TensorPlace(path, dtype, shape, base + offsets[0], base + offsets[1])
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fqcompile.checkpoint.directory import commit, new_generation, readable_manifest, stage, writing
 from fqcompile.checkpoint.hugging_face import config_of, hugging_face_files
+from fqcompile.checkpoint.json_text import check_name
 from fqcompile.checkpoint.manifest import Manifest, PackedRecord, SlotRecord
 from fqcompile.checkpoint.packed_record import write_packed
 from fqcompile.checkpoint.safetensors_file import DTYPE_NAMES, DTYPES
@@ -21,11 +22,16 @@ from fqcompile.distributed.layout import layout_of
 from fqcompile.distributed.ranks import Team
 from fqcompile.distributed.shards import local_part, team_of
 from fqcompile.errors import CheckpointError
-from fqcompile.report import Plan, Site
+from fqcompile.report import CompileReport, Plan, Site
 from fqcompile.weights.packed_weight import PackedWeight
 
 
-def save(model: nn.Module, directory: str | os.PathLike[str], *, plan: Plan | None = None) -> Path:
+def save(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    plan: Plan | CompileReport | None = None,
+) -> Path:
     """Write a model that `fqcompile.quantize_` has quantized.
 
     Packed weights are written as codes and scales in the plain layout, all other tensors as they
@@ -37,8 +43,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, plan: Plan | No
     directory that all see; it loads on any other number of ranks that its groups allow.
 
     Args:
-        plan: of `quantize_`, for the record of options and errors; without it, bits and group sizes
-            are recorded alone.
+        plan: of `quantize_`, or the report of a compilation, for the record of options and errors;
+            without it, bits and group sizes are recorded alone.
 
     Raises:
         CheckpointError: no weight is packed; a tensor cannot be written (it is on the meta device,
@@ -48,6 +54,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, plan: Plan | No
         RankError: another rank failed, or has ended.
         ShardingError: the model is spread in a way that is not known here.
     """
+    recorded = plan.plan if isinstance(plan, CompileReport) else plan
     found = list(slots(model))
     team = team_of(slot.tensor for slot in found)
     target = Path(directory)
@@ -61,7 +68,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, plan: Plan | No
 
         def end() -> None:
             if not team.index:
-                _finish(target, generation, model, plan, merged(written))
+                _finish(target, generation, model, recorded, merged(written))
 
         # What one rank does in the directory comes after all others have done what is before it.
         generation = team.together(begin)[0]
@@ -162,6 +169,7 @@ def _check_savable(model: nn.Module, found: list[Slot]) -> None:
                 "tensor holds; keep it as a buffer to save it"
             )
     for name, part in parts.items():
+        check_name(name, "the model")
         reason = None if isinstance(part, PackedWeight) else _unsavable(part)
         if reason is not None:
             raise CheckpointError(f"{name} cannot be saved: {reason}")

@@ -1,11 +1,11 @@
 """A checkpoint of Hugging Face in a local directory: its config, and where each tensor lies."""
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fqcompile.checkpoint.json_text import check_name, read_json, shown
 from fqcompile.checkpoint.safetensors_file import TensorPlace, read_header
 from fqcompile.errors import CheckpointError
 
@@ -56,9 +56,9 @@ def open_source(directory: Path) -> Source:
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        named = shown(method or "quantization_config")
         raise CheckpointError(
-            f"{directory} is quantised already ({method or 'quantization_config'}); give the "
-            "checkpoint that it was made from"
+            f"{directory} is quantised already ({named}); give the checkpoint that it was made from"
         )
     return Source(directory, config, read_tensors(directory))
 
@@ -111,11 +111,13 @@ def _weight_map(path: Path) -> dict[str, str]:
     found = _json(path, path.parent).get("weight_map")
     if not isinstance(found, dict) or not all(_is_plain(file) for file in found.values()):
         raise CheckpointError(f"{path} has no weight_map of files beside it; download it again")
+    for name in {*found, *found.values()}:
+        check_name(name, f"{path}: weight_map")
     return found
 
 
 def _is_plain(file: object) -> bool:
-    return isinstance(file, str) and Path(file).name == file
+    return isinstance(file, str) and Path(file).name == file and file != ".."
 
 
 def _check_index(path: Path, tensors: dict[str, TensorPlace]) -> None:
@@ -133,13 +135,7 @@ def _json(path: Path, directory: Path) -> dict[str, Any]:
             f"{directory} has no {path.name}: it is no checkpoint of Hugging Face; give a local "
             "directory that save_pretrained wrote or that was downloaded"
         )
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); download it again") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is no JSON object; download it again")
-    return found
+    return read_json(path)
 
 
 def _is_copied(path: Path) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fqcompile.checkpoint.journal import Journal, Progress
+from fqcompile.checkpoint.json_text import check_name, shown
 from fqcompile.checkpoint.manifest import PackedRecord, SlotRecord
 from fqcompile.checkpoint.packed_record import write_packed
 from fqcompile.checkpoint.shards import ShardWriter
@@ -190,7 +191,18 @@ def _receivers(groups: Iterable[list[str]], given: set[str]) -> dict[str, list[s
 
 
 def site_from(row: Mapping[str, Any]) -> Site:
-    """The row of a plan that `Site.as_dict` wrote."""
-    errors = row["expert_errors"]
-    lists = {"shape": tuple(row["shape"]), "expert_errors": errors and tuple(errors)}
-    return Site(**{**row, **lists})
+    """The row of a plan that `Site.as_dict` wrote.
+
+    Raises:
+        CheckpointError: it did not.
+    """
+    check_name(row.get("name"), "a site of the plan")
+    try:
+        errors = row["expert_errors"]
+        lists = {"shape": tuple(row["shape"]), "expert_errors": errors and tuple(errors)}
+        return Site(**{**row, **lists})
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"site {row['name']} of the plan is not what was written ({shown(error)}); save the "
+            "model again"
+        ) from error

@@ -14,6 +14,7 @@ from importlib import import_module
 from math import prod
 from typing import Any
 
+from fqcompile.checkpoint.json_text import shown
 from fqcompile.errors import CheckpointError
 
 _parser, _compiler = import_module("re._parser"), import_module("re._compiler")
@@ -35,8 +36,8 @@ class _Search:
         self.steps -= steps
         if self.steps < 0:
             raise CheckpointError(
-                f"the pattern {self.pattern!r} takes more than {_STEPS} steps on "
-                f"{self.text!r}; {_REMEDY}"
+                f"the pattern {shown(repr(self.pattern))} takes more than {_STEPS} steps on "
+                f"{shown(self.text)}; {_REMEDY}"
             )
 
 
@@ -59,12 +60,12 @@ def check_pattern(pattern: str, where: str) -> None:
         _matcher(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise CheckpointError(
-            f"{where} is {pattern!r}, which is no regular expression: {error}"
+            f"{where} is {shown(repr(pattern))}, which is no regular expression: {error}"
         ) from error
     except NotImplementedError as error:
         raise CheckpointError(
-            f"{where} is {pattern!r}, which cannot be matched in bounded time: it has {error}; "
-            f"{_REMEDY}"
+            f"{where} is {shown(repr(pattern))}, which cannot be matched in bounded time: it has "
+            f"{error}; {_REMEDY}"
         ) from error
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from fqcompile.checkpoint.json_text import check_name, shown
 from fqcompile.engines.patterns import check_pattern
 from fqcompile.engines.scheme import Scheme
 from fqcompile.errors import CheckpointError
@@ -67,6 +68,8 @@ def parse_quantization_config(content: Any, where: str) -> QuantizationConfig:
     groups = _mapping(found.get("config_groups"), f"{where}.config_groups")
     if not groups:
         _refuse(f"{where}.config_groups", groups, "at least one group")
+    for key in (default, *groups):
+        check_name(key, f"{where}.config_groups")
     parsed = [_group(k, v, default, f"{where}.config_groups.{k}") for k, v in groups.items()]
     ignore = found.get("ignore")
     patterns = _patterns([] if ignore is None else ignore, f"{where}.ignore")
@@ -82,6 +85,7 @@ def _group(name: str, content: Any, default: str, where: str) -> Group:
     own = found.get("format")
     if own is not None and not isinstance(own, str):
         _refuse(f"{where}.format", own, f"{FORMAT!r}")
+    check_name(own or default, f"{where}.format")
     targets = _patterns(found.get("targets"), f"{where}.targets")
     scheme = _scheme(found.get("weights"), f"{where}.weights")
     return Group(name, targets, scheme, own or default)
@@ -128,6 +132,8 @@ def _patterns(content: Any, where: str) -> tuple[str, ...]:
             _refuse(f"{where}[{i}]", pattern, "a name")
         if pattern.startswith("re:"):
             check_pattern(pattern.removeprefix("re:"), f"{where}[{i}]")
+        else:
+            check_name(pattern, f"{where}[{i}]")
     return tuple(content)
 
 
@@ -140,8 +146,8 @@ def _mapping(content: Any, where: str) -> Mapping[str, Any]:
 def _known(found: Mapping[str, Any], known: frozenset[str], where: str) -> None:
     for key in found:
         if key not in known:
-            raise CheckpointError(f"{where}.{key} is no key that compressed-tensors knows")
+            raise CheckpointError(f"{where}.{shown(key)} is no key that compressed-tensors knows")
 
 
 def _refuse(where: str, value: object, allowed: str) -> NoReturn:
-    raise CheckpointError(f"{where} is {value!r}; it must be {allowed}")
+    raise CheckpointError(f"{where} is {shown(repr(value))}; it must be {allowed}")

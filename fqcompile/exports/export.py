@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fqcompile.checkpoint.hugging_face import without_code
 from fqcompile.checkpoint.source import other_files
 from fqcompile.checkpoint.stream import quantize_checkpoint
 from fqcompile.engines.check import find_problems
@@ -134,7 +135,8 @@ def _config(
     kept = {*dense, *dense_pieces, *heads, *_dense_stacks(layout)}
     aliases = {p.name: _module(p.source) for p in layout.pieces if stack_of(p.name) is None}
     quantization = quantization_config(schemes, kept, aliases)
-    return model_config(saved.manifest.model["config"], quantization, saved.dtype, saved.untied)
+    own = without_code(saved.manifest.model["config"])
+    return model_config(own, quantization, saved.dtype, saved.untied)
 
 
 def _module(parameter: str) -> str:

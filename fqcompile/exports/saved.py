@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fqcompile.checkpoint.hugging_face import model_from_config
+from fqcompile.checkpoint.hugging_face import build_model
 from fqcompile.checkpoint.manifest import Manifest, PackedRecord, read_manifest
 from fqcompile.checkpoint.shards import MappedShards
 from fqcompile.errors import CheckpointError
@@ -41,9 +41,8 @@ class Saved:
                 "fqcompile.save(fqcompile.load(None, directory), other) on one rank makes them"
             )
         with torch.device("meta"):
-            model = model_from_config(
-                manifest.model.get("class"), manifest.model.get("config"), directory
-            )
+            own = manifest.model
+            model = build_model(own.get("class"), own.get("config"), directory, len(manifest.slots))
         if not manifest.packed:
             raise CheckpointError(
                 f"{directory} holds no quantised weight; there is nothing to export"

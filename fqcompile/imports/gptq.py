@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fqcompile.checkpoint.json_text import shown
 from fqcompile.checkpoint.safetensors_file import TensorPlace, read_tensor
 from fqcompile.engines.patterns import check_pattern, matches_pattern
 from fqcompile.errors import CheckpointError
@@ -41,8 +42,8 @@ def read_gptq(
     stored = options.get("checkpoint_format") or "gptq"
     if not isinstance(stored, str) or stored not in _FORMATS:
         raise CheckpointError(
-            f"{where}: quantization_config.checkpoint_format is {stored!r}; this reads "
-            f"{', '.join(_FORMATS)}"
+            f"{where}: quantization_config.checkpoint_format is {shown(repr(stored))}; this "
+            f"reads {', '.join(_FORMATS)}"
         )
     changes = _changes(options, where)
     found = {}
@@ -67,15 +68,17 @@ def _changes(options: Mapping[str, Any], where: str) -> dict[str, Mapping[str, A
     """What `dynamic` changes for layers whose names match; the first that does decides."""
     dynamic, where = options.get("dynamic") or {}, f"{where}: quantization_config.dynamic"
     if not isinstance(dynamic, Mapping):
-        raise CheckpointError(f"{where} is {dynamic!r}; it must be a JSON object")
+        raise CheckpointError(f"{where} is {shown(dynamic)}; it must be a JSON object")
     found = {}
     for key, value in dynamic.items():
         if key.startswith("-:"):  # what is not quantized
             continue
         if not isinstance(value, Mapping):
-            raise CheckpointError(f"{where}.{key} is {value!r}; it must be a JSON object")
+            raise CheckpointError(
+                f"{where}.{shown(key)} is {shown(repr(value))}; it must be a JSON object"
+            )
         pattern = key.removeprefix("+:")
-        check_pattern(pattern, f"{where}.{key}")
+        check_pattern(pattern, f"{where}.{shown(key)}")
         found[pattern] = value
     return found
 

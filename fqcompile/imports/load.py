@@ -13,6 +13,7 @@ from fqcompile.checkpoint.checkpoint_model import CheckpointModel
 from fqcompile.checkpoint.conversion import Conversion, initialise, target_types
 from fqcompile.checkpoint.fit import shortened
 from fqcompile.checkpoint.hugging_face import generation_config
+from fqcompile.checkpoint.json_text import shown
 from fqcompile.checkpoint.safetensors_file import TensorPlace, read_tensor
 from fqcompile.checkpoint.slots import Slot, slots
 from fqcompile.checkpoint.source import Source, read_config, read_tensors
@@ -51,6 +52,15 @@ def load_quantized(directory: Path, device: torch.device | str | None = None) ->
         CheckpointError: the format is none of these or has no exact conversion, files are damaged,
             or the model is no class of transformers; file and key are named.
     """
+    try:
+        return _loaded(directory, torch.device(device or "cpu"))
+    except CheckpointError as error:
+        if str(directory) in str(error):
+            raise
+        raise CheckpointError(f"{directory}: {error}") from error
+
+
+def _loaded(directory: Path, device: torch.device) -> nn.Module:
     config = read_config(directory)
     tensors = read_tensors(directory)
     layers = _reader(config, directory)(config, tensors, str(directory / "config.json"))
@@ -61,12 +71,11 @@ def load_quantized(directory: Path, device: torch.device | str | None = None) ->
     initialise(model, work.missing)
     places = {slot.name: slot for slot in slots(model)}
     types = target_types(model, work.dtype)
-    target = torch.device(device or "cpu")
     weights = {f"{name}.weight": layer for name, layer in layers.items()}
     given: dict[str, Tensor] = {}
     for step in work.steps:
         given |= _values(step, work, weights, types(step.target))
-    _put_all(places, given, target)
+    _put_all(places, given, device)
     _tell_of_zero_points(layers, given)
     path = directory / "generation_config.json"
     if path.is_file():
@@ -90,8 +99,9 @@ def _reader(config: Mapping[str, Any], directory: Path) -> Reader:
     method = found.get("quant_method") if isinstance(found, Mapping) else None
     if not isinstance(method, str) or method not in READERS:
         raise CheckpointError(
-            f"{directory / 'config.json'}: quantization_config.quant_method is {method!r}; this "
-            f"opens {', '.join(READERS)}"
+            f"{directory / 'config.json'}: quantization_config.quant_method is "
+            f"{shown(repr(method))}; this opens {', '.join(READERS)}; give the checkpoint that it "
+            "was made from to: fqcompile quantize CHECKPOINT OUT"
         )
     return READERS[method]
 

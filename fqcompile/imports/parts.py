@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fqcompile.checkpoint.json_text import shown
 from fqcompile.checkpoint.safetensors_file import TensorPlace
 from fqcompile.errors import CheckpointError
 from fqcompile.quant.granularity import num_groups
@@ -28,7 +29,7 @@ def check_options(
         value = options.get(key)
         if not any(type(value) is type(v) and value == v for v in values):  # 0 is not False
             raise CheckpointError(
-                f"{where}: quantization_config.{key} is {value!r}, and only "
+                f"{where}: quantization_config.{key} is {shown(repr(value))}, and only "
                 f"{' or '.join(repr(v) for v in values if v is not None)} can be converted exactly"
             )
 
@@ -49,8 +50,8 @@ def check_groups(
     size = options.get(key)
     if type(size) is not int or (size < 1 and size != -1):
         raise CheckpointError(
-            f"{where}: quantization_config.{key} is {size!r}; it must be the number of columns "
-            "that share a scale, or -1 for all"
+            f"{where}: quantization_config.{key} is {shown(repr(size))}; it must be the "
+            "number of columns that share a scale, or -1 for all"
         )
     groups = 1 if size == -1 else num_groups(k, size)
     if place.shape[0] != groups:

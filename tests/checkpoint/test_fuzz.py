@@ -18,7 +18,20 @@ from tests.checkpoint.small_models import Small, contents, small
 RUNS = 1000
 JUNK: list[Any] = [
     *(None, True, -1, 0, 1, 3, 2**63, 10**30, 0.5, float("nan"), "", "x", "../x", "F32", "buffer"),
-    *([], [0], [2**62, 2**62], {}, {"a": 1}),
+    *(
+        [],
+        [0],
+        [2**62, 2**62],
+        {},
+        {"a": 1},
+        "\x1b[31m",
+        "a\nb",
+        "a\0b",
+        "..",
+        "/etc/passwd",
+        "x" * 9999,
+    ),
+    *(10**400, [2**62] * 999, [0, 2**63], {"\x1b": {"\n": []}}, [[[[[]]]]]),
 ]
 
 
@@ -90,7 +103,9 @@ def test_manifests_that_lie_and_are_signed_are_never_the_end_of_the_process(save
         path.write_text(json.dumps(whole))
         try:
             model = fqcompile.load(Small, saved)
-        except CheckpointError:
+        except CheckpointError as error:
+            assert str(error).isprintable(), "a terminal would obey it"
+            assert len(str(error)) < 2000
             outcomes["refused"] += 1
             continue
         outcomes["loaded"] += 1

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,26 @@ from tests.imports.writers import arguments, awq_parts, gptq_parts, write_each_l
 RUNS = 250
 JUNK: list[Any] = [
     *(None, True, False, -1, 0, 1, 3, 16, 2**63, 0.5, "", "x", "int", "group", "re:(", "re:.*"),
-    *([], [0], ["x"], {}, {"a": 1}),
+    *(
+        [],
+        [0],
+        ["x"],
+        {},
+        {"a": 1},
+        "\x1b[31m",
+        "a\nb\0",
+        "../x",
+        "re:(a+)+$",
+        "re:(.*.*)*!",
+        "x" * 9999,
+    ),
+    *(
+        10**400,
+        float("inf"),
+        [[[[]]] * 9] * 9,
+        {"\x1b[2J": {"\n": []}},
+        "kernels-community/flash-attn",
+    ),
 ]
 
 
@@ -81,6 +101,8 @@ def outcome(action: Callable[[], object], directory: Path) -> str:
         action()
     except CheckpointError as error:
         assert str(directory) in str(error), f"no file is named: {error}"
+        assert str(error).isprintable(), "a terminal would obey it"
+        assert len(str(error)) < 2000
         return str(error)
     return "read"
 
@@ -137,6 +159,25 @@ def test_changed_and_cut_headers(kind: str, sources: dict[str, Path], tmp_path: 
         path.write_bytes(data[:cut])
         text = outcome(lambda: fqcompile.load(None, directory), directory)
         assert "model.safetensors" in text, text
+
+
+@pytest.mark.parametrize("kind", ["compressed-tensors", "gptq", "awq"])
+def test_whole_loads_of_changed_configs(
+    kind: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """All of the config: whatever transformers makes of it is our error, soon."""
+    directory = copy_of(sources[kind], tmp_path / "changed")
+    path = directory / "config.json"
+    config = json.loads(path.read_bytes())
+    rng = random.Random(kind)
+    outcomes: Counter[bool] = Counter()
+    start = time.monotonic()
+    for _ in range(60):
+        other, _ = changed(config, rng)
+        path.write_text(json.dumps(other))
+        outcomes[outcome(lambda: fqcompile.load(None, directory), directory) == "read"] += 1
+    assert min(outcomes.values()) > 5, outcomes
+    assert time.monotonic() - start < 120
 
 
 def test_whole_loads_of_changed_checkpoints(sources: dict[str, Path], tmp_path: Path) -> None:

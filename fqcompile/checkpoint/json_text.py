@@ -1,0 +1,65 @@
+"""JSON that somebody else may have written: of bounded size and depth, its names fit to print."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fqcompile.errors import CheckpointError
+
+LARGEST = 100_000_000  # bytes; the limit that safetensors sets its headers
+_DEEPEST, _LONGEST_NAME, _SHOWN = 64, 512, 600
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file.
+
+    Raises:
+        CheckpointError: it is no JSON object, or an absurdly large or deep one.
+    """
+    size = path.stat().st_size
+    if size > LARGEST:
+        raise CheckpointError(
+            f"{path} has {size} bytes, and at most {LARGEST} are read; download it again"
+        )
+    found = parse_json(path.read_bytes(), str(path))
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is no JSON object; download it again")
+    return found
+
+
+def parse_json(text: str | bytes, where: str, remedy: str = "download it again") -> Any:
+    """The value of a text; `where` and `remedy` are for errors.
+
+    Raises:
+        CheckpointError: it is not JSON, or absurdly deep.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not JSON ({error}); {remedy}") from error
+    level = [found] if isinstance(found, dict | list) else []
+    for _ in range(_DEEPEST):
+        inside = (v for c in level for v in (c.values() if isinstance(c, dict) else c))
+        level = [value for value in inside if isinstance(value, dict | list)]
+    if level:
+        raise CheckpointError(f"{where} is nested more than {_DEEPEST} deep; {remedy}")
+    return found
+
+
+def check_name(name: object, where: str) -> None:
+    """A name of a tensor, layer or file, which messages and tables show as it is.
+
+    Raises:
+        CheckpointError: it is none, is absurdly long, or has characters that a terminal obeys.
+    """
+    if not isinstance(name, str) or not name or len(name) > _LONGEST_NAME or not name.isprintable():
+        raise CheckpointError(
+            f"{where} has the name {shown(repr(name))}; names are 1 to {_LONGEST_NAME} characters "
+            "that can be printed"
+        )
+
+
+def shown(text: object) -> str:
+    """The beginning of what others wrote, on one line."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text)[:_SHOWN])
+    return line if len(str(text)) <= _SHOWN else f"{line} ..."
