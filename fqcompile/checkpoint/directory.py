@@ -58,6 +58,24 @@ def readable_manifest(directory: Path) -> Manifest | None:
         return None
 
 
+def check_not_replaced(directory: Path, files: Mapping[str, bytes], remedy: str) -> None:
+    """Whether these can be written without a file that no save wrote being lost.
+
+    Raises:
+        CheckpointError: one is there, and is another; `remedy` says what to do.
+    """
+    before = readable_manifest(directory)
+    if before is None and (directory / MANIFEST).exists():
+        return  # a save of ours that was damaged
+    own = before.files if before else ()
+    for name, content in files.items():
+        path = directory / name
+        if name not in own and path.is_file() and path.read_bytes() != content:
+            raise CheckpointError(
+                f"{path} would be replaced, and no save of fqcompile has written it; {remedy}"
+            )
+
+
 def stage(directory: Path, generation: str, files: Mapping[str, bytes]) -> None:
     """Files to appear under their names when the manifest does; those that are there stay."""
     for name, content in files.items():

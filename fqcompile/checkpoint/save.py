@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fqcompile.checkpoint.directory import commit, new_generation, readable_manifest, stage, writing
+from fqcompile.checkpoint.directory import (
+    check_not_replaced,
+    commit,
+    new_generation,
+    readable_manifest,
+    stage,
+    writing,
+)
 from fqcompile.checkpoint.hugging_face import config_of, hugging_face_files
 from fqcompile.checkpoint.json_text import check_name
 from fqcompile.checkpoint.manifest import Manifest, PackedRecord, SlotRecord
@@ -49,8 +56,8 @@ def save(
     Raises:
         CheckpointError: no weight is packed; a tensor cannot be written (it is on the meta device,
             has no memory, or is of a kind that only the process which made it knows); a module has
-            extra state; another process writes to the directory; what every rank should hold is
-            not the same on all.
+            extra state; another process writes to the directory; a config of something else lies
+            there; what every rank should hold is not the same on all.
         RankError: another rank failed, or has ended.
         ShardingError: the model is spread in a way that is not known here.
     """
@@ -63,6 +70,7 @@ def save(
         def begin() -> str:
             _check_savable(model, found)
             if not team.index:
+                check_not_replaced(target, _files(model), "give another directory, or move it away")
                 owned.enter_context(writing(target))
             return new_generation()
 
@@ -81,8 +89,7 @@ def _finish(
     target: Path, generation: str, model: nn.Module, plan: Plan | None, written: Written
 ) -> None:
     """Other files and the manifest, when all shards are there."""
-    inner = getattr(model, "_orig_mod", model)
-    files = hugging_face_files(inner)
+    inner, files = getattr(model, "_orig_mod", model), _files(model)
     before = readable_manifest(target)
     stage(target, generation, files)
     names = dict.fromkeys([*files, *(before.files if before else ())])
@@ -101,6 +108,10 @@ def _finish(
         sharded={name: parts_record(held) for name, held in written.held.items()},
     )
     commit(target, manifest)
+
+
+def _files(model: nn.Module) -> dict[str, bytes]:
+    return hugging_face_files(getattr(model, "_orig_mod", model))
 
 
 def _write_slots(found: Iterable[Slot], directory: Path, generation: str, team: Team) -> Written:

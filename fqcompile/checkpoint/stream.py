@@ -18,7 +18,14 @@ from tqdm import tqdm
 
 from fqcompile.checkpoint.checkpoint_model import CheckpointModel
 from fqcompile.checkpoint.conversion import Conversion, initialise, target_types
-from fqcompile.checkpoint.directory import commit, new_generation, readable_manifest, stage, writing
+from fqcompile.checkpoint.directory import (
+    check_not_replaced,
+    commit,
+    new_generation,
+    readable_manifest,
+    stage,
+    writing,
+)
 from fqcompile.checkpoint.fit import shortened
 from fqcompile.checkpoint.hugging_face import config_of
 from fqcompile.checkpoint.journal import Journal, Progress
@@ -78,7 +85,7 @@ def quantize_checkpoint(
     if finished and finished.model.get("source") == identity:
         return Plan(tuple(map(site_from, finished.sites)), finished.options)
     if not unfinished and not overwrite:
-        _check_unused(target, resume)
+        _check_unused(work, target, resume)
     plan = _run(work, config, target, identity, unfinished or (new_generation(), Progress()), say)
     if work.unused:
         say(f"left out, as {work.name} has no place for them: {shortened(work.unused)}")
@@ -100,7 +107,7 @@ def _run(
         writer = StreamWriter(work.model, config, work.given, target, journal, generation, done)
         _write_all(work, writer)
         plan = Plan(writer.sites(), config.as_dict())
-        files = {**work.source.other_files(), "config.json": work.config_file}
+        files = _files(work)
         stage(target, generation, files)
         commit(target, _manifest(work, identity, generation, writer.done, plan, files))
         journal.close()
@@ -173,6 +180,11 @@ def _manifest(
     )
 
 
+def _files(work: CheckpointModel) -> dict[str, bytes]:
+    """Beside the shards."""
+    return {**work.source.other_files(), "config.json": work.config_file}
+
+
 def _identity(work: CheckpointModel, config: FineQuantConfig) -> str:
     """Equal for runs that write the same."""
     parts = [work.source.identity, str(work.dtype), config.as_dict(), versions()]
@@ -183,12 +195,11 @@ def _read(source: Source, dtype: torch.dtype, name: str) -> Tensor:
     return read_tensor(source.tensors[name]).to(dtype)
 
 
-def _check_unused(target: Path, resume: bool) -> None:
+def _check_unused(work: CheckpointModel, target: Path, resume: bool) -> None:
+    remedy = "give overwrite=True (--overwrite) to replace it, or another directory"
     if (target / MANIFEST).exists():
-        raise CheckpointError(
-            f"{target} holds a quantised model; give overwrite=True (--overwrite) to replace it, "
-            "or another directory"
-        )
+        raise CheckpointError(f"{target} holds a quantised model; {remedy}")
+    check_not_replaced(target, _files(work), remedy)
     if Journal(target).path.exists() and not resume:
         raise CheckpointError(
             f"{target} holds an unfinished run; give resume=True (--resume) to go on with it, or "

@@ -7,10 +7,12 @@ OUT.partial  ->  OUT                         when all is there
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -21,6 +23,7 @@ from fqcompile.checkpoint.durable_files import (
     sync_directory,
     write_file,
 )
+from fqcompile.checkpoint.json_text import parse_json, shown
 from fqcompile.checkpoint.safetensors_file import byte_size, encode_header
 from fqcompile.errors import CheckpointError, FineQuantError
 from fqcompile.exports.blocks import Block
@@ -29,6 +32,12 @@ from fqcompile.weights.content_digest import bytes_of
 SHARD_BYTES = 4 << 30
 _IDENTITY, _TEMPORARY = "export.json", "unfinished.tmp"
 _INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"model(?:-\d{5}-of-\d{5})?\.safetensors")
+QUANTIZED = "quantised"  # a checkpoint of Hugging Face on its way
+
+
+class _NotOurs(CheckpointError):
+    """Somebody has put a file where this export would write: all stays as it is."""
 
 
 def partial_directory(out: Path) -> Path:
@@ -44,10 +53,25 @@ def check_free(out: Path, resume: bool) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there already; give another directory, or remove it")
     partial = partial_directory(out)
+    _check_own(partial)
     if partial.exists() and not resume:
         raise CheckpointError(
             f"{partial} holds an unfinished export; give resume=True (--resume) to go on with it, "
             "or remove it"
+        )
+
+
+def _check_own(partial: Path) -> None:
+    """What has no journal of ours is somebody's: nothing of it is taken up or removed."""
+    if not partial.exists():
+        return
+    if not partial.is_dir():
+        raise CheckpointError(f"{partial} is a file, and exports are written there; rename it")
+    names = {path.name for path in partial.iterdir()} - {_TEMPORARY}
+    if names and _IDENTITY not in names:
+        raise CheckpointError(
+            f"{partial} holds {shown(min(names))} and no {_IDENTITY}, so no export has written it; "
+            "give another OUT, or rename that directory"
         )
 
 
@@ -61,18 +85,22 @@ def exporting(out: Path, identity: str) -> Iterator[Path]:
     partial = partial_directory(out)
     partial.mkdir(parents=True, exist_ok=True)
     with locked(partial):
+        _check_own(partial)
         path = partial / _IDENTITY
-        if path.is_file() and json.loads(path.read_bytes()) != identity:
+        if path.is_file() and _identity(path) != identity:
             raise CheckpointError(
                 f"{partial} is of another export: another source, or other options; repeat those "
                 "to resume it, or remove it"
             )
         write_file(partial / _TEMPORARY, [json.dumps(identity).encode()])
         rename(partial / _TEMPORARY, path)
+        sync_directory(partial)  # before anything that it vouches for
         try:
             yield partial
+        except _NotOurs:
+            raise
         except FineQuantError:
-            shutil.rmtree(partial)  # going on would end the same
+            _remove_own(partial)  # going on would end the same
             raise
         sync_directory(partial)
         if out.exists():
@@ -80,6 +108,22 @@ def exporting(out: Path, identity: str) -> Iterator[Path]:
         os.rename(partial, out)
         sync_directory(out.parent)
         remove(out / _IDENTITY)  # not before: shards of nobody knows what must not be taken up
+
+
+def _identity(path: Path) -> Any:
+    return parse_json(path.read_bytes(), str(path), "remove the directory that it is in")
+
+
+def _remove_own(partial: Path) -> None:
+    """What this has written; whatever else somebody has put there stays."""
+    for path in partial.iterdir():
+        if path.name == QUANTIZED:
+            shutil.rmtree(path)
+        elif path.name in (_TEMPORARY, _INDEX, "config.json") or _SHARD.fullmatch(path.name):
+            remove(path)
+    if {path.name for path in partial.iterdir()} == {_IDENTITY}:
+        remove(partial / _IDENTITY)
+        partial.rmdir()
 
 
 def write_checkpoint(directory: Path, blocks: Sequence[Block], files: dict[str, bytes]) -> None:
@@ -128,11 +172,22 @@ def _write_shard(directory: Path, name: str, blocks: Sequence[Block], progress: 
     header = encode_header(places)
     path = directory / name
     if path.is_file():  # it got its name when it was on the disk
+        _check_shard(path, header, len(header) + start)
         progress.update(start)
         return
     write_file(directory / _TEMPORARY, _pieces(header, blocks, progress))
     rename(directory / _TEMPORARY, path)
     sync_directory(directory)
+
+
+def _check_shard(path: Path, header: bytes, size: int) -> None:
+    with open(path, "rb") as file:
+        same = path.stat().st_size == size and file.read(len(header)) == header
+    if not same:
+        raise _NotOurs(
+            f"{path} is not what this export has written: its size or its header is another; "
+            "move it elsewhere to go on"
+        )
 
 
 def _pieces(

@@ -20,7 +20,7 @@ from fqcompile.engines.scheme import Scheme
 from fqcompile.errors import CheckpointError
 from fqcompile.exports.blocks import blocks, layers
 from fqcompile.exports.config import model_config, quantization_config
-from fqcompile.exports.directory import check_free, exporting, write_checkpoint
+from fqcompile.exports.directory import QUANTIZED, check_free, exporting, write_checkpoint
 from fqcompile.exports.harmonise import harmonise
 from fqcompile.exports.layout import Layout, lay_out
 from fqcompile.exports.plan import check_unsupported, export_plan
@@ -29,7 +29,6 @@ from fqcompile.exports.saved import Saved
 from fqcompile.report import Plan
 
 log = logging.getLogger("fqcompile")
-_QUANTISED = "quantised"  # a checkpoint of Hugging Face on its way
 
 
 def export(
@@ -81,7 +80,7 @@ def export(
 def _export(request: Request, directory: Path, say: Callable[[str], None]) -> Plan:
     if request.is_saved:
         return _write(Saved.open(request.source), directory, request)
-    quantised, options = directory / _QUANTISED, request.quantising
+    quantised, options = directory / QUANTIZED, request.quantising
     inner: Any = options
     quantize_checkpoint(
         request.source, quantised, dtype=request.dtype, resume=True, say=say, **inner

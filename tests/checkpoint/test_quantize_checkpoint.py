@@ -194,6 +194,20 @@ def test_existing_directories_are_left_alone_unless_told(
     assert state_of(tmp_path) == finished
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_files_of_something_else_are_not_replaced_unless_told(
+    name: str, source: Path, finished: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text("mine")
+    for how in ({}, {"resume": True}):
+        with pytest.raises(CheckpointError, match=rf"{name} would be replaced, .* overwrite=True"):
+            fqcompile.quantize_checkpoint(source, tmp_path, **how, **OPTIONS)
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        assert (tmp_path / name).read_text() == "mine"
+    fqcompile.quantize_checkpoint(source, tmp_path, overwrite=True, **OPTIONS)
+    assert state_of(tmp_path) == finished
+
+
 def test_an_overwritten_model_stays_whole_until_the_end(
     source: Path, finished: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -421,3 +421,19 @@ def test_a_save_moves_between_machines_with_and_without_gpu(tmp_path: Path) -> N
     there = fqcompile.load(Small, tmp_path / "gpu", device="cuda")
     assert there.up.weight.device.type == "cuda"
     assert contents(there.cpu()) == contents(here)
+
+
+def test_a_config_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    for content in ("mine", "{}"):
+        (tmp_path / "config.json").write_text(content)
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(CheckpointError, match=r"config\.json would be replaced, and no save"):
+            fqcompile.save(small(), tmp_path)
+        assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
+            "config.json": content, "tokenizer.json": content
+        }  # fmt: skip
+    (tmp_path / "config.json").unlink()
+    fqcompile.save(small(), tmp_path)
+    fqcompile.save(small(1), tmp_path)  # its own is
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
+    assert (tmp_path / "tokenizer.json").read_text() == "{}"

@@ -274,3 +274,73 @@ def test_command_exports_and_checks(
     assert "would not load" in printed.err
     text = printed.out[printed.out.index("[\n") :]
     assert {"refused"} <= {finding["effect"] for finding in json.loads(text)}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["thesis.txt"], ["model.safetensors"], ["config.json", "notes/a.txt"], ["quantised/a.txt"]],
+)
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_no_export_wrote_is_left_alone(
+    resume: bool, names: list[str], saved: Path, tmp_path: Path
+) -> None:
+    """A directory that happens to have the name: nothing there is removed or taken as finished."""
+    partial = tmp_path / "out.partial"
+    for name in names:
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial / name).write_text("mine")
+    for source in (saved, tmp_path / "nowhere"):
+        with pytest.raises(CheckpointError, match=r"and no export\.json, so no export has written"):
+            fqcompile.export(source, tmp_path / "out", resume=resume)
+    assert {p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file()} == set(
+        names
+    )
+    assert all((partial / name).read_text() == "mine" for name in names)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_place_of_the_directory_is_left_alone(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").write_text("mine")
+    with pytest.raises(CheckpointError, match="is a file, and exports are written there"):
+        fqcompile.export(saved, tmp_path / "out", resume=True)
+    assert (tmp_path / "out.partial").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_files_put_beside_an_unfinished_export(saved: Path, tmp_path: Path) -> None:
+    """They are neither lost nor taken for shards."""
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    operations = count_operations(lambda: fqcompile.export(saved, tmp_path / "whole"))
+    assert crash(lambda: fqcompile.export(saved, out), operations // 2, 0)
+    (partial / "notes.txt").write_text("mine")
+    shard = sorted(path.name for path in (tmp_path / "whole").glob("model-*.safetensors"))[-1]
+    assert not (partial / shard).exists()
+    (partial / shard).write_bytes(b"mine")
+    with pytest.raises(CheckpointError, match="is not what this export has written"):
+        fqcompile.export(saved, out, resume=True)
+    assert (partial / "notes.txt").read_text() == "mine"
+    assert (partial / shard).read_bytes() == b"mine"
+    (partial / shard).unlink()
+    fqcompile.export(saved, out, resume=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_a_journal_that_is_none(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "export.json").write_bytes(b"\xff{")
+    with pytest.raises(CheckpointError, match=r"export\.json is not JSON"):
+        fqcompile.export(saved, tmp_path / "out", resume=True)
+
+
+def test_a_failed_export_keeps_what_is_not_its_own(plain: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+
+    def write(text: str) -> None:  # while it runs
+        (partial / "notes.txt").write_text("mine")
+
+    with pytest.raises(CheckpointError, match="there is nothing to export"):
+        fqcompile.export(plain, tmp_path / "out", resume=True, exclude=[".*"], say=write)
+    assert {path.name for path in partial.iterdir()} == {"notes.txt", "export.json"}
