@@ -12,8 +12,10 @@ from tests.kernels.triton.oracle import (
     ACTIVATIONS,
     BF16,
     COLUMN,
+    CONVERSIONS,
     FP16,
     FP32,
+    NARROW,
     SMALL,
     Case,
     Inputs,
@@ -83,6 +85,25 @@ def test_a_row_with_nan_or_inf_stays_alone(bits: int, config: object, device: st
     y = run(case, inputs, device)
     assert torch.equal(y[[0, 4]], clean[[0, 4]])
     assert not y[1:4].isfinite().any()
+
+
+@on_every_device
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_infinities_have_the_sign_of_their_weight(
+    bits: int, dtype: torch.dtype, conversion: str, device: str
+) -> None:
+    """And none where the weight is zero: that is NaN, as in eager."""
+    case = Case(m=4, k=140, bits=bits, dtype=dtype, group_size=64, conversion=conversion)
+    inputs = draw(case)
+    inputs.x[0, 3], inputs.x[1, 139], inputs.x[2, 70] = torch.inf, -torch.inf, torch.nan
+    inputs.x[3, 5], inputs.x[3, 100] = torch.inf, -torch.inf
+    y = run(case, inputs, device).cpu().float()
+    want = inputs.x.float() @ inputs.w.float().t()
+    assert torch.equal(y.isnan(), want.isnan())
+    assert torch.equal(y[y.isinf()], want[want.isinf()])
+    assert torch.equal(y.isinf(), want.isinf())
 
 
 @on_every_device

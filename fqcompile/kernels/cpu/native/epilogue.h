@@ -5,9 +5,9 @@
 enum Activation : int64_t { NONE = 0, RELU = 1, GELU = 2, GELU_TANH = 3, SILU = 4, SWIGLU_OAI = 5 };
 
 // e^x: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]; within 2 units of the last place. Clamped, so
-// that 2^n is a normal number: below e^-87 the result is that, not zero.
+// that 2^n is a normal number, or above e^88.37 infinity: below e^-87 the result is that, not zero.
 INLINE F32 exponential(F32 x) {
-  x = least(splat(88.0f), most(splat(-87.0f), x));  // a NaN as second operand is handed on
+  x = least(splat(89.0f), most(splat(-87.0f), x));  // a NaN as second operand is handed on
   const F32 n = nearest(multiply(x, splat(1.44269504f)));
   const F32 r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
   F32 p = splat(1.9875691500e-4f);

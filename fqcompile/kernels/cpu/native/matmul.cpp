@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "codes.h"
@@ -172,9 +173,19 @@ void values(const Weight& w, int64_t block, int64_t start, int64_t end, float* t
   }
 }
 
-// As `tile`, for groups that end within a word: every weight is scaled before it is multiplied.
-template <int BITS>
-void odd_tile(const Weight& w, int64_t block, const Bits* x, int rows, float* sums, int64_t stride) {
+// Number k of row r of packed x, as fp32.
+template <DType X>
+INLINE F32 splat_x(const Bits* x, int64_t k, int rows, int r) {
+  if (X == FP32) return as_float(splat_bits(x[k * rows + r]));
+  const uint32_t pair = x[k / 2 * rows + r];
+  return as_float(splat_bits(k % 2 ? pair & 0xffff0000 : pair << 16));
+}
+
+// As `tile`, with every weight scaled before it is multiplied: for groups that end within a word, and for
+// sums that are not finite. Infinity times half a code, or a large number times a code that no scale has
+// made small yet, must not decide whether the product with the weight is.
+template <int BITS, DType X>
+void scaled_tile(const Weight& w, int64_t block, const Bits* x, int rows, float* sums, int64_t stride) {
   constexpr int64_t PART = 32;
   float part[PART * OUTPUTS];
   const int64_t padded = w.padded_k();
@@ -186,7 +197,7 @@ void odd_tile(const Weight& w, int64_t block, const Bits* x, int rows, float* su
       F32 sum[VECTORS];
       for (int v = 0; v < VECTORS; v++) sum[v] = start ? load(to + v * LANES) : zero();
       for (int64_t k = start; k < end; k++) {
-        const F32 factor = as_float(splat_bits(x[k * rows + r]));
+        const F32 factor = splat_x<X>(x, k, rows, r);
         for (int v = 0; v < VECTORS; v++)
           sum[v] = fma(load(part + (k - start) * OUTPUTS + v * LANES), factor, sum[v]);
       }
@@ -211,18 +222,21 @@ void tile_of(const Weight& w, int64_t block, const Bits* x, int rows, float* sum
 
 using Multiply = void (*)(const Weight&, int64_t, const Bits*, int, float*, int64_t);
 
-// How a call is multiplied: the function, and the type that it wants x in.
+// How a call is multiplied: the function, the one for sums that it leaves infinite or NaN, and the type
+// that both want x in.
 struct Way {
-  Multiply multiply;
+  Multiply multiply, scaled;
   DType x;
 };
 
+template <int BITS>
 Way way_of(const Weight& w, [[maybe_unused]] DType x) {
-  if (w.odd_groups()) return {w.bits == 4 ? odd_tile<4> : odd_tile<8>, FP32};
+  if (w.odd_groups()) return {scaled_tile<BITS, FP32>, nullptr, FP32};
 #if defined(__AVX512BF16__)
-  if (x == BF16) return {w.bits == 4 ? tile_of<Paired<4>, Paired<4>> : tile_of<Halved, Paired<8>>, BF16};
+  using Few = std::conditional_t<BITS == 8, Halved, Paired<BITS>>;
+  if (x == BF16) return {tile_of<Few, Paired<BITS>>, scaled_tile<BITS, BF16>, BF16};
 #endif
-  return {w.bits == 4 ? tile_of<Single<4>, Single<4>> : tile_of<Single<8>, Single<8>>, FP32};
+  return {tile_of<Single<BITS>, Single<BITS>>, scaled_tile<BITS, FP32>, FP32};
 }
 
 // Rows of x that meet one expert, at most MAX_TILE: `order[first ...]`.
@@ -238,7 +252,8 @@ struct Job {
 
 class Matmul {
  public:
-  Matmul(const Call& call) : c(call), way(way_of(call.weight, call.type)) {}
+  Matmul(const Call& call)
+      : c(call), way(call.weight.bits == 4 ? way_of<4>(c.weight, c.type) : way_of<8>(c.weight, c.type)) {}
 
   bool run() {
     if (!route()) return false;
@@ -343,9 +358,18 @@ class Matmul {
   int64_t outputs(const Weight& w, int64_t start, const Tile& t, float* z) const {
     const Bits* x = packed + t.first * words_per_row();
     const int64_t block = start / OUTPUTS, skip = start % OUTPUTS;
-    way.multiply(w, block, x, t.rows, z, 2 * OUTPUTS);
-    if (skip && block + 1 < w.blocks()) way.multiply(w, block + 1, x, t.rows, z + OUTPUTS, 2 * OUTPUTS);
+    sums(w, block, x, t.rows, z);
+    if (skip && block + 1 < w.blocks()) sums(w, block + 1, x, t.rows, z + OUTPUTS);
     return skip;
+  }
+
+  void sums(const Weight& w, int64_t block, const Bits* x, int rows, float* z) const {
+    way.multiply(w, block, x, rows, z, 2 * OUTPUTS);
+    if (!way.scaled) return;
+    F32 zeros = zero();  // unless something is infinite or NaN
+    for (int r = 0; r < rows; r++)
+      for (int v = 0; v < VECTORS; v++) zeros = fma(load(z + r * 2 * OUTPUTS + v * LANES), zero(), zeros);
+    if (any_nan(zeros)) way.scaled(w, block, x, rows, z, 2 * OUTPUTS);
   }
 
   void finish(const Job& job, const Tile& t, int64_t block) const {

@@ -44,6 +44,7 @@ INLINE U32 to_int(F32 v) { return _mm512_cvtps_epi32(v); }
 INLINE F32 where_nan(F32 test, F32 yes, F32 no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(test, test, _CMP_UNORD_Q), no, yes);
 }
+INLINE bool any_nan(F32 v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0; }
 INLINE U32 load_half(const uint16_t* p) {
   return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
 }
@@ -85,6 +86,7 @@ INLINE U32 to_int(F32 v) { return _mm256_cvtps_epi32(v); }
 INLINE F32 where_nan(F32 test, F32 yes, F32 no) {
   return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(test, test, _CMP_UNORD_Q));
 }
+INLINE bool any_nan(F32 v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)) != 0; }
 INLINE U32 load_half(const uint16_t* p) {
   return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
 }
