@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import expect_true
 
-from fqcompile.kernels.epilogue import ACTIVATIONS, epilogue_backward
+from fqcompile.kernels.arguments import check_experts, check_experts_backward
+from fqcompile.kernels.epilogue import epilogue_backward
 from fqcompile.kernels.execute import run_experts, run_experts_backward
 from fqcompile.kernels.template import PackedLinear
 
@@ -49,6 +51,8 @@ def _run(
     gated: bool,
     kernel: str,
 ) -> Tensor:
+    form = (bits, group_size, n, k, activation, gated, kernel)
+    check_experts(x, qweight, scale, offsets, ids, bias, *form)
     rows = 2 * n if gated else n
     if x.shape[0] * n == 0:
         return x.new_empty((x.shape[0], n))
@@ -64,41 +68,25 @@ def _gathered(x: Tensor, qweight: Tensor, scale: Tensor, ids: Tensor, *rest: Any
     return _run(x, qweight, scale, None, ids, *rest)
 
 
-def _check(x: Tensor, routing: Tensor, k: int, activation: str) -> None:
-    torch._check(x.dim() == 2, lambda: f"x has {x.dim()} dimensions; experts take [rows, K]")
-    torch._check(x.shape[1] == k, lambda: f"x has {x.shape[1]} columns; the weight has K={k}")
-    torch._check(routing.dim() == 1, lambda: f"routing has {routing.dim()} dimensions; it has 1")
-    integer = routing.dtype in (torch.int32, torch.int64)
-    torch._check(integer, lambda: f"routing is {routing.dtype}; it must be int32 or int64")
-    torch._check(activation in ACTIVATIONS, lambda: f"unknown activation {activation!r}")
-
-
 def _grouped_fake(x: Tensor, qweight: Tensor, scale: Tensor, offsets: Tensor, *rest: Any) -> Tensor:
-    _bias, _bits, _group_size, n, k, activation, _gated, _kernel = rest
-    _check(x, offsets, k, activation)
-    stack = qweight.shape[0]
-    torch._check(
-        offsets.shape[0] == stack, lambda: f"{offsets.shape[0]} offsets for {stack} experts"
-    )
-    return x.new_empty((x.shape[0], n))
+    check_experts(x, qweight, scale, offsets, None, *rest, holds=expect_true)
+    return x.new_empty((x.shape[0], rest[3]))
 
 
 def _gathered_fake(x: Tensor, qweight: Tensor, scale: Tensor, ids: Tensor, *rest: Any) -> Tensor:
-    _bias, _bits, _group_size, n, k, activation, _gated, _kernel = rest
-    _check(x, ids, k, activation)
-    torch._check(
-        ids.shape[0] == x.shape[0], lambda: f"{ids.shape[0]} ids for {x.shape[0]} rows of x"
-    )
-    return x.new_empty((x.shape[0], n))
+    check_experts(x, qweight, scale, None, ids, *rest, holds=expect_true)
+    return x.new_empty((x.shape[0], rest[3]))
 
 
 def _backward_impl(dz: Tensor, qweight: Tensor, scale: Tensor, *rest: Any) -> Tensor:
+    check_experts_backward(dz, qweight, scale, *rest)
     offsets, ids, bits, group_size, rows, k, kernel = rest
     weight = PackedLinear(qweight, scale, bits, group_size, rows, k)
     return run_experts_backward(dz, weight, offsets, ids, kernel)
 
 
 def _backward_fake(dz: Tensor, qweight: Tensor, scale: Tensor, *rest: Any) -> Tensor:
+    check_experts_backward(dz, qweight, scale, *rest, holds=expect_true)
     return dz.new_empty((dz.shape[0], rest[5]))
 
 

@@ -5,9 +5,9 @@
                            CUDA graphs: what graphs call where no gradient can flow
     fqcompile::dequantize  ŵ [rows, K], for the backward pass and for whoever wants the dense weight
 
-Each has a schema, a fake, one implementation that calls the template named in `kernel`, an autocast
-rule (as `F.linear`: x, bias and residual are cast, the packed weight is not) and a backward for x,
-bias and residual. The packed weight itself is constant.
+Each has a schema, a fake, one implementation that checks its arguments (see `arguments`) and calls
+the template named in `kernel`, an autocast rule (as `F.linear`: x, bias and residual are cast, the
+packed weight is not) and a backward for x, bias and residual. The packed weight itself is constant.
 """
 
 import hashlib
@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import expect_true
 
-from fqcompile.kernels.epilogue import ACTIVATIONS, epilogue_backward
+from fqcompile.kernels.arguments import check_linear, check_weight
+from fqcompile.kernels.epilogue import epilogue_backward
 from fqcompile.kernels.execute import dequantize_weight, run_linear
 from fqcompile.kernels.template import PackedLinear
 
@@ -62,6 +64,8 @@ def _linear_impl(
     gated: bool,
     kernel: str,
 ) -> Tensor:
+    form = (bits, group_size, n, k, activation, gated, kernel)
+    check_linear(x, qweight, scale, bias, residual, *form)
     weight = PackedLinear(qweight, scale, bits, group_size, 2 * n if gated else n, k)
     if x.dim() == 2 and x.numel() and n:
         return run_linear(x, weight, bias, residual, activation, gated, kernel)
@@ -84,6 +88,7 @@ def _dequantize_impl(
     dtype: torch.dtype,
     kernel: str,
 ) -> Tensor:
+    check_weight(qweight, scale, bits, group_size, rows, k, kernel)
     weight = PackedLinear(qweight, scale, bits, group_size, rows, k)
     return dequantize_weight(weight, dtype, kernel)
 
@@ -110,8 +115,8 @@ def _linear_fake(
     gated: bool,
     kernel: str,
 ) -> Tensor:
-    torch._check(x.shape[-1] == k, lambda: f"x has {x.shape[-1]} columns; the weight has K={k}")
-    torch._check(activation in ACTIVATIONS, lambda: f"unknown activation {activation!r}")
+    form = (bits, group_size, n, k, activation, gated, kernel)
+    check_linear(x, qweight, scale, bias, residual, *form, holds=expect_true)
     return x.new_empty((*x.shape[:-1], n))
 
 
@@ -126,6 +131,7 @@ def _dequantize_fake(
     dtype: torch.dtype,
     kernel: str,
 ) -> Tensor:
+    check_weight(qweight, scale, bits, group_size, rows, k, kernel, holds=expect_true)
     return qweight.new_empty((rows, k), dtype=dtype)
 
 

@@ -9,9 +9,13 @@ import torch
 from fqcompile.kernels.launch_table import Config, LaunchTable
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.quant.affine import dequantize_rows
+from fqcompile.quant.granularity import num_groups
+from fqcompile.quant.packing import packed_columns
+from fqcompile.quant.qtype import QTYPES
 from fqcompile.quant.quantized_weight import QuantizedWeight
 
 PackedTensors = tuple[torch.Tensor, torch.Tensor]
+Shape = tuple[int, ...]
 SearchMode = Literal["fast", "max"]
 
 
@@ -68,6 +72,7 @@ class ExpertsFn(Protocol):
 class Layout:
     """How a kernel wants codes and scales in memory; `pack` makes it from the plain one.
 
+    `shapes(bits, group_size, rows, k)` are those of what `pack` makes; kernels read no others.
     `unpack` gives the plain one back, bit for bit; `dequantize` gives ŵ [rows, K] in a dtype;
     `narrow` gives some rows, in this layout, whose codes are a view, or None where these rows have
     none. All take one matrix, and are None where nothing can. The name carries the layout's
@@ -76,9 +81,15 @@ class Layout:
 
     name: str
     pack: Callable[[QuantizedWeight], PackedTensors]
+    shapes: Callable[[int, int, int, int], tuple[Shape, Shape]]
     dequantize: Callable[[PackedLinear, torch.dtype], torch.Tensor] | None = None
     unpack: Callable[[PackedLinear], QuantizedWeight] | None = None
     narrow: Callable[[PackedLinear, int, int], PackedTensors | None] | None = None
+
+
+def plain_shapes(bits: int, group_size: int, rows: int, k: int) -> tuple[Shape, Shape]:
+    """A row of bytes and its scales for each row."""
+    return (rows, packed_columns(QTYPES[bits], k)), (rows, num_groups(k, group_size))
 
 
 def dequantize_plain(weight: PackedLinear, dtype: torch.dtype) -> torch.Tensor:
@@ -100,7 +111,12 @@ def narrow_plain(weight: PackedLinear, start: int, rows: int) -> PackedTensors:
 
 
 PLAIN = Layout(
-    "plain", lambda w: (w.qweight, w.scale), dequantize_plain, unpack_plain, narrow_plain
+    "plain",
+    lambda w: (w.qweight, w.scale),
+    plain_shapes,
+    dequantize_plain,
+    unpack_plain,
+    narrow_plain,
 )
 
 

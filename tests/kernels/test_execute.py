@@ -10,7 +10,7 @@ import torch
 from fqcompile.errors import KernelBuildError
 from fqcompile.kernels import execute, registry
 from fqcompile.kernels.execute import dequantize_weight, run_linear
-from fqcompile.kernels.template import Layout, PackedLinear, Template
+from fqcompile.kernels.template import PLAIN, Layout, PackedLinear, Template
 from fqcompile.quant.packing import pack
 from fqcompile.quant.qtype import QTYPES
 
@@ -65,7 +65,7 @@ def test_any_other_error_is_not_hidden(install: Any) -> None:
 
 
 def test_a_layout_that_cannot_be_dequantised_has_no_other_way(install: Any) -> None:
-    install(KernelBuildError("no compiler"), Layout("odd", lambda w: (w.qweight, w.scale)))
+    install(KernelBuildError("no compiler"), Layout("odd", PLAIN.pack, PLAIN.shapes))
     with pytest.raises(KernelBuildError, match="no compiler"):
         run()
     with pytest.raises(KernelBuildError, match="layout 'odd' cannot be dequantised"):

@@ -204,31 +204,6 @@ def test_backward_is_that_of_the_composition(op: Any, activation: str, gated: bo
     assert not x.grad[4:].any(), "rows of no expert have no gradient"
 
 
-REFUSALS: dict[str, tuple[Any, dict[int, Any], str]] = {
-    "columns": (gathered_linear, {0: torch.empty(3, 39)}, "x has 39 columns; the weight has K=40"),
-    "dimensions": (gathered_linear, {0: torch.empty(1, 3, 40)}, "x has 3 dimensions"),
-    "ids": (gathered_linear, {3: torch.zeros(2, dtype=torch.int64)}, "2 ids for 3 rows of x"),
-    "offsets": (grouped_linear, {3: torch.zeros(5, dtype=torch.int32)}, "5 offsets for 2 experts"),
-    "kind": (gathered_linear, {3: torch.zeros(3)}, "routing is torch.float32; it must be int32"),
-    "activation": (gathered_linear, {9: "tanh"}, "unknown activation 'tanh'"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_fake_refuses_what_cannot_be_multiplied(name: str) -> None:
-    op, changes, message = REFUSALS[name]
-    call = make_experts([0, 1, 1], 2)
-    qweight, scale, *rest = call.arguments
-    arguments = [call.x, qweight, scale, call.routing(op), *rest, "dequantize"]
-    for place, value in changes.items():
-        arguments[place] = value
-    with (
-        torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True),
-        pytest.raises(RuntimeError, match=message),
-    ):
-        op(*arguments)
-
-
 def test_compiled_ops_are_one_graph_for_every_number_of_rows() -> None:
     call = make_experts([0, 1, 1, 0, 1, 0], 2, bias=True)
     qweight, scale, *rest = call.arguments

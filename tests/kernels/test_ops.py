@@ -168,12 +168,3 @@ def test_unknown_kernel_and_activation_are_refused_by_name() -> None:
     odd = Problem(**{**vars(p), "activation": "tanh"})
     with pytest.raises(OptionError, match="activation='tanh' is not one of none, relu"):
         linear(*odd.arguments, "dequantize")
-
-
-def test_fake_refuses_what_cannot_be_multiplied() -> None:
-    p = make_problem(k=40).arguments
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-        with pytest.raises(RuntimeError, match="x has 39 columns; the weight has K=40"):
-            linear(torch.empty(3, 39), *p[1:], "dequantize")
-        with pytest.raises(RuntimeError, match="unknown activation 'tanh'"):
-            linear(*p[:9], "tanh", False, "dequantize")

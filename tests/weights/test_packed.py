@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fqcompile.kernels.template import Layout
+from fqcompile.kernels.template import PLAIN, Layout
 from fqcompile.quant.choose import QuantPlan, quantize_weight
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.weights.packed import PackedPart, PackedSpec, common_group_size
@@ -71,7 +71,7 @@ def test_key_tells_formats_apart_but_not_graph_inputs_or_errors() -> None:
         spec(scale_method="absmax"),
         spec(scale_dtype=torch.float16),
         PackedSpec(same.parts, 64),
-        same.with_layout(Layout("other", lambda w: (w.qweight, w.scale))),
+        same.with_layout(Layout("other", PLAIN.pack, PLAIN.shapes)),
         PackedSpec((PackedPart(TRANSPOSE, (0,), plan(64), 3, K),), 32),
         PackedSpec((*same.parts, *same.parts), 32),
     ]
@@ -106,7 +106,7 @@ def expert_weights(experts: int, rows: int, group_size: int, seed: int = 0) -> Q
 
 
 def test_experts_are_packed_one_by_one_in_every_layout() -> None:
-    reversed_rows = Layout("reversed", lambda w: (w.qweight.flip(0), w.scale.flip(0)))
+    reversed_rows = Layout("reversed", lambda w: (w.qweight.flip(0), w.scale.flip(0)), PLAIN.shapes)
     weight = expert_weights(3, 4, 32)
     spec = PackedSpec((expert_part(3, 4, 32),), 32)
     plain, other = spec.pack(weight), spec.with_layout(reversed_rows).pack(weight)

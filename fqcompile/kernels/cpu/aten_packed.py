@@ -18,6 +18,7 @@ from fqcompile.kernels.template import (
     Layout,
     PackedLinear,
     PackedTensors,
+    Shape,
     Template,
 )
 from fqcompile.quant.packing import unpack
@@ -78,6 +79,10 @@ def _refuse_int4(spec: GemmSpec) -> str | None:
     return _refuse_common(spec, 4)
 
 
+def _int4_shapes(bits: int, group_size: int, rows: int, k: int) -> tuple[Shape, Shape]:
+    return (rows, k * bits // 8), (k // group_size, rows, 2)
+
+
 def _pack_int4(weight: QuantizedWeight) -> PackedTensors:
     """Codes offset to 0..15 in aten's order; scales [K/G, N, 2], each with aten's zero point."""
     codes = unpack(weight.qweight, QTYPES[4], weight.shape[1]).to(torch.int32) + 8
@@ -101,7 +106,7 @@ def _linear_int4(
     return apply_epilogue(z, bias, residual, activation, gated)
 
 
-ATEN_INT4_CPU = Layout("aten_int4_cpu", _pack_int4)
+ATEN_INT4_CPU = Layout("aten_int4_cpu", _pack_int4, _int4_shapes)
 INT8PACK = Template(
     "aten_int8pack",
     PLAIN,

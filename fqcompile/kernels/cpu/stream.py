@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from fqcompile.kernels.cpu import native_library as native
-from fqcompile.kernels.cpu.stream_layout import OUTPUTS, dequantize, narrow, pack, unpack
+from fqcompile.kernels.cpu.stream_layout import (
+    OUTPUTS,
+    dequantize,
+    narrow,
+    pack,
+    shapes,
+    unpack,
+)
 from fqcompile.kernels.epilogue import ACTIVATIONS, apply_epilogue
 from fqcompile.kernels.launch_table import Config
 from fqcompile.kernels.routing import Routing
@@ -25,8 +32,14 @@ from fqcompile.kernels.template import Layout, PackedLinear, Template
 from fqcompile.locks import in_forked_child
 from fqcompile.quant.qtype import QTYPES
 
+
+class _Numbers(dict[torch.dtype, int]):
+    def __missing__(self, dtype: torch.dtype) -> int:
+        raise RuntimeError(f"the x86 kernel takes fp32, bf16 and fp16, not {dtype}")
+
+
 # As enumerated in vectors.h and epilogue.h.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = _Numbers({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})
 _ACTIVATIONS = {name: i for i, name in enumerate(ACTIVATIONS)}
 # The structs that the two C++ functions read; all fields have eight bytes.
 _MATMUL, _DEQUANTIZE = Struct("=23q"), Struct("=13q")
@@ -193,5 +206,5 @@ def _dequantize(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
     return _transposed(weight, 0, weight.rows, dtype).t().contiguous()
 
 
-STREAM = Layout("x86_stream_1", pack, _dequantize, unpack, narrow)
+STREAM = Layout("x86_stream_1", pack, shapes, _dequantize, unpack, narrow)
 X86_STREAM = Template("x86_stream", STREAM, _refuse, lambda spec: None, _linear, experts=_experts)

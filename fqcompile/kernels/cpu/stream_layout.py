@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fqcompile.kernels.cpu.huge_pages import in_huge_pages
-from fqcompile.kernels.template import PackedLinear, PackedTensors
+from fqcompile.kernels.template import PackedLinear, PackedTensors, Shape
 from fqcompile.quant.chunks import each_chunk
+from fqcompile.quant.granularity import num_groups
 from fqcompile.quant.qtype import QTYPES
 from fqcompile.quant.quantized_weight import QuantizedWeight
 
@@ -25,11 +26,17 @@ _CHUNK_SHARE = 8.0
 _PLAIN_OFFSET = {4: 0x88888888 - (1 << 32), 8: 0}
 
 
+def shapes(bits: int, group_size: int, rows: int, k: int) -> tuple[Shape, Shape]:
+    """Of qweight and scale."""
+    blocks, words = -(-rows // OUTPUTS), (k + -k % STEP) * bits // 32
+    return (blocks, words, OUTPUTS), (blocks, num_groups(k, group_size), OUTPUTS)
+
+
 def pack(weight: QuantizedWeight) -> PackedTensors:
     """qweight and scale in this layout."""
     n, k = weight.shape
-    blocks, per_word = -(-n // OUTPUTS), 32 // weight.bits
-    shape = (blocks, (k + -k % STEP) // per_word, OUTPUTS)
+    shape, _ = shapes(weight.bits, weight.group_size, n, k)
+    blocks = shape[0]
     words = torch.empty(shape, dtype=torch.int32, device=weight.qweight.device)
     in_huge_pages(words)
     plain = weight.qweight.view(torch.uint8)

@@ -23,7 +23,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from fqcompile.kernels.template import PackedLinear, PackedTensors
+from fqcompile.kernels.template import PackedLinear, PackedTensors, Shape
 from fqcompile.quant.granularity import num_groups
 from fqcompile.quant.packing import pack as pack_plain
 from fqcompile.quant.packing import unpack as unpack_plain
@@ -52,6 +52,14 @@ def column_order(bits: int, kwidth: int, device: torch.device | str = "cpu") -> 
     k = place.transpose(1, 2)[:, None] + 16 * chunk[:, None, None]
     k = k + 64 * arange(2)[:, None, None, None, None]
     return k.reshape(32, 4)
+
+
+def shapes(bits: int, group_size: int, rows: int, k: int) -> tuple[Shape, Shape]:
+    """Of qweight and scale."""
+    blocks, width = -(-k // BLOCK_K), dot_width(group_size, k)
+    steps = num_groups(k, group_size) if width == BLOCK_K else blocks
+    codes = (-(-rows // MICRO_ROWS), blocks, MICRO_ROWS, BLOCK_K * bits // 32)
+    return codes, (steps, rows + -rows % SCALE_ROWS, BLOCK_K // width)
 
 
 def pack(weight: QuantizedWeight, kwidth: int) -> PackedTensors:

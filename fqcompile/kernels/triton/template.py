@@ -113,6 +113,7 @@ def _family(name: str, kwidth: int) -> Template:
     fragments = Layout(
         f"fragment{kwidth}_v{layout.VERSION}",
         partial(layout.pack, kwidth=kwidth),
+        layout.shapes,
         partial(_dequantize, kwidth=kwidth),
         partial(layout.unpack, kwidth=kwidth),
         layout.narrow,

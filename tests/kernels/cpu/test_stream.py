@@ -141,12 +141,15 @@ def test_what_is_not_finite_stays_in_its_row(name: str) -> None:
 
 
 def test_bias_of_another_type_and_strided() -> None:
+    """Which the operator refuses, and its kernel reads."""
     p = make_problem(leading=(2,), n=70, k=40, dtype=torch.bfloat16, bias=True)
     assert p.bias is not None
     wide = torch.stack((p.bias.double(), torch.zeros(70).double()), 1)
     for bias in (wide[:, 0], p.bias.float(), p.bias.half()):
         with path(NAMES[-1]):
-            assert_is_oracle(replace(p, bias=bias))
+            got = X86_STREAM.linear(p.x, packed(p), bias, None, "none", False, None)
+        want, bound = oracle(replace(p, bias=bias))
+        assert bool(((got.double() - want).abs() <= bound).all())
 
 
 SPEC = GemmSpec(4, 64, 128, 4, 64, torch.bfloat16, torch.bfloat16, "cpu")

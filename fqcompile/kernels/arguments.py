@@ -1,0 +1,210 @@
+"""What the operators' arguments must be: one set of rules for implementations and fakes.
+
+Kernels take addresses and trust the sizes beside them, so a wrong x, bias, residual or routing must
+not reach one. Each check raises RuntimeError, as the dense call does, with the sizes of the layer.
+
+`holds` decides a condition on the sizes of activations: `bool` where they are numbers; for symbolic
+ones `expect_true`, which leaves to run time what cannot be known.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fqcompile.kernels.epilogue import activation as activation_entry
+from fqcompile.kernels.registry import parse_kernel
+from fqcompile.kernels.template import Shape
+
+Holds = Callable[[Any], bool]
+_MOST_FORMS = 4096  # forms of layers that are remembered to be right
+
+
+def check_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+    activation: str,
+    gated: bool,
+    kernel: str,
+    holds: Holds = bool,
+) -> None:
+    """x [..., K], bias [rows of the weight] and residual [..., N] of one type, and the weight.
+
+    Raises:
+        RuntimeError: one of them has another shape, type or device.
+        OptionError: there is no such activation.
+        NoKernelError: the kernel is not installed here.
+    """
+    rows = 2 * n if gated else n
+    check_weight(qweight, scale, bits, group_size, rows, k, kernel, activation, holds=holds)
+    if not x.dim() or not holds(x.shape[-1] == k):
+        raise RuntimeError(
+            f"x has {x.shape[-1] if x.dim() else 'no'} columns; the weight has K={k}: a layer of "
+            f"N={n} takes x of shape [..., {k}], not {tuple(x.shape)}"
+        )
+    _check_beside(x, qweight, "weight")
+    if bias is not None:
+        _check_values(bias, (rows,), x, "bias")
+    if residual is not None:
+        _check_values(residual, (*x.shape[:-1], n), x, "residual")
+
+
+def check_experts(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    offsets: Tensor | None,
+    ids: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+    activation: str,
+    gated: bool,
+    kernel: str,
+    holds: Holds = bool,
+) -> None:
+    """x [M, K], one offset for each expert or one id for each row, bias [E, rows of one].
+
+    Raises:
+        RuntimeError: one of them has another shape, type or device.
+        OptionError: there is no such activation.
+        NoKernelError: the kernel is not installed here.
+    """
+    rows = 2 * n if gated else n
+    _check_routed(x, "x", k, qweight, offsets, ids, holds)
+    check_weight(
+        qweight, scale, bits, group_size, rows, k, kernel, activation, stacked=True, holds=holds
+    )
+    if bias is not None:
+        _check_values(bias, (qweight.shape[0], rows), x, "bias")
+
+
+def check_experts_backward(
+    dz: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    offsets: Tensor | None,
+    ids: Tensor | None,
+    bits: int,
+    group_size: int,
+    rows: int,
+    k: int,
+    kernel: str,
+    holds: Holds = bool,
+) -> None:
+    """dz [M, rows of one expert], routed as x was.
+
+    Raises:
+        RuntimeError: one of them has another shape, type or device.
+        NoKernelError: the kernel is not installed here.
+    """
+    _check_routed(dz, "dz", rows, qweight, offsets, ids, holds)
+    check_weight(qweight, scale, bits, group_size, rows, k, kernel, stacked=True, holds=holds)
+
+
+def check_weight(
+    qweight: Tensor,
+    scale: Tensor,
+    bits: int,
+    group_size: int,
+    rows: int,
+    k: int,
+    kernel: str,
+    activation: str = "none",
+    *,
+    stacked: bool = False,
+    holds: Holds = bool,
+) -> None:
+    """qweight and scale as the kernel's layout has them, of a stack with [E, ...] in front.
+
+    Raises:
+        RuntimeError: they are of another layer, or of another layout.
+        OptionError: there is no such activation.
+        NoKernelError: the kernel is not installed here.
+    """
+    # Symbolic sizes are not hashable.
+    check = _check_form if holds is bool else _check_form.__wrapped__
+    check(kernel, activation, bits, group_size, rows, k, qweight.shape, scale.shape, stacked)
+    _check_beside(scale, qweight, "weight")
+
+
+@lru_cache(_MOST_FORMS)
+def _check_form(
+    kernel: str,
+    activation: str,
+    bits: int,
+    group_size: int,
+    rows: int,
+    k: int,
+    qweight: Shape,
+    scale: Shape,
+    stacked: bool,
+) -> None:
+    layout = parse_kernel(kernel).template.layout
+    activation_entry(activation)
+    wanted = layout.shapes(bits, group_size, rows, k)
+    stack = qweight[:1] if stacked else ()
+    if (qweight, scale) != ((*stack, *wanted[0]), (*stack, *wanted[1])):
+        raise RuntimeError(
+            f"qweight and scale have the shapes {tuple(qweight)} and {tuple(scale)}; {kernel} "
+            f"reads {wanted[0]} and {wanted[1]} for {bits} bits, groups of {group_size}, {rows} "
+            f"rows and K={k}" + (", of each expert" if stacked else "")
+        )
+
+
+def _check_routed(
+    x: Tensor,
+    name: str,
+    columns: int,
+    qweight: Tensor,
+    offsets: Tensor | None,
+    ids: Tensor | None,
+    holds: Holds,
+) -> None:
+    if x.dim() != 2:
+        raise RuntimeError(f"{name} has {x.dim()} dimensions; experts take [rows, {columns}]")
+    if not holds(x.shape[1] == columns):
+        kind = "K" if name == "x" else "rows"
+        raise RuntimeError(f"{name} has {x.shape[1]} columns; the weight has {kind}={columns}")
+    _check_beside(x, qweight, "weight")
+    routing = offsets if ids is None else ids
+    if routing is None or (offsets is not None and ids is not None):
+        raise RuntimeError("rows are told their experts by offsets or by ids, by one of the two")
+    if routing.dim() != 1:
+        raise RuntimeError(f"routing has {routing.dim()} dimensions; it has 1")
+    if routing.dtype not in (torch.int32, torch.int64):
+        raise RuntimeError(f"routing is {routing.dtype}; it must be int32 or int64")
+    _check_beside(routing, qweight, "weight")
+    if ids is None and not holds(routing.shape[0] == qweight.shape[0]):
+        raise RuntimeError(f"{routing.shape[0]} offsets for {qweight.shape[0]} experts")
+    if ids is not None and not holds(ids.shape[0] == x.shape[0]):
+        raise RuntimeError(f"{ids.shape[0]} ids for {x.shape[0]} rows of {name}")
+
+
+def _check_values(values: Tensor, shape: Shape, x: Tensor, name: str) -> None:
+    """What is added has exactly this shape, and x's type: kernels neither broadcast nor cast."""
+    if values.shape != shape or values.dtype != x.dtype:
+        raise RuntimeError(
+            f"{name} has the shape {tuple(values.shape)} and is {values.dtype}; x of shape "
+            f"{tuple(x.shape)} takes one of {shape} that is {x.dtype}"
+        )
+    _check_beside(values, x, "x")
+
+
+def _check_beside(tensor: Tensor, other: Tensor, name: str) -> None:
+    if tensor.get_device() != other.get_device():
+        raise RuntimeError(
+            f"expected all tensors to be on one device, but found {tensor.device}, and the {name} "
+            f"on {other.device}"
+        )
