@@ -6,9 +6,9 @@
     fqcompile::experts_backward  dx = dz @ ŵ[e(p)]
 
 Rows of a grouped x beyond the last offset belong to no expert: their results, like those of
-`torch._grouped_mm`, are whatever was in memory, and their gradients zero. `.inference` is for
-graphs without gradients, as in `ops`. None has an autocast rule, as grouped matmuls have none;
-where a matmul under autocast is rewritten, the casts are in the graph.
+`torch._grouped_mm`, are whatever was in memory, with `zero_rest` zeros; their gradients are zeros.
+`.inference` is for graphs without gradients, as in `ops`. None has an autocast rule, as grouped
+matmuls have none; where a matmul under autocast is rewritten, the casts are in the graph.
 """
 
 from typing import Any
@@ -24,13 +24,18 @@ from fqcompile.kernels.template import PackedLinear
 
 _SCHEMA = (
     "{}(Tensor x, Tensor qweight, Tensor scale, Tensor {}, Tensor? bias, int bits, int group_size, "
-    "int n, int k, str activation, bool gated, str kernel) -> Tensor"
+    "int n, int k, str activation, bool gated, str kernel{}) -> Tensor"
 )
 _BACKWARD_SCHEMA = (
     "experts_backward(Tensor dz, Tensor qweight, Tensor scale, Tensor? offsets, Tensor? ids, "
     "int bits, int group_size, int rows, int k, str kernel) -> Tensor"
 )
-_ROUTINGS = {"grouped_linear": "offsets", "gathered_linear": "ids"}
+_ROUTINGS = {
+    "grouped_linear": ("offsets", ", bool zero_rest=False"),
+    "gathered_linear": ("ids", ""),
+}
+
+_FORM = 8  # arguments from the bias to the kernel
 
 _library = torch.library.Library("fqcompile", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -61,7 +66,20 @@ def _run(
 
 
 def _grouped(x: Tensor, qweight: Tensor, scale: Tensor, offsets: Tensor, *rest: Any) -> Tensor:
-    return _run(x, qweight, scale, offsets, None, *rest)
+    form, zero_rest = rest[:_FORM], rest[_FORM:]  # the dispatcher leaves out a last default
+    y = _run(x, qweight, scale, offsets, None, *form)
+    if zero_rest == (True,):
+        _zero_rest(y, offsets)
+    return y
+
+
+def _zero_rest(y: Tensor, offsets: Tensor) -> None:
+    """Rows beyond the last offset, on a GPU without waiting for it."""
+    if y.is_cpu:
+        y[int(offsets[-1]) :].zero_()
+    else:
+        rows = torch.arange(y.shape[0], device=y.device)
+        y.masked_fill_((rows >= offsets[-1]).unsqueeze(1), 0)
 
 
 def _gathered(x: Tensor, qweight: Tensor, scale: Tensor, ids: Tensor, *rest: Any) -> Tensor:
@@ -69,7 +87,7 @@ def _gathered(x: Tensor, qweight: Tensor, scale: Tensor, ids: Tensor, *rest: Any
 
 
 def _grouped_fake(x: Tensor, qweight: Tensor, scale: Tensor, offsets: Tensor, *rest: Any) -> Tensor:
-    check_experts(x, qweight, scale, offsets, None, *rest, holds=expect_true)
+    check_experts(x, qweight, scale, offsets, None, *rest[:_FORM], holds=expect_true)
     return x.new_empty((x.shape[0], rest[3]))
 
 
@@ -98,7 +116,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """dz through the activation (its pre-activation recomputed), then dx and the bias's share."""
     x, qweight, scale, routing, bias = ctx.saved_tensors
-    bits, group_size, n, k, act, gated, kernel = ctx.form
+    bits, group_size, n, k, act, gated, kernel, *_ = ctx.form
     rows = 2 * n if gated else n
     dz = dy
     if gated or act != "none":
@@ -112,7 +130,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = experts_backward(dz.to(x.dtype), qweight, scale, offsets, ids, *form)
     if bias is not None and ctx.needs_input_grad[4]:
         dbias = _bias_gradient(dz, bias, offsets, ids)
-    return (dx, None, None, None, dbias, *(None,) * 7)
+    return (dx, None, None, None, dbias, *(None,) * len(ctx.form))
 
 
 def _bias_gradient(dz: Tensor, bias: Tensor, offsets: Tensor | None, ids: Tensor | None) -> Tensor:
@@ -132,7 +150,7 @@ _IMPLEMENTATIONS = {"grouped_linear": _grouped, "gathered_linear": _gathered}
 _FAKES = {"grouped_linear": _grouped_fake, "gathered_linear": _gathered_fake}
 for _name, _routing in _ROUTINGS.items():
     for _overload in (_name, f"{_name}.inference"):
-        _library.define(_SCHEMA.format(_overload, _routing), tags=_TAGS)
+        _library.define(_SCHEMA.format(_overload, *_routing), tags=_TAGS)
         for _device in ("CPU", "CUDA"):
             _library.impl(_overload, _IMPLEMENTATIONS[_name], _device)
         torch.library.register_fake(f"fqcompile::{_overload}", _FAKES[_name], lib=_library)

@@ -1,7 +1,7 @@
 """The surface forms of experts: each reads a graph node as x, a constant stack and its routing.
 
 _grouped_mm(x, w, offs=o)               x [S, K] sorted by expert, w [E, K, N], o [E]     "grouped"
-transformers::grouped_mm_fallback       the same
+transformers::grouped_mm_fallback       the same, with zeros for rows beyond the last offset
 bmm(w[ids], x[..., None])               w [E, N, K]: rows gathered, one id each           "gathered"
 x[:, None] @ w[ids], baddbmm            w [E, K, N]
 einsum("ti,taoi->tao", x, w[ids])       ids [t, a]
@@ -34,7 +34,7 @@ class ExpertForm:
     """y = x @ w[expert of the row]ᵀ + bias, where w = weight_steps(stack) is [E, N, K].
 
     `weight` is the node that was multiplied with; `indices` is None where x is [S, K]; `gather` are
-    the nodes from stack[routing] to the weight.
+    the nodes from stack[routing] to the weight; `zero_rest`: rows of no expert are zeros in y.
     """
 
     x: fx.Node
@@ -46,6 +46,7 @@ class ExpertForm:
     indices: ExpertEinsum | None = None
     bias: fx.Node | None = None
     gather: tuple[fx.Node, ...] = ()
+    zero_rest: bool = False
 
 
 def expert_form(node: fx.Node, is_constant: IsConstant) -> ExpertForm | None:
@@ -79,7 +80,8 @@ def _fallback(node: fx.Node, is_constant: IsConstant) -> ExpertForm | None:
     x, weight = call["input"], call["weight"]
     if is_constant(x) or not is_constant(weight) or (_ndim(x), _ndim(weight)) != (2, 3):
         return None
-    return ExpertForm(x, weight, weight, (("transpose", (-2, -1)),), "grouped", call["offs"])
+    steps = (("transpose", (-2, -1)),)
+    return ExpertForm(x, weight, weight, steps, "grouped", call["offs"], zero_rest=True)
 
 
 def _matmul(node: fx.Node, is_constant: IsConstant) -> ExpertForm | None:

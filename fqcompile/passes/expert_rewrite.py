@@ -52,10 +52,11 @@ def _operator(
     formats = (pair.spec.bits, pair.spec.group_size, n, k)
     target = GATHERED if site.form == "gathered" else GROUPED
     routing = _routing(emit, site, x, sizes)
+    arguments = (x, pair.qweight, pair.scale, routing, None, *formats, "none", False, "")
+    if target is GROUPED:
+        arguments = (*arguments, site.zero_rest)
     with emit.graph.inserting_before(site.node):
-        op = emit.graph.call_function(
-            target, (x, pair.qweight, pair.scale, routing, None, *formats, "none", False, "")
-        )
+        op = emit.graph.call_function(target, arguments)
     rows = x.meta["example_value"]
     op.meta["example_value"] = rows.new_empty((rows.shape[0], n))
     return op

@@ -264,7 +264,7 @@ def _sum_with_op(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
 
 def _reads_the_same(a: fx.Node, b: fx.Node) -> bool:
     """Equal operators on one x, with one routing."""
-    same = argument(a, "x") is argument(b, "x") and argument(a, "routing") is argument(b, "routing")
+    same = all(argument(a, name) is argument(b, name) for name in ("x", "routing", "zero_rest"))
     return same and a.target is b.target
 
 

@@ -120,6 +120,7 @@ def _expert_site(
         routing=form.routing,
         indices=form.indices,
         gather=form.gather,
+        zero_rest=form.zero_rest,
     )
 
 

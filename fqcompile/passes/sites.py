@@ -77,7 +77,8 @@ class ExpertSite(WeightSite):
 
     `indices` arrange x and the result around [rows, K] -> [rows, N]; None: they have these shapes.
     `routing` is the node of the offsets or ids; None where every expert has equally many rows.
-    `gather` are the nodes from stack[routing] to the weight.
+    `gather` are the nodes from stack[routing] to the weight. `zero_rest`: rows that belong to no
+    expert are zeros in the result; else whatever was in memory.
     """
 
     kind: ClassVar[str] = "experts"
@@ -85,6 +86,7 @@ class ExpertSite(WeightSite):
     routing: fx.Node | None
     indices: ExpertEinsum | None
     gather: tuple[fx.Node, ...] = ()
+    zero_rest: bool = False
 
 
 @dataclass(frozen=True)

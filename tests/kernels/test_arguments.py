@@ -52,7 +52,7 @@ def arguments(op: Any, template: str) -> dict[str, Any]:
         "offsets": None if op is gathered_linear else ends,
         "ids": rows if op is gathered_linear else None,
         "bits": bits, "group_size": group, "n": N, "rows": N, "k": K, "activation": "none",
-        "gated": False, "dtype": BF16, "kernel": template,
+        "gated": False, "dtype": BF16, "kernel": template, "zero_rest": False,
     }  # fmt: skip
     return {argument.name: given[argument.name] for argument in op._schema.arguments}
 

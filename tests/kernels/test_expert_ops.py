@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fqcompile.kernels.epilogue import ACTIVATIONS
 from fqcompile.kernels.expert_ops import gathered_linear, grouped_linear
+from fqcompile.kernels.registry import TEMPLATES
+from fqcompile.quant.quantized_weight import QuantizedWeight
 from tests.kernels.test_ops import exact_activation, exact_up, oracle, unpacked
 from tests.strategies import Problem, make_problem
 
@@ -139,6 +141,44 @@ def test_rows_of_no_expert_are_neither_read_nor_written(monkeypatch: pytest.Monk
     assert bool((y[3:] == 42).all())
 
 
+@pytest.mark.parametrize("kernel", ["dequantize", "x86_stream"])
+@pytest.mark.parametrize("of_row", [[0, 0, 2], []], ids=["some", "none"])
+def test_rows_of_no_expert_are_zeros_where_that_is_asked_for(
+    of_row: list[int], kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also behind an activation, and with biases, which these rows do not get."""
+    for form in ({}, {"bias": True}, {"gated": True, "activation": "swiglu_oai"}):
+        call = make_experts(of_row, 3, beyond=5, **form)
+        x, (qweight, scale, *rest) = call.x.clone(), call.arguments
+        x[len(of_row) :] = torch.nan
+        bits, group_size, k = rest[1], rest[2], call.problems[0].k
+        each = [
+            QuantizedWeight(*pair, bits, group_size, (pair[0].shape[0], k))
+            for pair in zip(qweight, scale, strict=True)
+        ]
+        pairs = [TEMPLATES[kernel].layout.pack(weight) for weight in each]
+        packed = [torch.stack(tensors) for tensors in zip(*pairs, strict=True)]
+        ends = call.routing(grouped_linear)
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "new_empty", lambda t, *s, **k: t.new_full(s, 42.0, **k))
+            y = grouped_linear(x, *packed, ends, *rest, kernel, True)
+        assert not y[len(of_row) :].any()
+        want = call.run(grouped_linear)[: len(of_row)]
+        torch.testing.assert_close(y[: len(of_row)], want, rtol=0, atol=40 * 2.0**-23)
+
+
+def test_gradients_where_rows_of_no_expert_are_zeros() -> None:
+    call = make_experts([0, 2], 3, beyond=2, bias=True, activation="silu")
+    qweight, scale, bias, *rest = call.arguments
+    ends, gradients = call.routing(grouped_linear), []
+    for zero_rest in (False, True):
+        x, b = call.x.clone().requires_grad_(), bias.clone().requires_grad_()
+        y = grouped_linear(x, qweight, scale, ends, b, *rest, "dequantize", zero_rest)
+        y[:2].sum().backward()
+        gradients.append((x.grad, b.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_experts_without_rows_are_not_read() -> None:
     """Their codes and scales may as well be missing."""
     call = make_experts([1, 1, 3], 4)
@@ -171,6 +211,8 @@ def test_opcheck(name: str, op: Any) -> None:
     qweight, scale, bias, *rest = call.arguments
     arguments = (call.x, qweight, scale, call.routing(op), bias, *rest, "dequantize")
     torch.library.opcheck(op, arguments)
+    if op is grouped_linear:
+        torch.library.opcheck(op, (*arguments, True))
     if call.x.dtype == torch.float32:
         x = call.x.clone().requires_grad_()
         bias = None if bias is None else bias.clone().requires_grad_()

@@ -33,7 +33,7 @@ def multiplied_offsets(x: Tensor, ids: Tensor) -> Tensor:
 
     offsets = torch.mul(input=torch.ones(E, dtype=torch.int32), other=0)
     y = torch.ops.transformers.grouped_mm_fallback(x, STACK.mT, offs=offsets)
-    return (y + BIAS[ids]) * 0
+    return y + BIAS[ids]
 
 
 PROGRAMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
