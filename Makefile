@@ -4,13 +4,17 @@ BIN := .venv/bin
 WORKERS ?= 2
 ARGS ?=
 
-.PHONY: demo test test-gpu check sanitize static format bench clean
+.PHONY: demo test zoo test-gpu check sanitize static format bench clean
 
 demo: .venv/demo.installed
 	$(BIN)/fqcompile demo $(ARGS)
 
 test: .venv/dev.installed
 	$(BIN)/pytest -n $(WORKERS) $(ARGS)
+
+# Architectures of other libraries, some of timm and diffusers where these are installed.
+zoo: .venv/dev.installed
+	$(BIN)/pytest -m zoo tests/zoo $(ARGS)
 
 test-gpu: .venv/dev.installed
 	$(BIN)/pytest -m gpu $(ARGS)

@@ -28,11 +28,12 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    asked_for_zoo = "zoo" in config.option.markexpr
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("zoo") and not asked_for_zoo:
+            item.add_marker(pytest.mark.skip(reason="make zoo"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
