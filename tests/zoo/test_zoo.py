@@ -103,30 +103,34 @@ def _is_true(trial: Trial, name: str, reason: str) -> bool:
 
 
 def test_something_is_quantized(trial: Trial) -> None:
+    if not trial.linears:
+        pytest.skip("no linear layer that is large enough")
     names = [site.name for site in trial.plan.quantized]
     assert names, trial.plan.kept_lines()
 
 
 def test_packed_model_is_its_restored_self(trial: Trial) -> None:
     packed, plan = trial.packed
-    assert plan.quantized
+    assert plan.quantized or not trial.linears
     dense = fqcompile.restore(copy.deepcopy(packed))
     _assert_all_close(trial, trial.outputs(packed), trial.outputs(dense))
 
 
 def test_packing_does_what_the_plan_says(trial: Trial) -> None:
-    """Of weights that both look at: the same status, and the same bits."""
+    """Of weights that both look at: the same kind, status and bits, but it may pack fewer forms."""
     unlike = {}
     for site in trial.packed[1].sites:
         rows = trial.by_weight.get(id(trial.parameters[site.name]), [])
         planned = {_outcome(row) for row in rows if not _unread(row)}
-        if planned and planned != {_outcome(site)}:
-            unlike[site.name] = (_outcome(site), site.reason), planned, [r.reason for r in rows]
+        alike = not planned or _outcome(site) in planned
+        other_form = site.status == "kept" and site.name not in trial.linears
+        if not alike and not (other_form and {row.kind for row in rows} == {site.kind}):
+            unlike[site.name] = _outcome(site), site.reason, planned, {r.reason for r in rows}
     assert not unlike
 
 
-def _outcome(site: Site) -> tuple[str, int | None]:
-    return site.status, site.bits
+def _outcome(site: Site) -> tuple[str, str, int | None]:
+    return site.kind, site.status, site.bits
 
 
 def _unread(site: Site) -> bool:
