@@ -85,10 +85,8 @@ def _merged(sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _input(value: Any, batch: int, dtype: torch.dtype) -> Any:
-    if isinstance(value, dict):
-        return dict(value)
     if not isinstance(value, list):
-        return torch.tensor(value)
+        return value
     kind, *shape = value
     sizes = [batch if dim == "batch" else dim for dim in shape]
     if kind == "ids":

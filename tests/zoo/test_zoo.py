@@ -1,6 +1,7 @@
 """Architectures that nobody made for us: compiled, packed and explained alike, and right."""
 
 import copy
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -73,7 +74,7 @@ def test_reports_say_what_explain_said(trial: Trial) -> None:
     def facts(sites: list[Site]) -> set[tuple[object, ...]]:
         return {(s.name, s.kind, s.shape, s.status, s.bits, s.group_size, s.reason) for s in sites}
 
-    met = [site for site in trial.plan.sites if not _unread(site)]
+    met = [site for site in trial.plan.sites if not (site.reason or "").startswith(UNREAD[0])]
     assert facts(trial.compiled[2]) == facts(met)
 
 
@@ -81,6 +82,12 @@ def test_names_are_those_of_parameters(trial: Trial) -> None:
     rows = [*trial.plan.sites, *trial.compiled[2], *trial.packed[1].sites]
     unknown = {site.name for site in rows if not set(trial.sources(site)) <= set(trial.named)}
     assert not unknown
+
+
+def test_only_stacks_of_experts_are_called_experts(trial: Trial) -> None:
+    """Not tables of positions [1, tokens, width] or of relative ones, which nothing multiplies."""
+    kept = [site for site in (*trial.plan.kept, *trial.packed[1].kept) if site.kind == "experts"]
+    assert not {site.name for site in kept if not re.search("expert|_linear", site.name)}
 
 
 def test_every_linear_is_quantized_or_has_a_true_reason(trial: Trial) -> None:
@@ -117,11 +124,12 @@ def test_packed_model_is_its_restored_self(trial: Trial) -> None:
 
 
 def test_packing_does_what_the_plan_says(trial: Trial) -> None:
-    """Of weights that both look at: the same kind, status and bits, but it may pack fewer forms."""
+    """Kinds, bits, and what stays on purpose are one; each way may know forms of its own."""
     unlike = {}
     for site in trial.packed[1].sites:
         rows = trial.by_weight.get(id(trial.parameters[site.name]), [])
-        planned = {_outcome(row) for row in rows if not _unread(row)}
+        rows = [row for row in rows if not (row.reason or "").startswith((*UNREAD, "read by"))]
+        planned = {_outcome(row) for row in rows}
         alike = not planned or _outcome(site) in planned
         other_form = site.status == "kept" and site.name not in trial.linears
         if not alike and not (other_form and {row.kind for row in rows} == {site.kind}):
@@ -131,7 +139,3 @@ def test_packing_does_what_the_plan_says(trial: Trial) -> None:
 
 def _outcome(site: Site) -> tuple[str, str, int | None]:
     return site.kind, site.status, site.bits
-
-
-def _unread(site: Site) -> bool:
-    return (site.reason or "").startswith(UNREAD)

@@ -18,7 +18,9 @@ from fqcompile.report import Plan, Site
 from tests.zoo.architecture import Architecture, tensors
 
 OPTIONS: dict[str, Any] = {"min_elements": 256}  # the smallest router that is here
-UNREAD = "no captured graph reads it"
+# Why a weight stays as far as a plan knows, where no linear layer of the call multiplies by it.
+UNREAD = ("no captured graph reads it", "embedding table")
+_NO_READERS = ("__get__", "dim", "size", "numel", "embedding")
 _INDEX = re.compile(r"\[\d+\]$")
 
 
@@ -52,7 +54,7 @@ class Trial:
 
     @cached_property
     def read(self) -> set[str]:
-        """Parameters that some call of PyTorch reads when the model runs eagerly."""
+        """Parameters that some call but an embedding's reads when the model runs eagerly."""
         with _Readers() as seen:
             self.outputs(self.model)
         return {name for name, weight in self.parameters.items() if id(weight) in seen.ids}
@@ -142,7 +144,7 @@ class _Readers(TorchFunctionMode):
         self.ids: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") not in ("__get__", "dim", "size", "numel"):
+        if getattr(func, "__name__", "") not in _NO_READERS:
             self.ids.update(map(id, _flat((args, kwargs or {}))))
         return func(*args, **(kwargs or {}))
 
