@@ -4,7 +4,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from fqcompile.engines.check import check
+from fqcompile.engines.check import DEVICES, check
 from fqcompile.engines.findings import findings_table
 from fqcompile.engines.matching import ENGINES
 from fqcompile.errors import CheckpointError
@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The checkpoint, and how it is to be served."""
     parser.add_argument("checkpoint", help="directory with config.json and safetensors files")
     parser.add_argument("--engine", choices=ENGINES, default="vllm")
+    parser.add_argument("--device", choices=DEVICES, default="cuda", help="that the engine runs on")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallelism")
     parser.add_argument(
         "--ep", type=int, default=1, metavar="N", help="expert parallelism: experts stay whole"
@@ -22,12 +23,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    found = check(arguments.checkpoint, arguments.engine, tp=arguments.tp, ep=arguments.ep)
+    found = check(
+        arguments.checkpoint,
+        arguments.engine,
+        tp=arguments.tp,
+        ep=arguments.ep,
+        device=arguments.device,
+    )
     if arguments.json:
         print(json.dumps([asdict(finding) for finding in found], indent=2))
     else:
         print(findings_table(found) if found else f"{arguments.engine}: nothing found")
-    bad = sum(finding.effect != "slow" for finding in found)
+    bad = sum(not finding.loads for finding in found)
     if bad:
         raise CheckpointError(
             f"{arguments.engine} would not load {arguments.checkpoint} as it was meant: "

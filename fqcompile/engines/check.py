@@ -9,13 +9,16 @@ from typing import Any
 from fqcompile.checkpoint.safetensors_file import TensorPlace, read_tensor
 from fqcompile.checkpoint.source import read_config, read_tensors
 from fqcompile.engines.checkpoint_rules import checkpoint_rules
+from fqcompile.engines.cpu_rules import cpu_rules
 from fqcompile.engines.expert_rules import expert_rules
 from fqcompile.engines.findings import Finding, Subject, merged
-from fqcompile.engines.layer_rules import layer_rules
+from fqcompile.engines.layer_rules import engine_layers, layer_rules
 from fqcompile.engines.layers import Layer, find_layers
 from fqcompile.engines.matching import ENGINES, configured_scheme
 from fqcompile.engines.quantization_config import QuantizationConfig, parse_quantization_config
 from fqcompile.errors import CheckpointError, OptionError
+
+DEVICES = ("cuda", "cpu")
 
 
 def check(
@@ -24,6 +27,7 @@ def check(
     *,
     tp: int = 1,
     ep: int = 1,
+    device: str = "cuda",
 ) -> list[Finding]:
     """Look at a compressed-tensors checkpoint as an engine would, reading its config and headers.
 
@@ -31,6 +35,7 @@ def check(
         checkpoint: a local directory.
         engine: "vllm", "sglang" or "transformers".
         tp: degree of tensor parallelism. ep: of expert parallelism, whose experts are not split.
+        device: "cuda", or "cpu" for vLLM on one.
 
     Returns:
         One finding per layer (or fused layer, or stack of experts) and rule that it breaks, each
@@ -38,7 +43,7 @@ def check(
 
     Raises:
         CheckpointError: it is no such checkpoint, or is damaged; file and key are named.
-        OptionError: the engine is unknown, or a degree is no positive int.
+        OptionError: the engine or device is unknown, or a degree is no positive int.
     """
     directory = Path(checkpoint)
     path = directory / "config.json"
@@ -47,7 +52,7 @@ def check(
     if not isinstance(config.get("quantization_config"), Mapping):
         raise CheckpointError(f"{path} has no quantization_config: it is not quantised")
     layers = read_layers(tensors)
-    return find_problems(config, layers, engine, tp=tp, ep=ep, where=str(path))
+    return find_problems(config, layers, engine, tp=tp, ep=ep, device=device, where=str(path))
 
 
 def find_problems(
@@ -57,11 +62,15 @@ def find_problems(
     *,
     tp: int = 1,
     ep: int = 1,
+    device: str = "cuda",
     where: str = "config.json",
 ) -> list[Finding]:
     """The same for a config and layers that are in no file yet."""
     if engine not in ENGINES:
         raise OptionError(f"engine is {engine!r}; allowed: {', '.join(ENGINES)}")
+    if device not in DEVICES or (device == "cpu" and engine == "sglang"):
+        known = DEVICES[:1] if engine == "sglang" else DEVICES
+        raise OptionError(f"device is {device!r}; allowed for {engine}: {', '.join(known)}")
     for name, degree in (("tp", tp), ("ep", ep)):
         if type(degree) is not int or degree < 1:
             raise OptionError(f"{name} is {degree!r}; allowed: an int >= 1")
@@ -73,8 +82,16 @@ def find_problems(
         tied=_is_tied(config),
         tp=tp,
         ep=ep,
+        device=device,
     )
-    return merged([*checkpoint_rules(subject), *layer_rules(subject), *expert_rules(subject)])
+    return merged(
+        [
+            *checkpoint_rules(subject),
+            *layer_rules(subject),
+            *expert_rules(subject),
+            *cpu_rules(subject, engine_layers(subject)),
+        ]
+    )
 
 
 def read_layers(tensors: Mapping[str, TensorPlace]) -> list[Layer]:

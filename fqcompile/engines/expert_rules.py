@@ -1,6 +1,8 @@
 """Rules on stacks of experts, which engines hold as two tensors for all experts of a layer."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 
 from fqcompile.engines.findings import Finding, Subject
 from fqcompile.engines.layer_rules import tp_finding
@@ -10,6 +12,9 @@ from fqcompile.engines.module_names import is_split_along_k, stack_of
 from fqcompile.engines.quantization_config import Group
 from fqcompile.engines.scheme import Scheme
 
+# transformers 5.23 loaded 12 of 12 exports beside compressed-tensors 0.20, and 8 beside 0.17, which
+# vLLM 0.33 pins: the experts of Qwen3-MoE are not known there.
+EXPERTS_NEED = (0, 20)
 _TILE = 128
 # The names that vLLM and SGLang look up, whatever those in the checkpoint.
 _LOOKED_UP = ("gate_proj", "up_proj", "down_proj")
@@ -97,13 +102,13 @@ def _split(subject: Subject, stack: str, layers: Sequence[Layer]) -> Iterator[Fi
         k, rest = divmod(layer.k, tp)
         if rest or k % (scheme.group_size or scheme.codes_per_word):
             yield tp_finding(subject, stack, layer.k, scheme.group_size, experts=True)
-        elif scheme.group_size is None and tp == 1 and layer.k % 64:
+        elif subject.has_gpu_kernels and scheme.group_size is None and tp == 1 and layer.k % 64:
             yield subject.finding(
                 "experts-channel", "refused", [stack],
                 f"one scale per channel runs on one kernel alone, which needs K = {layer.k} to be "
                 "a multiple of 64", "repeat the scales to group 32",
             )  # fmt: skip
-    if any(layer.k % _TILE for layer in across[:1]):
+    if subject.has_gpu_kernels and any(layer.k % _TILE for layer in across[:1]):
         yield subject.finding(
             "experts-tile", "slow", [stack],
             f"a hidden size of {across[0].k} is no multiple of {_TILE}: the fastest kernel for "
@@ -123,6 +128,14 @@ def _transformers(subject: Subject, stacks: Mapping[str, Sequence[Layer]]) -> It
             "ones", "quantise the experts of every layer, or export to --profile serve",
         )  # fmt: skip
         return
+    installed = _installed()
+    if installed is None or installed < EXPERTS_NEED:
+        floor, here = (".".join(map(str, v)) if v else "none" for v in (EXPERTS_NEED, installed))
+        yield subject.finding(
+            "experts-version", "needs", list(stacks),
+            f"packed experts load with compressed-tensors {floor} or later; {here} is installed "
+            "here (vLLM pins 0.17)", f"pip install 'compressed-tensors>={floor}'",
+        )  # fmt: skip
     taken = _experts_group(subject.config.groups).scheme
     for stack, layers in stacks.items():
         other = next((s for s in _schemes(layers) if s is not None and s != taken), None)
@@ -139,6 +152,14 @@ def _transformers(subject: Subject, stacks: Mapping[str, Sequence[Layer]]) -> It
                 "give the experts of all layers one scheme, in a group of their own whose target "
                 "is a regular expression with 'experts' (--profile portable)",
             )  # fmt: skip
+
+
+def _installed() -> tuple[int, ...] | None:
+    """Of compressed-tensors, on this machine, which need not be the one that serves."""
+    try:
+        return tuple(map(int, re.findall(r"\d+", version("compressed-tensors"))[:2]))
+    except PackageNotFoundError:
+        return None
 
 
 def _experts_group(groups: Sequence[Group]) -> Group:

@@ -9,8 +9,9 @@ from tabulate import tabulate
 from fqcompile.engines.layers import Layer
 from fqcompile.engines.quantization_config import QuantizationConfig
 
-# The engine stops; or loads it and computes something else; or does not use its fastest kernels.
-Effect = Literal["refused", "wrong", "slow"]
+# The engine stops; or loads it and computes something else; or does not use its fastest kernels; or
+# loads it beside versions that are not installed here.
+Effect = Literal["refused", "wrong", "slow", "needs"]
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,21 @@ class Finding:
         more = f" and {len(self.layers) - 2} more" if len(self.layers) > 3 else ""
         return ", ".join(self.layers[: 2 if more else 3]) + more
 
+    @property
+    def loads(self) -> bool:
+        """Whether the engine computes what is meant nevertheless."""
+        return self.effect in ("slow", "needs")
+
     def __str__(self) -> str:
         return f"{self.engine} {self.effect}: {self.where}: {self.problem}; {self.remedy}"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What the rules look at; `tied`: the config ties the head to the embedding."""
+    """What the rules look at; `tied`: the config ties the head to the embedding.
+
+    `device` is "cuda" or "cpu": what the engine runs on.
+    """
 
     engine: str
     config: QuantizationConfig
@@ -44,6 +53,12 @@ class Subject:
     tied: bool = False
     tp: int = 1
     ep: int = 1
+    device: str = "cuda"
+
+    @property
+    def has_gpu_kernels(self) -> bool:
+        """Whether the layers meet kernels for packed weights on a GPU: transformers has none."""
+        return self.engine != "transformers" and self.device != "cpu"
 
     @property
     def packed(self) -> list[Layer]:

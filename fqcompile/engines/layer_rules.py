@@ -27,13 +27,13 @@ def layer_rules(subject: Subject) -> Iterator[Finding]:
         yield from _format(subject, layer)
         yield from _place(subject, layer)
         yield from _shards(subject, layer)
-    for name, parts in _engine_layers(subject).items():
+    for name, parts in engine_layers(subject).items():
         found = _fused(subject, parts) or _matched(subject, name, parts)
         if found is not None:
             yield found
 
 
-def _engine_layers(subject: Subject) -> dict[str, list[Layer]]:
+def engine_layers(subject: Subject) -> dict[str, list[Layer]]:
     """The linear layers as the engine has them, with their parts; experts are not among them."""
     linears = [layer for layer in subject.layers if stack_of(layer.name) is None]
     names = {layer.name for layer in linears}
@@ -57,7 +57,7 @@ def _format(subject: Subject, layer: Layer) -> Iterator[Finding]:
             "group-divides-k", "refused", [layer.name], f"K = {layer.k} is no multiple of {size}",
             f"repeat the scales to a group size that divides {layer.k}",
         )  # fmt: skip
-    if size is not None and size not in GROUP_SIZES and subject.engine != "transformers":
+    if size is not None and size not in GROUP_SIZES and subject.has_gpu_kernels:
         yield subject.finding(
             "group-size", "refused", [layer.name],
             f"group {size} has no kernel: they take {', '.join(map(str, GROUP_SIZES))} or channel",
@@ -117,7 +117,7 @@ def _shards(subject: Subject, layer: Layer) -> Iterator[Finding]:
             f"K = {k} is no multiple of {scheme.codes_per_word}, the codes in a word",
             "leave the layer dense",
         )  # fmt: skip
-    elif k % _TILE_K or n % _TILE_N:
+    elif subject.has_gpu_kernels and (k % _TILE_K or n % _TILE_N):
         yield subject.finding(
             "tile", "slow", [layer.name],
             f"{n} x {k} on each device is filled up to multiples of {_TILE_N} x {_TILE_K}",

@@ -4,12 +4,14 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fqcompile.checkpoint.versions import versions
+from fqcompile.engines.expert_rules import EXPERTS_NEED
 from fqcompile.engines.module_names import stack_of
 from fqcompile.engines.quantization_config import FORMAT, METHOD
 from fqcompile.engines.scheme import Scheme
 from fqcompile.exports.targets import target_patterns
 
-_VERSION = "0.20.0"  # of the format: that of the library whose source was followed
+# The library's that reads it in transformers: of experts and of all else.
+_EXPERTS_VERSION, _VERSION = ".".join(map(str, (*EXPERTS_NEED, 0))), "0.17.0"
 
 
 def quantization_config(
@@ -37,7 +39,7 @@ def quantization_config(
         "quant_method": METHOD,
         "format": FORMAT,
         "quantization_status": "compressed",
-        "version": _VERSION,
+        "version": _EXPERTS_VERSION if any(map(stack_of, schemes)) else _VERSION,
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "config_groups": groups,

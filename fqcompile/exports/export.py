@@ -149,7 +149,7 @@ def _check_loads(
         finding
         for engine in PROFILES[request.profile]
         for finding in find_problems(config, found, engine, tp=request.tp)
-        if finding.effect != "slow"
+        if not finding.loads
     ]
     if problems:
         lines = [*map(str, problems), *plan.kept_lines()]

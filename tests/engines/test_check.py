@@ -6,12 +6,15 @@ seen there; the cases are those failures, and checkpoints that load.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import fqcompile
+from fqcompile.cli import main
+from fqcompile.engines import expert_rules
 from fqcompile.engines.check import find_problems
 from fqcompile.engines.layers import Layer
 from fqcompile.engines.scheme import Scheme
@@ -358,3 +361,79 @@ def test_a_dense_checkpoint_is_refused(tmp_path: Path) -> None:
     write(tmp_path, {"architectures": ["LlamaForCausalLM"]}, dense_model(None))
     with pytest.raises(CheckpointError, match="has no quantization_config"):
         fqcompile.check(tmp_path)
+
+
+def on_cpu(layers: list[Layer], **how: Any) -> dict[str, tuple[str, frozenset[str]]]:
+    """What vLLM on a CPU would not load, by rule."""
+    scheme = next(layer.scheme for layer in layers if layer.scheme)
+    content = config((["Linear"], scheme), ignore=["lm_head", ROUTERS])
+    found = find_problems(content, layers, "vllm", device="cpu", **how)
+    assert not [f for f in found if f.effect == "slow"], "kernels of GPUs are none of its"
+    return {f.rule: (f.effect, frozenset(f.layers)) for f in found}
+
+
+def test_what_vllm_runs_on_a_cpu() -> None:
+    """4 bits in any even groups; N and K of what it fuses in multiples of 32."""
+    assert on_cpu(dense_model()) == {}
+    assert on_cpu(dense_model(Scheme(4, None))) == {}
+    assert on_cpu(dense_model(Scheme(4, 128, False))) == {}
+    assert on_cpu([replace(x, k=544) for x in dense_model(Scheme(4, 34))]) == {}
+    narrow = [
+        replace(x, n=48) if x.name.endswith(("q_proj", "k_proj")) else x for x in dense_model()
+    ]
+    assert on_cpu(narrow) == {}  # 48 + 48 + 512
+    names = frozenset(x.name for x in dense_model(INT8) if x.scheme)
+    assert on_cpu(dense_model(INT8)) == {"cpu-bits": ("refused", names)}
+    found = on_cpu([replace(x, n=520) if x.name.endswith("o_proj") else x for x in dense_model()])
+    ((effect, layers),) = (found[rule] for rule in found)
+    assert found.keys() == {"cpu-shape"} and effect == "refused"
+    assert all(name.endswith("o_proj") for name in layers) and len(layers) == 3
+    odd = [replace(x, k=495) for x in dense_model(Scheme(4, 33))]
+    assert "cpu-group-size" in on_cpu(odd)
+
+
+@pytest.mark.parametrize(
+    ("experts", "problem"), [(INT4, "x86 CPUs with AMX"), (INT8, "int8 group 128 have no kernel")]
+)
+def test_experts_on_a_cpu(experts: Scheme, problem: str) -> None:
+    content = config(([EXPERTS], experts), ([ATTENTION], INT4), ignore=["lm_head", ROUTERS])
+    layers = moe_model(INT4, experts)
+    assert not [f for f in find_problems(content, layers, "vllm") if not f.loads]
+    (found,) = find_problems(content, layers, "vllm", device="cpu")
+    assert (found.rule, found.effect, len(found.layers)) == ("cpu-experts", "refused", 3)
+    assert problem in found.problem
+    assert "--exclude experts" in found.remedy
+    assert find_problems(content, layers, "transformers", device="cpu") == []
+
+
+def test_devices_that_have_no_rules(tmp_path: Path) -> None:
+    write(tmp_path, config((["Linear"], INT8)), dense_model(INT8))
+    with pytest.raises(OptionError, match="device is 'tpu'; allowed for vllm: cuda, cpu"):
+        fqcompile.check(tmp_path, device="tpu")
+    with pytest.raises(OptionError, match="device is 'cpu'; allowed for sglang: cuda"):
+        fqcompile.check(tmp_path, "sglang", device="cpu")
+    assert main(["check", str(tmp_path), "--engine", "vllm"]) == 0
+    assert main(["check", str(tmp_path), "--engine", "vllm", "--device", "cpu"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("installed", "said"), [("0.17.0", True), (None, True), ("0.20.0", False), ("1.2", False)]
+)
+def test_experts_need_a_newer_library(
+    installed: str | None, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In transformers; and as it may be installed elsewhere, nothing is refused for that."""
+
+    def version(name: str) -> str:
+        if installed is None:
+            raise PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(expert_rules, "version", version)
+    content = config((["Linear"], INT4), ignore=["lm_head", ROUTERS])
+    found = find_problems(content, moe_model(), "transformers")
+    assert [(f.rule, f.effect) for f in found] == [("experts-version", "needs")] * said
+    assert all("compressed-tensors 0.20" in f.problem and f.loads for f in found)
+    assert all(f"{installed or 'none'}"[:4] in f.problem for f in found)
+    assert find_problems(content, moe_model(), "vllm") == []
+    assert find_problems(config((["Linear"], INT4)), dense_model(), "transformers") == []

@@ -344,3 +344,13 @@ def test_a_failed_export_keeps_what_is_not_its_own(plain: Path, tmp_path: Path) 
     with pytest.raises(CheckpointError, match="there is nothing to export"):
         fqcompile.export(plain, tmp_path / "out", resume=True, exclude=[".*"], say=write)
     assert {path.name for path in partial.iterdir()} == {"notes.txt", "export.json"}
+
+
+def test_the_config_names_the_version_that_reads_it(tmp_path: Path) -> None:
+    """Experts need a later compressed-tensors in transformers than linears."""
+    for name, version in (("llama", "0.17.0"), ("mixtral", "0.20.0")):
+        model, _ = make(name, tmp_path / name)
+        save_quantised(model, tmp_path / f"{name}-saved")
+        fqcompile.export(tmp_path / f"{name}-saved", tmp_path / f"{name}-out")
+        config = json.loads((tmp_path / f"{name}-out" / "config.json").read_text())
+        assert config["quantization_config"]["version"] == version
