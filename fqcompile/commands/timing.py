@@ -1,7 +1,8 @@
 """Fair timing of alternatives on a noisy machine: interleaved, medians, with their spread."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import quantiles
 
@@ -35,3 +36,17 @@ def time_interleaved(
 def _timing(seconds: list[float]) -> Timing:
     deciles = [1e3 * q for q in quantiles(seconds, n=10, method="inclusive")]
     return Timing(deciles[1], deciles[4], deciles[7])
+
+
+def tell(text: str, end: str = "\n") -> None:
+    """At once, be it a pipe: nobody should wonder what the machine is doing."""
+    print(text, end=end, flush=True)
+
+
+@contextmanager
+def telling(what: str) -> Iterator[None]:
+    """What is being done, and then how long it took, on one line."""
+    tell(f"  {what} ... ", end="")
+    start = time.perf_counter()
+    yield
+    tell(f"{time.perf_counter() - start:.1f} s")
