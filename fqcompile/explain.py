@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from fqcompile.config import FineQuantConfig
 from fqcompile.dry_run import dry_run
-from fqcompile.passes.choose import SWITCH_TO_GROUPED
+from fqcompile.passes.choose import way_out
 from fqcompile.passes.localize import localize
 from fqcompile.passes.pipeline import Recorder, analyse
 from fqcompile.passes.summary import plan_of
@@ -55,6 +55,8 @@ def _unseen(model: object, sites: Iterable[Site], min_elements: int) -> Iterator
     """The matrices of a module that no graph reads, as sites that are kept."""
     names = {_INDEX.sub("", name) for site in sites for name in site.name.split("+")}
     parameters = model.named_parameters() if isinstance(model, nn.Module) else ()
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    experts_way_out = way_out({type(module).__module__ for module in modules})
     for name, weight in parameters:
         if weight.dim() not in (2, 3) or weight.numel() < min_elements:
             continue
@@ -67,7 +69,7 @@ def _unseen(model: object, sites: Iterable[Site], min_elements: int) -> Iterator
             kind="experts" if stacked else "linear",
             shape=tuple(weight.shape),
             status="kept",
-            reason=_NO_GRAPH + (f"; {SWITCH_TO_GROUPED}" if stacked else ""),
+            reason=_NO_GRAPH + (experts_way_out if stacked else ""),
             bytes_before=weight.nbytes,
             bytes_after=weight.nbytes,
         )

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("transformers", reason="the demo extra is not installed")
+import transformers as hf
+
 import fqcompile
 from bench.moe_models import (
     EXPERTS,
@@ -233,6 +235,39 @@ def test_loop_over_data_is_reported_with_the_way_out(name: str) -> None:
     reasons = {site.name: site.reason for site in plan.kept}
     for stack in expert_weights(model):
         assert "set_experts_implementation('grouped_mm')" in reasons[stack]
+
+
+def _without_a_switch(name: str) -> Any:
+    """Models of transformers whose experts are a loop, and that cannot be told otherwise."""
+    torch.manual_seed(0)
+    if name == "dbrx":
+        sizes: dict[str, Any] = {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}
+        ffn = {"ffn_hidden_size": 96, "moe_num_experts": 8, "moe_top_k": 2}
+        config = hf.DbrxConfig(
+            **sizes,
+            vocab_size=128,
+            attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+            ffn_config={**ffn, "ffn_act_fn": {"name": "silu"}},
+        )
+        return hf.DbrxForCausalLM(config).eval()
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": 128}
+    heads = {"num_key_value_heads": 2, "kv_channels": 16}
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 2}
+    return hf.JetMoeForCausalLM(hf.JetMoeConfig(**sizes, **heads, **experts)).eval()
+
+
+@pytest.mark.parametrize("name", ["dbrx", "jetmoe"])
+def test_a_switch_that_a_model_does_not_have_is_not_offered(name: str) -> None:
+    model = _without_a_switch(name).requires_grad_(False)
+    with pytest.raises(ValueError, match="does not support setting experts implementation"):
+        model.set_experts_implementation("grouped_mm")
+    _logits(finequant(model, fullgraph=False, min_elements=1024), _ids())
+    warnings = [text for r in fqcompile.reports() for text in r.warnings]
+    assert any("are in no graph: the model picks them in a Python loop" in w for w in warnings)
+    plan = fqcompile.explain(model, _ids(), min_elements=1024, example_kwargs={"use_cache": False})
+    texts = [*warnings, *(str(site.reason) for site in plan.kept)]
+    assert any("or a loop over data broke the graph" in text for text in texts)
+    assert not [text for text in texts if "set_experts_implementation" in text]
 
 
 def test_store_holds_experts_once(inner_graphs: InnerGraphs) -> None:

@@ -4,7 +4,9 @@ What depends on the graph and the options is decided once (`settle`); what depen
 values is decided again for every instance that runs the graph (`decide`).
 """
 
-from collections.abc import Iterator, Sequence
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +31,8 @@ _DEVICES = ("cpu", "cuda")
 # A router scores each of its experts; far fewer rows than any vocabulary that is sampled by top-k.
 _ROUTER_MAX_EXPERTS = 1024
 _ROUTER_MAX_HOPS = 8
-SWITCH_TO_GROUPED = (
+_MODELING = re.compile(r"transformers[/\\]models[/\\](\w+)[/\\](\w+)\.py")
+_SWITCH_TO_GROUPED = (
     "for a model of Hugging Face call model.set_experts_implementation('grouped_mm') first"
 )
 
@@ -127,10 +130,34 @@ def _experts_outside(state: GraphState) -> list[str]:
     routers = {site.node: site.name for site in state.sites if _is_router(state, site)}
     return [
         f"the experts of router {name} are in no graph: the model picks them in a Python loop over "
-        f"data, which breaks the graph, so their weights stay as they are; {SWITCH_TO_GROUPED}"
+        "data, which breaks the graph, so their weights stay as they are"
+        f"{way_out(_modules_of(node))}"
         for node, name in routers.items()
         if any(_leaves(top) for top in _top_k_of(node))
     ]
+
+
+def way_out(modules: Iterable[str]) -> str:
+    """How to get experts into a graph, after a reason; nothing where transformers has no switch.
+
+    Args:
+        modules: names of those that the model is written in, as far as they are known.
+    """
+    known = [name for name in modules if name.startswith("transformers.models.")]
+    return "" if known and not any(map(_has_switch, known)) else f"; {_SWITCH_TO_GROUPED}"
+
+
+def _has_switch(module: str) -> bool:
+    """Each model of transformers knows whether those that are written beside it have it."""
+    beside = vars(sys.modules[module]).values() if module in sys.modules else ()
+    models = [m for m in beside if hasattr(m, "_can_set_experts_implementation")]
+    return any(m._can_set_experts_implementation() for m in models if m.__module__ == module)
+
+
+def _modules_of(node: fx.Node) -> list[str]:
+    """Those of transformers whose code called this, by what Dynamo has recorded of the call."""
+    called = _MODELING.findall(node.meta.get("stack_trace") or "")
+    return [f"transformers.models.{folder}.{file}" for folder, file in called]
 
 
 def _top_k_of(scores: fx.Node) -> Iterator[fx.Node]:
