@@ -60,15 +60,18 @@ def _linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Any:
     return linear_inference(x, w.qweight, w.scale, bias, None, *formats)
 
 
-def _experts(x: Tensor, w: PackedWeight, offsets: Tensor | None = None) -> Any:
+def _experts(
+    x: Tensor, w: PackedWeight, offsets: Tensor | None = None, *, zero_rest: bool = False
+) -> Any:
     """x [rows, K] times each row's ŵᵀ: by offsets, or by the ids with which w was gathered."""
     form = w.form
     kernel = _kernel(w, x, "gathered" if offsets is None else "grouped")
     if kernel is None:
         return NotImplemented
     formats = (form.bits, form.group_size, form.rows, form.k, "none", False, kernel)
-    op = gathered_linear_inference if offsets is None else grouped_linear_inference
-    return op(x, w.qweight, w.scale, w.ids if offsets is None else offsets, None, *formats)
+    if offsets is None:
+        return gathered_linear_inference(x, w.qweight, w.scale, w.ids, None, *formats)
+    return grouped_linear_inference(x, w.qweight, w.scale, offsets, None, *formats, zero_rest)
 
 
 def _is_matrix(w: object, *, transposed: bool) -> bool:
@@ -77,23 +80,40 @@ def _is_matrix(w: object, *, transposed: bool) -> bool:
 
 @implements("aten.linear.default")
 def _aten_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Any:
-    return _linear(x, w, bias) if _is_matrix(w, transposed=False) else NotImplemented  # type: ignore[arg-type]
+    if not _is_matrix(w, transposed=False) or not (bias is None or _is_row(bias, x, w)):
+        return NotImplemented
+    return _linear(x, w, bias)  # type: ignore[arg-type]
 
 
-@implements("aten.mm.default", "aten.matmul.default")
-def _mm(x: Tensor, w: Tensor) -> Any:
+@implements("aten.matmul.default")
+def _matmul(x: Tensor, w: Tensor) -> Any:
     return _linear(x, w) if _is_matrix(w, transposed=True) else NotImplemented  # type: ignore[arg-type]
+
+
+@implements("aten.mm.default")
+def _mm(x: Tensor, w: Tensor) -> Any:
+    return _matmul(x, w) if x.dim() == 2 else NotImplemented
 
 
 @implements("aten.addmm.default")
 def _addmm(bias: Tensor, x: Tensor, w: Tensor, beta: float = 1, alpha: float = 1) -> Any:
-    if not _is_matrix(w, transposed=True) or (beta, alpha) != (1, 1):
+    plain = (beta, alpha) == (1, 1) and x.dim() == 2 and bias.dtype == x.dtype
+    if not plain or not _is_matrix(w, transposed=True):
         return NotImplemented
+    if _is_row(bias, x, w):
+        return _linear(x, w, bias)  # type: ignore[arg-type]
+    return _plus(_linear(x, w), bias)  # type: ignore[arg-type]
+
+
+def _is_row(bias: Tensor, x: Tensor, w: Tensor) -> bool:
+    """Whether it is what the operator adds; with any other the dense call broadcasts, or raises."""
     assert isinstance(w, PackedWeight)
-    if bias.dim() == 1 and bias.shape[0] == w.form.rows:
-        return _linear(x, w, bias)
-    y = _linear(x, w)
-    return y if y is NotImplemented else y + bias
+    return bias.dtype == x.dtype and bias.shape == (w.form.rows,)
+
+
+def _plus(y: Any, bias: Tensor) -> Any:
+    """As the dense call, which lets the bias broadcast, but not the product."""
+    return y if y is NotImplemented else y + bias.expand_as(y)
 
 
 @implements("aten._grouped_mm.default")
@@ -107,13 +127,20 @@ def _grouped_mm(
     plain = bias is None and out_dtype in (None, x.dtype)
     if not plain or offs is None or x.dim() != 2 or not _is_stack(w, transposed=True):
         return NotImplemented
+    if offs.dtype != torch.int32:
+        return NotImplemented
     return _experts(x, w, offs)  # type: ignore[arg-type]
 
 
 @implements("transformers.grouped_mm_fallback.default")
 def _grouped_mm_fallback(x: Tensor, w: Tensor, offs: Tensor) -> Any:
-    """Hugging Face's grouped matmul for types that PyTorch's does not take."""
-    return _grouped_mm(x, w, offs)
+    """Hugging Face's grouped matmul for types that PyTorch's does not take.
+
+    Rows beyond the last offset are zeros there.
+    """
+    if x.dim() != 2 or not _is_stack(w, transposed=True) or offs.shape != w.shape[:1]:
+        return NotImplemented
+    return _experts(x, w, offs, zero_rest=True)  # type: ignore[arg-type]
 
 
 def _is_stack(w: object, *, transposed: bool) -> bool:
@@ -128,19 +155,21 @@ def _bmm(a: Tensor, b: Tensor) -> Any:
     if isinstance(b, PackedWeight) and not isinstance(a, PackedWeight) and b.form.transposed:
         return _each(a, b)
     if isinstance(a, PackedWeight) and not isinstance(b, PackedWeight) and not a.form.transposed:
-        y = _each(b.transpose(1, 2), a)
+        y = _each(b.transpose(-2, -1), a) if b.dim() == 3 else NotImplemented
         return y if y is NotImplemented else y.transpose(1, 2)
     return NotImplemented
 
 
 @implements("aten.baddbmm.default")
 def _baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-    y = _bmm(a, b) if (beta, alpha) == (1, 1) else NotImplemented
-    return y if y is NotImplemented else y + bias
+    plain = (beta, alpha) == (1, 1) and bias.dtype == a.dtype
+    return _plus(_bmm(a, b), bias) if plain else NotImplemented
 
 
 def _each(x: Tensor, w: PackedWeight) -> Any:
     """x [P, C, K]: C rows for each of P experts, gathered or all of the stack. [P, C, N]"""
+    if x.dim() != 3 or x.shape[0] != w.shape[0] or x.shape[2] != w.form.k:
+        return NotImplemented
     experts, rows, k = x.shape
     flat = x.reshape(experts * rows, k)
     if w.ids is None:
