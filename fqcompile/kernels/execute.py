@@ -16,8 +16,10 @@ from fqcompile.kernels.routing import Routing, expert_of, one_by_one
 from fqcompile.kernels.template import PackedLinear
 
 log = logging.getLogger("fqcompile")
-# Kernels that did not build, with the reason: they are not tried, and not complained of, again.
+# Kernels that did not build, with the reason: they are not tried, and not complained of, again. The
+# oldest are forgotten: a process may meet layers of ever new sizes.
 BROKEN: dict[tuple[Any, ...], str] = {}
+_MOST_BROKEN = 1024
 
 
 def run_linear(
@@ -56,6 +58,8 @@ def _note_broken(
     gated: bool,
     error: KernelBuildError,
 ) -> None:
+    while len(BROKEN) >= _MOST_BROKEN:
+        BROKEN.pop(next(iter(BROKEN)), None)
     BROKEN[_build(choice, config, x, weight, activation, gated)] = str(error)
     log.warning(
         "kernel %s does not build here: %s; its layers are dequantised and multiplied by "

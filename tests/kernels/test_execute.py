@@ -58,6 +58,16 @@ def test_the_plain_way_gives_the_value_and_one_warning(
     assert len(execute.BROKEN) == 2
 
 
+def test_the_oldest_of_many_that_did_not_build_are_forgotten(
+    install: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execute, "_MOST_BROKEN", 2)
+    install(KernelBuildError("out of shared memory"))
+    for activation in ("none", "relu", "gelu", "silu"):
+        run(activation=activation)
+    assert [key[-2] for key in execute.BROKEN] == ["gelu", "silu"]
+
+
 def test_any_other_error_is_not_hidden(install: Any) -> None:
     install(RuntimeError("CUDA error: an illegal memory access was encountered"))
     with pytest.raises(RuntimeError, match="illegal memory access"):
