@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import fqcompile
 from fqcompile.kernels import roofline
+from fqcompile.report.dump import trace_log
 from tests.helpers import Mlp, assert_close, finequant, frozen, oracle, quantized_names, report
 
 X = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
@@ -175,6 +176,23 @@ def test_every_matrix_that_a_graph_reads_is_listed_once() -> None:
     plan = fqcompile.explain(_model(), X)
     assert len({s.name for s in plan.sites}) == len(plan.sites)
     assert not any("no captured graph" in str(s.reason) for s in plan.sites)
+
+
+def test_a_compilation_does_not_measure_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes 128 MiB and a tenth of a second: only for who asks, and once."""
+    asked = []
+    monkeypatch.setattr(roofline, "read_bandwidth", lambda: asked.append(None) or 10e9)
+    monkeypatch.setattr(trace_log, "handlers", [])  # pytest's listen, and so ask
+    model = torch.compile(frozen(Mlp()), backend="finequant", options={"inner_backend": "eager"})
+    with torch.no_grad():
+        model(torch.randn(3, 128))
+    (report,) = fqcompile.reports()
+    assert report.plan.totals.quantized and not asked
+    site = report.plan.quantized[0]
+    assert site.least_us == site.as_dict()["least_us"] > 0
+    assert f"{report.least_ms:.3g} ms at the least" in str(report)
+    assert len(asked) == report.plan.totals.quantized
+    assert fqcompile.Site(**site.as_dict(), recipe=None).least_us == site.least_us
 
 
 def test_each_site_says_what_it_takes_at_the_least(monkeypatch: pytest.MonkeyPatch) -> None:

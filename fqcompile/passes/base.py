@@ -8,6 +8,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fqcompile.config import FineQuantConfig
+from fqcompile.kernels.spec import GemmSpec
 from fqcompile.passes.effects import has_effects
 from fqcompile.passes.sites import KeptWeight, WeightSite
 from fqcompile.quant.choose import QuantPlan
@@ -30,7 +31,7 @@ class GraphState:
     Attributes:
         constants: the constant inputs, with their positions among `args`.
         written: nodes whose memory the named call of the graph may write to.
-        least_seconds: what each quantised matmul takes at the least, for the rows of the example.
+        gemms: what the kernels were told of each quantised matmul.
         names: parameter names of the inputs that are constant, or would be if not written.
         name: the graph's, for messages.
     """
@@ -45,7 +46,7 @@ class GraphState:
     sites: list[WeightSite] = field(default_factory=list)
     kept: list[KeptWeight] = field(default_factory=list)
     packed: dict[fx.Node, PackedPair] = field(default_factory=dict)
-    least_seconds: dict[fx.Node, float] = field(default_factory=dict)
+    gemms: dict[fx.Node, GemmSpec] = field(default_factory=dict)
     matched: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     name: str = "the graph"

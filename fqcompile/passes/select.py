@@ -15,7 +15,6 @@ from torch import fx
 
 from fqcompile.kernels.gpu import gpu_of
 from fqcompile.kernels.registry import select_kernel
-from fqcompile.kernels.roofline import least_seconds
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.tuning.launches import Mode, tuned_launches
 from fqcompile.passes.base import GraphState, example
@@ -44,9 +43,7 @@ def select(state: GraphState) -> int:
         op.target, op.args = changed(op, kernel=str(choice))
         if not state.grad_possible:
             op.target = INFERENCE[training_op(op)]
-        least = least_seconds(spec)
-        if least is not None:
-            state.least_seconds[op] = least
+        state.gemms[op] = spec
         state.packed[op] = replace(pair, spec=pair.spec.with_layout(choice.template.layout))
         source = "" if chosen.launches is None else f" ({chosen.source})"
         state.matched.append(f"{op.name}: {choice}{source}")

@@ -1,10 +1,14 @@
 """What the passes did to each weight, as the rows of a plan."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import fx
 
+from fqcompile.kernels.roofline import least_seconds
+from fqcompile.kernels.spec import GemmSpec
 from fqcompile.passes.base import GraphState
 from fqcompile.passes.op_nodes import argument
 from fqcompile.passes.sites import KeptWeight, WeightSite
@@ -66,11 +70,19 @@ def _site(state: GraphState, site: WeightSite) -> Site:
     )
 
 
-def _least_us(state: GraphState, site: WeightSite) -> float | None:
-    """Its part of what its matmul takes at the least, by its share of the rows."""
+def _least_us(state: GraphState, site: WeightSite) -> Callable[[], float | None] | None:
+    """Computes its part of what its matmul takes at the least, by its share of the rows.
+
+    Later, where somebody asks: a CPU's bandwidth is measured on 128 MiB.
+    """
     assert site.op is not None and site.packed is not None
-    whole = state.least_seconds.get(site.op)
+    spec = state.gemms.get(site.op)
     share = site.packed.rows / state.packed[site.op].spec.rows
+    return None if spec is None else partial(_share_of_least_us, spec, share)
+
+
+def _share_of_least_us(spec: GemmSpec, share: float) -> float | None:
+    whole = least_seconds(spec)
     return None if whole is None else 1e6 * whole * share
 
 

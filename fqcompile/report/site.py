@@ -1,7 +1,27 @@
 """What became of one weight: the row of a plan or of a compile report."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from typing import Any
+
+LeastTime = float | Callable[[], float | None] | None
+
+
+class _OnceAsked:
+    """A field that is given as a number, or as what computes it when it is first read."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, site: Any, owner: type | None = None) -> float | None:
+        value: LeastTime = None if site is None else site.__dict__[self._name]
+        if callable(value):
+            value = site.__dict__[self._name] = value()
+        return value
+
+    def __set__(self, site: Any, value: LeastTime) -> None:
+        site.__dict__[self._name] = value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,9 +31,8 @@ class Site:
     `shape` is (N, K) or (E, N, K), `group_size` is K where one scale serves a whole column, and
     `relative_error` is the delivered ‖w-ŵ‖/‖w‖; `expert_errors` has that of each expert. `least_us`
     is what moving its bytes takes, or on a GPU computing if that is longer, for the rows of the
-    example call. With `free_weights`, `freed` says whether the original was released, else
-    `not_freed` why. `recipe` says how to find the weight in a model again; it is there for
-    `fake_quantize_` and never written out.
+    example call; a CPU's bandwidth is measured when it is first asked for. `recipe` says how to
+    find the weight in a model again; it is there for `fake_quantize_` and never written out.
     """
 
     name: str
@@ -28,7 +47,7 @@ class Site:
     relative_error: float | None = None
     expert_errors: tuple[float, ...] | None = None
     kernel: str | None = None
-    least_us: float | None = None
+    least_us: _OnceAsked = _OnceAsked()
     recipe: object | None = field(default=None, repr=False, compare=False)
 
     @property
