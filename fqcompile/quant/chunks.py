@@ -1,11 +1,11 @@
 """Work on a matrix in pieces of whole rows that stay in the cache, outside autograd."""
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
-from threading import Barrier
 from typing import TypeVar
 
 import torch
@@ -47,30 +47,32 @@ def each_chunk(task: Callable[[slice], T], w: torch.Tensor, share: float = 1.0) 
     """
     chunks = list(row_chunks(w, share))
     workers = min(torch.get_num_threads(), _MOST_WORKERS)
-    if workers == 1 or len(chunks) == 1 or w.device.type != "cpu":
+    alone = workers == 1 or len(chunks) == 1 or w.device.type != "cpu"
+    pool = None if alone else _pool(workers)
+    if pool is None:
         with plain_tensors():
             return [task(rows) for rows in chunks]
-    return list(_pool(workers).map(plain_tensors()(task), chunks))
+    return list(pool.map(plain_tensors()(task), chunks))
 
 
 @lru_cache(maxsize=1)
-def _pool(workers: int) -> ThreadPoolExecutor:
-    """Threads whose operations do not split further."""
-    threads = torch.get_num_threads()
+def _pool(workers: int) -> ThreadPoolExecutor | None:
+    """Threads whose operations do not split further; None where PyTorch cannot be told so."""
     pool = ThreadPoolExecutor(workers, "fqcompile", _use_one_thread)
-    meeting = Barrier(workers + 1)
-    for _ in range(workers):
-        pool.submit(meeting.wait)
-    meeting.wait()
-    # set_num_threads is per thread, but also what threads to come will start with.
-    torch.set_num_threads(threads)
-    return pool
+    if pool.submit(torch.get_num_threads).result() == 1:
+        return pool
+    pool.shutdown()
+    return None
 
 
 def _use_one_thread() -> None:
+    """For this thread alone: `torch.set_num_threads` would also tell all threads to come."""
     # A thread takes over the process's number when first asked, whatever was set on it before.
     torch.get_num_threads()
-    torch.set_num_threads(1)
+    # OpenMP as the linker finds it for PyTorch: in what is loaded for all, or in what that needs.
+    for library in map(ctypes.CDLL, (None, torch._C.__file__)):
+        if torch.get_num_threads() > 1 and hasattr(library, "omp_set_num_threads"):
+            library.omp_set_num_threads(1)
 
 
 # A forked child has the pool but not its threads, and would wait for them forever.

@@ -1,12 +1,18 @@
 """Pieces cover every row once; groups hold every weight once."""
 
+import ctypes
 import multiprocessing
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fqcompile.quant import chunks
+from fqcompile.quant.choose import QuantPlan, quantize_weight
 from fqcompile.quant.chunks import each_chunk, group_parts, grouped, plain_tensors, row_chunks
 from fqcompile.quant.granularity import num_groups
 from tests.quant.strategies import group_sizes
@@ -63,6 +69,46 @@ def test_each_chunk_returns_in_order_and_leaves_the_thread_count(threads):
 
 def test_each_chunk_splits_operations_no_further(threads):
     assert set(each_chunk(lambda rows: torch.get_num_threads(), SEVERAL_CHUNKS)) == {1}
+
+
+def test_the_process_keeps_its_number_of_threads(threads, monkeypatch):
+    """In the main thread, in threads that begin before, during and after, and at no time else."""
+    calls, seen, done = [], [], threading.Event()
+    set_num_threads = torch.set_num_threads
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: calls.append(n) or set_num_threads(n))
+
+    def watch():
+        while not done.is_set():
+            with ThreadPoolExecutor(1) as new:
+                seen.append(new.submit(torch.get_num_threads).result())
+
+    w = torch.randn(512, 4096)
+    with ThreadPoolExecutor(1) as watcher:
+        watching = watcher.submit(watch)
+        for _ in range(3):
+            chunks._pool.cache_clear()
+            plan = QuantPlan(4, 128, "mse", torch.float16, 0.0)
+            quantize_weight(w, plan)
+            seen.append(torch.get_num_threads())
+        done.set()
+        watching.result()
+    assert not calls
+    assert len(seen) > 3 and set(seen) == {threads}
+
+
+def test_without_openmp_pieces_run_one_after_the_other(monkeypatch):
+    """With all of PyTorch's threads on each operation, and right."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    chunks._pool.cache_clear()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert chunks._pool(2) is None
+        assert column_sum(SEVERAL_CHUNKS) == 299 * 150
+        assert set(each_chunk(lambda rows: torch.get_num_threads(), SEVERAL_CHUNKS)) == {2}
+    finally:
+        torch.set_num_threads(before)
+        chunks._pool.cache_clear()
 
 
 def test_each_chunk_may_be_nested_and_works_without_grad(threads):
