@@ -19,7 +19,7 @@ from fqcompile.kernels.registry import parse_kernel
 from fqcompile.kernels.template import Shape
 
 Holds = Callable[[Any], bool]
-_MOST_FORMS = 4096  # forms of layers that are remembered to be right
+_MOST_FORMS = 4096  # forms of layers whose shapes are remembered
 
 
 def check_linear(
@@ -35,6 +35,7 @@ def check_linear(
     activation: str,
     gated: bool,
     kernel: str,
+    *,
     holds: Holds = bool,
 ) -> None:
     """x [..., K], bias [rows of the weight] and residual [..., N] of one type, and the weight.
@@ -45,13 +46,16 @@ def check_linear(
         NoKernelError: the kernel is not installed here.
     """
     rows = 2 * n if gated else n
-    check_weight(qweight, scale, bits, group_size, rows, k, kernel, activation, holds=holds)
+    codes, scales = _shapes(kernel, activation, bits, group_size, rows, k)
+    if qweight.shape != codes or scale.shape != scales:
+        raise _other_form(qweight, scale, kernel, bits, group_size, rows, k, "")
     if not x.dim() or not holds(x.shape[-1] == k):
         raise RuntimeError(
             f"x has {x.shape[-1] if x.dim() else 'no'} columns; the weight has K={k}: a layer of "
             f"N={n} takes x of shape [..., {k}], not {tuple(x.shape)}"
         )
-    _check_beside(x, qweight, "weight")
+    if not x.get_device() == qweight.get_device() == scale.get_device():
+        raise _apart(x, qweight, scale)
     if bias is not None:
         _check_values(bias, (rows,), x, "bias")
     if residual is not None:
@@ -72,6 +76,7 @@ def check_experts(
     activation: str,
     gated: bool,
     kernel: str,
+    *,
     holds: Holds = bool,
 ) -> None:
     """x [M, K], one offset for each expert or one id for each row, bias [E, rows of one].
@@ -83,9 +88,7 @@ def check_experts(
     """
     rows = 2 * n if gated else n
     _check_routed(x, "x", k, qweight, offsets, ids, holds)
-    check_weight(
-        qweight, scale, bits, group_size, rows, k, kernel, activation, stacked=True, holds=holds
-    )
+    check_weight(qweight, scale, bits, group_size, rows, k, kernel, activation, stacked=True)
     if bias is not None:
         _check_values(bias, (qweight.shape[0], rows), x, "bias")
 
@@ -101,6 +104,7 @@ def check_experts_backward(
     rows: int,
     k: int,
     kernel: str,
+    *,
     holds: Holds = bool,
 ) -> None:
     """dz [M, rows of one expert], routed as x was.
@@ -110,7 +114,7 @@ def check_experts_backward(
         NoKernelError: the kernel is not installed here.
     """
     _check_routed(dz, "dz", rows, qweight, offsets, ids, holds)
-    check_weight(qweight, scale, bits, group_size, rows, k, kernel, stacked=True, holds=holds)
+    check_weight(qweight, scale, bits, group_size, rows, k, kernel, stacked=True)
 
 
 def check_weight(
@@ -124,7 +128,6 @@ def check_weight(
     activation: str = "none",
     *,
     stacked: bool = False,
-    holds: Holds = bool,
 ) -> None:
     """qweight and scale as the kernel's layout has them, of a stack with [E, ...] in front.
 
@@ -133,34 +136,40 @@ def check_weight(
         OptionError: there is no such activation.
         NoKernelError: the kernel is not installed here.
     """
-    # Symbolic sizes are not hashable.
-    check = _check_form if holds is bool else _check_form.__wrapped__
-    check(kernel, activation, bits, group_size, rows, k, qweight.shape, scale.shape, stacked)
-    _check_beside(scale, qweight, "weight")
+    codes, scales = _shapes(kernel, activation, bits, group_size, rows, k)
+    stack = qweight.shape[:1] if stacked else ()
+    if qweight.shape != (*stack, *codes) or scale.shape != (*stack, *scales):
+        each = ", of each expert" if stacked else ""
+        raise _other_form(qweight, scale, kernel, bits, group_size, rows, k, each)
+    if scale.get_device() != qweight.get_device():
+        raise _apart(qweight, scale)
 
 
 @lru_cache(_MOST_FORMS)
-def _check_form(
+def _shapes(
+    kernel: str, activation: str, bits: int, group_size: int, rows: int, k: int
+) -> tuple[Shape, Shape]:
+    """Of qweight and scale, of one matrix."""
+    activation_entry(activation)
+    return parse_kernel(kernel).template.layout.shapes(bits, group_size, rows, k)
+
+
+def _other_form(
+    qweight: Tensor,
+    scale: Tensor,
     kernel: str,
-    activation: str,
     bits: int,
     group_size: int,
     rows: int,
     k: int,
-    qweight: Shape,
-    scale: Shape,
-    stacked: bool,
-) -> None:
-    layout = parse_kernel(kernel).template.layout
-    activation_entry(activation)
-    wanted = layout.shapes(bits, group_size, rows, k)
-    stack = qweight[:1] if stacked else ()
-    if (qweight, scale) != ((*stack, *wanted[0]), (*stack, *wanted[1])):
-        raise RuntimeError(
-            f"qweight and scale have the shapes {tuple(qweight)} and {tuple(scale)}; {kernel} "
-            f"reads {wanted[0]} and {wanted[1]} for {bits} bits, groups of {group_size}, {rows} "
-            f"rows and K={k}" + (", of each expert" if stacked else "")
-        )
+    each: str,
+) -> RuntimeError:
+    codes, scales = _shapes(kernel, "none", bits, group_size, rows, k)
+    return RuntimeError(
+        f"qweight and scale have the shapes {tuple(qweight.shape)} and {tuple(scale.shape)}; "
+        f"{kernel} reads {codes} and {scales} for {bits} bits, groups of {group_size}, {rows} rows "
+        f"and K={k}{each}"
+    )
 
 
 def _check_routed(
@@ -177,7 +186,6 @@ def _check_routed(
     if not holds(x.shape[1] == columns):
         kind = "K" if name == "x" else "rows"
         raise RuntimeError(f"{name} has {x.shape[1]} columns; the weight has {kind}={columns}")
-    _check_beside(x, qweight, "weight")
     routing = offsets if ids is None else ids
     if routing is None or (offsets is not None and ids is not None):
         raise RuntimeError("rows are told their experts by offsets or by ids, by one of the two")
@@ -185,7 +193,8 @@ def _check_routed(
         raise RuntimeError(f"routing has {routing.dim()} dimensions; it has 1")
     if routing.dtype not in (torch.int32, torch.int64):
         raise RuntimeError(f"routing is {routing.dtype}; it must be int32 or int64")
-    _check_beside(routing, qweight, "weight")
+    if not x.get_device() == qweight.get_device() == routing.get_device():
+        raise _apart(x, qweight, routing)
     if ids is None and not holds(routing.shape[0] == qweight.shape[0]):
         raise RuntimeError(f"{routing.shape[0]} offsets for {qweight.shape[0]} experts")
     if ids is not None and not holds(ids.shape[0] == x.shape[0]):
@@ -199,12 +208,10 @@ def _check_values(values: Tensor, shape: Shape, x: Tensor, name: str) -> None:
             f"{name} has the shape {tuple(values.shape)} and is {values.dtype}; x of shape "
             f"{tuple(x.shape)} takes one of {shape} that is {x.dtype}"
         )
-    _check_beside(values, x, "x")
+    if values.get_device() != x.get_device():
+        raise _apart(x, values)
 
 
-def _check_beside(tensor: Tensor, other: Tensor, name: str) -> None:
-    if tensor.get_device() != other.get_device():
-        raise RuntimeError(
-            f"expected all tensors to be on one device, but found {tensor.device}, and the {name} "
-            f"on {other.device}"
-        )
+def _apart(*tensors: Tensor) -> RuntimeError:
+    found = ", ".join(dict.fromkeys(str(t.device) for t in tensors))
+    return RuntimeError(f"expected all tensors to be on the same device, but found {found}")

@@ -52,9 +52,8 @@ def _operator(
     formats = (pair.spec.bits, pair.spec.group_size, n, k)
     target = GATHERED if site.form == "gathered" else GROUPED
     routing = _routing(emit, site, x, sizes)
-    arguments = (x, pair.qweight, pair.scale, routing, None, *formats, "none", False, "")
-    if target is GROUPED:
-        arguments = (*arguments, site.zero_rest)
+    rest = (site.zero_rest,) if target is GROUPED else ()
+    arguments = (x, pair.qweight, pair.scale, routing, None, *formats, "none", False, "", *rest)
     with emit.graph.inserting_before(site.node):
         op = emit.graph.call_function(target, arguments)
     rows = x.meta["example_value"]
