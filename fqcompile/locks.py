@@ -21,10 +21,11 @@ if sys.platform != "win32":
 log = logging.getLogger("fqcompile")
 
 Lock = TypeVar("Lock")
-_PATIENCE = 10.0  # seconds until it is said what is waited for
+_PATIENCE = 30.0  # seconds until it is said what is waited for
 
 _state = {"forked": False}
 _locks: weakref.WeakSet[Any] = weakref.WeakSet()
+_waited_for: set[Path] = set()
 _held: dict[object, int] = {}  # what holds a lock on a file: its descriptor
 _guard = threading.RLock()  # no fork between opening a descriptor and noting it
 
@@ -78,7 +79,7 @@ def _opened(path: Path) -> int:
 def _lock(descriptor: int, path: Path, seconds: float) -> None:
     if sys.platform == "win32":
         return None
-    start, pause, said = time.monotonic(), 0.001, False
+    start, pause = time.monotonic(), 0.001
     while True:
         try:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,9 +87,11 @@ def _lock(descriptor: int, path: Path, seconds: float) -> None:
             waited = time.monotonic() - start
         if waited >= seconds:
             raise TimeoutError(f"another process holds {path} for more than {seconds:g} s")
-        if waited > _PATIENCE and not said:
-            said = True
-            log.info("waiting for another process, which holds %s", path)
+        if waited > _PATIENCE and path not in _waited_for:
+            _waited_for.add(path)
+            log.warning(
+                "waiting for another process, which holds %s, for up to %g s", path, seconds
+            )
         time.sleep(min(pause, seconds - waited))
         pause = min(2 * pause, 0.05)
 

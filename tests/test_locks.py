@@ -19,6 +19,7 @@ from torch._dynamo.convert_frame import compile_lock
 
 import fqcompile
 import fqcompile.backend
+from fqcompile import locks
 from fqcompile.kernels import cache_directory
 from fqcompile.kernels.cpu import native_library as native
 from fqcompile.locks import fork_safe, locked
@@ -207,32 +208,50 @@ def test_who_holds_a_lock_for_ever_is_not_waited_for(
     assert "set FQCOMPILE_CACHE_DIR" in said
 
 
-def test_waiting_ends_when_the_holder_leaves(tmp_path: Path) -> None:
+def test_waiting_is_said_and_ends_when_the_holder_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(locks, "_PATIENCE", 0.1)
     thread, leave = held_by_a_thread(lambda: locked(tmp_path / "lock"))
-    threading.Timer(0.3, leave.set).start()
+    threading.Timer(0.5, leave.set).start()
     with locked(tmp_path / "lock", 30.0):
         assert leave.is_set()
     thread.join()
+    (said,) = caplog.messages
+    assert said == f"waiting for another process, which holds {tmp_path / 'lock'}, for up to 30 s"
 
 
 CHILDREN = 24
 
 
-def model(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
+def model(scale: float) -> nn.Module:
+    """Without random numbers: for those PyTorch has locks that a child may find taken."""
     layers = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 128))
-    return layers.requires_grad_(False)
+    for number, weight in enumerate(layers.requires_grad_(False).parameters()):
+        weight.copy_(scale * torch.arange(weight.numel()).add(number).sin().view(weight.shape))
+    return layers
+
+
+class Other(nn.Module):
+    """Code of its own: Dynamo locks the guards of a function while a thread checks them."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.first, _, self.second = model(scale)  # type: ignore[misc]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
 
 
 def check(compiled: nn.Module, dense: nn.Module) -> None:
     """That it computes with the weights that `dense` has, dequantised."""
-    x = torch.randn(3, 128)
+    x = torch.arange(3 * 128).cos().view(3, 128)
     assert_close(compiled(x), dense(x), k=256, depth=2)
 
 
-def oracle(seed: int) -> nn.Module:
-    plan = fqcompile.explain(model(seed), torch.randn(3, 128), granularity=64)
-    return fqcompile.fake_quantize_(model(seed), plan)
+def oracle(scale: float) -> nn.Module:
+    plan = fqcompile.explain(model(scale), torch.ones(3, 128), granularity=64)
+    return fqcompile.fake_quantize_(model(scale), plan)
 
 
 def test_children_of_a_busy_process_do_not_hang(
@@ -245,14 +264,16 @@ def test_children_of_a_busy_process_do_not_hang(
     monkeypatch.setenv("FQCOMPILE_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("FQCOMPILE_CACHE_SIZE", "1")
     monkeypatch.setattr("fqcompile.weights.find_or_quantize.LEAST_WEIGHTS", 1)
-    dense = [oracle(seed) for seed in range(3)]
+    monkeypatch.setattr(nn.Linear, "reset_parameters", lambda self: None)
+    dense = [oracle(scale) for scale in (1, 2, 3)]
     torch._dynamo.reset()
-    compiled = finequant(model(0), granularity=64)
+    compiled = finequant(model(1), granularity=64)
     check(compiled, dense[0])
+    kept = entry()
     stop, problems = threading.Event(), []
 
     def repeat(work: Callable[[int], object]) -> None:
-        count = 0
+        count = 3
         while not stop.is_set():
             count += 1
             try:
@@ -262,31 +283,30 @@ def test_children_of_a_busy_process_do_not_hang(
                 return
 
     def compile_another(count: int) -> None:
-        finequant(model(count), granularity=64, bits=(4, 8)[count % 2])(torch.randn(2, 128))
+        finequant(Other(count), granularity=64, bits=(4, 8)[count % 2])(torch.ones(2, 128))
 
     def quantize(count: int) -> None:
         fqcompile.quantize_(model(count), granularity=32)
 
     def keep(count: int) -> None:
-        DiskCache(tmp_path / "weights", 2**30).get_or_make(f"{count}", entry)
+        DiskCache(tmp_path / "weights", 2**30).get_or_make(f"{count}", lambda: kept)
 
     def build(count: int) -> None:
         for path in (tmp_path / "x86").glob("*.so"):
             path.unlink()
         native.build(native.ISAS[NAMES[0]], tmp_path / "x86")
 
+    def use(number: int) -> None:
+        check(compiled, dense[0])
+        check(finequant(model(1 + number), granularity=64), dense[number])
+        packed = model(1 + number)
+        fqcompile.quantize_(packed, granularity=64)
+        check(packed, dense[number])
+
     works = [compile_another, quantize, keep, *([build] if NAMES else [])]
     threads = [threading.Thread(target=repeat, args=(work,)) for work in works]
     for thread in threads:
         thread.start()
-
-    def use(seed: int) -> None:
-        check(compiled, dense[0])
-        check(finequant(model(seed), granularity=64), dense[seed])
-        packed = model(seed)
-        fqcompile.quantize_(packed, granularity=64)
-        check(packed, dense[seed])
-
     try:
         for number in range(CHILDREN):
             in_child(partial(use, 1 + number % 2), seconds=60)
