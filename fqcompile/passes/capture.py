@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from fqcompile.config import FineQuantConfig
 from fqcompile.passes.base import GraphState, copy_module, example, placeholders
 from fqcompile.passes.effects import has_effects, written_inputs
+from fqcompile.passes.spelling import spell
 from fqcompile.weights.recipe import target_name
 
 _NAME_TOKEN = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
@@ -26,6 +27,7 @@ _CONTAINERS = ("_modules", "_parameters", "_buffers", "_local_tensor")
 def capture(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig) -> GraphState:
     """The state that all other passes work on; Dynamo's own module is left untouched."""
     copied, _ = copy_module(module)
+    spell(copied.graph)
     inputs = placeholders(copied.graph)
     constants = {
         node: index

@@ -2,9 +2,11 @@
 
 import inspect
 import operator
+from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_map_only
 
 _INPLACE_OPERATORS = frozenset(
     getattr(operator, name)
@@ -38,12 +40,10 @@ def _asks_inplace(node: fx.Node) -> bool:
     return bool(named.get("inplace")) or named.get("max_norm") is not None
 
 
-def _writes(overload: torch._ops.OpOverload) -> bool:
-    """Whether it writes to an argument that is not there for that alone (`out=`)."""
+def _written(overload: torch._ops.OpOverload) -> list[Any]:
+    """The arguments, by its schema, that the operator writes to."""
     arguments = overload._schema.arguments
-    return any(
-        a.alias_info is not None and a.alias_info.is_write and not a.is_out for a in arguments
-    )
+    return [a for a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
 def has_effects(node: fx.Node) -> bool:
@@ -64,7 +64,9 @@ def has_effects(node: fx.Node) -> bool:
     if target in _INPLACE_OPERATORS or node.kwargs.get("out") is not None or _asks_inplace(node):
         return True
     if isinstance(target, torch._ops.OpOverloadPacket):
-        return any(_writes(getattr(target, name)) for name in target.overloads())
+        overloads = [getattr(target, name) for name in target.overloads()]
+        # an argument that is there to be written to (`out=`) is not given here
+        return any(not a.is_out for overload in overloads for a in _written(overload))
     package = (getattr(target, "__module__", None) or "torch").partition(".")[0]
     name = getattr(target, "__name__", "")
     if package not in _KNOWN_PACKAGES or name in _MODE_SWITCHES:
@@ -73,9 +75,18 @@ def has_effects(node: fx.Node) -> bool:
 
 
 def written_inputs(node: fx.Node) -> list[fx.Node]:
-    """Inputs that a node with effects may write to: the first of an in-place call, else any."""
+    """Inputs that a node with effects may write to.
+
+    The first of an in-place call, what an operator's schema says of it, else any.
+    """
     if node.op == "call_method" or node.target in _INPLACE_OPERATORS:
         return [arg for arg in node.args[:1] if isinstance(arg, fx.Node)]
+    if isinstance(node.target, torch._ops.OpOverload):
+        names = [a.name for a in node.target._schema.arguments]
+        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        found: list[fx.Node] = []
+        tree_map_only(fx.Node, found.append, [given.get(a.name) for a in _written(node.target)])
+        return found
     return node.all_input_nodes
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fqcompile.passes.base import example
+from fqcompile.passes.base import example, same_shape
 from fqcompile.passes.effects import has_effects
 from fqcompile.passes.expert_einsum import Step
 from fqcompile.weights.recipe import target_name
@@ -56,7 +56,7 @@ def _read(node: fx.Node, is_constant: IsConstant) -> Gathered | None:
     source = node.args[0] if node.args else None
     if name in ("getitem", "__getitem__", "index_select"):
         return _gather(node, name, is_constant) or _part(node, is_constant)
-    if name in ("contiguous", "clone"):
+    if name in ("contiguous", "clone", "alias") or _is_same_view(node, name, source):
         return gathered(source, is_constant)
     if name in ("to", "type", "float", "half", "bfloat16", "type_as"):
         found, value, before = gathered(source, is_constant), example(node), example(source)
@@ -68,6 +68,14 @@ def _read(node: fx.Node, is_constant: IsConstant) -> Gathered | None:
         found = gathered(source, is_constant)
         return None if found is None else _moved(node, name, found)
     return None
+
+
+def _is_same_view(node: fx.Node, name: str, source: object) -> bool:
+    """Whether it is a view of the shape that there was, as the decomposition of matmul puts in."""
+    before, after = example(source), example(node)
+    if name not in ("view", "reshape", "expand") or before is None or after is None:
+        return False
+    return before.dtype == after.dtype and same_shape(before.shape, after.shape)
 
 
 def _gather(node: fx.Node, name: str, is_constant: IsConstant) -> Gathered | None:

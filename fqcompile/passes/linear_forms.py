@@ -175,7 +175,7 @@ def _shape(node: object) -> tuple[int, ...]:
 
 
 _READERS: dict[object, Callable[[fx.Node, IsConstant], LinearForm | None]] = {
-    torch.nn.functional.linear: _linear,
+    "linear": _linear,
     operator.matmul: _matmul,
     "matmul": _matmul,
     "__matmul__": _matmul,

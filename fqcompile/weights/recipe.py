@@ -22,7 +22,8 @@ from fqcompile.errors import UnquantizableWeight
 MOVING = frozenset(
     """t T mT transpose swapaxes swapdims permute movedim view reshape contiguous flatten unflatten
     squeeze unsqueeze expand expand_as narrow select chunk split tensor_split unbind cat concat
-    concatenate stack hstack vstack clone detach adjoint getitem getattr broadcast_to""".split()
+    concatenate stack hstack vstack clone detach alias adjoint getitem getattr broadcast_to
+    _get_data_attr""".split()
 )
 CASTS = frozenset("to float half bfloat16 type".split())
 # Pure arithmetic: merged adapters, normalised weights. Foldable, but not invertible.
@@ -63,13 +64,15 @@ class Step:
 def target_name(target: object) -> str:
     """A call's plain name: "cat" for torch.cat, "getitem" for operator.getitem.
 
-    What PyTorch does not define itself keeps its full name: another library's `mm` is not ours.
+    An overload of an aten operator has its operator's name: "cat" for aten.cat.default. What
+    PyTorch does not define itself keeps its full name: another library's `mm` is not ours.
     """
     if isinstance(target, str):
         return target
-    name = str(getattr(target, "__name__", target))
     if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-        return name if str(target).startswith("aten") else str(target)
+        packet = str(getattr(target, "overloadpacket", target))
+        return packet.removeprefix("aten.") if packet.startswith("aten.") else str(target)
+    name = str(getattr(target, "__name__", target))
     package = (getattr(target, "__module__", None) or "torch").partition(".")[0]
     known = package in ("torch", "_operator", "math", "builtins")
     return name if known else f"{package}.{name}"
