@@ -1,8 +1,8 @@
 """1 capture: copy Dynamo's graph; decide which inputs are constant weights; name them.
 
 A parameter, a buffer, a tensor attribute of a module, a global and a closure cell are constant;
-what the caller passes in is not, and nothing that the graph itself writes to is. Constant inputs
-stay inputs: the same graph runs for other instances with other weights.
+what the caller passes in is not, whatever it is, and nothing that the graph itself writes to is.
+Constant inputs stay inputs: the same graph runs for other instances with other weights.
 """
 
 import re
@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.source import AttrSource
+from torch._guards import GuardSource
 
 from fqcompile.config import FineQuantConfig
 from fqcompile.passes.base import GraphState, copy_module, example, placeholders
-from fqcompile.passes.effects import has_effects, written_inputs
+from fqcompile.passes.effects import has_effects, memory_of, written_inputs
+from fqcompile.passes.regions import inline_regions
 from fqcompile.passes.spelling import spell
 from fqcompile.weights.recipe import target_name
 
@@ -27,6 +30,7 @@ _CONTAINERS = ("_modules", "_parameters", "_buffers", "_local_tensor")
 def capture(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig) -> GraphState:
     """The state that all other passes work on; Dynamo's own module is left untouched."""
     copied, _ = copy_module(module)
+    inline_regions(copied, training=torch.is_grad_enabled() or enables_grad(copied.graph))
     spell(copied.graph)
     inputs = placeholders(copied.graph)
     constants = {
@@ -34,7 +38,12 @@ def capture(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig
         for index, (node, value) in enumerate(zip(inputs, args, strict=True))
         if isinstance(value, Tensor) and is_constant_input(node, value)
     }
-    names = _parameter_names(constants)
+    passed = {
+        node: index
+        for index, (node, value) in enumerate(zip(inputs, args, strict=True))
+        if isinstance(value, nn.Parameter) and node not in constants
+    }
+    names = _parameter_names(constants | passed)
     written = _writers(copied.graph, inputs, args)
     return GraphState(
         module=copied,
@@ -60,17 +69,24 @@ def _source_name(node: fx.Node) -> str:
 
 
 def is_constant_input(node: fx.Node, value: Tensor) -> bool:
-    """Whether the input is the module's own, and not the caller's."""
-    if isinstance(value, nn.Parameter):
-        return True
-    if node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") == "unguarded":
-        return True  # Dynamo's mark for a module's buffers and tensor attributes
+    """Whether the input is the module's own, a global or a closure cell, and not the caller's.
+
+    The caller's are arguments and what lies in containers of them, also where it is a module's
+    parameter or buffer: Dynamo's mark of those stays with a tensor wherever it is passed. Parts of
+    a module that is an argument are that module's own.
+    """
     source = getattr(node, "_dynamo_source", None)
     if source is None:
-        return False
+        mark = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
+        return isinstance(value, nn.Parameter) or mark == "unguarded"
+    local = source.guard_source is GuardSource.LOCAL
+    attribute = False
     while getattr(source, "base", None) is not None:
+        attribute |= isinstance(source, AttrSource)
         source = source.base
-    return not getattr(source, "is_input", False)  # globals and closure cells
+    if not local or not getattr(source, "is_input", False):
+        return True
+    return attribute and isinstance(value, nn.Parameter)  # of an object that is no module
 
 
 def _writers(graph: fx.Graph, inputs: Sequence[fx.Node], args: Sequence[Any]) -> dict[fx.Node, str]:
@@ -79,26 +95,16 @@ def _writers(graph: fx.Graph, inputs: Sequence[fx.Node], args: Sequence[Any]) ->
     Views share their storage, in Dynamo's fake values and, for inputs that are views of each other,
     in the real tensors.
     """
-    memory: dict[fx.Node, object] = {n: _storage(example(n)) or n for n in graph.nodes}
+    memory: dict[fx.Node, object] = {n: memory_of(example(n)) or n for n in graph.nodes}
     writers: dict[object, str] = {}
     for node in graph.nodes:
         if has_effects(node):
             writers |= {memory[arg]: target_name(node.target) for arg in written_inputs(node)}
-    real = {node: _storage(value) for node, value in zip(inputs, args, strict=True)}
+    real = {node: memory_of(value) for node, value in zip(inputs, args, strict=True)}
     through = {real[node]: writers[memory[node]] for node in inputs if memory[node] in writers}
     through.pop(None, None)
     names = {n: writers.get(memory[n]) or through.get(real.get(n)) for n in graph.nodes}
     return {node: name for node, name in names.items() if name is not None}
-
-
-def _storage(value: object) -> int | None:
-    """Identity of a tensor's memory, which views share; None for what has no single one."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        return None
-    try:
-        return int(value.untyped_storage()._cdata)
-    except RuntimeError:  # a tensor inside a torch.func transform
-        return None
 
 
 def enables_grad(graph: fx.Graph) -> bool:

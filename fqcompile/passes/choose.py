@@ -6,7 +6,7 @@ values is decided again for every instance that runs the graph (`decide`).
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from fqcompile.distributed.shards import NOT_LOCAL, is_dtensor
 from fqcompile.errors import UnquantizableWeight
 from fqcompile.passes.base import GraphState, example
 from fqcompile.passes.effects import has_effects
+from fqcompile.passes.fold import ConstantFolder
 from fqcompile.passes.sites import WeightSite
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
 from fqcompile.quant.validate import WEIGHT_DTYPES
@@ -31,6 +32,8 @@ _DEVICES = ("cpu", "cuda")
 # A router scores each of its experts; far fewer rows than any vocabulary that is sampled by top-k.
 _ROUTER_MAX_EXPERTS = 1024
 _ROUTER_MAX_HOPS = 8
+_CODEBOOK_MAX_ENTRIES = 1 << 14  # vocabularies, from which a head may choose as well, are larger
+_CHOICES = ("argmin", "argmax", "min", "max", "topk")
 _MODELING = re.compile(r"transformers[/\\]models[/\\](\w+)[/\\](\w+)\.py")
 _SWITCH_TO_GROUPED = (
     "for a model of Hugging Face call model.set_experts_implementation('grouped_mm') first"
@@ -116,6 +119,8 @@ def _settled_reason(state: GraphState, site: WeightSite) -> str | None:
     by_name = state.config.kept_by_name(site.name)
     if by_name is not None:
         return by_name
+    if _is_codebook(state, site) and not state.config.override_matches(site.name):
+        return "codebook: its scores only choose an entry; name it in overrides to quantise it"
     if _is_router(state, site) and not state.config.override_matches(site.name):
         return "router: its top-k decides which experts run; name it in overrides to quantise it"
     if site.num_weights < state.config.min_elements:
@@ -189,6 +194,39 @@ def _is_router(state: GraphState, site: WeightSite) -> bool:
         seen.update(users)
         frontier = [user for user in users if _keeps_scores(site, user)]
     return False
+
+
+def _is_codebook(state: GraphState, site: WeightSite) -> bool:
+    """Whether the scores choose the nearest row: their least is taken, or the best of x·w - |w|²/2,
+    or the rows themselves are looked up by what is chosen."""
+    if site.kind != "linear" or site.shape[0] > _CODEBOOK_MAX_ENTRIES:
+        return False
+    folder = ConstantFolder(state)
+
+    def of_weight(node: object) -> bool:
+        """Whether it is computed from the weight alone, as the norms of its rows are."""
+        return folder.is_constant(node) and not {*site.sources}.isdisjoint(folder.recipe(node)[1])
+
+    nearest = of_weight(site.bias)
+    frontier, seen = [site.node], {site.node}
+    for _ in range(_ROUTER_MAX_HOPS):
+        users = [user for node in frontier for user in node.users if user not in seen]
+        seen.update(users)
+        frontier = [user for user in users if _keeps_scores(site, user)]
+        chosen = [user for user in users if target_name(user.target) in _CHOICES]
+        if any(target_name(user.target) in ("argmin", "min") for user in chosen):
+            return True
+        if chosen and (nearest or any(_looks_up(user, of_weight) for user in chosen)):
+            return True
+        nearest |= any(of_weight(arg) for user in frontier for arg in user.all_input_nodes)
+    return False
+
+
+def _looks_up(choice: fx.Node, of_weight: Callable[[object], bool]) -> bool:
+    """Whether rows of the weight are read by the index that was chosen, or by its indices."""
+    indices = {choice, *choice.users, *(far for user in choice.users for far in user.users)}
+    tables = (arg for reader in indices for arg in reader.all_input_nodes if arg not in indices)
+    return any(of_weight(table) for table in tables)
 
 
 def _is_choice(node: fx.Node, top_one: bool) -> bool:

@@ -5,7 +5,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 _INPLACE_OPERATORS = frozenset(
@@ -22,6 +22,10 @@ _MODE_SWITCHES = (
     "_enter_inference_mode",
     "_exit_inference_mode",
 )
+# They enter and leave a transform of torch.func or a level of forward differentiation.
+_ENTERS = ("_increment_nesting", "_enter_dual_level")
+_LEAVES = ("_decrement_nesting", "_exit_dual_level")
+_NESTING = (*_ENTERS, *_LEAVES)
 _KNOWN_PACKAGES = ("torch", "_operator", "math", "builtins")
 
 
@@ -69,7 +73,7 @@ def has_effects(node: fx.Node) -> bool:
         return any(not a.is_out for overload in overloads for a in _written(overload))
     package = (getattr(target, "__module__", None) or "torch").partition(".")[0]
     name = getattr(target, "__name__", "")
-    if package not in _KNOWN_PACKAGES or name in _MODE_SWITCHES:
+    if package not in _KNOWN_PACKAGES or name in _MODE_SWITCHES or name.endswith(_NESTING):
         return True
     return package == "torch" and _inplace_name(name)
 
@@ -77,7 +81,8 @@ def has_effects(node: fx.Node) -> bool:
 def written_inputs(node: fx.Node) -> list[fx.Node]:
     """Inputs that a node with effects may write to.
 
-    The first of an in-place call, what an operator's schema says of it, else any.
+    The first of an in-place call, what an operator's schema or the bodies of a higher-order one say
+    of it, else any.
     """
     if node.op == "call_method" or node.target in _INPLACE_OPERATORS:
         return [arg for arg in node.args[:1] if isinstance(arg, fx.Node)]
@@ -87,7 +92,52 @@ def written_inputs(node: fx.Node) -> list[fx.Node]:
         found: list[fx.Node] = []
         tree_map_only(fx.Node, found.append, [given.get(a.name) for a in _written(node.target)])
         return found
-    return node.all_input_nodes
+    inner = bodies(node)
+    return [] if inner and not any(map(_writes_to_inputs, inner.values())) else node.all_input_nodes
+
+
+def bodies(node: fx.Node) -> dict[fx.Node, fx.Graph]:
+    """The graphs that a higher-order operator runs, by the nodes that name them."""
+    owner = node.graph.owning_module
+    if not isinstance(node.target, torch._ops.HigherOrderOperator) or owner is None:
+        return {}
+    modules = dict(owner.named_modules(remove_duplicate=False))
+    named = {arg: modules.get(str(arg.target)) for arg in node.all_input_nodes}
+    return {
+        arg: module.graph for arg, module in named.items() if isinstance(module, fx.GraphModule)
+    }
+
+
+def _writes_to_inputs(body: fx.Graph) -> bool:
+    memory = {node: memory_of(node.meta.get("example_value")) or node for node in body.nodes}
+    inputs = {memory[node] for node in body.nodes if node.op == "placeholder"}
+    writers = [node for node in body.nodes if has_effects(node)]
+    return any(memory[arg] in inputs for node in writers for arg in written_inputs(node))
+
+
+def memory_of(value: object) -> int | None:
+    """Identity of a tensor's memory, which views share; None for what has no single one."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return None
+    try:
+        return int(value.untyped_storage()._cdata)
+    except RuntimeError:  # a tensor inside a torch.func transform
+        return None
+
+
+def in_transforms(graph: fx.Graph) -> dict[fx.Node, str]:
+    """The nodes between entering and leaving torch.func transforms, with the innermost's name."""
+    inside: dict[fx.Node, str] = {}
+    entered: list[str] = []
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if name.endswith(_ENTERS):
+            entered.append(name.removesuffix(_ENTERS[0]).strip("_"))
+        elif name.endswith(_LEAVES):
+            entered.pop()
+        elif entered:
+            inside[node] = entered[-1]
+    return inside
 
 
 def effects_between(first: fx.Node, last: fx.Node) -> bool:

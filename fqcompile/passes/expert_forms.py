@@ -257,3 +257,4 @@ _READERS: dict[object, Callable[[fx.Node, IsConstant], ExpertForm | None]] = {
     "baddbmm": _baddbmm,
     "einsum": _einsum,
 }
+PRODUCTS = frozenset(map(target_name, _READERS))

@@ -5,32 +5,33 @@ bmm(w[ids], x.unsqueeze(-1))           ->   ExpertSite(x, recipe: identity; sour
 _grouped_mm(x, w.mT, offs=offsets)     ->   ExpertSite(x, the same recipe; routing: offsets)
 """
 
-from collections import Counter
-
 from torch import Tensor, fx
 
 from fqcompile.config import HEAD_NAMES
 from fqcompile.distributed.shards import NOT_LOCAL, is_dtensor, local_part
 from fqcompile.passes.base import GraphState, example, placeholders
-from fqcompile.passes.effects import effects_between
-from fqcompile.passes.expert_forms import ExpertForm, expert_form
+from fqcompile.passes.effects import bodies, effects_between, in_transforms
+from fqcompile.passes.expert_forms import PRODUCTS, ExpertForm, expert_form
 from fqcompile.passes.fold import ConstantFolder
 from fqcompile.passes.linear_forms import LinearForm, linear_form
 from fqcompile.passes.sites import ExpertSite, KeptWeight, LinearSite, WeightSite
-from fqcompile.weights.recipe import simplified, target_name
+from fqcompile.weights.recipe import CASTS, MOVING, simplified, target_name
+
+IN_A_BODY = "the bodies of higher-order operators stay as they are"
 
 
 def match(state: GraphState) -> int:
     """Fill `state.sites` and `state.kept`; returns the number of sites."""
     folder = ConstantFolder(state)
-    transformed = _transform(state.graph) is not None
-    for node in [] if transformed else state.graph.nodes:
-        site = _find(state, node, folder)
+    transformed = in_transforms(state.graph)  # inside one, our operators have no rule to run by
+    for node in state.graph.nodes:
+        site = None if node in transformed else _find(state, node, folder)
         if site is not None:
             state.sites.append(site)
     state.sites = _without_folded(state.sites)
     _number_equal_names(state.sites)
     state.kept = _other_matrices(state)
+    state.warnings += _in_bodies(state)
     state.matched = [f"{s.name}: {s.node.format_node()}" for s in state.sites]
     return len(state.sites)
 
@@ -51,12 +52,6 @@ def _is_overwritten(state: GraphState, node: fx.Node, form: ExpertForm) -> bool:
         return True
     late = bool(form.gather) and form.routing in state.written
     return late and effects_between(form.gather[0], node)
-
-
-def _transform(graph: fx.Graph) -> str | None:
-    """The torch.func transform that the graph enters: inside one, our op has no rule to run by."""
-    names = (target_name(node.target) for node in graph.nodes)
-    return next((name for name in names if name.endswith("_increment_nesting")), None)
 
 
 def _without_folded(sites: list[WeightSite]) -> list[WeightSite]:
@@ -156,8 +151,9 @@ def _number_equal_names(sites: list[WeightSite]) -> None:
 
 
 def _other_matrices(state: GraphState) -> list[KeptWeight]:
-    """Constant matrices that no site reads, from `min_elements` on."""
+    """Constant tensors that no site reads, and parameters passed in, from `min_elements` on."""
     used = {source for site in state.sites for source in site.sources}
+    transformed = in_transforms(state.graph)
     kept = []
     for node, weight in zip(placeholders(state.graph), state.args, strict=True):
         if node not in state.names or node in used or not node.users:
@@ -165,28 +161,74 @@ def _other_matrices(state: GraphState) -> list[KeptWeight]:
         sharded, weight = is_dtensor(weight), local_part(weight)
         if not _is_matrix(weight, state.config.min_elements):
             continue
-        writer = state.written.get(node)
-        reason = f"{writer!r} in the graph may write to it" if writer else _why_not(node)
+        reason = _why_not(state, node, transformed)
         reason = NOT_LOCAL if sharded and "embedding" not in reason else reason
-        kind = "experts" if weight.dim() == 3 else "linear"
         nbytes = weight.numel() * weight.element_size()
+        kind = _kind(weight, node)
         kept.append(KeptWeight(state.names[node], kind, tuple(weight.shape), nbytes, reason))
     return kept
 
 
 def _is_matrix(weight: Tensor, min_elements: int) -> bool:
     return (
-        weight.dim() in (2, 3)
+        weight.dim() >= 2
         and (weight.is_floating_point() or weight.is_complex() or weight.is_quantized)
         and weight.numel() >= min_elements
     )
 
 
-def _why_not(node: fx.Node) -> str:
-    transform = _transform(node.graph)
-    if transform:
-        return f"the graph enters a torch.func transform ({transform})"
-    readers = Counter(target_name(user.target) for user in node.users)
-    if "embedding" in readers:
+def _why_not(state: GraphState, node: fx.Node, transformed: dict[fx.Node, str]) -> str:
+    if node in state.written:
+        return f"{state.written[node]!r} in the graph may write to it"
+    if node not in state.constants:
+        return "an argument of the compiled function: what the caller passes in is no weight"
+    readers = _readers(node)
+    names = dict.fromkeys(target_name(reader.target) for reader in readers)
+    if "embedding" in names:
         return "embedding table: embeddings are not quantised"
-    return f"read by {', '.join(readers)}: not a linear or expert form that is quantised"
+    inside = [transformed[reader] for reader in readers if reader in transformed]
+    if inside:
+        return (
+            f"read inside a torch.func transform ({inside[0]}), where packed weights have no rule"
+        )
+    if any(map(bodies, readers)):
+        return f"read inside {', '.join(names)}: {IN_A_BODY}"
+    if any(name.lstrip("_").startswith("conv") for name in names):
+        return f"read by {', '.join(names)}: convolutions are not quantised"
+    return f"read by {', '.join(names)}: not a linear or expert form that is quantised"
+
+
+def _readers(source: fx.Node) -> list[fx.Node]:
+    """The calls that read the tensor, also through views and casts of it."""
+    found: list[fx.Node] = []
+    waiting = [*source.users]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop(0)
+        moves = node.users and target_name(node.target) in MOVING | CASTS
+        following = [user for user in node.users if user not in seen] if moves else []
+        if not moves:
+            found.append(node)
+        seen.update(following)
+        waiting += following
+    return found
+
+
+def _kind(weight: Tensor, node: fx.Node) -> str:
+    """A stack is one of experts where a product of matrices reads it; a table is none."""
+    names = {target_name(reader.target) for reader in _readers(node)}
+    if weight.dim() == 3 and names & PRODUCTS:
+        return "experts"
+    return "linear" if weight.dim() == 2 else "other"
+
+
+def _in_bodies(state: GraphState) -> list[str]:
+    """The warning for weights that only the bodies of higher-order operators read."""
+    names = [kept.name for kept in state.kept if kept.reason.endswith(IN_A_BODY)]
+    if not names:
+        return []
+    return [
+        f"{len(names)} weights ({names[0]}, ...) are read inside higher-order operators "
+        "(cond, map, checkpoint, ...), whose bodies stay as they are: branch or loop in Python, or "
+        "call the model under torch.no_grad() where it is checkpointing, to have them quantised"
+    ]

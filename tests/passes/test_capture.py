@@ -1,5 +1,8 @@
 """capture: which inputs are constant weights, their names, and that Dynamo's graph stays whole."""
 
+import operator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,13 +69,43 @@ def test_weight_that_the_graph_writes_is_not_constant() -> None:
 
 
 def test_weight_that_an_unknown_operator_reads_is_not_constant() -> None:
-    """A higher-order operator's body may write to what it is given."""
+    """It may write to what it is given."""
     w, v = weight(64, 64), weight(64, 64, 1)
+    graph = dynamo_graph(lambda x: x @ w @ v, X)
+    graph.module.graph.find_nodes(op="call_function", target=operator.matmul)[0].target = _unknown
+    state = capture(graph.module, graph.args, FineQuantConfig())
+    assert {state.names[node] for node in state.constants} == {"v"}
 
-    def forward(x: Tensor) -> Tensor:
-        return torch.utils.checkpoint.checkpoint(lambda t: t @ w, x, use_reentrant=False) @ v
 
-    assert constants(run_passes(forward, X, until="capture", grad=True)) == {"v"}
+def _unknown(x: Tensor, w: Tensor) -> Tensor:
+    return x @ w.mul_(2)
+
+
+def test_what_the_caller_passes_in_is_never_constant() -> None:
+    """Nor with Dynamo's mark of a module's own, which stays with a tensor wherever it goes."""
+    holder = Holder().requires_grad_(False)
+    run_passes(holder, X, weight(64, 64))
+    table, parameter = holder.table, holder.layer.weight
+
+    def forward(x: Tensor, t: Tensor, p: Tensor, several: Any) -> Tensor:
+        y = x @ t @ p @ several[0] @ several[1]["deep"][0]
+        return y @ several[1]["module"].weight
+
+    marked = [table.clone() for _ in range(2)]
+    for tensor in marked:
+        torch._dynamo.mark_static_address(tensor, guard=False)
+    module = nn.Linear(64, 64, bias=False)
+    several = [marked[0], {"deep": (marked[1],), "module": module}]
+    captured = dynamo_graph(forward, X, table, parameter, several)
+    state = capture(captured.module, captured.args, FineQuantConfig())
+    assert [state.args[i] is module.weight for i in state.constants.values()] == [True]
+
+
+def test_parameter_passed_in_is_listed_with_the_reason() -> None:
+    run = run_passes(lambda x, w: F.linear(x, w), X, nn.Parameter(weight(64, 64)), until="match")
+    assert [(kept.name, kept.reason.partition(":")[0]) for kept in run.state.kept] == [
+        ("w", "an argument of the compiled function")
+    ]
 
 
 def test_output_of_a_matmul_written_in_place_leaves_the_weight_constant() -> None:

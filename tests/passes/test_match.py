@@ -158,7 +158,7 @@ def test_other_matrices_are_listed_with_what_reads_them() -> None:
     reasons = {kept.name: (kept.kind, kept.reason) for kept in run.state.kept}
     assert reasons["table"] == ("linear", "embedding table: embeddings are not quantised")
     assert reasons["stack"] == (
-        "experts",
+        "other",
         "read by cdist: not a linear or expert form that is quantised",
     )
 
@@ -196,3 +196,25 @@ def test_product_of_constants_that_is_also_an_activation_is_a_site() -> None:
 
     run = run_passes(forward, torch.randn(4, 64), until="match")
     assert sorted(site.name for site in run.state.sites) == ["a+b", "b"]
+
+
+def test_tensors_of_other_shapes_are_listed_with_what_reads_them() -> None:
+    """A convolution's weight, a table, a weight per head that broadcasts: none is experts."""
+    signal, image = weight(48, 64).view(16, 16, 12), weight(48, 64).view(16, 16, 4, 3)
+    table, heads = weight(48, 64).view(3, 16, 64), weight(48, 64).view(1, 3, 16, 64)
+
+    def forward(x: Tensor, i: Tensor) -> tuple[Tensor, ...]:
+        return (
+            F.conv1d(x.view(1, 16, -1), signal.to(torch.float32)),
+            F.conv2d(x.view(1, 16, -1, 8), image),
+            table[i].sum(0) + x[0, 0],
+            x.view(2, 1, -1, 16) @ heads,
+        )
+
+    run = run_passes(forward, torch.randn(16, 128), torch.tensor([1]), until="match")
+    assert {kept.name: (kept.kind, kept.reason) for kept in run.state.kept} == {
+        "signal": ("other", "read by conv1d: convolutions are not quantised"),
+        "image": ("other", "read by conv2d: convolutions are not quantised"),
+        "table": ("other", "read by sum: not a linear or expert form that is quantised"),
+        "heads": ("other", "read by matmul: not a linear or expert form that is quantised"),
+    }
