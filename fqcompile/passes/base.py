@@ -32,7 +32,8 @@ class GraphState:
         constants: the constant inputs, with their positions among `args`.
         written: nodes whose memory the named call of the graph may write to.
         gemms: what the kernels were told of each quantised matmul.
-        names: parameter names of the inputs that are constant, or would be if not written.
+        names: parameter names of the inputs that are constant, or would be if not written, of
+            parameters passed in, and of tensors that are attributes of the graph.
         name: the graph's, for messages.
     """
 

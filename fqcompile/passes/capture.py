@@ -43,7 +43,7 @@ def capture(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig
         for index, (node, value) in enumerate(zip(inputs, args, strict=True))
         if isinstance(value, nn.Parameter) and node not in constants
     }
-    names = _parameter_names(constants | passed)
+    names = _parameter_names(constants | passed) | _names_inside(copied)
     written = _writers(copied.graph, inputs, args)
     return GraphState(
         module=copied,
@@ -124,6 +124,17 @@ def _parameter_names(constants: dict[fx.Node, int]) -> dict[fx.Node, str]:
         node: short[node] if counts[short[node]] == 1 else ".".join(path)
         for node, path in paths.items()
     }
+
+
+def _names_inside(module: fx.GraphModule) -> dict[fx.Node, str]:
+    """Of the tensors that are attributes of the graph itself, as freezing makes them."""
+    sources = getattr(module, "_param_name_to_source", None) or {}
+    known = {re.sub(r"\W", "_", str(source.name)): str(source.name) for source in sources.values()}
+    nodes = [
+        node for node in module.graph.nodes if node.op == "get_attr" and example(node) is not None
+    ]
+    paths = {node: _path(known.get(str(node.target), str(node.target))) for node in nodes}
+    return {node: ".".join(path[1:]) or path[0] for node, path in paths.items()}
 
 
 def _path(source_name: str) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fqcompile.distributed.ranks import progress
 from fqcompile.distributed.shards import NOT_LOCAL, is_dtensor
@@ -40,6 +41,13 @@ _SWITCH_TO_GROUPED = (
 )
 
 
+NO_VALUES = "its values are not there while the graph is compiled"
+LATER_VALUES = (
+    "DistributedDataParallel splits the graph: set torch._dynamo.config.optimize_ddp = False, or "
+    "call fqcompile.quantize_(model) before wrapping it"
+)
+
+
 def choose(state: GraphState) -> int:
     """Settle every site, then decide for the weights at hand; returns how many have a plan."""
     for site in state.sites:
@@ -47,6 +55,10 @@ def choose(state: GraphState) -> int:
         site.settled = site.reason is not None
     apply_decisions(state, decide(state, state.args))
     state.warnings += _experts_outside(state)
+    hidden = [site.name for site in state.sites if site.reason == NO_VALUES]
+    if hidden:
+        kept = f"{len(hidden)} weights ({hidden[0]}, ...) are kept"
+        state.warnings.append(f"{kept}: {NO_VALUES}; {LATER_VALUES}")
     state.matched = [f"{s.name}: {s.plan or s.reason}" for s in state.sites]
     return sum(site.plan is not None for site in state.sites)
 
@@ -119,6 +131,8 @@ def _settled_reason(state: GraphState, site: WeightSite) -> str | None:
     by_name = state.config.kept_by_name(site.name)
     if by_name is not None:
         return by_name
+    if any(isinstance(state.args[state.constants[source]], FakeTensor) for source in site.sources):
+        return NO_VALUES
     if _is_codebook(state, site) and not state.config.override_matches(site.name):
         return "codebook: its scores only choose an entry; name it in overrides to quantise it"
     if _is_router(state, site) and not state.config.override_matches(site.name):

@@ -5,6 +5,7 @@ bmm(w[ids], x.unsqueeze(-1))           ->   ExpertSite(x, recipe: identity; sour
 _grouped_mm(x, w.mT, offs=offsets)     ->   ExpertSite(x, the same recipe; routing: offsets)
 """
 
+import torch
 from torch import Tensor, fx
 
 from fqcompile.config import HEAD_NAMES
@@ -18,6 +19,14 @@ from fqcompile.passes.sites import ExpertSite, KeptWeight, LinearSite, WeightSit
 from fqcompile.weights.recipe import CASTS, MOVING, simplified, target_name
 
 IN_A_BODY = "the bodies of higher-order operators stay as they are"
+OUT_OF_THE_BODY = (
+    "branch and loop in Python instead (cond, map, ...), or call the model under torch.no_grad() "
+    "where this is checkpointing"
+)
+IN_THE_GRAPH = "it is a constant of the graph, not one of its inputs"
+INTO_AN_INPUT = (
+    "turn torch._inductor.config.freezing off, or call fqcompile.quantize_(model) before compiling"
+)
 
 
 def match(state: GraphState) -> int:
@@ -31,7 +40,7 @@ def match(state: GraphState) -> int:
     state.sites = _without_folded(state.sites)
     _number_equal_names(state.sites)
     state.kept = _other_matrices(state)
-    state.warnings += _in_bodies(state)
+    state.warnings += _warnings(state)
     state.matched = [f"{s.name}: {s.node.format_node()}" for s in state.sites]
     return len(state.sites)
 
@@ -155,10 +164,12 @@ def _other_matrices(state: GraphState) -> list[KeptWeight]:
     used = {source for site in state.sites for source in site.sources}
     transformed = in_transforms(state.graph)
     kept = []
-    for node, weight in zip(placeholders(state.graph), state.args, strict=True):
-        if node not in state.names or node in used or not node.users:
+    given = dict(zip(placeholders(state.graph), state.args, strict=True))
+    for node in state.names:
+        if node in used or not node.users:
             continue
-        sharded, weight = is_dtensor(weight), local_part(weight)
+        whole = given[node] if node in given else example(node)
+        sharded, weight = is_dtensor(whole), local_part(whole)
         if not _is_matrix(weight, state.config.min_elements):
             continue
         reason = _why_not(state, node, transformed)
@@ -180,6 +191,8 @@ def _is_matrix(weight: Tensor, min_elements: int) -> bool:
 def _why_not(state: GraphState, node: fx.Node, transformed: dict[fx.Node, str]) -> str:
     if node in state.written:
         return f"{state.written[node]!r} in the graph may write to it"
+    if node.op == "get_attr":
+        return IN_THE_GRAPH
     if node not in state.constants:
         return "an argument of the compiled function: what the caller passes in is no weight"
     readers = _readers(node)
@@ -222,13 +235,22 @@ def _kind(weight: Tensor, node: fx.Node) -> str:
     return "linear" if weight.dim() == 2 else "other"
 
 
-def _in_bodies(state: GraphState) -> list[str]:
-    """The warning for weights that only the bodies of higher-order operators read."""
-    names = [kept.name for kept in state.kept if kept.reason.endswith(IN_A_BODY)]
-    if not names:
-        return []
-    return [
-        f"{len(names)} weights ({names[0]}, ...) are read inside higher-order operators "
-        "(cond, map, checkpoint, ...), whose bodies stay as they are: branch or loop in Python, or "
-        "call the model under torch.no_grad() where it is checkpointing, to have them quantised"
+def _warnings(state: GraphState) -> list[str]:
+    """What a user can do for weights that are kept for how the graph was made."""
+    remedies = {IN_A_BODY: OUT_OF_THE_BODY, IN_THE_GRAPH: INTO_AN_INPUT}
+    names = {
+        end: [kept.name for kept in state.kept if kept.reason.endswith(end)] for end in remedies
+    }
+    found = [
+        f"{len(names[end])} weights ({names[end][0]}, ...) are kept: {end}; {remedy}"
+        for end, remedy in remedies.items()
+        if names[end]
     ]
+    calls = [node for node in state.graph.nodes if node.op in ("call_function", "call_method")]
+    if calls and not any("example_value" in node.meta for node in state.graph.nodes):
+        found.append(
+            "no call of the graph has an example value, so no weight of it is read: it was not "
+            f"made by torch.compile, or by a release of torch not known here ({torch.__version__}; "
+            "tested: 2.11 to 2.14); call fqcompile.quantize_(model) instead"
+        )
+    return found

@@ -4,9 +4,9 @@ invoke_subgraph(body, name, x, w)              ->  the body's calls on x, w
 tag_activation_checkpoint(body, x, w)          ->  the same, where no backward recomputes anything
 wrap_with_set_grad_enabled(False, body, x, w)  ->  the same, where gradients are off already
 
-The first is what torch.compiler.nested_compile_region leaves in a graph. Other higher-order operators
-(cond, map, scan, flex_attention) run their bodies any number of times: they stay, and what they
-read stays as it is.
+The first is what torch.compiler.nested_compile_region leaves in a graph. Other higher-order
+operators (cond, map, scan, flex_attention) run their bodies any number of times: they stay, and
+what they read stays as it is.
 """
 
 from typing import Any
