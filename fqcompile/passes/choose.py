@@ -133,6 +133,10 @@ def _settled_reason(state: GraphState, site: WeightSite) -> str | None:
         return by_name
     if any(isinstance(state.args[state.constants[source]], FakeTensor) for source in site.sources):
         return NO_VALUES
+    if any(getattr(example(node), "is_nested", False) for node in (site.x, site.node)):
+        return (
+            "its input is a nested tensor: multiply x.values(), the rows of all its parts, instead"
+        )
     if _is_codebook(state, site) and not state.config.override_matches(site.name):
         return "codebook: its scores only choose an entry; name it in overrides to quantise it"
     if _is_router(state, site) and not state.config.override_matches(site.name):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch._dynamo.aot_compile_types import SerializableCallable
 
 from fqcompile.weights.store import Fingerprint, fingerprint
 
@@ -34,8 +35,10 @@ class _Binding:
     alive: tuple[weakref.ref[Tensor], ...]
 
 
-class WeightDispatch:
+class WeightDispatch(SerializableCallable):
     """Runs the variant that fits the weights in `args`.
+
+    What torch's `aot_compile` returns runs; it cannot be saved, since it would be without weights.
 
     Args:
         weight_inputs: positions of the constant weights among the outer arguments.
@@ -62,6 +65,22 @@ class WeightDispatch:
             binding = self.bind(args)
         variant = binding.variant
         return variant.inner(*[args[i] for i in variant.kept_args], *binding.packed)
+
+    # Tools that show compiled functions, such as depyf, read a name from it.
+    __code__ = __call__.__code__
+
+    @classmethod
+    def serialize_compile_artifacts(cls, fn: Any) -> bytes:
+        """Refuse, before anything is written."""
+        raise NotImplementedError(
+            "a graph compiled by backend 'finequant' finds its packed weights in this process, so "
+            "it cannot be saved; fqcompile.save(model, directory) keeps the packed weights"
+        )
+
+    @classmethod
+    def deserialize_compile_artifacts(cls, data: bytes) -> Any:
+        """Refuse: nothing of this class is ever written."""
+        raise NotImplementedError("a graph compiled by backend 'finequant' cannot be saved")
 
     def bind(self, args: Sequence[Any]) -> _Binding:
         """Decide and pack for these weights; forget them when one of them dies."""
