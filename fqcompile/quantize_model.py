@@ -29,7 +29,8 @@ def quantize_(model: nn.Module, **options: object) -> Plan:
     """Replace the weights of linears, Conv1Ds and stacks of experts by packed ones, in place.
 
     The model then runs eagerly, under every torch.compile backend and under "finequant", which
-    finds the weights packed. A weight that an embedding shares is packed for the linear alone.
+    finds the weights packed. A weight that an embedding shares, or another module that may read it
+    as a table, is packed for the linear alone.
     Packed weights do not train; adapters on top of them do. Weights go one by one, so the peak of
     memory is the model and one weight. Of a sharded model each rank packs the parts that it holds;
     all ranks must call this.
@@ -122,6 +123,7 @@ def pack_weight(found: ModuleWeight, options: SiteOptions) -> tuple[QuantPlan, P
             experts=weight.shape[0] if weight.dim() == 3 else 0,
             transposed=found.transposed,
             scale_method=plan.scale_method,
+            name=found.name,
         )
     return plan, packed
 

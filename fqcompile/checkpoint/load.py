@@ -179,7 +179,10 @@ class _Reader:
             tensor = with_part(holders[0].tensor, tensor)
         if all(holder.kind != "parameter" for holder in holders):
             return tensor
-        packed = isinstance(local_part(tensor), PackedWeight)
+        part = local_part(tensor)
+        packed = isinstance(part, PackedWeight)
+        if isinstance(part, PackedWeight):
+            part.memory.root.name = name
         trains = not packed and any(holder.tensor.requires_grad for holder in holders)
         return nn.Parameter(tensor, requires_grad=trains)
 

@@ -158,6 +158,8 @@ def _put_all(places: Mapping[str, Slot], given: Mapping[str, Tensor], device: to
                 "the model; is config.json that of another model?"
             )
         moved = value.to(device)
+        if isinstance(moved, PackedWeight):
+            moved.memory.root.name = name
         result = nn.Parameter(moved, requires_grad=False) if slot.kind == "parameter" else moved
         for other in tied[id(slot.tensor)]:
             if other is slot or other.name not in given:

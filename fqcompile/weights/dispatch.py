@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch._dynamo.aot_compile_types import SerializableCallable
 
+from fqcompile.weights.no_memory import lifetime
 from fqcompile.weights.store import Fingerprint, fingerprint
 
 Inner = Callable[..., Any]
@@ -32,7 +33,7 @@ class _Binding:
     variant: Variant
     packed: tuple[Tensor, ...]
     state: Fingerprint
-    alive: tuple[weakref.ref[Tensor], ...]
+    alive: tuple[weakref.ref[object], ...]
 
 
 class WeightDispatch(SerializableCallable):
@@ -94,7 +95,7 @@ class WeightDispatch(SerializableCallable):
         before = fingerprint(weights)
         variant = self._variant_for(args)
         packed = variant.pack(args)
-        alive = tuple(weakref.ref(w, forget) for w in weights)
+        alive = tuple(weakref.ref(lifetime(w), forget) for w in weights)
         binding = _Binding(variant, packed, before, alive)
         bindings[ids] = binding
         return binding

@@ -10,6 +10,7 @@ from torch import Tensor
 from fqcompile.kernels.template import PLAIN, Layout, PackedLinear, PackedTensors
 from fqcompile.quant.choose import QuantPlan, quantize_weight
 from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.weights.packed_memory import PackedMemory
 from fqcompile.weights.packed_weight import PackedWeight
 from fqcompile.weights.recipe import WeightRecipe
 from fqcompile.weights.stacks import pack_stack, unpack_stack
@@ -184,14 +185,14 @@ def share_memory(spec: PackedSpec, packed: PackedTensors, sources: Sequence[Tens
     form = (spec.bits, spec.group_size, spec.rows, spec.k)
     start = 0
     for part, own in spec.part_sources(sources):
-        w = own[0]
-        if isinstance(w, PackedWeight) and not part.recipe.steps:
+        memory = own[0].memory if isinstance(own[0], PackedWeight) else None
+        if isinstance(memory, PackedMemory) and not part.recipe.steps:
             rows = narrow(PackedLinear(*packed, *form), start, part.rows)
-            as_it_is = (w.form.layout, w.form.group_size, w.scale.dtype)
+            as_it_is = (memory.form.layout, memory.form.group_size, memory.scale.dtype)
             if rows is not None and as_it_is == (
                 spec.layout.name,
                 spec.group_size,
                 packed[1].dtype,
             ):
-                w.qweight, w.scale = rows
+                memory.qweight, memory.scale = rows
         start += part.rows

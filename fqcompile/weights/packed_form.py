@@ -1,6 +1,7 @@
 """PackedForm: how a packed weight's codes and scales are read, and which kernels can read them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -38,6 +39,16 @@ class PackedForm:
         """Of the weight that it stands for."""
         matrix = (self.k, self.rows) if self.transposed else (self.rows, self.k)
         return (self.experts, *matrix) if self.experts else matrix
+
+    @cached_property
+    def flipped(self) -> "PackedForm":
+        """Of the transpose, in the same memory."""
+        return replace(self, transposed=not self.transposed)
+
+    @cached_property
+    def one(self) -> "PackedForm":
+        """Of one expert."""
+        return replace(self, experts=0)
 
     @property
     def reader(self) -> str:

@@ -21,6 +21,7 @@ from fqcompile.kernels.ops import linear_inference
 from fqcompile.kernels.registry import KernelChoice, select_kernel
 from fqcompile.kernels.tuning.launches import tuned_launches
 from fqcompile.weights.packed_form import PackedForm, Routed, spec_of
+from fqcompile.weights.packed_memory import whole_place
 from fqcompile.weights.packed_ops import implements
 from fqcompile.weights.packed_weight import PackedWeight
 
@@ -75,7 +76,10 @@ def _experts(
 
 
 def _is_matrix(w: object, *, transposed: bool) -> bool:
-    return isinstance(w, PackedWeight) and not w.form.experts and w.form.transposed == transposed
+    if not isinstance(w, PackedWeight):
+        return False
+    form = w.form
+    return not form.experts and form.transposed == transposed
 
 
 @implements("aten.linear.default")
@@ -177,5 +181,8 @@ def _each(x: Tensor, w: PackedWeight) -> Any:
         y = _experts(flat, w, offsets)
     else:
         ids = w.ids if isinstance(rows, int) and rows == 1 else w.ids.repeat_interleave(rows)
-        y = _experts(flat, PackedWeight(w.qweight, w.scale, w.form, w.dtype, ids))
+        place = whole_place((ids.shape[0], *w.shape[1:]))
+        y = _experts(
+            flat, PackedWeight.showing(w.memory, w.dtype, place, flipped=w.flipped, ids=ids)
+        )
     return y if y is NotImplemented else y.view(experts, rows, w.form.rows)

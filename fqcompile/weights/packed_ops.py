@@ -3,28 +3,36 @@
 t, transpose            the same memory, read the other way round
 select, unbind          one expert of a stack; a view
 slice, split, cat       rows of the matrix; plain codes and scales, never quantised again
-W[ids]                  a stack with an index; what multiplies with it reads only those experts
-copy_                   new values are quantised as the old ones were, in the same memory
+W[ids]                  a stack with an index; what multiplies with it reads only those experts;
+                        of a matrix, and by embedding, the rows, where they are few
+copy_                   new values are quantised as the old ones were, see `packed_writes`
 """
 
-import logging
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_map_only
 
-from fqcompile.errors import FineQuantError
-from fqcompile.quant.choose import QuantPlan, quantize_weight, scale_dtype_beside
+from fqcompile.kernels.ops import dequantize
+from fqcompile.kernels.registry import LAYOUTS
 from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.weights.packed_weight import HANDLERS, PackedWeight
+from fqcompile.weights.dense_view import DenseView, densely, refusal
+from fqcompile.weights.packed_memory import (
+    Memory,
+    MemoryPart,
+    PackedMemory,
+    Place,
+    quantized,
+    whole_place,
+)
+from fqcompile.weights.packed_weight import HANDLERS, PackedWeight, packed_like
+from fqcompile.weights.packed_writes import write
 
-log = logging.getLogger("fqcompile")
-_said: set[str] = set()
+_BLOCKS = (1, 16, 32, 64)  # rows that layouts may hold together
 _SAME = {"dtype", "device", "layout", "pin_memory", "non_blocking", "memory_format"}
 Handler = Callable[..., Any]
 
@@ -61,42 +69,30 @@ def views(*names: str) -> Callable[[Handler], Handler]:
     return register
 
 
-def densely(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The operator on dequantised weights: right for every operator, and as slow as it sounds.
-
-    Raises:
-        FineQuantError: it would write to a packed weight.
-    """
-    for schema, value in zip(func._schema.arguments, args, strict=False):
-        written = schema.alias_info is not None and schema.alias_info.is_write
-        if written and isinstance(value, PackedWeight):
-            raise FineQuantError(
-                f"{func} would write to a packed weight {tuple(value.shape)}; only copy_ (as "
-                "load_state_dict does) can: call fqcompile.restore(model) to change values in place"
-            )
-    if str(func) not in _said:
-        _said.add(str(func))
-        log.info("%s has no packed form: the weight is dequantised for each call of it", func)
-    dense = tree_map_only(PackedWeight, PackedWeight.dequantized, (args, kwargs))
-    return func(*dense[0], **dense[1])
-
-
-HANDLERS[None] = densely
-
-
 @views("aten.detach.default", "aten.alias.default", "aten.lift_fresh.default")
 def _same(w: PackedWeight) -> PackedWeight:
-    return w.with_form()
+    return PackedWeight.showing(w.memory, w.dtype, w.place, flipped=w.flipped, ids=w.ids)
 
 
-@views("aten.view.default", "aten._unsafe_view.default", "aten.expand.default")
+@views("aten.view.default", "aten.expand.default")
 def _viewed(w: PackedWeight, size: Any, **_: Any) -> Any:
-    return w.with_form() if tuple(size) == tuple(w.shape) else NotImplemented
+    return _same(w) if tuple(size) == tuple(w.shape) else NotImplemented
+
+
+@implements("aten._unsafe_view.default")
+def _unsafe_view(w: PackedWeight, size: Any) -> Any:
+    return _same(w) if tuple(size) == tuple(w.shape) else NotImplemented
 
 
 @views("aten.t.default")
 def _t(w: PackedWeight) -> Any:
-    return w.with_form(transposed=not w.form.transposed)
+    size, stride, offset = w.place
+    turned = Place(_swapped(size), _swapped(stride), offset)
+    return PackedWeight.showing(w.memory, w.dtype, turned, flipped=not w.flipped, ids=w.ids)
+
+
+def _swapped(values: Sequence[int]) -> list[int]:
+    return [*values[:-2], values[-1], values[-2]]
 
 
 @views("aten.transpose.int")
@@ -109,14 +105,14 @@ def _transpose(w: PackedWeight, dim0: int, dim1: int) -> Any:
 def _permute(w: PackedWeight, dims: Any) -> Any:
     order, last = [d % w.dim() for d in dims], list(range(w.dim()))
     if order == last:
-        return w.with_form()
-    last[-2:] = last[-1], last[-2]
-    return _t(w) if order == last else NotImplemented
+        return _same(w)
+    return _t(w) if order == _swapped(last) else NotImplemented
 
 
 @views("aten.select.int")
 def _select(w: PackedWeight, dim: int, index: int) -> Any:
-    if dim % w.dim() or not w.form.experts or w.ids is not None:
+    outside = not -w.shape[dim] <= index < w.shape[dim]
+    if dim % w.dim() or outside or not w.form.experts or w.ids is not None:
         return NotImplemented
     return _expert(w, index)
 
@@ -129,8 +125,12 @@ def _unbind(w: PackedWeight, dim: int = 0) -> Any:
 
 
 def _expert(w: PackedWeight, index: int) -> PackedWeight:
-    form = w.with_form(experts=0).form
-    return PackedWeight(w.qweight[index], w.scale[index], form, w.dtype)
+    def take(stack: Memory) -> PackedMemory:
+        return PackedMemory(stack.qweight[index], stack.scale[index], stack.form.one)
+
+    size, stride, offset = w.place
+    place = Place(size[1:], stride[1:], offset + index % size[0] * stride[0])
+    return PackedWeight.showing(MemoryPart(w.memory, take), w.dtype, place, flipped=w.flipped)
 
 
 @implements("aten.slice.Tensor")
@@ -140,7 +140,7 @@ def _slice(
     size = w.shape[dim]
     first, last, _ = slice(start, end).indices(size)
     if (first, last, step) == (0, size, 1):
-        return w.with_form()
+        return _same(w)
     if dim % w.dim() != _row_dim(w) or step != 1 or w.form.experts or last <= first:
         return NotImplemented
     return _rows(w, first, last - first)
@@ -148,11 +148,13 @@ def _slice(
 
 @implements("aten.split.Tensor", "aten.split_with_sizes.default")
 def _split(w: PackedWeight, sizes: Any, dim: int = 0) -> Any:
-    if dim % w.dim() != _row_dim(w) or w.form.experts:
+    if dim % w.dim() != _row_dim(w) or w.form.experts or sizes == 0:
         return NotImplemented
     size = w.shape[dim]
     if isinstance(sizes, int):
         sizes = [min(sizes, size - start) for start in range(0, size, sizes)]
+    if sum(sizes) != size or min(sizes) < 1:
+        return NotImplemented
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [_rows(w, start, rows) for start, rows in zip(starts, sizes, strict=True)]
 
@@ -168,7 +170,7 @@ def _cat(tensors: Any, dim: int = 0) -> Any:
     if len(kinds) > 1 or not fits or dim % first.dim() != _row_dim(first):
         return NotImplemented
     whole = QuantizedWeight.cat([w.quantized().regroup(finest) for w in tensors])
-    return _matrix_like(first, whole)
+    return packed_like(first.form, whole, first.dtype)
 
 
 def _row_dim(w: PackedWeight) -> int:
@@ -176,24 +178,27 @@ def _row_dim(w: PackedWeight) -> int:
 
 
 def _rows(w: PackedWeight, start: int, rows: int) -> PackedWeight:
-    return _matrix_like(w, w.quantized().narrow(start, rows))
+    dtype, dim = w.dtype, _row_dim(w)
 
+    def take(whole: Memory) -> PackedMemory:
+        return packed_like(whole.form, quantized(whole).narrow(start, rows), dtype).memory.root
 
-def _matrix_like(w: PackedWeight, weight: QuantizedWeight) -> PackedWeight:
-    form = w.form
-    return PackedWeight.of(
-        weight, dtype=w.dtype, transposed=form.transposed, scale_method=form.scale_method
-    )
+    size, stride, offset = w.place
+    place = Place([*size[:dim], rows, *size[dim + 1 :]], stride, offset + start * stride[dim])
+    return PackedWeight.showing(MemoryPart(w.memory, take), dtype, place, flipped=w.flipped)
 
 
 @implements("aten.index.Tensor")
 def _index(w: PackedWeight, indices: Any) -> Any:
     ids = indices[0] if isinstance(w, PackedWeight) and len(indices) == 1 else None
-    if not isinstance(ids, Tensor) or not w.form.experts or w.ids is not None:
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
         return NotImplemented
-    if ids.dim() != 1 or ids.dtype not in (torch.int32, torch.int64):
+    if not w.form.experts:
+        return _rows_at(w, ids)
+    if ids.dim() != 1 or w.ids is not None:
         return NotImplemented
-    return PackedWeight(w.qweight, w.scale, w.form, w.dtype, ids)
+    place = whole_place((ids.shape[0], *w.shape[1:]))
+    return PackedWeight.showing(w.memory, w.dtype, place, flipped=w.flipped, ids=ids)
 
 
 @implements("aten.index_select.default")
@@ -201,10 +206,39 @@ def _index_select(w: PackedWeight, dim: int, index: Tensor) -> Any:
     return NotImplemented if dim % w.dim() else _index(w, [index])
 
 
+@implements("aten.embedding.default")
+def _embedding(w: PackedWeight, ids: Tensor, *_: Any) -> Any:
+    return _index(w, [ids]) if isinstance(w, PackedWeight) and w.dim() == 2 else NotImplemented
+
+
+def _rows_at(w: PackedWeight, ids: Tensor) -> Any:
+    """Few rows of a table [N, K], dequantised with their neighbors in the kernel's layout alone."""
+    form, packed = w.form, w.packed
+    narrow = LAYOUTS[form.layout].narrow
+    plain = w.device.type == "cpu" and type(ids) is type(packed.qweight) is Tensor
+    if not plain or narrow is None or form.transposed or not ids.numel():
+        return NotImplemented
+    size = next((n for n in _BLOCKS if narrow(packed, 0, n) is not None), form.rows)
+    within = int(ids.min()) >= 0 and int(ids.max()) < form.rows
+    if not within or 4 * size * ids.numel() > form.rows:
+        return NotImplemented
+    blocks, places = torch.unique(ids // size, return_inverse=True)
+    found = []
+    for start in (blocks * size).tolist():
+        rows = min(size, form.rows - start)
+        part = narrow(packed, start, rows)
+        assert part is not None, "whole blocks"
+        formats = (form.bits, form.group_size, rows, form.k, w.dtype, form.reader)
+        found.append(dequantize(*part, *formats))
+    return torch.cat(found)[places * size + ids % size]
+
+
 @implements("aten.clone.default")
 def _clone(w: PackedWeight, **_: Any) -> PackedWeight:
-    ids = None if w.ids is None else w.ids.clone()
-    return PackedWeight(w.qweight.clone(), w.scale.clone(), w.form, w.dtype, ids)
+    memory = PackedMemory(w.qweight.clone(), w.scale.clone(), w.form, w.memory.name)
+    if w.ids is None:
+        return PackedWeight.whole(memory, w.dtype)
+    return PackedWeight.showing(memory, w.dtype, whole_place(w.shape), ids=w.ids.clone())
 
 
 @implements("aten._to_copy.default")
@@ -216,48 +250,22 @@ def _to_copy(w: PackedWeight, **changes: Any) -> Any:
         return NotImplemented
     if device.type in (w.device.type, "meta"):
         moved = w.qweight.to(device, copy=True), w.scale.to(device, copy=True)
-        return PackedWeight(*moved, w.form, dtype)
-    weight, form = w.quantized(), w.form
-    there = (weight.qweight.to(device), weight.scale.to(device))
-    return PackedWeight.of(
-        QuantizedWeight(*there, weight.bits, weight.group_size, weight.shape),
-        dtype=dtype,
-        experts=form.experts,
-        transposed=form.transposed,
-        scale_method=form.scale_method,
-    )
+        return PackedWeight.whole(PackedMemory(*moved, w.form, w.memory.name), dtype)
+    weight = w.quantized()
+    there = replace(weight, qweight=weight.qweight.to(device), scale=weight.scale.to(device))
+    return packed_like(w.form, there, dtype, w.memory.name)
 
 
 @implements("aten.copy_.default")
 def _copy(w: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
-    if not isinstance(w, PackedWeight) or w.ids is not None:
+    if not isinstance(w, PackedWeight | DenseView):
         return NotImplemented
-    if source.shape != w.shape:
-        raise FineQuantError(
-            f"copy_ into a packed weight of shape {tuple(w.shape)} got one of "
-            f"{tuple(source.shape)}; they must be equal"
-        )
-    new = source if isinstance(source, PackedWeight) else _quantized_like(w, source)
-    if new.form != w.form or new.scale.dtype != w.scale.dtype or new.device != w.device:
-        new = _to_copy(new, dtype=w.dtype, device=w.device)
-        w.qweight, w.scale, w.form = new.qweight, new.scale, new.form
-        return w
-    w.qweight.copy_(new.qweight)
-    w.scale.copy_(new.scale)
+    write(w, source)
     return w
 
 
-def _quantized_like(w: PackedWeight, source: Tensor) -> PackedWeight:
-    form, scale_dtype = w.form, w.scale.dtype
-    if scale_dtype == torch.float32:  # the old values may have needed it, and the new ones not
-        scale_dtype = scale_dtype_beside(w.dtype)
-    plan = QuantPlan(form.bits, form.group_size, form.scale_method, scale_dtype, math.nan)
-    dense = source.detach().to(w.device)
-    weight = quantize_weight(dense.transpose(-2, -1) if form.transposed else dense, plan)
-    return PackedWeight.of(
-        weight,
-        dtype=w.dtype,
-        experts=form.experts,
-        transposed=form.transposed,
-        scale_method=form.scale_method,
-    )
+@implements("aten.set_.source_Tensor")
+def _set(target: Tensor, source: Tensor) -> Any:
+    """Where the source is packed, what is written to the target would not reach it."""
+    packed = next(w for w in (target, source) if isinstance(w, PackedWeight | DenseView))
+    raise refusal("aten.set_.source_Tensor", packed)

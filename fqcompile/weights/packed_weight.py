@@ -5,66 +5,97 @@ them (see `packed_ops`); what cannot gets the dequantised weight. torch.compile 
 the two, under every backend.
 """
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fqcompile.errors import FineQuantError
-from fqcompile.kernels.ops import CACHE_TAG, dequantize
-from fqcompile.kernels.registry import LAYOUTS
-from fqcompile.kernels.template import Layout, PackedLinear
+from fqcompile.kernels.ops import CACHE_TAG
+from fqcompile.kernels.template import PackedLinear
 from fqcompile.quant.chunks import plain_tensors
 from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.weights.no_memory import Lifetime, NoMemory, no_memory
 from fqcompile.weights.packed_form import PackedForm, best_layout
-from fqcompile.weights.stacks import pack_stack, unpack_stack
+from fqcompile.weights.packed_memory import (
+    Memory,
+    PackedMemory,
+    Place,
+    matrices,
+    quantized,
+    whole_place,
+)
+from fqcompile.weights.stacks import pack_stack
 
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 # What answers an operator, by its full name; None: all others. `packed_ops` fills it.
 HANDLERS: dict[str | None, Handler] = {}
+# Compiled code takes packed weights and their views apart, and makes them, as these files say.
+_FILES = (Path(__file__), Path(__file__).with_name("dense_view.py"))
+_CODE = hashlib.sha256(b"".join(path.read_bytes() for path in _FILES)).hexdigest()[:16]
+# Added to the address of codes: whoever reads there is stopped by the processor or the driver.
+_NO_ADDRESS = 1 << 63
 
 
-class _NoMemory(torch.UntypedStorage):
-    """The storage of a tensor whose memory is two others'."""
-
-    def data_ptr(self) -> int:
-        raise FineQuantError(
-            "a packed weight has no memory of its own to be read or written as a dense one: save "
-            "the model with fqcompile.save(model, directory), or torch.save its state_dict, or "
-            "make it dense again by fqcompile.restore(model)"
-        )
-
-
-class PackedWeight(Tensor):
-    """See the module's docstring.
+class PackedWeight(NoMemory):
+    """See the module's docstring. Views of one share its memory.
 
     Attributes:
-        qweight, scale: in the layout that `form` names.
+        memory: codes and scales; of rows and experts a part of the whole weight's.
+        flipped: its matrices are the transposes of those that `memory.form` describes.
         ids: where experts have been gathered by an index, that index [P]; the shape is [P, ...].
     """
 
-    qweight: Tensor
-    scale: Tensor
+    memory: Memory
+    flipped: bool
     ids: Tensor | None
-    form: PackedForm
 
     @staticmethod
     def __new__(
-        cls: type["PackedWeight"],
-        qweight: Tensor,
-        scale: Tensor,
-        form: PackedForm,
+        cls: type["PackedWeight"], weight: Tensor, requires_grad: bool = False
+    ) -> "PackedWeight":
+        """The weight as a parameter, as `nn.Parameter(weight, requires_grad)` makes it.
+
+        Raises:
+            FineQuantError: it is not packed.
+        """
+        if not isinstance(weight, PackedWeight):
+            raise FineQuantError(
+                f"a {type(weight).__name__} {tuple(weight.shape)} was to take the place of a "
+                "packed weight, and nothing says how to quantise it: copy_ it into the packed "
+                "weight, or call fqcompile.restore(model) first"
+            )
+        return nn.Parameter(weight, requires_grad)  # type: ignore[return-value]
+
+    @classmethod
+    def showing(
+        cls,
+        memory: Memory,
         dtype: torch.dtype,
+        place: Place,
+        *,
+        flipped: bool = False,
         ids: Tensor | None = None,
     ) -> "PackedWeight":
-        shape = form.shape if ids is None else (ids.shape[0], *form.shape[1:])
+        """A view of the memory."""
+        size, stride, offset = place
         # What is made in inference mode could not be a view of what was not.
         with torch.inference_mode(False):
-            self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=qweight.device)
-        self.qweight, self.scale, self.form, self.ids = qweight, scale, form, ids
+            self = Tensor._make_wrapper_subclass(
+                cls, size, strides=stride, storage_offset=offset, dtype=dtype, device=memory.device
+            )
+        self.memory, self.flipped, self.ids, self.lifetime = memory, flipped, ids, Lifetime()
         return self
+
+    @classmethod
+    def whole(cls, memory: PackedMemory, dtype: torch.dtype) -> "PackedWeight":
+        """The weight that `memory` stands for, which no other tensor shares."""
+        return cls.showing(memory, dtype, whole_place(memory.form.shape))
 
     @classmethod
     @plain_tensors()
@@ -76,12 +107,14 @@ class PackedWeight(Tensor):
         experts: int = 0,
         transposed: bool = False,
         scale_method: str = "mse",
+        name: str = "",
     ) -> "PackedWeight":
         """Packs as the kernel of this device and type wants it.
 
         Args:
             weight: in the plain layout, rows [N, K], or [E * N, K] of a stack.
             dtype: of the weight it stands for, and so of the activations.
+            name: of the parameter, for messages.
         """
         rows, k = weight.shape
         rows //= max(1, experts)
@@ -89,19 +122,37 @@ class PackedWeight(Tensor):
             weight.bits, weight.group_size, rows, k, experts, transposed, scale_method
         )
         layout = best_layout(form, dtype, weight.scale.dtype, weight.qweight.device)
-        qweight, scale = pack_stack(weight, experts, layout)
-        return cls(qweight, scale, replace(form, layout=layout.name), dtype)
+        packed = pack_stack(weight, experts, layout)
+        return cls.whole(PackedMemory(*packed, replace(form, layout=layout.name), name), dtype)
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[PackedForm, torch.dtype]]:
+    # In C, as they are read in every call.
+    qweight = property(attrgetter("memory.qweight"))
+    scale = property(attrgetter("memory.scale"))
+    # Of the values: PyTorch's own count begins anew where `Module.to` exchanges a parameter, and
+    # does not see what is written through a view in inference mode.
+    _version = property(attrgetter("memory.number"))
+
+    @property
+    def form(self) -> PackedForm:
+        """How this view's codes and scales are read."""
+        form = self.memory.form
+        return form.flipped if self.flipped else form
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[PackedForm, bool, torch.dtype]]:
         names = ["qweight", "scale"] + (["ids"] if self.ids is not None else [])
-        return names, (self.form, self.dtype)
+        return names, (self.memory.form, self.flipped, self.dtype)
 
     @staticmethod
     def __tensor_unflatten__(
-        inner: Mapping[str, Tensor], context: tuple[PackedForm, torch.dtype], *_: Any
+        inner: Mapping[str, Tensor],
+        context: tuple[PackedForm, bool, torch.dtype],
+        size: Sequence[int],
+        stride: Sequence[int],
     ) -> "PackedWeight":
-        form, dtype = context
-        return PackedWeight(inner["qweight"], inner["scale"], form, dtype, inner.get("ids"))
+        form, flipped, dtype = context
+        memory = PackedMemory(inner["qweight"], inner["scale"], form)
+        place = Place(size, stride)
+        return PackedWeight.showing(memory, dtype, place, flipped=flipped, ids=inner.get("ids"))
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -139,20 +190,30 @@ class PackedWeight(Tensor):
 
     @property
     def data(self) -> "PackedWeight":
-        """The same memory; values that are assigned are quantised into it, as by copy_."""
+        """The same memory; values that are assigned are quantised into it, as by copy_.
+
+        Those of another type or device give the weight that type and device, and a memory there.
+        """
         return self.detach()  # type: ignore[return-value]
 
     @data.setter
     def data(self, values: Tensor) -> None:
         with torch.no_grad():
-            self.copy_(values)
+            if (values.dtype, values.device) == (self.dtype, self.device):
+                self.copy_(values)
+                return
+            moved = self.to(values.device, values.dtype, copy=True)
+            moved.copy_(values)
+            Tensor.data.__set__(self, moved)  # type: ignore[attr-defined]
+        assert isinstance(moved, PackedWeight)
+        self.memory, self.flipped, self.lifetime = moved.memory, moved.flipped, moved.lifetime
 
-    def untyped_storage(self) -> torch.UntypedStorage:
-        """Of no bytes: whoever asks it for an address, as safetensors does, is told what to do."""
-        storage = super().untyped_storage()
-        if type(storage) is torch.UntypedStorage:
-            storage.__class__ = _NoMemory
-        return storage
+    def data_ptr(self) -> int:
+        """No address, since nothing could be read there as dense values: it tells weights apart."""
+        return int(self.qweight.data_ptr()) + (0 if self.is_meta else _NO_ADDRESS)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        raise no_memory(self.memory.name)
 
     def share_memory_(self) -> "PackedWeight":
         """Moves codes and scales to memory that other processes can be given."""
@@ -163,52 +224,55 @@ class PackedWeight(Tensor):
     def is_shared(self) -> bool:
         return bool(self.qweight.is_shared())
 
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        return self.packed_bytes
+
+    def element_size(self) -> float:  # type: ignore[override]
+        """Bytes per element, as they are counted: `numel() * element_size()` is what is held."""
+        return self.packed_bytes / max(1, self.numel())
+
     def _stable_hash_for_caching(self) -> str:
         """What AOTAutograd's cache knows it by: all that its compiled code depends on."""
         inner = [(t.shape, t.stride(), t.dtype) for t in (self.qweight, self.scale)]
         outer = (self.shape, self.stride(), self.dtype, self.device, self.requires_grad)
         gathered = None if self.ids is None else self.ids.dtype
-        return f"{CACHE_TAG} {outer} {self.form} {inner} {gathered}"
-
-    @property
-    def layout_in_memory(self) -> Layout:
-        return LAYOUTS[self.form.layout]
+        return f"{CACHE_TAG} {_CODE} {outer} {self.__tensor_flatten__()} {inner} {gathered}"
 
     @property
     def packed(self) -> PackedLinear:
         """As operators and kernels take it."""
-        f = self.form
+        f = self.memory.form
         return PackedLinear(self.qweight, self.scale, f.bits, f.group_size, f.rows, f.k)
 
     @property
     def packed_bytes(self) -> int:
         """Bytes of codes and scales, with what fills up the kernel's layout."""
-        return self.qweight.nbytes + self.scale.nbytes
+        return int(self.qweight.nbytes + self.scale.nbytes)
 
     def quantized(self) -> QuantizedWeight:
         """Plain codes and scales, rows [N, K] or [E * N, K]; of the whole stack where gathered."""
-        return unpack_stack(self.packed, self.form.experts, self.layout_in_memory)
+        return quantized(self.memory)
 
     def dequantized(self) -> Tensor:
         """The dense tensor of this shape, type and device."""
-        w_hat = self._matrix_or_stack()
+        w_hat = matrices(self.memory, self.dtype)
         w_hat = w_hat if self.ids is None else w_hat[self.ids]
         return w_hat.transpose(-2, -1) if self.form.transposed else w_hat
 
-    def _matrix_or_stack(self) -> Tensor:
-        """[N, K] or [E, N, K], by the operator that knows the layout."""
-        form = self.form
-        formats = (form.bits, form.group_size, form.rows, form.k, self.dtype, form.reader)
-        if not form.experts:
-            matrix: Tensor = dequantize(self.qweight, self.scale, *formats)
-            return matrix
-        pairs = zip(self.qweight.unbind(), self.scale.unbind(), strict=True)
-        return torch.stack([dequantize(*pair, *formats) for pair in pairs])
 
-    def with_form(self, **changes: Any) -> "PackedWeight":
-        """The same memory, read in another way."""
-        form = replace(self.form, **changes)
-        return PackedWeight(self.qweight, self.scale, form, self.dtype, self.ids)
+def packed_like(
+    form: PackedForm, weight: QuantizedWeight, dtype: torch.dtype, name: str = ""
+) -> PackedWeight:
+    """Other plain codes, shown as `form` shows its own; a stack if that is one."""
+    return PackedWeight.of(
+        weight,
+        dtype=dtype,
+        experts=form.experts,
+        transposed=form.transposed,
+        scale_method=form.scale_method,
+        name=name,
+    )
 
 
 def rebuild_packed_weight(

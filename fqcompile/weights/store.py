@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 from fqcompile.config import SiteOptions
 from fqcompile.errors import UnquantizableWeight
@@ -26,6 +26,7 @@ from fqcompile.locks import fork_safe
 from fqcompile.quant.choose import QuantPlan, choose_and_quantize
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.weights.find_or_quantize import find_or_quantize
+from fqcompile.weights.no_memory import lifetime
 from fqcompile.weights.packed import (
     PackedPart,
     PackedSpec,
@@ -84,12 +85,17 @@ class _Entry:
     """`values` number the values that the sources had, see `PackedStore._value`."""
 
     values: tuple[int, ...]
-    sources: tuple[weakref.ref[Tensor], ...]
+    sources: tuple[weakref.ref[object], ...]
     result: Any
 
     def is_of(self, sources: Tensors) -> bool:
         """The very same tensors. A dead tensor's id may be used again."""
-        return all(ref() is source for ref, source in zip(self.sources, sources, strict=True))
+        lives = map(lifetime, sources)
+        return all(ref() is life for ref, life in zip(self.sources, lives, strict=True))
+
+
+def _key(weight: Tensor, callback: Callable[[object], None] | None = None) -> WeakIdRef:
+    return WeakIdRef(lifetime(weight), callback)
 
 
 @dataclass(frozen=True)
@@ -111,8 +117,8 @@ class PackedStore:
     """Weak-keyed results per weight: chosen plans, and packed tensors."""
 
     def __init__(self) -> None:
-        self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._values: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary(ref_type=_key)
+        self._values: WeakIdKeyDictionary = WeakIdKeyDictionary(ref_type=_key)
         self._numbers = count()
         self._lock = fork_safe(threading.RLock())
 
@@ -203,7 +209,8 @@ class PackedStore:
         entries: dict[Any, _Entry] = self._entries.setdefault(sources[0], {})
         key = request, tuple(map(id, sources))
         # `entries` dies with the first source alone; the callback serves the others.
-        references = tuple(weakref.ref(s, lambda _: entries.pop(key, None)) for s in sources)
+        lives = map(lifetime, sources)
+        references = tuple(weakref.ref(life, lambda _: entries.pop(key, None)) for life in lives)
         entries[key] = _Entry(self._all(sources), references, result)
 
     def _all(self, sources: Tensors) -> tuple[int, ...]:

@@ -1,0 +1,245 @@
+"""DenseView: what a view of a packed weight shows that no codes can; and what runs dense.
+
+Its values are dequantised ones, of no effect on the weight. So nothing may be written to them: what
+whole rows get by copy_ is quantised into the weight, and any other write is refused.
+"""
+
+import logging
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import SymInt, Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fqcompile.errors import FineQuantError
+from fqcompile.weights.no_memory import Lifetime, NoMemory, no_memory
+from fqcompile.weights.packed_memory import PackedMemory, Place, values
+from fqcompile.weights.packed_weight import HANDLERS, PackedWeight
+
+log = logging.getLogger("fqcompile")
+_said: set[str] = set()
+# Answered by the same handlers as where a packed weight is given.
+_ALIKE = {"aten.copy_.default", "aten.set_.source_Tensor"}
+_COMPOSED = "CompositeImplicitAutograd"
+_AFTER_CLONE = "aten._unsafe_view.default"  # how reshape ends, of what it knows to be contiguous
+_AS_STRIDED = "aten.as_strided.default"
+
+
+class DenseView(NoMemory):
+    """See the module's docstring.
+
+    Attributes:
+        memory: of the weight it is a view of; None where it is not known how: what a compiled graph
+            returned, or bits read as another type.
+    """
+
+    memory: PackedMemory | None
+    _shown: Tensor
+    _number: int
+
+    @staticmethod
+    def __new__(
+        cls: type["DenseView"], shown: Tensor, memory: PackedMemory | None, offset: int | SymInt
+    ) -> "DenseView":
+        size, stride = shown.size(), shown.stride()
+        with torch.inference_mode(False):
+            self = Tensor._make_wrapper_subclass(
+                cls,
+                size,
+                strides=stride,
+                storage_offset=offset,
+                dtype=shown.dtype,
+                device=shown.device,
+            )
+        self._shown, self.memory, self.lifetime = shown, memory, Lifetime()
+        self._number = 0 if memory is None else memory.number
+        return self
+
+    @property
+    def shown(self) -> Tensor:
+        """What the weight has there now, as an ordinary tensor that nothing may write to."""
+        if self.memory is not None and self.memory.number != self._number:
+            number = self.memory.number
+            self._shown = values(self.memory, self.dtype).as_strided(*self.place)
+            self._number = number
+        return self._shown
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["shown"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Mapping[str, Tensor], *_: Any) -> "DenseView":
+        return DenseView(inner["shown"], None, 0)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        handler = HANDLERS[str(func)] if str(func) in _ALIKE else densely
+        return handler(func, args, kwargs or {})
+
+    def __repr__(  # type: ignore[override]
+        self, *, tensor_contents: Any = None
+    ) -> str:
+        return f"{type(self).__name__}({self.shown!r})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._apart().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        if id(self) not in memo:
+            memo[id(self)] = self._apart()
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    def _apart(self) -> Tensor:
+        copied = self.shown.detach().clone()
+        return (
+            nn.Parameter(copied, self.requires_grad) if isinstance(self, nn.Parameter) else copied
+        )
+
+    def tolist(self) -> Any:
+        return self.shown.tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """An array that cannot be written to; with `force` one of its own."""
+        if force:
+            return self.shown.clone().numpy()
+        array = self.shown.numpy()
+        array.flags.writeable = False
+        return array
+
+    def data_ptr(self) -> int:
+        """What is written there would be lost."""
+        raise no_memory(self.memory.name if self.memory is not None else "")
+
+
+_Views = PackedWeight | DenseView
+
+
+def densely(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The operator on dequantised weights: right for every operator, and as slow as it sounds.
+
+    Raises:
+        FineQuantError: it would write to a packed weight.
+    """
+    effects, shown = _effects(func), None
+    for effect in effects.arguments:
+        value = effect.of(args, kwargs)
+        found = next((leaf for leaf in tree_leaves(value) if isinstance(leaf, _Views)), None)
+        if found is not None and effect.writes:
+            raise refusal(func, found)
+        shown = shown if found is None else found
+    if effects.is_composed:  # in inference mode; else autograd has done it
+        return func.decompose(*args, **kwargs)
+    if str(func) not in _said:
+        _said.add(str(func))
+        log.info("%s has no packed form: the weight is dequantised for each call of it", func)
+    if shown is not None and effects.is_view:
+        return _viewed(func, shown, args, kwargs)
+    plain = _as_laid_out if str(func) == _AFTER_CLONE else _dense
+    dense = tree_map_only(_Views, plain, (args, kwargs))
+    return func(*dense[0], **dense[1])
+
+
+HANDLERS[None] = densely
+
+
+def refusal(func: object, written: _Views) -> FineQuantError:
+    """What to raise where `func` would write to a packed weight or a view of one."""
+    memory = written.memory
+    name = memory.name if memory is not None else ""
+    place = f", {name}" if name else ""
+    keep = f", or leave it dense by quantize_(model, exclude=[{name!r}])" if name else ""
+    return FineQuantError(
+        f"{func} would write to a packed weight {tuple(written.shape)}{place}; only copy_ of whole "
+        "rows (as load_state_dict does) can: call fqcompile.restore(model) to change values in "
+        f"place{keep}"
+    )
+
+
+class _Effect(NamedTuple):
+    """That an operator writes to an argument, or may return it or a view of it."""
+
+    position: int
+    name: str
+    writes: bool
+
+    def of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The argument; None where it is not given."""
+        if self.position < len(args):
+            return args[self.position]
+        return kwargs.get(self.name)
+
+
+class _Effects(NamedTuple):
+    """`is_view`: it may return what it was given. `is_composed`: it consists of others."""
+
+    arguments: tuple[_Effect, ...]
+    is_view: bool
+    is_composed: bool
+
+
+@cache
+def _effects(func: Any) -> _Effects:
+    """As the schema says them.
+
+    Where that is silent of an operator named as those that write, it writes to its first argument:
+    so do the collectives of torch.distributed.
+    """
+    schema = func._schema
+    aliases = [(i, a.name, a.alias_info) for i, a in enumerate(schema.arguments)]
+    found = [_Effect(i, name, said.is_write) for i, name, said in aliases if said is not None]
+    if not found and schema.name.endswith("_") and not schema.name.endswith("__"):
+        found = [_Effect(0, aliases[0][1], writes=True)]
+    returned = [result.alias_info for result in schema.returns]
+    return _Effects(
+        tuple(found),
+        any(said is not None and not said.is_write for said in returned),
+        torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSED),
+    )
+
+
+def _dense(w: _Views) -> Tensor:
+    return w.shown if isinstance(w, DenseView) else w.dequantized()
+
+
+def _viewed(func: Any, shown: _Views, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    gathered = isinstance(shown, PackedWeight) and shown.ids is not None  # a copy, to readers
+    memory = None if gathered or shown.memory is None else shown.memory.root
+    if memory is not None and str(func) == _AS_STRIDED:  # it counts from the weight's beginning
+        dense = values(memory, shown.dtype)
+        place = Place(args[1], args[2], (*args[3:], shown.storage_offset())[0])
+        return DenseView(dense.as_strided(*place), memory, place.offset)
+    dense = _as_laid_out(shown)
+
+    def plain(value: _Views) -> Tensor:
+        return dense if value is shown else _dense(value)
+
+    args, kwargs = tree_map_only(_Views, plain, (args, kwargs))
+    start = shown.storage_offset() - dense.storage_offset()
+
+    def view(result: Tensor) -> DenseView:
+        known = memory if _is_strided_part(result, dense) else None
+        return DenseView(result, known, start + result.storage_offset())
+
+    result = func(*args, **kwargs)
+    return view(result) if isinstance(result, Tensor) else [view(one) for one in result]
+
+
+def _as_laid_out(shown: _Views) -> Tensor:
+    """Its values with its own strides, which decide what views are possible and where they lie."""
+    dense = _dense(shown)
+    if dense.stride() == shown.stride():
+        return dense
+    return torch.empty_strided(
+        shown.size(), shown.stride(), dtype=dense.dtype, device=dense.device
+    ).copy_(dense)
+
+
+def _is_strided_part(result: Tensor, dense: Tensor) -> bool:
+    """Whether size, stride and offset say all of what it shows."""
+    return result.dtype == dense.dtype and not result.is_neg() and not result.is_conj()

@@ -1,0 +1,59 @@
+"""NoMemory: a tensor whose values are in other tensors, and what it answers to who asks where."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fqcompile.errors import FineQuantError
+from fqcompile.weights.packed_memory import Place
+
+
+class Lifetime:
+    """What lives as long as the values of a tensor, for weak references.
+
+    A tensor that itself is referred to weakly cannot be exchanged, as `Module.to` does.
+    """
+
+    __slots__ = ("__weakref__",)
+
+
+class NoMemory(Tensor):
+    """A packed weight, or a view of one."""
+
+    lifetime: Lifetime
+
+    @property
+    def place(self) -> Place:
+        """In the weight that was packed."""
+        return Place(self.size(), self.stride(), self.storage_offset())
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """Whoever asks it for an address, as safetensors does, is told what to do."""
+        storage = super().untyped_storage()
+        if type(storage) is torch.UntypedStorage:
+            storage.__class__ = _Storage
+        return storage
+
+    def __dlpack__(self, *args: object, **kwargs: object) -> Any:
+        raise no_memory()
+
+
+def lifetime(weight: Tensor) -> object:
+    """What to refer to weakly for this weight."""
+    return weight.lifetime if isinstance(weight, NoMemory) else weight
+
+
+class _Storage(torch.UntypedStorage):
+    def data_ptr(self) -> int:
+        raise no_memory()
+
+
+def no_memory(name: str = "") -> FineQuantError:
+    """What to raise where the memory of the parameter `name`, or of a view of it, is asked for."""
+    return FineQuantError(
+        f"a packed weight{f', {name},' if name else ''} has no memory of its own to be read or "
+        "written as a dense one: save the model with fqcompile.save(model, directory), or "
+        "torch.save its state_dict, or make it dense again by fqcompile.restore(model); of a view "
+        "that is only read, take a copy by clone()"
+    )

@@ -1,0 +1,116 @@
+"""copy_ into a packed weight or into whole rows of one: quantised as what stood there was.
+
+It is how load_state_dict and loaders of fused projections write. The rest of the weight keeps its
+codes, bit for bit. What would change a part of a row is refused: its scales serve the other part.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fqcompile.errors import FineQuantError
+from fqcompile.quant.choose import QuantPlan, quantize_weight, scale_dtype_beside
+from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.weights.dense_view import DenseView, refusal
+from fqcompile.weights.packed_form import PackedForm
+from fqcompile.weights.packed_memory import PackedMemory, quantized, values
+from fqcompile.weights.packed_weight import PackedWeight, packed_like
+
+_COPY = "aten.copy_.default"
+
+
+def write(w: PackedWeight | DenseView, source: Tensor) -> None:
+    """Quantise the source into what w shows of its weight.
+
+    Raises:
+        FineQuantError: it has another shape, or is for a part of some rows.
+        UnquantizableWeight: its values do not allow it; the weight is as it was.
+    """
+    if w.memory is None or (isinstance(w, PackedWeight) and w.ids is not None):
+        raise refusal(_COPY, w)
+    if type(w.memory.root.qweight) is not Tensor:
+        raise refusal(f"in a compiled graph, where values are not known, {_COPY}", w)
+    source = source.shown if isinstance(source, DenseView) else source.detach()
+    if not _can_fill(source, w):
+        raise FineQuantError(
+            f"copy_ into a packed weight of shape {tuple(w.shape)} got one of "
+            f"{tuple(source.shape)}; they must be equal"
+        )
+    if isinstance(w, PackedWeight) and isinstance(w.memory, PackedMemory):
+        _write_all(w, w.memory, source)
+    elif w.numel():
+        _write_rows(w, w.memory.root, source)
+
+
+def _can_fill(source: Tensor, w: Tensor) -> bool:
+    """Whether it has the shape or is broadcast to it."""
+    pairs = zip(reversed(source.shape), reversed(w.shape), strict=False)
+    return source.dim() <= w.dim() and all(own in (1, size) for own, size in pairs)
+
+
+def _write_all(w: PackedWeight, memory: PackedMemory, source: Tensor) -> None:
+    """Codes are copied as they are, whatever their format."""
+    if _shows_rows_alike(source, w) and source.shape == w.shape:
+        assert isinstance(source, PackedWeight)
+        alike = (source.form, source.scale.dtype) == (w.form, w.scale.dtype)
+        new = source if alike else source.to(w.device, w.dtype, copy=True)
+    else:
+        form = w.form
+        rows = _rows_of(_dense(source).expand(w.shape), form)
+        new = packed_like(form, _quantized(rows, form, w), w.dtype)
+    assert isinstance(new, PackedWeight)
+    memory.put(new.qweight, new.scale, new.form.flipped if w.flipped else new.form)
+
+
+def _write_rows(w: PackedWeight | DenseView, root: PackedMemory, source: Tensor) -> None:
+    form = root.form
+    dense = values(root, w.dtype)
+    dense.as_strided(*w.place).copy_(_dense(source))
+    marks = torch.zeros(form.shape, dtype=torch.bool, device=dense.device)
+    marks.as_strided(*w.place).fill_(True)
+    written = _rows_of(marks, form)
+    rows = written.any(1)
+    if not bool(written[rows].all()):
+        raise refusal(f"{_COPY}: to a part of some rows it", w)
+    new = _quantized(_rows_of(dense, form)[rows], form, w)
+    if isinstance(w, PackedWeight) and _shows_rows_alike(source, w) and source.shape == w.shape:
+        assert isinstance(source, PackedWeight)
+        if (source.form.bits, source.form.group_size) == (form.bits, form.group_size):
+            new = source.quantized()
+    packed = packed_like(form, _replaced(quantized(root), rows, new), w.dtype)
+    root.put(packed.qweight, packed.scale, packed.form)
+
+
+def _replaced(old: QuantizedWeight, rows: Tensor, new: QuantizedWeight) -> QuantizedWeight:
+    """`old` with other codes and scales in the rows that are marked."""
+    dtype = torch.promote_types(old.scale.dtype, new.scale.dtype)
+    qweight, scale = old.qweight.clone(), old.scale.to(dtype, copy=True)
+    qweight[rows], scale[rows] = new.qweight, new.scale.to(dtype)
+    return replace(old, qweight=qweight, scale=scale)
+
+
+def _shows_rows_alike(source: Tensor, w: PackedWeight) -> bool:
+    """Whether its codes follow one another as those of w do."""
+    packed = isinstance(source, PackedWeight) and source.ids is None
+    return packed and source.form.transposed == w.form.transposed  # type: ignore[attr-defined]
+
+
+def _dense(source: Tensor) -> Tensor:
+    return source.dequantized() if isinstance(source, PackedWeight) else source
+
+
+def _rows_of(shown: Tensor, form: PackedForm) -> Tensor:
+    """[N, K] or [E * N, K]."""
+    return (shown.transpose(-2, -1) if form.transposed else shown).reshape(-1, form.k)
+
+
+def _quantized(rows: Tensor, form: PackedForm, w: PackedWeight | DenseView) -> QuantizedWeight:
+    """As `form` says, on the device of w."""
+    assert w.memory is not None
+    scale_dtype = w.memory.root.scale.dtype
+    if scale_dtype == torch.float32:  # the old values may have needed it, and the new ones not
+        scale_dtype = scale_dtype_beside(w.dtype)
+    plan = QuantPlan(form.bits, form.group_size, form.scale_method, scale_dtype, math.nan)
+    return quantize_weight(rows.to(w.device), plan)
