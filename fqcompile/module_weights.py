@@ -1,15 +1,18 @@
 """Which parameters of a model are weights that can be packed, told from its modules alone.
 
-Linear, Conv1D [K, N], and stacks of experts [E, N, K] or [E, K, N]. Works on meta devices.
+The `weight` of Linear and of Conv1D [K, N], and stacks of experts [E, N, K] or [E, K, N]. Other
+parameters that are large are told with the reason why they stay. Works on meta devices.
 """
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from fqcompile.config import HEAD_NAMES, FineQuantConfig
 from fqcompile.distributed.shards import local_part
@@ -18,6 +21,8 @@ from fqcompile.weights.packed_weight import PackedWeight
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _ROUTERS = frozenset("gate router wg classifier shared_expert_gate".split())
+_ONE_CALL = "PyTorch's own {} reads it in one call, which takes no packed weight"
+_NO_WEIGHT = "only weights of linears and stacks of experts are packed, and this is "
 _ORIENTATION = (
     "stack of experts whose module does not say by is_transposed if its matrices are [N, K] "
     "or [K, N]"
@@ -26,15 +31,17 @@ _ORIENTATION = (
 
 @dataclass(frozen=True)
 class ModuleWeight:
-    """A parameter that linears or experts multiply with; of a sharded one the part that lies here.
+    """A parameter that linears or experts multiply with, or another that is large.
+
+    Of a sharded one the part that lies here.
 
     Attributes:
         parameter: as the module has it.
-        name: qualified, of the first that is no embedding's.
-        holders: (module, attribute) of all that share it and are no embeddings.
+        name: qualified, of the first that multiplies with it.
+        holders: (module, attribute) of all that share it and multiply with it.
         transposed: its matrices are [K, N].
         head: an output head, which gets 8 bits unless options say otherwise.
-        tied: an embedding shares it, and keeps it.
+        tied: an embedding, or whatever else reads it as a table, shares it and keeps it.
         reason: why it stays as it is; None: it may be packed.
     """
 
@@ -58,51 +65,116 @@ class ModuleWeight:
         return self.weight.transpose(-2, -1) if self.transposed else self.weight
 
 
+Held = tuple[str, nn.Module, str]  # qualified name, module, attribute
+
+
 def module_weights(model: nn.Module, config: FineQuantConfig) -> list[ModuleWeight]:
-    """All matrices of linears and experts, those that stay with the reason."""
-    holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    """All matrices of linears and experts, and what else is large; those that stay with the reason.
+
+    Embeddings are not told of.
+    """
+    sharing: dict[int, list[Held]] = {}
     for prefix, module in model.named_modules():
         for attribute, weight in module.named_parameters(recurse=False):
             name = f"{prefix}.{attribute}".lstrip(".")
-            holders.setdefault(id(weight), []).append((name, module, attribute))
+            sharing.setdefault(id(weight), []).append((name, module, attribute))
     modules = dict(model.named_modules())
     found: list[ModuleWeight] = []
-    for sharing in holders.values():
-        own = [held for held in sharing if not isinstance(held[1], _EMBEDDINGS)]
-        if own and own[0][1].get_parameter(own[0][2]).dim() in (2, 3):
-            name, tied = own[0][0], len(own) < len(sharing)
-            places = [(module, attribute) for _, module, attribute in own]
-            found.extend(_weight(name, places, tied, modules, config))
+    for holders in sharing.values():
+        multiply = [held for held in holders if _multiplies(*held)]
+        others = [held for held in holders if held not in multiply]
+        if multiply:
+            found.append(_weight(multiply, bool(others), modules, config))
+        rest = [held for held in others if not isinstance(held[1], _EMBEDDINGS)]
+        found.extend(_stays(*held, multiply, config) for held in rest[:1] if _counts(*held, config))
     return found
 
 
-def _weight(
-    name: str,
-    holders: list[tuple[nn.Module, str]],
-    tied: bool,
-    modules: dict[str, nn.Module],
-    config: FineQuantConfig,
-) -> Iterator[ModuleWeight]:
-    module, attribute = holders[0]
+def _multiplies(name: str, module: nn.Module, attribute: str) -> bool:
+    """Whether the module is known to multiply with it, be it in an orientation that is not."""
+    dims = _parameter(module, attribute).dim()
+    if dims == 2:
+        return attribute == "weight" and (_is_linear(module) or _is_conv1d(module))
+    return dims == 3 and _holds_experts(name, module, attribute)
+
+
+def _parameter(module: nn.Module, attribute: str) -> Tensor:
+    """An empty one for what a lazy module has not made yet."""
     parameter = module.get_parameter(attribute)
-    weight = local_part(parameter)
-    stacked = weight.dim() == 3
-    if not stacked and not (_is_linear(module) or _is_conv1d(module)):
-        return
+    return torch.empty(0, 0) if is_lazy(parameter) else parameter
+
+
+def _weight(
+    holders: list[Held], tied: bool, modules: dict[str, nn.Module], config: FineQuantConfig
+) -> ModuleWeight:
+    name, module, attribute = holders[0]
+    parameter = _parameter(module, attribute)
+    stacked = parameter.dim() == 3
     transposed = _is_transposed(module, attribute) if stacked else _is_conv1d(module)
-    reason = _reason(name, module, weight, modules, config)
+    reason = _reason(name, module, local_part(parameter), modules, config)
     if transposed is None:
         reason = reason or _ORIENTATION
-    yield ModuleWeight(
+    if is_lazy(module.get_parameter(attribute)):
+        reason = "it is not initialised yet: run the model once, then call quantize_"
+    return ModuleWeight(
         name=name,
         parameter=parameter,
-        holders=tuple(holders),
+        holders=tuple((module, attribute) for _, module, attribute in holders),
         kind="experts" if stacked else "linear",
         transposed=bool(transposed),
         head=tied or HEAD_NAMES.search(name) is not None,
         tied=tied,
         reason=reason,
     )
+
+
+def _counts(name: str, module: nn.Module, attribute: str, config: FineQuantConfig) -> bool:
+    """Whether somebody may ask why it stays: what is large, and matrices of linears."""
+    parameter = _parameter(module, attribute)
+    large = parameter.numel() >= config.min_elements or _is_linear(module)
+    return large and parameter.dim() > 1 and parameter.numel() > max(parameter.shape)
+
+
+def _stays(
+    name: str, module: nn.Module, attribute: str, multiply: list[Held], config: FineQuantConfig
+) -> ModuleWeight:
+    reason = config.kept_by_name(name) or _why_no_weight(module, attribute)
+    if multiply:
+        of = type(module).__name__
+        reason = f"{multiply[0][0]} shares it; {of} may read it as a table, and keeps it"
+    return ModuleWeight(name, _parameter(module, attribute), (), "other", reason=reason)
+
+
+def _why_no_weight(module: nn.Module, attribute: str) -> str:
+    of = type(module).__name__
+    if isinstance(module, ParametrizationList):
+        return (
+            "the weight is computed from it in each call: call torch.nn.utils.parametrize."
+            "remove_parametrizations to have a weight that can be packed"
+        )
+    if _is_linear(module) and attribute in ("weight_v", "weight_g", "weight_orig"):
+        return (
+            "the weight is computed from it in each call: call torch.nn.utils.remove_weight_norm, "
+            "remove_spectral_norm or prune.remove to have a weight that can be packed"
+        )
+    if isinstance(module, _ConvNd):
+        return f"{_NO_WEIGHT}a convolution's"
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return _ONE_CALL.format(of)
+    if isinstance(module, nn.MultiheadAttention):
+        return _ONE_CALL.format("attention")
+    if _is_linear(module):
+        return f"{_NO_WEIGHT}another parameter of a {of}"
+    return f"{_NO_WEIGHT}a parameter of {of}, whose use is not known without a graph: see explain()"
+
+
+def _holds_experts(name: str, module: nn.Module, attribute: str) -> bool:
+    """Whether a parameter of three dimensions is a stack of experts, and no table or filter."""
+    if _is_transposed(module, attribute) is not None:
+        return True
+    if isinstance(module, _ConvNd | ParametrizationList):
+        return False
+    return "expert" in f"{name} {type(module).__name__}".lower()
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -147,7 +219,7 @@ def _reason(
     if weight.dtype not in WEIGHT_DTYPES:
         return f"dtype {weight.dtype} is not supported; use fp32, fp16 or bf16"
     if isinstance(module, NonDynamicallyQuantizableLinear):
-        return "PyTorch's own attention reads it in one call, which takes no packed weight"
+        return _ONE_CALL.format("attention")
     if _is_router(name, modules) and not config.override_matches(name):
         return "router: its top-k decides which experts run; name it in overrides to quantise it"
     if weight.numel() < config.min_elements:

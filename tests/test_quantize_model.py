@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 import fqcompile
@@ -288,3 +289,105 @@ def test_removed_option_names_what_does_its_work() -> None:
     ):
         with pytest.raises((OptionError, torch._dynamo.exc.BackendCompilerFailed), match=remedy):
             use()
+
+
+class _WithFactors(nn.Linear):
+    """A linear that adds factors of its own, as loralib's does."""
+
+    def __init__(self) -> None:
+        super().__init__(128, 256)
+        self.lora_A = nn.Parameter(torch.randn(8, 128))
+        self.lora_B = nn.Parameter(torch.randn(256, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.lora_A.T @ self.lora_B.T
+
+
+def test_of_a_linear_only_its_weight_is_packed() -> None:
+    model = nn.Sequential(_WithFactors())
+    plan = fqcompile.quantize_(model, min_elements=0)
+    assert [site.name for site in plan.quantized] == ["0.weight"]
+    layer = model[0]
+    for name in ("lora_A", "lora_B"):
+        assert type(layer.get_parameter(name)) is nn.Parameter
+        assert layer.get_parameter(name).requires_grad, "and it trains on"
+        assert "another parameter of a _WithFactors" in str(plan.site(f"0.{name}").reason)
+    x = torch.randn(2, 128)
+    expected = x @ layer.weight.dequantized().T + layer.bias + x @ layer.lora_A.T @ layer.lora_B.T
+    assert_close(layer(x), expected, depth=3)
+
+
+PARAMETRIZED: dict[str, Any] = {
+    "weight_norm": (torch.nn.utils.weight_norm, "weight_v", "remove_weight_norm"),
+    "spectral_norm": (torch.nn.utils.spectral_norm, "weight_orig", "remove_spectral_norm"),
+    "pruned": (
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        "weight_orig",
+        "prune.remove",
+    ),
+    "parametrizations.weight_norm": (
+        torch.nn.utils.parametrizations.weight_norm,
+        "parametrizations.weight.original1",
+        "remove_parametrizations",
+    ),
+    "parametrizations.orthogonal": (
+        torch.nn.utils.parametrizations.orthogonal,
+        "parametrizations.weight.original",
+        "remove_parametrizations",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("way", PARAMETRIZED)
+def test_a_computed_weight_has_a_row_that_says_so(way: str) -> None:
+    parametrize, name, remedy = PARAMETRIZED[way]
+    layer = nn.Linear(128, 256)
+    parametrize(layer)
+    model = frozen(nn.Sequential(layer)).eval()
+    x = torch.randn(2, 128)
+    expected = model(x)
+    plan = fqcompile.quantize_(model)
+    assert not plan.quantized
+    reason = str(plan.site(f"0.{name}").reason)
+    assert "computed from it in each call" in reason and remedy in reason
+    assert torch.equal(model(x), expected)
+
+
+def test_other_large_parameters_have_a_row_and_no_table_is_a_stack_of_experts() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pos_embed = nn.Parameter(torch.randn(1, 256, 128))
+            self.relative = nn.Parameter(torch.randn(8, 64, 64))
+            self.blocks = nn.Parameter(torch.randn(4, 4, 64, 64))
+
+    model = frozen(
+        nn.Sequential(
+            nn.Conv1d(128, 128, 3),
+            nn.Conv2d(128, 128, 1),
+            nn.LSTM(128, 128),
+            nn.GRUCell(128, 128),
+            Positions(),
+            nn.Conv2d(3, 8, 1),
+            nn.Embedding(512, 128),
+            nn.MultiheadAttention(128, 4),
+        )
+    )
+    plan = fqcompile.quantize_(model)
+    rows = {site.name: (site.kind, site.status, str(site.reason)) for site in plan.sites}
+    said = {
+        "0.weight": "a convolution's",
+        "1.weight": "a convolution's",
+        "2.weight_ih_l0": "PyTorch's own LSTM reads it in one call",
+        "2.weight_hh_l0": "PyTorch's own LSTM reads it in one call",
+        "3.weight_ih": "PyTorch's own GRUCell reads it in one call",
+        "3.weight_hh": "PyTorch's own GRUCell reads it in one call",
+        "4.pos_embed": "a parameter of Positions",
+        "4.relative": "a parameter of Positions",
+        "4.blocks": "a parameter of Positions",
+        "7.in_proj_weight": "PyTorch's own attention reads it in one call",
+    }
+    for name, reason in said.items():
+        assert rows[name][:2] == ("other", "kept") and reason in rows[name][2]
+    assert set(rows) == {*said, "7.out_proj.weight"}, "no small one, and no embedding"

@@ -1,0 +1,272 @@
+"""Packed weights under what others do to parameters: move, cast, offload, resize, tie."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fqcompile
+from fqcompile.errors import FineQuantError
+from fqcompile.weights.packed_weight import PackedWeight
+from tests.helpers import Mlp, assert_close, frozen
+
+BACKENDS = ["none", "aot_eager", "finequant"]
+FLAGS = ["", "swap_module_params", "overwrite_module_params"]
+
+
+def _compiled(model: nn.Module, backend: str) -> Callable[..., Tensor]:
+    if backend == "none":
+        return model
+    options = {"options": {"inner_backend": "eager"}} if backend == "finequant" else {}
+    return torch.compile(model, backend=backend, **options)  # type: ignore[no-any-return,call-overload]
+
+
+def _dense(model: nn.Module) -> nn.Module:
+    """The oracle: the same values in ordinary parameters, which PyTorch itself moves."""
+    return fqcompile.restore(copy.deepcopy(model))
+
+
+@pytest.fixture(params=FLAGS, ids=lambda flag: flag or "default")
+def conversion(request: pytest.FixtureRequest) -> Iterator[None]:
+    """PyTorch's ways to convert a module's parameters."""
+    if not request.param:
+        yield
+        return
+    setter = getattr(torch.__future__, f"set_{request.param}_on_conversion")
+    setter(True)
+    yield
+    setter(False)
+
+
+MOVES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "to where it is": lambda m: m.to("cpu"),
+    "half": lambda m: m.half(),
+    "bf16": lambda m: m.to(torch.bfloat16),
+    "there and back": lambda m: m.half().float(),
+    "share_memory": lambda m: m.share_memory(),
+}
+
+
+@pytest.mark.usefixtures("conversion")
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_that_was_called_is_moved_and_cast(backend: str, move: str) -> None:
+    model = frozen(nn.Sequential(Mlp(), nn.LayerNorm(128), nn.Linear(128, 64)))
+    fqcompile.quantize_(model, exclude=["^2"], min_elements=0)
+    x, call = torch.randn(3, 128), _compiled(model, backend)
+    call(x)
+    oracle = _dense(model)
+    MOVES[move](model)
+    MOVES[move](oracle)
+    assert isinstance(model[0].up.weight, PackedWeight)
+    dtype = model[2].weight.dtype
+    assert all(p.dtype == dtype for p in model.parameters())
+    # The oracle's weights are rounded where the codes are not.
+    coarsest = torch.float16 if move == "there and back" else dtype
+
+    def check(what: str) -> None:
+        results = (run(x.to(dtype)).to(coarsest) for run in (call, oracle))
+        assert_close(*results, k=256, depth=4, what=what)
+
+    check("after the move")
+    model[0].up.weight.copy_(torch.zeros(model[0].up.weight.shape))
+    oracle[0].up.weight.zero_()
+    check("after a write")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_that_are_exchanged_reach_compiled_graphs(backend: str) -> None:
+    """Both directions: a packed weight for another, and for a dense one."""
+    model = frozen(Mlp())
+    fqcompile.quantize_(model, min_elements=0)
+    x, call = torch.randn(3, 128), _compiled(model, backend)
+    call(x)
+    other = frozen(Mlp(seed=1))
+    fqcompile.quantize_(other, min_elements=0)
+    torch.utils.swap_tensors(model.up.weight, other.up.weight)
+    assert_close(call(x), _dense(model)(x), k=256, depth=3)
+    torch.utils.swap_tensors(model.down.weight, nn.Parameter(torch.ones(128, 256), False))
+    assert not isinstance(model.down.weight, PackedWeight)
+    assert_close(call(x), _dense(model)(x), k=256, depth=3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_of_another_type_give_the_weight_that_type(backend: str) -> None:
+    """`p.data = p.data.float()`, as peft prepares a quantised model for training."""
+    model = frozen(Mlp()).to(torch.bfloat16)
+    fqcompile.quantize_(model, min_elements=0)
+    call = _compiled(model, backend)
+    call(torch.randn(3, 128, dtype=torch.bfloat16))
+    codes = [p.qweight.clone() for p in model.parameters() if isinstance(p, PackedWeight)]
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    packed = [p for p in model.parameters() if isinstance(p, PackedWeight)]
+    assert all(torch.equal(p.qweight, c) for p, c in zip(packed, codes, strict=True))
+    assert all(p.dtype == torch.float32 and isinstance(p, nn.Parameter) for p in packed)
+    x = torch.randn(3, 128)
+    assert_close(call(x), _dense(model)(x), k=256, depth=3)
+    model.up.weight.data = torch.zeros(model.up.weight.shape, dtype=torch.float16)
+    assert model.up.weight.dtype == torch.float16 and not model.up.weight.dequantized().any()
+    with pytest.raises(FineQuantError, match=r"\(256, 128\) got one of \(3, 3\)"):
+        model.up.weight.data = torch.zeros(3, 3)
+
+
+def test_memory_is_counted_as_it_is_held() -> None:
+    model = frozen(Mlp())
+    fqcompile.quantize_(model, min_elements=0)
+    held = sum(
+        p.qweight.nbytes + p.scale.nbytes if isinstance(p, PackedWeight) else p.nbytes
+        for p in model.parameters()
+    )
+    assert sum(p.nbytes for p in model.parameters()) == held
+    # as transformers counts
+    assert round(sum(p.nelement() * p.element_size() for p in model.parameters())) == held
+    pointers = {p.data_ptr() for p in model.parameters()}
+    assert len(pointers) == len(list(model.parameters())), "which tell what is tied, as accelerate"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_that_accelerate_keeps_elsewhere(tied: bool) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="the dev extra is not installed")
+    model = _language_model(tied=tied)
+    fqcompile.quantize_(model, min_elements=4096)
+    ids = torch.arange(7)[None]
+    expected = model(ids).logits
+    offloaded = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.model.layers[0].mlp.up_proj.weight.device.type == "meta"
+    assert torch.equal(offloaded(ids).logits, expected)
+
+
+def test_weights_in_files_of_dense_values_are_refused_by_name(tmp_path: Any) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="the dev extra is not installed")
+    model = _language_model()
+    fqcompile.quantize_(model, min_elements=4096)
+    with pytest.raises(FineQuantError, match=r"model\.layers\.0\..*weight.*fqcompile\.save"):
+        accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    with pytest.raises(FineQuantError, match=r"\(3, 4\).*packed weight.*fqcompile\.restore"):
+        PackedWeight(torch.ones(3, 4), requires_grad=False)
+
+
+def _language_model(*, tied: bool = False) -> Any:
+    transformers = pytest.importorskip("transformers", reason="the demo extra is not installed")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=tied,
+    )
+    return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("change", ["resize_token_embeddings", "tie_weights"])
+def test_embeddings_are_resized_and_tied_after_packing(change: str, tied: bool) -> None:
+    model = _language_model(tied=tied)
+    fqcompile.quantize_(model, min_elements=4096)
+    oracle = _dense(model)
+    for one in (model, oracle):
+        if change == "tie_weights":
+            one.tie_weights()
+        else:
+            one.resize_token_embeddings(300, mean_resizing=False)
+    ids = torch.arange(7)[None]
+    found, expected = model(ids).logits[..., :256], oracle(ids).logits[..., :256]
+    assert_close(found, expected, k=128, depth=30)
+
+
+def test_a_rescale_in_place_is_refused_with_the_layer_and_the_remedy() -> None:
+    """As RWKV divides its output weights on the first call of inference."""
+    transformers = pytest.importorskip("transformers", reason="the demo extra is not installed")
+    config = transformers.RwkvConfig(
+        vocab_size=256, hidden_size=64, num_hidden_layers=2, rescale_every=1, context_length=16
+    )
+    model = transformers.RwkvForCausalLM(config).eval().requires_grad_(False)
+    plain = copy.deepcopy(model)
+    fqcompile.quantize_(model, min_elements=0)
+    ids = torch.arange(7)[None]
+    refused = r"blocks\.\d\.attention\.output\.weight.*fqcompile\.restore.*exclude=\['rwkv\.blocks"
+    with pytest.raises(FineQuantError, match=refused):
+        model(ids)
+    plan = fqcompile.quantize_(plain, min_elements=0, exclude=[r"\.output\.weight", r"ffn|feed"])
+    assert plan.quantized and plain(ids).logits.isfinite().all()
+
+
+def test_a_lazy_linear_has_a_row_until_it_has_a_weight() -> None:
+    model = nn.Sequential(nn.LazyLinear(128), nn.Linear(128, 128))
+    plan = fqcompile.quantize_(model)
+    assert "not initialised yet" in str(plan.site("0.weight").reason)
+    assert plan.site("1.weight").status == "quantized"
+    x = torch.randn(2, 256)
+    model(x)
+    assert fqcompile.quantize_(model).site("0.weight").status == "quantized"
+    assert_close(model(x), _dense(model)(x), k=256, depth=2)
+
+
+class _Table(nn.Module):
+    """An embedding that is none of PyTorch's."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+@pytest.mark.parametrize("table_first", [False, True])
+def test_a_linear_that_a_table_shares_is_a_head(table_first: bool) -> None:
+    head = nn.Linear(64, 512)
+    table = _Table(head.weight)
+    model = frozen(nn.Sequential(*((table, head) if table_first else (head, table))))
+    original = head.weight
+    plan = fqcompile.quantize_(model)
+    names = ("0.weight", "1.weight")
+    of_table, of_head = names if table_first else names[::-1]
+    assert plan.site(of_head).bits == 8 and isinstance(head.weight, PackedWeight)
+    assert table.weight is original
+    assert plan.site(of_table).status == "kept"
+    assert "table" in str(plan.site(of_table).reason) and of_head in str(plan.site(of_table).reason)
+
+
+READS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "embedding": lambda ids, w: F.embedding(ids, w),
+    "index": lambda ids, w: w[ids],
+    "index_select": lambda ids, w: w.index_select(0, ids.flatten()),
+    "gather": lambda ids, w: w.gather(0, ids.flatten()[:, None].expand(-1, w.shape[1])),
+    "take_along_dim": lambda ids, w: w.take_along_dim(ids.flatten()[:, None], 0),
+    "slices": lambda ids, w: torch.stack([w[int(i)] for i in ids.flatten()]),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_a_packed_weight_are_read_as_of_a_table(backend: str, bits: int, read: str) -> None:
+    layer = nn.Linear(64, 1001).requires_grad_(False)
+    fqcompile.quantize_(layer, bits=bits)
+    w = layer.weight
+    expected = w.dequantized()
+    call = _compiled(READS[read], backend) if read != "slices" else READS[read]  # type: ignore[arg-type]
+    for ids in ([[3, 1000], [3, 0]], [[999]], [[i % 1001] for i in range(0, 5000, 7)]):
+        index = torch.tensor(ids)
+        assert torch.equal(call(index, w), READS[read](index, expected))
+
+
+@pytest.mark.parametrize("ids", [[1001], [-1002]])
+def test_rows_that_are_not_there_raise_what_a_dense_table_raises(ids: list[int]) -> None:
+    layer = nn.Linear(64, 1001).requires_grad_(False)
+    fqcompile.quantize_(layer)
+    for read in (READS["embedding"], READS["index"]):
+        with pytest.raises(IndexError) as dense:
+            read(torch.tensor(ids), layer.weight.dequantized())
+        with pytest.raises(IndexError) as packed:
+            read(torch.tensor(ids), layer.weight)
+        assert str(packed.value) == str(dense.value)
+    assert torch.equal(layer.weight[torch.tensor([-1])], layer.weight.dequantized()[-1:])
