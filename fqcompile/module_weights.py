@@ -115,7 +115,7 @@ def _weight(
     if transposed is None:
         reason = reason or _ORIENTATION
     if is_lazy(module.get_parameter(attribute)):
-        reason = "it is not initialised yet: run the model once, then call quantize_"
+        reason = "it is not initialized yet: run the model once, then call quantize_"
     return ModuleWeight(
         name=name,
         parameter=parameter,

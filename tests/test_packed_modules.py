@@ -96,7 +96,7 @@ def test_values_that_are_exchanged_reach_compiled_graphs(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_values_of_another_type_give_the_weight_that_type(backend: str) -> None:
-    """`p.data = p.data.float()`, as peft prepares a quantised model for training."""
+    """`p.data = p.data.float()`, as peft prepares a quantized model for training."""
     model = frozen(Mlp()).to(torch.bfloat16)
     fqcompile.quantize_(model, min_elements=0)
     call = _compiled(model, backend)
@@ -201,7 +201,7 @@ def test_a_rescale_in_place_is_refused_with_the_layer_and_the_remedy() -> None:
 def test_a_lazy_linear_has_a_row_until_it_has_a_weight() -> None:
     model = nn.Sequential(nn.LazyLinear(128), nn.Linear(128, 128))
     plan = fqcompile.quantize_(model)
-    assert "not initialised yet" in str(plan.site("0.weight").reason)
+    assert "not initialized yet" in str(plan.site("0.weight").reason)
     assert plan.site("1.weight").status == "quantized"
     x = torch.randn(2, 256)
     model(x)

@@ -1,7 +1,7 @@
 """DenseView: what a view of a packed weight shows that no codes can; and what runs dense.
 
-Its values are dequantised ones, of no effect on the weight. So nothing may be written to them: what
-whole rows get by copy_ is quantised into the weight, and any other write is refused.
+Its values are dequantized ones, of no effect on the weight. So nothing may be written to them: what
+whole rows get by copy_ is quantized into the weight, and any other write is refused.
 """
 
 import logging
@@ -121,7 +121,7 @@ _Views = PackedWeight | DenseView
 
 
 def densely(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The operator on dequantised weights: right for every operator, and as slow as it sounds.
+    """The operator on dequantized weights: right for every operator, and as slow as it sounds.
 
     Raises:
         FineQuantError: it would write to a packed weight.
@@ -137,7 +137,7 @@ def densely(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func.decompose(*args, **kwargs)
     if str(func) not in _said:
         _said.add(str(func))
-        log.info("%s has no packed form: the weight is dequantised for each call of it", func)
+        log.info("%s has no packed form: the weight is dequantized for each call of it", func)
     if shown is not None and effects.is_view:
         return _viewed(func, shown, args, kwargs)
     plain = _as_laid_out if str(func) == _AFTER_CLONE else _dense

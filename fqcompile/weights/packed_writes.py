@@ -1,4 +1,4 @@
-"""copy_ into a packed weight or into whole rows of one: quantised as what stood there was.
+"""copy_ into a packed weight or into whole rows of one: quantized as what stood there was.
 
 It is how load_state_dict and loaders of fused projections write. The rest of the weight keeps its
 codes, bit for bit. What would change a part of a row is refused: its scales serve the other part.
