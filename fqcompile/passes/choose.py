@@ -223,7 +223,9 @@ def _is_codebook(state: GraphState, site: WeightSite) -> bool:
 
     def of_weight(node: object) -> bool:
         """Whether it is computed from the weight alone, as the norms of its rows are."""
-        return folder.is_constant(node) and not {*site.sources}.isdisjoint(folder.recipe(node)[1])
+        if not isinstance(node, fx.Node) or not folder.is_constant(node):
+            return False
+        return not {*site.sources}.isdisjoint(folder.recipe(node)[1])
 
     nearest = of_weight(site.bias)
     frontier, seen = [site.node], {site.node}

@@ -5,6 +5,8 @@ bmm(w[ids], x.unsqueeze(-1))           ->   ExpertSite(x, recipe: identity; sour
 _grouped_mm(x, w.mT, offs=offsets)     ->   ExpertSite(x, the same recipe; routing: offsets)
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -168,7 +170,7 @@ def _other_matrices(state: GraphState) -> list[KeptWeight]:
     for node in state.names:
         if node in used or not node.users:
             continue
-        whole = given[node] if node in given else example(node)
+        whole: Any = given[node] if node in given else example(node)
         sharded, weight = is_dtensor(whole), local_part(whole)
         if not _is_matrix(weight, state.config.min_elements):
             continue

@@ -71,7 +71,8 @@ def _inline(node: fx.Node, operands: tuple[Any, ...]) -> list[fx.Node]:
         if new.op == "get_attr":
             new.target = f"{owner.target}.{new.target}"
     for user in list(node.users):
-        result = mapping[_results(body)[user.args[1]]]
+        index: Any = user.args[1]
+        result = mapping[_results(body)[index]]
         result.meta = dict(user.meta)  # of this call, where others share the body
         user.replace_all_uses_with(result)
         graph.erase_node(user)

@@ -38,7 +38,7 @@ def spell(graph: fx.Graph) -> None:
         if call is not None:
             target, node.args, node.kwargs = call
             node.op = "call_method" if isinstance(target, str) else "call_function"
-            node.target = target  # type: ignore[assignment]
+            node.target = target
 
 
 def _by_position(node: fx.Node) -> None:
@@ -65,13 +65,13 @@ def _numpy_t(node: fx.Node) -> Call | None:
 
 
 def _slice(node: fx.Node) -> Call | None:
-    defaults = (None, 0, None, None, 1)
-    x, dim, *ends, step = (*node.args, *defaults[len(node.args) :])
+    given: tuple[Any, ...] = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+    x, dim, start, end, step = given
     value = example(x)
     if value is None or not isinstance(dim, int):
         return None
     whole = (slice(None),) * (dim % value.dim())
-    return operator.getitem, (x, (*whole, slice(*ends, None if step == 1 else step))), {}
+    return operator.getitem, (x, (*whole, slice(start, end, None if step == 1 else step))), {}
 
 
 def _index(node: fx.Node) -> Call | None:
