@@ -228,9 +228,15 @@ def _reason(
 
 
 def _is_router(name: str, modules: dict[str, nn.Module]) -> bool:
-    """A linear named as routers are, in a module that has experts too."""
-    path = name.split(".")
-    if len(path) < 2 or path[-2] not in _ROUTERS:
-        return False
-    parent = modules.get(".".join(path[:-2]))
-    return parent is not None and any("expert" in child for child, _ in parent.named_children())
+    """A linear named as routers are, or inside of a module that is, beside experts.
+
+    gate.weight, router.layer.weight, gate.wg.weight; experts are told by their name or class.
+    """
+    path = name.split(".")[:-1]
+    for at, part in enumerate(path):
+        parent = modules.get(".".join(path[:at]))
+        if part in _ROUTERS and parent is not None:
+            others = [(n, type(m).__name__) for n, m in parent.named_children() if n != part]
+            if any("expert" in text.lower() for pair in others for text in pair):
+                return True
+    return False

@@ -391,3 +391,41 @@ def test_other_large_parameters_have_a_row_and_no_table_is_a_stack_of_experts() 
     for name, reason in said.items():
         assert rows[name][:2] == ("other", "kept") and reason in rows[name][2]
     assert set(rows) == {*said, "7.out_proj.weight"}, "no small one, and no embedding"
+
+
+class _JetExperts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 256, 128))
+
+
+class _Routed(nn.Module):
+    """A block whose router is a module of its own, as in DBRX, JetMoe, Switch and Hunyuan."""
+
+    def __init__(self, router: str, inner: str, experts: tuple[str, nn.Module]) -> None:
+        super().__init__()
+        gate = nn.Module()
+        gate.add_module(inner, nn.Linear(128, 256))
+        self.add_module(router, gate)
+        self.add_module(*experts)
+
+
+@pytest.mark.parametrize(
+    ("router", "inner", "experts"),
+    [
+        ("router", "layer", ("experts", nn.Module())),
+        ("router", "classifier", ("experts", nn.Module())),
+        ("gate", "wg", ("experts", nn.Module())),
+        ("router", "layer", ("input_linear", _JetExperts())),
+    ],
+)
+def test_a_router_inside_of_a_module_is_kept(
+    router: str, inner: str, experts: tuple[str, nn.Module]
+) -> None:
+    """4 bits would move its top-k, as for a router that lies beside the experts itself."""
+    model, alone = _Routed(router, inner, experts), _Routed(router, inner, ("mlp", nn.Module()))
+    name = f"{router}.{inner}.weight"
+    assert "router" in str(fqcompile.quantize_(frozen(model)).site(name).reason)
+    assert fqcompile.quantize_(frozen(alone)).site(name).status == "quantized"
+    overridden = fqcompile.quantize_(model, overrides={name: {"bits": 8}})
+    assert overridden.site(name).bits == 8
