@@ -12,7 +12,8 @@ from fqcompile.options import RULES, FrozenMapping, check_names
 
 HEAD_BITS = 8
 # A head under its usual names; elsewhere a head is known by sharing its weight with an embedding.
-HEAD_NAMES = re.compile(r"(^|\.)(lm_head|embed_out|embed_tokens|wte|word_embeddings|shared)(\.|$)")
+# Not under an embedding's names: "shared" is T5's table, and the expert that all tokens take.
+HEAD_NAMES = re.compile(r"(^|\.)(lm_head|embed_out)(\.|$)")
 
 
 def _debug_dir_from_environment() -> str | None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fqcompile.config import FineQuantConfig, SiteOptions
+from fqcompile.config import HEAD_NAMES, FineQuantConfig, SiteOptions
 from fqcompile.errors import OptionError
 
 DEFAULTS = {
@@ -200,3 +200,21 @@ def test_value_without_json_form_is_given_as_text() -> None:
     config = FineQuantConfig(inductor={"trace.enabled": {1: print}})
     text = json.dumps(config.as_dict()["inductor"])
     assert text == '{"trace.enabled": {"1": "<built-in function print>"}}'
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("lm_head.weight", True),
+        ("base_model.model.lm_head.weight", True),
+        ("lm_head.decoder.weight", True),
+        ("gpt_neox.embed_out.weight", True),
+        ("mlp.shared.up.weight", False),  # an expert that all tokens take
+        ("mlp.shared.weight", False),
+        ("mlp.shared_expert.gate_proj.weight", False),
+        ("model.embed_tokens.weight", False),  # a linear that shares it is told by its embedding
+        ("not_lm_head.weight", False),
+    ],
+)
+def test_heads_by_name(name: str, head: bool) -> None:
+    assert (HEAD_NAMES.search(name) is not None) == head
