@@ -5,25 +5,32 @@ from typing import Any
 
 import torch
 
-from fqcompile.report import CompileReport, reports
+from fqcompile.report import CompileReport, recorded
 
 _MOST_CALLS = 8
 
 
-def warm_up(model: Callable[..., Any], *args: Any, **kwargs: Any) -> list[CompileReport]:
+def warm_up(
+    model: Callable[..., Any], *args: Any, grad: bool = False, **kwargs: Any
+) -> list[CompileReport]:
     """Call `model` until a call compiles nothing more; returns the reports of what was compiled.
 
     Weights are quantised and packed, kernels searched (`autotune="fast"` or "max") and built for
-    these inputs, so that the next such call only runs. Call it as requests will: in their grad
-    mode, and once for each number of rows to be served, since a kernel is built for the rows it is
-    first called with. The model really runs: caches that it writes to are written to.
+    these inputs, so that the next such call only runs. Call it once for
+    each number of rows to be served, since a kernel is built for the rows it is first called with.
+    The model really runs: caches that it writes to are written to.
+
+    Args:
+        grad: call in grad mode, where requests will. Else under `torch.no_grad()`: a graph is
+            compiled for one mode, and in grad mode weights that require grad stay dense.
     """
-    before = len(reports())
+    before = len(recorded())
     for _ in range(_MOST_CALLS):
-        known = len(reports())
-        model(*args, **kwargs)
+        known = len(recorded())
+        with torch.set_grad_enabled(grad):
+            model(*args, **kwargs)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        if len(reports()) == known:
+        if len(recorded()) == known:
             break
-    return reports()[before:]
+    return recorded()[before:]

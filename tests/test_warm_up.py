@@ -16,9 +16,23 @@ def test_after_warming_up_nothing_is_compiled() -> None:
     found = warm_up(compiled, X)
     assert found == fqcompile.reports()
     assert len(report().plan.quantized) == 2
-    compiled(X)
+    with torch.no_grad():
+        compiled(X)
     assert fqcompile.reports() == found
     assert warm_up(compiled, X) == []
+
+
+def test_weights_that_require_grad_are_quantised_as_calls_without_grad_will() -> None:
+    compiled = finequant(Mlp())
+    warm_up(compiled, X)
+    assert len(report().plan.quantized) == 2
+    with torch.no_grad():
+        compiled(X)
+    assert len(fqcompile.reports()) == 1
+    (found,) = warm_up(compiled, X, grad=True)
+    assert not found.plan.quantized
+    compiled(X)
+    assert len(fqcompile.reports()) == 2
 
 
 def test_each_kind_of_call_is_warmed_up_by_itself() -> None:

@@ -4,6 +4,7 @@ from fqcompile.report.compile_report import (
     CompileReport,
     clear_reports,
     record,
+    recorded,
     reports,
 )
 from fqcompile.report.dump import dump_report, is_traced, trace_report
@@ -21,6 +22,7 @@ __all__ = [
     "dump_report",
     "is_traced",
     "record",
+    "recorded",
     "reports",
     "trace_report",
 ]

@@ -4,6 +4,7 @@ Every report of the process is kept in order, for `fqcompile.reports()`.
 """
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -85,6 +86,14 @@ class CompileReport:
         return replace_text(path, render_page(title, self.warnings, facts, sections))
 
 
+log = logging.getLogger("fqcompile")
+_NOTHING_COMPILED = (
+    "there are no reports: finequant has compiled no graph in this process. What "
+    "torch.compile(model, backend='finequant') returns compiles when it is called itself; its "
+    "other methods, such as generate(), run the model as it was. "
+    "model.compile(backend='finequant') compiles in place, for these too, and "
+    "fqcompile.quantize_(model) needs no compiler"
+)
 _REPORTS: list[CompileReport] = []
 
 
@@ -93,9 +102,16 @@ def record(report: CompileReport) -> None:
     _REPORTS.append(report)
 
 
-def reports() -> list[CompileReport]:
-    """The report of every graph compiled in this process, newest last."""
+def recorded() -> list[CompileReport]:
+    """The reports of this process, newest last."""
     return list(_REPORTS)
+
+
+def reports() -> list[CompileReport]:
+    """The report of every graph compiled in this process, newest last; warns if there is none."""
+    if not _REPORTS:
+        log.warning(_NOTHING_COMPILED)
+    return recorded()
 
 
 def clear_reports() -> None:

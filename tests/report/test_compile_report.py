@@ -106,3 +106,16 @@ def test_reports_come_newest_last_and_as_a_copy(report: CompileReport, empty_lis
     assert reports() == [report, newer]
     clear_reports()
     assert reports() == []
+
+
+def test_an_empty_list_is_explained(
+    empty_list: None, report: CompileReport, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What torch.compile wraps compiles its own calls alone: generate() of it compiles nothing."""
+    with caplog.at_level("WARNING", "fqcompile"):
+        assert reports() == []
+        (warning,) = caplog.messages
+        assert "generate()" in warning and "model.compile(backend='finequant')" in warning
+        caplog.clear()
+        record(report)
+        assert reports() == [report] and not caplog.messages
