@@ -1,13 +1,14 @@
 """Shows each graph that Dynamo captures of a function to a visitor, and compiles nothing."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fqcompile.passes.base import copy_module
 
@@ -43,14 +44,40 @@ def _captured() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return context
 
 
+@contextmanager
+def _not_in_place(model: object) -> Iterator[None]:
+    """Without what `compile()` has put before a model or its parts: it would really compile."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    compiled = [(m, m._compiled_call_impl) for m in modules if m._compiled_call_impl is not None]
+    try:
+        for module, _ in compiled:
+            module._compiled_call_impl = None
+        yield
+    finally:
+        for module, call in compiled:
+            module._compiled_call_impl = call
+
+
 def dry_run(
-    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], visit: Visitor
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    visit: Visitor,
+    *,
+    grad: bool = False,
 ) -> None:
-    """Run `model` once, eagerly, with `visit(graph, its inputs)` before each of its graphs."""
+    """Run `model` once, eagerly, with `visit(graph, its inputs)` before each of its graphs.
+
+    `grad`: in grad mode, where a weight that requires grad stays as it is.
+    """
     token = _visitor.set(visit)
     try:
         limits = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16}
-        with torch._dynamo.config.patch(limits):
+        with (
+            torch.set_grad_enabled(grad),
+            torch._dynamo.config.patch(limits),
+            _not_in_place(model),
+        ):
             _captured()(model)(*args, **kwargs)
     finally:
         _visitor.reset(token)

@@ -1,21 +1,24 @@
 """A dry run: what the backend would do to a model, without compiling it."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
 
 from fqcompile.config import FineQuantConfig
+from fqcompile.distributed.shards import local_part
 from fqcompile.dry_run import dry_run
+from fqcompile.passes.base import placeholders
 from fqcompile.passes.choose import way_out
 from fqcompile.passes.localize import localize
+from fqcompile.passes.naming import plain_module
 from fqcompile.passes.pipeline import Recorder, analyse
-from fqcompile.passes.summary import plan_of
+from fqcompile.passes.summary import RowKey, rows_of
 from fqcompile.report import Plan, Site
 
-_INDEX = re.compile(r"\[\d+\]$")  # match numbers the parts of one parameter
+_PART = re.compile(r"\[\d+\]$")  # match numbers the parts of one parameter
 _NO_GRAPH = (
     "no captured graph reads it: these inputs do not reach it, or a loop over data broke the graph"
 )
@@ -25,11 +28,17 @@ def explain(
     model: Callable[..., Any],
     *example_inputs: Any,
     example_kwargs: Mapping[str, Any] | None = None,
+    grad: bool = False,
     **options: object,
 ) -> Plan:
     """What `torch.compile(model, backend="finequant", options=options)` would do, as a plan.
 
     The model runs once, eagerly, on the example inputs; its weights are not changed.
+
+    Args:
+        grad: run in grad mode, as training does: weights that require grad are kept then. Else
+            the plan is that of calls under `torch.no_grad()`.
+        options: those of `FineQuantConfig`.
 
     Raises:
         OptionError: an option is unknown or its value is not allowed.
@@ -37,31 +46,47 @@ def explain(
     """
     config = FineQuantConfig.from_options(options)
     measuring_nothing = replace(config, autotune="off")
-    sites: dict[tuple[str, int], Site] = {}
+    rows: dict[RowKey, Site] = {}
+    alive: list[Any] = []  # what a row is of is told by `id`, so no weight may die meanwhile
 
     def collect(module: fx.GraphModule, args: Sequence[Any]) -> None:
         local = localize(module, args)
         state = analyse(local.module, local.arguments(args), measuring_nothing, Recorder())
-        for site in plan_of(state).sites:
+        inputs = zip(placeholders(state.graph), state.args, strict=False)  # packed ones follow
+        alive.extend(value for node, value in inputs if node in state.known)
+        for key, site in rows_of(state).items():
             # A weight met in several graphs, as after a graph break, is one site.
-            sites.setdefault((site.name, hash(site.shape)), site)
+            rows.setdefault(key, site)
 
-    dry_run(model, example_inputs, example_kwargs or {}, collect)
-    unseen = _unseen(model, sites.values(), config.min_elements)
-    return Plan((*sites.values(), *unseen), config.as_dict())
+    dry_run(model, example_inputs, example_kwargs or {}, collect, grad=grad)
+    seen = {weight for weights, _ in rows for weight in weights}
+    unseen = _unseen(model, seen, config.min_elements)
+    return Plan((*_numbered(rows), *unseen), config.as_dict())
 
 
-def _unseen(model: object, sites: Iterable[Site], min_elements: int) -> Iterator[Site]:
+def _numbered(rows: Mapping[RowKey, Site]) -> Iterator[Site]:
+    """The rows, with the parts of one weight numbered over all graphs that read one."""
+    recipes: dict[tuple[int, ...], dict[str, None]] = {}
+    for weights, read in rows:
+        if read is not None:
+            recipes.setdefault(weights, {})[read.recipe] = None
+    for (weights, read), site in rows.items():
+        keys = list(recipes.get(weights, ()))
+        if read is not None and len(keys) > 1:
+            name = _PART.sub("", site.name)
+            site = replace(site, name=f"{name}[{keys.index(read.recipe)}]")
+        yield site
+
+
+def _unseen(model: object, seen: Collection[int], min_elements: int) -> Iterator[Site]:
     """The matrices of a module that no graph reads, as sites that are kept."""
-    names = {_INDEX.sub("", name) for site in sites for name in site.name.split("+")}
-    parameters = model.named_parameters() if isinstance(model, nn.Module) else ()
+    parameters = plain_module(model).named_parameters() if isinstance(model, nn.Module) else ()
     modules = model.modules() if isinstance(model, nn.Module) else ()
     experts_way_out = way_out({type(module).__module__ for module in modules})
     for name, weight in parameters:
         if weight.dim() not in (2, 3) or weight.numel() < min_elements:
             continue
-        # a graph that began inside a submodule knows the end of the name
-        if any(name == known or name.endswith(f".{known}") for known in names):
+        if id(weight) in seen or id(local_part(weight)) in seen:
             continue
         stacked = weight.dim() == 3
         yield Site(

@@ -1,17 +1,30 @@
 """fake_quantize_: a plan's dequantised values in an ordinary model, to judge quality."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fqcompile.distributed.shards import local_part
-from fqcompile.errors import FineQuantError
+from fqcompile.errors import FineQuantError, UnquantizableWeight
+from fqcompile.passes.naming import Holder, holders_of
 from fqcompile.passes.summary import SiteRecipe
 from fqcompile.quant.choose import quantize_weight
 from fqcompile.report import CompileReport, Plan, Site
 
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_MOST_NAMED = 4
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A site and its tensors in the model; of each, who gives it up for a copy of its own."""
+
+    site: Site
+    recipe: SiteRecipe
+    sources: tuple[Tensor, ...]
+    movers: tuple[tuple[Holder, ...], ...]
 
 
 def fake_quantize_(model: nn.Module, plan: Plan | CompileReport) -> nn.Module:
@@ -19,81 +32,133 @@ def fake_quantize_(model: nn.Module, plan: Plan | CompileReport) -> nn.Module:
 
     The result runs wherever an unquantised model runs and computes what the compiled one does. A
     weight that an embedding shares is given to the linear as a parameter of its own: embeddings
-    are not quantised.
+    are not quantised. Nothing is written before all sites have found their places.
 
     Raises:
-        FineQuantError: the model has no parameter of a site's name, or a site's weight is computed
-            from others so that its value has no place to be written.
+        FineQuantError: a site's name fits no tensor of the model or several, two sites write to
+            the same elements, or a weight has no place for its dequantised value: it is computed
+            from others, or the same parameter is an embedding's table too.
     """
-    for site in plan.sites:
-        if site.status == "quantized":
-            _apply(model, site)
+    places = holders_of(model)
+    targets = [_target(places, site) for site in plan.sites if site.status == "quantized"]
+    _refuse_overlaps(targets)
+    own: dict[int, Tensor] = {}
+    for target in targets:
+        _apply(target, own)
     return model
 
 
-def _apply(model: nn.Module, site: Site) -> None:
-    if not isinstance(site.recipe, SiteRecipe):
+def _apply(target: _Target, own: dict[int, Tensor]) -> None:
+    """`own` has the copies made for movers so far, by the identity of what was copied."""
+    recipe = target.recipe
+    for weight, movers in zip(target.sources, target.movers, strict=True):
+        if movers and id(weight) not in own:
+            copy = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            own[id(weight)] = copy
+            for holder in movers:
+                setattr(holder.module, holder.attribute, copy)
+    # of a sharded parameter the plan is for the part that lies here
+    sources = tuple(local_part(own.get(id(weight), weight)) for weight in target.sources)
+    with torch.no_grad():
+        matrix = recipe.recipe(*sources)
+        w_hat = quantize_weight(matrix, recipe.plan).dequantize(torch.float32)
+    recipe.recipe.write_back(sources, w_hat)
+
+
+def _target(places: Mapping[int, Sequence[Holder]], site: Site) -> _Target:
+    recipe = site.recipe
+    if not isinstance(recipe, SiteRecipe):
         raise FineQuantError(
             f"site {site.name} has no recipe: pass the plan that explain() or a report gave, "
             "not one read from a file"
         )
-    # of a sharded parameter the plan is for the part that lies here
-    sources = tuple(local_part(_separate(model, name)) for name in site.recipe.names)
+    try:
+        recipe.recipe.check_writable()
+    except UnquantizableWeight as error:
+        raise FineQuantError(f"{site.name}: {error}") from error
+    found = [_find(places, name, held=recipe.held) for name in recipe.names]
+    sources = tuple(holder.tensor for holder in found)
     with torch.no_grad():
-        matrix = site.recipe.recipe(*sources)
-        w_hat = quantize_weight(matrix, site.recipe.plan).dequantize(torch.float32)
-    site.recipe.recipe.write_back(sources, w_hat)
-
-
-def _separate(model: nn.Module, name: str) -> Tensor:
-    """The tensor of that name, taken apart from any embedding that shares it."""
-    weight = _find(model, name)
-    holders = list(_holders(model, weight))
-    others = [(module, attribute) for module, attribute in holders if not _embeds(module)]
-    if len(others) == len(holders):
-        return weight
-    if not others:
+        shape = tuple(recipe.recipe(*map(local_part, sources)).shape)
+    if shape != site.shape:
         raise FineQuantError(
-            f"{name} is the weight of an embedding and is also multiplied by a functional linear; "
-            "give the linear a module of its own to fake-quantise it"
+            f"{site.name} is {list(site.shape)} in the plan and {list(shape)} in the model; the "
+            "plan must come from this model"
         )
-    own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-    for module, attribute in others:
-        setattr(module, attribute, own)
-    return own
+    movers = [_movers(h.name, places[id(h.tensor)], recipe.table) for h in found]
+    return _Target(site, recipe, sources, tuple(movers))
 
 
-def _find(model: nn.Module, name: str) -> Tensor:
-    """By qualified name; a name from a graph that began inside a submodule may lack the prefix."""
-    tensors = dict(_tensors(model))
-    if name in tensors:
-        return tensors[name]
-    found = [full for full in tensors if full.endswith(f".{name}") or name.endswith(f".{full}")]
-    if len(found) != 1:
-        matches = f"{len(found)} names end like it" if found else "no name ends like it"
-        raise FineQuantError(
-            f"the model has no tensor {name!r} ({matches}); the plan must come from this model"
-        )
-    return tensors[found[0]]
+def _find(places: Mapping[int, Sequence[Holder]], name: str, *, held: bool) -> Holder:
+    """By qualified name; else by the only name that ends like it, or that it ends like.
+
+    The plan may be of a part of this model, or this model a part of the plan's. A name that is
+    Dynamo's path alone (not `held`) counts as an ending.
+    """
+    fitting: dict[int, Holder] = {}
+    for holders in places.values():
+        for holder in holders:
+            if held and holder.name == name:
+                return holder
+            if f".{holder.name}".endswith(f".{name}") or name.endswith(f".{holder.name}"):
+                fitting.setdefault(id(holder.tensor), holder)
+    if len(fitting) == 1:
+        return next(iter(fitting.values()))
+    names = [holder.name for holder in fitting.values()]
+    more = ", ..." if len(names) > _MOST_NAMED else ""
+    what = (
+        f"it may be any of {', '.join(names[:_MOST_NAMED])}{more}"
+        if names
+        else "no name ends like it"
+    )
+    raise FineQuantError(
+        f"the model has no tensor {name!r} ({what}); the plan must come from this model: pass the "
+        "module that was explained or compiled"
+    )
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, buffers and plain tensor attributes by qualified name."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for attribute, value in vars(module).items():
-            if isinstance(value, Tensor):
-                yield f"{prefix}.{attribute}".lstrip("."), value
+def _movers(name: str, sharing: Sequence[Holder], table: bool) -> tuple[Holder, ...]:
+    """Those that multiply with a weight of which others read the rows; none where nobody does.
+
+    Raises:
+        FineQuantError: they cannot be told apart from those that read rows.
+    """
+    if any(holder.embeds for holder in sharing):
+        movers = tuple(holder for holder in sharing if not holder.embeds)
+    elif table:
+        movers = tuple(holder for holder in sharing if holder.multiplies)
+    else:
+        return ()
+    parameters = all(holder.attribute in holder.module._parameters for holder in movers)
+    if movers and parameters and len(movers) < len(sharing):
+        return movers
+    raise FineQuantError(
+        f"{name} is an embedding's table, whose values stay, and the weight of a linear, through "
+        "one parameter; give the linear a module of its own to fake-quantise it, or exclude it"
+    )
 
 
-def _holders(model: nn.Module, weight: Tensor) -> Iterator[tuple[nn.Module, str]]:
-    for module in model.modules():
-        for attribute, value in module.named_parameters(recurse=False, remove_duplicate=False):
-            if value is weight:
-                yield module, attribute
+def _refuse_overlaps(targets: Sequence[_Target]) -> None:
+    """Where several sites read one weight, their parts must lie apart.
 
-
-def _embeds(module: nn.Module) -> bool:
-    """An embedding, or a scaled one that derives from it."""
-    return isinstance(module, _EMBEDDINGS)
+    Raises:
+        FineQuantError: an element would be written twice.
+    """
+    # of one site met under two types of activations, the plans differ in the scales' type alone
+    distinct = {(t.site.name, t.recipe.recipe.key): t for t in targets}
+    readers = Counter(id(weight) for target in distinct.values() for weight in target.sources)
+    written: dict[int, Tensor] = {}
+    for target in distinct.values():
+        if all(readers[id(weight)] == 1 for weight in target.sources):
+            continue
+        sources = tuple(map(local_part, target.sources))
+        masks = target.recipe.recipe.elements_read(sources)
+        for weight, mask in zip(target.sources, masks, strict=True):
+            before = written.get(id(weight))
+            if before is not None and bool((before & mask).any()):
+                raise FineQuantError(
+                    f"{target.site.name} and another site quantise the same elements, each in its "
+                    "own way, and a parameter has room for one; use the compiled model, or exclude "
+                    "the weight"
+                )
+            written[id(weight)] = mask if before is None else before | mask

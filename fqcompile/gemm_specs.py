@@ -13,12 +13,12 @@ from fqcompile.passes.select import gemm_spec
 
 
 def gemm_specs(
-    model: Callable[..., Any], *example_inputs: Any, **options: object
+    model: Callable[..., Any], *example_inputs: Any, grad: bool = False, **options: object
 ) -> list[GemmSpec]:
     """The distinct matmuls that compiling `model` with these options would quantise.
 
-    The model runs once, eagerly, on the example inputs; its weights are not changed. Call this in
-    the grad mode of the model's calls: where gradients may flow, less is fused.
+    The model runs once, eagerly, on the example inputs; its weights are not changed.
+    `grad`: as calls in grad mode, in which less is fused.
     """
     config = FineQuantConfig.from_options({**options, "autotune": "off"})
     specs: dict[GemmSpec, None] = {}
@@ -27,5 +27,5 @@ def gemm_specs(
         state = analyse(module, args, config, Recorder())
         specs.update(dict.fromkeys(gemm_spec(state, op) for op in state.packed))
 
-    dry_run(model, example_inputs, {}, collect)
+    dry_run(model, example_inputs, {}, collect, grad=grad)
     return list(specs)

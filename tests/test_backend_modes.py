@@ -78,7 +78,7 @@ def test_a_trainable_weight_is_kept_with_its_reason_and_a_warning(
         gradients = _gradients(model, compiled, X)
     assert quantized_names(report().sites) == {"down.weight"}
     assert report().plan.site("up.weight").reason == (
-        "up.weight requires grad: call under torch.no_grad(), or freeze it with "
+        "the weight requires grad: call under torch.no_grad(), or freeze it with "
         "requires_grad_(False)"
     )
     (warning,) = report().warnings

@@ -204,3 +204,83 @@ def test_each_site_says_what_it_takes_at_the_least(monkeypatch: pytest.MonkeyPat
         moved = site.bytes_after + 3 * 4 * (n + k)
         assert site.least_us == pytest.approx(1e6 * moved / 10e9)
         assert site.as_dict()["least_us"] == site.least_us
+
+
+class Repeated(nn.Module):
+    """Three equal layers, each behind a graph break: one graph serves them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Mlp(seed=i) for i in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            torch._dynamo.graph_break()
+            x = layer(x)
+        return x
+
+
+def test_equal_layers_behind_graph_breaks_are_all_listed() -> None:
+    model = frozen(Repeated())
+    plan = fqcompile.explain(model, X)
+    names = [f"layers.{i}.{part}.weight" for i in range(3) for part in ("up", "down")]
+    assert [site.name for site in plan.sites] == names
+    assert str(plan.totals).startswith("quantised 6 of 6 sites")
+    actual = finequant(model, fullgraph=False)(X)
+    assert_close(actual, oracle(model, plan)(X), k=256, depth=6)
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["whole", "parts"])
+def test_explain_of_what_is_compiled_in_place(parts: bool) -> None:
+    model = frozen(Repeated())
+    expected = _sites(fqcompile.explain(model, X, inner_backend="eager"))
+    modules = list(model.layers) if parts else [model]
+    for module in modules:
+        module.compile(backend="finequant", options={"inner_backend": "eager"})
+    assert _sites(fqcompile.explain(model, X, inner_backend="eager")) == expected
+    assert not fqcompile.reports()
+    with torch.no_grad():
+        actual = model(X)
+    assert fqcompile.reports()
+    assert_close(actual, oracle(model, fqcompile.explain(model, X))(X), k=256, depth=6)
+
+
+def test_equal_layers_with_other_plans_are_told_apart() -> None:
+    model = frozen(Repeated())
+    model.layers[1].up.weight[0, 0] = torch.nan
+    plan = fqcompile.explain(model, X, overrides={r"layers\.2\.": {"bits": 8}})
+    assert [site.bits for site in plan.sites] == [4, 4, None, 4, 8, 8]
+    assert "NaN" in str(plan.site("layers.1.up.weight").reason)
+
+
+def test_parts_of_one_weight_are_numbered_over_all_graphs() -> None:
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both = nn.Parameter(torch.randn(256, 128))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.linear(x, self.both[:128])
+            torch._dynamo.graph_break()
+            return F.linear(x, self.both[128:])
+
+    plan = fqcompile.explain(frozen(Split()), X, min_elements=1024)
+    assert [site.name for site in plan.quantized] == ["both[0]", "both[1]"]
+
+
+def test_a_model_as_it_was_made_is_explained_as_it_will_be_called() -> None:
+    """Weights require grad until somebody freezes them; inference runs under no_grad."""
+    plan = fqcompile.explain(Small(), X)
+    assert _sites(plan) == _sites(fqcompile.explain(_model(), X))
+    assert len(plan.quantized) == 2
+    assert torch.is_grad_enabled()
+
+
+def test_equal_reasons_are_one_line() -> None:
+    plan = fqcompile.explain(Repeated(), X, grad=True)
+    assert len(plan.kept) == 6
+    assert plan.kept_lines() == [
+        "kept 6: the weight requires grad: call under torch.no_grad(), or freeze it with "
+        "requires_grad_(False)"
+    ]
+    assert str(plan).count("requires_grad_(False)") == 1

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,6 +130,85 @@ def test_buffers_and_plain_attributes_are_found() -> None:
     fqcompile.fake_quantize_(model, report())
     assert_close(actual, model(X), depth=2)
     assert not torch.allclose(before, model(X))
+
+
+class Chain(nn.Module):
+    """Equal layers behind graph breaks; what the root has under their names is not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Linear(128, 256)
+        self.down = nn.Linear(256, 128)
+        self.blocks = nn.ModuleList(Mlp(seed=i) for i in range(1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            torch._dynamo.graph_break()
+            x = block(x)
+        return x
+
+
+def test_each_layer_behind_a_graph_break_gets_its_own_values() -> None:
+    model = frozen(Chain())
+    plan = fqcompile.explain(model, X)
+    assert len(plan.quantized) == 6
+    actual = finequant(model, fullgraph=False)(X)
+    faked = fqcompile.fake_quantize_(copy.deepcopy(model), plan)
+    assert torch.equal(faked.up.weight, model.up.weight)
+    assert torch.equal(faked.down.weight, model.down.weight)
+    assert_close(actual, faked(X), k=256, depth=8)
+
+
+def test_a_name_that_fits_several_is_refused_and_nothing_is_written() -> None:
+    model = frozen(Chain())
+    before = copy.deepcopy(model.state_dict())
+    plan = fqcompile.explain(frozen(Mlp()), X)
+    several = nn.ModuleDict({"a": Mlp(), "b": Mlp()})
+    with pytest.raises(FineQuantError, match=r"it may be any of a\.up\.weight, b\.up\.weight\)"):
+        fqcompile.fake_quantize_(several, plan)
+    sites = fqcompile.explain(model, X).quantized
+    wrong = replace(sites[-1], shape=(9, 9))
+    with pytest.raises(
+        FineQuantError, match=r"is \[9, 9\] in the plan and \[128, 256\] in the model"
+    ):
+        fqcompile.fake_quantize_(model, Plan((*sites[:-1], wrong)))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_plan_of_a_part_fits_the_whole_where_one_name_ends_like_it() -> None:
+    whole = nn.ModuleDict({"net": frozen(Mlp()), "other": nn.Linear(8, 8)})
+    plan = fqcompile.explain(whole["net"], X)
+    actual = finequant(whole["net"])(X)
+    fqcompile.fake_quantize_(whole, plan)
+    assert_close(actual, whole["net"](X), k=256, depth=3)
+
+
+def test_two_plans_for_one_weight_are_refused() -> None:
+    """Names of two roots that the model knows as one."""
+    a, b = frozen(Mlp()), frozen(Mlp(seed=1))
+    plan = fqcompile.explain(lambda x: a(x) + b(x), X)
+    assert len(plan.quantized) == 4
+    before = copy.deepcopy(a.state_dict())
+    with pytest.raises(FineQuantError, match="another site quantise the same elements"):
+        fqcompile.fake_quantize_(a, plan)
+    assert all(torch.equal(value, before[name]) for name, value in a.state_dict().items())
+
+
+def test_a_weight_that_is_read_both_ways_has_no_one_dequantised_value() -> None:
+    class Autoencoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(256, 128))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(F.linear(x, self.w), self.w.t())
+
+    model = frozen(Autoencoder())
+    plan = fqcompile.explain(model, X)
+    assert [site.name for site in plan.quantized] == ["w[0]", "w[1]"]
+    with pytest.raises(FineQuantError, match=r"w\[1\] and another site quantise the same elements"):
+        fqcompile.fake_quantize_(model, plan)
 
 
 def _from_another_model() -> tuple[nn.Module, Plan]:

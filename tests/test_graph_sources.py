@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fqcompile
 from fqcompile.passes.choose import NO_VALUES
-from fqcompile.passes.match import IN_THE_GRAPH
+from fqcompile.passes.kept import IN_THE_GRAPH
 from tests.helpers import (
     Mlp,
     assert_close,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 from transformers.pytorch_utils import Conv1D
 
+import fqcompile
 from fqcompile import FineQuantConfig
 from tests.dense_models import CASES, build, run
 from tests.helpers import (
@@ -117,3 +118,17 @@ def test_every_matmul_form_equals_its_fake_quantised_self(inner_backend: str) ->
     # One site per weight, but the two halves of "chunks" are two and the four parts of "cat" one.
     assert len(report().plan.quantized) == len(expected) + 1
     assert not report().plan.kept
+
+
+def test_generate_runs_quantised_where_the_model_is_compiled_in_place() -> None:
+    model, inputs = build("llama", torch.float32)
+    ask = {**inputs, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        wrapped = torch.compile(model, backend="finequant", options={"inner_backend": "eager"})
+        wrapped.generate(**ask)
+        assert not fqcompile.reports()
+        model.compile(backend="finequant", options={"inner_backend": "eager"})
+        actual = model.generate(**ask)
+        expected = oracle(model, fqcompile.explain(model, example_kwargs=inputs)).generate(**ask)
+    assert fqcompile.reports()[0].plan.quantized
+    assert torch.equal(actual, expected)

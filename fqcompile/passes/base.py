@@ -10,6 +10,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fqcompile.config import FineQuantConfig
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.passes.effects import has_effects
+from fqcompile.passes.naming import InputName
 from fqcompile.passes.sites import KeptWeight, WeightSite
 from fqcompile.quant.choose import QuantPlan
 from fqcompile.weights.packed import PackedPart, PackedSpec
@@ -32,8 +33,9 @@ class GraphState:
         constants: the constant inputs, with their positions among `args`.
         written: nodes whose memory the named call of the graph may write to.
         gemms: what the kernels were told of each quantised matmul.
-        names: parameter names of the inputs that are constant, or would be if not written, of
-            parameters passed in, and of tensors that are attributes of the graph.
+        known: what the inputs are called that are constant, or would be if not written, parameters
+            passed in, and tensors that are attributes of the graph.
+        names: their names alone.
         name: the graph's, for messages.
     """
 
@@ -42,8 +44,9 @@ class GraphState:
     config: FineQuantConfig
     constants: dict[fx.Node, int]
     written: dict[fx.Node, str]
-    names: dict[fx.Node, str]
+    known: dict[fx.Node, InputName]
     grad_possible: bool
+    names: dict[fx.Node, str] = field(init=False)
     sites: list[WeightSite] = field(default_factory=list)
     kept: list[KeptWeight] = field(default_factory=list)
     packed: dict[fx.Node, PackedPair] = field(default_factory=dict)
@@ -51,6 +54,9 @@ class GraphState:
     matched: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     name: str = "the graph"
+
+    def __post_init__(self) -> None:
+        self.names = {node: known.name for node, known in self.known.items()}
 
     @property
     def graph(self) -> fx.Graph:

@@ -6,7 +6,6 @@ Constant inputs stay inputs: the same graph runs for other instances with other 
 """
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,13 +17,10 @@ from torch._guards import GuardSource
 from fqcompile.config import FineQuantConfig
 from fqcompile.passes.base import GraphState, copy_module, example, placeholders
 from fqcompile.passes.effects import has_effects, memory_of, written_inputs
+from fqcompile.passes.naming import InputName, name_inputs, path_name
 from fqcompile.passes.regions import inline_regions
 from fqcompile.passes.spelling import spell
 from fqcompile.weights.recipe import target_name
-
-_NAME_TOKEN = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
-# `_local_tensor` is a sharded parameter's part on this rank, which `localize` made an input.
-_CONTAINERS = ("_modules", "_parameters", "_buffers", "_local_tensor")
 
 
 def capture(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig) -> GraphState:
@@ -43,7 +39,7 @@ def capture(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig
         for index, (node, value) in enumerate(zip(inputs, args, strict=True))
         if isinstance(value, nn.Parameter) and node not in constants
     }
-    names = _parameter_names(constants | passed) | _names_inside(copied)
+    known = name_inputs(constants | passed, args) | _names_inside(copied)
     written = _writers(copied.graph, inputs, args)
     return GraphState(
         module=copied,
@@ -51,21 +47,9 @@ def capture(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig
         config=config,
         constants={node: i for node, i in constants.items() if node not in written},
         written=written,
-        names=names,
+        known=known,
         grad_possible=torch.is_grad_enabled() or enables_grad(copied.graph),
     )
-
-
-def qualified_name(node: fx.Node) -> str:
-    """Of an input, as in `named_parameters()` of the module that the graph began in."""
-    path = _path(_source_name(node))
-    return ".".join(path[1:]) or path[0]
-
-
-def _source_name(node: fx.Node) -> str:
-    source = getattr(node, "_dynamo_source", None)
-    name = getattr(source, "name", node.name)
-    return str(name() if callable(name) else name)
 
 
 def is_constant_input(node: fx.Node, value: Tensor) -> bool:
@@ -112,32 +96,12 @@ def enables_grad(graph: fx.Graph) -> bool:
     return any(target_name(n.target) == "_set_grad_enabled" and n.args[0] for n in graph.nodes)
 
 
-def _parameter_names(constants: dict[fx.Node, int]) -> dict[fx.Node, str]:
-    """Qualified names as in `named_parameters()`; the root is added where two would be equal.
-
-    A sharded parameter and its part have one name.
-    """
-    paths = {node: _path(_source_name(node)) for node in constants}
-    short = {node: qualified_name(node) for node in constants}
-    counts = Counter({tuple(paths[node]): name for node, name in short.items()}.values())
-    return {
-        node: short[node] if counts[short[node]] == 1 else ".".join(path)
-        for node, path in paths.items()
-    }
-
-
-def _names_inside(module: fx.GraphModule) -> dict[fx.Node, str]:
+def _names_inside(module: fx.GraphModule) -> dict[fx.Node, InputName]:
     """Of the tensors that are attributes of the graph itself, as freezing makes them."""
-    sources = getattr(module, "_param_name_to_source", None) or {}
-    known = {re.sub(r"\W", "_", str(source.name)): str(source.name) for source in sources.values()}
+    sources = (getattr(module, "_param_name_to_source", None) or {}).values()
+    known = {re.sub(r"\W", "_", str(source.name)): source for source in sources}
     nodes = [
         node for node in module.graph.nodes if node.op == "get_attr" and example(node) is not None
     ]
-    paths = {node: _path(known.get(str(node.target), str(node.target))) for node in nodes}
-    return {node: ".".join(path[1:]) or path[0] for node, path in paths.items()}
-
-
-def _path(source_name: str) -> list[str]:
-    """["self", "layer", "weight"] from "L['self']._modules['layer']._parameters['weight']"."""
-    tokens = ["".join(match) for match in _NAME_TOKEN.findall(source_name)]
-    return [token for token in tokens if token not in _CONTAINERS] or [source_name]
+    names = {node: path_name(known.get(str(node.target)), str(node.target)) for node in nodes}
+    return {node: InputName(name, name, held=False) for node, name in names.items()}

@@ -6,7 +6,7 @@ values is decided again for every instance that runs the graph (`decide`).
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from fqcompile.errors import UnquantizableWeight
 from fqcompile.passes.base import GraphState, example
 from fqcompile.passes.effects import has_effects
 from fqcompile.passes.fold import ConstantFolder
+from fqcompile.passes.naming import InputName, joined_name, name_inputs
 from fqcompile.passes.sites import WeightSite
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
 from fqcompile.quant.validate import WEIGHT_DTYPES
@@ -28,6 +29,12 @@ from fqcompile.weights.recipe import target_name
 from fqcompile.weights.store import STORE
 
 Decision = QuantPlan | str
+
+
+class Asked(str):
+    """A reason that the options give: no failure, so that on_unsupported="error" lets it be."""
+
+
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer, PackedWeight)
 _DEVICES = ("cpu", "cuda")
 # A router scores each of its experts; far fewer rows than any vocabulary that is sampled by top-k.
@@ -66,9 +73,11 @@ def choose(state: GraphState) -> int:
 def decide(state: GraphState, args: Sequence[Any]) -> tuple[Decision, ...]:
     """For each site that is not settled: its plan for these weights, or why there is none."""
     open_sites = [site for site in state.sites if not site.settled]
+    # A sibling's weights have other names than those that the graph was captured with.
+    known = name_inputs(state.constants, args)
     bar = progress(open_sites, "fqcompile: quantising", unit="weight", delay=2)
     with use_logged():
-        return tuple([_decide_site(state, site, args) for site in bar])
+        return tuple([_decide_site(state, site, args, known) for site in bar])
 
 
 def apply_decisions(state: GraphState, decisions: tuple[Decision, ...]) -> None:
@@ -81,7 +90,7 @@ def apply_decisions(state: GraphState, decisions: tuple[Decision, ...]) -> None:
     for site, decision in zip(open_sites, decisions, strict=True):
         if isinstance(decision, str):
             site.reason = decision
-            if state.config.on_unsupported == "error":
+            if state.config.on_unsupported == "error" and not isinstance(decision, Asked):
                 raise UnquantizableWeight(
                     f"{site.name}: {decision} (on_unsupported='error'; exclude the parameter, or "
                     "use on_unsupported='keep')"
@@ -90,14 +99,23 @@ def apply_decisions(state: GraphState, decisions: tuple[Decision, ...]) -> None:
             site.plan = decision
 
 
-def _decide_site(state: GraphState, site: WeightSite, args: Sequence[Any]) -> Decision:
+def _decide_site(
+    state: GraphState, site: WeightSite, args: Sequence[Any], known: Mapping[fx.Node, InputName]
+) -> Decision:
     out = example(site.node)
     assert out is not None
-    options = state.config.site_options(site.name, head=site.head)
+    name = joined_name(known, site.sources) + site.part
+    by_name = state.config.kept_by_name(name)
+    if by_name is not None:
+        return Asked(by_name)
+    head = site.table or (
+        site.kind == "linear" and any(known[source].of_head for source in site.sources)
+    )
+    options = state.config.site_options(name, head=head)
     sources = tuple(args[state.constants[source]] for source in site.sources)
     if out.dtype not in WEIGHT_DTYPES:
         return f"dtype {out.dtype} is not supported; use fp32, fp16 or bf16"
-    refused = _trainable(state, site, sources) or _unsupported(sources)
+    refused = _trainable(state, sources) or _unsupported(sources)
     return refused or STORE.plan(site.recipe, sources, options, scale_dtype_beside(out.dtype))
 
 
@@ -118,18 +136,18 @@ def _unsupported(sources: tuple[Tensor, ...]) -> str | None:
     return None
 
 
-def _trainable(state: GraphState, site: WeightSite, sources: tuple[Tensor, ...]) -> str | None:
+def _trainable(state: GraphState, sources: tuple[Tensor, ...]) -> str | None:
     if not state.grad_possible or not any(weight.requires_grad for weight in sources):
         return None
     return (
-        f"{site.name} requires grad: call under torch.no_grad(), or freeze it with "
+        "the weight requires grad: call under torch.no_grad(), or freeze it with "
         "requires_grad_(False)"
     )
 
 
 def _settled_reason(state: GraphState, site: WeightSite) -> str | None:
     by_name = state.config.kept_by_name(site.name)
-    if by_name is not None:
+    if by_name is not None and not any(state.known[source].moved for source in site.sources):
         return by_name
     if any(isinstance(state.args[state.constants[source]], FakeTensor) for source in site.sources):
         return NO_VALUES

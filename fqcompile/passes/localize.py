@@ -27,9 +27,10 @@ from fqcompile.distributed.shards import (
 )
 from fqcompile.errors import ShardingError
 from fqcompile.passes.base import copy_module, erase_unused, example, placeholders
-from fqcompile.passes.capture import enables_grad, is_constant_input, qualified_name
+from fqcompile.passes.capture import enables_grad, is_constant_input
 from fqcompile.passes.effects import has_effects
 from fqcompile.passes.local_linear import LocalLinear, local_linear
+from fqcompile.passes.naming import qualified_name
 from fqcompile.weights.recipe import target_name
 
 _CONVERSIONS = ("to_local", "from_local", "redistribute", "getattr")

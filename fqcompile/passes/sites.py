@@ -35,6 +35,9 @@ class WeightSite:
         weight: the node that is multiplied with.
         recipe, sources: how it comes from the graph's constant inputs.
         shape: (N, K) or (E, N, K) of what the recipe computes.
+        part: "[0]", "[1]" where several sites read one parameter in different ways; ends the name.
+        head: an output head: of a usual name, or one whose weight is an embedding's table too.
+        table: single rows of the weight are read as well, by what must keep its values.
         reason: why the site stays as it is; None while it may be quantised.
         settled: the reason lies in the graph and the options, and holds whatever the weights are.
         plan, packed: set by choose and by quantize.
@@ -50,7 +53,9 @@ class WeightSite:
     shape: tuple[int, ...]
     bias: fx.Node | None = None
     name: str = ""
+    part: str = ""
     head: bool = False
+    table: bool = False
     reason: str | None = None
     settled: bool = False
     plan: QuantPlan | None = None
@@ -91,8 +96,12 @@ class ExpertSite(WeightSite):
 
 @dataclass(frozen=True)
 class KeptWeight:
-    """A constant matrix that no form reads, with what reads it; listed, never quantised."""
+    """A constant matrix that no form reads, with what reads it; listed, never quantised.
 
+    `identity` is the `id` of the tensor, which the graph must not keep alive.
+    """
+
+    identity: int
     name: str
     kind: str
     shape: tuple[int, ...]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import fx
 
 from fqcompile.kernels.roofline import least_seconds
@@ -20,21 +21,51 @@ from fqcompile.weights.recipe import WeightRecipe
 
 @dataclass(frozen=True)
 class SiteRecipe:
-    """How to find a site's matrix in a model by parameter names, and how it was quantised."""
+    """How to find a site's matrix in a model by parameter names, and how it was quantised.
+
+    Attributes:
+        held: whether a module has them all, so that the names are those of its parameters.
+        table: rows of the weight are read too, by what keeps its values.
+    """
 
     recipe: WeightRecipe
     names: tuple[str, ...]
     plan: QuantPlan
+    held: bool = True
+    table: bool = False
+
+
+@dataclass(frozen=True)
+class Read:
+    """How a matmul reads its weights: what it multiplies with, and the type of its scales."""
+
+    recipe: str
+    scale_dtype: torch.dtype | None
+
+
+# The weights themselves, by identity, and how a matmul reads them; None: something else does.
+RowKey = tuple[tuple[int, ...], Read | None]
+
+
+def rows_of(state: GraphState) -> dict[RowKey, Site]:
+    """One row per weight: a weight that several nodes read in the same way is one site."""
+    rows: dict[RowKey, Site] = {}
+    for site in state.sites:
+        read = Read(site.recipe.key, site.plan.scale_dtype if site.plan else None)
+        weights = tuple(id(state.args[state.constants[source]]) for source in site.sources)
+        rows.setdefault((weights, read), _site(state, site))
+    told = {
+        weight for (weights, _), site in rows.items() if site.status == "kept" for weight in weights
+    }
+    # A table whose site is kept too has a row already.
+    for weight in (w for w in state.kept if w.identity not in told):
+        rows[(weight.identity,), None] = _kept(weight)
+    return rows
 
 
 def plan_of(state: GraphState) -> Plan:
-    """One row per weight: a weight that several nodes read in the same way is one site."""
-    rows: dict[tuple[object, ...], Site] = {}
-    for site in state.sites:
-        scale_dtype = site.plan and site.plan.scale_dtype
-        rows.setdefault((site.name, site.recipe.key, scale_dtype), _site(state, site))
-    kept = [_kept(weight) for weight in state.kept]
-    return Plan((*rows.values(), *kept), state.config.as_dict())
+    """The rows, sites before what no form reads."""
+    return Plan(tuple(rows_of(state).values()), state.config.as_dict())
 
 
 def _site(state: GraphState, site: WeightSite) -> Site:
@@ -52,7 +83,14 @@ def _site(state: GraphState, site: WeightSite) -> Site:
     )
     if site.plan is None:
         return kept
-    names = tuple(state.names[source] for source in site.sources)
+    known = [state.known[source] for source in site.sources]
+    recipe = SiteRecipe(
+        site.recipe,
+        tuple(input.name for input in known),
+        site.plan,
+        held=all(input.held for input in known),
+        table=site.table,
+    )
     assert site.packed is not None and site.op is not None
     group_size = state.packed[site.op].spec.group_size
     error = site.plan.relative_error  # not a number where the weight came packed
@@ -66,7 +104,7 @@ def _site(state: GraphState, site: WeightSite) -> Site:
         expert_errors=site.plan.expert_errors or None,
         kernel=str(argument(site.op, "kernel")),
         least_us=_least_us(state, site),
-        recipe=SiteRecipe(site.recipe, names, site.plan),
+        recipe=recipe,
     )
 
 

@@ -103,8 +103,8 @@ class WeightRecipe:
         steps = ";".join(f"{s.name}{s.args}{sorted(s.kwargs.items())}" for s in self.steps)
         return f"{self.num_sources}:{steps}"
 
-    def write_back(self, sources: tuple[Tensor, ...], value: Tensor) -> None:
-        """Store `value` [N, K] into the sources' elements that the recipe reads, in place.
+    def check_writable(self) -> None:
+        """Whether each element of the result is one of a source's.
 
         Raises:
             UnquantizableWeight: a step computes (adds, multiplies), so there is no one element to
@@ -116,12 +116,28 @@ class WeightRecipe:
                     f"the weight is computed by {step.name!r} from other tensors, so its "
                     "dequantised value has no place to be written; merge it into one parameter"
                 )
+
+    def write_back(self, sources: tuple[Tensor, ...], value: Tensor) -> None:
+        """Store `value` [N, K] into the sources' elements that the recipe reads, in place.
+
+        Raises:
+            UnquantizableWeight: see `check_writable`.
+        """
+        self.check_writable()
         flat = torch.cat([s.detach().reshape(-1) for s in sources])
         flat[self._element_indices(sources).reshape(-1)] = value.reshape(-1).to(flat.dtype)
         parts = flat.split([s.numel() for s in sources])
         with torch.no_grad():
             for source, part in zip(sources, parts, strict=True):
                 source.copy_(part.view(source.shape))
+
+    def elements_read(self, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """For each source the mask, flat, of the elements that the result has."""
+        sizes = [source.numel() for source in sources]
+        mask = torch.zeros(sum(sizes), dtype=torch.bool, device=sources[0].device)
+        mask[self._element_indices(sources).reshape(-1)] = True
+        masks: tuple[Tensor, ...] = mask.split(sizes)
+        return masks
 
     def _element_indices(self, sources: tuple[Tensor, ...]) -> Tensor:
         """For each element of the result, its position in the concatenated sources."""

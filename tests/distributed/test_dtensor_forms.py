@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import fqcompile
 from fqcompile.distributed.shards import local_part
+from fqcompile.errors import FineQuantError
+from fqcompile.quant.choose import quantize_weight
 from tests.distributed.pair import Pair
 from tests.distributed.sharded_models import Net, net
 from tests.helpers import assert_close, finequant, frozen, report
@@ -154,8 +157,10 @@ def run_tied() -> None:
         (head,) = report().plan.quantized
         assert (head.name, head.bits, head.shape) == ("table", 8, (48, 64))
         x = dense[ids]
-        fqcompile.fake_quantize_(model, report())
-        assert_close(actual, x @ local_part(model.table).T)  # type: ignore[arg-type]
+        w_hat = quantize_weight(local_part(model.table), head.recipe.plan)  # type: ignore[arg-type]
+        assert_close(actual, x @ w_hat.dequantize(torch.float32).T)
+        with pytest.raises(FineQuantError, match="table is an embedding's table"):
+            fqcompile.fake_quantize_(model, report())
 
 
 def test_restore_makes_parts_dense_again(pair: Pair) -> None:

@@ -1,12 +1,14 @@
 """match: every surface form of a linear layer is one site, and what only looks like one is none."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fqcompile.quant.choose import quantize_weight
 from tests.passes.graphs import assert_same, run_passes, weight
 
 K, N = 64, 48
@@ -122,12 +124,50 @@ def test_site_knows_shape_bias_name_and_head() -> None:
     assert head.bias is not None
 
 
-def test_weight_of_an_embedding_is_a_head() -> None:
+def test_a_shared_expert_is_no_head() -> None:
+    class Moe(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = torch.nn.ModuleDict({"up": torch.nn.Linear(K, N)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.shared["up"](x)
+            return y
+
+    (site,) = run_passes(Moe(), X2, until="match").state.sites
+    assert (site.name, site.head) == ("shared.up.weight", False)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda i, table: F.embedding(i, table),
+        lambda i, table: table[i],
+        lambda i, table: table[i, :],
+        lambda i, table: table.index_select(0, i),
+        lambda i, table: torch.gather(table, 0, i[:, None].expand(-1, K)),
+        lambda i, table: F.embedding(i, table.detach().view(90, K)),
+    ],
+)
+def test_weight_whose_rows_are_read_is_a_head(read: Any) -> None:
     table = torch.nn.Parameter(weight(90, K))
-    run = run_passes(
-        lambda i: F.linear(F.embedding(i, table), table), torch.tensor([1, 2]), until="match"
-    )
-    assert [site.head for site in run.state.sites] == [True]
+    run = run_passes(lambda i: F.linear(read(i, table), table), torch.tensor([1, 2]))
+    assert [(site.head, site.table) for site in run.state.sites] == [(True, True)]
+    assert [kept.reason for kept in run.state.kept] == [
+        "embedding table: embeddings are not quantised"
+    ]
+    plan = run.state.sites[0].plan
+    assert plan is not None and plan.bits == 8
+    w_hat = quantize_weight(table.detach(), plan).dequantize(torch.float32)
+    # the rows that are read stay as they were
+    torch.testing.assert_close(run.outputs()[0], F.linear(table.detach()[[1, 2]], w_hat))
+
+
+@pytest.mark.parametrize("read", [lambda w: w[:45], lambda w: w[3], lambda w: w.chunk(2)[0]])
+def test_weight_whose_parts_are_read_is_no_head(read: Any) -> None:
+    w = torch.nn.Parameter(weight(90, K))
+    run = run_passes(lambda x: (F.linear(x, w), read(w) + 1), X2, until="match")
+    assert [(site.head, site.table) for site in run.state.sites] == [(False, False)]
 
 
 def test_slices_of_one_parameter_are_numbered_sites() -> None:

@@ -1,0 +1,164 @@
+"""What `match` says of constant tensors that no site reads: who reads them, and why they stay.
+
+embedding(ids, w)  ->  KeptWeight(w: embedding table)       conv1d(x, w)  ->  KeptWeight(w: conv1d)
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fqcompile.distributed.shards import NOT_LOCAL, is_dtensor, local_part
+from fqcompile.passes.base import GraphState, example, placeholders
+from fqcompile.passes.effects import bodies, in_transforms
+from fqcompile.passes.expert_forms import PRODUCTS
+from fqcompile.passes.naming import note_table
+from fqcompile.passes.sites import KeptWeight
+from fqcompile.weights.recipe import CASTS, MOVING, target_name
+
+IN_A_BODY = "the bodies of higher-order operators stay as they are"
+OUT_OF_THE_BODY = (
+    "branch and loop in Python instead (cond, map, ...), or call the model under torch.no_grad() "
+    "where this is checkpointing"
+)
+IN_THE_GRAPH = "it is a constant of the graph, not one of its inputs"
+INTO_AN_INPUT = (
+    "turn torch._inductor.config.freezing off, or call fqcompile.quantize_(model) before compiling"
+)
+_TABLE = "embedding table: embeddings are not quantised"
+_ROW_READS = frozenset("embedding embedding_bag index_select index gather take_along_dim".split())
+
+
+def note_tables(state: GraphState) -> None:
+    """Of a sharded weight the rows may be read of the whole, and its part multiplied."""
+    tables = {name for node, name in state.names.items() if _reads_rows(node)}
+    for node, index in state.constants.items():
+        if state.names[node] in tables:
+            note_table(state.args[index])
+
+
+def _reads_rows(weight: fx.Node) -> bool:
+    """Whether a call picks rows of a matrix by a tensor of indices, also through views of it."""
+    value = example(weight)
+    if value is None or value.dim() != 2:
+        return False
+    for user in weight.users:
+        name = target_name(user.target)
+        if name in _ROW_READS or (name == "getitem" and _by_tensor(user.args[1])):
+            return True
+        if name in MOVING | CASTS and _reads_rows(user):
+            return True
+    return False
+
+
+def _by_tensor(index: object) -> bool:
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(example(part) is not None for part in parts)
+
+
+def kept_matrices(state: GraphState) -> list[KeptWeight]:
+    """Constant tensors that no site reads, and parameters passed in, from `min_elements` on.
+
+    Also those that a site reads and that are a table, unless an embedding says so already.
+    """
+    used = {source for site in state.sites for source in site.sources}
+    transformed = in_transforms(state.graph)
+    kept = []
+    given = dict(zip(placeholders(state.graph), state.args, strict=True))
+    for node in state.names:
+        known, table = state.known[node], _reads_rows(node)
+        if not node.users or (node in used and (known.embedded or not table)):
+            continue
+        whole: Any = given[node] if node in given else example(node)
+        sharded, weight = is_dtensor(whole), local_part(whole)
+        if not _is_matrix(weight, state.config.min_elements):
+            continue
+        reason = _why_not(state, node, transformed)
+        reason = NOT_LOCAL if sharded and "embedding" not in reason else reason
+        kept.append(
+            KeptWeight(
+                identity=id(weight),
+                name=known.table if table else known.name,
+                kind=_kind(weight, node),
+                shape=tuple(weight.shape),
+                nbytes=weight.numel() * weight.element_size(),
+                reason=reason,
+            )
+        )
+    return kept
+
+
+def _is_matrix(weight: Tensor, min_elements: int) -> bool:
+    return (
+        weight.dim() >= 2
+        and (weight.is_floating_point() or weight.is_complex() or weight.is_quantized)
+        and weight.numel() >= min_elements
+    )
+
+
+def _why_not(state: GraphState, node: fx.Node, transformed: dict[fx.Node, str]) -> str:
+    if node in state.written:
+        return f"{state.written[node]!r} in the graph may write to it"
+    if node.op == "get_attr":
+        return IN_THE_GRAPH
+    if node not in state.constants:
+        return "an argument of the compiled function: what the caller passes in is no weight"
+    readers = _readers(node)
+    names = dict.fromkeys(target_name(reader.target) for reader in readers)
+    if _reads_rows(node):
+        return _TABLE
+    inside = [transformed[reader] for reader in readers if reader in transformed]
+    if inside:
+        return (
+            f"read inside a torch.func transform ({inside[0]}), where packed weights have no rule"
+        )
+    if any(map(bodies, readers)):
+        return f"read inside {', '.join(names)}: {IN_A_BODY}"
+    if any(name.lstrip("_").startswith("conv") for name in names):
+        return f"read by {', '.join(names)}: convolutions are not quantised"
+    return f"read by {', '.join(names)}: not a linear or expert form that is quantised"
+
+
+def _readers(source: fx.Node) -> list[fx.Node]:
+    """The calls that read the tensor, also through views and casts of it."""
+    found: list[fx.Node] = []
+    waiting = [*source.users]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop(0)
+        moves = node.users and target_name(node.target) in MOVING | CASTS
+        following = [user for user in node.users if user not in seen] if moves else []
+        if not moves:
+            found.append(node)
+        seen.update(following)
+        waiting += following
+    return found
+
+
+def _kind(weight: Tensor, node: fx.Node) -> str:
+    """A stack is one of experts where a product of matrices reads it; a table is none."""
+    names = {target_name(reader.target) for reader in _readers(node)}
+    if weight.dim() == 3 and names & PRODUCTS:
+        return "experts"
+    return "linear" if weight.dim() == 2 else "other"
+
+
+def warnings_of_kept(state: GraphState) -> list[str]:
+    """What a user can do for weights that are kept for how the graph was made."""
+    remedies = {IN_A_BODY: OUT_OF_THE_BODY, IN_THE_GRAPH: INTO_AN_INPUT}
+    names = {
+        end: [kept.name for kept in state.kept if kept.reason.endswith(end)] for end in remedies
+    }
+    found = [
+        f"{len(names[end])} weights ({names[end][0]}, ...) are kept: {end}; {remedy}"
+        for end, remedy in remedies.items()
+        if names[end]
+    ]
+    calls = [node for node in state.graph.nodes if node.op in ("call_function", "call_method")]
+    if calls and not any("example_value" in node.meta for node in state.graph.nodes):
+        found.append(
+            "no call of the graph has an example value, so no weight of it is read: it was not "
+            f"made by torch.compile, or by a release of torch not known here ({torch.__version__}; "
+            "tested: 2.11 to 2.14); call fqcompile.quantize_(model) instead"
+        )
+    return found

@@ -1,0 +1,257 @@
+"""Names of a graph's constant inputs, as in `named_parameters()` of the module that was compiled.
+
+Dynamo names an input by the path from the frame that it captures. After a graph break that frame
+lies anywhere inside the model, and its path, L['___stack0']._parameters['weight'], says nothing of
+where. So a weight is looked for, by identity, in the modules through which the call came: the stack
+has the compiled module or function and the modules between it and the frame. What no module holds
+keeps the name of its path.
+"""
+
+import inspect
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import CellType, MethodType
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch._dynamo.eval_frame import OptimizeContext, OptimizedModule
+from torch._guards import Source
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fqcompile.config import HEAD_NAMES
+from fqcompile.distributed.shards import local_part
+
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+# `_local_tensor` is a sharded parameter's part on this rank, which `localize` made an input.
+_CONTAINERS = ("_modules", "_parameters", "_buffers", "__dict__", "_local_tensor")
+
+
+@dataclass(frozen=True)
+class InputName:
+    """What a constant input is called.
+
+    Attributes:
+        name: of the linear that multiplies with it, where several modules share it.
+        table: of the module that reads its rows; the same name where no other shares it.
+        embedded: whether an embedding has it.
+        held: whether it was found in a module; else `name` is Dynamo's path.
+        moved: whether the graph began elsewhere than at the module that names it, so that it may
+            run for a sibling with weights of other names.
+    """
+
+    name: str
+    table: str
+    embedded: bool = False
+    held: bool = True
+    moved: bool = False
+
+    @property
+    def of_head(self) -> bool:
+        return self.embedded or HEAD_NAMES.search(self.name) is not None
+
+
+@dataclass(frozen=True, eq=False)
+class Holder:
+    """A place where a module has a tensor; `attribute` is a path where a list or dict is between.
+
+    `name` is qualified, from the root in which it was found.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str
+    tensor: Tensor
+
+    @property
+    def embeds(self) -> bool:
+        return isinstance(self.module, EMBEDDINGS)
+
+    @property
+    def multiplies(self) -> bool:
+        return isinstance(self.module, nn.Linear)
+
+
+def holders_of(model: nn.Module) -> dict[int, list[Holder]]:
+    """By the identity of each parameter, buffer and plain tensor attribute: who has it, in order.
+
+    Of a sharded one by that of its local part, too.
+    """
+    found: dict[int, list[Holder]] = {}
+    for prefix, module in model.named_modules():
+        for attribute, tensor in _tensors(module):
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            places = found.setdefault(id(tensor), [])
+            places.append(Holder(name, module, attribute, tensor))
+            found[id(local_part(tensor))] = places
+    return found
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=False, remove_duplicate=False)
+    yield from module.named_buffers(recurse=False, remove_duplicate=False)
+    for attribute, value in vars(module).items():
+        if isinstance(value, Tensor):
+            yield attribute, value
+        elif isinstance(value, list | tuple | dict) and attribute not in _CONTAINERS:
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            yield from ((f"{attribute}.{key}", v) for key, v in items if isinstance(v, Tensor))
+
+
+def name_inputs(nodes: Mapping[fx.Node, int], args: Sequence[Any]) -> dict[fx.Node, InputName]:
+    """The names of these inputs, which have the values `args[index]` in the call at hand.
+
+    Two names that would be equal begin with the root: a.weight and b.weight of a function that
+    calls two modules.
+    """
+    holders: dict[int, tuple[str, list[Holder]]] = {}
+    for root, module in _compiled_modules():
+        for key, places in holders_of(module).items():
+            holders.setdefault(key, (root, places))
+    used = Counter({id(places): _first(places).name for _, places in holders.values()}.values())
+    paths = {node: _path(node) for node in nodes}
+    free = {tuple(p): _relative(p) for n, p in paths.items() if id(args[nodes[n]]) not in holders}
+    used.update(free.values())
+    named = {}
+    for node, path in paths.items():
+        root, places = holders.get(id(args[nodes[node]]), (path[0], []))
+        known = _named(places, _relative(path))
+        if used[known.name] > 1:
+            known = _below(root, known) if places else _named((), ".".join(path))
+        named[node] = known
+    return named
+
+
+def joined_name(known: Mapping[fx.Node, InputName], sources: Sequence[fx.Node]) -> str:
+    """Of what is computed from these inputs: q.weight+k.weight."""
+    return "+".join(dict.fromkeys(known[source].name for source in sources))
+
+
+def _named(places: Sequence[Holder], path: str) -> InputName:
+    if not places:
+        return InputName(path, path, held=False)
+    first = _first(places)
+    return InputName(
+        name=first.name,
+        table=next((place for place in places if not place.multiplies), first).name,
+        embedded=any(place.embeds for place in places),
+        moved=path not in [place.name for place in places],
+    )
+
+
+def _first(places: Sequence[Holder]) -> Holder:
+    """Who gives a shared tensor its name: a linear before others, and these before embeddings."""
+    return min(places, key=lambda place: (not place.multiplies, place.embeds))
+
+
+def _below(root: str, known: InputName) -> InputName:
+    prefix = f"{root}." if root else ""
+    return replace(known, name=prefix + known.name, table=prefix + known.table)
+
+
+def qualified_name(node: fx.Node) -> str:
+    """Of an input, by Dynamo's path from the frame that it captured."""
+    return _relative(_path(node))
+
+
+def _relative(path: Sequence[str]) -> str:
+    """Without the root, unless it is the tensor itself."""
+    return ".".join(path[1:]) or path[0]
+
+
+def path_name(source: object, default: str) -> str:
+    """Of what Dynamo found at `source`, by its path alone; `default` where it has none."""
+    return _relative(_path_of(source, default))
+
+
+def _path(node: fx.Node) -> list[str]:
+    return _path_of(getattr(node, "_dynamo_source", None), node.name)
+
+
+def _path_of(source: Any, default: str) -> list[str]:
+    """["self", "layer", "weight"] of L['self'].__dict__['_modules']['layer']._parameters['weight'].
+
+    From the source's parts and not its text, in which a name may hold any character.
+    """
+    parts: list[str] = []
+    while source is not None:
+        named = [getattr(source, field, None) for field in _FIELDS]
+        # the key of a dict may be a source of its own
+        parts += [
+            str(getattr(p, "index", "")) if isinstance(p, Source) else str(p)
+            for p in named
+            if p is not None
+        ]
+        source = getattr(source, "base", None)
+    return [part for part in reversed(parts) if part not in _CONTAINERS] or [default]
+
+
+# Where Dynamo's sources keep what the text of one adds to that of its base.
+_FIELDS = ("member", "index", "local_name", "global_name")
+
+
+def _compiled_modules() -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the call that runs, outermost first, each with a name for it.
+
+    Those that the function given to torch.compile is, has, or reaches; then those whose methods
+    are on the stack below it.
+    """
+    inner: list[nn.Module] = []
+    frame = sys._getframe()
+    while frame is not None:
+        values = frame.f_locals
+        owner = values.get("self")
+        if isinstance(owner, OptimizeContext) and "fn" in values:
+            yield from _modules_of(values["fn"], values.get("args", ()), values.get("kwargs", {}))
+            break
+        if isinstance(owner, nn.Module):
+            inner.append(owner)
+        frame = frame.f_back  # type: ignore[assignment]
+    yield from (("", plain_module(module)) for module in reversed(inner))
+
+
+def _modules_of(
+    function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[str, nn.Module]]:
+    """The module whose method the function is; or those among its arguments and variables."""
+    owner = getattr(function, "__self__", None)
+    if isinstance(owner, nn.Module):
+        yield "", plain_module(owner)
+        return
+    reached = {**_variables(function, args), **kwargs}
+    reached |= getattr(args[0] if owner is None and args else owner, "__dict__", {})
+    for name, value in reached.items():
+        module = value.__self__ if isinstance(value, MethodType) else value
+        if isinstance(module, nn.Module):
+            yield name, plain_module(module)
+
+
+def _variables(function: Any, args: Sequence[Any]) -> dict[str, Any]:
+    """What a Python function is given and refers to: arguments, closure, globals."""
+    if not inspect.isfunction(function):
+        return {str(index): arg for index, arg in enumerate(args)}
+    code = function.__code__
+    found = dict(zip(code.co_varnames, args, strict=False))
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        if cell != CellType():  # an empty one has no contents to ask for
+            found[name] = cell.cell_contents
+    globals_ = function.__globals__
+    return found | {name: globals_[name] for name in code.co_names if name in globals_}
+
+
+def plain_module(module: nn.Module) -> nn.Module:
+    """Without the wrapper that torch.compile puts around a module."""
+    return module._orig_mod if isinstance(module, OptimizedModule) else module
+
+
+_TABLES = WeakIdKeyDictionary()
+
+
+def note_table(weight: Tensor) -> None:
+    """Remember that a graph reads single rows of the weight, for graphs that only multiply."""
+    _TABLES[weight] = True
+
+
+def is_table(weight: Tensor) -> bool:
+    return weight in _TABLES

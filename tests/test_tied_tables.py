@@ -1,0 +1,127 @@
+"""A head whose weight is also a table that no nn.Embedding owns: 8 bits, and the table stays.
+
+Compiling, explain and fake_quantize_ see every reader of a weight; quantize_ sees the modules.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fqcompile
+from fqcompile.errors import FineQuantError
+from tests.dense_models import COMMON
+from tests.helpers import assert_close, finequant, frozen, report
+
+IDS = torch.arange(6).view(2, 3)
+OPTIONS: dict[str, Any] = {"min_elements": 1024}
+READS: dict[str, Callable[[Tensor], Tensor]] = {
+    "embedding": lambda table: F.embedding(IDS, table),
+    "index": lambda table: table[IDS],
+    "index_select": lambda table: table.index_select(0, IDS.flatten()).view(2, 3, -1),
+    "gather": lambda table: table.gather(0, IDS.flatten()[:, None].expand(-1, table.shape[1])).view(
+        2, 3, -1
+    ),
+    "view": lambda table: F.embedding(IDS, table.detach().view(table.shape)),
+}
+
+
+class Table(nn.Module):
+    """A table as libraries write their own: no nn.Embedding."""
+
+    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(96, 128))
+        self.read = read
+
+    def forward(self) -> Tensor:
+        return self.read(self.rows)
+
+
+class Tied(nn.Module):
+    def __init__(self, read: Callable[[Tensor], Tensor], *, broken: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = Table(read)
+        self.body = nn.Linear(128, 128)
+        self.out = nn.Linear(128, 96)
+        self.out.weight = self.table.rows
+        self.broken = broken
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(self.table() + x)
+        if self.broken:
+            torch._dynamo.graph_break()
+        return self.out(x)
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["whole", "broken"])
+@pytest.mark.parametrize("read", READS)
+def test_the_head_takes_8_bits_and_the_table_stays(read: str, broken: bool) -> None:
+    model, x = frozen(Tied(READS[read], broken=broken)), torch.zeros(2, 3, 128)
+    plan = fqcompile.explain(model, x, **OPTIONS)
+    assert {s.name: s.bits for s in plan.quantized} == {"body.weight": 4, "out.weight": 8}
+    (table,) = plan.kept
+    assert table.name == "table.rows" and "embeddings are not quantised" in str(table.reason)
+    actual = finequant(model, fullgraph=not broken, **OPTIONS)(x)
+    faked = fqcompile.fake_quantize_(copy.deepcopy(model), plan)
+    assert torch.equal(faked.table.rows, model.table.rows)
+    assert not torch.equal(faked.out.weight, model.out.weight)
+    assert_close(actual, faked(x), depth=3)
+    # and not what the head gives that reads its table dequantised, too
+    faked.table.rows = faked.out.weight
+    assert not torch.allclose(actual, faked(x), rtol=1e-5)
+
+
+def test_one_parameter_for_both_is_compiled_and_cannot_be_faked() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.lm_head = nn.Linear(128, 96)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.lm_head(F.embedding(ids, self.lm_head.weight))
+
+    model = frozen(Functional())
+    plan = fqcompile.explain(model, IDS, **OPTIONS)
+    rows = [(s.name, s.status, s.bits) for s in plan.sites]
+    assert rows == [("lm_head.weight", "quantized", 8), ("lm_head.weight", "kept", None)]
+    actual = finequant(model, **OPTIONS)(IDS)
+    assert [(s.name, s.status, s.bits) for s in report().sites] == rows
+    before = model.lm_head.weight.clone()
+    with pytest.raises(
+        FineQuantError, match=r"lm_head\.weight is an embedding's table.*own to fake"
+    ):
+        fqcompile.fake_quantize_(model, plan)
+    assert torch.equal(model.lm_head.weight, before)
+    apart = nn.ModuleDict({"lm_head": copy.deepcopy(model.lm_head)})
+    alone = fqcompile.explain(apart["lm_head"], before[IDS], bits=8, **OPTIONS)
+    fqcompile.fake_quantize_(apart, alone)
+    assert_close(actual, apart["lm_head"](before[IDS]))
+
+
+def test_ibert() -> None:
+    """Its quantised embedding has a parameter of its own, which the decoder shares."""
+    torch.manual_seed(0)
+    config = hf.IBertConfig(**COMMON, tie_word_embeddings=True)
+    model, ids = frozen(hf.IBertForMaskedLM(config)), torch.arange(14).view(2, 7)
+    table = model.ibert.embeddings.word_embeddings.weight
+    decoder = model.lm_head.decoder
+    assert decoder.weight is table
+    plan = fqcompile.explain(model, ids, **OPTIONS)
+    assert plan.site("lm_head.decoder.weight").bits == 8
+    kept = plan.site("ibert.embeddings.word_embeddings.weight")
+    assert "embeddings are not quantised" in str(kept.reason)
+    with torch.no_grad():
+        actual = finequant(model, fullgraph=False, **OPTIONS)(ids).logits
+        faked = fqcompile.fake_quantize_(copy.deepcopy(model), plan)
+        assert torch.equal(faked.ibert.embeddings.word_embeddings.weight, table)
+        assert_close(actual, faked(ids).logits, depth=40)
+    compiled = {s.name: s.bits for r in fqcompile.reports() for s in r.plan.quantized}
+    assert compiled["lm_head.decoder.weight"] == 8
