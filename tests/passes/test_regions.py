@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fqcompile.passes.effects import in_transforms
 from tests.passes.graphs import Run, assert_same, run_passes, weight
 
 A, B, C = (weight(64, 64, i) for i in range(3))
@@ -70,6 +71,7 @@ def test_nothing_is_fused_into_a_transform() -> None:
 
     run = run_passes(forward, X)
     assert run.counts["rewrite"] == 2
+    assert in_transforms(run.state.graph).keys().isdisjoint(run.linears)
     assert_same(run)
 
 
@@ -121,5 +123,5 @@ def test_branches_are_named_and_what_is_outside_is_quantized() -> None:
     run = run_passes(forward, X)
     assert run.counts["rewrite"] == 1
     assert kept(run) == dict.fromkeys(("A", "B"), f"read inside cond: {BODY}")
-    assert "branch or loop in Python" in run.state.warnings[0]
+    assert "branch and loop in Python" in run.state.warnings[0]
     assert_same(run)
