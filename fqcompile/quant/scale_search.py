@@ -106,6 +106,8 @@ def _best_candidate(u: torch.Tensor, method: str, qtype: QType) -> torch.Tensor:
     """The candidate step of least error for each group of u [..., g] -> [...]."""
     half = _bins(qtype) / 2
     bins = (u * half).add_(half + 0.5).int()
+    # Of a weight that is written to meanwhile, values may lie beyond what was their extreme.
+    bins.clamp_(0, _bins(qtype))
     steps, table = _error_table(method, qtype, u.device)
     errors = embedding_bag(bins.flatten(0, -2), table, mode="sum")
     return steps[errors.argmin(-1)].view(u.shape[:-1])
