@@ -1,9 +1,15 @@
-"""The backend "finequant", found through the entry point group torch_dynamo_backends."""
+"""The backend "finequant", found through the entry point group torch_dynamo_backends.
+
+It is registered when this module is imported, by one thread under the import lock. torch would do
+it in each thread that asks for the name before it is known, and all but the first would fail with
+"duplicate name". So the entry point is None: to register nothing is what torch does with that.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
+from torch._dynamo.backends.registry import register_backend
 from torch._dynamo.convert_frame import compile_lock
 
 from fqcompile.config import FineQuantConfig
@@ -32,3 +38,8 @@ def finequant(
         OptionError: an option is unknown or its value is not allowed.
     """
     return compile_graph(gm, example_inputs, FineQuantConfig.from_options(options, mode), name)
+
+
+NAME = "finequant"
+register_backend(finequant, name=NAME)
+REGISTERED = None

@@ -5,6 +5,7 @@ from typing import Any, TypeVar, cast, overload
 
 import torch
 
+from fqcompile.backend import NAME
 from fqcompile.config import FineQuantConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -44,7 +45,7 @@ def finequant(
     def compile_function(function: F) -> F:
         compiled: Any = torch.compile(
             function,
-            backend="finequant",
+            backend=NAME,
             fullgraph=fullgraph,
             dynamic=dynamic,
             options=dict(options) or None,  # type: ignore[arg-type]

@@ -34,7 +34,7 @@ def test_the_module_is_the_command() -> None:
     command = [sys.executable, "-m", "fqcompile", "doctor"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert f"torch         {torch.__version__}" in printed
-    assert "fqcompile.backend:finequant" in printed
+    assert "fqcompile.backend:REGISTERED" in printed
     assert "aten_int4pack" in printed
 
 
