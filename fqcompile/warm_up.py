@@ -24,13 +24,19 @@ def warm_up(
         grad: call in grad mode, where requests will. Else under `torch.no_grad()`: a graph is
             compiled for one mode, and in grad mode weights that require grad stay dense.
     """
-    before = len(recorded())
+    before = recorded()
     for _ in range(_MOST_CALLS):
-        known = len(recorded())
+        known = recorded()
         with torch.set_grad_enabled(grad):
             model(*args, **kwargs)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        if len(recorded()) == known:
+        if not _since(known):
             break
-    return recorded()[before:]
+    return _since(before)
+
+
+def _since(before: list[CompileReport]) -> list[CompileReport]:
+    """The reports that are not among those; only the newest are kept, so their number tells not."""
+    known = set(map(id, before))
+    return [report for report in recorded() if id(report) not in known]

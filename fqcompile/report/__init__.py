@@ -6,6 +6,7 @@ from fqcompile.report.compile_report import (
     record,
     recorded,
     reports,
+    with_warning,
 )
 from fqcompile.report.dump import dump_report, is_traced, trace_report
 from fqcompile.report.pass_record import PassRecord
@@ -25,4 +26,5 @@ __all__ = [
     "recorded",
     "reports",
     "trace_report",
+    "with_warning",
 ]

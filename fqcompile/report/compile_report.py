@@ -1,13 +1,14 @@
 """What one compiled graph went through: its plan, its passes, warnings and versions.
 
-Every report of the process is kept in order, for `fqcompile.reports()`.
+The newest reports of the process are kept in order, for `fqcompile.reports()`.
 """
 
 import json
 import logging
 import os
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tabulate import tabulate
@@ -94,21 +95,35 @@ _NOTHING_COMPILED = (
     "model.compile(backend='finequant') compiles in place, for these too, and "
     "fqcompile.quantize_(model) needs no compiler"
 )
-_REPORTS: list[CompileReport] = []
+MOST_REPORTS = 256
+_REPORTS: deque[CompileReport] = deque(maxlen=MOST_REPORTS)
 
 
 def record(report: CompileReport) -> None:
-    """Append a report to those of this process."""
+    """Append a report to those of this process, whose oldest goes where they are too many."""
     _REPORTS.append(report)
 
 
+def with_warning(report: CompileReport, text: str) -> CompileReport:
+    """The report with one more warning, which takes its place among those of this process."""
+    changed = replace(report, warnings=(*report.warnings, text))
+    for index, known in enumerate(list(_REPORTS)):
+        if known is report and _REPORTS[index] is report:
+            _REPORTS[index] = changed
+    return changed
+
+
 def recorded() -> list[CompileReport]:
-    """The reports of this process, newest last."""
+    """The reports of this process, 256 at most, newest last."""
     return list(_REPORTS)
 
 
 def reports() -> list[CompileReport]:
-    """The report of every graph compiled in this process, newest last; warns if there is none."""
+    """The reports of the graphs that were compiled in this process last, 256 at most, newest last.
+
+    With `debug_dir` or TORCH_TRACE each holds its graph before and after every pass, as text. Where
+    there is none, a warning says why that may be.
+    """
     if not _REPORTS:
         log.warning(_NOTHING_COMPILED)
     return recorded()

@@ -15,7 +15,10 @@ from fqcompile.report import (
     clear_reports,
     record,
     reports,
+    with_warning,
 )
+from fqcompile.report.compile_report import MOST_REPORTS
+from fqcompile.warm_up import warm_up
 from tests.report.page_parser import Page
 
 
@@ -119,3 +122,29 @@ def test_an_empty_list_is_explained(
         caplog.clear()
         record(report)
         assert reports() == [report] and not caplog.messages
+
+
+def test_the_newest_reports_are_kept() -> None:
+    """So is what a process of days holds; warming up still finds its own."""
+    for number in range(MOST_REPORTS + 10):
+        record(CompileReport(f"graph_{number}", Plan(())))
+    kept = reports()
+    assert [kept[0].graph, kept[-1].graph] == ["graph_10", f"graph_{MOST_REPORTS + 9}"]
+    assert len(kept) == MOST_REPORTS
+    made = iter(range(2))
+
+    def compiles_twice() -> None:
+        for number in made:
+            record(CompileReport(f"new_{number}", Plan(())))
+            break
+
+    assert [report.graph for report in warm_up(compiles_twice)] == ["new_0", "new_1"]
+
+
+def test_a_warning_that_comes_later_is_in_the_report_that_is_kept() -> None:
+    reports_before = [CompileReport(name, Plan(())) for name in "ab"]
+    for report in reports_before:
+        record(report)
+    changed = with_warning(reports_before[0], "said later")
+    assert reports() == [changed, reports_before[1]]
+    assert changed.warnings == ("said later",)
