@@ -22,6 +22,7 @@ from fqcompile.explain import explain
 from fqcompile.exports.export import export
 from fqcompile.fake_quantize import fake_quantize_
 from fqcompile.quantize_model import quantize_
+from fqcompile.refresh import refresh
 from fqcompile.report import CompileReport, Plan, Site, reports
 from fqcompile.restore import restore
 from fqcompile.warm_up import warm_up
@@ -46,6 +47,7 @@ __all__ = [
     "load",
     "quantize_",
     "quantize_checkpoint",
+    "refresh",
     "reports",
     "restore",
     "save",

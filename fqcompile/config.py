@@ -15,6 +15,23 @@ HEAD_BITS = 8
 # Not under an embedding's names: "shared" is T5's table, and the expert that all tokens take.
 HEAD_NAMES = re.compile(r"(^|\.)(lm_head|embed_out)(\.|$)")
 
+# A component of the name that begins as one tuner of peft calls its factors, or has LoRA's prefix
+# anywhere: they are switched, scaled and overwritten through `.data` while the model is in use.
+# Prefixes that are words of other models too are given with what follows.
+ADAPTER_NAMES = re.compile(
+    r"(?:(?<![^._])lora_"
+    r"|(?<![^.])_?(?:adamss|beft|boft|bone|c3a|delora|fourierft|frod|glora|gralora|hada|hira|hra"
+    r"|ia3|ln_tuning|lokr|oft|peanut|psoft|pvera|randlora|shira|supertuning|tinylora"
+    r"|trainable_tokens|unilora|vblora|vera|waveft|xlora)_"
+    r"|(?<![^.])(?:deft_[PR]|lily_(?:[AB]|router)|miss_block|osf_svd_params|_osf_[USV]_\w+"
+    r"|poly_router|road_(?:theta|alpha)|shadow_(?:down|up|update_\w+|model))(?![^.]))[^.]*"
+)
+
+ADAPTER = (
+    "adapter factor: it is switched, scaled and overwritten while the model is in use; name it in "
+    "overrides or include to quantise it"
+)
+
 
 def _debug_dir_from_environment() -> str | None:
     return os.environ.get("FQCOMPILE_DEBUG_DIR") or None
@@ -113,13 +130,26 @@ class FineQuantConfig(SiteOptions):
         return SiteOptions(**{**values, **(self._override(name) or {})})
 
     def kept_by_name(self, name: str) -> str | None:
-        """Why `include` or `exclude` keep this weight as it is, or None when they do not."""
+        """Why its name keeps this weight as it is, or None when it does not.
+
+        Factors of adapters are kept unless a pattern of `overrides` or `include` matches a piece of
+        what names them such ("lora_A", not only "q_proj").
+        """
         for pattern in self.exclude:
             if re.search(pattern, name):
                 return f"name matches exclude pattern {pattern!r}"
         if self.include and not any(re.search(pattern, name) for pattern in self.include):
             return "name matches no include pattern"
-        return None
+        return ADAPTER if self._has_unnamed_adapter(name) else None
+
+    def _has_unnamed_adapter(self, name: str) -> bool:
+        """Whether the name has a factor of an adapter in it that no pattern is about."""
+        patterns = (*self.overrides, *self.include)
+        spans = [m.span() for pattern in patterns for m in re.finditer(pattern, name)]
+        return any(
+            not any(start < found.end() and end > found.start() for start, end in spans)
+            for found in ADAPTER_NAMES.finditer(name)
+        )
 
     def as_dict(self) -> dict[str, object]:
         """Every option as JSON holds it; a value that JSON has no form for is given as text."""

@@ -47,3 +47,10 @@ class ShardingError(FineQuantError, TypeError):
 
 class PlannerError(FineQuantError, ValueError):
     """A model, a device or a way to share them out cannot be planned for; the message says why."""
+
+
+class PlanDoesNotFit(UnquantizableWeight):
+    """The weight has not the values that the plan was made for: another thread wrote to it.
+
+    Never reaches the user: a plan is made again, at last for a copy of the weight.
+    """

@@ -11,7 +11,7 @@ from fqcompile.config import FineQuantConfig
 from fqcompile.distributed.shards import local_part
 from fqcompile.dry_run import dry_run
 from fqcompile.passes.base import placeholders
-from fqcompile.passes.choose import way_out
+from fqcompile.passes.choices import way_out
 from fqcompile.passes.localize import localize
 from fqcompile.passes.naming import plain_module
 from fqcompile.passes.pipeline import Recorder, analyse

@@ -16,6 +16,7 @@ from fqcompile.passes.summary import SiteRecipe
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
 from fqcompile.report import Plan, Site
 from fqcompile.weights.find_or_quantize import find_or_quantize
+from fqcompile.weights.fingerprint import ATTEMPTS, fingerprint
 from fqcompile.weights.packed_matmul import kernel_for
 from fqcompile.weights.packed_weight import PackedWeight
 from fqcompile.weights.recipe import IDENTITY
@@ -113,6 +114,19 @@ def pack_weight(found: ModuleWeight, options: SiteOptions) -> tuple[QuantPlan, P
     Raises:
         UnquantizableWeight: its values or the options do not allow it; the text says why.
     """
+    for _ in range(ATTEMPTS):
+        before = fingerprint((found.weight,))
+        result = _packed(found, options)
+        if fingerprint((found.weight,)) == before:
+            return result
+    # Codes of a copy would take the place of a weight that is written to: the writes would be lost.
+    raise UnquantizableWeight(
+        f"another thread changed the weight {ATTEMPTS} times while it was quantised; let it finish "
+        "first"
+    )
+
+
+def _packed(found: ModuleWeight, options: SiteOptions) -> tuple[QuantPlan, PackedWeight]:
     weight = found.weight
     with plain_eager(weight.device.type):
         scale_dtype = scale_dtype_beside(weight.dtype)

@@ -30,8 +30,8 @@ LAYERS = [
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 PIPELINE = ("capture", "match", "choose", "quantize", "rewrite", "fuse", "select", "lower")
 PASS_HELPERS = set(
-    """absorb base effects einsum emit expert_bias expert_einsum expert_forms expert_rewrite fold
-    gated gather kept linear_forms naming op_nodes regions sites spelling stacking""".split()
+    """absorb base choices effects einsum emit expert_bias expert_einsum expert_forms expert_rewrite
+    fold gated gather kept linear_forms naming op_nodes regions sites spelling stacking""".split()
 )
 
 MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 300, 50, 110

@@ -36,6 +36,7 @@ class GraphState:
         known: what the inputs are called that are constant, or would be if not written, parameters
             passed in, and tensors that are attributes of the graph.
         names: their names alone.
+        changing: positions among `args` of weights that are others in every call.
         name: the graph's, for messages.
     """
 
@@ -53,6 +54,7 @@ class GraphState:
     gemms: dict[fx.Node, GemmSpec] = field(default_factory=dict)
     matched: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    changing: frozenset[int] = frozenset()
     name: str = "the graph"
 
     def __post_init__(self) -> None:

@@ -32,10 +32,11 @@ def analyse(
     recorder: "Recorder",
     *,
     name: str = "the graph",
+    changing: frozenset[int] = frozenset(),
 ) -> GraphState:
     """All that happens before compilation; what `explain` shows."""
     state = recorder.start("capture", lambda: capture(module, args, config))
-    state.name = name
+    state.name, state.changing = name, changing
     recorder.run("match", state, match)
     recorder.run("choose", state, choose)
     recorder.run("quantize", state, quantize)

@@ -11,6 +11,7 @@ from torch import fx
 from fqcompile.kernels.roofline import least_seconds
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.passes.base import GraphState
+from fqcompile.passes.choose import CHANGING
 from fqcompile.passes.op_nodes import argument
 from fqcompile.passes.sites import KeptWeight, WeightSite
 from fqcompile.quant.choose import QuantPlan
@@ -151,3 +152,36 @@ def _bytes(state: GraphState, source: fx.Node) -> int:
 
 def _element_size(state: GraphState, site: WeightSite) -> int:
     return int(state.args[state.constants[site.sources[0]]].element_size())
+
+
+def warnings_of(state: GraphState) -> tuple[str, ...]:
+    """What a user would want to know without looking for it; to be logged too."""
+    frozen = [s.name for s in state.sites if s.reason and "requires grad" in s.reason]
+    texts = list(state.warnings)
+    if frozen:
+        texts.append(
+            f"{len(frozen)} of {len(state.sites)} sites are kept: their weights require grad "
+            f"({frozen[0]}, ...): call the model under torch.no_grad(), or freeze them with "
+            "requires_grad_(False)"
+        )
+    kernels = [str(argument(op, "kernel")) for op in state.packed]
+    if state.config.autotune != "off" and kernels and not any(":" in k for k in kernels):
+        texts.append(
+            f"autotune={state.config.autotune!r}: the kernels of this graph "
+            f"({', '.join(sorted(set(kernels)))}) have nothing to configure"
+        )
+    return tuple(texts)
+
+
+def read_as_it_comes(state: GraphState, changing: frozenset[int]) -> str:
+    """The warning that the weights at these inputs stay as they are, and what to do."""
+    names = {
+        site.name
+        for site in state.sites
+        if not changing.isdisjoint(state.constants[source] for source in site.sources)
+    }
+    return (
+        f"{state.name}: {', '.join(sorted(names))}: {CHANGING}, so it is read as it comes. If it "
+        "is meant to change, name it in exclude; if a hook brings it from elsewhere for each call, "
+        "call fqcompile.quantize_(model) before the hooks are set"
+    )

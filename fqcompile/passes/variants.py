@@ -1,40 +1,59 @@
 """GraphCompiler: one captured graph, compiled once for each set of plans that its weights ask for.
 
 Dynamo hands the same graph to every instance of a class. Instances whose weights lead to the same
-plans share a variant; others get their own. A failure inside the passes never loses the model: the
-graph is compiled as it was, and a warning says which pass failed and why.
+plans share a variant; others get their own, up to a number that bounds how much is compiled in
+calls; beyond it they are quantised by plans that there are. A failure inside the passes never loses
+the model: the graph is compiled as it was, and a warning says which pass failed and why.
 """
 
 import itertools
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-from torch import fx
-from torch._dynamo import exc
+import torch
+from torch import Tensor, fx
+from torch._dynamo import convert_frame, exc
 from torch._guards import TracingContext, tracing
 
 from fqcompile.config import FineQuantConfig
 from fqcompile.distributed.agreement import agree
 from fqcompile.distributed.shards import rank_groups
-from fqcompile.errors import RankError
+from fqcompile.errors import PlanDoesNotFit, RankError
 from fqcompile.passes.agreement import shared_facts
 from fqcompile.passes.base import GraphState, copy_module
 from fqcompile.passes.choose import Decision, decide
 from fqcompile.passes.localize import localize, refuse_fsdp
 from fqcompile.passes.lower import compile_inner
-from fqcompile.passes.op_nodes import argument
 from fqcompile.passes.pipeline import Recorder, analyse, compile_state
-from fqcompile.passes.summary import plan_of
-from fqcompile.report import CompileReport, Plan, dump_report, is_traced, record, trace_report
-from fqcompile.weights.dispatch import Inner, Variant, WeightDispatch
+from fqcompile.passes.summary import plan_of, read_as_it_comes, warnings_of
+from fqcompile.report import (
+    CompileReport,
+    Plan,
+    dump_report,
+    is_traced,
+    record,
+    trace_report,
+    with_warning,
+)
+from fqcompile.weights.dispatch import Inner, Variant, WeightDispatch, forget
+from fqcompile.weights.fingerprint import ATTEMPTS
+from fqcompile.weights.store import STORE
 
 log = logging.getLogger("fqcompile")
 _graph_numbers = itertools.count()
 # How Inductor asks Dynamo to trace again or to give up on a frame: not failures.
 _DYNAMO_REQUESTS = (exc.RestartAnalysis, exc.SkipFrame, exc.Unsupported)
+# More than this many sets of plans are not compiled for one graph; Dynamo's own limit of
+# recompilations does not see them.
+MOST_VARIANTS = 8
+PlanKey = tuple[int, int, str, torch.dtype] | None
+Key = tuple[PlanKey, ...]
 _VERSIONS = {name: version(name) for name in ("fqcompile", "torch")}
 
 
@@ -56,15 +75,25 @@ def compile_graph(
 def _compiled(
     module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig, name: str
 ) -> Inner:
+    forget(STORE.changed(arg for arg in args if isinstance(arg, Tensor)))
     graph = GraphCompiler(module, config, name)
     first = graph.compile_variant(args)
     weight_inputs = graph.weight_inputs()
     if not weight_inputs:
-        return first.inner
+        return first.variant.inner
     detect = config.weight_updates == "detect"
     dispatch = WeightDispatch(weight_inputs, graph.variant_for, detect)
     dispatch.bind(args)
     return dispatch
+
+
+@dataclass
+class _Compiled:
+    """A variant, the key of the plans it is for, and its report."""
+
+    key: Key
+    variant: Variant
+    report: CompileReport
 
 
 class GraphCompiler:
@@ -75,9 +104,10 @@ class GraphCompiler:
         self._config = config
         self._name = name
         self._context = TracingContext.try_get()
-        self._variants: dict[tuple[object, ...], Variant] = {}
+        self._compiled: dict[Key, _Compiled] = {}
         self._analysed: GraphState | None = None
         self._agreed = False
+        self._said: set[str] = set()
 
     def weight_inputs(self) -> tuple[int, ...]:
         """Arguments on which the choice of a variant depends."""
@@ -87,38 +117,114 @@ class GraphCompiler:
         open_sites = [site for site in self._analysed.sites if not site.settled]
         return tuple(sorted({constants[s] for site in open_sites for s in site.sources}))
 
-    def variant_for(self, args: Sequence[Any]) -> Variant:
-        """The variant whose plans fit the weights in `args`, compiled if there is none yet."""
+    def variant_for(self, args: Sequence[Any], changing: frozenset[int]) -> Variant:
+        """The variant whose plans fit the weights in `args`, compiled if there is none yet.
+
+        The inputs `changing` are read as they come. Compiling takes the lock of torch's compiler,
+        as Dynamo does: any thread may come here while others compile.
+        """
         state = self._analysed
         assert state is not None
-        variant = self._variants.get(_key(decide(state, args)))
-        if variant is None:
-            with tracing(self._context):
-                return self.compile_variant(args)
-        return variant
+        key = _key(decide(state, args, changing))
+        found = self._compiled.get(key)
+        if found is None:
+            with convert_frame.compile_lock, tracing(self._context):
+                found = self._compiled.get(key) or self._add(args, key, changing)
+        if changing:
+            self._say_once(found, read_as_it_comes(state, changing))
+        return found.variant
 
-    def compile_variant(self, args: Sequence[Any]) -> Variant:
-        """Run the pipeline for these weights; where it fails, compile the graph as it was."""
+    def _add(self, args: Sequence[Any], key: Key, changing: frozenset[int]) -> _Compiled:
+        if len(self._compiled) < MOST_VARIANTS:
+            return self.compile_variant(args, changing, key)
+        text = (
+            f"{self._name}: its instances ask for more than {MOST_VARIANTS} different sets of "
+            "plans, and each is a compilation: those to come are quantised by the finest that "
+            "there is for their weights; granularity=128, or another number, is one plan for all"
+        )
+        found = self._nearest(args, key)
+        if found is None:
+            everything_kept: Key = (None,) * len(key)
+            found = self._compiled.get(everything_kept)
+            found = found or self._unquantized(args, Recorder(), text, everything_kept)
+        self._say_once(found, text)
+        return found
+
+    def _nearest(self, args: Sequence[Any], key: Key) -> _Compiled | None:
+        """What is compiled for plans that these weights can be quantised by too.
+
+        At least as fine as they ask for, where there is such a one; else the finest. Where an
+        option bounds the error, no other plan than theirs.
+        """
+        assert self._analysed is not None
+        options = [
+            self._config.site_options(site.name, head=site.head)
+            for site in self._analysed.sites
+            if not site.settled
+        ]
+        bounded = [option.error_budget is not None for option in options]
+        possible = [
+            found
+            for found in list(self._compiled.values())
+            if all(map(_serves, found.key, key, bounded))
+        ]
+        for found in sorted(possible, key=partial(_distance, key)):
+            with suppress(PlanDoesNotFit):
+                found.variant.pack(args)
+                return found
+        return None
+
+    def compile_variant(
+        self, args: Sequence[Any], changing: frozenset[int] = frozenset(), key: Key = ()
+    ) -> _Compiled:
+        """Run the pipeline for these weights; where it fails, compile the graph as it was.
+
+        `key` is that of the plans that were asked for, by which a failure is found again.
+        """
         start = time.perf_counter()
-        recorder = Recorder(keep_graphs=self._config.debug_dir is not None or is_traced())
+        recorder = self._recorder()
         try:
-            state = analyse(self._module, args, self._config, recorder, name=self._name)
-            plan = plan_of(state)
-            self._agree(args, shared_facts(state))
-            variant = compile_state(state, args, recorder)
+            state, plan, variant = self._run(args, changing, recorder)
         except Exception as error:
             self._agree(args, {"outcome": f"pass {recorder.running!r} failed with {error!r}"})
             strict = self._config.on_unsupported == "error"
             if strict or isinstance(error, (RankError, *_DYNAMO_REQUESTS)):
                 raise
-            return self._unquantized(args, recorder, error)
+            text = (
+                f"{self._name} runs unquantised: pass {recorder.running!r} failed with "
+                f"{type(error).__name__}: {error}"
+            )
+            log.warning(text, exc_info=log.isEnabledFor(logging.DEBUG))
+            return self._unquantized(args, recorder, text, key)
         state.args = ()  # the example weights must not outlive their model
         self._analysed = self._analysed or state
-        self._variants[
-            _key(tuple(s.plan or str(s.reason) for s in state.sites if not s.settled))
-        ] = variant
-        self._report(recorder, plan, _warnings(state), time.perf_counter() - start)
-        return variant
+        key = _key(tuple(s.plan or str(s.reason) for s in state.sites if not s.settled))
+        seconds = time.perf_counter() - start
+        warnings = warnings_of(state)
+        for text in warnings:
+            log.warning(text)
+        return self._keep(key, variant, recorder, plan, warnings, seconds)
+
+    def _run(
+        self, args: Sequence[Any], changing: frozenset[int], recorder: Recorder
+    ) -> tuple[GraphState, Plan, Variant]:
+        """All passes; again where another thread has written to a weight between two of them."""
+        for attempt in range(ATTEMPTS):
+            recorder.records.clear()
+            try:
+                state = analyse(
+                    self._module, args, self._config, recorder, name=self._name, changing=changing
+                )
+                plan = plan_of(state)
+                self._agree(args, shared_facts(state))
+                return state, plan, compile_state(state, args, recorder)
+            except PlanDoesNotFit:
+                if attempt == ATTEMPTS - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _recorder(self) -> Recorder:
+        return Recorder(keep_graphs=self._config.debug_dir is not None or is_traced())
 
     def _agree(self, args: Sequence[Any], facts: Mapping[str, str]) -> None:
         """With the other ranks of a sharded model, once: later variants are each rank's own."""
@@ -126,22 +232,25 @@ class GraphCompiler:
             self._agreed = True
             agree(self._name, facts, rank_groups(args))
 
-    def _unquantized(self, args: Sequence[Any], recorder: Recorder, error: Exception) -> Variant:
-        text = (
-            f"{self._name} runs unquantised: pass {recorder.running!r} failed with "
-            f"{type(error).__name__}: {error}"
-        )
-        log.warning(text, exc_info=log.isEnabledFor(logging.DEBUG))
+    def _unquantized(
+        self, args: Sequence[Any], recorder: Recorder, text: str, key: Key
+    ) -> _Compiled:
         module, _ = copy_module(self._module)
         inner = compile_inner(module, args, self._config)
-        self._report(recorder, Plan((), self._config.as_dict()), (text,), 0.0)
-        return Variant(inner, tuple(range(len(args))), lambda args: ())
+        variant = Variant(inner, tuple(range(len(args))), lambda args: ())
+        return self._keep(key, variant, recorder, Plan((), self._config.as_dict()), (text,), 0.0)
 
-    def _report(
-        self, recorder: Recorder, plan: Plan, warnings: tuple[str, ...], seconds: float
-    ) -> None:
-        number = len(self._variants)
-        name = self._name if number < 2 else f"{self._name}_variant_{number - 1}"
+    def _keep(
+        self,
+        key: Key,
+        variant: Variant,
+        recorder: Recorder,
+        plan: Plan,
+        warnings: tuple[str, ...],
+        seconds: float,
+    ) -> _Compiled:
+        number = len(self._compiled)
+        name = f"{self._name}_variant_{number}" if number else self._name
         passes = tuple(recorder.records)
         report = CompileReport(name, plan, passes, warnings, _VERSIONS, seconds)
         log.info("%s: %s", name, plan.totals)
@@ -150,32 +259,32 @@ class GraphCompiler:
         trace_report(report)
         if self._config.debug_dir is not None:
             dump_report(report, self._config.debug_dir)
+        self._compiled[key] = found = _Compiled(key, variant, report)
+        return found
+
+    def _say_once(self, found: _Compiled, text: str) -> None:
+        """In the log and in the report of what runs from now on."""
+        if text not in self._said:
+            self._said.add(text)
+            log.warning(text)
+            found.report = with_warning(found.report, text)
 
 
-def _key(decisions: Sequence[Decision]) -> tuple[object, ...]:
+def _serves(plan: PlanKey, asked: PlanKey, bounded: bool) -> bool:
+    """Whether a site whose weight asks for one plan may be quantised by another one."""
+    return plan is None or plan == asked or (asked is not None and not bounded)
+
+
+def _distance(asked: Key, found: _Compiled) -> tuple[int, int]:
+    """Sites that would be coarser than they ask for; then how coarse or large all are."""
+    pairs = [(p, a) for p, a in zip(found.key, asked, strict=True) if a is not None]
+    coarser = [p is not None and (p[0] < a[0] or p[1] > a[1]) for p, a in pairs]
+    return sum(coarser), sum(1 << 20 if p is None else p[1] for p, _ in pairs)
+
+
+def _key(decisions: Sequence[Decision]) -> Key:
     """Equal where the rewritten graphs are equal."""
     return tuple(
         None if isinstance(d, str) else (d.bits, d.group_size, d.scale_method, d.scale_dtype)
         for d in decisions
     )
-
-
-def _warnings(state: GraphState) -> tuple[str, ...]:
-    """What a user would want to know without looking for it; also logged."""
-    frozen = [s.name for s in state.sites if s.reason and "requires grad" in s.reason]
-    texts = list(state.warnings)
-    if frozen:
-        texts.append(
-            f"{len(frozen)} of {len(state.sites)} sites are kept: their weights require grad "
-            f"({frozen[0]}, ...): call the model under torch.no_grad(), or freeze them with "
-            "requires_grad_(False)"
-        )
-    kernels = [str(argument(op, "kernel")) for op in state.packed]
-    if state.config.autotune != "off" and kernels and not any(":" in k for k in kernels):
-        texts.append(
-            f"autotune={state.config.autotune!r}: the kernels of this graph "
-            f"({', '.join(sorted(set(kernels)))}) have nothing to configure"
-        )
-    for text in texts:
-        log.warning(text)
-    return tuple(texts)

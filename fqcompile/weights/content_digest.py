@@ -10,9 +10,12 @@ from hashlib import sha256
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fqcompile.quant.chunks import each_chunk
 
+_PIECE = 1 << 25  # bytes
+_FACTORS = (0xFF51AFD7ED558CCD - (1 << 64), 0xC4CEB9FE1A85EC53 - (1 << 64))
 _CHUNK_SHARE = 8.0  # pieces of half a million elements: long beside the start of a task
 
 
@@ -34,6 +37,29 @@ def bytes_of(w: Tensor) -> memoryview:
     """The memory of a contiguous tensor on a CPU, which lives as long as this does."""
     flat = w.detach().as_strided((w.numel(),), (1,))  # a view of one value may have any stride
     return flat.view(torch.uint8).numpy().data
+
+
+def mixed_sum(w: Tensor) -> int:
+    """64 bits of the bytes of w, of any shape, made on its device: another content has others.
+
+    To compare what one process has seen of one weight: nobody need be kept from finding two
+    contents of one sum. Each word is mixed with its place, as MurmurHash3 ends, and all are added.
+    """
+    flat = w.detach().contiguous().reshape(-1).view(torch.uint8)
+    total = torch.zeros((), dtype=torch.int64, device=w.device)
+    for start in range(0, flat.numel(), _PIECE):
+        piece = flat[start : start + _PIECE]
+        words = pad(piece, (0, -piece.numel() % 8)).view(torch.int64)
+        places = torch.arange(start, start + words.numel(), device=w.device)
+        total += _mixed(_mixed(places) ^ words).sum()
+    return int(total)
+
+
+def _mixed(words: Tensor) -> Tensor:
+    """A permutation of the numbers of 64 bits; a shift to the right must not copy the sign."""
+    for factor in _FACTORS:
+        words = (words ^ ((words >> 33) & 0x7FFFFFFF)) * factor
+    return words ^ ((words >> 33) & 0x7FFFFFFF)
 
 
 def _digests(w: Tensor) -> Iterator[bytes]:

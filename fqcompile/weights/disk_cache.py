@@ -56,8 +56,10 @@ class DiskCache:
         self._writable = True
         self._warned = False
 
-    def get_or_make(self, key: str, make: Callable[[], Entry]) -> Entry:
-        """The weight kept for `key`; else that of `make()`, kept from now on."""
+    def get_or_make(
+        self, key: str, make: Callable[[], Entry], is_of_key: Callable[[], bool] = lambda: True
+    ) -> Entry:
+        """The weight kept for `key`; else that of `make()`, kept from now on if `is_of_key()`."""
         path = self.directory / f"{key}.safetensors"
         entry = self._find(path, key)
         if entry is not None:
@@ -65,7 +67,7 @@ class DiskCache:
             return entry
         entry = make()
         self.misses += 1
-        if self._writable:
+        if self._writable and is_of_key():
             self._keep(path, key, entry)
         return entry
 

@@ -1,22 +1,39 @@
 """WeightDispatch: the callable that Dynamo keeps; finds the packed tensors of the weights given.
 
 args ──► ids of the weights seen before? ──► unchanged? ──► inner(kept args, packed tensors)
-                 │ no                          │ no
+                 │ no: is their content     │ no
+                 │     what is held of it?  │
                  └──────── bind: decide, pack, (compile a variant) ◄──┘
+
+A weight that is changed or replaced in every call would be quantised in every call. Where two calls
+in a row have found the weights of one input changed since the call before, or four all of them
+replaced, the variant for all that follows reads that input as it comes. A call that finds them
+unchanged starts the count again, so an optimizer's step or a state dict now and then costs nothing
+but the packing. After a thousand calls they are quantised again, should they have come to rest; if
+not, it is twice as many calls until the next time.
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from torch import Tensor
 from torch._dynamo.aot_compile_types import SerializableCallable
 
+from fqcompile.errors import PlanDoesNotFit
+from fqcompile.weights.fingerprint import ATTEMPTS, Fingerprint, fingerprint
 from fqcompile.weights.no_memory import lifetime
-from fqcompile.weights.store import Fingerprint, fingerprint
+from fqcompile.weights.store import STORE
 
 Inner = Callable[..., Any]
+Weights = tuple[Tensor, ...]
+# A change counts two, and one where all weights are gone that the graph was bound to: that is what
+# models look like that are made, called once and deleted.
+_MOST_CHANGES = 4
+_CALLS_AS_THEY_COME = 1000
 
 
 @dataclass(frozen=True)
@@ -28,12 +45,52 @@ class Variant:
     pack: Callable[[Sequence[Any]], tuple[Tensor, ...]]
 
 
-@dataclass(frozen=True)
+VariantFor = Callable[[Sequence[Any], frozenset[int]], Variant]
+
+
+@dataclass(slots=True)
 class _Binding:
+    """What weights were bound to, in which state; `changes` counts for each input, see above."""
+
     variant: Variant
     packed: tuple[Tensor, ...]
     state: Fingerprint
     alive: tuple[weakref.ref[object], ...]
+    changes: tuple[int, ...]
+    calls: int = 0
+
+    def counted(self, weights: Weights) -> tuple[int, ...]:
+        """How often in a row each input has changed, now that these weights come after its own."""
+        if self.calls > 1:
+            return (0,) * len(weights)
+        pairs = zip(*self.state, *fingerprint(weights), self.alive, weights, strict=True)
+        new = [v != v2 or p != p2 or ref() is not lifetime(w) for v, p, v2, p2, ref, w in pairs]
+        step = 2 if any(ref() is not None for ref in self.alive) else 1
+        return tuple((n + step) * changed for n, changed in zip(self.changes, new, strict=True))
+
+
+class _Table:
+    """The bindings of the weights at `inputs`, by their ids; `lost` went with weights that died."""
+
+    def __init__(self, inputs: tuple[int, ...]) -> None:
+        self.inputs = inputs
+        self.bindings: dict[tuple[int, ...], _Binding] = {}
+        self.lost: _Binding | None = None
+
+    def put(self, weights: Weights, binding: _Binding) -> None:
+        self.bindings[tuple(map(id, weights))] = binding
+
+    def watch(self, weights: Weights) -> tuple[weakref.ref[object], ...]:
+        """References that forget the binding of these weights when one of them dies."""
+        ids = tuple(map(id, weights))
+
+        def forget(_: object) -> None:
+            lost = self.bindings.pop(ids, None)
+            if lost is not None:
+                lost.packed = ()
+                self.lost = lost
+
+        return tuple(weakref.ref(lifetime(weight), forget) for weight in weights)
 
 
 class WeightDispatch(SerializableCallable):
@@ -43,27 +100,34 @@ class WeightDispatch(SerializableCallable):
 
     Args:
         weight_inputs: positions of the constant weights among the outer arguments.
-        variant_for: decides the plans for these arguments and returns their variant.
+        variant_for: decides the plans for these arguments and returns their variant; the inputs of
+            its second argument are to be read as they come.
         detect_updates: compare storage and version of every weight on each call, and repack on a
             change; otherwise only new identities are noticed.
     """
 
     def __init__(
-        self,
-        weight_inputs: Sequence[int],
-        variant_for: Callable[[Sequence[Any]], Variant],
-        detect_updates: bool,
+        self, weight_inputs: Sequence[int], variant_for: VariantFor, detect_updates: bool
     ) -> None:
         self._inputs = tuple(weight_inputs)
         self._variant_for = variant_for
         self._detect = detect_updates
-        self._bindings: dict[tuple[int, ...], _Binding] = {}
+        self._changing: frozenset[int] = frozenset()
+        self._calls_left = self._wait = _CALLS_AS_THEY_COME
+        self._table = _Table(self._inputs)
+        _DISPATCHES[next(_numbers)] = self
 
     def __call__(self, *args: Any) -> Any:
-        weights = tuple([args[i] for i in self._inputs])
-        binding = self._bindings.get(tuple(map(id, weights)))
+        table = self._table
+        weights = tuple([args[i] for i in table.inputs])
+        binding = table.bindings.get(tuple(map(id, weights)))
         if binding is None or (self._detect and binding.state != fingerprint(weights)):
+            if binding is None:
+                forget(STORE.changed(weights))
             binding = self.bind(args)
+        binding.calls += 1
+        if self._changing:
+            self._count_down()
         variant = binding.variant
         return variant.inner(*[args[i] for i in variant.kept_args], *binding.packed)
 
@@ -85,17 +149,81 @@ class WeightDispatch(SerializableCallable):
 
     def bind(self, args: Sequence[Any]) -> _Binding:
         """Decide and pack for these weights; forget them when one of them dies."""
-        weights = tuple(args[i] for i in self._inputs)
-        ids = tuple(map(id, weights))
-        bindings = self._bindings
-
-        def forget(_: object) -> None:
-            bindings.pop(ids, None)
-
+        table, changing = self._table, self._changing
+        weights = tuple(args[i] for i in table.inputs)
+        old = table.bindings.get(tuple(map(id, weights)))
+        last, table.lost = old or table.lost, None
+        changes = last.counted(weights) if last else (0,) * len(weights)
+        if max(changes, default=0) >= _MOST_CHANGES:
+            pairs = zip(table.inputs, changes, strict=True)
+            self._read_as_it_comes({i for i, n in pairs if n >= _MOST_CHANGES})
+            return self.bind(args)
         before = fingerprint(weights)
-        variant = self._variant_for(args)
-        packed = variant.pack(args)
-        alive = tuple(weakref.ref(lifetime(w), forget) for w in weights)
-        binding = _Binding(variant, packed, before, alive)
-        bindings[ids] = binding
-        return binding
+        variant, packed = self._packed(args, changing)
+        new = _Binding(variant, packed, before, table.watch(weights), changes)
+        now = table.bindings.get(tuple(map(id, weights)))
+        if now is not None and now is not old and now.state == before:
+            return now  # another thread was faster; the change counts once
+        table.put(weights, new)
+        return new
+
+    def _packed(
+        self, args: Sequence[Any], changing: frozenset[int]
+    ) -> tuple[Variant, tuple[Tensor, ...]]:
+        """The variant and what it reads, of weights that another thread may write to meanwhile."""
+        for _ in range(ATTEMPTS):
+            with suppress(PlanDoesNotFit):  # made for values that were written over
+                variant = self._variant_for(args, changing)
+                return variant, variant.pack(args)
+        copies = list(args)
+        for i in self._inputs:
+            copies[i] = args[i].detach().clone().requires_grad_(args[i].requires_grad)
+        variant = self._variant_for(copies, changing)
+        return variant, variant.pack(copies)
+
+    def _read_as_it_comes(self, inputs: Iterable[int]) -> None:
+        self._changing = self._changing.union(inputs)
+        self._calls_left = self._wait
+        self._table = _Table(tuple(i for i in self._inputs if i not in self._changing))
+
+    def _count_down(self) -> None:
+        self._calls_left -= 1
+        if self._calls_left <= 0:
+            self._wait *= 2
+            self.start_again()
+
+    def start_again(self) -> None:
+        """Quantise also the weights that were read as they come."""
+        if self._changing:
+            self._changing, self._table = frozenset(), _Table(self._inputs)
+
+    def forget(self, ids: set[int]) -> None:
+        """Forget what is bound to a weight of these ids."""
+        bindings = self._table.bindings
+        for key in [key for key in list(bindings) if not ids.isdisjoint(key)]:
+            bindings.pop(key, None)
+
+
+# Numbered since the keys of a dict, other than the members of a set, can be listed while threads
+# add to it.
+_DISPATCHES: weakref.WeakValueDictionary[int, WeightDispatch] = weakref.WeakValueDictionary()
+_numbers = count()
+
+
+def forget(weights: Sequence[Tensor]) -> None:
+    """Bind them anew in every graph."""
+    ids = set(map(id, weights))
+    for dispatch in _all_dispatches() if ids else ():
+        dispatch.forget(ids)
+
+
+def start_again(weights: Sequence[Tensor]) -> None:
+    """Bind them anew in every graph, and quantise again what was read as it comes."""
+    forget(weights)
+    for dispatch in _all_dispatches():
+        dispatch.start_again()
+
+
+def _all_dispatches() -> Iterator[WeightDispatch]:
+    found = (reference() for reference in _DISPATCHES.valuerefs())
+    return (dispatch for dispatch in found if dispatch is not None)

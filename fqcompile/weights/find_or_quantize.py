@@ -19,9 +19,9 @@ from torch import Tensor
 
 from fqcompile.config import SiteOptions
 from fqcompile.quant.choose import choose_and_quantize
-from fqcompile.weights.content_digest import content_digest
 from fqcompile.weights.disk_cache import disk_cache
 from fqcompile.weights.entry_file import Entry
+from fqcompile.weights.fingerprint import Values, values_of
 
 log = logging.getLogger("fqcompile")
 
@@ -35,8 +35,14 @@ _SOURCES = (*sorted((_HERE.parent / "quant").glob("*.py")), *sorted(_HERE.glob("
 VERSION = sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()
 
 
-def find_or_quantize(w: Tensor, options: SiteOptions, scale_dtype: torch.dtype) -> Entry:
+def find_or_quantize(
+    w: Tensor, options: SiteOptions, scale_dtype: torch.dtype, values: Values | None = None
+) -> Entry:
     """`choose_and_quantize` where its result is not on disk; w is [N, K] or [E, N, K].
+
+    `values` are those of w where the caller knows them. What is made of w is kept only if w still
+    has them: another thread may write to it meanwhile, and codes of its values must not be found
+    under the name of the old ones.
 
     Weights on a GPU are quantised there each time: to name them, all their bytes would go to the
     host and through its cores first.
@@ -46,13 +52,15 @@ def find_or_quantize(w: Tensor, options: SiteOptions, scale_dtype: torch.dtype) 
     worth_it = w.device.type == "cpu" and w.dim() in (2, 3) and w.numel() >= LEAST_WEIGHTS
     if found is None or not worth_it:
         return make()
-    return found.get_or_make(entry_key(w, options, scale_dtype), make)
+    before = values or values_of(w)
+    key = entry_key(before.digest, options, scale_dtype)
+    return found.get_or_make(key, make, lambda: values_of(w) == before)
 
 
-def entry_key(w: Tensor, options: SiteOptions, scale_dtype: torch.dtype) -> str:
-    """Equal where the same version makes the same codes and scales of the same weight."""
+def entry_key(digest: str, options: SiteOptions, scale_dtype: torch.dtype) -> str:
+    """Equal where the same version makes the same codes and scales of weights of this digest."""
     chosen = {f.name: getattr(options, f.name) for f in fields(SiteOptions)}
-    parts = [VERSION, torch.__version__, chosen, str(scale_dtype), content_digest(w)]
+    parts = [VERSION, torch.__version__, chosen, str(scale_dtype), digest]
     return sha256(json.dumps(parts).encode()).hexdigest()
 
 

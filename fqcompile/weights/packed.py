@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fqcompile.errors import PlanDoesNotFit, UnquantizableWeight
 from fqcompile.kernels.template import PLAIN, Layout, PackedLinear, PackedTensors
 from fqcompile.quant.choose import QuantPlan, quantize_weight
 from fqcompile.quant.quantized_weight import QuantizedWeight
@@ -43,8 +44,22 @@ class PackedPart:
         return part_key(self.recipe, self.plan)
 
     def quantize(self, sources: tuple[Tensor, ...]) -> QuantizedWeight:
+        """By the plan.
+
+        Raises:
+            PlanDoesNotFit: it was made for other values, which could be quantised, or whose scales
+                took fewer bits.
+        """
         w = self.recipe(*sources)
-        return w.quantized() if isinstance(w, PackedWeight) else quantize_weight(w, self.plan)
+        if isinstance(w, PackedWeight):
+            return w.quantized()
+        try:
+            weight = quantize_weight(w, self.plan)
+        except UnquantizableWeight as error:
+            raise PlanDoesNotFit(str(error)) from error
+        if weight.scale.dtype != self.plan.scale_dtype:
+            raise PlanDoesNotFit(f"scales are {weight.scale.dtype}, not {self.plan.scale_dtype}")
+        return weight
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,17 @@
 
 Parameters are graph inputs without identity guards, so one compiled graph serves many instances;
 nothing about a weight may live in the graph. An entry dies with its weight, and is stale when the
-weight's storage or version changes.
+weight's storage or version changes, or its content where that is compared.
 """
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from fqcompile.locks import fork_safe
 from fqcompile.quant.choose import QuantPlan, choose_and_quantize
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.weights.find_or_quantize import find_or_quantize
+from fqcompile.weights.fingerprint import ATTEMPTS, Values, fingerprint, values_of
 from fqcompile.weights.no_memory import lifetime
 from fqcompile.weights.packed import (
     PackedPart,
@@ -39,30 +39,7 @@ from fqcompile.weights.packed import (
 from fqcompile.weights.packed_weight import PackedWeight
 from fqcompile.weights.recipe import WeightRecipe
 
-T = TypeVar("T")
-Fingerprint = tuple[tuple[int, ...], tuple[int, ...]]
-_version: Callable[[Tensor], int] = attrgetter("_version")
-
-
-def fingerprint(weights: Tensors) -> Fingerprint:
-    """What changes when a weight is updated in place or given other storage: versions, addresses.
-
-    Runs on every call of a compiled graph: 27 us for 224 weights.
-    """
-    try:
-        return tuple(map(_version, weights)), tuple(map(Tensor.data_ptr, weights))
-    except RuntimeError:
-        return tuple(map(_version_or_0, weights)), tuple(map(_address_or_0, weights))
-
-
-def _version_or_0(weight: Tensor) -> int:
-    """Tensors made in inference mode keep no version."""
-    return 0 if weight.is_inference() else weight._version
-
-
-def _address_or_0(weight: Tensor) -> int:
-    """Sparse tensors, which are never quantised, have no one address."""
-    return weight.data_ptr() if weight.layout is torch.strided else 0
+Numbers = tuple[int, ...]
 
 
 @contextmanager
@@ -80,11 +57,18 @@ def plain_eager(device_type: str) -> Iterator[None]:
         yield
 
 
+class _Known(NamedTuple):
+    """The values that a weight was found to have, and their number: no others ever get it."""
+
+    values: Values
+    number: int
+
+
 @dataclass(frozen=True)
 class _Entry:
-    """`values` number the values that the sources had, see `PackedStore._value`."""
+    """`numbers` are those of the values that the sources had."""
 
-    values: tuple[int, ...]
+    numbers: Numbers
     sources: tuple[weakref.ref[object], ...]
     result: Any
 
@@ -113,12 +97,23 @@ class _InPacked:
 _Held = QuantizedWeight | _InPacked | None
 
 
+class _Made(NamedTuple):
+    """What answers a request, and what else is held for (weights, request) from then on."""
+
+    result: Any
+    held: tuple[tuple[Tensors, object, object], ...] = ()
+
+
 class PackedStore:
-    """Weak-keyed results per weight: chosen plans, and packed tensors."""
+    """Weak-keyed results per weight: chosen plans, and packed tensors.
+
+    Any number of threads may ask. One makes at a time, so that nothing is made twice; who waits
+    for `lock` may hold the lock of torch's compiler, and who holds `lock` must not ask for that.
+    """
 
     def __init__(self) -> None:
         self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary(ref_type=_key)
-        self._values: WeakIdKeyDictionary = WeakIdKeyDictionary(ref_type=_key)
+        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary(ref_type=_key)
         self._numbers = count()
         self._lock = fork_safe(threading.RLock())
 
@@ -135,22 +130,27 @@ class PackedStore:
         """
 
         request = ("plan", recipe.key, options, scale_dtype)
-        # A weight that changes while it is in use is being trained: no other start will meet it.
-        changed = (request, tuple(map(id, sources))) in self._entries.get(sources[0], {})
-        make = choose_and_quantize if changed else find_or_quantize
 
-        def choose() -> QuantPlan | str:
-            w = recipe(*sources)
-            if _any_packed(sources):
-                return plan_of_packed(w)
+        def choose(weights: Tensors) -> _Made:
+            w = recipe(*weights)
+            if _any_packed(weights):
+                return _Made(plan_of_packed(w))
             try:
-                plan, weight = make(w, options, scale_dtype)
+                if (request, tuple(map(id, sources))) in self._entries.get(sources[0], {}):
+                    # A weight that changes while it is in use is being trained: no other start
+                    # will meet it.
+                    plan, weight = choose_and_quantize(w, options, scale_dtype)
+                else:
+                    values = None if recipe.steps else self._number(weights[0]).values
+                    plan, weight = find_or_quantize(w, options, scale_dtype, values)
             except UnquantizableWeight as error:
-                return str(error)
-            self._get(sources, ("part", part_key(recipe, plan)), lambda: weight)
-            return plan
+                return _Made(str(error))
+            part = ("part", part_key(recipe, plan))
+            known = self._find(weights, part, self._all(weights)) is not None
+            return _Made(plan, () if known else ((weights, part, weight),))
 
-        return self._get(sources, request, choose)
+        result: QuantPlan | str = self._get(sources, request, choose)
+        return result
 
     def quantized(self, part: PackedPart, sources: Tensors) -> QuantizedWeight:
         """One site's codes and scales in the plain layout, made on the first request.
@@ -166,21 +166,28 @@ class PackedStore:
 
     def hold(self, part: PackedPart, sources: Tensors) -> _Held:
         """Quantise on the first request; what is held of it from then on. None: nothing."""
-        return self._get(sources, ("part", part.key), partial(part.quantize, sources))
+
+        def quantize(weights: Tensors) -> _Made:
+            return _Made(part.quantize(weights))
+
+        held: _Held = self._get(sources, ("part", part.key), quantize)
+        return held
 
     def packed(self, spec: PackedSpec, sources: Tensors) -> PackedTensors:
         """What a node reads: the parts stacked, in its kernel's layout; one copy for all."""
-        return self._get(sources, ("packed", spec.key), partial(self._pack, spec, sources))
+        packed: PackedTensors = self._get(sources, ("packed", spec.key), partial(self._pack, spec))
+        return packed
 
-    def _pack(self, spec: PackedSpec, sources: Tensors) -> PackedTensors:
+    def _pack(self, spec: PackedSpec, sources: Tensors) -> _Made:
         own_memory = packed_already(spec, sources)
         if own_memory is not None:
-            return own_memory
+            return _Made(own_memory)
         parts = list(spec.part_sources(sources))
         stacked = spec.stack([self.quantized(part, own) for part, own in parts])
         packed = spec.pack(stacked)
         plain = packed[0].data_ptr() == stacked.qweight.data_ptr()
         views = list(spec.slices(stacked)) if plain else [None] * len(parts)
+        holds: list[tuple[Tensors, object, object]] = []
         for index, ((part, own), view) in enumerate(zip(parts, views, strict=True)):
             held: _Held = None
             # scales repeated for a finer group size would not serve a coarser request
@@ -188,42 +195,76 @@ class PackedStore:
                 held = view
             elif spec.layout.unpack is not None and not _any_packed(own):
                 held = _InPacked(spec, index, packed)
-            self._set(own, ("part", part.key), held)
+            holds.append((own, ("part", part.key), held))
         share_memory(spec, packed, sources)
-        return packed
+        return _Made(packed, tuple(holds))
 
-    def _get(self, sources: Tensors, request: object, make: Callable[[], T]) -> T:
-        """One entry per (weights, request): remade when the weights' fingerprint has changed."""
+    def _get(self, sources: Tensors, request: object, make: Callable[[Tensors], _Made]) -> Any:
+        """One entry per (weights, request): remade when the weights' values have changed.
+
+        Their values are numbered before anything is made of them, and what is made is kept only
+        where they still have these numbers. Where another thread changes them each time, the result
+        is that of a copy, and kept for nobody.
+        """
         with self._lock:
-            entries: dict[Any, _Entry] = self._entries.setdefault(sources[0], {})
-            found = entries.get((request, tuple(map(id, sources))))
-            if found is not None and found.is_of(sources) and found.values == self._all(sources):
-                result: T = found.result
-                return result
+            for _ in range(ATTEMPTS):
+                numbers = self._all(sources)
+                found = self._find(sources, request, numbers)
+                if found is not None:
+                    return found.result
+                with plain_eager(sources[0].device.type):
+                    made = make(sources)
+                if self._all(sources) == numbers:
+                    number_of = dict(zip(map(id, sources), numbers, strict=True))
+                    for entry in ((sources, request, made.result), *made.held):
+                        self._set(*entry, number_of)
+                    return made.result
             with plain_eager(sources[0].device.type):
-                result = make()
-            self._set(sources, request, result)
-            return result
+                return make(tuple(source.detach().clone() for source in sources)).result
 
-    def _set(self, sources: Tensors, request: object, result: object) -> None:
+    def _find(self, sources: Tensors, request: object, numbers: Numbers) -> _Entry | None:
+        entries: dict[Any, _Entry] = self._entries.get(sources[0], {})
+        found = entries.get((request, tuple(map(id, sources))))
+        current = found is not None and found.is_of(sources) and found.numbers == numbers
+        return found if current else None
+
+    def _set(
+        self, sources: Tensors, request: object, result: object, number_of: dict[int, int]
+    ) -> None:
         entries: dict[Any, _Entry] = self._entries.setdefault(sources[0], {})
         key = request, tuple(map(id, sources))
         # `entries` dies with the first source alone; the callback serves the others.
         lives = map(lifetime, sources)
         references = tuple(weakref.ref(life, lambda _: entries.pop(key, None)) for life in lives)
-        entries[key] = _Entry(self._all(sources), references, result)
+        entries[key] = _Entry(tuple(number_of[id(s)] for s in sources), references, result)
 
-    def _all(self, sources: Tensors) -> tuple[int, ...]:
-        return tuple(map(self._value, sources))
+    def _all(self, sources: Tensors) -> Numbers:
+        return tuple(self._number(source).number for source in sources)
 
-    def _value(self, weight: Tensor) -> int:
+    def _number(self, weight: Tensor) -> _Known:
         """The number of the values that the weight has: a new one when its fingerprint changes."""
-        now = fingerprint((weight,))
-        known = self._values.get(weight)
-        if known is None or known[0] != now:
-            self._values[weight] = known = (now, next(self._numbers))
-        number: int = known[1]
-        return number
+        known: _Known | None = self._known.get(weight)
+        if known is None or known.values.fingerprint != fingerprint((weight,)):
+            self._known[weight] = known = _Known(values_of(weight), next(self._numbers))
+        return known
+
+    def changed(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Those of which something is held whose content is another, however it was written.
+
+        What is held of them is stale from now on. Reads every byte of them: for a graph that meets
+        its weights, not for a call.
+        """
+        with self._lock:
+            known = [(tensor, self._known.get(tensor)) for tensor in tensors]
+            found = [t for t, k in known if k is not None and k.values != values_of(t)]
+            self.forget(found)
+            return found
+
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Take these tensors for changed: what is held of them is stale."""
+        with self._lock:
+            for tensor in tensors:
+                self._known.pop(tensor, None)
 
     def tensors_of(self, sources: Tensors) -> list[Tensor]:
         """Every tensor that is held for these weights, packed or plain; some share memory."""

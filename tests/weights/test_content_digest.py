@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fqcompile.quant import chunks
-from fqcompile.weights.content_digest import content_digest
+from fqcompile.weights import content_digest as module
+from fqcompile.weights.content_digest import content_digest, mixed_sum
 from tests.quant.strategies import matrices
 
 
@@ -88,3 +89,22 @@ def test_pieces_and_threads_are_not_seen(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert content_digest(w) == whole
     chunks._pool.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0,), (1,), (7,), (3, 5), (2, 3, 4, 5), (300, 1000)])
+def test_the_mixed_sum_is_of_the_bytes_and_their_places(
+    dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PIECE", 1 << 16)
+    w = torch.randn(shape).to(dtype)
+    found = mixed_sum(w)
+    assert mixed_sum(w.clone()) == mixed_sum(w.flip(0).flip(0)) == found
+    others = [-w, w * 2, w.flip(-1)] if w.numel() > 1 else []
+    for element in range(min(w.numel(), 3)):
+        changed = w.clone()
+        changed.view(-1)[-1 - element] += 1
+        others.append(changed)
+    sums = [mixed_sum(other) for other in others]
+    assert found not in sums
+    assert len(set(sums)) == len(sums)

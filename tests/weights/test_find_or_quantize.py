@@ -12,6 +12,7 @@ from fqcompile.config import SiteOptions
 from fqcompile.errors import UnquantizableWeight
 from fqcompile.quant.choose import choose_and_quantize
 from fqcompile.weights import find_or_quantize as module
+from fqcompile.weights.content_digest import content_digest
 from fqcompile.weights.disk_cache import DiskCache, disk_cache
 from fqcompile.weights.find_or_quantize import entry_key, find_or_quantize
 from fqcompile.weights.recipe import IDENTITY
@@ -30,20 +31,22 @@ def test_a_key_depends_on_the_weight_and_every_option() -> None:
     assert set(OTHER_OPTIONS) == {f.name for f in fields(SiteOptions)}
     changed = W.clone()
     changed[-1, -1] += 1
-    keys = [entry_key(w, SiteOptions(), BF16) for w in (W, changed, W.half(), W.view(96, 64))]
-    keys += [entry_key(W, SiteOptions(**{n: v}), BF16) for n, v in OTHER_OPTIONS.items()]  # type: ignore[arg-type]
-    keys.append(entry_key(W, SiteOptions(), torch.float16))
+    weights = (W, changed, W.half(), W.view(96, 64))
+    keys = [entry_key(content_digest(w), SiteOptions(), BF16) for w in weights]
+    options = [SiteOptions(**{n: v}) for n, v in OTHER_OPTIONS.items()]  # type: ignore[arg-type]
+    keys += [entry_key(content_digest(W), option, BF16) for option in options]
+    keys.append(entry_key(content_digest(W), SiteOptions(), torch.float16))
     assert len(set(keys)) == len(keys)
-    assert entry_key(W.clone(), SiteOptions(bits=4), BF16) == keys[0]
+    assert entry_key(content_digest(W.clone()), SiteOptions(bits=4), BF16) == keys[0]
 
 
 @pytest.mark.parametrize(("owner", "name"), [(module, "VERSION"), (torch, "__version__")])
 def test_another_version_finds_nothing(
     owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = entry_key(W, SiteOptions(), BF16)
+    before = entry_key(content_digest(W), SiteOptions(), BF16)
     monkeypatch.setattr(owner, name, "another")
-    assert entry_key(W, SiteOptions(), BF16) != before
+    assert entry_key(content_digest(W), SiteOptions(), BF16) != before
 
 
 def test_the_version_is_of_all_that_makes_codes_and_files() -> None:
@@ -123,3 +126,23 @@ def test_a_weight_in_training_is_not_kept_again(cache: DiskCache) -> None:
     assert (cache.hits, cache.misses, cache.usage().entries) == (0, 1, 1)
     assert plans[0] == PackedStore().plan(IDENTITY, (W.clone(),), SiteOptions(), BF16)
     assert cache.hits == 1
+
+
+@pytest.mark.parametrize("meanwhile", ["copy_", "data", "there and back"])
+def test_codes_of_new_values_are_not_kept_under_the_name_of_the_old(
+    meanwhile: str, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread loads a state dict while the weight is quantised."""
+    w, old, new = W.clone(), W.clone(), W.flip(0)
+    make = choose_and_quantize
+
+    def written_meanwhile(w: Tensor, *args: Any) -> Any:
+        (w.data if meanwhile == "data" else w).copy_(new)
+        result = make(w, *args)
+        if meanwhile == "there and back":
+            w.copy_(old)
+        return result
+
+    monkeypatch.setattr(module, "choose_and_quantize", written_meanwhile)
+    find_or_quantize(w, SiteOptions(), BF16)
+    assert (cache.misses, cache.usage().entries) == (1, 0)

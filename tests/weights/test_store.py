@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 from fqcompile.config import SiteOptions
 from fqcompile.kernels.cpu.aten_packed import ATEN_INT4_CPU
 from fqcompile.quant.choose import QuantPlan
+from fqcompile.weights import store as module
+from fqcompile.weights.fingerprint import ATTEMPTS, fingerprint
 from fqcompile.weights.packed import PackedPart, PackedSpec
 from fqcompile.weights.recipe import IDENTITY, WeightRecipe
-from fqcompile.weights.store import PackedStore, fingerprint
+from fqcompile.weights.store import PackedStore
 
 OPTIONS = SiteOptions(granularity=32)
 
@@ -225,3 +228,83 @@ def test_experts_with_moved_rows_drop_the_plain_copy(store: PackedStore) -> None
     assert torch.equal(recovered.qweight, plain.qweight)
     straight = store.packed(expert_spec(), (w,))
     assert torch.equal(packed[0][:, :4], straight[0][:, ::2]), "made again on request"
+
+
+class Writer:
+    """Stands for another thread: writes to the weight while something is made of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, w: Tensor, new: list[Tensor]) -> None:
+        self.new = iter(new)
+        for owner, name in ((module, "find_or_quantize"), (PackedPart, "quantize")):
+            self._patch(monkeypatch, owner, name, w)
+
+    def _patch(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, w: Tensor) -> None:
+        make = getattr(owner, name)
+
+        def written_meanwhile(*args: Any) -> Any:
+            result = make(*args)
+            value = next(self.new, None)
+            if value is not None:
+                w.copy_(value)
+            return result
+
+        monkeypatch.setattr(owner, name, written_meanwhile)
+
+
+def quantized(w: Tensor) -> Tensor:
+    return PackedStore().packed(spec(), (w.clone(),))[0]
+
+
+@pytest.mark.parametrize("writes", [1, 2, ATTEMPTS - 1])
+def test_a_weight_written_while_it_is_quantised_leaves_nothing_stale(
+    store: PackedStore, writes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = weight()
+    Writer(monkeypatch, w, [weight(seed) for seed in range(1, writes + 1)])
+    plan = store.plan(IDENTITY, (w,), OPTIONS, torch.bfloat16)
+    assert isinstance(plan, QuantPlan)
+    for _ in range(2):
+        assert torch.equal(store.packed(spec(), (w,))[0], quantized(weight(writes)))
+
+
+def test_a_part_written_while_it_is_packed_leaves_nothing_stale(
+    store: PackedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w, other = weight(), weight(9)
+    Writer(monkeypatch, w, [weight(1)])
+    for _ in range(2):
+        codes = store.packed(PAIR, (w, other))[0]
+        assert torch.equal(codes, torch.cat([quantized(weight(1)), quantized(other)]))
+        assert torch.equal(store.quantized(part(), (w,)).qweight, quantized(weight(1)))
+
+
+def test_of_a_weight_that_is_written_each_time_a_copy_is_quantised(
+    store: PackedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = weight()
+    Writer(monkeypatch, w, [weight(seed) for seed in range(1, 40)])
+    codes = store.packed(spec(), (w,))[0]
+    monkeypatch.undo()
+    assert any(torch.equal(codes, quantized(weight(seed))) for seed in range(1, 40))
+    w.copy_(weight(50))
+    assert torch.equal(store.packed(spec(), (w,))[0], quantized(weight(50)))
+
+
+def test_content_decides_where_it_is_compared(store: PackedStore) -> None:
+    """A write through .data leaves identity, address and version as they were."""
+    w, other = weight(), weight(2)
+    before = store.packed(spec(), (w,))[0]
+    assert store.changed([w, other]) == []
+    assert store.packed(spec(), (w,))[0] is before
+    w.data.copy_(weight(1))
+    assert store.packed(spec(), (w,))[0] is before
+    assert [t is w for t in store.changed([other, w])] == [True]
+    assert torch.equal(store.packed(spec(), (w,))[0], quantized(weight(1)))
+
+
+def test_what_is_forgotten_is_made_again(store: PackedStore) -> None:
+    w = weight()
+    store.packed(spec(), (w,))
+    w.data.copy_(weight(1))
+    store.forget([w])
+    assert torch.equal(store.packed(spec(), (w,))[0], quantized(weight(1)))
