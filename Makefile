@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 ARGS ?=
 
-.PHONY: demo test zoo test-gpu check sanitize static format bench clean
+.PHONY: demo test zoo test-gpu check soak sanitize static format bench clean
 
 demo: .venv/demo.installed
 	$(BIN)/fqcompile demo $(ARGS)
@@ -24,6 +24,10 @@ check: .venv/dev.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest tests/test_house.py
+
+# 20,000 calls, 300 models, and ten minutes of threads, writes and forks; ARGS="--minutes 1" for less.
+soak: .venv/dev.installed
+	FQCOMPILE_CACHE_SIZE=0 $(BIN)/python -m tests.soak $(ARGS)
 
 # The x86 kernel under the address and undefined-behaviour sanitizers, every path that is here.
 sanitize: .venv/dev.installed
