@@ -1,7 +1,10 @@
 """Packed weights under what others do to parameters: move, cast, offload, resize, tie."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,6 +79,50 @@ def test_a_model_that_was_called_is_moved_and_cast(backend: str, move: str) -> N
     model[0].up.weight.copy_(torch.zeros(model[0].up.weight.shape))
     oracle[0].up.weight.zero_()
     check("after a write")
+
+
+class _Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(96, 128), nn.Linear(128, 96, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.table(ids))  # type: ignore[no-any-return]
+
+
+@pytest.mark.usefixtures("conversion")
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("make", [Mlp, _Tied])
+def test_a_dense_model_that_was_compiled_is_moved_and_cast(
+    make: Callable[[], nn.Module], move: str
+) -> None:
+    """What is remembered of a dense weight does not keep PyTorch from exchanging it."""
+    model = frozen(make())
+    x = torch.tensor([3, 5]) if make is _Tied else torch.randn(3, 128)
+    options: Any = {"inner_backend": "eager", "min_elements": 0}
+    call = torch.compile(model, backend="finequant", options=options)
+    call(x)
+    MOVES[move](model)
+    if move == "there and back":  # writes through `.data`, and may find the same memory again
+        fqcompile.refresh(model)
+    dtype = next(model.parameters()).dtype
+    x = x if make is _Tied else x.to(dtype)
+    plan = fqcompile.explain(model, x, min_elements=0)
+    oracle = fqcompile.fake_quantize_(copy.deepcopy(model), plan)
+    assert_close(call(x), oracle(x), k=256, depth=4, what=move)
+
+
+def test_a_compiled_models_parameters_are_pickled_as_others_are(tmp_path: Path) -> None:
+    """By a process that has never seen fqcompile too, and as weights only."""
+    model = frozen(Mlp())
+    _compiled(model, "finequant")(torch.randn(3, 128))
+    torch.save(list(model.parameters()), tmp_path / "parameters.pt")
+    read = f"import sys, torch; ps = torch.load({str(tmp_path / 'parameters.pt')!r}); "
+    check = "print(len(ps), 'fqcompile' in sys.modules, sum(p.double().sum().item() for p in ps))"
+    done = subprocess.run([sys.executable, "-c", read + check], capture_output=True, text=True)
+    total = sum(p.double().sum().item() for p in model.parameters())
+    assert done.stdout.split() == [str(len(list(model.parameters()))), "False", str(total)], done
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

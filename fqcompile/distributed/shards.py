@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fqcompile.distributed.ranks import Team, world_size
 from fqcompile.errors import ShardingError
@@ -17,7 +16,9 @@ from fqcompile.errors import ShardingError
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-_versions: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# Attribute of a DTensor: the version that its part was told of. With a weak reference in its place
+# Module.to could not exchange the tensor.
+_VERSION = "_fqcompile_version"
 NOT_LOCAL = (
     "a DTensor that the graph reads by other means than to_local() and linears which each rank can "
     "compute from its own part"
@@ -65,10 +66,10 @@ def note_updates(tensors: Sequence[Tensor]) -> None:
     An operation on a DTensor counts its version up, and not that of the part that it changes.
     """
     for tensor in tensors:
-        part, known = local_part(tensor), _versions.get(tensor)
+        part, known = local_part(tensor), vars(tensor).get(_VERSION)
         if known is not None and known != version(tensor) and not part.is_inference():
             torch._C._autograd._unsafe_set_version_counter((part,), (part._version + 1,))
-        _versions[tensor] = version(tensor)
+        vars(tensor)[_VERSION] = version(tensor)
 
 
 def partial_sum() -> Any:

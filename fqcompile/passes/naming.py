@@ -18,7 +18,6 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch._dynamo.eval_frame import OptimizeContext, OptimizedModule
 from torch._guards import Source
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fqcompile.config import HEAD_NAMES
 from fqcompile.distributed.shards import local_part
@@ -245,13 +244,13 @@ def plain_module(module: nn.Module) -> nn.Module:
     return module._orig_mod if isinstance(module, OptimizedModule) else module
 
 
-_TABLES = WeakIdKeyDictionary()
+_TABLE = "_fqcompile_table"  # attribute of a tensor
 
 
 def note_table(weight: Tensor) -> None:
     """Remember that a graph reads single rows of the weight, for graphs that only multiply."""
-    _TABLES[weight] = True
+    vars(weight)[_TABLE] = True
 
 
 def is_table(weight: Tensor) -> bool:
-    return weight in _TABLES
+    return _TABLE in vars(weight)

@@ -25,7 +25,7 @@ from torch._dynamo.aot_compile_types import SerializableCallable
 
 from fqcompile.errors import PlanDoesNotFit
 from fqcompile.weights.fingerprint import ATTEMPTS, Fingerprint, fingerprint
-from fqcompile.weights.no_memory import lifetime
+from fqcompile.weights.no_memory import Lifetime, lifetime
 from fqcompile.weights.store import STORE
 
 Inner = Callable[..., Any]
@@ -55,7 +55,7 @@ class _Binding:
     variant: Variant
     packed: tuple[Tensor, ...]
     state: Fingerprint
-    alive: tuple[weakref.ref[object], ...]
+    alive: tuple[weakref.ref[Lifetime], ...]
     changes: tuple[int, ...]
     calls: int = 0
 
@@ -80,7 +80,7 @@ class _Table:
     def put(self, weights: Weights, binding: _Binding) -> None:
         self.bindings[tuple(map(id, weights))] = binding
 
-    def watch(self, weights: Weights) -> tuple[weakref.ref[object], ...]:
+    def watch(self, weights: Weights) -> tuple[weakref.ref[Lifetime], ...]:
         """References that forget the binding of these weights when one of them dies."""
         ids = tuple(map(id, weights))
 

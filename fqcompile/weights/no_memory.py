@@ -1,5 +1,6 @@
 """NoMemory: a tensor whose values are in other tensors, and what it answers to who asks where."""
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -8,14 +9,20 @@ from torch import Tensor
 from fqcompile.errors import FineQuantError
 from fqcompile.weights.packed_memory import Place
 
+_LIFETIME = "_fqcompile_lifetime"  # attribute of a dense tensor
+
 
 class Lifetime:
     """What lives as long as the values of a tensor, for weak references.
 
-    A tensor that itself is referred to weakly cannot be exchanged, as `Module.to` does.
+    A tensor that itself is referred to weakly cannot be exchanged, as `Module.to` does. Pickled,
+    it is an empty container that every loader of PyTorch takes.
     """
 
     __slots__ = ("__weakref__",)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return OrderedDict, ()
 
 
 class NoMemory(Tensor):
@@ -39,9 +46,15 @@ class NoMemory(Tensor):
         raise no_memory()
 
 
-def lifetime(weight: Tensor) -> object:
-    """What to refer to weakly for this weight."""
-    return weight.lifetime if isinstance(weight, NoMemory) else weight
+def lifetime(weight: Tensor) -> Lifetime:
+    """What to refer to weakly for this weight: it goes with the values when they are exchanged."""
+    if isinstance(weight, NoMemory):
+        return weight.lifetime
+    attributes = vars(weight)
+    if type(attributes.get(_LIFETIME)) is not Lifetime:
+        attributes.pop(_LIFETIME, None)  # of a pickled tensor
+    found: Lifetime = attributes.setdefault(_LIFETIME, Lifetime())
+    return found
 
 
 class _Storage(torch.UntypedStorage):

@@ -26,7 +26,7 @@ from fqcompile.quant.choose import QuantPlan, choose_and_quantize
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.weights.find_or_quantize import find_or_quantize
 from fqcompile.weights.fingerprint import ATTEMPTS, Values, fingerprint, values_of
-from fqcompile.weights.no_memory import lifetime
+from fqcompile.weights.no_memory import Lifetime, lifetime
 from fqcompile.weights.packed import (
     PackedPart,
     PackedSpec,
@@ -69,7 +69,7 @@ class _Entry:
     """`numbers` are those of the values that the sources had."""
 
     numbers: Numbers
-    sources: tuple[weakref.ref[object], ...]
+    sources: tuple[weakref.ref[Lifetime], ...]
     result: Any
 
     def is_of(self, sources: Tensors) -> bool:
