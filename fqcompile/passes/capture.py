@@ -40,6 +40,8 @@ def capture(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig
         if isinstance(value, nn.Parameter) and node not in constants
     }
     known = name_inputs(constants | passed, args) | _names_inside(copied)
+    # What a model carries over a graph break arrives as an argument, and is its own all the same.
+    constants |= {node: index for node, index in passed.items() if known[node].held}
     written = _writers(copied.graph, inputs, args)
     return GraphState(
         module=copied,

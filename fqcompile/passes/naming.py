@@ -197,7 +197,8 @@ def _compiled_modules() -> Iterator[tuple[str, nn.Module]]:
     are on the stack below it.
     """
     inner: list[nn.Module] = []
-    frame = sys._getframe()
+    # Not this frame: its variables would hold themselves, and so all that is on the stack.
+    frame = sys._getframe().f_back
     while frame is not None:
         values = frame.f_locals
         owner = values.get("self")
@@ -206,7 +207,7 @@ def _compiled_modules() -> Iterator[tuple[str, nn.Module]]:
             break
         if isinstance(owner, nn.Module):
             inner.append(owner)
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     yield from (("", plain_module(module)) for module in reversed(inner))
 
 

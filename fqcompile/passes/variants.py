@@ -139,14 +139,22 @@ class GraphCompiler:
             return self.compile_variant(args, changing, key)
         text = (
             f"{self._name}: its instances ask for more than {MOST_VARIANTS} different sets of "
-            "plans, and each is a compilation: those to come are quantised by the finest that "
-            "there is for their weights; granularity=128, or another number, is one plan for all"
+            "plans, and each is a compilation: those to come "
         )
         found = self._nearest(args, key)
         if found is None:
             everything_kept: Key = (None,) * len(key)
             found = self._compiled.get(everything_kept)
+            text += (
+                "stay as they are where no plan that there is meets their error_budget; "
+                "granularity=128, or another number, without error_budget is one plan for all"
+            )
             found = found or self._unquantized(args, Recorder(), text, everything_kept)
+        else:
+            text += (
+                "are quantised by the finest that there is for their weights; granularity=128, or "
+                "another number, is one plan for all"
+            )
         self._say_once(found, text)
         return found
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._dynamo.aot_compile_types import SerializableCallable
 
 from fqcompile.errors import PlanDoesNotFit
-from fqcompile.weights.fingerprint import ATTEMPTS, Fingerprint, fingerprint
+from fqcompile.weights.fingerprint import ATTEMPTS, Fingerprint, Memory, fingerprint
 from fqcompile.weights.no_memory import Lifetime, lifetime
 from fqcompile.weights.store import STORE
 
@@ -55,9 +55,14 @@ class _Binding:
     variant: Variant
     packed: tuple[Tensor, ...]
     state: Fingerprint
+    memory: Memory
     alive: tuple[weakref.ref[Lifetime], ...]
     changes: tuple[int, ...]
     calls: int = 0
+
+    def is_stale(self, weights: Weights) -> bool:
+        """Whether the weights have changed, as far as PyTorch says so."""
+        return self.state != fingerprint(weights) or self.memory.gone()
 
     def counted(self, weights: Weights) -> tuple[int, ...]:
         """How often in a row each input has changed, now that these weights come after its own."""
@@ -121,7 +126,7 @@ class WeightDispatch(SerializableCallable):
         table = self._table
         weights = tuple([args[i] for i in table.inputs])
         binding = table.bindings.get(tuple(map(id, weights)))
-        if binding is None or (self._detect and binding.state != fingerprint(weights)):
+        if binding is None or (self._detect and binding.is_stale(weights)):
             if binding is None:
                 forget(STORE.changed(weights))
             binding = self.bind(args)
@@ -158,13 +163,17 @@ class WeightDispatch(SerializableCallable):
             pairs = zip(table.inputs, changes, strict=True)
             self._read_as_it_comes({i for i, n in pairs if n >= _MOST_CHANGES})
             return self.bind(args)
-        before = fingerprint(weights)
+        forgotten, before, memory = _Forgotten.times, fingerprint(weights), Memory(weights)
         variant, packed = self._packed(args, changing)
-        new = _Binding(variant, packed, before, table.watch(weights), changes)
+        new = _Binding(variant, packed, before, memory, table.watch(weights), changes)
         now = table.bindings.get(tuple(map(id, weights)))
         if now is not None and now is not old and now.state == before:
             return now  # another thread was faster; the change counts once
         table.put(weights, new)
+        if (
+            forgotten != _Forgotten.times
+        ):  # what was written to meanwhile may have been packed before
+            self.forget(set(map(id, weights)))
         return new
 
     def _packed(
@@ -210,8 +219,15 @@ _DISPATCHES: weakref.WeakValueDictionary[int, WeightDispatch] = weakref.WeakValu
 _numbers = count()
 
 
+class _Forgotten:
+    """How often it was said that weights have changed, counted before bindings are forgotten."""
+
+    times = 0
+
+
 def forget(weights: Sequence[Tensor]) -> None:
     """Bind them anew in every graph."""
+    _Forgotten.times += 1
     ids = set(map(id, weights))
     for dispatch in _all_dispatches() if ids else ():
         dispatch.forget(ids)

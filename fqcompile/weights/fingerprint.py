@@ -4,14 +4,17 @@ Versions and addresses are compared on every call. They do not see a write throu
 digest of the content does; that is compared when a graph meets a weight for the first time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fqcompile.weights.content_digest import content_digest, mixed_sum
+from fqcompile.weights.no_memory import NoMemory
 from fqcompile.weights.packed_weight import PackedWeight
 
 Fingerprint = tuple[tuple[int, ...], tuple[int, ...]]
@@ -41,6 +44,40 @@ def _version_or_0(weight: Tensor) -> int:
 def _address_or_0(weight: Tensor) -> int:
     """Sparse tensors, which are never quantised, have no one address."""
     return weight.data_ptr() if weight.layout is torch.strided else 0
+
+
+class Memory:
+    """The memory of weights, which it does not keep alive.
+
+    New memory may lie where the old lay, as after `p.data = torch.empty(0); p.data = new`: the
+    fingerprint is the same, but the old memory has gone.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        plain = (w for w in weights if not isinstance(w, NoMemory) and w.layout is torch.strided)
+        self._references = [StorageWeakRef(w.untyped_storage()) for w in plain]
+        self._places = [reference.cdata for reference in self._references]
+
+    def gone(self) -> bool:
+        """Whether that of some weight was given back. 8 us for 224 weights."""
+        return any(map(_expired, self._places))
+
+
+_expired: Callable[[int], Any] = torch.UntypedStorage._expired
+
+
+def _count_fused_steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Kernels of fused optimizers write to parameters without counting their versions up."""
+    if torch.compiler.is_compiling():
+        return
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            torch.autograd.graph.increment_version(
+                [p for p in group["params"] if not p.is_inference()]
+            )
+
+
+register_optimizer_step_post_hook(_count_fused_steps)
 
 
 class Values(NamedTuple):

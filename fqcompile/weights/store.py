@@ -25,7 +25,7 @@ from fqcompile.locks import fork_safe
 from fqcompile.quant.choose import QuantPlan, choose_and_quantize
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.weights.find_or_quantize import find_or_quantize
-from fqcompile.weights.fingerprint import ATTEMPTS, Values, fingerprint, values_of
+from fqcompile.weights.fingerprint import ATTEMPTS, Memory, Values, fingerprint, values_of
 from fqcompile.weights.no_memory import Lifetime, lifetime
 from fqcompile.weights.packed import (
     PackedPart,
@@ -62,6 +62,7 @@ class _Known(NamedTuple):
 
     values: Values
     number: int
+    memory: Memory
 
 
 @dataclass(frozen=True)
@@ -244,8 +245,10 @@ class PackedStore:
     def _number(self, weight: Tensor) -> _Known:
         """The number of the values that the weight has: a new one when its fingerprint changes."""
         known: _Known | None = self._known.get(weight)
-        if known is None or known.values.fingerprint != fingerprint((weight,)):
-            self._known[weight] = known = _Known(values_of(weight), next(self._numbers))
+        is_known = known is not None and known.values.fingerprint == fingerprint((weight,))
+        if known is None or not is_known or known.memory.gone():
+            values, memory = values_of(weight), Memory((weight,))
+            self._known[weight] = known = _Known(values, next(self._numbers), memory)
         return known
 
     def changed(self, tensors: Iterable[Tensor]) -> list[Tensor]:
