@@ -54,6 +54,10 @@ def _kernel(w: PackedWeight, x: Tensor, routing: Routed | None = None) -> str | 
 
 def _linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Any:
     """x [..., K] times ŵᵀ for the matrix [N, K] that was packed, whichever way w shows it."""
+    if x.is_nested:
+        return torch.nn.functional.linear(
+            x, w.dequantized() if not w.form.transposed else w.dequantized().t(), bias
+        )
     form, kernel = w.form, _kernel(w, x)
     if kernel is None:
         return NotImplemented

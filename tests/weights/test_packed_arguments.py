@@ -170,3 +170,13 @@ def test_the_fallback_of_transformers(
     x, offsets = values(int(ends[-1]) + beyond, k), ids(*ends.tolist(), dtype=dtype)
     call = torch.ops.transformers.grouped_mm_fallback
     assert_as_dense(lambda w: call(x, w, offsets), make(E, N, K, transposed=True))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_nested_tensor_is_multiplied_as_by_a_dense_weight(inference: bool) -> None:
+    w = make(N, K)
+    x = torch.nested.nested_tensor([values(3, K), values(2, K)])
+    with torch.inference_mode(inference):
+        got, want = F.linear(x, w), F.linear(x, dense(w))
+    for one, other in zip(got.unbind(), want.unbind(), strict=True):
+        assert_near(one, other, K)
