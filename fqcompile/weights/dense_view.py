@@ -23,6 +23,7 @@ _said: set[str] = set()
 # Answered by the same handlers as where a packed weight is given.
 _ALIKE = {"aten.copy_.default", "aten.set_.source_Tensor"}
 _COMPOSED = "CompositeImplicitAutograd"
+_UNSAFE = ("aten::unsafe_", "aten::_unsafe_view")
 _AFTER_CLONE = "aten._unsafe_view.default"  # how reshape ends, of what it knows to be contiguous
 _AS_STRIDED = "aten.as_strided.default"
 
@@ -55,6 +56,7 @@ class DenseView(NoMemory):
             )
         self._shown, self.memory, self.lifetime = shown, memory, Lifetime()
         self._number = 0 if memory is None else memory.number
+        self.seal()
         return self
 
     @property
@@ -100,6 +102,9 @@ class DenseView(NoMemory):
         return (
             nn.Parameter(copied, self.requires_grad) if isinstance(self, nn.Parameter) else copied
         )
+
+    def __format__(self, spec: str) -> str:
+        return format(self.shown, spec)
 
     def tolist(self) -> Any:
         return self.shown.tolist()
@@ -188,17 +193,20 @@ def _effects(func: Any) -> _Effects:
     """As the schema says them.
 
     Where that is silent of an operator named as those that write, it writes to its first argument:
-    so do the collectives of torch.distributed.
+    so do the collectives of torch.distributed. What is called unsafe returns views and hides it.
     """
     schema = func._schema
     aliases = [(i, a.name, a.alias_info) for i, a in enumerate(schema.arguments)]
     found = [_Effect(i, name, said.is_write) for i, name, said in aliases if said is not None]
+    unsafe = schema.name.startswith(_UNSAFE)
+    if unsafe:
+        found = [_Effect(0, aliases[0][1], writes=False)]
     if not found and schema.name.endswith("_") and not schema.name.endswith("__"):
         found = [_Effect(0, aliases[0][1], writes=True)]
     returned = [result.alias_info for result in schema.returns]
     return _Effects(
         tuple(found),
-        any(said is not None and not said.is_write for said in returned),
+        unsafe or any(said is not None and not said.is_write for said in returned),
         torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSED),
     )
 

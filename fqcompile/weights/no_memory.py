@@ -42,8 +42,14 @@ class NoMemory(Tensor):
             storage.__class__ = _Storage
         return storage
 
-    def __dlpack__(self, *args: object, **kwargs: object) -> Any:
+    def seal(self) -> None:
+        """Let what asks for the address in C, to write there, be told, and not be given zero."""
+        torch._C._set_throw_on_mutable_data_ptr(self)
+
+    def _refuse(self, *args: object, **kwargs: object) -> Any:
         raise no_memory()
+
+    __dlpack__ = apply_ = map_ = map2_ = storage = _typed_storage = _refuse
 
 
 def lifetime(weight: Tensor) -> Lifetime:

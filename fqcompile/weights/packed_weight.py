@@ -90,6 +90,7 @@ class PackedWeight(NoMemory):
                 cls, size, strides=stride, storage_offset=offset, dtype=dtype, device=memory.device
             )
         self.memory, self.flipped, self.ids, self.lifetime = memory, flipped, ids, Lifetime()
+        self.seal()
         return self
 
     @classmethod
@@ -175,16 +176,14 @@ class PackedWeight(NoMemory):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """In the plain layout, which every machine reads."""
-        weight, form = self.quantized(), self.form
-        is_parameter = isinstance(self, nn.Parameter)
+        weight, form, is_parameter = self.quantized(), self.form, isinstance(self, nn.Parameter)
         stack = (form.experts, form.transposed, form.scale_method)
         parts = (weight.qweight, weight.scale, weight.bits, weight.group_size, weight.shape)
         return rebuild_packed_weight, (*parts, self.dtype, *stack, is_parameter)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedWeight":
         if id(self) not in memo:
-            copied = self.clone()
-            parameter = isinstance(self, nn.Parameter)
+            copied, parameter = self.clone(), isinstance(self, nn.Parameter)
             memo[id(self)] = nn.Parameter(copied, requires_grad=False) if parameter else copied
         return memo[id(self)]  # type: ignore[no-any-return]
 
@@ -199,7 +198,8 @@ class PackedWeight(NoMemory):
     @data.setter
     def data(self, values: Tensor) -> None:
         with torch.no_grad():
-            if (values.dtype, values.device) == (self.dtype, self.device):
+            alike = (values.dtype, values.device) == (self.dtype, self.device)
+            if alike and isinstance(self, nn.Parameter):  # any other is an alias, and leaves it
                 self.copy_(values)
                 return
             moved = self.to(values.device, values.dtype, copy=True)
@@ -214,6 +214,9 @@ class PackedWeight(NoMemory):
 
     def numpy(self, *, force: bool = False) -> Any:
         raise no_memory(self.memory.name)
+
+    def tolist(self) -> Any:
+        return self.dequantized().tolist()
 
     def share_memory_(self) -> "PackedWeight":
         """Moves codes and scales to memory that other processes can be given."""

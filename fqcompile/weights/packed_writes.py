@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fqcompile.errors import FineQuantError
+from fqcompile.errors import FineQuantError, UnquantizableWeight
 from fqcompile.quant.choose import QuantPlan, quantize_weight, scale_dtype_beside
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.weights.dense_view import DenseView, refusal
@@ -35,8 +35,9 @@ def write(w: PackedWeight | DenseView, source: Tensor) -> None:
     source = source.shown if isinstance(source, DenseView) else source.detach()
     if not _can_fill(source, w):
         raise FineQuantError(
-            f"copy_ into a packed weight of shape {tuple(w.shape)} got one of "
-            f"{tuple(source.shape)}; they must be equal"
+            f"copy_ into a packed weight of shape {tuple(w.shape)}{_named(w)} got one of "
+            f"{tuple(source.shape)}; they must be equal: call fqcompile.restore(model) to give it "
+            "another shape"
         )
     if isinstance(w, PackedWeight) and isinstance(w.memory, PackedMemory):
         _write_all(w, w.memory, source)
@@ -113,4 +114,15 @@ def _quantized(rows: Tensor, form: PackedForm, w: PackedWeight | DenseView) -> Q
     if scale_dtype == torch.float32:  # the old values may have needed it, and the new ones not
         scale_dtype = scale_dtype_beside(w.dtype)
     plan = QuantPlan(form.bits, form.group_size, form.scale_method, scale_dtype, math.nan)
-    return quantize_weight(rows.to(w.device), plan)
+    try:
+        return quantize_weight(rows.to(w.device), plan)
+    except UnquantizableWeight as error:
+        raise UnquantizableWeight(
+            f"copy_ into a packed weight{_named(w)}: {error}; the weight is as it was, and "
+            "fqcompile.restore(model) makes it dense, where any values can be written"
+        ) from error
+
+
+def _named(w: PackedWeight | DenseView) -> str:
+    name = w.memory.name if w.memory is not None else ""
+    return f", {name}," if name else ""

@@ -232,7 +232,9 @@ def test_writes_in_place_are_refused(write: str) -> None:
 @pytest.mark.parametrize("way", ["copy_", "data"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_values_copied_in_are_quantised_as_the_old_were(way: str, transposed: bool) -> None:
-    w, new = make(64, 80, transposed=transposed, seed=5), torch.randn(64, 80)
+    w = torch.nn.Parameter(make(64, 80, transposed=transposed, seed=5), requires_grad=False)
+    assert isinstance(w, PackedWeight)
+    new = torch.randn(64, 80)
     values = new.t() if transposed else new
     version, codes = w._version, w.qweight
     if way == "copy_":

@@ -222,3 +222,58 @@ def assert_near(w: PackedWeight, expected: Tensor, old: tuple[Tensor, Tensor]) -
     steps = new[1].float().abs().repeat_interleave(8, 1)
     values = (w.dequantized().mT if w.form.transposed else w.dequantized()).reshape(rows.shape)
     assert bool(((values - rows).abs() <= STEPS * steps).all())
+
+
+UNSAFE: dict[str, View] = {
+    "chunk": lambda w: torch.unsafe_chunk(w, 2)[1],
+    "split": lambda w: torch.unsafe_split(w, 4)[1],
+    "split_with_sizes": lambda w: torch.unsafe_split_with_sizes(w, [4, 4])[1],
+    "view": lambda w: torch.ops.aten._unsafe_view(w, [2, 4, 16])[1],
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("form", UNSAFE)
+def test_what_is_called_unsafe_is_a_view(form: str, inference: bool) -> None:
+    """A dense weight shares its memory with what these return, whatever their schemas say."""
+    w = make((8, 16), bits=8)
+    new = torch.randn(4, 16, generator=torch.Generator().manual_seed(2))
+    want = w.dequantize()
+    with torch.inference_mode(inference):
+        UNSAFE[form](want).copy_(new)
+        UNSAFE[form](w).copy_(new)
+    step = new.abs().max() / 127
+    torch.testing.assert_close(w.dequantize(), want, atol=STEPS * step, rtol=0)
+    with pytest.raises(FineQuantError, match=r"layer\.weight"):
+        UNSAFE[form](w).zero_()
+
+
+@pytest.mark.parametrize("alias", [lambda w: w.data, lambda w: w.detach()])
+def test_assigned_data_of_an_alias_is_its_own(alias: View) -> None:
+    """As of a dense tensor, of which only the alias is given other memory."""
+    w = nn.Parameter(make((8, 16)), requires_grad=False)
+    before, other = w.dequantize(), alias(w)
+    other.data = torch.ones(8, 16)
+    assert torch.equal(w.dequantize(), before)
+    torch.testing.assert_close(other.dequantize(), torch.ones(8, 16), atol=2**-11, rtol=0)
+    w.data = torch.ones(8, 16)
+    torch.testing.assert_close(w.dequantize(), torch.ones(8, 16), atol=2**-11, rtol=0)
+
+
+def test_what_cannot_be_written_is_refused_by_name() -> None:
+    w = nn.Parameter(make((8, 16)), requires_grad=False)
+    before = w.dequantize()
+    for write in (
+        lambda: setattr(w, "data", torch.empty(0)),
+        lambda: w.copy_(torch.full((8, 16), torch.nan)),
+    ):
+        with pytest.raises(FineQuantError, match=r"layer\.weight.*fqcompile\.restore"):
+            write()
+    assert torch.equal(w.dequantize(), before)
+
+
+def test_numbers_are_read_as_of_a_dense_weight() -> None:
+    w = make((8, 16))
+    dense = w.dequantize()
+    assert w.tolist() == dense.tolist() and w[0].tolist() == dense[0].tolist()
+    assert f"{w[0, 0]:.3f}" == f"{dense[0, 0]:.3f}" and w[0, 0].item() == dense[0, 0].item()
