@@ -8,6 +8,7 @@ W[ids]                  a stack with an index; what multiplies with it reads onl
 copy_                   new values are quantised as the old ones were, see `packed_writes`
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import wraps
@@ -32,6 +33,8 @@ from fqcompile.weights.packed_memory import (
 from fqcompile.weights.packed_weight import HANDLERS, PackedWeight, packed_like
 from fqcompile.weights.packed_writes import write
 
+log = logging.getLogger("fqcompile")
+_read_as_tables: set[str] = set()  # parameters of which it has been said
 _BLOCKS = (1, 16, 32, 64)  # rows that layouts may hold together
 _SAME = {"dtype", "device", "layout", "pin_memory", "non_blocking", "memory_format"}
 Handler = Callable[..., Any]
@@ -194,6 +197,7 @@ def _index(w: PackedWeight, indices: Any) -> Any:
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
         return NotImplemented
     if not w.form.experts:
+        _warn_of_coarse_rows(w)
         return _rows_at(w, ids)
     if ids.dim() != 1 or w.ids is not None:
         return NotImplemented
@@ -209,6 +213,20 @@ def _index_select(w: PackedWeight, dim: int, index: Tensor) -> Any:
 @implements("aten.embedding.default")
 def _embedding(w: PackedWeight, ids: Tensor, *_: Any) -> Any:
     return _index(w, [ids]) if isinstance(w, PackedWeight) and w.dim() == 2 else NotImplemented
+
+
+def _warn_of_coarse_rows(w: PackedWeight) -> None:
+    """Modules do not tell that a linear's weight is a table too, which 8 bits would have served."""
+    name = w.memory.name
+    if w.form.bits > 4 or not name or name in _read_as_tables:
+        return
+    _read_as_tables.add(name)
+    log.warning(
+        "%s is packed to %d bits for its matmul, and is read as a table too: its rows are the "
+        "dequantized ones. Keep it dense by quantize_(model, exclude=[%r]), or give it 8 bits by "
+        "overrides={%r: {'bits': 8}}",
+        *(name, w.form.bits, name, name),
+    )
 
 
 def _rows_at(w: PackedWeight, ids: Tensor) -> Any:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor, nn
 
+import fqcompile
 from fqcompile.errors import FineQuantError, UnquantizableWeight
 from fqcompile.kernels.registry import TEMPLATES
 from fqcompile.quant.choose import QuantPlan, quantize_weight
@@ -367,3 +368,16 @@ def test_scales_of_another_type_than_the_weight_survive() -> None:
     w = PackedWeight.of(weight, dtype=torch.bfloat16)
     assert w.scale.dtype == torch.float32
     assert torch.equal(pickle.loads(pickle.dumps(w)).quantized().scale, weight.scale)
+
+
+def test_a_linears_weight_read_as_a_table_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.ModuleDict({"up": nn.Linear(256, 192), "tied": nn.Linear(256, 192)})
+    fqcompile.quantize_(model, bits=4, min_elements=0)
+    ids = torch.tensor([3, 5])
+    w = model["tied"].weight
+    for _ in range(2):
+        for read in (F.embedding(ids, w), w[ids], w.index_select(0, ids)):
+            assert torch.equal(read, w.dequantize()[ids])
+    said = [r.getMessage() for r in caplog.records if "as a table" in r.getMessage()]
+    assert len(said) == 1 and said[0].startswith("tied.weight is packed to 4 bits")
+    assert "exclude=['tied.weight']" in said[0] and "overrides" in said[0]
