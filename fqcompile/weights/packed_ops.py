@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey
+from torch._higher_order_ops.cond import cond_op
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from fqcompile.kernels.ops import dequantize
@@ -70,6 +72,10 @@ def views(*names: str) -> Callable[[Handler], Handler]:
         return handler
 
     return register
+
+
+# In eager calls, where the predicate has a value, as of dense tensors.
+cond_op.py_impl(PackedWeight)(cond_op.py_kernels[DispatchKey.CompositeExplicitAutograd])
 
 
 @views("aten.detach.default", "aten.alias.default", "aten.lift_fresh.default")

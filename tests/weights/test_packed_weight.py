@@ -381,3 +381,17 @@ def test_a_linears_weight_read_as_a_table_is_told_of_once(caplog: pytest.LogCapt
     said = [r.getMessage() for r in caplog.records if "as a table" in r.getMessage()]
     assert len(said) == 1 and said[0].startswith("tied.weight is packed to 4 bits")
     assert "exclude=['tied.weight']" in said[0] and "overrides" in said[0]
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_a_branch_of_cond_runs_in_eager_calls(chosen: bool) -> None:
+    torch.compiler.reset()
+    layer = nn.Linear(64, 32)
+    fqcompile.quantize_(layer, min_elements=0)
+    x, w = torch.randn(3, 64), layer.weight.dequantize()
+    with torch.no_grad():
+        got = torch.cond(torch.tensor(chosen), layer, lambda x: 2 * layer(x), (x,))
+        want = F.linear(x, w, layer.bias) * (1 if chosen else 2)
+    # Two ways to sum 64 products, and the factor: of terms below |x| @ |w|.
+    bound = 2 * 2 * 65 * UNIT[torch.float32] * (F.linear(x.abs(), w.abs()) + layer.bias.abs())
+    assert bool(((got - want).abs() <= bound).all())
