@@ -9,6 +9,7 @@ import errno
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -141,7 +142,7 @@ def of_somebody_else(folder: Path) -> ExitStack:
         (of_somebody_else, 0, "belongs to user 1234"),
         (of_mode(0o777), 0, "others may write"),
         (full, 0, "No space left"),
-        (not_executable, 0, "does not load"),
+        (not_executable, 0, "failed to map segment"),
     ],
     ids=[
         "not searchable",
@@ -159,7 +160,7 @@ def test_a_cache_that_cannot_be_used_is_said_once(
         warnings, kernels = in_child(start, user)
         left = [] if user else list((folder / "cache").glob("**/*.part"))
     (said,) = warnings
-    assert reason in said and "set FQCOMPILE_CACHE_DIR" in said
+    assert reason in said and said.count("set FQCOMPILE_CACHE_DIR") == 1
     assert kernels == {STREAM}
     assert not left
     assert (folder / "tmp" / f"fqcompile-{user}").stat().st_mode & 0o777 == 0o700
@@ -402,11 +403,17 @@ def test_code_that_others_could_have_written_is_not_run(
 
 
 @needs_root
+@pytest.mark.parametrize("home", [True, False])
 @pytest.mark.parametrize("kind", ["directory", "link", "file"])
-def test_the_fallback_is_not_what_another_has_prepared(kind: str, folder: Path) -> None:
-    """Somebody was faster to make the directory that this user would fall back to."""
+def test_the_fallback_is_not_what_another_has_prepared(
+    kind: str, home: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody was faster to make the directory that this user would fall back to, or has alone."""
     (folder / "cache").mkdir()
     (folder / "cache").chmod(0o777)
+    if not home:
+        monkeypatch.setattr(native, "cache_directory", place.fallback_directory)
+        monkeypatch.setattr(disk_cache, "cache_directory", place.fallback_directory)
     taken = folder / "tmp" / "fqcompile-0"
     (folder / "mine").mkdir()
     {
@@ -415,10 +422,40 @@ def test_the_fallback_is_not_what_another_has_prepared(kind: str, folder: Path) 
         "file": taken.touch,
     }[kind]()
     os.chown(taken, 1234, 1234, follow_symlinks=False)
-    warnings, kernels = in_child(start)
-    assert STREAM not in kernels
-    assert any("others may write to" in said for said in warnings)
+    (said,), kernels = in_child(start)
+    assert kernels == {STREAM}
+    assert str(taken) in said and said.count("set FQCOMPILE_CACHE_DIR") == 1
+    assert not home or (str(folder / "cache") in said and "others may write to" in said)
     assert not list((folder / "mine").iterdir())
+    assert list((folder / "tmp").iterdir()) == [taken]  # what was built for this process is gone
+
+
+def _entry(folder: Path) -> Path:
+    return next((folder / "cache" / "weights").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("target", [library, _entry], ids=["library", "weights"])
+@pytest.mark.parametrize("kind", ["pipe", "socket", "link to a pipe", "device"])
+def test_what_would_be_waited_for_is_not_opened(
+    kind: str, target: Callable[[Path], Path], folder: Path
+) -> None:
+    in_child(start)
+    path = target(folder)
+    path.unlink()
+    pipe = folder / "pipe"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(os.path.relpath(path))
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        os.mkfifo(pipe)
+        path.symlink_to(pipe)
+    (said,), kernels = in_child(start, seconds=60)
+    assert f"{path} is neither a file nor a directory" in said
+    assert said.count("set FQCOMPILE_CACHE_DIR") == 1
+    assert kernels == {STREAM}
 
 
 @needs_root

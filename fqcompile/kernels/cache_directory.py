@@ -85,10 +85,13 @@ def check_trusted(path: Path) -> None:
 
     Raises:
         PermissionError: others can; the text says where, and what to do.
-        OSError: it is not there, or cannot be reached.
+        OSError: it is not there, cannot be reached, or is something else, such as a pipe, which
+            would be waited for.
     """
     if sys.platform != "win32":
-        os.stat(path)  # whatever is wrong with the way, such as a loop of links
+        mode = os.stat(path).st_mode  # whatever is wrong with the way, such as a loop of links
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise OSError(f"{path} is neither a file nor a directory")
         _check(str(path.absolute()))
 
 
@@ -137,14 +140,29 @@ def _is_own_group(user: int, group: int) -> bool:
     return own and set(members.gr_mem) <= {his.pw_name}
 
 
-def warn_unusable(directory: Path, error: Exception) -> None:
+def warn_unusable(directory: Path, error: BaseException) -> None:
     """Once in a process for all parts of one cache: nothing can be kept there, and why."""
     level = logging.INFO if directory.parent in _warned else logging.WARNING
     _warned.add(directory.parent)
     log.log(
         level,
-        "kernels and quantized weights cannot be kept in %s (%s): the next start makes them again; "
+        "kernels and quantized weights cannot be kept in %s (%s)%s: the next start makes them again; "
         "set FQCOMPILE_CACHE_DIR to a directory that you alone can write to, with room",
         directory,
         error,
+        _fallback_trouble(directory),
     )
+
+
+def _fallback_trouble(directory: Path) -> str:
+    """Why the directory that stands in cannot be used either, where somebody was there before."""
+    fallback = fallback_directory()
+    if fallback == directory.parent:
+        return ""
+    try:
+        check_trusted(fallback)
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return f", nor in {fallback} ({error})"
+    return ""

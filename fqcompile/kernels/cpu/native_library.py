@@ -14,6 +14,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -112,10 +113,10 @@ def loaded() -> NativeLibrary | str:
 
 
 def _built_somewhere(isa: Isa) -> NativeLibrary:
-    """In the cache, or where that cannot be used in the fallback; the error is that of the first.
+    """In the cache; where that cannot be used in the fallback; for this process alone at last.
 
     Raises:
-        KernelBuildError: in neither.
+        KernelBuildError: in none of them; it is that of the first.
     """
     kept, fallback = cache_directory() / "x86", fallback_directory() / "x86"
     try:
@@ -124,9 +125,22 @@ def _built_somewhere(isa: Isa) -> NativeLibrary:
         try:
             found = load(isa, build(isa, fallback))
         except KernelBuildError:
-            raise error from None
-        warn_unusable(kept, error)
+            found = _built_for_now(isa, error)
+        warn_unusable(kept, error.__cause__ or error)  # the cause has no remedy, the warning one
         return found
+
+
+def _built_for_now(isa: Isa, error: KernelBuildError) -> NativeLibrary:
+    """In a directory that nobody could have prepared; what is loaded needs no file any longer.
+
+    Raises:
+        KernelBuildError: `error`, where that fails too.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="fqcompile-") as fresh:
+            return load(isa, build(isa, Path(fresh) / "x86"))
+    except (KernelBuildError, OSError):
+        raise error from None
 
 
 def chosen_isa() -> Isa:
@@ -207,6 +221,7 @@ def _compile(command: list[str], path: Path) -> None:
     made = path.with_name(".made")
     libraries = Path(torch.__file__).parent / "lib"
     command = [*command, str(_MAIN), "-o", str(made), f"-L{libraries}", "-ltorch_cpu"]
+    made.unlink(missing_ok=True)  # a pipe of that name would be waited for
     try:
         # What lies between the compiler and the linker fits where the library does.
         _run(command, {**os.environ, "TMPDIR": str(path.parent.absolute())})

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,6 +23,7 @@ from fqcompile.kernels.tuning.table import (
     TunedTable,
     table_for,
 )
+from tests.children import in_child
 
 HERE = {"gpu": "NVIDIA H200", "sms": "132", "triton": "3.7.1", "kernels": "abc", "torch": "2.13.0"}
 A, B = TileConfig(16, 128, 128), TileConfig(16, 64, 128, 8)
@@ -219,6 +221,18 @@ def test_a_table_that_others_could_have_written_is_not_used(
     (path.parent / what).chmod(0o755)
     kept = TunedTable.load(path, HERE).case("k1", 16)
     assert kept == (Case((_trial(A, 1.0),)) if what == "t.json" else known)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")
+def test_a_pipe_in_place_of_a_table_is_not_waited_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "t.json"
+    os.mkfifo(path)
+    assert in_child(lambda: TunedTable.load(path, HERE).case("k1", 16), seconds=20) == Case()
+    TunedTable.load(path, HERE)
+    (said,) = caplog.messages
+    assert "neither a file nor a directory" in said and "set FQCOMPILE_CACHE_DIR" in said
 
 
 WRITER = """
