@@ -13,7 +13,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from fqcompile.checkpoint.durable_files import locked, remove, rename, sync_directory, write_file
+from fqcompile.checkpoint.durable_files import (
+    locked,
+    make_directory,
+    remove,
+    rename,
+    sync_directory,
+    write_file,
+    writing_to,
+)
 from fqcompile.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from fqcompile.errors import CheckpointError
 
@@ -36,11 +44,18 @@ def writing(directory: Path, keep: str | None = None) -> Iterator[None]:
     """The directory for one writer alone, rid of what others left; `keep` is a generation to keep.
 
     Raises:
-        CheckpointError: it is a file, or another process writes to it.
+        CheckpointError: it is a file, another process writes to it, or it cannot be written.
     """
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{directory} is a file; give a directory to write to")
-    directory.mkdir(parents=True, exist_ok=True)
+    with writing_to(directory):
+        if directory.exists() and not directory.is_dir():
+            raise CheckpointError(f"{directory} is a file; give a directory to write to")
+        make_directory(directory)
+        with _tidied(directory, keep):
+            yield
+
+
+@contextmanager
+def _tidied(directory: Path, keep: str | None) -> Iterator[None]:
     with locked(directory):
         _tidy(directory, readable_manifest(directory), keep)
         try:

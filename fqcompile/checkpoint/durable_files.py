@@ -4,12 +4,42 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from os.path import realpath
 from pathlib import Path
 
 from fqcompile import locks
 from fqcompile.errors import CheckpointError
 
 Piece = bytes | memoryview
+
+
+class NotWritten(CheckpointError):
+    """The system does not let it be written; what is there stays, to go on from."""
+
+
+@contextmanager
+def writing_to(directory: Path) -> Iterator[None]:
+    """Whatever the system refuses meanwhile names the directory, and what to do.
+
+    Raises:
+        NotWritten: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise NotWritten(
+            f"{directory} cannot be written ({error}); give a directory that can be made and that "
+            "you can write to, on a disk with room"
+        ) from error
+
+
+def make_directory(directory: Path) -> None:
+    """With all that leads to it; where it is a link, what that leads to.
+
+    Raises:
+        OSError: there can be none.
+    """
+    Path(realpath(directory)).mkdir(parents=True, exist_ok=True)
 
 
 def write_file(path: Path, pieces: Iterable[Piece]) -> None:

@@ -16,6 +16,7 @@ from fqcompile.checkpoint.directory import (
     stage,
     writing,
 )
+from fqcompile.checkpoint.durable_files import writing_to
 from fqcompile.checkpoint.hugging_face import config_of, hugging_face_files
 from fqcompile.checkpoint.json_text import check_name
 from fqcompile.checkpoint.manifest import Manifest, PackedRecord, SlotRecord
@@ -56,8 +57,8 @@ def save(
     Raises:
         CheckpointError: no weight is packed; a tensor cannot be written (it is on the meta device,
             has no memory, or is of a kind that only the process which made it knows); a module has
-            extra state; another process writes to the directory; a config of something else lies
-            there; what every rank should hold is not the same on all.
+            extra state; another process writes to the directory, or it cannot be written; a config
+            of something else lies there; what every rank should hold is not the same on all.
         RankError: another rank failed, or has ended.
         ShardingError: the model is spread in a way that is not known here.
     """
@@ -70,6 +71,7 @@ def save(
         def begin() -> str:
             _check_savable(model, found)
             if not team.index:
+                owned.enter_context(writing_to(target))
                 check_not_replaced(target, _files(model), "give another directory, or move it away")
                 owned.enter_context(writing(target))
             return new_generation()

@@ -26,6 +26,7 @@ from fqcompile.checkpoint.directory import (
     stage,
     writing,
 )
+from fqcompile.checkpoint.durable_files import writing_to
 from fqcompile.checkpoint.fit import shortened
 from fqcompile.checkpoint.hugging_face import config_of
 from fqcompile.checkpoint.journal import Journal, Progress
@@ -69,23 +70,24 @@ def quantize_checkpoint(
 
     Raises:
         CheckpointError: the source is no such checkpoint, is quantised or pickled, or is not of the
-            class that its config names; `out` holds something else.
+            class that its config names; `out` holds something else, or cannot be written.
         OptionError, UnquantizableWeight: as `quantize_`.
     """
     if resume and overwrite:
         raise OptionError("resume and overwrite are both given; overwrite starts anew: choose one")
     config = packing_config(options)
     found, target = open_source(Path(source)), Path(out)
-    if target.resolve() == found.directory.resolve():
+    if os.path.realpath(target) == os.path.realpath(found.directory):
         raise CheckpointError(f"{target} is the checkpoint itself; give another directory")
     work = CheckpointModel.of(found, dtype)
     identity = _identity(work, config)
-    unfinished = Journal(target).read(identity) if resume else None
-    finished = readable_manifest(target) if resume and not unfinished else None
-    if finished and finished.model.get("source") == identity:
-        return Plan(tuple(map(site_from, finished.sites)), finished.options)
-    if not unfinished and not overwrite:
-        _check_unused(work, target, resume)
+    with writing_to(target):
+        unfinished = Journal(target).read(identity) if resume else None
+        finished = readable_manifest(target) if resume and not unfinished else None
+        if finished and finished.model.get("source") == identity:
+            return Plan(tuple(map(site_from, finished.sites)), finished.options)
+        if not unfinished and not overwrite:
+            _check_unused(work, target, resume)
     plan = _run(work, config, target, identity, unfinished or (new_generation(), Progress()), say)
     if work.unused:
         say(f"left out, as {work.name} has no place for them: {shortened(work.unused)}")

@@ -17,11 +17,14 @@ from typing import Any
 from tqdm import tqdm
 
 from fqcompile.checkpoint.durable_files import (
+    NotWritten,
     locked,
+    make_directory,
     remove,
     rename,
     sync_directory,
     write_file,
+    writing_to,
 )
 from fqcompile.checkpoint.json_text import parse_json, shown
 from fqcompile.checkpoint.safetensors_file import byte_size, encode_header
@@ -40,6 +43,11 @@ class _NotOurs(CheckpointError):
     """Somebody has put a file where this export would write: all stays as it is."""
 
 
+def real_path(out: Path) -> Path:
+    """What is to be written where links lead, so that the directory there is made by one rename."""
+    return Path(os.path.realpath(out))
+
+
 def partial_directory(out: Path) -> Path:
     return out.with_name(f"{out.name}.partial")
 
@@ -48,8 +56,13 @@ def check_free(out: Path, resume: bool) -> None:
     """Whether there may be written.
 
     Raises:
-        CheckpointError: something is there.
+        CheckpointError: something is there, or nothing can be.
     """
+    with writing_to(out):
+        _check_free(out, resume)
+
+
+def _check_free(out: Path, resume: bool) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there already; give another directory, or remove it")
     partial = partial_directory(out)
@@ -63,6 +76,8 @@ def check_free(out: Path, resume: bool) -> None:
 
 def _check_own(partial: Path) -> None:
     """What has no journal of ours is somebody's: nothing of it is taken up or removed."""
+    if partial.is_symlink():  # it, not what it leads to, would become OUT
+        raise CheckpointError(f"{partial} is a link, and exports are written there; rename it")
     if not partial.exists():
         return
     if not partial.is_dir():
@@ -80,10 +95,17 @@ def exporting(out: Path, identity: str) -> Iterator[Path]:
     """The directory to write to, for one writer alone; it becomes `out` at the end.
 
     Raises:
-        CheckpointError: what is unfinished there is of another export, or another process writes.
+        CheckpointError: what is unfinished there is of another export, another process writes, or
+            it cannot be written.
     """
     partial = partial_directory(out)
-    partial.mkdir(parents=True, exist_ok=True)
+    with writing_to(out), _finishing(out, partial, identity):
+        yield partial
+
+
+@contextmanager
+def _finishing(out: Path, partial: Path, identity: str) -> Iterator[None]:
+    make_directory(partial)
     with locked(partial):
         _check_own(partial)
         path = partial / _IDENTITY
@@ -96,8 +118,8 @@ def exporting(out: Path, identity: str) -> Iterator[Path]:
         rename(partial / _TEMPORARY, path)
         sync_directory(partial)  # before anything that it vouches for
         try:
-            yield partial
-        except _NotOurs:
+            yield
+        except (_NotOurs, NotWritten):
             raise
         except FineQuantError:
             _remove_own(partial)  # going on would end the same

@@ -20,7 +20,13 @@ from fqcompile.engines.scheme import Scheme
 from fqcompile.errors import CheckpointError
 from fqcompile.exports.blocks import blocks, layers
 from fqcompile.exports.config import model_config, quantization_config
-from fqcompile.exports.directory import QUANTIZED, check_free, exporting, write_checkpoint
+from fqcompile.exports.directory import (
+    QUANTIZED,
+    check_free,
+    exporting,
+    real_path,
+    write_checkpoint,
+)
 from fqcompile.exports.harmonise import harmonise
 from fqcompile.exports.layout import Layout, lay_out
 from fqcompile.exports.plan import check_unsupported, export_plan
@@ -53,7 +59,7 @@ def export(
     Args:
         source: of `fqcompile.save` or `fqcompile quantize`; or a Hugging Face checkpoint, which is
             quantised first, but for output heads.
-        out: a directory that is not there, or empty.
+        out: a directory that is not there, or empty; or a link to one.
         profile: "portable" (vLLM, SGLang, transformers: all experts alike) or "serve" (vLLM,
             SGLang: the experts of a layer alike).
         tp: the highest degree of tensor parallelism to serve it with: no group crosses devices.
@@ -65,15 +71,15 @@ def export(
         The plan: what is packed, in the bits and group size that were written.
 
     Raises:
-        CheckpointError: the source is none of these, `out` is there, or an engine of the profile
-            could not load the result; layers and remedies are named.
+        CheckpointError: the source is none of these, `out` is there or cannot be written, or
+            an engine of the profile could not load the result; layers and remedies are named.
         OptionError, UnquantizableWeight: as `quantize_`.
     """
-    request, target = Request(Path(source), to, profile, tp, dtype, options), Path(out)
+    request, target = Request(Path(source), to, profile, tp, dtype, options), real_path(Path(out))
     check_free(target, resume)
     with exporting(target, request.identity()) as directory:
         plan = _export(request, directory, say)
-    say(f"exported {target}: {plan.totals}")
+    say(f"exported {out}: {plan.totals}")
     return plan
 
 

@@ -134,7 +134,7 @@ def test_an_error_while_saving_leaves_the_old_save_alone(
 
     with monkeypatch.context() as patch:
         patch.setattr("fqcompile.checkpoint.save.stage", no_space)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(CheckpointError, match="No space left"):
             fqcompile.save(models[1], tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == before
     assert found_in(tmp_path) == state_of(models[0])

@@ -1,5 +1,6 @@
 """save and load on small models: what is kept, what is shared, and every refusal."""
 
+import errno
 import gc
 import json
 import multiprocessing
@@ -391,6 +392,37 @@ def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file is a file"):
         fqcompile.save(small(), tmp_path / "file")
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["empty", "dangling"])
+def test_a_save_is_written_where_a_link_leads(there: bool, tmp_path: Path) -> None:
+    if there:
+        (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    fqcompile.save(small(), tmp_path / "link")
+    assert contents(fqcompile.load(Small, tmp_path / "real")) == contents(small())
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["file/x", "/proc/x", "x" * 300, "loop"])
+def test_where_nothing_can_be_written_is_said(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(CheckpointError, match=r"cannot be written.*give a directory") as caught:
+        fqcompile.save(small(), tmp_path / name)
+    assert name in str(caught.value)
+
+
+def test_a_full_disk_leaves_the_old_save(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(CheckpointError, match=r"No space left on device.*a disk with room"):
+            fqcompile.save(small(), saved)
+    assert {name: (saved / name).read_bytes() for name in before} == before
 
 
 def test_shards_of_another_save_that_nobody_finished_are_removed(saved: Path) -> None:

@@ -1,6 +1,8 @@
 """export: killed runs, refusals, what is written dense and why, tensor parallelism, the command."""
 
+import errno
 import json
+import os
 import random
 import shutil
 from dataclasses import replace
@@ -304,6 +306,80 @@ def test_a_file_in_place_of_the_directory_is_left_alone(saved: Path, tmp_path: P
     with pytest.raises(CheckpointError, match="is a file, and exports are written there"):
         fqcompile.export(saved, tmp_path / "out", resume=True)
     assert (tmp_path / "out.partial").read_text() == "mine"
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["empty", "dangling"])
+@pytest.mark.parametrize("kind", ["saved", "plain"])
+def test_an_export_is_written_where_a_link_leads(
+    there: bool, kind: str, saved: Path, plain: Path, tmp_path: Path
+) -> None:
+    """The link itself cannot become the directory, nor be replaced by it."""
+    source, options = (saved, {}) if kind == "saved" else (plain, {"min_elements": 1024})
+    (tmp_path / "disk").mkdir()
+    real, out = tmp_path / "disk" / "real", tmp_path / "out"
+    if there:
+        real.mkdir()
+    out.symlink_to(real)
+    fqcompile.export(source, out, **options)
+    fqcompile.export(source, tmp_path / "whole", **options)
+    assert out.is_symlink() and files(real) == files(tmp_path / "whole")
+    assert {p.name for p in tmp_path.rglob("*.partial")} == set()
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["empty", "dangling"])
+def test_a_link_in_place_of_the_unfinished_directory_is_refused(
+    there: bool, saved: Path, tmp_path: Path
+) -> None:
+    if there:
+        (tmp_path / "real").mkdir()
+    (tmp_path / "out.partial").symlink_to(tmp_path / "real")
+    for resume in (True, False):
+        with pytest.raises(CheckpointError, match="is a link, and exports are written there"):
+            fqcompile.export(saved, tmp_path / "out", resume=resume)
+    assert (tmp_path / "out.partial").is_symlink() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["file/x", "/proc/x", "x" * 300, "loop"])
+@pytest.mark.parametrize("command", ["export", "quantize"])
+def test_where_nothing_can_be_written_is_one_line(
+    command: str,
+    name: str,
+    saved: Path,
+    plain: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    source = saved if command == "export" else plain
+    assert main([command, str(source), str(tmp_path / name)]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert name in said and "cannot be written" in said and "give a directory that" in said
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_full_disk_keeps_what_is_finished(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It can be made room on; going on then ends the same."""
+    options: dict[str, Any] = {"min_elements": 1024}
+    fqcompile.export(plain, tmp_path / "whole", **options)
+    real, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > 12:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(CheckpointError, match=r"No space left on device.*a disk with room"):
+            fqcompile.export(plain, tmp_path / "out", **options)
+    left = {path.name for path in (tmp_path / "out.partial").rglob("*.safetensors")}
+    assert left
+    fqcompile.export(plain, tmp_path / "out", resume=True, **options)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
 @pytest.mark.usefixtures("small_shards")
