@@ -43,4 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FineQuantError as error:
         print(f"fqcompile {parsed.command}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        remedy = "give a path that can be made, that you may use, and that has room"
+        print(f"fqcompile {parsed.command}: {error}; {remedy}", file=sys.stderr)
+        return 2
     return 0

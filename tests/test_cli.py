@@ -77,6 +77,21 @@ def test_a_mistake_is_one_line_and_status_2(
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("flag", ["--html", "--json"])
+@pytest.mark.parametrize(
+    ("name", "shown"), [("file/x", "/file"), ("/proc/x", "/proc/"), ("x" * 300, "x" * 300)]
+)
+def test_a_file_that_cannot_be_written_is_one_line(
+    flag: str, name: str, shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    arguments = ["explain", f"{__name__}:tiny_model", flag, str(tmp_path / name)]
+    assert main(arguments) == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert said.startswith("fqcompile explain: ") and shown in said
+    assert "give a path that can be made" in said
+
+
 def test_sentences_are_distinct_and_the_same_each_time() -> None:
     sentences = stdlib_sentences(100)
     assert len(set(sentences)) == 100

@@ -55,7 +55,7 @@ def check_name(name: object, where: str) -> None:
     if not isinstance(name, str) or not name or len(name) > _LONGEST_NAME or not name.isprintable():
         raise CheckpointError(
             f"{where} has the name {shown(repr(name))}; names are 1 to {_LONGEST_NAME} characters "
-            "that can be printed"
+            "that can be printed; rename it"
         )
 
 

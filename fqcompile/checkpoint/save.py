@@ -29,7 +29,7 @@ from fqcompile.checkpoint.written import Held, Written, merged, parts_record
 from fqcompile.distributed.layout import layout_of
 from fqcompile.distributed.ranks import Team
 from fqcompile.distributed.shards import local_part, team_of
-from fqcompile.errors import CheckpointError
+from fqcompile.errors import CheckpointError, OptionError
 from fqcompile.report import CompileReport, Plan, Site
 from fqcompile.weights.packed_weight import PackedWeight
 
@@ -59,10 +59,11 @@ def save(
             has no memory, or is of a kind that only the process which made it knows); a module has
             extra state; another process writes to the directory, or it cannot be written; a config
             of something else lies there; what every rank should hold is not the same on all.
+        OptionError: `plan` is something else.
         RankError: another rank failed, or has ended.
         ShardingError: the model is spread in a way that is not known here.
     """
-    recorded = plan.plan if isinstance(plan, CompileReport) else plan
+    recorded = _recorded(plan)
     found = list(slots(model))
     team = team_of(slot.tensor for slot in found)
     target = Path(directory)
@@ -85,6 +86,17 @@ def save(
         written = team.together(lambda: _write_slots(found, target, generation, team))
         team.together(end)
     return target
+
+
+def _recorded(plan: object) -> Plan | None:
+    if plan is None or isinstance(plan, Plan):
+        return plan
+    if isinstance(plan, CompileReport):
+        return plan.plan
+    raise OptionError(
+        f"plan is a {type(plan).__name__}; allowed: what fqcompile.quantize_ returned, one report, "
+        "such as fqcompile.reports()[-1], or None"
+    )
 
 
 def _finish(

@@ -146,8 +146,8 @@ def warn_unusable(directory: Path, error: BaseException) -> None:
     _warned.add(directory.parent)
     log.log(
         level,
-        "kernels and quantized weights cannot be kept in %s (%s)%s: the next start makes them again; "
-        "set FQCOMPILE_CACHE_DIR to a directory that you alone can write to, with room",
+        "kernels and quantized weights cannot be kept in %s (%s)%s: the next start makes them "
+        "again; set FQCOMPILE_CACHE_DIR to a directory that you alone can write to, with room",
         directory,
         error,
         _fallback_trouble(directory),

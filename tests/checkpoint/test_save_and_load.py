@@ -17,7 +17,7 @@ import fqcompile
 from fqcompile.checkpoint import shards
 from fqcompile.checkpoint.durable_files import locked
 from fqcompile.checkpoint.manifest import read_manifest
-from fqcompile.errors import CheckpointError
+from fqcompile.errors import CheckpointError, OptionError
 from fqcompile.weights.packed_weight import PackedWeight
 from tests.checkpoint.small_models import Small, contents, small
 
@@ -392,6 +392,22 @@ def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file is a file"):
         fqcompile.save(small(), tmp_path / "file")
+
+
+def test_a_name_that_cannot_be_printed_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    model = small()
+    model.add_module("a\tb", nn.Linear(2, 2))
+    with pytest.raises(CheckpointError, match=r"a\\tb.weight'; .* can be printed; rename it"):
+        fqcompile.save(model, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("plan", [[], "plan.json", {}, 0], ids=repr)
+def test_a_plan_that_is_none_is_refused_before_anything_is_written(
+    plan: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match=rf"plan is a {type(plan).__name__}; allowed: .*\[-1\]"):
+        fqcompile.save(small(), tmp_path / "saved", plan=plan)
+    assert not (tmp_path / "saved").exists()
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["empty", "dangling"])
