@@ -45,11 +45,11 @@ def fork_safe(lock: Lock) -> Lock:
 
 
 @contextmanager
-def locked(path: Path, seconds: float = 60.0) -> Iterator[None]:
+def locked(path: Path, seconds: float = 60.0) -> Iterator[int]:
     """One holder of `path` at a time; the lock ends with its holder, however that ends.
 
-    A file is made where it is not there, and nobody else may open it: who can open a file, if only
-    to read, can hold its lock. A directory is locked as it is.
+    The file is made where it is not there, and nobody else may open it: who can open a file, if
+    only to read, can hold its lock. Its descriptor tells whether it is at `path` still.
 
     Raises:
         TimeoutError: another holds it for so long.
@@ -60,7 +60,7 @@ def locked(path: Path, seconds: float = 60.0) -> Iterator[None]:
         descriptor = _held[token] = _opened(path)
     try:
         _lock(descriptor, path, seconds)
-        yield
+        yield descriptor
     finally:
         with _guard:
             if token in _held:  # not in a child that was forked inside
@@ -68,8 +68,6 @@ def locked(path: Path, seconds: float = 60.0) -> Iterator[None]:
 
 
 def _opened(path: Path) -> int:
-    if path.is_dir():
-        return os.open(path, os.O_RDONLY)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
     if sys.platform != "win32" and os.fstat(descriptor).st_uid == os.geteuid():
         os.fchmod(descriptor, 0o600)  # earlier versions let others read it

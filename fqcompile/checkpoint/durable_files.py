@@ -4,13 +4,14 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from os.path import realpath
+from os.path import realpath, samestat
 from pathlib import Path
 
 from fqcompile import locks
 from fqcompile.errors import CheckpointError
 
 Piece = bytes | memoryview
+LOCK = ".fqcompile.lock"
 
 
 class NotWritten(CheckpointError):
@@ -83,17 +84,26 @@ def sync_directory(directory: Path) -> None:
 def locked(directory: Path) -> Iterator[None]:
     """One writer at a time; the system releases the lock of a process that dies.
 
+    Its file is there meanwhile alone: what is written becomes a directory that others read.
+
     Raises:
         CheckpointError: another writer holds it, or the system has no such locks.
     """
     if sys.platform == "win32":
         raise CheckpointError("writing a checkpoint needs the file locks of Linux or macOS")
+    path = directory / LOCK
     with ExitStack() as held:
         try:
-            held.enter_context(locks.locked(directory, seconds=0.0))
-        except TimeoutError as error:
+            descriptor = held.enter_context(locks.locked(path, seconds=0.0))
+            # Whoever held it before may have removed the file between its opening and its lock.
+            if not samestat(os.fstat(descriptor), os.stat(path)):
+                raise FileNotFoundError
+        except (TimeoutError, FileNotFoundError) as error:
             raise CheckpointError(
                 f"{directory} is being written by another process; wait for it, or choose another "
                 "directory"
             ) from error
-        yield
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

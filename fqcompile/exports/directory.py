@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fqcompile.checkpoint.durable_files import (
+    LOCK,
     NotWritten,
     locked,
     make_directory,
@@ -82,7 +83,7 @@ def _check_own(partial: Path) -> None:
         return
     if not partial.is_dir():
         raise CheckpointError(f"{partial} is a file, and exports are written there; rename it")
-    names = {path.name for path in partial.iterdir()} - {_TEMPORARY}
+    names = {path.name for path in partial.iterdir()} - {_TEMPORARY, LOCK}
     if names and _IDENTITY not in names:
         raise CheckpointError(
             f"{partial} holds {shown(min(names))} and no {_IDENTITY}, so no export has written it; "
@@ -129,6 +130,7 @@ def _finishing(out: Path, partial: Path, identity: str) -> Iterator[None]:
             out.rmdir()
         os.rename(partial, out)
         sync_directory(out.parent)
+        remove(out / LOCK)  # it went with the directory
         remove(out / _IDENTITY)  # not before: shards of nobody knows what must not be taken up
 
 
@@ -143,8 +145,9 @@ def _remove_own(partial: Path) -> None:
             shutil.rmtree(path)
         elif path.name in (_TEMPORARY, _INDEX, "config.json") or _SHARD.fullmatch(path.name):
             remove(path)
-    if {path.name for path in partial.iterdir()} == {_IDENTITY}:
+    if {path.name for path in partial.iterdir()} <= {_IDENTITY, LOCK}:
         remove(partial / _IDENTITY)
+        remove(partial / LOCK)
         partial.rmdir()
 
 

@@ -37,7 +37,7 @@ class Disk:
     def install(self, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(durable_files, "open", self.open, raising=False)
         replaced = {"fsync": self.fsync, "replace": self.replace, "unlink": self.unlink}
-        kept = {name: getattr(os, name) for name in ("open", "close", "O_RDONLY")}
+        kept = {name: getattr(os, name) for name in ("open", "close", "fstat", "stat", "O_RDONLY")}
         patch.setattr(durable_files, "os", SimpleNamespace(**kept, **replaced))
 
     def operation(self) -> None:

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 
 import fqcompile
+from fqcompile import locks
 from fqcompile.checkpoint import shards
 from fqcompile.checkpoint.durable_files import locked
 from fqcompile.checkpoint.manifest import read_manifest
 from fqcompile.errors import CheckpointError, OptionError
 from fqcompile.weights.packed_weight import PackedWeight
 from tests.checkpoint.small_models import Small, contents, small
+
+fcntl = pytest.importorskip("fcntl")
 
 
 @pytest.fixture
@@ -345,6 +348,42 @@ def test_two_writers_do_not_meet(saved: Path) -> None:
     ):
         fqcompile.save(small(1), saved)
     assert contents(fqcompile.load(Small, saved)) == contents(small())
+
+
+def test_who_may_only_read_cannot_keep_a_writer_out(saved: Path) -> None:
+    """Neither the directory nor what is in it is what writers lock."""
+    readable = [os.open(path, os.O_RDONLY) for path in (saved, *saved.iterdir())]
+    try:
+        for descriptor in readable:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fqcompile.save(small(1), saved)
+    finally:
+        for descriptor in readable:
+            os.close(descriptor)
+    assert contents(fqcompile.load(Small, saved)) == contents(small(1))
+
+
+def test_the_lock_is_for_its_writer_alone_and_does_not_stay(saved: Path) -> None:
+    before = set(saved.iterdir())
+    with locked(saved):
+        (path,) = set(saved.iterdir()) - before
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert set(saved.iterdir()) == before
+
+
+def test_a_lock_whose_file_was_removed_is_none(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another writer ended between the opening of the file and its lock."""
+    real = locks._lock
+
+    def late(descriptor: int, path: Path, seconds: float) -> None:
+        path.unlink()
+        real(descriptor, path, seconds)
+
+    monkeypatch.setattr(locks, "_lock", late)
+    with pytest.raises(CheckpointError, match="being written by another process"), locked(saved):
+        pass
 
 
 def _save_often(directory: Path, seed: int, rounds: int) -> None:
