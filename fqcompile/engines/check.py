@@ -83,6 +83,7 @@ def find_problems(
         tp=tp,
         ep=ep,
         device=device,
+        model_type=str(config.get("model_type", "")),
     )
     return merged(
         [

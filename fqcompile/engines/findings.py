@@ -42,7 +42,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Subject:
-    """What the rules look at; `tied`: the config ties the head to the embedding.
+    """What the rules look at; `tied`: the config ties the head to the embedding;
+    `model_type`: the family that the config names.
 
     `device` is "cuda" or "cpu": what the engine runs on.
     """
@@ -54,6 +55,7 @@ class Subject:
     tp: int = 1
     ep: int = 1
     device: str = "cuda"
+    model_type: str = ""
 
     @property
     def has_gpu_kernels(self) -> bool:

@@ -437,3 +437,21 @@ def test_experts_need_a_newer_library(
     assert all(f"{installed or 'none'}"[:4] in f.problem for f in found)
     assert find_problems(content, moe_model(), "vllm") == []
     assert find_problems(config((["Linear"], INT4)), dense_model(), "transformers") == []
+
+
+@pytest.mark.parametrize(
+    ("family", "child"), [("t5", "q"), ("umt5", "wo"), ("mamba2", "out_proj"), ("llama", "q")]
+)
+def test_families_whose_initialization_reads_packed_weights(family: str, child: str) -> None:
+    """transformers 5.23: 'Linear' object has no attribute 'weight' in from_pretrained."""
+    layers = [Layer(f"encoder.block.0.{child}", HIDDEN, HIDDEN, INT4), HEAD]
+    content = {**config(([rf"re:.*\.{child}$"], INT4)), "model_type": family}
+    found = find_problems(content, layers, "transformers")
+    if family == "llama":
+        assert found == []
+        return
+    (finding,) = found
+    assert (finding.rule, finding.effect) == ("initialized-by-name", "refused")
+    assert finding.layers == (layers[0].name,) and not finding.loads
+    assert f"{child}.weight" in finding.problem and "exclude" in finding.remedy
+    assert not any(f.rule == finding.rule for f in find_problems(content, layers, "vllm"))
