@@ -26,6 +26,7 @@ from fqcompile.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from fqcompile.errors import CheckpointError
 
 _SHARD = re.compile(r"fqcompile-([0-9a-f]{8})-\d{5}\.safetensors")
+_RECORD = re.compile(r"fqcompile\.(json|journal)")
 _STAGED = re.compile(r"(.+)\.fqcompile-([0-9a-f]{8})")
 
 
@@ -113,6 +114,19 @@ def file_of(directory: Path, manifest: Manifest, name: str) -> Path:
     """Where one of `manifest.files` lies, even if its writer was killed in step 3."""
     path = staged(directory, name, manifest.generation)
     return path if path.is_file() else directory / name
+
+
+def remove_save(directory: Path) -> None:
+    """All that saves wrote there, and the directory itself where nothing else is in it."""
+    manifest = readable_manifest(directory)
+    files = manifest.files if manifest else ()
+    (directory / MANIFEST).unlink(missing_ok=True)  # first: it vouches for the rest
+    for path in list(directory.iterdir()):
+        kinds = (_RECORD, _SHARD, _STAGED)
+        if path.name in files or any(kind.fullmatch(path.name) for kind in kinds):
+            path.unlink()
+    if not any(directory.iterdir()):
+        directory.rmdir()
 
 
 def _tidy(directory: Path, manifest: Manifest | None, keep: str | None) -> None:

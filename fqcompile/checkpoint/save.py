@@ -59,12 +59,10 @@ def save(
             has no memory, or is of a kind that only the process which made it knows); a module has
             extra state; another process writes to the directory, or it cannot be written; a config
             of something else lies there; what every rank should hold is not the same on all.
-        OptionError: `plan` is something else.
-        RankError: another rank failed, or has ended.
+        OptionError: `plan` is something else. RankError: another rank failed, or has ended.
         ShardingError: the model is spread in a way that is not known here.
     """
-    recorded = _recorded(plan)
-    found = list(slots(model))
+    recorded, found = _recorded(plan), list(slots(model))
     team = team_of(slot.tensor for slot in found)
     target = Path(directory)
     with ExitStack() as owned:

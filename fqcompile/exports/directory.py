@@ -8,7 +8,6 @@ OUT.partial  ->  OUT                         when all is there
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fqcompile.checkpoint.directory import remove_save
 from fqcompile.checkpoint.durable_files import (
     LOCK,
     NotWritten,
@@ -142,7 +142,7 @@ def _remove_own(partial: Path) -> None:
     """What this has written; whatever else somebody has put there stays."""
     for path in partial.iterdir():
         if path.name == QUANTIZED:
-            shutil.rmtree(path)
+            remove_save(path)
         elif path.name in (_TEMPORARY, _INDEX, "config.json") or _SHARD.fullmatch(path.name):
             remove(path)
     if {path.name for path in partial.iterdir()} <= {_IDENTITY, LOCK}:

@@ -3,13 +3,13 @@
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fqcompile.checkpoint.directory import remove_save
 from fqcompile.checkpoint.hugging_face import without_code
 from fqcompile.checkpoint.source import other_files
 from fqcompile.checkpoint.stream import quantize_checkpoint
@@ -92,7 +92,7 @@ def _export(request: Request, directory: Path, say: Callable[[str], None]) -> Pl
         request.source, quantised, dtype=request.dtype, resume=True, say=say, **inner
     )
     plan = _write(Saved.open(quantised), directory, request)
-    shutil.rmtree(quantised)
+    remove_save(quantised)
     return plan
 
 

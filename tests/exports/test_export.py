@@ -308,6 +308,26 @@ def test_a_file_in_place_of_the_directory_is_left_alone(saved: Path, tmp_path: P
     assert (tmp_path / "out.partial").read_text() == "mine"
 
 
+@pytest.mark.parametrize("fails", [True, False])
+def test_files_put_into_the_directory_of_the_quantized_stay(
+    fails: bool, plain: Path, tmp_path: Path
+) -> None:
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+
+    def write(text: str) -> None:  # while it runs
+        if partial.exists():
+            (partial / "quantised" / "notes.txt").write_text("mine")
+
+    options: dict[str, Any] = {"min_elements": 1024, "say": write}
+    if fails:
+        with pytest.raises(CheckpointError, match="there is nothing to export"):
+            fqcompile.export(plain, out, exclude=[".*"], **options)
+    else:
+        fqcompile.export(plain, out, **options)
+    left = (partial if fails else out) / "quantised"
+    assert {path.name for path in left.iterdir()} == {"notes.txt"}
+
+
 @pytest.mark.parametrize("there", [True, False], ids=["empty", "dangling"])
 @pytest.mark.parametrize("kind", ["saved", "plain"])
 def test_an_export_is_written_where_a_link_leads(
