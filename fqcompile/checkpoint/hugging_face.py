@@ -26,6 +26,8 @@ _IMPLEMENTATIONS = {
     "experts_implementation": ("eager", "batched_mm", "grouped_mm"),
 }
 _MOST_LAYERS = 10_000
+# Keys that count what a constructor makes a list of; others only speak of layers.
+_COUNT = re.compile(r"(?!max_|min_)(?!.*per_)(.+_)?(n_?)?(layers?|blocks|depth)")
 _MODULES, _MODULES_PER_TENSOR = 1_000, 20  # far more than models have
 
 
@@ -109,7 +111,7 @@ def _check_layers(config: Mapping[str, Any], directory: Path) -> None:
     for key, value in config.items():
         if isinstance(value, Mapping):
             _check_layers(value, directory)
-        elif type(value) is int and value > _MOST_LAYERS and re.search("layer|depth", key):
+        elif type(value) is int and value > _MOST_LAYERS and _COUNT.fullmatch(key):
             raise CheckpointError(
                 f"{directory}: {shown(key)} is {value} in its config; at most {_MOST_LAYERS} "
                 "layers are built"

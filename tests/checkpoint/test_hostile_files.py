@@ -4,6 +4,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,58 @@ def test_a_limit_may_be_infinite(family: str, spelled: str, tmp_path: Path) -> N
         assert list(own.time_step_limit) == [0.0, float("inf")]
         with torch.no_grad():
             assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+# A table for each layer, whose size has "layer" in its name.
+GEMMA3N: dict[str, Any] = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 512, "head_dim": 32, "num_kv_shared_layers": 0,
+    "laurel_rank": 8, "hidden_size_per_layer_input": 16, "altup_num_inputs": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "activation_sparsity_pattern": [0.0, 0.0],
+}  # fmt: skip
+
+
+def test_a_large_size_of_each_layer_is_no_number_of_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.Gemma3nTextConfig(**GEMMA3N)
+    assert config.vocab_size_per_layer_input == 262144
+    model = transformers.Gemma3nForCausalLM(config).eval().requires_grad_(False)
+    model.save_pretrained(tmp_path / "plain")
+    fqcompile.quantize_checkpoint(tmp_path / "plain", tmp_path / "from_files", min_elements=256)
+    fqcompile.quantize_(model, min_elements=256)
+    fqcompile.save(model, tmp_path / "from_memory")
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        for directory in ("from_files", "from_memory"):
+            loaded: Any = fqcompile.load(None, tmp_path / directory)
+            assert torch.equal(loaded(ids).logits, expected)
+
+
+def test_no_default_of_any_config_counts_too_many_layers() -> None:
+    """Every class of configs that transformers has and can make without being told anything."""
+    known = import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING
+    seen = 0
+    for kind in known.values():
+        try:
+            config = kind().to_dict()
+        except Exception:  # some have no defaults
+            continue
+        hugging_face._check_layers(config, Path(kind.__name__))
+        seen += 1
+    assert seen > len(known) * 0.95
+
+
+COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "layers", "encoder_layers",
+          "depth", "resampler_depth", "num_blocks")  # fmt: skip
+
+
+@pytest.mark.parametrize("key", COUNTS)
+def test_every_number_of_layers_is_bounded(key: str) -> None:
+    hugging_face._check_layers({key: 10_000}, Path("d"))
+    with pytest.raises(CheckpointError, match=f"{key} is 10001"):
+        hugging_face._check_layers({"text_config": {key: 10_001}}, Path("d"))
 
 
 def _llama(directory: Path) -> dict[str, Any]:
