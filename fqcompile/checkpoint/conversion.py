@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fqcompile.checkpoint.computed import BoundedComputing
 from fqcompile.errors import CheckpointError
 
 Read = Callable[[str], Tensor]
@@ -145,17 +146,21 @@ def target_types(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype]
     return of
 
 
-def initialise(model: Any, missing: Iterable[str]) -> None:
+def initialise(model: Any, missing: Iterable[str], where: object) -> None:
     """Compute what a checkpoint does not hold: buffers such as rotary frequencies, and `missing`.
 
-    All else is marked as initialised and stays on the meta device.
+    All else is marked as initialised and stays on the meta device. `where` is for errors.
+
+    Raises:
+        CheckpointError: it would be absurdly much.
     """
     names = set(missing)
-    model._move_missing_keys_from_meta_to_device(names, None, None, None)
-    for name, tensor in _state(model):
-        if name not in names:
-            tensor._is_hf_initialized = True
-    model._initialize_missing_keys(False)
+    with BoundedComputing(where):
+        model._move_missing_keys_from_meta_to_device(names, None, None, None)
+        for name, tensor in _state(model):
+            if name not in names:
+                tensor._is_hf_initialized = True
+        model._initialize_missing_keys(False)
 
 
 def _state(model: Any) -> Iterator[tuple[str, Any]]:

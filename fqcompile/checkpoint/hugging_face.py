@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from fqcompile.checkpoint.computed import BoundedComputing
 from fqcompile.checkpoint.json_text import read_json, shown
 from fqcompile.errors import CheckpointError
 
@@ -82,7 +83,8 @@ def build_model(
     # Some constructors compute on the CPU nevertheless.
     safe = import_module("transformers.initialization").meta_device_safe_creation_ops()
     try:
-        with safe, _at_most(_MODULES + _MODULES_PER_TENSOR * tensors, directory):
+        modules = _MODULES + _MODULES_PER_TENSOR * tensors
+        with safe, _at_most(modules, directory), BoundedComputing(directory):
             read = own.from_dict(own._decode_special_floats(without_code(config)))
             return found._from_config(read, **({} if dtype is None else {"dtype": dtype}))
     except CheckpointError:

@@ -8,6 +8,7 @@ from fqcompile.errors import CheckpointError
 
 LARGEST = 100_000_000  # bytes; the limit that safetensors sets its headers
 _DEEPEST, _LONGEST_NAME, _SHOWN = 64, 512, 600
+_MOST_CONTAINERS = 2_000_000  # three for each tensor of a header; more take a minute to make
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -31,8 +32,13 @@ def parse_json(text: str | bytes, where: str, remedy: str = "download it again")
     """The value of a text; `where` and `remedy` are for errors.
 
     Raises:
-        CheckpointError: it is not JSON, or absurdly deep.
+        CheckpointError: it is not JSON, or of absurdly many or deep lists and objects.
     """
+    brackets = ("[", "{") if isinstance(text, str) else (b"[", b"{")
+    if sum(map(text.count, brackets)) > _MOST_CONTAINERS:  # type: ignore[arg-type]
+        raise CheckpointError(
+            f"{where} has more than {_MOST_CONTAINERS} lists and objects; {remedy}"
+        )
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -27,7 +27,7 @@ from fqcompile.checkpoint.slots import Slot, slots
 from fqcompile.distributed.layout import Layout, layout_of
 from fqcompile.distributed.shards import is_dtensor, local_part, team_of, with_part
 from fqcompile.errors import CheckpointError
-from fqcompile.imports.load import is_quantized_checkpoint, load_quantized
+from fqcompile.imports.load import load_quantized, quantized_config
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.weights.packed_weight import PackedWeight
 
@@ -91,14 +91,15 @@ def load(
 
 def _load_of_others(given: object, directory: Path, device: torch.device | str | None) -> nn.Module:
     """What no `save` of ours has written."""
-    if not is_quantized_checkpoint(directory):
+    config = quantized_config(directory)
+    if config is None:
         raise CheckpointError(f"{directory} has no {MANIFEST}: {recognized(directory)}")
     if given is not None:
         raise CheckpointError(
             f"{directory} was not written by fqcompile, and its names are translated for the class "
             "that its config names: give None in place of a model"
         )
-    return load_quantized(directory, device)
+    return load_quantized(directory, config, device)
 
 
 def _values(reader: "_Reader", places: Mapping[str, Slot]) -> dict[str, Tensor]:

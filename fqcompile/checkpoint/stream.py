@@ -147,7 +147,7 @@ def _write_step(
 
 def _write_the_rest(work: CheckpointModel, writer: StreamWriter) -> None:
     """What no checkpoint holds."""
-    initialise(work.model, work.missing)
+    initialise(work.model, work.missing, work.source.directory)
     places = list(slots(work.model))
     for slot in places:
         if not slot.tensor.is_meta:

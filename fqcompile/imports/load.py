@@ -36,39 +36,41 @@ READERS: dict[str, Reader] = {
 }
 
 
-def is_quantized_checkpoint(directory: Path) -> bool:
-    """Whether its config says that somebody quantised it."""
-    return (directory / "config.json").is_file() and bool(
-        read_config(directory).get("quantization_config")
-    )
+def quantized_config(directory: Path) -> dict[str, Any] | None:
+    """The content of its `config.json`, if that says that somebody quantized it."""
+    if not (directory / "config.json").is_file():
+        return None
+    config = read_config(directory)
+    return config if config.get("quantization_config") else None
 
 
-def load_quantized(directory: Path, device: torch.device | str | None = None) -> nn.Module:
+def load_quantized(
+    directory: Path, config: dict[str, Any], device: torch.device | str | None = None
+) -> nn.Module:
     """The class that the config names, in eval mode, on `device` (by default the CPU).
 
-    Codes stay as they are; no dense weight is made of them.
+    Codes stay as they are; no dense weight is made of them. `config` is that of the directory.
 
     Raises:
         CheckpointError: the format is none of these or has no exact conversion, files are damaged,
             or the model is no class of transformers; file and key are named.
     """
     try:
-        return _loaded(directory, torch.device(device or "cpu"))
+        return _loaded(directory, config, torch.device(device or "cpu"))
     except CheckpointError as error:
         if str(directory) in str(error):
             raise
         raise CheckpointError(f"{directory}: {error}") from error
 
 
-def _loaded(directory: Path, device: torch.device) -> nn.Module:
-    config = read_config(directory)
+def _loaded(directory: Path, config: dict[str, Any], device: torch.device) -> nn.Module:
     tensors = read_tensors(directory)
     layers = _reader(config, directory)(config, tensors, str(directory / "config.json"))
     work = CheckpointModel.of(_as_if_dense(directory, config, tensors, layers), None)
     if work.unused:
         log.warning("left out, as %s has no place for them: %s", work.name, shortened(work.unused))
     model = work.model
-    initialise(model, work.missing)
+    initialise(model, work.missing, directory)
     places = {slot.name: slot for slot in slots(model)}
     types = target_types(model, work.dtype)
     weights = {f"{name}.weight": layer for name, layer in layers.items()}
