@@ -55,6 +55,8 @@ def _row_order(
     matrix = rows.mT if transposed else rows
     shape = tuple(model.state_dict()[target].shape)
     expected = (*matrix.shape[:-1], own[0].k)
+    if _is_conv1d(model, target):
+        transposed = True
     expected = (*expected[:-2], expected[-1], expected[-2]) if transposed else expected
     if len(found) != 1 or shape != expected or rows.numel() != start:
         raise CheckpointError(
@@ -62,6 +64,12 @@ def _row_order(
             f"no weight of {start} rows of {own[0].k}"
         )
     return matrix.flatten(), shape[0] if len(shape) == 3 else 0, transposed
+
+
+def _is_conv1d(model: Any, name: str) -> bool:
+    """The linears of GPT-2 hold [K, N]; GPTQ and AWQ pack them as all others, by rows of K."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    return type(module).__name__ == "Conv1D"
 
 
 def _gathered(own: Sequence[PackedLayer], order: Tensor) -> QuantizedWeight:

@@ -4,7 +4,7 @@ M.qweight int32 [K, N/8]     M.qzeros int32 [G, N/8]     M.scales [G, N]
 nibbles 0 .. 7 of a word are columns 0 2 4 6 1 3 5 7 of its eight
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,8 @@ from fqcompile.imports.parts import check_groups, check_options, check_part, lay
 from fqcompile.quant.quantized_weight import QuantizedWeight
 
 _COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
+# How codes lie in words; programs write it under any of these.
+_VERSION_KEYS = ("version", "format", "checkpoint_format")
 # Keys of AutoAWQ's own files, and what transformers calls them.
 _OWN_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
 
@@ -34,10 +36,12 @@ def read_awq(
     """
     options: Mapping[str, Any] = config["quantization_config"]
     bits, size_key = (own if own in options else key for own, key in _OWN_KEYS.items())
-    allowed = {"version": ("gemm", "GEMM", None), "zero_point": (True, False, None)}
+    gemm = ("gemm", "GEMM", None)
+    allowed: dict[str, Sequence[object]] = dict.fromkeys(_VERSION_KEYS, gemm)
+    allowed["zero_point"] = (True, False, None)
     check_options(options, where, bits=(bits, BITS), allowed=allowed)
     found = {}
-    for name, places in layer_parts(tensors, ("qweight", "qzeros", "scales"), ()).items():
+    for name, places in layer_parts(tensors, ("qweight", "qzeros", "scales"), (), where).items():
         k, words = check_part(name, places, "qweight", ("I32",))
         n = words * CODES_PER_WORD
         groups, _ = check_part(name, places, "scales", ("F16", "BF16", "F32"), (None, n))

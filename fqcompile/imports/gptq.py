@@ -39,15 +39,12 @@ def read_gptq(
             no exact conversion (act-order, other bits or formats); file and key are named.
     """
     options: Mapping[str, Any] = config["quantization_config"]
-    stored = options.get("checkpoint_format") or "gptq"
-    if not isinstance(stored, str) or stored not in _FORMATS:
-        raise CheckpointError(
-            f"{where}: quantization_config.checkpoint_format is {shown(repr(stored))}; this "
-            f"reads {', '.join(_FORMATS)}"
-        )
+    stored = _format(options, where)
     changes = _changes(options, where)
     found = {}
-    for name, places in layer_parts(tensors, ("qweight", "qzeros", "scales"), ("g_idx",)).items():
+    for name, places in layer_parts(
+        tensors, ("qweight", "qzeros", "scales"), ("g_idx",), where
+    ).items():
         own = {**options, **next((c for p, c in changes.items() if matches_pattern(p, name)), {})}
         check_options(
             own, where, bits=("bits", BITS), allowed={"sym": _EITHER, "desc_act": _EITHER}
@@ -62,6 +59,23 @@ def read_gptq(
         read = partial(_read, name, places, (n, k), size, zero_points)
         found[name] = PackedLayer(name, n, k, places, read)
     return found
+
+
+def _format(options: Mapping[str, Any], where: str) -> str:
+    """Programs write it under one key, the other, or both; the first GPTQ where neither is."""
+    given = {key: options[key] for key in ("checkpoint_format", "format") if options.get(key)}
+    for key, value in given.items():
+        if not isinstance(value, str) or value not in _FORMATS:
+            raise CheckpointError(
+                f"{where}: quantization_config.{key} is {shown(repr(value))}; this reads "
+                f"{', '.join(_FORMATS)}"
+            )
+    if len(set(given.values())) > 1:
+        raise CheckpointError(
+            f"{where}: quantization_config has {' and '.join(f'{k} {v}' for k, v in given.items())}"
+            "; give both the one that the file was written in"
+        )
+    return next(iter(given.values()), "gptq")
 
 
 def _changes(options: Mapping[str, Any], where: str) -> dict[str, Mapping[str, Any]]:

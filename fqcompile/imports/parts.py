@@ -64,18 +64,25 @@ def check_groups(
 
 
 def layer_parts(
-    tensors: Mapping[str, TensorPlace], needed: Sequence[str], optional: Sequence[str]
+    tensors: Mapping[str, TensorPlace], needed: Sequence[str], optional: Sequence[str], where: str
 ) -> dict[str, dict[str, TensorPlace]]:
     """The tensors of each packed layer by part.
 
     Raises:
-        CheckpointError: one is there without the others; it is named with its file.
+        CheckpointError: one is there without the others, it is named with its file; or there is
+            none at all, which a config of such layers contradicts.
     """
     found: dict[str, dict[str, TensorPlace]] = {}
     for name, place in tensors.items():
         layer, _, part = name.rpartition(".")
         if part in (*needed, *optional):
             found.setdefault(layer, {})[part] = place
+    if not found:
+        raise CheckpointError(
+            f"{where} has a quantization_config, and no tensor beside it is a {needed[0]}: its "
+            "weights are not packed; remove quantization_config and run: fqcompile quantize "
+            "CHECKPOINT OUT, or give the directory that it was written for"
+        )
     for layer, places in found.items():
         missing = [part for part in needed if part not in places]
         if missing:

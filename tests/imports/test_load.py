@@ -434,3 +434,73 @@ def test_scales_of_no_group_size(tmp_path: Path) -> None:
     scale = torch.ones(128, 100, dtype=torch.bfloat16)
     write_in_groups(tmp_path, 32, 64, weight_scale=scale)
     refused(tmp_path / "packed", "are no codes and scales of")
+
+
+def test_a_config_of_packed_layers_that_are_not_there(tmp_path: Path) -> None:
+    """A dense model would be taken for a quantized one."""
+    make("llama", tmp_path / "plain")
+    for name, options in (("gptq", GPTQ), ("awq", AWQ)):
+        own = {"bits": 4, "group_size": 32, **options}
+        tensors = tensors_of(tmp_path / "plain")
+        write_checkpoint(tmp_path / "plain", tmp_path / name, tensors, own)
+        refused(tmp_path / name, "no tensor beside it is a qweight: its weights are not packed")
+
+
+V2 = {**GPTQ, "format": "gptq_v2"}
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_gptq_v2_may_be_told_by_format_alone(both: bool, tmp_path: Path) -> None:
+    options = {**V2, "checkpoint_format": "gptq_v2"} if both else V2
+    loads_as_written(tmp_path, options, partial(gptq_parts, less=0), zeros=zero_points(0, 15))
+
+
+@pytest.mark.parametrize(
+    ("parts", "options", "message"),
+    [
+        (gptq_parts, {**V2, "checkpoint_format": "gptq"}, "checkpoint_format gptq and format gp"),
+        (gptq_parts, {**GPTQ, "format": "marlin"}, "quantization_config.format is 'marlin'"),
+        (awq_parts, {"quant_method": "awq", "format": "gemv"}, "config.format is 'gemv'"),
+        (
+            awq_parts,
+            {"quant_method": "awq", "checkpoint_format": "gemv_fast"},
+            "config.checkpoint_format is 'gemv_fast'",
+        ),
+    ],
+)
+def test_formats_that_are_refused(parts: Any, options: Any, message: str, tmp_path: Path) -> None:
+    make("llama", tmp_path / "plain")
+    write_four_bit(tmp_path / "plain", tmp_path / "packed", parts, options, zero_points(8, 8))
+    refused(tmp_path / "packed", message)
+
+
+@pytest.mark.parametrize("kind", ["gptq symmetric", "awq"])
+def test_linears_that_hold_k_by_n(kind: str, tmp_path: Path) -> None:
+    """GPT-2's Conv1D: packed by rows as all others, square or not."""
+    transformers = pytest.importorskip("transformers")
+    packer, options, zeros, _ = FOUR_BIT[kind]
+    torch.manual_seed(0)
+    own = {"n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 128, "n_positions": 16}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**own)).eval()
+    model.save_pretrained(tmp_path / "plain")
+    rng, dense = np.random.default_rng(0), tensors_of(tmp_path / "plain")
+    tensors = dict(dense)
+    for name in [name for name in dense if name.endswith(("c_attn.weight", "c_proj.weight"))]:
+        k, n = dense[name].shape
+        codes, zero = rng.integers(0, 16, (k, n)), zeros(rng, (k // 32, n))
+        scale = torch.from_numpy(rng.uniform(0.01, 0.02, zero.shape)).half()
+        wide = torch.from_numpy(codes - np.repeat(zero, 32, 0)).float()
+        dense[name] = wide * scale.float().repeat_interleave(32, 0)
+        layer = name.removesuffix(".weight")
+        del tensors[name]
+        parts = packer(codes, zero)
+        tensors |= {f"{layer}.{p}": torch.from_numpy(v.copy()) for p, v in parts.items()}
+        tensors[f"{layer}.scales"] = scale
+    config = {"bits": 4, "group_size": 32, **options}
+    write_checkpoint(tmp_path / "plain", tmp_path / "packed", tensors, config)
+    write_dense(tmp_path / "plain", tmp_path / "dense", dense)
+    oracle = type(model).from_pretrained(tmp_path / "dense").eval()
+    loaded: Any = fqcompile.load(None, tmp_path / "packed")
+    assert_same_values(loaded, oracle, packed=3)
+    inputs = {"input_ids": torch.arange(6)[None]}
+    assert_close(logits(loaded, inputs), logits(oracle, inputs), depth=6)
