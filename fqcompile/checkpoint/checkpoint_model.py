@@ -42,6 +42,7 @@ class CheckpointModel:
             CheckpointError: the class is unknown here, or needs what the checkpoint lacks.
         """
         names = source.config.get("architectures")
+        names = [names] if isinstance(names, str) else names
         name = names[0] if isinstance(names, list) and names else None
         dtype = dtype or _dtype(source)
         with torch.device("meta"):

@@ -70,7 +70,7 @@ def load(
             or of another model; files and tensors are named, and a model that was given is as it
             was.
     """
-    target = Path(directory)
+    target = _directory(directory)
     if not (target / MANIFEST).is_file():
         return _load_of_others(model_or_factory, target, device)
     manifest, shards = _open(target)
@@ -87,6 +87,16 @@ def load(
     for name, value in values.items():
         put(model, places.get(name), name, value)
     return model
+
+
+def _directory(given: object) -> Path:
+    """Not a model: the two are easily swapped."""
+    if isinstance(given, str | os.PathLike):
+        return Path(given)
+    raise CheckpointError(
+        f"load got a {type(given).__name__} in place of a directory; give the model, a function "
+        "that makes one, or None first, and the directory second"
+    )
 
 
 def _load_of_others(given: object, directory: Path, device: torch.device | str | None) -> nn.Module:

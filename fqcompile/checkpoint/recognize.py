@@ -1,21 +1,16 @@
 """What lies where somebody expects a model for `load`, and the command for it."""
 
 import re
+import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from fqcompile.checkpoint.journal import JOURNAL
 from fqcompile.checkpoint.json_text import shown
-from fqcompile.checkpoint.source import read_tensors
+from fqcompile.checkpoint.source import FOREIGN, INDEX, packed_by, read_tensors
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# The ends of tensors' names that only quantized layers have.
-_PACKED = {
-    "qweight": "GPTQ or AWQ",
-    "weight_packed": "compressed-tensors",
-    "absmax": "bitsandbytes",
-}
 _BESIDE = ("quantize_config.json", "quant_config.json")
 _QUANTIZE = "fqcompile quantize CHECKPOINT OUT"
 _WRITERS = f"fqcompile.save(model, directory) and `{_QUANTIZE}` write such directories"
@@ -75,21 +70,29 @@ def _directory(path: Path) -> str:
     names = sorted(found.name for found in path.iterdir())
     if not names:
         return f"it is empty; {_WRITERS}"
-    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+    weights = any(name.endswith(".safetensors") or name == INDEX for name in names)
+    if "config.json" not in names or not weights:
         return _text(path, names, _OF_DIRECTORIES)
-    parts = {name.rpartition(".")[2]: name for name in read_tensors(path)}
-    packed = next((part for part in _PACKED if part in parts), None)
+    packed = packed_by(read_tensors(path))
     if packed is None:
         return _text(path, ["config.json"], {"config.json": _PLAIN})
+    program, tensor = packed
+    if program in FOREIGN.values():
+        return (
+            f"it holds {program} weights ({tensor}), which are not read here; give the checkpoint "
+            f"that it was made from to: {_QUANTIZE}"
+        )
     lies = next((f"; it lies in {name}" for name in _BESIDE if name in names), "")
     return (
-        f"it holds {_PACKED[packed]} weights ({parts[packed]}) and a config.json without "
+        f"it holds {program} weights ({tensor}) and a config.json without "
         f"quantization_config, which says how they are packed{lies}; put it there, with its "
         f"quant_method, and load again: fqcompile.load(None, {str(path)!r})"
     )
 
 
 def _text(path: Path, names: Collection[str], known: Mapping[str, str]) -> str:
-    found = ((text, name) for end, text in known.items() for name in names if name.endswith(end))
+    found = (
+        (text, name) for end, text in known.items() for name in names if name.lower().endswith(end)
+    )
     text, name = next(found, (_NOTHING, ", ".join(sorted(names)[:3])))
-    return f"it {text.format(shown(name), path)}"
+    return f"it {text.format(shown(name), shlex.quote(str(path)))}"

@@ -1,15 +1,33 @@
 """A checkpoint of Hugging Face in a local directory: its config, and where each tensor lies."""
 
 import os
+import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fqcompile.checkpoint.json_text import check_name, read_json, shown
+from fqcompile.checkpoint.manifest import MANIFEST
 from fqcompile.checkpoint.safetensors_file import TensorPlace, read_header
 from fqcompile.errors import CheckpointError
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# The ends of tensors' names that only quantized layers have; FOREIGN: whatever a config says.
+FOREIGN = {
+    "absmax": "bitsandbytes", "quant_map": "bitsandbytes", "SCB": "bitsandbytes", "W_q": "HQQ",
+}  # fmt: skip
+_PACKED = {**FOREIGN, "qweight": "GPTQ or AWQ", "weight_packed": "compressed-tensors"}
+# Files that begin so are no model's under another name.
+_OTHERS = {
+    "fqcompile-": f", a shard of a save of fqcompile without its {MANIFEST}; copy that here too",
+    "consolidated": ", Mistral's own format, whose tensors have other names; download the files "
+    "model*.safetensors of the same model",
+    "diffusion_pytorch_model": ", a model of diffusers; load it there, from_pretrained(directory), "
+    "and call fqcompile.quantize_(model)",
+    "adapter_model": ", an adapter of peft, which is no model; load the base model, quantize it, "
+    "and give both to PeftModel.from_pretrained",
+}
 # What a directory of weights needs beside them: configs, tokenizers, templates, code, licences.
 _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -60,15 +78,35 @@ def open_source(directory: Path) -> Source:
         raise CheckpointError(
             f"{directory} is quantised already ({named}); give the checkpoint that it was made from"
         )
-    return Source(directory, config, read_tensors(directory))
+    tensors = read_tensors(directory)
+    packed = packed_by(tensors)
+    if packed is not None:
+        raise CheckpointError(
+            f"{directory} is quantized already: {packed[1]} is of {packed[0]}; give the checkpoint "
+            "that it was made from"
+        )
+    return Source(directory, config, tensors)
+
+
+def packed_by(names: Iterable[str]) -> tuple[str, str] | None:
+    """Who quantized the layers of these tensors, and one of them; None: they are not packed."""
+    last = {name.rpartition(".")[2]: name for name in names}
+    return next(((program, last[end]) for end, program in _PACKED.items() if end in last), None)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The content of `config.json`.
 
     Raises:
-        CheckpointError: there is none, or it is no JSON object.
+        CheckpointError: there is none, or it is no JSON object; or a save of ours is there.
     """
+    names = {name for name in (MANIFEST, _SINGLE, INDEX) if (directory / name).is_file()}
+    if names == {MANIFEST}:  # beside weights of Hugging Face it says nothing of these
+        raise CheckpointError(
+            f"{directory} was saved by fqcompile and is quantized already; load it: "
+            f"fqcompile.load(None, {str(directory)!r}); or write it for an engine: fqcompile "
+            f"export {shlex.quote(str(directory))} OUT, which checks it too"
+        )
     return _json(directory / "config.json", directory)
 
 
@@ -81,8 +119,8 @@ def read_tensors(directory: Path) -> dict[str, TensorPlace]:
     tensors: dict[str, TensorPlace] = {}
     for path in _files(directory):
         tensors |= read_header(path)
-    if (directory / _INDEX).is_file() and not (directory / _SINGLE).is_file():
-        _check_index(directory / _INDEX, tensors)
+    if (directory / INDEX).is_file() and not (directory / _SINGLE).is_file():
+        _check_index(directory / INDEX, tensors)
     return tensors
 
 
@@ -90,12 +128,12 @@ def _files(directory: Path) -> list[Path]:
     """The files of weights, as `from_pretrained` finds them."""
     if (directory / _SINGLE).is_file():
         return [directory / _SINGLE]
-    if (directory / _INDEX).is_file():
-        names = sorted(set(_weight_map(directory / _INDEX).values()))
+    if (directory / INDEX).is_file():
+        names = sorted(set(_weight_map(directory / INDEX).values()))
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise CheckpointError(
-                f"{directory} lacks {', '.join(missing)}, which {_INDEX} names; download them"
+                f"{directory} lacks {', '.join(missing)}, which {INDEX} names; download them"
             )
         return [directory / name for name in names]
     pickled = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
@@ -104,7 +142,19 @@ def _files(directory: Path) -> list[Path]:
             f"{directory} has its weights in pickles ({pickled[0]}), which may run any code and "
             "are never opened; convert them: from_pretrained(...).save_pretrained(new_directory)"
         )
-    raise CheckpointError(f"{directory} has neither {_SINGLE} nor {_INDEX}")
+    raise CheckpointError(f"{directory} has neither {_SINGLE} nor {INDEX}{_other(directory)}")
+
+
+def _other(directory: Path) -> str:
+    """What weights of another name are, and what is to be done with them."""
+    names = sorted(path.name for path in directory.iterdir() if path.suffix == ".safetensors")
+    if not names:
+        return ""
+    own = next((text for start, text in _OTHERS.items() if names[0].startswith(start)), None)
+    if own is None and len(names) == 1:
+        old, new = (shlex.quote(str(directory / name)) for name in (names[0], _SINGLE))
+        own = f"; if it holds all weights, rename it: mv {old} {new}"
+    return f", but {shown(names[0])}{own or '; download the index that names all of them'}"
 
 
 def _weight_map(path: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import fqcompile
+from fqcompile.engines.check import check
 from fqcompile.errors import CheckpointError
 from tests.checkpoint.small_models import Small, contents, small
 from tests.helpers import finequant, report
@@ -29,6 +30,19 @@ def _packed(directory: Path, part: str) -> None:
     save_file({f"model.a.{part}": torch.zeros(2, 2)}, directory / "model.safetensors")
 
 
+def _renamed(directory: Path, name: str) -> None:
+    _plain(directory)
+    (directory / "model.safetensors").rename(directory / name)
+
+
+def _without_shards(directory: Path) -> None:
+    _plain(directory)
+    (directory / "model.safetensors").unlink()
+    shards = {str(i): f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+
+
 def _of_method(directory: Path, method: str) -> None:
     _plain(directory)
     content = {
@@ -46,7 +60,30 @@ def _gptq(directory: Path) -> None:
 FOUND: dict[str, tuple[Any, str]] = {
     "plain": (_plain, "holds a plain checkpoint .*run: fqcompile quantize .* OUT"),
     "gptq": (_gptq, r"GPTQ or AWQ weights \(model\.a\.qweight\).*lies in quantize_config\.json"),
-    "bnb": (lambda d: _packed(d, "weight.absmax"), "holds bitsandbytes weights"),
+    "bnb": (
+        lambda d: _packed(d, "weight.absmax"),
+        r"bitsandbytes weights \(model\.a\.weight\.absmax\), which are not read.*fqcompile q",
+    ),
+    "bnb int8": (lambda d: _packed(d, "SCB"), "bitsandbytes weights .*made from to: fqcompile q"),
+    "hqq": (lambda d: _packed(d, "W_q"), r"HQQ weights \(model\.a\.W_q\).*made from to: fqc"),
+    "autogptq": (
+        lambda d: _renamed(d, "gptq_model-4bit-32g.safetensors"),
+        r"but gptq_model-4bit-32g\.safetensors; .*rename it: mv .*32g\.safe.*/model\.safetensors",
+    ),
+    "mistral": (lambda d: _renamed(d, "consolidated.safetensors"), "Mistral's own format.*downl"),
+    "diffusers": (
+        lambda d: _renamed(d, "diffusion_pytorch_model.safetensors"),
+        r"a model of diffusers; load it there.*quantize_\(model\)",
+    ),
+    "our shards": (
+        lambda d: _renamed(d, "fqcompile-0123abcd-00001.safetensors"),
+        r"a shard of a save of fqcompile without its fqcompile\.json; copy that",
+    ),
+    "shards are missing": (
+        _without_shards,
+        r"lacks model-00001-of-00002\.safetensors, model-00002.*index\.json names; download",
+    ),
+    "upper case": (lambda d: _files(d, "MODEL.GGUF"), r"GGUF file of llama\.cpp \(MODEL\.GGUF"),
     "gguf": (
         lambda d: _files(d, "m-q4.gguf", "README.md"),
         r"GGUF file of llama\.cpp \(m-q4\.gguf",
@@ -84,6 +121,47 @@ def test_a_directory_is_named_for_what_it_is(kind: str, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=message) as error:
             fqcompile.load(model, tmp_path)
         assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["weight.absmax", "SCB", "W_q", "qweight", "weight_packed"])
+def test_what_is_packed_is_not_quantized_again(part: str, tmp_path: Path) -> None:
+    """Whether or not a config says so."""
+    _packed(tmp_path, part)
+    with pytest.raises(CheckpointError, match=rf"quantized already: model\.a\.{part} is of"):
+        fqcompile.quantize_checkpoint(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("command", ["check", "quantize"])
+def test_a_directory_of_our_own_is_no_source(command: str, tmp_path: Path) -> None:
+    saved = tmp_path / "my model"
+    fqcompile.save(small(), saved)
+    action: Any = {
+        "check": lambda: check(saved),
+        "quantize": lambda: fqcompile.quantize_checkpoint(saved, tmp_path / "out"),
+    }[command]
+    with pytest.raises(
+        CheckpointError, match=r"saved by fqcompile.*fqcompile\.load\(None"
+    ) as error:
+        action()
+    assert f"fqcompile export '{saved}' OUT" in str(error.value)
+
+
+def test_commands_quote_paths(tmp_path: Path) -> None:
+    for name, write in (("a b", _plain), ("a;b", lambda d: _renamed(d, "w 1.safetensors"))):
+        directory = tmp_path / name
+        directory.mkdir()
+        write(directory)
+        with pytest.raises(CheckpointError) as error:
+            fqcompile.load(None, directory)
+        assert f"quantize '{directory}' OUT" in str(error.value) or (
+            f"mv '{directory}/w 1.safetensors' '{directory}/model.safetensors'" in str(error.value)
+        )
+
+
+@pytest.mark.parametrize("wrong", [None, Small(), 3])
+def test_arguments_in_the_wrong_order(wrong: Any, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="in place of a directory; give the model"):
+        fqcompile.load(tmp_path, wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
