@@ -15,7 +15,7 @@ from fqcompile.passes.choices import way_out
 from fqcompile.passes.localize import localize
 from fqcompile.passes.naming import plain_module
 from fqcompile.passes.pipeline import Recorder, analyse
-from fqcompile.passes.summary import RowKey, rows_of
+from fqcompile.passes.summary import RowKey, rows_of, with_other_readers
 from fqcompile.report import Plan, Site
 
 _PART = re.compile(r"\[\d+\]$")  # match numbers the parts of one parameter
@@ -61,7 +61,7 @@ def explain(
     dry_run(model, example_inputs, example_kwargs or {}, collect, grad=grad)
     seen = {weight for weights, _ in rows for weight in weights}
     unseen = _unseen(model, seen, config.min_elements)
-    return Plan((*_numbered(rows), *unseen), config.as_dict())
+    return Plan((*_numbered(with_other_readers(rows)), *unseen), config.as_dict())
 
 
 def _numbered(rows: Mapping[RowKey, Site]) -> Iterator[Site]:

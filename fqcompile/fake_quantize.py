@@ -31,13 +31,14 @@ def fake_quantize_(model: nn.Module, plan: Plan | CompileReport) -> nn.Module:
     """Replace each weight that `plan` quantises by its dequantised value, in place; return `model`.
 
     The result runs wherever an unquantised model runs and computes what the compiled one does. A
-    weight that an embedding shares is given to the linear as a parameter of its own: embeddings
-    are not quantised. Nothing is written before all sites have found their places.
+    weight that an embedding shares, or something else that reads its values as they are, is given
+    to the linear as a parameter of its own. Nothing is written before all sites have found their
+    places.
 
     Raises:
         FineQuantError: a site's name fits no tensor of the model or several, two sites write to
             the same elements, or a weight has no place for its dequantised value: it is computed
-            from others, or the same parameter is an embedding's table too.
+            from others, or something else reads the same parameter as it is: an embedding's table.
     """
     places = holders_of(model)
     targets = [_target(places, site) for site in plan.sites if site.status == "quantized"]
@@ -85,7 +86,7 @@ def _target(places: Mapping[int, Sequence[Holder]], site: Site) -> _Target:
             f"{site.name} is {list(site.shape)} in the plan and {list(shape)} in the model; the "
             "plan must come from this model"
         )
-    movers = [_movers(h.name, places[id(h.tensor)], recipe.table) for h in found]
+    movers = [_movers(h.name, places[id(h.tensor)], recipe.shared) for h in found]
     return _Target(site, recipe, sources, tuple(movers))
 
 
@@ -117,15 +118,15 @@ def _find(places: Mapping[int, Sequence[Holder]], name: str, *, held: bool) -> H
     )
 
 
-def _movers(name: str, sharing: Sequence[Holder], table: bool) -> tuple[Holder, ...]:
-    """Those that multiply with a weight of which others read the rows; none where nobody does.
+def _movers(name: str, sharing: Sequence[Holder], shared: bool) -> tuple[Holder, ...]:
+    """Those that multiply with a weight that others read as it is; none where nobody does.
 
     Raises:
-        FineQuantError: they cannot be told apart from those that read rows.
+        FineQuantError: they cannot be told apart from those others.
     """
     if any(holder.embeds for holder in sharing):
         movers = tuple(holder for holder in sharing if not holder.embeds)
-    elif table:
+    elif shared:
         movers = tuple(holder for holder in sharing if holder.multiplies)
     else:
         return ()
@@ -133,8 +134,9 @@ def _movers(name: str, sharing: Sequence[Holder], table: bool) -> tuple[Holder, 
     if movers and parameters and len(movers) < len(sharing):
         return movers
     raise FineQuantError(
-        f"{name} is an embedding's table, whose values stay, and the weight of a linear, through "
-        "one parameter; give the linear a module of its own to fake-quantise it, or exclude it"
+        f"{name} is the weight of a linear and is read as it is elsewhere, as an embedding's table "
+        "or as its kept row in the plan says, through one parameter; give the linear a module of "
+        "its own to fake-quantise it, or exclude it"
     )
 
 

@@ -96,7 +96,8 @@ def test_one_parameter_for_both_is_compiled_and_cannot_be_faked() -> None:
     assert [(s.name, s.status, s.bits) for s in report().sites] == rows
     before = model.lm_head.weight.clone()
     with pytest.raises(
-        FineQuantError, match=r"lm_head\.weight is an embedding's table.*own to fake"
+        FineQuantError,
+        match=r"lm_head\.weight is the weight of a linear and is read.*table.*own to fake",
     ):
         fqcompile.fake_quantize_(model, plan)
     assert torch.equal(model.lm_head.weight, before)
@@ -104,6 +105,81 @@ def test_one_parameter_for_both_is_compiled_and_cannot_be_faked() -> None:
     alone = fqcompile.explain(apart["lm_head"], before[IDS], bits=8, **OPTIONS)
     fqcompile.fake_quantize_(apart, alone)
     assert_close(actual, apart["lm_head"](before[IDS]))
+
+
+OTHER_READS: dict[str, tuple[Callable[[nn.Linear, Tensor, Tensor], Tensor], str]] = {
+    "normalize": (lambda lin, w, x: lin(x) + F.linear(x, F.normalize(w, dim=-1)), "normalize"),
+    "norm": (lambda lin, w, x: lin(x) / w.norm(dim=1), "norm"),
+    "column": (lambda lin, w, x: lin(x) + w[:, 0], "add"),
+    "conv": (lambda lin, w, x: lin(x) + F.conv1d(x[..., None], w[..., None])[..., 0], "conv1d"),
+    "vmap": (lambda lin, w, x: lin(x) + torch.vmap(lambda row: F.linear(row, w))(x), "vmap"),
+    "grad": (lambda lin, w, x: lin(x) + torch.func.grad(lambda y: (y @ w.T).sum())(x)[:, :96], ""),
+}
+
+
+class ReadTwice(nn.Module):
+    def __init__(self, read: Callable[[nn.Linear, Tensor, Tensor], Tensor], *, apart: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lin = nn.Linear(128, 96)
+        self.other = nn.ParameterList([self.lin.weight] if apart else [])
+        self.read = read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.lin, self.other[0] if len(self.other) else self.lin.weight, x)
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["one", "apart"])
+@pytest.mark.parametrize("read", OTHER_READS)
+def test_any_second_reader_has_a_row_and_keeps_the_values(read: str, apart: bool) -> None:
+    function, reader = OTHER_READS[read]
+    model, x = frozen(ReadTwice(function, apart=apart)), torch.randn(4, 128)
+    plan = fqcompile.explain(model, x, **OPTIONS)
+    (quantized,), (kept,) = plan.quantized, plan.kept
+    assert (quantized.name, kept.name) == ("lin.weight", "other.0" if apart else "lin.weight")
+    assert reader in str(kept.reason)
+    actual = finequant(model, **OPTIONS)(x)
+    assert [(s.name, s.reason) for s in report().sites] == [(s.name, s.reason) for s in plan.sites]
+    linear = copy.deepcopy(model.lin)
+    fqcompile.fake_quantize_(linear, fqcompile.explain(linear, x, **OPTIONS))
+    expected = function(linear, model.lin.weight, x)
+    assert_close(actual, expected, depth=2)
+    if apart:
+        faked = fqcompile.fake_quantize_(copy.deepcopy(model), plan)
+        assert torch.equal(faked(x), expected)
+        return
+    with pytest.raises(FineQuantError, match=r"lin\.weight is the weight of a linear and is read"):
+        fqcompile.fake_quantize_(model, plan)
+
+
+def test_shape_and_type_of_a_weight_are_no_second_read() -> None:
+    class Like(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(128, 96)
+
+        def forward(self, x: Tensor) -> Tensor:
+            zeros = torch.zeros_like(self.lin.weight).sum() + x.new_zeros(self.lin.weight.shape[0])
+            return self.lin(x.to(self.lin.weight)) + zeros.type_as(self.lin.weight)
+
+    plan = fqcompile.explain(frozen(Like()), torch.randn(4, 128), **OPTIONS)
+    assert [(s.name, s.status) for s in plan.sites] == [("lin.weight", "quantized")]
+
+
+def test_a_second_read_behind_a_graph_break_is_seen_too() -> None:
+    def read(lin: nn.Linear, w: Tensor, x: Tensor) -> Tensor:
+        y = lin(x)
+        torch._dynamo.graph_break()
+        return y / w.norm(dim=1)
+
+    model, x = frozen(ReadTwice(read, apart=False)), torch.randn(4, 128)
+    plan = fqcompile.explain(model, x, **OPTIONS)
+    assert [(s.name, s.status) for s in plan.sites] == [
+        ("lin.weight", "quantized"),
+        ("lin.weight", "kept"),
+    ]
+    with pytest.raises(FineQuantError, match="one parameter"):
+        fqcompile.fake_quantize_(model, plan)
 
 
 def test_ibert() -> None:

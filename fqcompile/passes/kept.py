@@ -1,8 +1,9 @@
-"""What `match` says of constant tensors that no site reads: who reads them, and why they stay.
+"""What `match` says of constant tensors that others than sites read: who, and why they stay.
 
 embedding(ids, w)  ->  KeptWeight(w: embedding table)       conv1d(x, w)  ->  KeptWeight(w: conv1d)
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor, fx
 
 from fqcompile.distributed.shards import NOT_LOCAL, is_dtensor, local_part
 from fqcompile.passes.base import GraphState, example, placeholders
-from fqcompile.passes.effects import bodies, in_transforms
+from fqcompile.passes.effects import bodies, has_effects, in_transforms
 from fqcompile.passes.expert_forms import PRODUCTS
+from fqcompile.passes.fold import ConstantFolder
 from fqcompile.passes.naming import note_table
-from fqcompile.passes.sites import KeptWeight
+from fqcompile.passes.sites import ExpertSite, KeptWeight
 from fqcompile.weights.recipe import CASTS, MOVING, target_name
 
 IN_A_BODY = "the bodies of higher-order operators stay as they are"
@@ -27,6 +29,13 @@ INTO_AN_INPUT = (
 )
 _TABLE = "embedding table: embeddings are not quantised"
 _ROW_READS = frozenset("embedding embedding_bag index_select index gather take_along_dim".split())
+# What takes nothing but shape, dtype and device: of any operand, or of one that is not the first.
+_LIKE = frozenset(
+    """zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty
+    new_full new_tensor size stride dim numel""".split()
+)
+_LIKE_OTHER = frozenset("to type_as expand_as view_as reshape_as".split())
+Edge = tuple[fx.Node, fx.Node]
 
 
 def note_tables(state: GraphState) -> None:
@@ -59,27 +68,31 @@ def _by_tensor(index: object) -> bool:
 def kept_matrices(state: GraphState) -> list[KeptWeight]:
     """Constant tensors that no site reads, and parameters passed in, from `min_elements` on.
 
-    Also those that a site reads and that are a table, unless an embedding says so already.
+    Also those that a site reads and something else, too, unless that is an embedding: it says so.
     """
     used = {source for site in state.sites for source in site.sources}
+    to_sites = _edges_to_sites(state)
     transformed = in_transforms(state.graph)
     kept = []
     given = dict(zip(placeholders(state.graph), state.args, strict=True))
     for node in state.names:
-        known, table = state.known[node], _reads_rows(node)
-        if not node.users or (node in used and (known.embedded or not table)):
+        known, readers = state.known[node], _readers(node, to_sites)
+        table = _reads_rows(node) and not (node in used and known.embedded)
+        if node in used:
+            readers = [reader for reader in readers if _reads_more(node, reader, known.embedded)]
+        if not node.users or (node in used and not readers):
             continue
         whole: Any = given[node] if node in given else example(node)
         sharded, weight = is_dtensor(whole), local_part(whole)
         if not _is_matrix(weight, state.config.min_elements):
             continue
-        reason = _why_not(state, node, transformed)
+        reason = _TABLE if table else _why_not(state, node, readers, transformed)
         reason = NOT_LOCAL if sharded and "embedding" not in reason else reason
         kept.append(
             KeptWeight(
                 identity=id(weight),
-                name=known.table if table else known.name,
-                kind=_kind(weight, node),
+                name=known.table if table or node in used else known.name,
+                kind=_kind(weight, readers),
                 shape=tuple(weight.shape),
                 nbytes=weight.numel() * weight.element_size(),
                 reason=reason,
@@ -96,17 +109,16 @@ def _is_matrix(weight: Tensor, min_elements: int) -> bool:
     )
 
 
-def _why_not(state: GraphState, node: fx.Node, transformed: dict[fx.Node, str]) -> str:
+def _why_not(
+    state: GraphState, node: fx.Node, readers: list[fx.Node], transformed: dict[fx.Node, str]
+) -> str:
     if node in state.written:
         return f"{state.written[node]!r} in the graph may write to it"
     if node.op == "get_attr":
         return IN_THE_GRAPH
     if node not in state.constants:
         return "an argument of the compiled function: what the caller passes in is no weight"
-    readers = _readers(node)
     names = dict.fromkeys(target_name(reader.target) for reader in readers)
-    if _reads_rows(node):
-        return _TABLE
     inside = [transformed[reader] for reader in readers if reader in transformed]
     if inside:
         return (
@@ -119,25 +131,52 @@ def _why_not(state: GraphState, node: fx.Node, transformed: dict[fx.Node, str]) 
     return f"read by {', '.join(names)}: not a linear or expert form that is quantised"
 
 
-def _readers(source: fx.Node) -> list[fx.Node]:
-    """The calls that read the tensor, also through views and casts of it."""
-    found: list[fx.Node] = []
-    waiting = [*source.users]
-    seen = set(waiting)
+def _edges_to_sites(state: GraphState) -> dict[Edge, bool]:
+    """What brings weights to their sites, as pairs of a node and its user: is this the product?"""
+    folder = ConstantFolder(state)
+    edges: dict[Edge, bool] = {}
+    for site in state.sites:
+        gather = site.gather if isinstance(site, ExpertSite) else ()
+        waiting = [site.weight]
+        while waiting:
+            node = waiting.pop()
+            found = [n for n in node.all_input_nodes if n in gather or folder.is_constant(n)]
+            waiting += [n for n in found if (n, node) not in edges]
+            edges |= {(n, node): False for n in found}
+    return edges | {(site.weight, site.node): True for site in state.sites}
+
+
+def _readers(source: fx.Node, to_sites: Mapping[Edge, bool]) -> list[fx.Node]:
+    """The calls that read the tensor, also through views and casts of it, beside the sites."""
+    found: dict[fx.Node, None] = {}
+    waiting, seen = [source], {source}
     while waiting:
         node = waiting.pop(0)
-        moves = node.users and target_name(node.target) in MOVING | CASTS
-        following = [user for user in node.users if user not in seen] if moves else []
-        if not moves:
-            found.append(node)
-        seen.update(following)
-        waiting += following
-    return found
+        for user in node.users:
+            if to_sites.get((node, user)) or user in seen:
+                continue
+            name = target_name(user.target)
+            if name in _LIKE_OTHER and node is not user.args[0]:
+                continue
+            seen.add(user)
+            if (user.users and name in MOVING | CASTS) or (node, user) in to_sites:
+                waiting.append(user)
+            else:
+                found[user] = None
+    return [*found]
 
 
-def _kind(weight: Tensor, node: fx.Node) -> str:
+def _reads_more(weight: fx.Node, reader: fx.Node, embedded: bool) -> bool:
+    """Whether it takes values of a weight that a site reads, and no embedding tells of that."""
+    name = target_name(reader.target)
+    if not reader.users and not has_effects(reader) and reader.op != "output":
+        return False
+    return not (name in _LIKE or (embedded and name in _ROW_READS))
+
+
+def _kind(weight: Tensor, readers: list[fx.Node]) -> str:
     """A stack is one of experts where a product of matrices reads it; a table is none."""
-    names = {target_name(reader.target) for reader in _readers(node)}
+    names = {target_name(reader.target) for reader in readers}
     if weight.dim() == 3 and names & PRODUCTS:
         return "experts"
     return "linear" if weight.dim() == 2 else "other"

@@ -1,7 +1,7 @@
 """What the passes did to each weight, as the rows of a plan."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -26,14 +26,14 @@ class SiteRecipe:
 
     Attributes:
         held: whether a module has them all, so that the names are those of its parameters.
-        table: rows of the weight are read too, by what keeps its values.
+        shared: the weight is read too by what keeps its values, a table's rows for example.
     """
 
     recipe: WeightRecipe
     names: tuple[str, ...]
     plan: QuantPlan
     held: bool = True
-    table: bool = False
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,32 @@ def rows_of(state: GraphState) -> dict[RowKey, Site]:
         read = Read(site.recipe.key, site.plan.scale_dtype if site.plan else None)
         weights = tuple(id(state.args[state.constants[source]]) for source in site.sources)
         rows.setdefault((weights, read), _site(state, site))
-    told = {
-        weight for (weights, _), site in rows.items() if site.status == "kept" for weight in weights
-    }
-    # A table whose site is kept too has a row already.
+    by_status: dict[str, set[int]] = {"kept": set(), "quantized": set()}
+    for (weights, _), site in rows.items():
+        by_status[site.status].update(weights)
+    # A weight all of whose sites are kept has a row already.
+    told = by_status["kept"] - by_status["quantized"]
     for weight in (w for w in state.kept if w.identity not in told):
         rows[(weight.identity,), None] = _kept(weight)
-    return rows
+    return with_other_readers(rows)
+
+
+def with_other_readers(rows: Mapping[RowKey, Site]) -> dict[RowKey, Site]:
+    """The rows, where those of quantised weights say that something else reads the values."""
+    dense = {w for (weights, read) in rows if read is None for w in weights}
+    dense_reads = {
+        (weights, read.recipe)
+        for (weights, read), site in rows.items()
+        if read is not None and site.status == "kept"
+    }
+    found = dict(rows)
+    for (weights, read), site in rows.items():
+        if read is None or not isinstance(site.recipe, SiteRecipe):
+            continue
+        if (weights, read.recipe) in dense_reads or not dense.isdisjoint(weights):
+            recipe = replace(site.recipe, shared=True)
+            found[weights, read] = replace(site, recipe=recipe)
+    return found
 
 
 def plan_of(state: GraphState) -> Plan:
@@ -90,7 +109,7 @@ def _site(state: GraphState, site: WeightSite) -> Site:
         tuple(input.name for input in known),
         site.plan,
         held=all(input.held for input in known),
-        table=site.table,
+        shared=site.table,
     )
     assert site.packed is not None and site.op is not None
     group_size = state.packed[site.op].spec.group_size
