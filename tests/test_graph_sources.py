@@ -123,6 +123,13 @@ def test_what_is_passed_in_is_multiplied_with_as_it_is() -> None:
     assert quantized_names(report().sites) == set()
 
 
+def test_names_of_a_frozen_graph_are_those_of_the_parameters() -> None:
+    sequence = frozen(nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 128)))
+    with inductor_config.patch(freezing=True), torch.no_grad():
+        finequant(sequence)(X)
+    assert reasons() == dict.fromkeys(["0.weight", "2.weight"], IN_THE_GRAPH)
+
+
 def test_frozen_graph_is_explained_and_quantizing_first_works() -> None:
     with inductor_config.patch(freezing=True), torch.no_grad():
         model = frozen(Mlp())

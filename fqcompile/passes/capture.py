@@ -5,8 +5,8 @@ what the caller passes in is not, whatever it is, and nothing that the graph its
 Constant inputs stay inputs: the same graph runs for other instances with other weights.
 """
 
-import re
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch._guards import GuardSource
 from fqcompile.config import FineQuantConfig
 from fqcompile.passes.base import GraphState, copy_module, example, placeholders
 from fqcompile.passes.effects import has_effects, memory_of, written_inputs
-from fqcompile.passes.naming import InputName, name_inputs, path_name
+from fqcompile.passes.naming import InputName, name_inputs
 from fqcompile.passes.regions import inline_regions
 from fqcompile.passes.spelling import spell
 from fqcompile.weights.recipe import target_name
@@ -100,10 +100,11 @@ def enables_grad(graph: fx.Graph) -> bool:
 
 def _names_inside(module: fx.GraphModule) -> dict[fx.Node, InputName]:
     """Of the tensors that are attributes of the graph itself, as freezing makes them."""
-    sources = (getattr(module, "_param_name_to_source", None) or {}).values()
-    known = {re.sub(r"\W", "_", str(source.name)): source for source in sources}
+    sources = getattr(module, "_param_name_to_source", None) or {}
     nodes = [
         node for node in module.graph.nodes if node.op == "get_attr" and example(node) is not None
     ]
-    names = {node: path_name(known.get(str(node.target)), str(node.target)) for node in nodes}
-    return {node: InputName(name, name, held=False) for node, name in names.items()}
+    for node in nodes:
+        node._dynamo_source = sources.get(str(node.target))
+    values = [attrgetter(str(node.target))(module) for node in nodes]
+    return name_inputs({node: index for index, node in enumerate(nodes)}, values)

@@ -12,11 +12,13 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import CellType, MethodType
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch._dynamo.eval_frame import OptimizeContext, OptimizedModule
+from torch._dynamo.external_utils import wrap_inline
 from torch._guards import Source
 
 from fqcompile.config import HEAD_NAMES
@@ -159,11 +161,6 @@ def _relative(path: Sequence[str]) -> str:
     return ".".join(path[1:]) or path[0]
 
 
-def path_name(source: object, default: str) -> str:
-    """Of what Dynamo found at `source`, by its path alone; `default` where it has none."""
-    return _relative(_path_of(source, default))
-
-
 def _path(node: fx.Node) -> list[str]:
     return _path_of(getattr(node, "_dynamo_source", None), node.name)
 
@@ -215,16 +212,39 @@ def _modules_of(
     function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[str, nn.Module]]:
     """The module whose method the function is; or those among its arguments and variables."""
-    owner = getattr(function, "__self__", None)
+    function, args, kwargs = _unwrapped(function, args, kwargs)
+    owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
     if isinstance(owner, nn.Module):
         yield "", plain_module(owner)
         return
     reached = {**_variables(function, args), **kwargs}
-    reached |= getattr(args[0] if owner is None and args else owner, "__dict__", {})
+    reached |= getattr(args[0] if args else None, "__dict__", {})
     for name, value in reached.items():
         module = value.__self__ if isinstance(value, MethodType) else value
         if isinstance(module, nn.Module):
             yield name, plain_module(module)
+
+
+def _unwrapped(
+    function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Any, Sequence[Any], Mapping[str, Any]]:
+    """The function, or the module or its method, behind partials and callable objects."""
+    while not isinstance(function, nn.Module):
+        call = getattr(function, "__call__", None)  # noqa: B004  what it calls is asked for
+        if isinstance(function, partial):
+            args, kwargs = (*function.args, *args), {**function.keywords, **kwargs}
+            function = function.func
+        elif isinstance(function, MethodType):
+            if isinstance(function.__self__, nn.Module):
+                break
+            function, args = function.__func__, (function.__self__, *args)
+        elif isinstance(call, MethodType):
+            function = call
+        elif getattr(function, "__code__", None) in wrap_inline.__code__.co_consts:
+            function = function.__wrapped__  # Dynamo's own, around what is no function
+        else:
+            break
+    return function, args, kwargs
 
 
 def _variables(function: Any, args: Sequence[Any]) -> dict[str, Any]:

@@ -56,8 +56,8 @@ def rows_of(state: GraphState) -> dict[RowKey, Site]:
         weights = tuple(id(state.args[state.constants[source]]) for source in site.sources)
         rows.setdefault((weights, read), _site(state, site))
     by_status: dict[str, set[int]] = {"kept": set(), "quantized": set()}
-    for (weights, _), site in rows.items():
-        by_status[site.status].update(weights)
+    for (weights, _), row in rows.items():
+        by_status[row.status].update(weights)
     # A weight all of whose sites are kept has a row already.
     told = by_status["kept"] - by_status["quantized"]
     for weight in (w for w in state.kept if w.identity not in told):

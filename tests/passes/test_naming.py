@@ -1,6 +1,7 @@
 """naming: the names of `named_parameters()` of what was compiled, wherever a graph begins."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -179,6 +180,54 @@ def test_names_that_would_be_equal_begin_with_their_roots() -> None:
     a, b = frozen(Block()), frozen(Block())
     plan = fqcompile.explain(lambda x: a(x) + b(x), X, **OPTIONS)
     assert {site.name for site in plan.sites} == _matrices(a, "a.") | _matrices(b, "b.")
+
+
+class Calls:
+    """A model behind an object that is no module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+def _scaled(model: nn.Module, scale: float, x: Tensor) -> Tensor:
+    return model(x) * scale
+
+
+def _by_keyword(x: Tensor, *, model: nn.Module) -> Tensor:
+    return model(x)
+
+
+CALLABLES: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
+    "partial": lambda m: partial(_scaled, m, 2.0),
+    "nested": lambda m: partial(partial(_scaled, m), 2.0),
+    "keyword": lambda m: partial(_by_keyword, model=m),
+    "module": lambda m: partial(m),
+    "method of a module": lambda m: partial(m.forward),
+    "method": lambda m: Calls(m).run,
+    "partial of a method": lambda m: partial(Calls(m).run),
+    "object": Calls,
+}
+
+
+@pytest.mark.parametrize("wrap", CALLABLES.values(), ids=CALLABLES)
+def test_names_behind_a_callable_are_those_of_its_model(
+    wrap: Callable[[nn.Module], Callable[[Tensor], Tensor]],
+) -> None:
+    model = frozen(nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)))
+    called = wrap(model)
+    options = OPTIONS | {"exclude": [r"^0\.weight$"]}
+    plan = fqcompile.explain(called, X, **options)
+    found = [(site.name, site.status) for site in plan.sites]
+    assert found == [("0.weight", "kept"), ("2.weight", "quantized")]
+    actual = torch.compile(called, backend="finequant", options=options)(X)
+    assert [(site.name, site.status) for site in fqcompile.reports()[-1].sites] == found
+    assert_close(actual, wrap(oracle(model, plan))(X), k=64, depth=2)
 
 
 @pytest.mark.parametrize("broken", [False, True], ids=["whole", "broken"])
