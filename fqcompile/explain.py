@@ -23,6 +23,11 @@ _NO_GRAPH = (
     "no captured graph reads it: these inputs do not reach it, or a loop over data broke the graph"
 )
 
+_RECURRENT = (
+    "no captured graph reads it: torch.compile does not trace {kind}, nor the function that calls "
+    "it; call fqcompile.quantize_(model) first"
+)
+
 
 def explain(
     model: Callable[..., Any],
@@ -33,7 +38,9 @@ def explain(
 ) -> Plan:
     """What `torch.compile(model, backend="finequant", options=options)` would do, as a plan.
 
-    The model runs once, eagerly, on the example inputs; its weights are not changed.
+    The model really runs once, eagerly, on the example inputs: we do not change its weights, but
+    what its own code writes to them stays, as RWKV's rescaling in place in the first call does. The
+    plan is that of this run; a second `explain` shows that of the runs after it.
 
     Args:
         grad: run in grad mode, as training does: weights that require grad are kept then. Else
@@ -81,8 +88,10 @@ def _numbered(rows: Mapping[RowKey, Site]) -> Iterator[Site]:
 def _unseen(model: object, seen: Collection[int], min_elements: int) -> Iterator[Site]:
     """The matrices of a module that no graph reads, as sites that are kept."""
     parameters = plain_module(model).named_parameters() if isinstance(model, nn.Module) else ()
-    modules = model.modules() if isinstance(model, nn.Module) else ()
+    modules = [*model.modules()] if isinstance(model, nn.Module) else []
     experts_way_out = way_out({type(module).__module__ for module in modules})
+    recurrent = next((type(m).__name__ for m in modules if isinstance(m, nn.RNNBase)), None)
+    no_graph = _RECURRENT.format(kind=f"nn.{recurrent}") if recurrent else _NO_GRAPH
     for name, weight in parameters:
         if weight.dim() not in (2, 3) or weight.numel() < min_elements:
             continue
@@ -94,7 +103,7 @@ def _unseen(model: object, seen: Collection[int], min_elements: int) -> Iterator
             kind="experts" if stacked else "linear",
             shape=tuple(weight.shape),
             status="kept",
-            reason=_NO_GRAPH + (experts_way_out if stacked else ""),
+            reason=no_graph + (experts_way_out if stacked else ""),
             bytes_before=weight.nbytes,
             bytes_after=weight.nbytes,
         )

@@ -172,6 +172,27 @@ def test_matrices_that_no_graph_reads_are_listed() -> None:
     assert "set_experts" not in unread["other.weight"][1]
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_what_a_recurrent_layer_keeps_out_of_every_graph_says_so(kind: type[nn.RNNBase]) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = kind(128, 128)
+            self.out = nn.Linear(128, 256)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.rnn(x)[0])
+
+    model = frozen(Recurrent())
+    plan = fqcompile.explain(model, X)
+    unread = [site for site in plan.kept if "no captured graph" in str(site.reason)]
+    assert "rnn.weight_ih_l0" in {site.name for site in unread}
+    for site in unread:
+        assert f"does not trace nn.{kind.__name__}" in str(site.reason)
+        assert "quantize_(model) first" in str(site.reason)
+    assert fqcompile.quantize_(model).site("out.weight").status == "quantized"
+
+
 def test_every_matrix_that_a_graph_reads_is_listed_once() -> None:
     plan = fqcompile.explain(_model(), X)
     assert len({s.name for s in plan.sites}) == len(plan.sites)
