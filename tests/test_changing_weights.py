@@ -1,5 +1,6 @@
 """Weights that are others in every call are read as they come; an update now and then is packed."""
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -110,6 +111,24 @@ def test_a_weight_that_changes_in_every_call_is_kept(
     (warning,) = [r.message for r in caplog.records]
     assert name in warning and "name it in exclude" in warning and "quantize_(model)" in warning
     assert warning in last.warnings
+
+
+def test_packed_weights_that_a_hook_replaces_in_every_call_are_no_change(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = frozen(nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 128)))
+    plan = fqcompile.quantize_(copy.deepcopy(model), granularity=64)
+    expected = oracle(model, plan)(X)
+    fqcompile.quantize_(model, granularity=64)
+    home = {name: dict(model[int(name)].named_parameters()) for name in "02"}
+    compiled = finequant(model)
+    caplog.set_level(logging.WARNING, "fqcompile")
+    for _ in range(8):
+        for name, held in home.items():
+            weight = type(held["weight"])(held["weight"], requires_grad=False)
+            model[int(name)].weight = weight
+        assert_close(compiled(X), expected, k=256, depth=2)
+    assert not caplog.records and not fqcompile.reports()[-1].plan.kept
 
 
 @pytest.mark.parametrize("calls", [2, 5])

@@ -25,7 +25,7 @@ from torch._dynamo.aot_compile_types import SerializableCallable
 
 from fqcompile.errors import PlanDoesNotFit
 from fqcompile.weights.fingerprint import ATTEMPTS, Fingerprint, Memory, fingerprint
-from fqcompile.weights.no_memory import Lifetime, lifetime
+from fqcompile.weights.no_memory import Lifetime, NoMemory, lifetime
 from fqcompile.weights.store import STORE
 
 Inner = Callable[..., Any]
@@ -69,7 +69,11 @@ class _Binding:
         if self.calls > 1:
             return (0,) * len(weights)
         pairs = zip(*self.state, *fingerprint(weights), self.alive, weights, strict=True)
-        new = [v != v2 or p != p2 or ref() is not lifetime(w) for v, p, v2, p2, ref, w in pairs]
+        new = [
+            # nothing is quantised anew for one that comes packed
+            not isinstance(w, NoMemory) and (v != v2 or p != p2 or ref() is not lifetime(w))
+            for v, p, v2, p2, ref, w in pairs
+        ]
         step = 2 if any(ref() is not None for ref in self.alive) else 1
         return tuple((n + step) * changed for n, changed in zip(self.changes, new, strict=True))
 
