@@ -20,7 +20,8 @@ from fqcompile.weights.recipe import target_name
 _ROUTER_MAX_EXPERTS = 1024
 _ROUTER_MAX_HOPS = 8
 _CODEBOOK_MAX_ENTRIES = 1 << 14  # vocabularies, from which a head may choose as well, are larger
-_CHOICES = ("argmin", "argmax", "min", "max", "topk")
+_RANKINGS = ("topk", "sort", "argsort")
+_CHOICES = ("argmin", "argmax", "min", "max", *_RANKINGS)
 _MODELING = re.compile(r"transformers[/\\]models[/\\](\w+)[/\\](\w+)\.py")
 _SWITCH_TO_GROUPED = (
     "for a model of Hugging Face call model.set_experts_implementation('grouped_mm') first"
@@ -97,9 +98,11 @@ def is_router(state: GraphState, site: WeightSite) -> bool:
 
 def is_codebook(state: GraphState, site: WeightSite) -> bool:
     """Whether the scores choose the nearest row: their least is taken, or the best of x·w - |w|²/2,
-    or the rows themselves are looked up by what is chosen."""
+    the rows themselves are looked up by what is chosen, or nothing is read but their ranks."""
     if site.kind != "linear" or site.shape[0] > _CODEBOOK_MAX_ENTRIES:
         return False
+    if _only_ranks(site) and not any(other.kind == "experts" for other in state.sites):
+        return True
     folder = ConstantFolder(state)
 
     def of_weight(node: object) -> bool:
@@ -121,6 +124,23 @@ def is_codebook(state: GraphState, site: WeightSite) -> bool:
             return True
         nearest |= any(of_weight(arg) for user in frontier for arg in user.all_input_nodes)
     return False
+
+
+def _only_ranks(site: WeightSite) -> bool:
+    """Whether all that is read of the scores is the indices of a top-k or of a sort."""
+    waiting, ranked = [site.node], False
+    while waiting:
+        for user in waiting.pop().users:
+            name = target_name(user.target)
+            if name in _RANKINGS:
+                ranked = True
+                if name != "argsort" and any(read.args[1:] != (1,) for read in user.users):
+                    return False
+            elif user.op == "output" or not _keeps_scores(site, user):
+                return False
+            else:
+                waiting.append(user)
+    return ranked
 
 
 def _looks_up(choice: fx.Node, of_weight: Callable[[object], bool]) -> bool:

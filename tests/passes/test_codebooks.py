@@ -48,7 +48,19 @@ def shifted(x: Tensor) -> Tensor:
     return F.linear(x, CODES, -CODES.pow(2).sum(1) / 2).topk(3).indices
 
 
-CODEBOOKS = [euclidean, negated, normalized, cosine, straight, shifted]
+def ranked(x: Tensor) -> Tensor:
+    return torch.einsum("bd,nd->bn", x, CODES).topk(3).indices
+
+
+def sorted_(x: Tensor) -> Tensor:
+    return F.linear(x, CODES).sort(-1, descending=True)[1][:, 0]
+
+
+def argsorted(x: Tensor) -> Tensor:
+    return F.linear(x, CODES).argsort(-1, descending=True)[:, 0]
+
+
+CODEBOOKS = [ranked, sorted_, argsorted, euclidean, negated, normalized, cosine, straight, shifted]
 
 
 @pytest.mark.parametrize("choose", CODEBOOKS)
@@ -73,6 +85,14 @@ def test_classifier_that_is_sampled_is_no_codebook() -> None:
         return scores.argmax(-1), scores
 
     assert run_passes(greedy, X).counts["rewrite"] == 1
+
+
+def test_sorted_scores_that_are_read_are_no_codebook() -> None:
+    def sampled(x: Tensor) -> tuple[Tensor, Tensor]:
+        scores, order = F.linear(x, CODES).sort(-1, descending=True)
+        return scores.softmax(-1).cumsum(-1), order
+
+    assert run_passes(sampled, X).counts["rewrite"] == 1
 
 
 def test_distance_that_is_used_as_a_value_is_no_codebook() -> None:
