@@ -52,7 +52,7 @@ def _gpt_j(directory: Path) -> dict[str, Any]:
         (_gpt_j, "n_positions", 2 * 10**9),
         (_gpt_j, "rotary_dim", 2**31),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_sizes_that_no_file_justifies(
     family: Any, key: str, value: int, packed: bool, tmp_path: Path, little_memory: None
