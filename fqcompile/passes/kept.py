@@ -143,7 +143,11 @@ def _edges_to_sites(state: GraphState) -> dict[Edge, bool]:
             found = [n for n in node.all_input_nodes if n in gather or folder.is_constant(n)]
             waiting += [n for n in found if (n, node) not in edges]
             edges |= {(n, node): False for n in found}
-    return edges | {(site.weight, site.node): True for site in state.sites}
+    for site in state.sites:  # the product may read a view of the weight, as bmm(x, w.expand(...))
+        others = (site.x, site.bias)
+        edges |= {(n, site.node): True for n in site.node.all_input_nodes if n not in others}
+        edges[site.weight, site.node] = True
+    return edges
 
 
 def _readers(source: fx.Node, to_sites: Mapping[Edge, bool]) -> list[fx.Node]:
