@@ -158,7 +158,7 @@ def test_values_of_another_type_give_the_weight_that_type(backend: str) -> None:
     assert_close(call(x), _dense(model)(x), k=256, depth=3)
     model.up.weight.data = torch.zeros(model.up.weight.shape, dtype=torch.float16)
     assert model.up.weight.dtype == torch.float16 and not model.up.weight.dequantized().any()
-    with pytest.raises(FineQuantError, match=r"\(256, 128\) got one of \(3, 3\)"):
+    with pytest.raises(FineQuantError, match=r"\(256, 128\), up\.weight, got one of \(3, 3\)"):
         model.up.weight.data = torch.zeros(3, 3)
 
 

@@ -198,7 +198,7 @@ def _effects(func: Any) -> _Effects:
     schema = func._schema
     aliases = [(i, a.name, a.alias_info) for i, a in enumerate(schema.arguments)]
     found = [_Effect(i, name, said.is_write) for i, name, said in aliases if said is not None]
-    unsafe = schema.name.startswith(_UNSAFE)
+    unsafe = schema.name.startswith(_UNSAFE) and not found
     if unsafe:
         found = [_Effect(0, aliases[0][1], writes=False)]
     if not found and schema.name.endswith("_") and not schema.name.endswith("__"):
