@@ -21,7 +21,6 @@ from fqcompile.kernels.ops import linear_inference
 from fqcompile.kernels.registry import KernelChoice, select_kernel
 from fqcompile.kernels.tuning.launches import tuned_launches
 from fqcompile.weights.packed_form import PackedForm, Routed, spec_of
-from fqcompile.weights.packed_memory import whole_place
 from fqcompile.weights.packed_ops import implements
 from fqcompile.weights.packed_weight import PackedWeight
 
@@ -66,16 +65,21 @@ def _linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Any:
 
 
 def _experts(
-    x: Tensor, w: PackedWeight, offsets: Tensor | None = None, *, zero_rest: bool = False
+    x: Tensor,
+    w: PackedWeight,
+    offsets: Tensor | None = None,
+    ids: Tensor | None = None,
+    *,
+    zero_rest: bool = False,
 ) -> Any:
-    """x [rows, K] times each row's ŵᵀ: by offsets, or by the ids with which w was gathered."""
+    """x [rows, K] times each row's ŵᵀ, told by offsets or by ids."""
     form = w.form
     kernel = _kernel(w, x, "gathered" if offsets is None else "grouped")
     if kernel is None:
         return NotImplemented
     formats = (form.bits, form.group_size, form.rows, form.k, "none", False, kernel)
     if offsets is None:
-        return gathered_linear_inference(x, w.qweight, w.scale, w.ids, None, *formats)
+        return gathered_linear_inference(x, w.qweight, w.scale, ids, None, *formats)
     return grouped_linear_inference(x, w.qweight, w.scale, offsets, None, *formats, zero_rest)
 
 
@@ -185,8 +189,5 @@ def _each(x: Tensor, w: PackedWeight) -> Any:
         y = _experts(flat, w, offsets)
     else:
         ids = w.ids if isinstance(rows, int) and rows == 1 else w.ids.repeat_interleave(rows)
-        place = whole_place((ids.shape[0], *w.shape[1:]))
-        y = _experts(
-            flat, PackedWeight.showing(w.memory, w.dtype, place, flipped=w.flipped, ids=ids)
-        )
+        y = _experts(flat, w, ids=ids)
     return y if y is NotImplemented else y.view(experts, rows, w.form.rows)

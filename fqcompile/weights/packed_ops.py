@@ -32,8 +32,8 @@ from fqcompile.weights.packed_memory import (
     quantized,
     whole_place,
 )
-from fqcompile.weights.packed_weight import HANDLERS, PackedWeight, packed_like
-from fqcompile.weights.packed_writes import write
+from fqcompile.weights.packed_weight import HANDLERS, PackedWeight
+from fqcompile.weights.packed_writes import packed_like, write
 
 log = logging.getLogger("fqcompile")
 _read_as_tables: set[str] = set()  # parameters of which it has been said
@@ -100,8 +100,8 @@ def _t(w: PackedWeight) -> Any:
     return PackedWeight.showing(w.memory, w.dtype, turned, flipped=not w.flipped, ids=w.ids)
 
 
-def _swapped(values: Sequence[int]) -> list[int]:
-    return [*values[:-2], values[-1], values[-2]]
+def _swapped(values: Sequence[int]) -> Sequence[int]:
+    return (*values[:-2], values[-1], values[-2])
 
 
 @views("aten.transpose.int")
@@ -115,7 +115,7 @@ def _permute(w: PackedWeight, dims: Any) -> Any:
     order, last = [d % w.dim() for d in dims], list(range(w.dim()))
     if order == last:
         return _same(w)
-    return _t(w) if order == _swapped(last) else NotImplemented
+    return _t(w) if tuple(order) == _swapped(tuple(last)) else NotImplemented
 
 
 @views("aten.select.int")

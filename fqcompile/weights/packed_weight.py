@@ -8,6 +8,7 @@ the two, under every backend.
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,14 @@ from fqcompile.weights.stacks import pack_stack
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 # What answers an operator, by its full name; None: all others. `packed_ops` fills it.
 HANDLERS: dict[str | None, Handler] = {}
+
+
+@cache
+def handler_of(func: Any) -> Handler:
+    """What answers this operator. Its name takes a microsecond to make, and is asked for once."""
+    return HANDLERS.get(str(func)) or HANDLERS[None]
+
+
 # Compiled code takes packed weights and their views apart, and makes them, as these files say.
 _FILES = (Path(__file__), Path(__file__).with_name("dense_view.py"))
 _CODE = hashlib.sha256(b"".join(path.read_bytes() for path in _FILES)).hexdigest()[:16]
@@ -83,12 +92,13 @@ class PackedWeight(NoMemory):
         ids: Tensor | None = None,
     ) -> "PackedWeight":
         """A view of the memory."""
+        if torch.is_inference_mode_enabled():  # what it makes could be no view of what it did not
+            with torch.inference_mode(False):
+                return cls.showing(memory, dtype, place, flipped=flipped, ids=ids)
         size, stride, offset = place
-        # What is made in inference mode could not be a view of what was not.
-        with torch.inference_mode(False):
-            self = Tensor._make_wrapper_subclass(
-                cls, size, strides=stride, storage_offset=offset, dtype=dtype, device=memory.device
-            )
+        self = Tensor._make_wrapper_subclass(
+            cls, size, strides=stride, storage_offset=offset, dtype=dtype, device=memory.device
+        )
         self.memory, self.flipped, self.ids, self.lifetime = memory, flipped, ids, Lifetime()
         self.seal()
         return self
@@ -161,8 +171,7 @@ class PackedWeight(NoMemory):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        handler = HANDLERS.get(str(func)) or HANDLERS[None]
-        return handler(func, args, kwargs or {})
+        return handler_of(func)(func, args, kwargs or {})
 
     def __repr__(  # type: ignore[override]
         self, *, tensor_contents: Any = None
@@ -262,20 +271,6 @@ class PackedWeight(NoMemory):
         w_hat = matrices(self.memory, self.dtype)
         w_hat = w_hat if self.ids is None else w_hat[self.ids]
         return w_hat.transpose(-2, -1) if self.form.transposed else w_hat
-
-
-def packed_like(
-    form: PackedForm, weight: QuantizedWeight, dtype: torch.dtype, name: str = ""
-) -> PackedWeight:
-    """Other plain codes, shown as `form` shows its own; a stack if that is one."""
-    return PackedWeight.of(
-        weight,
-        dtype=dtype,
-        experts=form.experts,
-        transposed=form.transposed,
-        scale_method=form.scale_method,
-        name=name,
-    )
 
 
 def rebuild_packed_weight(

@@ -16,7 +16,7 @@ from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.weights.dense_view import DenseView, refusal
 from fqcompile.weights.packed_form import PackedForm
 from fqcompile.weights.packed_memory import PackedMemory, quantized, values
-from fqcompile.weights.packed_weight import PackedWeight, packed_like
+from fqcompile.weights.packed_weight import PackedWeight
 
 _COPY = "aten.copy_.default"
 
@@ -43,6 +43,20 @@ def write(w: PackedWeight | DenseView, source: Tensor) -> None:
         _write_all(w, w.memory, source)
     elif w.numel():
         _write_rows(w, w.memory.root, source)
+
+
+def packed_like(
+    form: PackedForm, weight: QuantizedWeight, dtype: torch.dtype, name: str = ""
+) -> PackedWeight:
+    """Other plain codes, shown as `form` shows its own; a stack if that is one."""
+    return PackedWeight.of(
+        weight,
+        dtype=dtype,
+        experts=form.experts,
+        transposed=form.transposed,
+        scale_method=form.scale_method,
+        name=name,
+    )
 
 
 def _can_fill(source: Tensor, w: Tensor) -> bool:
