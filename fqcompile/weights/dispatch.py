@@ -17,7 +17,9 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
@@ -43,6 +45,18 @@ class Variant:
     inner: Inner
     kept_args: tuple[int, ...]
     pack: Callable[[Sequence[Any]], tuple[Tensor, ...]]
+
+    @cached_property
+    def kept(self) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+        """The arguments that it reads."""
+        return _at(self.kept_args)
+
+
+def _at(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """What takes these out of a sequence, in C, as it does so in every call."""
+    if len(positions) < 2:  # for one, itemgetter gives no tuple
+        return lambda values: tuple([values[i] for i in positions])
+    return itemgetter(*positions)
 
 
 VariantFor = Callable[[Sequence[Any], frozenset[int]], Variant]
@@ -82,7 +96,7 @@ class _Table:
     """The bindings of the weights at `inputs`, by their ids; `lost` went with weights that died."""
 
     def __init__(self, inputs: tuple[int, ...]) -> None:
-        self.inputs = inputs
+        self.inputs, self.weights = inputs, _at(inputs)
         self.bindings: dict[tuple[int, ...], _Binding] = {}
         self.lost: _Binding | None = None
 
@@ -128,7 +142,7 @@ class WeightDispatch(SerializableCallable):
 
     def __call__(self, *args: Any) -> Any:
         table = self._table
-        weights = tuple([args[i] for i in table.inputs])
+        weights = table.weights(args)
         binding = table.bindings.get(tuple(map(id, weights)))
         if binding is None or (self._detect and binding.is_stale(weights)):
             if binding is None:
@@ -138,7 +152,7 @@ class WeightDispatch(SerializableCallable):
         if self._changing:
             self._count_down()
         variant = binding.variant
-        return variant.inner(*[args[i] for i in variant.kept_args], *binding.packed)
+        return variant.inner(*variant.kept(args), *binding.packed)
 
     # Tools that show compiled functions, such as depyf, read a name from it.
     __code__ = __call__.__code__
@@ -159,7 +173,7 @@ class WeightDispatch(SerializableCallable):
     def bind(self, args: Sequence[Any]) -> _Binding:
         """Decide and pack for these weights; forget them when one of them dies."""
         table, changing = self._table, self._changing
-        weights = tuple(args[i] for i in table.inputs)
+        weights = table.weights(args)
         old = table.bindings.get(tuple(map(id, weights)))
         last, table.lost = old or table.lost, None
         changes = last.counted(weights) if last else (0,) * len(weights)
