@@ -4,12 +4,12 @@ Kernels take addresses and trust the sizes beside them, so a wrong x, bias, resi
 not reach one. Each check raises RuntimeError, as the dense call does, with the sizes of the layer.
 
 `holds` decides a condition on the sizes of activations: `bool` where they are numbers; for symbolic
-ones `expect_true`, which leaves to run time what cannot be known.
+ones `expect_true`, which leaves to run time what cannot be known. Devices: see `on_one_device`.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from fqcompile.kernels.registry import parse_kernel
 from fqcompile.kernels.template import Shape
 
 Holds = Callable[[Any], bool]
+Run = TypeVar("Run", bound=Callable[..., Any])
 _MOST_FORMS = 4096  # forms of layers whose shapes are remembered
 
 
@@ -41,7 +42,7 @@ def check_linear(
     """x [..., K], bias [rows of the weight] and residual [..., N] of one type, and the weight.
 
     Raises:
-        RuntimeError: one of them has another shape, type or device.
+        RuntimeError: one of them has another shape or type.
         OptionError: there is no such activation.
         NoKernelError: the kernel is not installed here.
     """
@@ -49,17 +50,18 @@ def check_linear(
     codes, scales = _shapes(kernel, activation, bits, group_size, rows, k)
     if qweight.shape != codes or scale.shape != scales:
         raise _other_form(qweight, scale, kernel, bits, group_size, rows, k, "")
-    if not x.dim() or not holds(x.shape[-1] == k):
+    shape = x.shape
+    if not shape or not holds(shape[-1] == k):
         raise RuntimeError(
-            f"x has {x.shape[-1] if x.dim() else 'no'} columns; the weight has K={k}: a layer of "
-            f"N={n} takes x of shape [..., {k}], not {tuple(x.shape)}"
+            f"x has {shape[-1] if shape else 'no'} columns; the weight has K={k}: a layer of "
+            f"N={n} takes x of shape [..., {k}], not {tuple(shape)}"
         )
-    if not x.get_device() == qweight.get_device() == scale.get_device():
-        raise _apart(x, qweight, scale)
-    if bias is not None:
-        _check_values(bias, (rows,), x, "bias")
+    if bias is not None and (bias.shape != (rows,) or bias.dtype != x.dtype):
+        raise _other_values(bias, (rows,), x, "bias")
     if residual is not None:
-        _check_values(residual, (*x.shape[:-1], n), x, "residual")
+        added = (*shape[:-1], n)
+        if residual.shape != added or residual.dtype != x.dtype:
+            raise _other_values(residual, added, x, "residual")
 
 
 def check_experts(
@@ -82,15 +84,16 @@ def check_experts(
     """x [M, K], one offset for each expert or one id for each row, bias [E, rows of one].
 
     Raises:
-        RuntimeError: one of them has another shape, type or device.
+        RuntimeError: one of them has another shape or type.
         OptionError: there is no such activation.
         NoKernelError: the kernel is not installed here.
     """
     rows = 2 * n if gated else n
     _check_routed(x, "x", k, qweight, offsets, ids, holds)
     check_weight(qweight, scale, bits, group_size, rows, k, kernel, activation, stacked=True)
-    if bias is not None:
-        _check_values(bias, (qweight.shape[0], rows), x, "bias")
+    each = (qweight.shape[0], rows)
+    if bias is not None and (bias.shape != each or bias.dtype != x.dtype):
+        raise _other_values(bias, each, x, "bias")
 
 
 def check_experts_backward(
@@ -110,7 +113,7 @@ def check_experts_backward(
     """dz [M, rows of one expert], routed as x was.
 
     Raises:
-        RuntimeError: one of them has another shape, type or device.
+        RuntimeError: one of them has another shape or type.
         NoKernelError: the kernel is not installed here.
     """
     _check_routed(dz, "dz", rows, qweight, offsets, ids, holds)
@@ -141,8 +144,6 @@ def check_weight(
     if qweight.shape != (*stack, *codes) or scale.shape != (*stack, *scales):
         each = ", of each expert" if stacked else ""
         raise _other_form(qweight, scale, kernel, bits, group_size, rows, k, each)
-    if scale.get_device() != qweight.get_device():
-        raise _apart(qweight, scale)
 
 
 @lru_cache(_MOST_FORMS)
@@ -193,25 +194,33 @@ def _check_routed(
         raise RuntimeError(f"routing has {routing.dim()} dimensions; it has 1")
     if routing.dtype not in (torch.int32, torch.int64):
         raise RuntimeError(f"routing is {routing.dtype}; it must be int32 or int64")
-    if not x.get_device() == qweight.get_device() == routing.get_device():
-        raise _apart(x, qweight, routing)
     if ids is None and not holds(routing.shape[0] == qweight.shape[0]):
         raise RuntimeError(f"{routing.shape[0]} offsets for {qweight.shape[0]} experts")
     if ids is not None and not holds(ids.shape[0] == x.shape[0]):
         raise RuntimeError(f"{ids.shape[0]} ids for {x.shape[0]} rows of {name}")
 
 
-def _check_values(values: Tensor, shape: Shape, x: Tensor, name: str) -> None:
+def _other_values(values: Tensor, shape: Shape, x: Tensor, name: str) -> RuntimeError:
     """What is added has exactly this shape, and x's type: kernels neither broadcast nor cast."""
-    if values.shape != shape or values.dtype != x.dtype:
-        raise RuntimeError(
-            f"{name} has the shape {tuple(values.shape)} and is {values.dtype}; x of shape "
-            f"{tuple(x.shape)} takes one of {shape} that is {x.dtype}"
-        )
-    if values.get_device() != x.get_device():
-        raise _apart(x, values)
+    return RuntimeError(
+        f"{name} has the shape {tuple(values.shape)} and is {values.dtype}; x of shape "
+        f"{tuple(x.shape)} takes one of {shape} that is {x.dtype}"
+    )
 
 
-def _apart(*tensors: Tensor) -> RuntimeError:
-    found = ", ".join(dict.fromkeys(str(t.device) for t in tensors))
-    return RuntimeError(f"expected all tensors to be on the same device, but found {found}")
+def on_one_device(run: Run) -> Run:
+    """Raises RuntimeError where the tensors among the arguments are on several devices.
+
+    What is registered for the CPU needs it not: the dispatcher calls that where all are there.
+    """
+
+    @wraps(run)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        found = dict.fromkeys(str(tensor.device) for tensor in tensors)
+        if len(found) > 1:
+            text = ", ".join(found)
+            raise RuntimeError(f"expected all tensors to be on the same device, but found {text}")
+        return run(*args, **kwargs)
+
+    return checked  # type: ignore[return-value]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import expect_true
 
-from fqcompile.kernels.arguments import check_experts, check_experts_backward
+from fqcompile.kernels.arguments import check_experts, check_experts_backward, on_one_device
 from fqcompile.kernels.epilogue import epilogue_backward
 from fqcompile.kernels.execute import run_experts, run_experts_backward
 from fqcompile.kernels.template import PackedLinear
@@ -151,13 +151,17 @@ _FAKES = {"grouped_linear": _grouped_fake, "gathered_linear": _gathered_fake}
 for _name, _routing in _ROUTINGS.items():
     for _overload in (_name, f"{_name}.inference"):
         _library.define(_SCHEMA.format(_overload, *_routing), tags=_TAGS)
-        for _device in ("CPU", "CUDA"):
-            _library.impl(_overload, _IMPLEMENTATIONS[_name], _device)
-        torch.library.register_fake(f"fqcompile::{_overload}", _FAKES[_name], lib=_library)
+        _library.impl(_overload, _IMPLEMENTATIONS[_name], "CPU")
+        _library.impl(_overload, on_one_device(_IMPLEMENTATIONS[_name]), "CUDA")
+        torch.library.register_fake(
+            f"fqcompile::{_overload}", on_one_device(_FAKES[_name]), lib=_library
+        )
 _library.define(_BACKWARD_SCHEMA, tags=_TAGS)
-for _device in ("CPU", "CUDA"):
-    _library.impl("experts_backward", _backward_impl, _device)
-torch.library.register_fake("fqcompile::experts_backward", _backward_fake, lib=_library)
+_library.impl("experts_backward", _backward_impl, "CPU")
+_library.impl("experts_backward", on_one_device(_backward_impl), "CUDA")
+torch.library.register_fake(
+    "fqcompile::experts_backward", on_one_device(_backward_fake), lib=_library
+)
 
 grouped_linear = torch.ops.fqcompile.grouped_linear.default
 grouped_linear_inference = torch.ops.fqcompile.grouped_linear.inference

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import expect_true
 
-from fqcompile.kernels.arguments import check_linear, check_weight
+from fqcompile.kernels.arguments import check_linear, check_weight, on_one_device
 from fqcompile.kernels.epilogue import epilogue_backward
 from fqcompile.kernels.execute import dequantize_weight, run_linear
 from fqcompile.kernels.template import PackedLinear
@@ -64,8 +64,9 @@ def _linear_impl(
     gated: bool,
     kernel: str,
 ) -> Tensor:
-    form = (bits, group_size, n, k, activation, gated, kernel)
-    check_linear(x, qweight, scale, bias, residual, *form)
+    check_linear(
+        x, qweight, scale, bias, residual, bits, group_size, n, k, activation, gated, kernel
+    )
     weight = PackedLinear(qweight, scale, bits, group_size, 2 * n if gated else n, k)
     if x.dim() == 2 and x.numel() and n:
         return run_linear(x, weight, bias, residual, activation, gated, kernel)
@@ -93,14 +94,16 @@ def _dequantize_impl(
     return dequantize_weight(weight, dtype, kernel)
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("linear", _linear_impl, _device)
-    _library.impl("linear.inference", _linear_impl, _device)
-    _library.impl("dequantize", _dequantize_impl, _device)
+for _name in ("linear", "linear.inference"):
+    _library.impl(_name, _linear_impl, "CPU")
+    _library.impl(_name, on_one_device(_linear_impl), "CUDA")
+_library.impl("dequantize", _dequantize_impl, "CPU")
+_library.impl("dequantize", on_one_device(_dequantize_impl), "CUDA")
 
 
 @torch.library.register_fake("fqcompile::linear.inference")
 @torch.library.register_fake("fqcompile::linear")
+@on_one_device
 def _linear_fake(
     x: Tensor,
     qweight: Tensor,
@@ -121,6 +124,7 @@ def _linear_fake(
 
 
 @torch.library.register_fake("fqcompile::dequantize")
+@on_one_device
 def _dequantize_fake(
     qweight: Tensor,
     scale: Tensor,

@@ -34,7 +34,10 @@ class PackedLinear(NamedTuple):
 
 
 class LinearFn(Protocol):
-    """`act(x @ ŵᵀ + bias) + residual` for x [M, K] with M >= 1; returns [M, N] in x's dtype."""
+    """`act(x @ ŵᵀ + bias) + residual` for x [M, K] with M >= 1; returns [M, N] in x's dtype.
+
+    The residual [M, N] has x's dtype too; the operator sees to it (see `arguments`).
+    """
 
     def __call__(
         self,

@@ -70,7 +70,7 @@ def _linear(
     gated: bool,
     config: Config | None,
 ) -> Tensor:
-    if x.shape[0] >= AMX_ROWS and x.dtype == torch.bfloat16 and _has_amx():
+    if _has_amx() and x.shape[0] >= AMX_ROWS and x.dtype == torch.bfloat16:
         return _linear_of_many(x, weight, bias, residual, activation, gated)
     y, _ = _multiply(x, weight, None, bias, residual, activation, gated)
     return y
@@ -109,58 +109,46 @@ def _multiply(
     gated: bool,
     ids: bool = False,
 ) -> tuple[Tensor, bool]:
-    """One C++ call. Whether the routing named only what there is; if not, y is not written."""
-    library = native.native_library()
-    weight, x = _contiguous(weight), _rows_contiguous(x)
-    bias = None if bias is None else _plain(bias)
-    residual = None if residual is None else _rows_contiguous(residual.to(x.dtype))
-    routing = None if routing is None else routing.contiguous()
+    """One C++ call, of little Python; False where the routing names what is not there."""
+    qweight, scale, bits, group_size, rows, k = weight
+    if not (qweight.is_contiguous() and scale.is_contiguous()):
+        qweight, scale = qweight.contiguous(), scale.contiguous()
+    x = x if x.stride(1) == 1 else x.contiguous()
     m = x.shape[0]
-    y = x.new_empty(m, weight.rows // 2 if gated else weight.rows)
-    status = library.matmul(
+    y = x.new_empty(m, rows // 2 if gated else rows)
+    bias_fields, residual_fields, routing_fields = (0, 0), (0, 0), (1, 0, 0, 0)
+    if bias is not None:
+        bias = bias.contiguous()
+        bias_fields = bias.data_ptr(), DTYPES[bias.dtype]
+    if residual is not None:
+        residual = residual.contiguous()
+        residual_fields = residual.data_ptr(), residual.stride(0)
+    if routing is not None:
+        routing = routing.contiguous()
+        routing_fields = qweight.shape[0], routing.data_ptr(), ids, routing.element_size()
+    status = native.native_library().matmul(
         _MATMUL.pack(
-            *_weight_fields(weight),
+            qweight.data_ptr(),
+            scale.data_ptr(),
+            DTYPES[scale.dtype],
+            bits,
+            group_size if group_size < k else k,
+            rows,
+            k,
             x.data_ptr(),
             x.stride(0),
             DTYPES[x.dtype],
             m,
-            0 if bias is None else bias.data_ptr(),
-            0 if bias is None else DTYPES[bias.dtype],
-            0 if residual is None else residual.data_ptr(),
-            0 if residual is None else residual.stride(0),
+            *bias_fields,
+            *residual_fields,
             y.data_ptr(),
             _ACTIVATIONS[activation],
             gated,
-            1 if routing is None else weight.qweight.shape[0],
-            0 if routing is None else routing.data_ptr(),
-            ids,
-            0 if routing is None else routing.element_size(),
+            *routing_fields,
             in_forked_child(),
         )
     )
     return y, status == 0
-
-
-def _weight_fields(weight: PackedLinear) -> tuple[int, ...]:
-    """Addresses, so of tensors that the caller holds until the C++ returns; see `_contiguous`."""
-    group = min(weight.group_size, weight.k)
-    format = (DTYPES[weight.scale.dtype], weight.bits, group, weight.rows, weight.k)
-    return (weight.qweight.data_ptr(), weight.scale.data_ptr(), *format)
-
-
-def _contiguous(weight: PackedLinear) -> PackedLinear:
-    qweight, scale = weight.qweight, weight.scale
-    if qweight.is_contiguous() and scale.is_contiguous():
-        return weight
-    return weight._replace(qweight=qweight.contiguous(), scale=scale.contiguous())
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _plain(bias: Tensor) -> Tensor:
-    return bias.contiguous() if bias.dtype in DTYPES else bias.float().contiguous()
 
 
 def _linear_of_many(
@@ -183,11 +171,18 @@ def _linear_of_many(
 def _transposed(weight: PackedLinear, first: int, last: int, dtype: torch.dtype) -> Tensor:
     """ŵᵀ [K, last - first] of those rows; `first` is a multiple of 64."""
     library = native.native_library()
-    weight = _contiguous(weight)
-    panel = torch.empty(weight.k, last - first, dtype=dtype)
+    qweight, scale, bits, group_size, rows, k = weight
+    qweight, scale = qweight.contiguous(), scale.contiguous()
+    panel = torch.empty(k, last - first, dtype=dtype)
     library.dequantize(
         _DEQUANTIZE.pack(
-            *_weight_fields(weight),
+            qweight.data_ptr(),
+            scale.data_ptr(),
+            DTYPES[scale.dtype],
+            bits,
+            min(group_size, k),
+            rows,
+            k,
             first // OUTPUTS,
             -(-(last - first) // OUTPUTS),
             DTYPES[dtype],

@@ -144,12 +144,14 @@ def test_bias_of_another_type_and_strided() -> None:
     """Which the operator refuses, and its kernel reads."""
     p = make_problem(leading=(2,), n=70, k=40, dtype=torch.bfloat16, bias=True)
     assert p.bias is not None
-    wide = torch.stack((p.bias.double(), torch.zeros(70).double()), 1)
+    wide = torch.stack((p.bias.float(), torch.zeros(70)), 1)
     for bias in (wide[:, 0], p.bias.float(), p.bias.half()):
         with path(NAMES[-1]):
             got = X86_STREAM.linear(p.x, packed(p), bias, None, "none", False, None)
         want, bound = oracle(replace(p, bias=bias))
         assert bool(((got.double() - want).abs() <= bound).all())
+    with pytest.raises(RuntimeError, match=r"fp32, bf16 and fp16, not torch\.float64"):
+        X86_STREAM.linear(p.x, packed(p), p.bias.double(), None, "none", False, None)
 
 
 SPEC = GemmSpec(4, 64, 128, 4, 64, torch.bfloat16, torch.bfloat16, "cpu")
