@@ -44,19 +44,10 @@ class DenseView(NoMemory):
     def __new__(
         cls: type["DenseView"], shown: Tensor, memory: PackedMemory | None, offset: int | SymInt
     ) -> "DenseView":
-        size, stride = shown.size(), shown.stride()
-        with torch.inference_mode(False):
-            self = Tensor._make_wrapper_subclass(
-                cls,
-                size,
-                strides=stride,
-                storage_offset=offset,
-                dtype=shown.dtype,
-                device=shown.device,
-            )
+        place = Place(shown.size(), shown.stride(), offset)
+        self = cls.shaped(place, shown.dtype, shown.device)
         self._shown, self.memory, self.lifetime = shown, memory, Lifetime()
         self._number = 0 if memory is None else memory.number
-        self.seal()
         return self
 
     @property

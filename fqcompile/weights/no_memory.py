@@ -1,15 +1,20 @@
 """NoMemory: a tensor whose values are in other tensors, and what it answers to who asks where."""
 
 from collections import OrderedDict
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.jit import _trace
+from torch.utils._pytree import tree_leaves
 
 from fqcompile.errors import FineQuantError
-from fqcompile.weights.packed_memory import Place
+from fqcompile.weights.packed_memory import Memory, Place
 
 _LIFETIME = "_fqcompile_lifetime"  # attribute of a dense tensor
+# Bytes of the storage: no number to C, so that what would read them there, as torch.jit.save does
+# whatever the address is, raises, and neither crashes nor writes zeros.
+_NO_SIZE = -(1 << 63)
 
 
 class Lifetime:
@@ -26,9 +31,33 @@ class Lifetime:
 
 
 class NoMemory(Tensor):
-    """A packed weight, or a view of one."""
+    """A packed weight, or a view of one.
 
+    Attributes:
+        memory: of the weight; None where it is not known of which.
+    """
+
+    memory: Memory | None
     lifetime: Lifetime
+
+    @classmethod
+    def shaped(cls, place: Place, dtype: torch.dtype, device: torch.device) -> Self:
+        """One without attributes; what asks in C for its address, to write there, is told."""
+        if torch.is_inference_mode_enabled():  # what it makes could be no view of what it did not
+            with torch.inference_mode(False):
+                return cls.shaped(place, dtype, device)
+        size, stride, offset = place
+        self = Tensor._make_wrapper_subclass(
+            cls,
+            size,
+            strides=stride,
+            storage_offset=offset,
+            dtype=dtype,
+            device=device,
+            storage_size=_NO_SIZE,
+        )
+        torch._C._set_throw_on_mutable_data_ptr(self)
+        return self
 
     @property
     def place(self) -> Place:
@@ -40,11 +69,8 @@ class NoMemory(Tensor):
         storage = super().untyped_storage()
         if type(storage) is torch.UntypedStorage:
             storage.__class__ = _Storage
+            storage.dense_bytes = self.numel() * self.dtype.itemsize  # type: ignore[attr-defined]
         return storage
-
-    def seal(self) -> None:
-        """Let what asks for the address in C, to write there, be told, and not be given zero."""
-        torch._C._set_throw_on_mutable_data_ptr(self)
 
     def _refuse(self, *args: object, **kwargs: object) -> Any:
         raise no_memory()
@@ -64,8 +90,14 @@ def lifetime(weight: Tensor) -> Lifetime:
 
 
 class _Storage(torch.UntypedStorage):
+    dense_bytes: int
+
     def data_ptr(self) -> int:
         raise no_memory()
+
+    def nbytes(self) -> int:
+        """What a dense weight would take."""
+        return self.dense_bytes
 
 
 def no_memory(name: str = "") -> FineQuantError:
@@ -76,3 +108,22 @@ def no_memory(name: str = "") -> FineQuantError:
         "torch.save its state_dict, or make it dense again by fqcompile.restore(model); of a view "
         "that is only read, take a copy by clone()"
     )
+
+
+def refuse_trace(arguments: object) -> None:
+    """For calls while some thread's torch.jit.trace, or what exports by it, records modules.
+
+    Raises:
+        FineQuantError: one of the arguments is a packed weight of those, or a view of one.
+    """
+    known = [part for pair in (_trace._trace_module_map or {}).items() for part in pair]
+    held = [w for m in known if isinstance(m, nn.Module) for w in m._parameters.values()]
+    recorded = {w.memory.root for w in held if isinstance(w, NoMemory) and w.memory is not None}
+    for leaf in tree_leaves(arguments):
+        if isinstance(leaf, NoMemory) and leaf.memory is not None and leaf.memory.root in recorded:
+            name = leaf.memory.name
+            raise FineQuantError(
+                f"torch.jit.trace was to record a packed weight{f', {name}' if name else ''}: what "
+                "is traced is saved and exported as dense memory, and it has none. Make the model "
+                "dense by fqcompile.restore(model) first, or use torch.export.export"
+            )

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit import _trace
 
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels.ops import CACHE_TAG
 from fqcompile.kernels.template import PackedLinear
 from fqcompile.quant.chunks import plain_tensors
 from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.weights.no_memory import Lifetime, NoMemory, no_memory
+from fqcompile.weights.no_memory import Lifetime, NoMemory, no_memory, refuse_trace
 from fqcompile.weights.packed_form import PackedForm, best_layout
 from fqcompile.weights.packed_memory import (
     Memory,
@@ -45,7 +46,8 @@ def handler_of(func: Any) -> Handler:
 
 
 # Compiled code takes packed weights and their views apart, and makes them, as these files say.
-_FILES = (Path(__file__), Path(__file__).with_name("dense_view.py"))
+_MODULES = ("packed_weight", "dense_view", "no_memory")
+_FILES = [Path(__file__).with_name(f"{name}.py") for name in _MODULES]
 _CODE = hashlib.sha256(b"".join(path.read_bytes() for path in _FILES)).hexdigest()[:16]
 # Added to the address of codes: whoever reads there is stopped by the processor or the driver.
 _NO_ADDRESS = 1 << 63
@@ -92,15 +94,8 @@ class PackedWeight(NoMemory):
         ids: Tensor | None = None,
     ) -> "PackedWeight":
         """A view of the memory."""
-        if torch.is_inference_mode_enabled():  # what it makes could be no view of what it did not
-            with torch.inference_mode(False):
-                return cls.showing(memory, dtype, place, flipped=flipped, ids=ids)
-        size, stride, offset = place
-        self = Tensor._make_wrapper_subclass(
-            cls, size, strides=stride, storage_offset=offset, dtype=dtype, device=memory.device
-        )
+        self = cls.shaped(place, dtype, memory.device)
         self.memory, self.flipped, self.ids, self.lifetime = memory, flipped, ids, Lifetime()
-        self.seal()
         return self
 
     @classmethod
@@ -171,6 +166,8 @@ class PackedWeight(NoMemory):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if _trace._trace_module_map is not None:
+            refuse_trace((args, kwargs))
         return handler_of(func)(func, args, kwargs or {})
 
     def __repr__(  # type: ignore[override]
