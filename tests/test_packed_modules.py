@@ -317,3 +317,42 @@ def test_rows_that_are_not_there_raise_what_a_dense_table_raises(ids: list[int])
             read(torch.tensor(ids), layer.weight)
         assert str(packed.value) == str(dense.value)
     assert torch.equal(layer.weight[torch.tensor([-1])], layer.weight.dequantized()[-1:])
+
+
+MADE_ANEW: dict[str, Callable[[nn.Parameter], Tensor]] = {
+    "itself": lambda w: nn.Parameter(w, requires_grad=False),
+    "clone": lambda w: nn.Parameter(w.clone(), requires_grad=False),
+    "data": lambda w: nn.Parameter(w.data, requires_grad=False),
+    "turned twice": lambda w: nn.Parameter(w.t().clone().t(), requires_grad=False),
+    "deepcopy": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("make", MADE_ANEW)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_parameter_is_made_within_a_compiled_call(hooked: bool, backend: str, make: str) -> None:
+    """A graph break of Dynamo's, after which it must not compile what makes packed weights."""
+    model, x = frozen(nn.Sequential(nn.Linear(256, 128), nn.Linear(128, 64))), torch.randn(4, 256)
+    fqcompile.quantize_(model)
+    expected = _dense(model)(x)
+    first = model[0]
+
+    def renew(module: nn.Linear, args: object) -> None:
+        module.weight = MADE_ANEW[make](module.weight)
+
+    class Renewing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.linear(x, MADE_ANEW[make](first.weight), first.bias)
+            return model[1](y)  # type: ignore[no-any-return]
+
+    if hooked:
+        first.register_forward_pre_hook(renew)
+    call = _compiled(model if hooked else Renewing(), backend)
+    with torch.no_grad():
+        for _ in range(3):
+            assert_close(call(x), expected)

@@ -14,7 +14,7 @@ from torch import SymInt, Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fqcompile.errors import FineQuantError
-from fqcompile.weights.no_memory import Lifetime, NoMemory, no_memory
+from fqcompile.weights.no_memory import Lifetime, NoMemory, never_compiled, no_memory
 from fqcompile.weights.packed_memory import PackedMemory, Place, values
 from fqcompile.weights.packed_weight import HANDLERS, PackedWeight
 
@@ -69,6 +69,7 @@ class DenseView(NoMemory):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
+    @never_compiled
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

@@ -1,16 +1,20 @@
 """NoMemory: a tensor whose values are in other tensors, and what it answers to who asks where."""
 
 from collections import OrderedDict
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import set_code_exec_strategy
+from torch._dynamo.types import FrameAction, FrameExecStrategy
 from torch.jit import _trace
 from torch.utils._pytree import tree_leaves
 
 from fqcompile.errors import FineQuantError
 from fqcompile.weights.packed_memory import Memory, Place
 
+Code = TypeVar("Code", bound=Callable[..., Any])
 _LIFETIME = "_fqcompile_lifetime"  # attribute of a dense tensor
 # Bytes of the storage: no number to C, so that what would read them there, as torch.jit.save does
 # whatever the address is, raises, and neither crashes nor writes zeros.
@@ -28,6 +32,17 @@ class Lifetime:
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return OrderedDict, ()
+
+
+def never_compiled(function: Code) -> Code:
+    """Runs as it is, with all that it calls, where Dynamo hands a frame back to Python.
+
+    What follows in such a frame is compiled, called functions too; these are called by PyTorch, and
+    make tensors of which Dynamo would see half.
+    """
+    skip = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
+    set_code_exec_strategy(function.__code__, skip)
+    return function
 
 
 class NoMemory(Tensor):

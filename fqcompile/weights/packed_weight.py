@@ -22,7 +22,7 @@ from fqcompile.kernels.ops import CACHE_TAG
 from fqcompile.kernels.template import PackedLinear
 from fqcompile.quant.chunks import plain_tensors
 from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.weights.no_memory import Lifetime, NoMemory, no_memory, refuse_trace
+from fqcompile.weights.no_memory import Lifetime, NoMemory, never_compiled, no_memory, refuse_trace
 from fqcompile.weights.packed_form import PackedForm, best_layout
 from fqcompile.weights.packed_memory import (
     Memory,
@@ -163,6 +163,7 @@ class PackedWeight(NoMemory):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
+    @never_compiled
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
