@@ -162,6 +162,22 @@ def test_values_of_another_type_give_the_weight_that_type(backend: str) -> None:
         model.up.weight.data = torch.zeros(3, 3)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (128,), (256, 1), (1, 256, 128), (0,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_values_of_another_shape_are_no_values(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """A dense weight would get that shape; what copy_ broadcasts fills no weight here."""
+    model = frozen(Mlp())
+    fqcompile.quantize_(model)
+    before = model.up.weight.dequantized()
+    with pytest.raises(FineQuantError, match=r"up\.weight, got one of .*fqcompile\.restore"):
+        model.up.weight.data = torch.ones(shape, dtype=dtype)
+    assert model.up.weight.dtype == torch.float32
+    assert torch.equal(model.up.weight.dequantized(), before)
+    with torch.no_grad():
+        model.up.weight.copy_(torch.ones(1, 128))
+    assert_close(model.up.weight.dequantized(), torch.ones(256, 128), k=1)
+
+
 def test_memory_is_counted_as_it_is_held() -> None:
     model = frozen(Mlp())
     fqcompile.quantize_(model, min_elements=0)

@@ -87,10 +87,22 @@ class NoMemory(Tensor):
             storage.dense_bytes = self.numel() * self.dtype.itemsize  # type: ignore[attr-defined]
         return storage
 
-    def _refuse(self, *args: object, **kwargs: object) -> Any:
-        raise no_memory()
+    def other_shape(self, values: Tensor) -> FineQuantError:
+        """What to raise where values of another shape would be written to it."""
+        name = self._weight_name()
+        return FineQuantError(
+            f"a packed weight of shape {tuple(self.shape)}{f', {name},' if name else ''} got one "
+            f"of {tuple(values.shape)}; they must be equal: call fqcompile.restore(model) to give "
+            "it another shape"
+        )
 
-    __dlpack__ = apply_ = map_ = map2_ = storage = _typed_storage = _refuse
+    def _weight_name(self) -> str:
+        return self.memory.name if self.memory is not None else ""
+
+    def _refuse(self, *args: object, **kwargs: object) -> Any:
+        raise no_memory(self._weight_name())
+
+    __dlpack__ = numpy = apply_ = map_ = map2_ = storage = _typed_storage = _refuse
 
 
 def lifetime(weight: Tensor) -> Lifetime:

@@ -22,7 +22,7 @@ from fqcompile.kernels.ops import CACHE_TAG
 from fqcompile.kernels.template import PackedLinear
 from fqcompile.quant.chunks import plain_tensors
 from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.weights.no_memory import Lifetime, NoMemory, never_compiled, no_memory, refuse_trace
+from fqcompile.weights.no_memory import Lifetime, NoMemory, never_compiled, refuse_trace
 from fqcompile.weights.packed_form import PackedForm, best_layout
 from fqcompile.weights.packed_memory import (
     Memory,
@@ -198,12 +198,15 @@ class PackedWeight(NoMemory):
     def data(self) -> "PackedWeight":
         """The same memory; values that are assigned are quantised into it, as by copy_.
 
-        Those of another type or device give the weight that type and device, and a memory there.
+        Those of another type or device give the weight that type and device, and a memory there;
+        any other shape is refused, also where copy_ would broadcast it.
         """
         return self.detach()  # type: ignore[return-value]
 
     @data.setter
     def data(self, values: Tensor) -> None:
+        if values.shape != self.shape:
+            raise self.other_shape(values)
         with torch.no_grad():
             alike = (values.dtype, values.device) == (self.dtype, self.device)
             if alike and isinstance(self, nn.Parameter):  # any other is an alias, and leaves it
@@ -218,9 +221,6 @@ class PackedWeight(NoMemory):
     def data_ptr(self) -> int:
         """No address, since nothing could be read there as dense values: it tells weights apart."""
         return int(self.qweight.data_ptr()) + (0 if self.is_meta else _NO_ADDRESS)
-
-    def numpy(self, *, force: bool = False) -> Any:
-        raise no_memory(self.memory.name)
 
     def tolist(self) -> Any:
         return self.dequantized().tolist()

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fqcompile.errors import FineQuantError, UnquantizableWeight
+from fqcompile.errors import UnquantizableWeight
 from fqcompile.quant.choose import QuantPlan, quantize_weight, scale_dtype_beside
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.weights.dense_view import DenseView, refusal
@@ -34,11 +34,7 @@ def write(w: PackedWeight | DenseView, source: Tensor) -> None:
         raise refusal(f"in a compiled graph, where values are not known, {_COPY}", w)
     source = source.shown if isinstance(source, DenseView) else source.detach()
     if not _can_fill(source, w):
-        raise FineQuantError(
-            f"copy_ into a packed weight of shape {tuple(w.shape)}{_named(w)} got one of "
-            f"{tuple(source.shape)}; they must be equal: call fqcompile.restore(model) to give it "
-            "another shape"
-        )
+        raise w.other_shape(source)
     if isinstance(w, PackedWeight) and isinstance(w.memory, PackedMemory):
         _write_all(w, w.memory, source)
     elif w.numel():
