@@ -70,7 +70,6 @@ def save(
         def begin() -> str:
             _check_savable(model, found)
             if not team.index:
-                owned.enter_context(writing_to(target))
                 check_not_replaced(target, _files(model), "give another directory, or move it away")
                 owned.enter_context(writing(target))
             return new_generation()
@@ -80,9 +79,10 @@ def save(
                 _finish(target, generation, model, recorded, merged(written))
 
         # What one rank does in the directory comes after all others have done what is before it.
-        generation = team.together(begin)[0]
-        written = team.together(lambda: _write_slots(found, target, generation, team))
-        team.together(end)
+        told = writing_to(target)  # to all, with the remedy, what the system refuses to one
+        generation = team.together(told(begin))[0]
+        written = team.together(told(lambda: _write_slots(found, target, generation, team)))
+        team.together(told(end))
     return target
 
 

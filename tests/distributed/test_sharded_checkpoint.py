@@ -150,6 +150,27 @@ def save_meta_on_one(folder: Path) -> None:
         fqcompile.save(model, folder)
 
 
+@pytest.mark.parametrize("refused", [0, 1])
+def test_a_directory_that_one_rank_cannot_write(pair: Pair, tmp_path: Path, refused: int) -> None:
+    """Each rank is told the rule and the remedy, whichever it was that the system refused."""
+    for rank, (kind, text) in enumerate(pair.run(save_beneath_a_file, tmp_path, refused)):
+        assert kind == ("NotWritten" if rank == refused else "RankError")
+        assert "NotADirectory" in text or "Not a directory" in text
+        assert f"{tmp_path / 'file' / 'saved'} cannot be written" in text
+        assert "give a directory that can be made" in text
+    assert not list(tmp_path.rglob("fqcompile*"))
+
+
+def save_beneath_a_file(folder: Path, refused: int) -> tuple[str, str]:
+    (folder / "file").touch()
+    model = net()
+    fqcompile.quantize_(model, min_elements=0)
+    place = folder / "file" / "saved" if dist.get_rank() == refused else folder / "saved"
+    with pytest.raises((CheckpointError, RankError)) as caught:
+        fqcompile.save(model, place)
+    return type(caught.value).__name__, str(caught.value)
+
+
 def test_a_killed_rank_leaves_the_old_save(tmp_path: Path) -> None:
     ranks = Pair()
     try:
