@@ -34,8 +34,9 @@ def experts_outside(state: GraphState) -> list[str]:
         return []
     routers = {site.node: site.name for site in state.sites if is_router(state, site)}
     return [
-        f"the experts of router {name} are in no graph: the model picks them in a Python loop over "
-        "data, which breaks the graph, so their weights stay as they are"
+        f"the experts of router {name} are not in its graph: the model picks them in a Python loop "
+        "over data, which breaks the graph; of their weights only those are quantized that a later "
+        "graph multiplies with"
         f"{way_out(_modules_of(node))}"
         for node, name in routers.items()
         if any(_leaves(top) for top in _top_k_of(node))
