@@ -6,8 +6,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo.eval_frame import set_code_exec_strategy
-from torch._dynamo.types import FrameAction, FrameExecStrategy
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch.jit import _trace
 from torch.utils._pytree import tree_leaves
 
@@ -40,7 +39,7 @@ def never_compiled(function: Code) -> Code:
     What follows in such a frame is compiled, called functions too; these are called by PyTorch, and
     make tensors of which Dynamo would see half.
     """
-    skip = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
+    skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
     set_code_exec_strategy(function.__code__, skip)
     return function
 
@@ -99,10 +98,13 @@ class NoMemory(Tensor):
     def _weight_name(self) -> str:
         return self.memory.name if self.memory is not None else ""
 
+    def numpy(self, *, force: bool = False) -> Any:
+        raise no_memory(self._weight_name())
+
     def _refuse(self, *args: object, **kwargs: object) -> Any:
         raise no_memory(self._weight_name())
 
-    __dlpack__ = numpy = apply_ = map_ = map2_ = storage = _typed_storage = _refuse
+    __dlpack__ = apply_ = map_ = map2_ = storage = _typed_storage = _refuse
 
 
 def lifetime(weight: Tensor) -> Lifetime:
@@ -144,7 +146,7 @@ def refuse_trace(arguments: object) -> None:
         FineQuantError: one of the arguments is a packed weight of those, or a view of one.
     """
     known = [part for pair in (_trace._trace_module_map or {}).items() for part in pair]
-    held = [w for m in known if isinstance(m, nn.Module) for w in m._parameters.values()]
+    held: list[Any] = [w for m in known if isinstance(m, nn.Module) for w in m._parameters.values()]
     recorded = {w.memory.root for w in held if isinstance(w, NoMemory) and w.memory is not None}
     for leaf in tree_leaves(arguments):
         if isinstance(leaf, NoMemory) and leaf.memory is not None and leaf.memory.root in recorded:
