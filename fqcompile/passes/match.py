@@ -77,12 +77,13 @@ def _linear_site(
     recipe, sources = folder.recipe(form.weight)
     for step in form.weight_steps:
         recipe = recipe.then(step.method, *step.args)
+    fakes = tuple(source.meta["example_value"] for source in sources)
     table = any(is_table(state.args[state.constants[source]]) for source in sources)
     return LinearSite(
         node=node,
         x=form.x,
         weight=form.weight,
-        recipe=recipe,
+        recipe=simplified(recipe, fakes),
         sources=sources,
         shape=_matrix_shape(form),
         bias=form.bias,

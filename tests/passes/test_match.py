@@ -182,6 +182,21 @@ def test_slices_of_one_parameter_are_numbered_sites() -> None:
     assert_same(run)
 
 
+SPELLINGS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
+    "[N, K]": lambda x, w: (F.linear(x, w), x @ w.t(), torch.einsum("bd,nd->bn", x, w)),
+    "[K, N]": lambda x, w: (x @ w, F.linear(x, w.mT), torch.einsum("bd,dn->bn", x, w)),
+}
+
+
+@pytest.mark.parametrize("products", SPELLINGS.values(), ids=list(SPELLINGS))
+def test_one_matrix_in_several_spellings_is_one_weight(products: Callable[..., Any]) -> None:
+    """So it is packed once, and has one value for fake_quantize_ to write."""
+    shared = torch.nn.Parameter(weight(K, K))
+    run = run_passes(lambda x: products(x, shared), X2)
+    assert [s.name for s in run.state.sites] == ["shared"] * 3
+    assert_same(run)
+
+
 def test_joined_weights_are_named_after_all_of_them() -> None:
     q, k = weight(N, K), weight(N, K, 1)
     run = run_passes(lambda x: F.linear(x, torch.cat([q, k])), X2, until="match")
