@@ -93,5 +93,7 @@ def test_addmm_under_autocast_keeps_its_dtype() -> None:
 
 def test_left_matmul_is_transposed_around_the_op() -> None:
     run = run_passes(lambda x: (NK @ x.mT).view(-1), X, until="rewrite")
-    assert run.ops == {"getattr": 1, "fq": 1, "transpose": 2, "contiguous": 1, "view": 1}
+    ops = run.ops
+    assert ops.pop("getattr", 0) + ops.pop("mT", 0) == 1  # x.mT, as this release captures it
+    assert ops == {"fq": 1, "transpose": 2, "contiguous": 1, "view": 1}
     assert_same(run)
