@@ -33,7 +33,8 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_module_is_the_command() -> None:
     command = [sys.executable, "-m", "fqcompile", "doctor"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert f"torch         {torch.__version__}" in printed
+    release = torch.__version__.partition("+")[0]  # wheels of PyPI have no "+cu130" in their name
+    assert f"torch         {release}" in printed
     assert "fqcompile.backend:REGISTERED" in printed
     assert "aten_int4pack" in printed
 
