@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.torch_version import TorchVersion
 
 from fqcompile.errors import OptionError
 
@@ -21,6 +22,8 @@ _forms: Any = import_module("fqcompile.kernels.triton.activations") if HAS_TRITO
 
 # Of GPT-OSS's gated unit: silu with a steeper sigmoid, both sides clamped, `up` off by one.
 SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT = 1.702, 7.0
+# Where clamp passes its gradient on: PyTorch counts the limits themselves in until 2.14.
+_within = torch.le if TorchVersion(torch.__version__) < (2, 14) else torch.lt
 
 
 def _same(z: torch.Tensor) -> torch.Tensor:
@@ -40,7 +43,7 @@ def _swiglu_oai_backward(dy: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     alpha, limit = SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT
     sigmoid = torch.sigmoid(z * alpha)
     slope = sigmoid * (1 + z * alpha * (1 - sigmoid))
-    return dy * torch.where(z <= limit, slope, 0)
+    return dy * torch.where(_within(z, limit), slope, 0)
 
 
 def _swiglu_oai_up(z: torch.Tensor) -> torch.Tensor:
@@ -48,7 +51,7 @@ def _swiglu_oai_up(z: torch.Tensor) -> torch.Tensor:
 
 
 def _swiglu_oai_up_backward(dy: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    return dy * (z.abs() <= SWIGLU_OAI_LIMIT)
+    return dy * _within(z.abs(), SWIGLU_OAI_LIMIT)
 
 
 @dataclass(frozen=True)
