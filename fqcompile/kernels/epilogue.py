@@ -23,7 +23,7 @@ _forms: Any = import_module("fqcompile.kernels.triton.activations") if HAS_TRITO
 # Of GPT-OSS's gated unit: silu with a steeper sigmoid, both sides clamped, `up` off by one.
 SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT = 1.702, 7.0
 # Where clamp passes its gradient on: PyTorch counts the limits themselves in until 2.14.
-_within = torch.le if TorchVersion(torch.__version__) < (2, 14) else torch.lt
+_within = torch.le if TorchVersion(torch.__version__) < "2.14" else torch.lt
 
 
 def _same(z: torch.Tensor) -> torch.Tensor:
