@@ -8,20 +8,24 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
-from torch import fx
+from torch import Tensor, fx
 
 from fqcompile.passes.base import GraphState, example
 from fqcompile.passes.effects import has_effects
 from fqcompile.passes.fold import ConstantFolder
+from fqcompile.passes.kept import is_like, reads_values
 from fqcompile.passes.sites import WeightSite
-from fqcompile.weights.recipe import target_name
+from fqcompile.weights.recipe import CASTS, target_name
 
 # A router scores each of its experts; far fewer rows than any vocabulary that is sampled by top-k.
 _ROUTER_MAX_EXPERTS = 1024
 _ROUTER_MAX_HOPS = 8
 _CODEBOOK_MAX_ENTRIES = 1 << 14  # vocabularies, from which a head may choose as well, are larger
 _RANKINGS = ("topk", "sort", "argsort")
-_CHOICES = ("argmin", "argmax", "min", "max", *_RANKINGS)
+_LEAST = ("argmin", "min")
+_MIXING = frozenset(
+    "linear matmul bmm mm addmm baddbmm einsum scaled_dot_product_attention".split()
+)
 _MODELING = re.compile(r"transformers[/\\]models[/\\](\w+)[/\\](\w+)\.py")
 _SWITCH_TO_GROUPED = (
     "for a model of Hugging Face call model.set_experts_implementation('grouped_mm') first"
@@ -78,8 +82,7 @@ def _top_k_of(scores: fx.Node) -> Iterator[fx.Node]:
 
 def _leaves(top: fx.Node) -> bool:
     """Whether the graph gives the indices back to its caller."""
-    indices = [node for node in top.users if node.args[1:] == (1,)]
-    return any(user.op == "output" for node in indices for user in node.users)
+    return any(user.op == "output" for node in _indices(top) for user in node.users)
 
 
 def is_router(state: GraphState, site: WeightSite) -> bool:
@@ -98,11 +101,18 @@ def is_router(state: GraphState, site: WeightSite) -> bool:
 
 
 def is_codebook(state: GraphState, site: WeightSite) -> bool:
-    """Whether the scores choose the nearest row: their least is taken, or the best of x·w - |w|²/2,
-    the rows themselves are looked up by what is chosen, or nothing is read but their ranks."""
+    """Whether the scores choose the nearest row, and nothing else is read of them.
+
+    Their least is taken, or the best of x·w - |w|²/2, or their ranks alone are; or the rows
+    themselves are looked up by what is chosen.
+    """
     if site.kind != "linear" or site.shape[0] > _CODEBOOK_MAX_ENTRIES:
         return False
-    if _only_ranks(site) and not any(other.kind == "experts" for other in state.sites):
+    computed, choices = _read_of(site.node)
+    names = {_chooser(choice) for choice in choices}
+    if not choices:
+        return False
+    if names <= {*_RANKINGS} and not any(other.kind == "experts" for other in state.sites):
         return True
     folder = ConstantFolder(state)
 
@@ -112,36 +122,44 @@ def is_codebook(state: GraphState, site: WeightSite) -> bool:
             return False
         return not {*site.sources}.isdisjoint(folder.recipe(node)[1])
 
-    nearest = of_weight(site.bias)
-    frontier, seen = [site.node], {site.node}
-    for _ in range(_ROUTER_MAX_HOPS):
-        users = [user for node in frontier for user in node.users if user not in seen]
-        seen.update(users)
-        frontier = [user for user in users if _keeps_scores(site, user)]
-        chosen = [user for user in users if target_name(user.target) in _CHOICES]
-        if any(target_name(user.target) in ("argmin", "min") for user in chosen):
-            return True
-        if chosen and (nearest or any(_looks_up(user, of_weight) for user in chosen)):
-            return True
-        nearest |= any(of_weight(arg) for user in frontier for arg in user.all_input_nodes)
-    return False
+    operands = (site.bias, *(arg for node in computed for arg in node.all_input_nodes))
+    nearest = not names.isdisjoint(_LEAST) or any(map(of_weight, operands))
+    return nearest or any(_looks_up(choice, of_weight) for choice in choices)
 
 
-def _only_ranks(site: WeightSite) -> bool:
-    """Whether all that is read of the scores is the indices of a top-k or of a sort."""
-    waiting, ranked = [site.node], False
+def _read_of(scores: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """What is computed of the scores, and the indices, ranks and comparisons made of that.
+
+    No choices where more is read than these: values in the result or in a product, of
+    where(x > 0, f(x), g(x)), min(x, c) or x * mask(x) as well.
+    """
+    waiting = [scores]
+    computed: dict[fx.Node, None] = {}
+    choices: dict[fx.Node, None] = {}
     while waiting:
-        for user in waiting.pop().users:
-            name = target_name(user.target)
-            if name in _RANKINGS:
-                ranked = True
-                if name != "argsort" and any(read.args[1:] != (1,) for read in user.users):
-                    return False
-            elif user.op == "output" or not _keeps_scores(site, user):
-                return False
-            else:
+        node = waiting.pop()
+        for user in node.users:
+            if is_like(node, user) or not reads_values(user):
+                continue
+            value = user.meta.get("example_value")
+            values = value if isinstance(value, tuple | list) else (value,)
+            tensors = all(isinstance(part, Tensor) for part in values)
+            if user.op == "output" or not tensors or has_effects(user) or _mixes_scores(user):
+                return [], []
+            if isinstance(value, Tensor) and not value.dtype.is_floating_point:
+                if target_name(user.target) in CASTS:
+                    return [], []
+                choices[user] = None
+            elif user not in computed:
+                computed[user] = None
                 waiting.append(user)
-    return ranked
+    return [*computed], [*choices]
+
+
+def _chooser(choice: fx.Node) -> str:
+    """topk of topk(scores)[1], argmin of argmin(scores)."""
+    call = choice.args[0] if target_name(choice.target) == "getitem" else choice
+    return target_name(call.target) if isinstance(call, fx.Node) else ""
 
 
 def _looks_up(choice: fx.Node, of_weight: Callable[[object], bool]) -> bool:
@@ -152,18 +170,30 @@ def _looks_up(choice: fx.Node, of_weight: Callable[[object], bool]) -> bool:
 
 
 def _is_choice(node: fx.Node, top_one: bool) -> bool:
-    """A top-k; beside experts (`top_one`) also the maximum of the scores, as in Switch, Tutel."""
+    """A top-k whose indices are read, not the least of its values alone, below which others are 0.
+
+    Beside experts (`top_one`) also the maximum of the scores, as in Switch, Tutel.
+    """
     name = target_name(node.target)
+    if name == "topk":
+        return bool(_indices(node))
     if not top_one or name not in ("max", "argmax"):
-        return name == "topk"
+        return False
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     scores = example(node.args[0] if node.args else node.kwargs.get("input"))
     return scores is not None and dim in (-1, scores.dim() - 1)
 
 
+def _indices(top: fx.Node) -> list[fx.Node]:
+    return [node for node in top.users if node.args[1:] == (1,) and node.users]
+
+
 def _keeps_scores(site: WeightSite, node: fx.Node) -> bool:
     """Same number of scores per row: not yet multiplied with anything that mixes them."""
     value, scores = example(node), example(site.node)
-    if value is None or scores is None or has_effects(node):
-        return False
-    return target_name(node.target) not in ("linear", "matmul", "bmm", "mm", "addmm", "einsum")
+    return not (value is None or scores is None or has_effects(node) or _mixes_scores(node))
+
+
+def _mixes_scores(node: fx.Node) -> bool:
+    name = target_name(node.target)
+    return name in _MIXING or name.startswith("conv")

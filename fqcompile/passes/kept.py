@@ -79,7 +79,7 @@ def kept_matrices(state: GraphState) -> list[KeptWeight]:
         known, readers = state.known[node], _readers(node, to_sites)
         table = _reads_rows(node) and not (node in used and known.embedded)
         if node in used:
-            readers = [reader for reader in readers if _reads_more(node, reader, known.embedded)]
+            readers = [reader for reader in readers if reads_values(reader, known.embedded)]
         if not node.users or (node in used and not readers):
             continue
         whole: Any = given[node] if node in given else example(node)
@@ -159,19 +159,26 @@ def _readers(source: fx.Node, to_sites: Mapping[Edge, bool]) -> list[fx.Node]:
         for user in node.users:
             if to_sites.get((node, user)) or user in seen:
                 continue
-            name = target_name(user.target)
-            if name in _LIKE_OTHER and node is not user.args[0]:
+            if is_like(node, user):
                 continue
             seen.add(user)
-            if (user.users and name in MOVING | CASTS) or (node, user) in to_sites:
+            if (user.users and target_name(user.target) in MOVING | CASTS) or (
+                node,
+                user,
+            ) in to_sites:
                 waiting.append(user)
             else:
                 found[user] = None
     return [*found]
 
 
-def _reads_more(weight: fx.Node, reader: fx.Node, embedded: bool) -> bool:
-    """Whether it takes values of a weight that a site reads, and no embedding tells of that."""
+def is_like(node: fx.Node, reader: fx.Node) -> bool:
+    """Whether the node only shows another operand its shape, dtype or device: x.view_as(node)."""
+    return target_name(reader.target) in _LIKE_OTHER and node is not reader.args[0]
+
+
+def reads_values(reader: fx.Node, embedded: bool = False) -> bool:
+    """Whether something comes of the values that a call reads; of `embedded` rows none is told."""
     name = target_name(reader.target)
     if not reader.users and not has_effects(reader) and reader.op != "output":
         return False

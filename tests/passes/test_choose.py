@@ -66,8 +66,10 @@ def test_reason_says_why_and_what_to_do(w: Tensor, options: dict[str, object], t
     assert re.search(text, site.reason or ""), site.reason
 
 
-def router(x: Tensor, w: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
-    return torch.topk(score(F.linear(x, w)), 2).values
+def router(x: Tensor, w: Tensor, score: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """How much the chosen experts count, and which ones they are."""
+    best = torch.topk(score(F.linear(x, w)), 2)
+    return best.values, best.indices
 
 
 ROUTERS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -118,8 +120,8 @@ def test_what_lies_before_another_matmul_or_is_as_wide_as_a_vocabulary_is_no_rou
     up, down, head = weight(32, 64), weight(32, 32, 1), weight(2048, 64)
     run = run_passes(
         lambda x: (
-            torch.topk(F.linear(F.linear(x, up), down), 2).values,
-            torch.topk(F.linear(x, head), 5).values,
+            *router(F.linear(x, up), down, lambda s: s),
+            *torch.topk(F.linear(x, head), 5),
         ),
         X,
         until="choose",
