@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
-from torch._dynamo.backends.registry import register_backend
-from torch._dynamo.convert_frame import compile_lock
 
 from fqcompile.config import FineQuantConfig
 from fqcompile.locks import fork_safe
 from fqcompile.passes.variants import compile_graph
+from fqcompile.torch_compat import compile_lock, register_backend
 
 fork_safe(compile_lock)  # held while this package quantizes: else a child could compile nothing
 

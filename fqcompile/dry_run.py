@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from fqcompile.passes.base import copy_module
+from fqcompile.torch_compat import compiled_call, dynamo_config, optimize, set_compiled_call
 
 Visitor = Callable[[fx.GraphModule, Sequence[Any]], None]
 
@@ -40,7 +41,7 @@ def _captured() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     known = inspect.signature(torch.compile).parameters
     apart = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
     context: Callable[[Callable[..., Any]], Callable[..., Any]]
-    context = torch._dynamo.optimize(_visiting_backend, **apart)
+    context = optimize(_visiting_backend, **apart)
     return context
 
 
@@ -48,14 +49,14 @@ def _captured() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def _not_in_place(model: object) -> Iterator[None]:
     """Without what `compile()` has put before a model or its parts: it would really compile."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    compiled = [(m, m._compiled_call_impl) for m in modules if m._compiled_call_impl is not None]
+    compiled = [(m, compiled_call(m)) for m in modules if compiled_call(m) is not None]
     try:
         for module, _ in compiled:
-            module._compiled_call_impl = None
+            set_compiled_call(module, None)
         yield
     finally:
         for module, call in compiled:
-            module._compiled_call_impl = call
+            set_compiled_call(module, call)
 
 
 def dry_run(
@@ -75,7 +76,7 @@ def dry_run(
         limits = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16}
         with (
             torch.set_grad_enabled(grad),
-            torch._dynamo.config.patch(limits),
+            dynamo_config.patch(limits),
             _not_in_place(model),
         ):
             _captured()(model)(*args, **kwargs)

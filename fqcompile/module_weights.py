@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
@@ -17,6 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from fqcompile.config import HEAD_NAMES, FineQuantConfig
 from fqcompile.distributed.shards import local_part
 from fqcompile.quant.validate import WEIGHT_DTYPES
+from fqcompile.torch_compat import Convolution
 from fqcompile.weights.packed_weight import PackedWeight
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -157,7 +157,7 @@ def _why_no_weight(module: nn.Module, attribute: str) -> str:
             "the weight is computed from it in each call: call torch.nn.utils.remove_weight_norm, "
             "remove_spectral_norm or prune.remove to have a weight that can be packed"
         )
-    if isinstance(module, _ConvNd):
+    if isinstance(module, Convolution):
         return f"{_NO_WEIGHT}a convolution's"
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return _ONE_CALL.format(of)
@@ -172,7 +172,7 @@ def _holds_experts(name: str, module: nn.Module, attribute: str) -> bool:
     """Whether a parameter of three dimensions is a stack of experts, and no table or filter."""
     if _is_transposed(module, attribute) is not None:
         return True
-    if isinstance(module, _ConvNd | ParametrizationList):
+    if isinstance(module, Convolution | ParametrizationList):
         return False
     return "expert" in f"{name} {type(module).__name__}".lower()
 

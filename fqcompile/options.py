@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeGuard
 
-from torch._inductor import list_mode_options, list_options
-
 from fqcompile.errors import OptionError
+from fqcompile.torch_compat import list_mode_options, list_options
 
 Rule = Callable[[str, object], object]
 

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "fqcompile"
 # Imports point to an earlier line, or stay inside their own folder. What is not named here is part
 # of the surface: above the passes, below the command line.
 LAYERS = [
-    {"errors", "locks"},
+    {"errors", "locks", "torch_compat", "hf_compat"},
     {"options"},
     {"distributed"},
     {"config"},
@@ -32,6 +32,15 @@ PIPELINE = ("capture", "match", "choose", "quantize", "rewrite", "fuse", "select
 PASS_HELPERS = set(
     """absorb base choices effects einsum emit expert_bias expert_einsum expert_forms expert_rewrite
     fold gated gather kept linear_forms naming op_nodes regions sites spelling stacking""".split()
+)
+
+# Names of others that have no promise are in these two files alone; what else begins with a line
+# below is ours, or as old as what it belongs to: nn.Module, namedtuple, the standard library.
+COMPAT = {"torch_compat.py", "hf_compat.py"}
+OTHERS = ("torch", "triton", "transformers")
+OLD = set(
+    """_modules _parameters _buffers _replace _getframe _at_fork_reinit _is_owned _axis
+    _weights""".split()
 )
 
 MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 300, 50, 110
@@ -111,6 +120,8 @@ def _file_rules(path: str, source: str, tree: ast.Module) -> Iterator[tuple[int,
         yield MAX_FILE, f"file has {lines} lines, at most {MAX_FILE}: split it by concern"
     if not ast.get_docstring(tree):
         yield 1, "module has no docstring"
+    if path not in COMPAT:
+        yield from _private_names(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield from _hidden_imports(node)
@@ -118,6 +129,21 @@ def _file_rules(path: str, source: str, tree: ast.Module) -> Iterator[tuple[int,
             yield from _function_rules(node)
         if isinstance(node, ast.ExceptHandler):
             yield from _handler_rules(node)
+
+
+def _private_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in OTHERS:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute) and node.attr not in OLD:
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            names = [] if own or node.attr.startswith("__") else [f".{node.attr}"]
+        else:
+            continue
+        for name in names:
+            if any(part.startswith("_") for part in name.split(".")):
+                text = f"uses {name}, of others and private: take it from torch_compat or hf_compat"
+                yield node.lineno, text
 
 
 def _hidden_imports(node: Function | ast.ClassDef) -> Iterator[tuple[int, str]]:
@@ -241,6 +267,12 @@ BROKEN = [
         "class A:\n    import fqcompile.errors\n",
         "backend.py:3: A imports fqcompile.errors inside",
     ),
+    (
+        "backend.py",
+        "from torch._dynamo import exc\n",
+        "backend.py:2: uses torch._dynamo.exc, of others and private",
+    ),
+    ("backend.py", "import torch\n\nx = torch._C\n", "backend.py:4: uses ._C, of others"),
     ("backend.py", "x = 1\n" * 300, "backend.py:300: file has 301 lines, at most 300"),
     ("backend.py", f"def _f():\n{LONG_BODY}\n", "backend.py:2: _f has 52 lines, at most 50"),
     ("backend.py", "try:\n    x = 1\nexcept:\n    raise\n", "backend.py:4: bare except"),

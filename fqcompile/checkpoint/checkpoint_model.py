@@ -15,6 +15,7 @@ from fqcompile.checkpoint.safetensors_file import DTYPES
 from fqcompile.checkpoint.slots import slots
 from fqcompile.checkpoint.source import Source
 from fqcompile.errors import CheckpointError
+from fqcompile.hf_compat import ignored_names
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,10 @@ class CheckpointModel:
             tensors = len(source.tensors)
             model = build_model(name, source.config, source.directory, tensors, dtype)
         steps, unknown = conversions(model, source.tensors)
-        unused = [n for n in unknown if not _matches(model._keys_to_ignore_on_load_unexpected, n)]
+        may_lack, may_ignore = ignored_names(model)
+        unused = [n for n in unknown if not _matches(may_ignore, n)]
         missing = _missing(model, [name for step in steps for name in step.targets])
-        lost = [n for n in missing if not _matches(model._keys_to_ignore_on_load_missing, n)]
+        lost = [n for n in missing if not _matches(may_lack, n)]
         if lost:
             raise CheckpointError(
                 f"{source.directory} lacks {len(lost)} tensors of {name}: "

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
 
 from fqcompile.errors import CheckpointError
+from fqcompile.torch_compat import TorchDispatchMode, schema_of, tree_iter, tree_map_only
 
 _MOST = 4 << 30  # bytes, all tensors together: far more than models compute
 _UNKNOWN = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
@@ -52,7 +51,7 @@ class BoundedComputing(TorchDispatchMode):
 
 def _computes(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether it takes memory on the CPU, of a size that is known before."""
-    if _UNKNOWN & set(func.tags) or any(r.alias_info for r in func._schema.returns):
+    if _UNKNOWN & set(func.tags) or any(r.alias_info for r in schema_of(func).returns):
         return False
     device = kwargs.get("device")
     if device is not None:
@@ -64,7 +63,7 @@ def _computes(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _takes_device(func: Any) -> bool:
-    return any(argument.name == "device" for argument in func._schema.arguments)
+    return any(argument.name == "device" for argument in schema_of(func).arguments)
 
 
 def _bytes(func: Any, args: Any, kwargs: Any) -> int:

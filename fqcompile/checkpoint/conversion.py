@@ -7,7 +7,6 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,6 +14,14 @@ from torch import Tensor
 
 from fqcompile.checkpoint.computed import BoundedComputing
 from fqcompile.errors import CheckpointError
+from fqcompile.hf_compat import (
+    conversion_mapping,
+    initialize_missing,
+    kept_types,
+    loading,
+    mark_initialized,
+    move_missing,
+)
 
 Read = Callable[[str], Tensor]
 
@@ -89,24 +96,23 @@ class Conversion:
 
 def conversions(model: Any, names: Iterable[str]) -> tuple[list[Conversion], list[str]]:
     """What becomes what, in the order of `from_pretrained`; and the names that the model lacks."""
-    loading = import_module("transformers.core_model_loading")
-    mapping = import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
-    renamings = [m for m in mapping if isinstance(m, loading.WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, loading.WeightConverter)]
+    mapping = conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, loading().WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, loading().WeightConverter)]
     converters += _of_single_experts(model)
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     known, prefix = model.state_dict(), model.base_model_prefix
     found: dict[str, Conversion] = {}
     unknown = []
-    for name in sorted(names, key=loading.dot_natural_key):
-        target, pattern = loading.rename_source_key(name, renamings, converters, prefix, known)
+    for name in sorted(names, key=loading().dot_natural_key):
+        target, pattern = loading().rename_source_key(name, renamings, converters, prefix, known)
         if target not in known and name in known:
-            target, pattern = loading.rename_source_key(name, [], [], prefix, known)
+            target, pattern = loading().rename_source_key(name, [], [], prefix, known)
         if target not in known:
             unknown.append(name)
             continue
         if pattern is None:
-            pattern, converter = name, loading.WeightRenaming(name, target)
+            pattern, converter = name, loading().WeightRenaming(name, target)
         else:
             converter = by_pattern[pattern]
         conversion = found.setdefault(target, Conversion(target, converter))
@@ -121,21 +127,19 @@ def _of_single_experts(model: Any) -> list[Any]:
     """
     if not any(type(module).__name__ == "Llama4TextExperts" for module in model.modules()):
         return []
-    loading = import_module("transformers.core_model_loading")
-    merge, turn = loading.MergeModulelist(0), loading.Transpose(1, 2)
+    merge, turn = loading().MergeModulelist(0), loading().Transpose(1, 2)
     parts = [f"feed_forward.experts.*.{own}_proj.weight" for own in ("gate", "up", "down")]
     gate_up, down = (f"feed_forward.experts.{own}_proj" for own in ("gate_up", "down"))
     return [
-        loading.WeightConverter(parts[:2], gate_up, [merge, loading.Concatenate(1), turn]),
-        loading.WeightConverter(parts[2], down, [merge, turn]),
+        loading().WeightConverter(parts[:2], gate_up, [merge, loading().Concatenate(1), turn]),
+        loading().WeightConverter(parts[2], down, [merge, turn]),
     ]
 
 
 def target_types(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
     """The type in which `from_pretrained` would load a tensor of that name."""
-    loading = import_module("transformers.core_model_loading")
-    known, plan = model.state_dict(), model._get_dtype_plan(dtype)
-    pattern = loading.build_glob_alternation(list(plan))[0] if plan else None
+    known, plan = model.state_dict(), kept_types(model, dtype)
+    pattern = loading().build_glob_alternation(plan)[0] if plan else None
 
     def of(name: str) -> torch.dtype:
         if pattern is not None and pattern.search(name):
@@ -156,11 +160,11 @@ def initialise(model: Any, missing: Iterable[str], where: object) -> None:
     """
     names = set(missing)
     with BoundedComputing(where):
-        model._move_missing_keys_from_meta_to_device(names, None, None, None)
+        move_missing(model, names)
         for name, tensor in _state(model):
             if name not in names:
-                tensor._is_hf_initialized = True
-        model._initialize_missing_keys(False)
+                mark_initialized(tensor)
+        initialize_missing(model)
 
 
 def _state(model: Any) -> Iterator[tuple[str, Any]]:

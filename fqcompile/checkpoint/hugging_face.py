@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from fqcompile.checkpoint.computed import BoundedComputing
 from fqcompile.checkpoint.json_text import read_json, shown
 from fqcompile.errors import CheckpointError
+from fqcompile.hf_compat import is_model_class, meta_safe, model_from_config
 
 log = logging.getLogger("fqcompile")
 
@@ -53,7 +54,7 @@ def model_class(name: object, directory: Path) -> Any:
         CheckpointError: there is none.
     """
     found = getattr(transformers(), name, None) if isinstance(name, str) else None
-    if not isinstance(found, type) or not hasattr(found, "_from_config"):
+    if not is_model_class(found):
         raise CheckpointError(
             f"{directory} holds a {shown(name)}, which is no model class of this transformers; "
             "give a function that builds the model"
@@ -79,14 +80,11 @@ def build_model(
             f"{directory} has no config of Hugging Face; give a function that builds the model"
         )
     _check_layers(config, directory)
-    own = found.config_class
-    # Some constructors compute on the CPU nevertheless.
-    safe = import_module("transformers.initialization").meta_device_safe_creation_ops()
     try:
         modules = _MODULES + _MODULES_PER_TENSOR * tensors
-        with safe, _at_most(modules, directory), BoundedComputing(directory):
-            read = own.from_dict(own._decode_special_floats(without_code(config)))
-            return found._from_config(read, **({} if dtype is None else {"dtype": dtype}))
+        with meta_safe(), _at_most(modules, directory), BoundedComputing(directory):
+            kind = {} if dtype is None else {"dtype": dtype}
+            return model_from_config(found, without_code(config), **kind)
     except CheckpointError:
         raise
     except Exception as error:  # whatever constructors make of values that they do not expect

@@ -6,12 +6,12 @@ experts.gate_up_proj  ->  experts.0.gate_proj.weight, experts.0.up_proj.weight, 
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any
 
 from torch import Tensor
 
 from fqcompile.errors import CheckpointError
+from fqcompile.hf_compat import conversion_mapping, loading
 
 
 @dataclass
@@ -51,29 +51,25 @@ class Reversion:
         return {self._renamed(k): v[0] if isinstance(v, list) else v for k, v in found.items()}
 
     def _renamed(self, name: str) -> str:
-        loading = import_module("transformers.core_model_loading")
-        return str(loading.apply_renamings(name, self.renamings))
+        return str(loading().apply_renamings(name, self.renamings))
 
 
 def reversions(model: Any, names: Iterable[str]) -> list[Reversion]:
     """What becomes what when `save_pretrained` writes a model that was built from its config."""
-    loading = import_module("transformers.core_model_loading")
-    mapping = import_module("transformers.conversion_mapping").get_model_conversion_mapping(
-        model, add_legacy=False
-    )
+    mapping = conversion_mapping(model, add_legacy=False)
     backwards = [
         entry.reverse_transform()
         for entry in reversed(mapping)
-        if not isinstance(entry, loading.PrefixChange)  # whether there was a prefix nobody knows
+        if not isinstance(entry, loading().PrefixChange)  # whether there was a prefix nobody knows
     ]
-    renamings = [m for m in backwards if isinstance(m, loading.WeightRenaming)]
-    converters = [m for m in backwards if isinstance(m, loading.WeightConverter)]
+    renamings = [m for m in backwards if isinstance(m, loading().WeightRenaming)]
+    converters = [m for m in backwards if isinstance(m, loading().WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     found: dict[str, Reversion] = {}
-    for name in sorted(names, key=loading.dot_natural_key):
-        target, pattern = loading.apply_converters(name, converters)
+    for name in sorted(names, key=loading().dot_natural_key):
+        target, pattern = loading().apply_converters(name, converters)
         if pattern is None:
-            target, pattern = loading.apply_renamings(name, renamings), name
+            target, pattern = loading().apply_renamings(name, renamings), name
         entry = found.setdefault(target, Reversion(target, by_pattern.get(pattern), renamings))
         entry.sources.setdefault(pattern, []).append(name)
     return list(found.values())

@@ -16,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from hashlib import sha256
 
-from torch.distributed.distributed_c10d import Store, _get_default_store
+from torch.distributed.distributed_c10d import Store
 
 from fqcompile.distributed.ranks import rank
 from fqcompile.errors import OptionError, RankError
+from fqcompile.torch_compat import default_store
 
 TIMEOUT = "FQCOMPILE_RANK_TIMEOUT"
 _DEFAULT_SECONDS = "1800"
@@ -38,7 +39,7 @@ def agree(what: str, facts: Mapping[str, str], groups: Sequence[tuple[int, ...]]
     own = json.dumps(dict(facts))
     digest = sha256(own.encode()).hexdigest()
     for ranks in groups:
-        store, seconds = _get_default_store(), _seconds()
+        store, seconds = default_store(), _seconds()
         place = f"fqcompile/{'-'.join(map(str, ranks))}/{_times[ranks]}"
         _times[ranks] += 1
         for key, value in ((f"{place}/{rank()}/facts", own), (f"{place}/{rank()}", digest)):

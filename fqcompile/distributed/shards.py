@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-import torch
 from torch import Tensor, nn
 
 from fqcompile.distributed.ranks import Team, world_size
 from fqcompile.errors import ShardingError
+from fqcompile.torch_compat import count_of_writes, count_write, held_here
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -33,7 +33,7 @@ def is_dtensor(value: object) -> "TypeGuard[DTensor]":
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a DTensor: the same object each time; any other tensor itself."""
-    return tensor._local_tensor if is_dtensor(tensor) else tensor
+    return held_here(tensor) if is_dtensor(tensor) else tensor
 
 
 def with_part(tensor: Tensor, part: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def is_part(tensor: object) -> bool:
 
 def version(tensor: Tensor) -> int:
     """How often it was changed in place; 0 where that is not counted."""
-    return 0 if tensor.is_inference() else tensor._version
+    return 0 if tensor.is_inference() else count_of_writes(tensor)
 
 
 def note_updates(tensors: Sequence[Tensor]) -> None:
@@ -68,7 +68,7 @@ def note_updates(tensors: Sequence[Tensor]) -> None:
     for tensor in tensors:
         part, known = local_part(tensor), vars(tensor).get(_VERSION)
         if known is not None and known != version(tensor) and not part.is_inference():
-            torch._C._autograd._unsafe_set_version_counter((part,), (part._version + 1,))
+            count_write(part)
         vars(tensor)[_VERSION] = version(tensor)
 
 

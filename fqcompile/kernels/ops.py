@@ -23,6 +23,7 @@ from fqcompile.kernels.arguments import check_linear, check_weight, on_one_devic
 from fqcompile.kernels.epilogue import epilogue_backward
 from fqcompile.kernels.execute import dequantize_weight, run_linear
 from fqcompile.kernels.template import PackedLinear
+from fqcompile.torch_compat import key_set, without_keys
 
 LINEAR_SCHEMA = (
     "linear{}(Tensor x, Tensor qweight, Tensor scale, Tensor? bias, Tensor? residual, int bits, "
@@ -175,7 +176,7 @@ torch.library.register_autograd(
 
 def _register_autocast(device_type: str, op: Any, name: str) -> None:
     key = f"Autocast{device_type.upper()}"
-    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    excluded = key_set(key)
 
     def cast(tensor: Tensor | None) -> Tensor | None:
         if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
@@ -190,7 +191,7 @@ def _register_autocast(device_type: str, op: Any, name: str) -> None:
         residual: Tensor | None,
         *rest: Any,
     ) -> Tensor:
-        with torch._C._ExcludeDispatchKeyGuard(excluded):
+        with without_keys(excluded):
             packed = (qweight, scale)
             y: Tensor = op(cast(x), *packed, cast(bias), cast(residual), *rest)
             return y

@@ -13,6 +13,7 @@ from fqcompile.passes.effects import has_effects
 from fqcompile.passes.naming import InputName
 from fqcompile.passes.sites import KeptWeight, WeightSite
 from fqcompile.quant.choose import QuantPlan
+from fqcompile.torch_compat import copy_sources, is_erased
 from fqcompile.weights.packed import PackedPart, PackedSpec
 
 
@@ -113,12 +114,9 @@ def copy_module(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, f
     for old, new in mapping.items():
         # "grapharg" would keep the example weights alive for as long as the copy
         new.meta = {key: value for key, value in old.meta.items() if key != "grapharg"}
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
     copied = fx.GraphModule(module, graph)
     copied.meta = dict(module.meta)
-    if hasattr(module, "_param_name_to_source"):
-        copied._param_name_to_source = module._param_name_to_source
+    copy_sources(module, copied, mapping)
     return copied, mapping
 
 
@@ -128,7 +126,7 @@ def erase_unused(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
     fx's own dead-code elimination would also drop in-place methods whose result nobody reads.
     """
     for node in reversed(nodes):
-        if not node.users and not node._erased:
+        if not node.users and not is_erased(node):
             graph.erase_node(node)
 
 
@@ -141,6 +139,6 @@ def erase_dead(state: GraphState, nodes: Sequence[fx.Node]) -> None:
     while waiting:
         node = waiting.pop()
         call = node.op in ("call_function", "call_method") and node not in state.packed
-        if call and not (node._erased or node.users or has_effects(node)):
+        if call and not (is_erased(node) or node.users or has_effects(node)):
             waiting += node.all_input_nodes
             state.graph.erase_node(node)

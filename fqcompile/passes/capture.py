@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.source import AttrSource
-from torch._guards import GuardSource
 
 from fqcompile.config import FineQuantConfig
 from fqcompile.passes.base import GraphState, copy_module, example, placeholders
@@ -20,6 +18,14 @@ from fqcompile.passes.effects import has_effects, memory_of, written_inputs
 from fqcompile.passes.naming import InputName, name_inputs
 from fqcompile.passes.regions import inline_regions
 from fqcompile.passes.spelling import spell
+from fqcompile.torch_compat import (
+    STATIC_INPUT,
+    AttrSource,
+    GuardSource,
+    set_source,
+    source_of,
+    sources_of_attributes,
+)
 from fqcompile.weights.recipe import target_name
 
 
@@ -61,9 +67,9 @@ def is_constant_input(node: fx.Node, value: Tensor) -> bool:
     parameter or buffer: Dynamo's mark of those stays with a tensor wherever it is passed. Parts of
     a module that is an argument are that module's own.
     """
-    source = getattr(node, "_dynamo_source", None)
+    source = source_of(node)
     if source is None:
-        mark = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
+        mark = node.meta.get("tensor_dict", {}).get(STATIC_INPUT)
         return isinstance(value, nn.Parameter) or mark == "unguarded"
     local = source.guard_source is GuardSource.LOCAL
     attribute = False
@@ -100,11 +106,11 @@ def enables_grad(graph: fx.Graph) -> bool:
 
 def _names_inside(module: fx.GraphModule) -> dict[fx.Node, InputName]:
     """Of the tensors that are attributes of the graph itself, as freezing makes them."""
-    sources = getattr(module, "_param_name_to_source", None) or {}
+    sources = sources_of_attributes(module)
     nodes = [
         node for node in module.graph.nodes if node.op == "get_attr" and example(node) is not None
     ]
     for node in nodes:
-        node._dynamo_source = sources.get(str(node.target))
+        set_source(node, sources.get(str(node.target)))
     values = [attrgetter(str(node.target))(module) for node in nodes]
     return name_inputs({node: index for index, node in enumerate(nodes)}, values)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor, fx
 
+from fqcompile.hf_compat import can_switch_experts
 from fqcompile.passes.base import GraphState, example
 from fqcompile.passes.effects import has_effects
 from fqcompile.passes.fold import ConstantFolder
@@ -60,8 +61,7 @@ def way_out(modules: Iterable[str]) -> str:
 def _has_switch(module: str) -> bool:
     """Each model of transformers knows whether those that are written beside it have it."""
     beside = vars(sys.modules[module]).values() if module in sys.modules else ()
-    models = [m for m in beside if hasattr(m, "_can_set_experts_implementation")]
-    return any(m._can_set_experts_implementation() for m in models if m.__module__ == module)
+    return any(can_switch_experts(m) for m in beside if getattr(m, "__module__", "") == module)
 
 
 def _modules_of(node: fx.Node) -> list[str]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fqcompile.distributed.ranks import progress
 from fqcompile.distributed.shards import NOT_LOCAL, is_dtensor
@@ -20,6 +19,7 @@ from fqcompile.passes.naming import InputName, joined_name, name_inputs
 from fqcompile.passes.sites import WeightSite
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
 from fqcompile.quant.validate import WEIGHT_DTYPES
+from fqcompile.torch_compat import FakeTensor
 from fqcompile.weights.find_or_quantize import use_logged
 from fqcompile.weights.packed_weight import PackedWeight
 from fqcompile.weights.store import STORE

@@ -6,7 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map_only
+
+from fqcompile.torch_compat import (
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+    memory_id,
+    schema_of,
+    tree_map_only,
+)
 
 _INPLACE_OPERATORS = frozenset(
     getattr(operator, name)
@@ -44,9 +52,9 @@ def _asks_inplace(node: fx.Node) -> bool:
     return bool(named.get("inplace")) or named.get("max_norm") is not None
 
 
-def _written(overload: torch._ops.OpOverload) -> list[Any]:
+def _written(overload: OpOverload) -> list[Any]:
     """The arguments, by its schema, that the operator writes to."""
-    arguments = overload._schema.arguments
+    arguments = schema_of(overload).arguments
     return [a for a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
@@ -61,13 +69,13 @@ def has_effects(node: fx.Node) -> bool:
     if node.op == "call_method":
         return _inplace_name(str(node.target))
     target = node.target
-    if node.op != "call_function" or isinstance(target, torch._ops.HigherOrderOperator):
+    if node.op != "call_function" or isinstance(target, HigherOrderOperator):
         return True
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable
+    if isinstance(target, OpOverload):
+        return bool(schema_of(target).is_mutable)
     if target in _INPLACE_OPERATORS or node.kwargs.get("out") is not None or _asks_inplace(node):
         return True
-    if isinstance(target, torch._ops.OpOverloadPacket):
+    if isinstance(target, OpOverloadPacket):
         overloads = [getattr(target, name) for name in target.overloads()]
         # an argument that is there to be written to (`out=`) is not given here
         return any(not a.is_out for overload in overloads for a in _written(overload))
@@ -86,8 +94,8 @@ def written_inputs(node: fx.Node) -> list[fx.Node]:
     """
     if node.op == "call_method" or node.target in _INPLACE_OPERATORS:
         return [arg for arg in node.args[:1] if isinstance(arg, fx.Node)]
-    if isinstance(node.target, torch._ops.OpOverload):
-        names = [a.name for a in node.target._schema.arguments]
+    if isinstance(node.target, OpOverload):
+        names = [a.name for a in schema_of(node.target).arguments]
         given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
         found: list[fx.Node] = []
         tree_map_only(fx.Node, found.append, [given.get(a.name) for a in _written(node.target)])
@@ -99,7 +107,7 @@ def written_inputs(node: fx.Node) -> list[fx.Node]:
 def bodies(node: fx.Node) -> dict[fx.Node, fx.Graph]:
     """The graphs that a higher-order operator runs, by the nodes that name them."""
     owner = node.graph.owning_module
-    if not isinstance(node.target, torch._ops.HigherOrderOperator) or owner is None:
+    if not isinstance(node.target, HigherOrderOperator) or owner is None:
         return {}
     modules = dict(owner.named_modules(remove_duplicate=False))
     named = {arg: modules.get(str(arg.target)) for arg in node.all_input_nodes}
@@ -120,7 +128,7 @@ def memory_of(value: object) -> int | None:
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         return None
     try:
-        return int(value.untyped_storage()._cdata)
+        return int(memory_id(value))
     except RuntimeError:  # a tensor inside a torch.func transform
         return None
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map_only
 
 from fqcompile.passes.base import example, same_shape
 from fqcompile.passes.effects import effects_between
+from fqcompile.torch_compat import memory_id, tree_map_only
 from fqcompile.weights.recipe import target_name
 
 VIEWS = frozenset(
@@ -89,8 +89,4 @@ def _same_view_before(node: fx.Node, value: Tensor) -> fx.Node | None:
 
 def _is_same_view(a: Tensor, b: Tensor) -> bool:
     places = [(*t.shape, *t.stride(), t.storage_offset()) for t in (a, b)]
-    return (
-        a.dtype == b.dtype
-        and same_shape(*places)
-        and a.untyped_storage()._cdata == b.untyped_storage()._cdata
-    )
+    return a.dtype == b.dtype and same_shape(*places) and memory_id(a) == memory_id(b)

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import fx
-from torch.utils._pytree import tree_map_only
 
 from fqcompile.passes.base import GraphState
 from fqcompile.passes.effects import has_effects
+from fqcompile.torch_compat import tree_map_only
 from fqcompile.weights.recipe import FOLDABLE, Ref, Step, WeightRecipe, target_name
 
 

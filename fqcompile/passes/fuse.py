@@ -34,6 +34,7 @@ from fqcompile.passes.expert_bias import bias_per_expert, is_even_routing
 from fqcompile.passes.gated import MULTIPLIES, activation_name, gated_unit
 from fqcompile.passes.op_nodes import argument, changed, is_linear, is_quantized
 from fqcompile.passes.stacking import can_stack, stack
+from fqcompile.torch_compat import is_erased
 from fqcompile.weights.recipe import target_name
 
 _ADDS = ("add", "__add__", "iadd")
@@ -57,7 +58,7 @@ Rule = Callable[[GraphState, fx.Node], bool]
 def _everywhere(state: GraphState, rule: Rule) -> int:
     count = 0
     for node in list(state.graph.nodes):
-        if not node._erased and rule(state, node):
+        if not is_erased(node) and rule(state, node):
             count += 1
             state.matched.append(f"{rule.__name__.removeprefix('_fuse_')}: {node.name}")
     return count

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.source import AttrSource
 
 from fqcompile.distributed.shards import (
     from_local,
@@ -31,6 +30,7 @@ from fqcompile.passes.capture import enables_grad, is_constant_input
 from fqcompile.passes.effects import has_effects
 from fqcompile.passes.local_linear import LocalLinear, local_linear
 from fqcompile.passes.naming import qualified_name
+from fqcompile.torch_compat import STATIC_INPUT, AttrSource, set_source, source_of
 from fqcompile.weights.recipe import target_name
 
 _CONVERSIONS = ("to_local", "from_local", "redistribute", "getattr")
@@ -75,7 +75,7 @@ def refuse_fsdp(graph: fx.Graph) -> None:
         ShardingError: there is one.
     """
     for node in placeholders(graph):
-        source = getattr(node, "_dynamo_source", None)
+        source = source_of(node)
         guarded = getattr(source, "guard_source", None)
         if guarded is not None and guarded.is_fsdp_module():
             raise ShardingError(fsdp_refusal(qualified_name(node)))
@@ -128,9 +128,8 @@ def _part_input(graph: fx.Graph, weight: fx.Node) -> fx.Node:
     """An input for the weight's local part, behind all others, named as the weight is."""
     with graph.inserting_after(placeholders(graph)[-1]):
         part = graph.placeholder(f"{weight.name}_local")
-    base = weight._dynamo_source  # type: ignore[attr-defined]  # fx declares what it sets itself
-    part._dynamo_source = AttrSource(base, "_local_tensor")
-    static = {"_dynamo_static_input_type": "unguarded"}
+    set_source(part, AttrSource(source_of(weight), "_local_tensor"))
+    static = {STATIC_INPUT: "unguarded"}
     part.meta = {"example_value": _fake_part(weight), "tensor_dict": static}
     return part
 

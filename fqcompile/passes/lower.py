@@ -8,19 +8,24 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.backends.registry import lookup_backend
-from torch._guards import detect_fake_mode
-from torch._inductor.compile_fx import compile_fx
 
 from fqcompile.config import FineQuantConfig
 from fqcompile.kernels.ops import CACHE_TAG
 from fqcompile.passes.base import GraphState, PackedPair, placeholders
+from fqcompile.torch_compat import (
+    STATIC_INPUT,
+    compile_fx,
+    detect_fake_mode,
+    list_mode_options,
+    lookup_backend,
+    set_source,
+)
 from fqcompile.weights.dispatch import Inner, Variant
 from fqcompile.weights.store import STORE
 
 # What AOTAutograd requires of an input that Dynamo did not make, and what makes CUDA graphs treat
 # it as a parameter instead of copying it on every call.
-_STATIC_INPUT = {"_dynamo_static_input_type": "unguarded"}
+_STATIC_INPUT = {STATIC_INPUT: "unguarded"}
 
 
 def lower(state: GraphState, args: Sequence[Any]) -> Variant:
@@ -50,7 +55,7 @@ def compile_inner(module: fx.GraphModule, args: Sequence[Any], config: FineQuant
             return compiled
         patches: dict[str, Any] = dict(config.inductor)
         if config.mode not in (None, "default"):
-            patches = {**torch._inductor.list_mode_options(config.mode), **patches}
+            patches = {**list_mode_options(config.mode), **patches}
         return cast(Inner, compile_fx(module, list(args), config_patches=patches))
 
 
@@ -78,6 +83,6 @@ def _describe_inputs(
     fake_mode = detect_fake_mode([fake for fake in fakes if fake is not None])
     nodes = [node for pair in pairs for node in (pair.qweight, pair.scale)]
     for node, tensor in zip(nodes, packed, strict=True):
-        node._dynamo_source = None
+        set_source(node, None)
         fake = fake_mode.from_tensor(tensor, static_shapes=True) if fake_mode else tensor
         node.meta = {"example_value": fake, "tensor_dict": dict(_STATIC_INPUT)}

@@ -17,12 +17,10 @@ from types import CellType, MethodType
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch._dynamo.eval_frame import OptimizeContext, OptimizedModule
-from torch._dynamo.external_utils import wrap_inline
-from torch._guards import Source
 
 from fqcompile.config import HEAD_NAMES
 from fqcompile.distributed.shards import local_part
+from fqcompile.torch_compat import OptimizeContext, Source, plain_module, source_of, wrap_inline
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 # `_local_tensor` is a sharded parameter's part on this rank, which `localize` made an input.
@@ -162,7 +160,7 @@ def _relative(path: Sequence[str]) -> str:
 
 
 def _path(node: fx.Node) -> list[str]:
-    return _path_of(getattr(node, "_dynamo_source", None), node.name)
+    return _path_of(source_of(node), node.name)
 
 
 def _path_of(source: Any, default: str) -> list[str]:
@@ -258,11 +256,6 @@ def _variables(function: Any, args: Sequence[Any]) -> dict[str, Any]:
             found[name] = cell.cell_contents
     globals_ = function.__globals__
     return found | {name: globals_[name] for name in code.co_names if name in globals_}
-
-
-def plain_module(module: nn.Module) -> nn.Module:
-    """Without the wrapper that torch.compile puts around a module."""
-    return module._orig_mod if isinstance(module, OptimizedModule) else module
 
 
 _TABLE = "_fqcompile_table"  # attribute of a tensor

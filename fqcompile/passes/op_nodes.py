@@ -7,6 +7,7 @@ from torch import fx
 
 from fqcompile.kernels import expert_ops as _expert_ops  # noqa: F401  (defines the operators)
 from fqcompile.kernels import ops as _ops  # noqa: F401
+from fqcompile.torch_compat import schema_of
 
 _fqcompile = torch.ops.fqcompile
 LINEAR = _fqcompile.linear.default
@@ -21,7 +22,7 @@ INFERENCE = {
 _TRAINING: dict[Any, Any] = {inference: default for default, inference in INFERENCE.items()}
 _OPS = INFERENCE.keys() | _TRAINING.keys()
 _NAMES: dict[Any, tuple[str, ...]] = {
-    op: tuple(argument.name for argument in op._schema.arguments) for op in _OPS
+    op: tuple(argument.name for argument in schema_of(op).arguments) for op in _OPS
 }
 
 

@@ -22,8 +22,9 @@ import torch
 from torch import fx
 
 from fqcompile.passes.base import example
+from fqcompile.torch_compat import OpOverload, OpOverloadPacket, schema_of
 
-_OPERATOR = torch._ops.OpOverload | torch._ops.OpOverloadPacket
+_OPERATOR = OpOverload | OpOverloadPacket
 Call = tuple[object, tuple[Any, ...], dict[str, Any]]
 
 
@@ -43,9 +44,9 @@ def spell(graph: fx.Graph) -> None:
 
 def _by_position(node: fx.Node) -> None:
     """Arguments that the schema takes by position, from names: aten calls the first one `self`."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.kwargs:
+    if not isinstance(node.target, OpOverload) or not node.kwargs:
         return
-    positional = [a.name for a in node.target._schema.arguments if not a.kwarg_only]
+    positional = [a.name for a in schema_of(node.target).arguments if not a.kwarg_only]
     args, kwargs = list(node.args), dict(node.kwargs)
     for name in positional[len(args) :]:
         if name not in kwargs:

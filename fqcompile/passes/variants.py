@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo import convert_frame, exc
-from torch._guards import TracingContext, tracing
 
 from fqcompile.config import FineQuantConfig
 from fqcompile.distributed.agreement import agree
@@ -41,14 +39,13 @@ from fqcompile.report import (
     trace_report,
     with_warning,
 )
+from fqcompile.torch_compat import DYNAMO_REQUESTS, TracingContext, compile_lock, tracing
 from fqcompile.weights.dispatch import Inner, Variant, WeightDispatch, forget
 from fqcompile.weights.fingerprint import ATTEMPTS
 from fqcompile.weights.store import STORE
 
 log = logging.getLogger("fqcompile")
 _graph_numbers = itertools.count()
-# How Inductor asks Dynamo to trace again or to give up on a frame: not failures.
-_DYNAMO_REQUESTS = (exc.RestartAnalysis, exc.SkipFrame, exc.Unsupported)
 # More than this many sets of plans are not compiled for one graph; Dynamo's own limit of
 # recompilations does not see them.
 MOST_VARIANTS = 8
@@ -128,7 +125,7 @@ class GraphCompiler:
         key = _key(decide(state, args, changing))
         found = self._compiled.get(key)
         if found is None:
-            with convert_frame.compile_lock, tracing(self._context):
+            with compile_lock, tracing(self._context):
                 found = self._compiled.get(key) or self._add(args, key, changing)
         if changing:
             self._say_once(found, read_as_it_comes(state, changing))
@@ -196,7 +193,7 @@ class GraphCompiler:
         except Exception as error:
             self._agree(args, {"outcome": f"pass {recorder.running!r} failed with {error!r}"})
             strict = self._config.on_unsupported == "error"
-            if strict or isinstance(error, (RankError, *_DYNAMO_REQUESTS)):
+            if strict or isinstance(error, (RankError, *DYNAMO_REQUESTS)):
                 raise
             text = (
                 f"{self._name} runs unquantised: pass {recorder.running!r} failed with "

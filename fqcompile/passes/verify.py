@@ -3,6 +3,7 @@
 from fqcompile.errors import GraphInvariantError
 from fqcompile.passes.base import GraphState, example, placeholders
 from fqcompile.passes.op_nodes import argument, is_linear, is_quantized
+from fqcompile.torch_compat import is_erased
 
 
 def verify(state: GraphState, after: str) -> None:
@@ -31,6 +32,6 @@ def verify(state: GraphState, after: str) -> None:
         out = example(op)
         check(out is not None and out.shape[-1] == argument(op, "n"), op, "result has N columns")
     for site in state.sites:
-        done = site.op is not None and not site.op._erased
+        done = site.op is not None and not is_erased(site.op)
         check(site.op is None or done, site.name, "a rewritten site names a live op")
         check(site.plan is None or site.reason is None, site.name, "a plan or a reason, not both")

@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import pad
 
 from fqcompile.quant.granularity import num_groups
+from fqcompile.torch_compat import library_path
 
 # Weights in a piece. On a CPU some copies of it should fit the L2 cache (measured with 1 MiB per
 # core); elsewhere a launch should be worth its overhead.
@@ -70,7 +71,7 @@ def _use_one_thread() -> None:
     # A thread takes over the process's number when first asked, whatever was set on it before.
     torch.get_num_threads()
     # OpenMP as the linker finds it for PyTorch: in what is loaded for all, or in what that needs.
-    for library in map(ctypes.CDLL, (None, torch._C.__file__)):
+    for library in map(ctypes.CDLL, (None, library_path)):
         if torch.get_num_threads() > 1 and hasattr(library, "omp_set_num_threads"):
             library.omp_set_num_threads(1)
 

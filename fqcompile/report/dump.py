@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from torch._logging._internal import trace_log, trace_structured
-
 from fqcompile.distributed.ranks import own_folder
 from fqcompile.report.compile_report import CompileReport
 from fqcompile.report.files import replace_text
 from fqcompile.report.pass_record import PassRecord
+from fqcompile.torch_compat import trace_log, trace_structured
 
 log = logging.getLogger("fqcompile")
 

@@ -11,9 +11,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import SymInt, Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fqcompile.errors import FineQuantError
+from fqcompile.torch_compat import (
+    has_kernel,
+    no_torch_function,
+    schema_of,
+    tree_leaves,
+    tree_map_only,
+)
 from fqcompile.weights.no_memory import Lifetime, NoMemory, never_compiled, no_memory
 from fqcompile.weights.packed_memory import PackedMemory, Place, values
 from fqcompile.weights.packed_weight import HANDLERS, PackedWeight
@@ -66,7 +72,7 @@ class DenseView(NoMemory):
     def __tensor_unflatten__(inner: Mapping[str, Tensor], *_: Any) -> "DenseView":
         return DenseView(inner["shown"], None, 0)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function  # type: ignore[assignment]
 
     @classmethod
     @never_compiled
@@ -187,7 +193,7 @@ def _effects(func: Any) -> _Effects:
     Where that is silent of an operator named as those that write, it writes to its first argument:
     so do the collectives of torch.distributed. What is called unsafe returns views and hides it.
     """
-    schema = func._schema
+    schema = schema_of(func)
     aliases = [(i, a.name, a.alias_info) for i, a in enumerate(schema.arguments)]
     found = [_Effect(i, name, said.is_write) for i, name, said in aliases if said is not None]
     unsafe = schema.name.startswith(_UNSAFE) and not found
@@ -199,7 +205,7 @@ def _effects(func: Any) -> _Effects:
     return _Effects(
         tuple(found),
         unsafe or any(said is not None and not said.is_write for said in returned),
-        torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSED),
+        has_kernel(func.name(), _COMPOSED),
     )
 
 

@@ -23,9 +23,9 @@ from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
-from torch._dynamo.aot_compile_types import SerializableCallable
 
 from fqcompile.errors import PlanDoesNotFit
+from fqcompile.torch_compat import SerializableCallable
 from fqcompile.weights.fingerprint import ATTEMPTS, Fingerprint, Memory, fingerprint
 from fqcompile.weights.no_memory import Lifetime, NoMemory, lifetime
 from fqcompile.weights.store import STORE

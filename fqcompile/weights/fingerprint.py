@@ -4,8 +4,7 @@ Versions and addresses are compared on every call. They do not see a write throu
 digest of the content does; that is compared when a graph meets a weight for the first time.
 """
 
-from collections.abc import Callable, Iterable
-from operator import attrgetter
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +12,12 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fqcompile.torch_compat import count_of_writes, is_expired
 from fqcompile.weights.content_digest import content_digest, mixed_sum
 from fqcompile.weights.no_memory import NoMemory
 from fqcompile.weights.packed_weight import PackedWeight
 
 Fingerprint = tuple[tuple[int, ...], tuple[int, ...]]
-_version: Callable[[Tensor], int] = attrgetter("_version")
 
 # What is made of a weight is made again where the weight has changed meanwhile, so often at most.
 ATTEMPTS = 3
@@ -31,14 +30,14 @@ def fingerprint(weights: tuple[Tensor, ...]) -> Fingerprint:
     a write has ended, so what was read of a weight meanwhile is seen to be stale after it.
     """
     try:
-        return tuple(map(_version, weights)), tuple(map(Tensor.data_ptr, weights))
+        return tuple(map(count_of_writes, weights)), tuple(map(Tensor.data_ptr, weights))
     except RuntimeError:
         return tuple(map(_version_or_0, weights)), tuple(map(_address_or_0, weights))
 
 
 def _version_or_0(weight: Tensor) -> int:
     """Tensors made in inference mode keep no version."""
-    return 0 if weight.is_inference() else weight._version
+    return 0 if weight.is_inference() else count_of_writes(weight)
 
 
 def _address_or_0(weight: Tensor) -> int:
@@ -60,10 +59,7 @@ class Memory:
 
     def gone(self) -> bool:
         """Whether that of some weight was given back. 8 us for 224 weights."""
-        return any(map(_expired, self._places))
-
-
-_expired: Callable[[int], Any] = torch.UntypedStorage._expired
+        return any(map(is_expired, self._places))
 
 
 def _count_fused_steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -6,11 +6,15 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
-from torch.jit import _trace
-from torch.utils._pytree import tree_leaves
 
 from fqcompile.errors import FineQuantError
+from fqcompile.torch_compat import (
+    make_wrapper_subclass,
+    not_for_dynamo,
+    refuse_mutable_address,
+    traced_modules,
+    tree_leaves,
+)
 from fqcompile.weights.packed_memory import Memory, Place
 
 Code = TypeVar("Code", bound=Callable[..., Any])
@@ -39,8 +43,7 @@ def never_compiled(function: Code) -> Code:
     What follows in such a frame is compiled, called functions too; these are called by PyTorch, and
     make tensors of which Dynamo would see half.
     """
-    skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
-    set_code_exec_strategy(function.__code__, skip)
+    not_for_dynamo(function.__code__)
     return function
 
 
@@ -61,7 +64,7 @@ class NoMemory(Tensor):
             with torch.inference_mode(False):
                 return cls.shaped(place, dtype, device)
         size, stride, offset = place
-        self = Tensor._make_wrapper_subclass(
+        self = make_wrapper_subclass(
             cls,
             size,
             strides=stride,
@@ -70,7 +73,7 @@ class NoMemory(Tensor):
             device=device,
             storage_size=_NO_SIZE,
         )
-        torch._C._set_throw_on_mutable_data_ptr(self)
+        refuse_mutable_address(self)
         return self
 
     @property
@@ -145,7 +148,7 @@ def refuse_trace(arguments: object) -> None:
     Raises:
         FineQuantError: one of the arguments is a packed weight of those, or a view of one.
     """
-    known = [part for pair in (_trace._trace_module_map or {}).items() for part in pair]
+    known = [part for pair in (traced_modules() or {}).items() for part in pair]
     held: list[Any] = [w for m in known if isinstance(m, nn.Module) for w in m._parameters.values()]
     recorded = {w.memory.root for w in held if isinstance(w, NoMemory) and w.memory is not None}
     for leaf in tree_leaves(arguments):

@@ -16,13 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey
-from torch._higher_order_ops.cond import cond_op
-from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from fqcompile.kernels.ops import dequantize
 from fqcompile.kernels.registry import LAYOUTS
 from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.torch_compat import DispatchKey, cond_op, return_and_correct_aliasing
 from fqcompile.weights.dense_view import DenseView, densely, refusal
 from fqcompile.weights.packed_memory import (
     Memory,

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.jit import _trace
 
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels.ops import CACHE_TAG
 from fqcompile.kernels.template import PackedLinear
 from fqcompile.quant.chunks import plain_tensors
 from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.torch_compat import no_torch_function, traced_modules
 from fqcompile.weights.no_memory import Lifetime, NoMemory, never_compiled, refuse_trace
 from fqcompile.weights.packed_form import PackedForm, best_layout
 from fqcompile.weights.packed_memory import (
@@ -160,14 +160,14 @@ class PackedWeight(NoMemory):
         place = Place(size, stride)
         return PackedWeight.showing(memory, dtype, place, flipped=flipped, ids=inner.get("ids"))
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function  # type: ignore[assignment]
 
     @classmethod
     @never_compiled
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if _trace._trace_module_map is not None:
+        if traced_modules() is not None:
             refuse_trace((args, kwargs))
         return handler_of(func)(func, args, kwargs or {})
 

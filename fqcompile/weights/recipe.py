@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from fqcompile.errors import UnquantizableWeight
+from fqcompile.torch_compat import OpOverload, OpOverloadPacket, memory_id, tree_map_only
 
 # Pure functions and methods that only move elements: a value written to the result has one home.
 MOVING = frozenset(
@@ -69,7 +69,7 @@ def target_name(target: object) -> str:
     """
     if isinstance(target, str):
         return target
-    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    if isinstance(target, OpOverload | OpOverloadPacket):
         packet = str(getattr(target, "overloadpacket", target))
         return packet.removeprefix("aten.") if packet.startswith("aten.") else str(target)
     name = str(getattr(target, "__name__", target))
@@ -179,7 +179,7 @@ def simplified(recipe: WeightRecipe, sources: tuple[Tensor, ...]) -> WeightRecip
 
 
 def _is_same_view(a: Tensor, b: Tensor) -> bool:
-    same_memory = a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    same_memory = memory_id(a) == memory_id(b)
     places = [(t.shape, t.stride(), t.storage_offset(), t.dtype) for t in (a, b)]
     return same_memory and places[0] == places[1]
 

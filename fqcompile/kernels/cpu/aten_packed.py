@@ -24,6 +24,7 @@ from fqcompile.kernels.template import (
 from fqcompile.quant.packing import unpack
 from fqcompile.quant.qtype import QTYPES
 from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.torch_compat import int4pack_mm, int8pack_mm, pack_int4
 
 # Above these row counts dequantising once and multiplying densely is faster (table above).
 INT8_MAX_ROWS = 32
@@ -62,7 +63,7 @@ def _linear_int8(
 ) -> torch.Tensor:
     if x.shape[0] > INT8_MAX_ROWS:
         return DEQUANTIZE.linear(x, weight, bias, residual, activation, gated, config)
-    z = torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight.qweight, weight.scale.view(-1))
+    z = int8pack_mm(x.contiguous(), weight.qweight, weight.scale.view(-1))
     return apply_epilogue(z, bias, residual, activation, gated)
 
 
@@ -86,7 +87,7 @@ def _int4_shapes(bits: int, group_size: int, rows: int, k: int) -> tuple[Shape, 
 def _pack_int4(weight: QuantizedWeight) -> PackedTensors:
     """Codes offset to 0..15 in aten's order; scales [K/G, N, 2], each with aten's zero point."""
     codes = unpack(weight.qweight, QTYPES[4], weight.shape[1]).to(torch.int32) + 8
-    qweight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    qweight = pack_int4(codes, 1)
     scale = weight.scale.t().contiguous()
     return qweight, torch.stack((scale, torch.zeros_like(scale)), dim=-1)
 
@@ -100,9 +101,7 @@ def _linear_int4(
     gated: bool,
     config: Config | None,
 ) -> torch.Tensor:
-    z = torch.ops.aten._weight_int4pack_mm_for_cpu(
-        x.contiguous(), weight.qweight, weight.group_size, weight.scale
-    )
+    z = int4pack_mm(x.contiguous(), weight.qweight, weight.group_size, weight.scale)
     return apply_epilogue(z, bias, residual, activation, gated)
 
 

@@ -22,7 +22,6 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from torch._inductor.exc import InvalidCxxCompiler
 
 from fqcompile.errors import KernelBuildError
 from fqcompile.kernels.cache_directory import (
@@ -33,6 +32,7 @@ from fqcompile.kernels.cache_directory import (
     warn_unusable,
     writing,
 )
+from fqcompile.torch_compat import InvalidCxxCompiler, cpp_compiler, has_feature
 
 log = logging.getLogger("fqcompile")
 
@@ -59,15 +59,11 @@ class Isa:
 ISAS = {
     isa.name: isa
     for isa in (
-        Isa("avx512_bf16", (*_AVX512, "-mavx512bf16"), lambda: _has("avx512_bf16")),
-        Isa("avx512", _AVX512, lambda: _has("avx512")),
-        Isa("avx2", _AVX2, lambda: _has("avx2")),
+        Isa("avx512_bf16", (*_AVX512, "-mavx512bf16"), lambda: has_feature("avx512_bf16")),
+        Isa("avx512", _AVX512, lambda: has_feature("avx512")),
+        Isa("avx2", _AVX2, lambda: has_feature("avx2")),
     )
 }
-
-
-def _has(feature: str) -> bool:
-    return bool(getattr(torch.cpu, f"_is_{feature}_supported")())
 
 
 @dataclass(frozen=True)
@@ -198,10 +194,8 @@ def _is_whole(path: Path) -> bool:
 
 
 def _compiler() -> str:
-    from torch._inductor.cpp_builder import get_cpp_compiler  # half a second, only to build
-
     try:
-        return get_cpp_compiler()
+        return cpp_compiler()
     except (InvalidCxxCompiler, OSError) as error:
         raise KernelBuildError(
             "no C++ compiler: install g++ or clang++, or set CXX; Inductor on CPU needs it too"

@@ -31,6 +31,7 @@ from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import Layout, PackedLinear, Template
 from fqcompile.locks import in_forked_child
 from fqcompile.quant.qtype import QTYPES
+from fqcompile.torch_compat import has_amx
 
 
 class _Numbers(dict[torch.dtype, int]):
@@ -96,7 +97,7 @@ def _experts(
 
 @cache
 def _has_amx() -> bool:
-    return bool(torch.cpu._is_amx_tile_supported())
+    return bool(has_amx())
 
 
 def _multiply(

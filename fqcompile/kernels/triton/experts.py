@@ -19,6 +19,7 @@ from fqcompile.kernels.triton.launch import (
 from fqcompile.kernels.triton.layout import BLOCK_K
 from fqcompile.kernels.triton.schedule import schedule_kernel
 from fqcompile.kernels.triton.target import conversion
+from fqcompile.torch_compat import grouped_mm
 
 SCHEDULE_TILE = 2048  # experts times blocks that a program of the schedule compares
 GROUPED_MM_ALIGNED = 8  # `torch._grouped_mm` takes rows of multiples of 16 bytes
@@ -132,7 +133,7 @@ def dense_experts(
     if x.stride(1) != 1 or x.stride(0) % GROUPED_MM_ALIGNED or x.data_ptr() % 16:
         x = x.contiguous()
     w_hat = dequantize(weight, x.dtype, kwidth)
-    z = torch._grouped_mm(x, w_hat.transpose(1, 2), offs=offsets.to(torch.int32))
+    z = grouped_mm(x, w_hat.transpose(1, 2), offs=offsets.to(torch.int32))
     if bias is not None:
         rows = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
         expert = torch.searchsorted(offsets, rows, right=True)

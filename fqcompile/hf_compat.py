@@ -1,0 +1,73 @@
+"""Every name of transformers without a promise that this package builds on; no other file uses one.
+
+All were seen to work in transformers 5.23.0 and 5.24.0; `tests/test_hf_compat.py` tries each.
+transformers is an extra, so it is imported when one of them is asked for.
+"""
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def loading() -> Any:
+    """The module of WeightConverter, WeightRenaming, their operations, and `rename_source_key`."""
+    return import_module("transformers.core_model_loading")
+
+
+def conversion_mapping(model: Any, **options: Any) -> list[Any]:
+    """How the checkpoint's tensors become the model's, as converters and renamings."""
+    module = import_module("transformers.conversion_mapping")
+    return list(module.get_model_conversion_mapping(model, **options))
+
+
+def meta_safe() -> AbstractContextManager[object]:
+    """In which constructors that compute on the CPU run on the meta device too."""
+    context: AbstractContextManager[object]
+    context = import_module("transformers.initialization").meta_device_safe_creation_ops()
+    return context
+
+
+def is_model_class(value: object) -> bool:
+    """Whether a config makes a model of it."""
+    return isinstance(value, type) and hasattr(value, "_from_config")
+
+
+def model_from_config(model_class: Any, config: Mapping[str, Any], **options: Any) -> Any:
+    """A model from the content of a `config.json`, in which infinities are written as objects."""
+    own = model_class.config_class
+    return model_class._from_config(own.from_dict(own._decode_special_floats(config)), **options)
+
+
+def kept_types(model: Any, dtype: torch.dtype) -> list[str]:
+    """Patterns of the names of what a model of this type keeps in fp32."""
+    return list(model._get_dtype_plan(dtype))
+
+
+def ignored_names(model: Any) -> tuple[Iterable[str] | None, Iterable[str] | None]:
+    """Patterns of what may be missing in a checkpoint, and of what may be there for nothing."""
+    return model._keys_to_ignore_on_load_missing, model._keys_to_ignore_on_load_unexpected
+
+
+def move_missing(model: Any, names: set[str]) -> None:
+    """Give those on the meta device memory, so that they can be initialized."""
+    model._move_missing_keys_from_meta_to_device(names, None, None, None)
+
+
+def mark_initialized(tensor: Tensor) -> None:
+    """Have `initialize_missing` leave it as it is."""
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def initialize_missing(model: Any) -> None:
+    """Compute what is not marked, by the model's own rules."""
+    model._initialize_missing_keys(False)
+
+
+def can_switch_experts(model_class: Any) -> bool | None:
+    """Whether `set_experts_implementation` works for it; None for what is no model class."""
+    ask = getattr(model_class, "_can_set_experts_implementation", None)
+    return None if ask is None else bool(ask())

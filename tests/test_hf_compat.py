@@ -1,0 +1,66 @@
+"""What the names of transformers are used for, each tried on the release that is installed."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the demo extra is not installed")
+import transformers as hf
+
+from bench import moe_models
+from fqcompile import hf_compat as compat
+from tests import dense_models
+
+
+def test_converters_and_renamings_of_a_model() -> None:
+    model = moe_models.build("mixtral", torch.float32, "eager")
+    entries = compat.conversion_mapping(model)
+    kinds = (compat.loading().WeightConverter, compat.loading().WeightRenaming)
+    assert entries and all(isinstance(entry, kinds) for entry in entries)
+    converters = [entry for entry in entries if isinstance(entry, kinds[0])]
+    assert any("experts" in pattern for c in converters for pattern in c.source_patterns)
+    names = sorted(["a.10", "a.9"], key=compat.loading().dot_natural_key)
+    assert names == ["a.9", "a.10"]
+
+
+def test_a_model_is_built_without_values() -> None:
+    config = dense_models.build("llama", torch.float32)[0].config.to_dict()
+    with torch.device("meta"), compat.meta_safe():
+        model = compat.model_from_config(hf.LlamaForCausalLM, config, dtype=torch.bfloat16)
+    assert compat.is_model_class(hf.LlamaForCausalLM) and not compat.is_model_class(hf.LlamaConfig)
+    assert model.lm_head.weight.is_meta and model.lm_head.weight.dtype == torch.bfloat16
+    missing, unexpected = compat.ignored_names(model)
+    assert all(isinstance(pattern, str) for own in (missing, unexpected) for pattern in own or ())
+
+
+def test_infinities_of_a_config_are_read() -> None:
+    config = {**hf.MambaConfig().to_dict(), "time_step_limit": [0.0, {"__float__": "Infinity"}]}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
+    with torch.device("meta"), compat.meta_safe():
+        model = compat.model_from_config(hf.MambaForCausalLM, {**config, **sizes})
+    assert list(model.config.time_step_limit) == [0.0, float("inf")]
+
+
+def test_what_a_checkpoint_lacks_is_computed() -> None:
+    config = dense_models.build("llama", torch.float32)[0].config.to_dict()
+    with torch.device("meta"), compat.meta_safe():
+        model = compat.model_from_config(hf.LlamaForCausalLM, config)
+    compat.move_missing(model, {"lm_head.weight"})
+    for name, parameter in model.named_parameters():
+        if name != "lm_head.weight":
+            compat.mark_initialized(parameter)
+    compat.initialize_missing(model)
+    assert not model.lm_head.weight.is_meta and model.lm_head.weight.abs().max() > 0
+    assert not model.model.rotary_emb.inv_freq.is_meta
+
+
+def test_types_that_models_keep() -> None:
+    t5 = dense_models.build("t5", torch.float32)[0]
+    assert any("wo" in pattern for pattern in compat.kept_types(t5, torch.float16))
+    llama = dense_models.build("llama", torch.float32)[0]
+    assert not compat.kept_types(llama, torch.float16)
+
+
+def test_which_models_switch_their_experts() -> None:
+    assert compat.can_switch_experts(hf.MixtralForCausalLM) is True
+    assert compat.can_switch_experts(hf.DbrxForCausalLM) is False
+    assert compat.can_switch_experts(torch.nn.Linear) is None
