@@ -36,7 +36,7 @@ from bench.identity import identity
 from bench.interleaved import Record, Replay, recorded_on_gpu, timings
 from bench.results import Budget, Results, Row
 from bench.shapes import EXPERTS
-from fqcompile.commands.argument_types import counts, group_size
+from fqcompile.commands.arguments import counts, group_size
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels.gpu import Gpu, gpu_of
 from fqcompile.kernels.roofline import ideal_seconds

@@ -32,8 +32,8 @@ from bench.kernel_rows import Layer, identified, measured_rows
 from bench.kernel_table import failure_lines, kernel_table
 from bench.results import Budget, Results
 from bench.shapes import SHAPES, Shape, parse_shapes
-from fqcompile.commands.argument_types import counts as row_counts
-from fqcompile.commands.argument_types import group_size
+from fqcompile.commands.arguments import counts as row_counts
+from fqcompile.commands.arguments import group_size
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels.gpu import Gpu, gpu_of
 from fqcompile.kernels.spec import GemmSpec

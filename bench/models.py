@@ -46,7 +46,7 @@ from bench.model_table import extrapolated, model_table, start_table
 from bench.model_ways import WAYS, Way
 from bench.model_zoo import MADE_UP, MODELS, build, parameter_bytes
 from bench.results import Budget, Results, Row
-from fqcompile.commands.argument_types import counts as row_counts
+from fqcompile.commands.arguments import counts as row_counts
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels.gpu import gpu_of
 from fqcompile.kernels.tuning.search import DeviceLost

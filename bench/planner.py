@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[Compared] = []
     for machine, contents in machines(arguments.results):
         if machine.device() is None:
-            print(f"{machine.name}: planner/devices.py has no figures for it\n")
+            print(f"{machine.name}: estimator/devices.py has no figures for it\n")
             continue
         found = comparisons(machine, contents)
         shown = [row for row in found if arguments.all or row.part != "layer"]

@@ -13,17 +13,14 @@ from bench.kernel_rows import OURS
 from bench.model_zoo import MODELS
 from bench.results import Row
 from bench.shapes import EXPERTS, ExpertShape
-from fqcompile.planner.communication import Cluster
-from fqcompile.planner.config_fields import ConfigFields
-from fqcompile.planner.decoder import Decoder
-from fqcompile.planner.devices import DEVICES, PCIE_HOP, Device, Link
-from fqcompile.planner.matmul_time import matmul_seconds
-from fqcompile.planner.memory import FLOAT_BYTES, weight_memory
-from fqcompile.planner.model_shapes import decoder_of
-from fqcompile.planner.sharding import Matrix, Sharing
-from fqcompile.planner.speed import decode_speed, experts_read, prefill_speed
-from fqcompile.planner.weight_format import WeightFormat, spec_of
-from fqcompile.planner.workload import Workload
+from fqcompile.estimator.config_fields import ConfigFields
+from fqcompile.estimator.decoder import Decoder
+from fqcompile.estimator.devices import DEVICES, PCIE_HOP, Cluster, Device, Link
+from fqcompile.estimator.matmuls import WeightFormat, matmul_seconds, spec_of
+from fqcompile.estimator.memory import FLOAT_BYTES, weight_memory
+from fqcompile.estimator.model_shapes import decoder_of
+from fqcompile.estimator.sharding import Matrix, Sharing, Workload
+from fqcompile.estimator.speed import decode_speed, experts_read, prefill_speed
 
 PLAIN = WeightFormat("bf16", 16, None, 16)
 GROUP = 128  # as the adaptive rule has it for random weights

@@ -27,9 +27,9 @@ from bench.interleaved import Record, recorded_on_cpu, recorded_on_gpu
 from bench.results import Budget, Results
 from bench.shapes import SHAPES
 from bench.tune_cases import compared_on_cpu, searched_on_gpu
-from fqcompile.commands.argument_types import counts as row_counts
-from fqcompile.commands.argument_types import group_size
-from fqcompile.commands.shapes import ROUTINGS, specs_of_shape
+from fqcompile.commands.arguments import counts as row_counts
+from fqcompile.commands.arguments import group_size
+from fqcompile.commands.tune import ROUTINGS, specs_of_shape
 from fqcompile.errors import FineQuantError, OptionError
 from fqcompile.kernels.cpu.bandwidth import read_bandwidth
 from fqcompile.kernels.gpu import Gpu, gpu_of

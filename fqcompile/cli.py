@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from fqcompile.errors import FineQuantError
+from fqcompile.errors import FineQuantError, nearest
 
 COMMANDS = {
     "demo": "compile a real model, show what was done to it, what it cost and what it saved",
@@ -16,10 +16,11 @@ COMMANDS = {
     "quantize": "quantise a Hugging Face checkpoint, tensor by tensor, into a directory to load",
     "export": "write a quantised model as a checkpoint for vLLM, SGLang and transformers",
     "check": "show what vLLM, SGLang or transformers would not load of a checkpoint, and why",
-    "plan": "say what a model takes and how fast it runs, on GPUs that need not be here",
+    "estimate": "estimate memory, throughput and cost of a model on GPUs that you do not have",
     "tune": "measure kernel configurations on this machine's GPU and keep the fastest",
     "doctor": "show versions, devices, compilers, and which kernels are available and why not",
 }
+_RENAMED = {"plan": "estimate"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,8 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="fqcompile",
         description="FineQuant weight-only quantisation as a torch.compile backend.",
     )
+    chosen = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    if chosen is not None and chosen not in COMMANDS:
+        print(f"fqcompile: {_unknown(chosen)}", file=sys.stderr)
+        return 2
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
-    chosen = next((word for word in arguments if word in COMMANDS), None)
     for name, text in COMMANDS.items():
         subparser = subparsers.add_parser(
             name, help=text, description=f"{text[0].upper()}{text[1:]}."
@@ -48,3 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fqcompile {parsed.command}: {error}; {remedy}", file=sys.stderr)
         return 2
     return 0
+
+
+def _unknown(command: str) -> str:
+    """What is wrong with a command that there is not, and which to give."""
+    if command in _RENAMED:
+        return f"{command!r} was renamed; give: fqcompile {_RENAMED[command]}"
+    return f"no command is called {command!r}; there are {', '.join(COMMANDS)}" + nearest(
+        command, COMMANDS
+    )

@@ -1,8 +1,17 @@
-"""The exceptions that fqcompile raises.
+"""The exceptions that fqcompile raises, and how their messages suggest a name.
 
 Each message says what was found, the rule it breaks and what to do about it. A weight that is left
 as it was is no error but a record in the plan, with its reason.
 """
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: "; did you mean 'bits'?", or nothing."""
+    close = difflib.get_close_matches(name.lower(), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class FineQuantError(Exception):
@@ -45,8 +54,8 @@ class ShardingError(FineQuantError, TypeError):
     """A model is spread over ranks in a way that its weights cannot be quantised in."""
 
 
-class PlannerError(FineQuantError, ValueError):
-    """A model, a device or a way to share them out cannot be planned for; the message says why."""
+class EstimateError(FineQuantError, ValueError):
+    """A model, a device or a way to share them out cannot be estimated; the message says why."""
 
 
 class PlanDoesNotFit(UnquantizableWeight):

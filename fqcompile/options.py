@@ -3,16 +3,15 @@
 `label` is the option as the user wrote it, be it `bits` or `overrides['lm_head'].bits`.
 """
 
-import difflib
 import os
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeGuard
 
-from fqcompile.errors import OptionError
+from fqcompile.errors import OptionError, nearest
 from fqcompile.torch_compat import list_mode_options, list_options
 
 Rule = Callable[[str, object], object]
@@ -54,11 +53,6 @@ class FrozenMapping(Mapping[str, object]):
         return repr(self._items)
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name.lower(), known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def _refusal(label: str, value: object, allowed: str, hint: str = "") -> OptionError:
     kind = "" if value is None else f" ({type(value).__name__})"
     return OptionError(f"option {label} is {reprlib.repr(value)}{kind}; allowed: {allowed}{hint}")
@@ -80,7 +74,7 @@ def check_names(names: Iterable[object], allowed: Iterable[str], owner: str = ""
         elif name.replace("-", "_") in list_options():
             hint = f"; {name} is a setting of Inductor: give it as inductor={{{name!r}: ...}}"
         else:
-            hint = _nearest(name, known)
+            hint = nearest(name, known)
         raise OptionError(f"unknown option {owner}{name}; allowed: {', '.join(known)}{hint}")
 
 
@@ -96,7 +90,7 @@ def one_of(*choices: object) -> Rule:
     def rule(label: str, value: object) -> object:
         if any(type(value) is type(c) and value == c for c in choices):
             return value
-        hint = _nearest(value, names) if isinstance(value, str) else ""
+        hint = nearest(value, names) if isinstance(value, str) else ""
         raise _refusal(label, value, allowed, hint)
 
     return rule
@@ -148,7 +142,7 @@ def granularity(label: str, value: object) -> object:
         if value in names:
             return value
         digits = value.isascii() and value.isdigit()
-        hint = f"; did you mean the int {value}?" if digits else _nearest(value, names)
+        hint = f"; did you mean the int {value}?" if digits else nearest(value, names)
     elif _is_int(value) and value >= 1:
         return value
     allowed = ", ".join(map(repr, names)) + ", or the group size along K, an int >= 1"
@@ -197,7 +191,7 @@ def inductor_patches(label: str, value: object) -> object:
         raise _refusal(label, value, "a dict {name of an Inductor setting: value}")
     for name in value:
         if name not in list_options():
-            hint = _nearest(str(name), list_options())
+            hint = nearest(str(name), list_options())
             allowed = "the names in torch._inductor.list_options()"
             raise OptionError(f"option {label} has the key {name!r}; allowed: {allowed}{hint}")
     return FrozenMapping(value)

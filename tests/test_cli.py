@@ -1,9 +1,11 @@
 """The command line as a user meets it: help, doctor, explain, errors, the demo on a tiny model."""
 
+import argparse
 import io
 import json
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,6 +31,34 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_argument_of_a_command_is_explained_in_one_line(command: str) -> None:
+    parser = argparse.ArgumentParser()
+    import_module(f"fqcompile.commands.{command}").add_arguments(parser)
+    for action in parser._actions:
+        name = "/".join(action.option_strings) or action.dest
+        assert action.help and "\n" not in action.help, f"{name} of {command} has no help"
+        assert len(action.help) <= 120, f"the help of {name} of {command} is no line"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("quantise", "no command is called 'quantise'; there are demo, "),
+        ("quantise", "doctor; did you mean 'quantize'?"),
+        ("xyz", "doctor\n"),
+        ("plan", "'plan' was renamed; give: fqcompile estimate"),
+    ],
+)
+def test_an_unknown_command_has_the_nearest_name(
+    command: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--model", "opt-175b"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
 
 
 def test_the_module_is_the_command() -> None:
@@ -68,6 +98,10 @@ def test_explain_takes_lists_and_dicts_as_json(capsys: pytest.CaptureFixture[str
         (["explain", "no/such/place"], "neither a directory with a checkpoint nor"),
         (["explain", f"{__name__}:tiny_model", "--bits", "3"], "option bits is 3"),
         (["explain", f"{__name__}:tiny_model", "--granularity", "colum"], "did you mean 'column'"),
+        (
+            ["export", "no/such/place", "OUT", "--profile", "vllm"],
+            "profile is 'vllm'; allowed: 'portable' (for vllm, sglang, transformers), 'serve' (for",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(

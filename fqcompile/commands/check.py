@@ -13,11 +13,21 @@ from fqcompile.errors import CheckpointError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The checkpoint, and how it is to be served."""
     parser.add_argument("checkpoint", help="directory with config.json and safetensors files")
-    parser.add_argument("--engine", choices=ENGINES, default="vllm")
-    parser.add_argument("--device", choices=DEVICES, default="cuda", help="that the engine runs on")
-    parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallelism")
     parser.add_argument(
-        "--ep", type=int, default=1, metavar="N", help="expert parallelism: experts stay whole"
+        "--engine", choices=ENGINES, default="vllm", help="that loads the checkpoint"
+    )
+    parser.add_argument(
+        "--device", choices=DEVICES, default="cuda", help="device that the engine runs on"
+    )
+    parser.add_argument(
+        "--tp", type=int, default=1, metavar="N", help="degree of tensor parallelism"
+    )
+    parser.add_argument(
+        "--ep",
+        type=int,
+        default=1,
+        metavar="N",
+        help="degree of expert parallelism: experts stay whole",
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 

@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="DIRECTORY", help="checkpoint of a causal language model to decode with"
     )
-    parser.add_argument("--part", choices=("all", "embedding", "decoder"), default="all")
+    parser.add_argument(
+        "--part", choices=("all", "embedding", "decoder"), default="all", help="what to run"
+    )
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens to generate")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed rounds")
 

@@ -5,11 +5,9 @@ from typing import Any
 
 import torch
 
+from fqcompile.commands.arguments import DTYPES, add_option_flags, given_options
 from fqcompile.commands.checkpoints import load_model
-from fqcompile.commands.options import add_option_flags, given_options
 from fqcompile.explain import explain
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,14 +16,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", help="directory of a Hugging Face checkpoint, or module:function that returns "
         "(model, example inputs)",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of a loaded checkpoint")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bf16", help="type of a loaded checkpoint"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the plan as JSON")
     parser.add_argument("--html", metavar="FILE", help="also write the plan as a page")
     add_option_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    model, inputs = load_model(arguments.model, _DTYPES[arguments.dtype])
+    model, inputs = load_model(arguments.model, DTYPES[arguments.dtype])
     options: Any = given_options(arguments)
     with torch.no_grad():
         plan = explain(model, *inputs, **options)

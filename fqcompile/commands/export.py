@@ -3,8 +3,7 @@
 import argparse
 from typing import Any
 
-from fqcompile.commands.options import add_option_flags, given_options
-from fqcompile.commands.quantize import DTYPES
+from fqcompile.commands.arguments import DTYPES, add_option_flags, given_options
 from fqcompile.exports.export import export
 from fqcompile.exports.request import FORMATS, PROFILES
 
@@ -16,15 +15,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint, which is quantised first",
     )  # fmt: skip
     parser.add_argument("out", help="directory to write, which is not there yet")
-    parser.add_argument("--to", choices=FORMATS, default=FORMATS[0], help="format")
     parser.add_argument(
-        "--profile", choices=PROFILES, default="portable", help="serve: vLLM and SGLang; portable: "
-        "transformers too, with one scheme for all experts",
+        "--to", choices=FORMATS, default=FORMATS[0], help="format of the checkpoint"
+    )
+    parser.add_argument(
+        "--profile", metavar=f"{{{','.join(PROFILES)}}}", default="portable", help="serve: vLLM "
+        "and SGLang; portable: transformers too, with one scheme for all experts",
     )  # fmt: skip
     parser.add_argument(
         "--tp", type=int, default=1, metavar="N", help="highest degree of tensor parallelism"
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the model; by default the config's")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the model (default: the config's)")
     parser.add_argument(
         "--resume", action="store_true", help="go on with an export that was killed"
     )

@@ -3,19 +3,15 @@
 import argparse
 from typing import Any
 
-import torch
-
 from fqcompile.checkpoint.stream import quantize_checkpoint
-from fqcompile.commands.options import add_option_flags, given_options
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from fqcompile.commands.arguments import DTYPES, add_option_flags, given_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """From where, to where, and every FineQuant option."""
     parser.add_argument("checkpoint", help="directory with config.json and safetensors files")
     parser.add_argument("out", help="directory to write, for fqcompile.load")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the model; by default the config's")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the model (default: the config's)")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on with a run that was killed")
     existing.add_argument(

@@ -1,17 +1,17 @@
 """fqcompile tune: measure kernel configurations on this machine's GPU, and keep the fastest."""
 
 import argparse
+import re
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from fqcompile.commands.argument_types import counts, group_size
+from fqcompile.commands.arguments import counts, group_size
 from fqcompile.commands.checkpoints import load_model
-from fqcompile.commands.shapes import DEFAULT_GROUP, ROUTINGS, specs_of_shape
-from fqcompile.errors import FineQuantError
+from fqcompile.errors import FineQuantError, OptionError
 from fqcompile.gemm_specs import gemm_specs
 from fqcompile.kernels.gpu import Gpu, gpu_of
 from fqcompile.kernels.registry import select_kernel
@@ -25,6 +25,11 @@ from fqcompile.kernels.tuning.table import TunedTable, table_for
 from fqcompile.report.tuning_case import TuningCase, searched_case
 from fqcompile.report.tuning_report import SUFFIXES, TuningReport
 
+Routing = Literal["grouped", "gathered"]
+ROUTINGS: tuple[Routing, ...] = ("grouped", "gathered")
+DEFAULT_GROUP = 128
+# N x K of a matrix, or E x N x K of a stack of experts.
+_SHAPE = re.compile(r"(?:(\d+)x)?(\d+)x(\d+)")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _DEVICE = torch.device("cuda")
 _NOTES = (
@@ -48,24 +53,23 @@ class _Search(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to tune, how widely to search, where to write the report."""
     parser.add_argument(
-        "target", nargs="+", help="directory of a Hugging Face checkpoint, module:function that "
-        "returns (model, example inputs), the N x K of a matrix, such as 4096x14336, or E x N x K "
-        "of a stack of experts",
+        "target", nargs="+", help="directory of a checkpoint, module:function as for explain, or "
+        "a shape: NxK such as 4096x14336, ExNxK of experts",
     )  # fmt: skip
-    parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
+    parser.add_argument("--bits", type=int, choices=(4, 8), default=4, help="bits of the weights")
     parser.add_argument(
         "--group", type=group_size, metavar="SIZE", help='size along K, or "column" (default: '
         f"{DEFAULT_GROUP} for a shape, what is chosen for each matrix of a model)",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of the activations")
+    parser.add_argument("--dtype", choices=_DTYPES, default="bf16", help="type of the activations")
     parser.add_argument("--gated", action="store_true", help="shapes are of gate and up, 2N x K")
     parser.add_argument(
         "--m", type=counts, metavar="M,...", help="numbers of rows, each for its bucket "
         "(default: 1, and what a model with an open batch looks up)",
     )  # fmt: skip
     parser.add_argument(
-        "--routing", choices=ROUTINGS, help="of experts (default: both); their rows are routed "
-        "ones, tokens times experts of each",
+        "--routing", choices=ROUTINGS, help="how rows of experts are routed (default: both), each "
+        "token once for each of its experts",
     )  # fmt: skip
     parser.add_argument(
         "--mode", choices=("fast", "max"), default="fast",
@@ -73,9 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--report", action="append", type=_report_file, default=[], metavar="FILE",
-        help="also write every configuration with its time, its share of the roofline or why it "
-        "was refused: as JSON or, where FILE ends in .html, as a page with plots that needs no "
-        "network; may be given twice",
+        help="also write every configuration, with its time or why it was refused, as .json or "
+        ".html; may be given twice",
     )  # fmt: skip
 
 
@@ -144,6 +147,37 @@ def _specs_of_model(
         on_gpu = [x.to(_DEVICE) if isinstance(x, torch.Tensor) else x for x in inputs]
         found = gemm_specs(model.to(_DEVICE), *on_gpu, **options)
     return [replace(spec, device_type="cuda", gpu=gpu) for spec in found]
+
+
+def specs_of_shape(
+    text: str,
+    bits: int,
+    group: int | str | None,
+    dtype: torch.dtype,
+    gated: bool,
+    routing: Routing | None,
+    device_type: str,
+    gpu: Gpu | None,
+) -> list[GemmSpec] | None:
+    """The matmul that `text` names, of experts one for each routing; None where it names none.
+
+    `group` is a size along K, "column", or None for 128; scales are of the activations' dtype.
+
+    Raises:
+        OptionError: a side is empty.
+    """
+    shape = _SHAPE.fullmatch(text)
+    if shape is None:
+        return None
+    experts, n, k = (int(side or 0) for side in shape.groups())
+    if not n or not k or (shape[1] and not experts):
+        raise OptionError(f"shape {text!r} has an empty side; E, N and K are at least 1")
+    size = k if group == "column" else min(k, int(group or DEFAULT_GROUP))
+    spec = GemmSpec(1, n, k, bits, size, dtype, dtype, device_type, gated=gated, gpu=gpu)
+    if not experts:
+        return [spec]
+    asked = ROUTINGS if routing is None else (routing,)
+    return [replace(spec, experts=experts, routing=one) for one in asked]
 
 
 def _report_file(text: str) -> Path:

@@ -40,11 +40,11 @@ class Request:
     options: Mapping[str, object]
 
     def __post_init__(self) -> None:
-        for name, allowed in (("to", FORMATS), ("profile", tuple(PROFILES))):
-            if getattr(self, name) not in allowed:
-                raise OptionError(
-                    f"{name} is {getattr(self, name)!r}; allowed: {', '.join(map(repr, allowed))}"
-                )
+        if self.to not in FORMATS:
+            raise OptionError(f"to is {self.to!r}; allowed: {', '.join(map(repr, FORMATS))}")
+        if self.profile not in PROFILES:
+            allowed = (f"{name!r} (for {', '.join(loads)})" for name, loads in PROFILES.items())
+            raise OptionError(f"profile is {self.profile!r}; allowed: {', '.join(allowed)}")
         if type(self.tp) is not int or self.tp < 1:
             raise OptionError(f"tp is {self.tp!r}; allowed: an int >= 1")
         given = [name for name in self.options if name != "on_unsupported"]

@@ -85,7 +85,7 @@ def test_a_device_without_figures_is_named(
 ) -> None:
     write(tmp_path, "NVIDIA X", "kernels", [layer("cuBLAS", 1.0)])
     assert found(tmp_path, tmp_path) == []
-    assert "NVIDIA X: planner/devices.py has no figures for it" in capsys.readouterr().out
+    assert "NVIDIA X: estimator/devices.py has no figures for it" in capsys.readouterr().out
 
 
 def test_what_is_stored_is_compared(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""Small and made-up models and devices for the planner's tests."""
+"""Small and made-up models and devices for the estimator's tests."""
 
 from typing import Any
 
-from fqcompile.planner.config_fields import ConfigFields
-from fqcompile.planner.decoder import Decoder
-from fqcompile.planner.devices import Device, Link
-from fqcompile.planner.model_shapes import decoder_of
+from fqcompile.estimator.config_fields import ConfigFields
+from fqcompile.estimator.decoder import Decoder
+from fqcompile.estimator.devices import Device, Link
+from fqcompile.estimator.model_shapes import decoder_of
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3,

@@ -6,13 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fqcompile.planner.devices import DEVICES
-from fqcompile.planner.memory import kv_bytes, memory_of, weight_memory
-from fqcompile.planner.model_shapes import read_decoder
-from fqcompile.planner.sharding import Matrix, Sharing
-from fqcompile.planner.weight_format import WeightFormat, formats
-from fqcompile.planner.workload import Workload
-from tests.planner.shapes import MIXTRAL, PLAIN, decoder
+from fqcompile.estimator.devices import DEVICES
+from fqcompile.estimator.matmuls import WeightFormat, formats
+from fqcompile.estimator.memory import kv_bytes, memory_of, weight_memory
+from fqcompile.estimator.model_shapes import read_decoder
+from fqcompile.estimator.sharding import Matrix, Sharing, Workload
+from tests.estimator.shapes import MIXTRAL, PLAIN, decoder
 
 BF16, INT8, INT4 = formats(128, 8).values()
 

@@ -1,4 +1,4 @@
-"""`fqcompile plan` as a user meets it."""
+"""`fqcompile estimate` as a user meets it."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fqcompile.cli import main
-from tests.planner.shapes import LLAMA, MIXTRAL
+from tests.estimator.shapes import LLAMA, MIXTRAL
 
 
 @pytest.fixture
@@ -19,9 +19,9 @@ def model(tmp_path: Path) -> str:
     return str(folder)
 
 
-def planned(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
-    file = tmp_path / "plan.json"
-    assert main(["plan", *arguments, "--json", str(file)]) == 0
+def estimated(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
+    file = tmp_path / "estimate.json"
+    assert main(["estimate", *arguments, "--json", str(file)]) == 0
     content = json.loads(file.read_text(encoding="utf-8"))
     assert content["assumptions"]
     found: list[dict[str, Any]] = content["estimates"]
@@ -31,9 +31,9 @@ def planned(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
 def test_the_table_has_a_line_for_each_way(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = tmp_path / "plan.html"
+    page = tmp_path / "estimate.html"
     arguments = ["--model", model, "--gpu", "l40s", "--tp", "1,2", "--batch", "1,4"]
-    found = planned(tmp_path, *arguments, "--context", "64", "--html", str(page))
+    found = estimated(tmp_path, *arguments, "--context", "64", "--html", str(page))
     assert [(e["tp"], e["batch"], e["format"]) for e in found] == [
         (tp, batch, form) for tp in (1, 2) for batch in (1, 4) for form in ("bf16", "int8", "int4")
     ]
@@ -64,7 +64,7 @@ def test_the_table_has_a_line_for_each_way(
 
 def test_replicas_multiply_tokens_and_not_their_cost(model: str, tmp_path: Path) -> None:
     common = ["--model", model, "--tp", "2", "--batch", "1", "--context", "64", "--format", "int4"]
-    one, many = planned(tmp_path, *common, "--gpus", "2,4097", "--price", "h200=3.6")
+    one, many = estimated(tmp_path, *common, "--gpus", "2,4097", "--price", "h200=3.6")
     assert (one["gpus"], many["gpus"], many["replicas"]) == (2, 4096, 2048)
     rates = [e["decode"]["tokens_per_second"] for e in (one, many)]
     assert rates[1] == pytest.approx(2048 * rates[0])
@@ -76,20 +76,20 @@ def test_replicas_multiply_tokens_and_not_their_cost(model: str, tmp_path: Path)
 def test_what_is_not_possible_is_said_beside_what_is(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = planned(
+    found = estimated(
         tmp_path, "--model", model, "--tp", "1,3", "--context", "64,5000", "--batch", "1"
     )
     assert [e["refusal"] is None for e in found[::3]] == [True, False, False, False]
     printed = capsys.readouterr().out
     assert "not possible: tp 3 neither divides" in printed
     assert "not possible: context 5000: my-model has positions for 4096" in printed
-    too_few = planned(tmp_path, "--model", model, "--tp", "4", "--gpus", "2", "--context", "64")
+    too_few = estimated(tmp_path, "--model", model, "--tp", "4", "--gpus", "2", "--context", "64")
     assert {e["refusal"] for e in too_few} == {"2 GPUs are fewer than the 4 of a replica"}
 
 
 def test_a_model_that_does_not_fit_has_bytes_and_no_speed(tmp_path: Path) -> None:
     arguments = ["--model", "opt-175b", "--gpu", "a100-80", "--batch", "1", "--format", "bf16"]
-    (found,) = planned(tmp_path, *arguments)
+    (found,) = estimated(tmp_path, *arguments)
     assert found["fits"] is False
     assert found["decode"] is found["prefill"] is None
     assert found["memory"]["weights"] == pytest.approx(350e9, rel=0.01)
@@ -99,7 +99,7 @@ def test_formulas_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     config = tmp_path / "config.json"
     config.write_text(json.dumps(MIXTRAL), encoding="utf-8")
     arguments = ["--model", str(config), "--batch", "1", "--context", "8", "--formulas"]
-    assert main(["plan", *arguments]) == 0
+    assert main(["estimate", *arguments]) == 0
     printed = capsys.readouterr().out
     assert "experts that tokens meet = E*(1 - (1 - k/E)**tokens)" in printed
     assert "bytes of keys and values = 4*KV*layers*tokens*width" in printed
@@ -110,10 +110,12 @@ def test_formulas_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ("arguments", "expected"),
     [
         (["--gpu", "h300"], "no GPU is called 'h300'; there are h200"),
+        (["--gpu", "rtx4090"], "; did you mean 'rtx-4090'?"),
+        (["--model", "opt-175"], "qwen3-235b-a22b; did you mean 'opt-175b'?"),
         (["--format", "int3"], "no format is called 'int3'"),
         (["--price", "cheap"], "--price 'cheap'"),
         (["--price", "nan"], "--price 'nan'"),
-        (["--price", "l4=1"], "no GPU of this plan is called 'l4'"),
+        (["--price", "l4=1"], "no GPU of this estimate is called 'l4'"),
         (["--machine", "0"], "--machine is at least 1"),
         (["--network", "0"], "--network more than 0"),
     ],
@@ -121,13 +123,13 @@ def test_formulas_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_wrong_arguments_are_named(
     model: str, arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", "--model", model, *arguments]) == 2
+    assert main(["estimate", "--model", model, *arguments]) == 2
     assert expected in capsys.readouterr().err
 
 
 def test_the_papers_claim_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
     """OPT-175B on 2 GPUs instead of 8."""
     sizes = ["--tp", "1,2,4,8", "--batch", "1", "--group", "64"]
-    assert main(["plan", "--model", "opt-175b", "--gpu", "a100-80", *sizes]) == 0
+    assert main(["estimate", "--model", "opt-175b", "--gpu", "a100-80", *sizes]) == 0
     expected = "fewest GPUs of those asked about: bf16 8, int8 4, int4 2"
     assert expected in capsys.readouterr().out

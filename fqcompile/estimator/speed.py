@@ -1,25 +1,23 @@
 """Seconds of a step of decoding and of a pass of prefill on one replica, part by part.
 
 What is assumed stands in the constants here and in `devices`; nothing is fitted to a measurement.
-Functions of plain numbers take symbols as well: `formulas` prints them.
+Functions of plain numbers take symbols as well: `assumptions` prints them.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from fqcompile.planner.communication import (
+from fqcompile.estimator.decoder import Decoder
+from fqcompile.estimator.devices import (
     Cluster,
+    Device,
     all_gather_seconds,
     all_reduce_seconds,
     all_to_all_seconds,
 )
-from fqcompile.planner.decoder import Decoder
-from fqcompile.planner.devices import Device
-from fqcompile.planner.matmul_time import matmul_seconds
-from fqcompile.planner.memory import FLOAT_BYTES, kv_bytes
-from fqcompile.planner.sharding import Matrix, Sharing, kv_heads_of_a_gpu, matrices
-from fqcompile.planner.weight_format import WeightFormat, spec_of
-from fqcompile.planner.workload import Workload
+from fqcompile.estimator.matmuls import WeightFormat, matmul_seconds, spec_of
+from fqcompile.estimator.memory import FLOAT_BYTES, kv_bytes
+from fqcompile.estimator.sharding import Matrix, Sharing, Workload, kv_heads_of_a_gpu, matrices
 
 # Of a layer, beside its matmuls: attention; two norms with their sums, rotations, the cache's new
 # rows. Where it has experts: choosing, sorting, counting, the weighted sum.

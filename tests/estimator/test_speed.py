@@ -6,18 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fqcompile.kernels.roofline import ideal_seconds
-from fqcompile.planner.communication import (
+from fqcompile.estimator.devices import (
+    DEVICES,
     Cluster,
     all_gather_seconds,
     all_reduce_seconds,
     all_to_all_seconds,
 )
-from fqcompile.planner.devices import DEVICES
-from fqcompile.planner.matmul_time import matmul_seconds
-from fqcompile.planner.model_shapes import read_decoder
-from fqcompile.planner.sharding import Sharing, matrices
-from fqcompile.planner.speed import (
+from fqcompile.estimator.matmuls import WeightFormat, formats, matmul_seconds, spec_of
+from fqcompile.estimator.model_shapes import read_decoder
+from fqcompile.estimator.sharding import Sharing, Workload, matrices
+from fqcompile.estimator.speed import (
     Rows,
     Speed,
     decode_speed,
@@ -25,9 +24,8 @@ from fqcompile.planner.speed import (
     matmul_parts,
     prefill_speed,
 )
-from fqcompile.planner.weight_format import WeightFormat, formats, spec_of
-from fqcompile.planner.workload import Workload
-from tests.planner.shapes import MIXTRAL, PLAIN, decoder
+from fqcompile.kernels.roofline import ideal_seconds
+from tests.estimator.shapes import MIXTRAL, PLAIN, decoder
 
 BF16, INT8, INT4 = formats(128, 8).values()
 CLUSTER = Cluster(4, 1e7)  # machines of 4; as reached 8 MB/s between them

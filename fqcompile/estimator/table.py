@@ -6,9 +6,9 @@ from typing import Any
 
 from tabulate import tabulate
 
-from fqcompile.planner.estimate import Estimate
-from fqcompile.planner.speed import Speed
-from fqcompile.planner.weight_format import PLAIN_BITS
+from fqcompile.estimator.estimate import Estimate
+from fqcompile.estimator.matmuls import PLAIN_BITS
+from fqcompile.estimator.speed import Speed
 
 _GB = 1e9
 # As rows of the body: tabulate widens every column that has a header by two.
@@ -21,7 +21,7 @@ _HEADERS = (
 _COSTS = (("1M decoded", "1M read"), ("cost", "cost"))
 
 
-def plan_text(estimates: Sequence[Estimate]) -> str:
+def estimates_text(estimates: Sequence[Estimate]) -> str:
     """A table for each model and device; below it why other ways are not possible.
 
     Speeds are of all replicas, bytes those on each GPU; tokens in ms are a sequence's.
@@ -115,7 +115,7 @@ def _cost(estimate: Estimate, speed: Speed | None) -> str:
     return "" if cost is None else _digits(cost)
 
 
-def plan_as_dict(estimates: Iterable[Estimate], assumed: Sequence[str]) -> dict[str, Any]:
+def estimates_as_dict(estimates: Iterable[Estimate], assumed: Sequence[str]) -> dict[str, Any]:
     """Everything, as JSON holds it: bytes on each GPU, seconds, tokens a second of all replicas."""
     return {"assumptions": list(assumed), "estimates": [_as_dict(e) for e in estimates]}
 

@@ -11,9 +11,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fqcompile.errors import PlannerError
-from fqcompile.planner.model_shapes import FAMILIES, named_models, read_decoder
-from tests.planner.shapes import LLAMA, MIXTRAL, decoder
+from fqcompile.errors import EstimateError
+from fqcompile.estimator.model_shapes import FAMILIES, named_models, read_decoder
+from tests.estimator.shapes import LLAMA, MIXTRAL, decoder
 
 SMALL = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5, "vocab_size": 128,
@@ -79,7 +79,7 @@ def test_the_config_of_a_named_model_is_transformers_own() -> None:
     """The packaged facts make a model of transformers of exactly so many parameters."""
     for name, kind in (("opt-175b", "OPT"), ("llama-3-70b", "Llama")):
         content = json.loads(
-            (Path(__file__).parents[2] / "fqcompile/planner/named_models" / f"{name}.json")
+            (Path(__file__).parents[2] / "fqcompile/estimator/named_models" / f"{name}.json")
             .read_text(encoding="utf-8")
         )  # fmt: skip
         config = getattr(transformers, f"{kind}Config")(**content)
@@ -107,14 +107,14 @@ def test_unknown_and_incomplete_configs_say_what_is_missing(tmp_path: Path) -> N
     ]
     for text, expected in cases:
         path.write_text(text, encoding="utf-8")
-        with pytest.raises(PlannerError) as caught:
+        with pytest.raises(EstimateError) as caught:
             read_decoder(str(path))
         assert expected in str(caught.value)
         assert str(path) in str(caught.value)
-    with pytest.raises(PlannerError, match=r"neither a config\.json.*opt-175b"):
+    with pytest.raises(EstimateError, match=r"neither a config\.json.*opt-175b"):
         read_decoder(str(tmp_path / "nothing"))
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(PlannerError, match="cannot be read"):
+    with pytest.raises(EstimateError, match="cannot be read"):
         read_decoder(str(path))
 
 
@@ -132,7 +132,7 @@ def test_a_fuzzed_config_is_read_or_refused_by_name(
     changed = data.draw(st.dictionaries(st.sampled_from(sorted(base)), values, min_size=1))
     try:
         shape = decoder(base, **changed)
-    except PlannerError as error:
+    except EstimateError as error:
         text = str(error)
         assert text.startswith("config.json")
         assert any(name in text for name in (*base, "head_dim"))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fqcompile.errors import PlannerError
+from fqcompile.errors import EstimateError
 
 _MOST = 10**9  # more than any side of a model: a slip of the pen
 
@@ -26,7 +26,7 @@ class ConfigFields:
         missing = [name for name in names if self._value(name) is None]
         if missing:
             kind = self.content.get("model_type")
-            raise PlannerError(
+            raise EstimateError(
                 f"{self.where} lacks {', '.join(missing)}, which a model of type {kind!r} has"
             )
 
@@ -36,7 +36,7 @@ class ConfigFields:
         if value is None and default is not None:
             return default
         if type(value) is not int or not least <= value <= _MOST:
-            raise PlannerError(
+            raise EstimateError(
                 f"{self.where}: {name} is {value!r}; it must be a whole number from {least} to "
                 f"{_MOST}"
             )
@@ -48,7 +48,7 @@ class ConfigFields:
         if value is None:
             return default
         if type(value) is not bool:
-            raise PlannerError(f"{self.where}: {name} is {value!r}; it must be true or false")
+            raise EstimateError(f"{self.where}: {name} is {value!r}; it must be true or false")
         return value
 
     def has(self, name: str) -> bool:
@@ -63,7 +63,7 @@ class ConfigFields:
         """A list of numbers of layers, empty where there is none."""
         value = self._value(name) or []
         if not isinstance(value, list) or not all(type(item) is int for item in value):
-            raise PlannerError(f"{self.where}: {name} is {value!r}; it must list layer numbers")
+            raise EstimateError(f"{self.where}: {name} is {value!r}; it must list layer numbers")
         return value
 
 
@@ -71,14 +71,14 @@ def read_fields(path: Path) -> ConfigFields:
     """The keys of a config.json.
 
     Raises:
-        PlannerError: it cannot be read, or is no JSON object.
+        EstimateError: it cannot be read, or is no JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise PlannerError(f"{path} cannot be read: {error}") from None
+        raise EstimateError(f"{path} cannot be read: {error}") from None
     except (json.JSONDecodeError, RecursionError) as error:
-        raise PlannerError(f"{path} is no JSON: {error}") from None
+        raise EstimateError(f"{path} is no JSON: {error}") from None
     if not isinstance(content, dict):
-        raise PlannerError(f"{path} holds a {type(content).__name__}, not the keys of a model")
+        raise EstimateError(f"{path} holds a {type(content).__name__}, not the keys of a model")
     return ConfigFields(content, str(path))

@@ -1,17 +1,16 @@
 """Bytes on one GPU: weights, KV cache, what a pass needs beside them, and what there is.
 
-Functions of plain numbers take symbols as well: `formulas` prints them.
+Functions of plain numbers take symbols as well: `assumptions` prints them.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
+from fqcompile.estimator.decoder import Decoder
+from fqcompile.estimator.devices import Device
+from fqcompile.estimator.matmuls import PLAIN_BITS, WeightFormat, spec_of
+from fqcompile.estimator.sharding import Matrix, Sharing, Workload, kv_heads_of_a_gpu, matrices
 from fqcompile.kernels.roofline import weight_bytes
-from fqcompile.planner.decoder import Decoder
-from fqcompile.planner.devices import Device
-from fqcompile.planner.sharding import Matrix, Sharing, kv_heads_of_a_gpu, matrices
-from fqcompile.planner.weight_format import PLAIN_BITS, WeightFormat, spec_of
-from fqcompile.planner.workload import Workload
 
 FLOAT_BYTES = 2  # of activations, keys and values
 USABLE_SHARE = 0.95  # the rest is for the driver's context, libraries and fragments

@@ -2,8 +2,8 @@
 
 import pytest
 
-from fqcompile.errors import PlannerError
-from fqcompile.planner.devices import DEVICES, device_called
+from fqcompile.errors import EstimateError
+from fqcompile.estimator.devices import DEVICES, device_called
 
 # GB, GB/s of memory, dense bf16 TFLOP/s, GB/s between GPUs in one direction: as published.
 PUBLISHED = {
@@ -30,6 +30,6 @@ def test_a_device_reaches_a_stated_share_of_what_is_published(name: str) -> None
 
 
 def test_an_unknown_name_lists_those_that_are_known() -> None:
-    with pytest.raises(PlannerError, match=r"h200.*a100-80.*l40s"):
+    with pytest.raises(EstimateError, match=r"h200.*a100-80.*l40s"):
         device_called("tpu")
     assert all(device.source for device in DEVICES.values())

@@ -7,15 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
-from fqcompile.errors import PlannerError
-from fqcompile.planner.communication import Cluster
-from fqcompile.planner.decoder import Decoder
-from fqcompile.planner.devices import Device
-from fqcompile.planner.memory import Memory, memory_of
-from fqcompile.planner.sharding import Sharing, check
-from fqcompile.planner.speed import Speed, decode_speed, prefill_speed
-from fqcompile.planner.weight_format import WeightFormat
-from fqcompile.planner.workload import Workload
+from fqcompile.errors import EstimateError
+from fqcompile.estimator.decoder import Decoder
+from fqcompile.estimator.devices import Cluster, Device
+from fqcompile.estimator.matmuls import WeightFormat
+from fqcompile.estimator.memory import Memory, memory_of
+from fqcompile.estimator.sharding import Sharing, Workload, check
+from fqcompile.estimator.speed import Speed, decode_speed, prefill_speed
 
 
 @dataclass(frozen=True)
@@ -115,8 +113,8 @@ def _filled(bare: Estimate, cluster: Cluster, total: int | None) -> Estimate:
         check(bare.model, bare.sharing)
         bare.load.check(bare.model)
         if not bare.replicas:
-            raise PlannerError(f"{total} GPUs are fewer than the {bare.sharing.gpus} of a replica")
-    except PlannerError as refusal:
+            raise EstimateError(f"{total} GPUs are fewer than the {bare.sharing.gpus} of a replica")
+    except EstimateError as refusal:
         return replace(bare, refusal=str(refusal))
     memory = memory_of(*about)
     if not memory.fits:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fqcompile.errors import PlannerError
-from fqcompile.planner.config_fields import ConfigFields, read_fields
-from fqcompile.planner.decoder import Decoder, Experts
+from fqcompile.errors import EstimateError, nearest
+from fqcompile.estimator.config_fields import ConfigFields, read_fields
+from fqcompile.estimator.decoder import Decoder, Experts
 
 NAMED_MODELS = Path(__file__).with_name("named_models")
 _OPT_OFFSET = 2  # rows that OPT's table of positions begins with
@@ -32,7 +32,7 @@ def read_decoder(model: str) -> Decoder:
     """The shape of `model`: a named one, a config.json, or a directory that has one.
 
     Raises:
-        PlannerError: there is no such file, its model_type is not known, or a key is wrong.
+        EstimateError: there is no such file, its model_type is not known, or a key is wrong.
     """
     if model.lower() in named_models():
         path, name = NAMED_MODELS / f"{model.lower()}.json", model.lower()
@@ -41,9 +41,9 @@ def read_decoder(model: str) -> Decoder:
         path = given / "config.json" if given.is_dir() else given
         name = path.resolve().parent.name if path.name == "config.json" else path.stem
     if not path.is_file():
-        raise PlannerError(
+        raise EstimateError(
             f"{model!r} is neither a config.json, nor a directory with one, nor one of "
-            f"{', '.join(named_models())}"
+            f"{', '.join(named_models())}{nearest(model, named_models())}"
         )
     return decoder_of(read_fields(path), name)
 
@@ -54,8 +54,8 @@ def decoder_of(fields: ConfigFields, name: str) -> Decoder:
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         what = "lacks model_type" if kind is None else f"has the model_type {kind!r}"
-        raise PlannerError(
-            f"{fields.where} {what}; the planner knows {', '.join(FAMILIES)}: describe the model "
+        raise EstimateError(
+            f"{fields.where} {what}; the estimator knows {', '.join(FAMILIES)}: describe the model "
             "by the keys of the one that it is most like"
         )
     fields.require(*family.keys)
@@ -115,7 +115,7 @@ def _experts(fields: ConfigFields, inner: str, shared: bool = False) -> Experts:
         shared_gate=shared,
     )
     if found.per_token > found.count:
-        raise PlannerError(
+        raise EstimateError(
             f"{fields.where}: num_experts_per_tok is {found.per_token}, but {_EXPERTS} only "
             f"{found.count}"
         )
@@ -127,12 +127,12 @@ def _attention_sizes(fields: ConfigFields) -> tuple[int, int, int]:
     heads, hidden = fields.count("num_attention_heads"), fields.count("hidden_size")
     kv_heads = fields.count("num_key_value_heads", heads)
     if heads % kv_heads:
-        raise PlannerError(
+        raise EstimateError(
             f"{fields.where}: num_key_value_heads is {kv_heads}; it must divide "
             f"num_attention_heads, which is {heads}"
         )
     if not fields.has("head_dim") and hidden % heads:
-        raise PlannerError(
+        raise EstimateError(
             f"{fields.where}: num_attention_heads is {heads}; it must divide hidden_size, which "
             f"is {hidden}, or head_dim must be there"
         )
@@ -188,7 +188,7 @@ def _opt(fields: ConfigFields, name: str) -> Decoder:
     inner, layers = fields.count("ffn_dim"), fields.count(_LAYERS)
     width = fields.count("word_embed_proj_dim", hidden)
     if width != hidden:
-        raise PlannerError(
+        raise EstimateError(
             f"{fields.where}: word_embed_proj_dim is {width}; only models where it equals "
             f"hidden_size, {hidden}, are known"
         )
@@ -219,7 +219,7 @@ def _with_learned_positions(
     """As many KV heads as heads, an MLP without a gate, a table of positions."""
     hidden, heads, inner, layers = sizes
     if hidden % heads:
-        raise PlannerError(f"{fields.where}: {heads} heads do not divide the width of {hidden}")
+        raise EstimateError(f"{fields.where}: {heads} heads do not divide the width of {hidden}")
     return Decoder(
         name=name,
         model_type=fields.content["model_type"],

@@ -5,13 +5,14 @@ and up by columns, the output projection and down by rows (of a head that does n
 largest part counts). Experts are dealt out to ep groups of
 GPUs; a group of several divides each of its experts. Where ep is larger than tp, ep / tp groups of
 GPUs each attend to a part of the batch. A GPU holds a copy of a KV head where tp exceeds their
-number, as vLLM does; and the whole embedding, as transformers' plans leave it.
+number, as vLLM does; and the whole embedding, as transformers' plans leave it. `Workload` is what a
+replica is asked to serve.
 """
 
 from dataclasses import dataclass
 
-from fqcompile.errors import PlannerError
-from fqcompile.planner.decoder import Decoder, Experts
+from fqcompile.errors import EstimateError
+from fqcompile.estimator.decoder import Decoder, Experts
 
 
 @dataclass(frozen=True)
@@ -67,20 +68,22 @@ def check(decoder: Decoder, sharing: Sharing) -> None:
     """Raise where the model does not divide so.
 
     Raises:
-        PlannerError: what does not divide, and by what.
+        EstimateError: what does not divide, and by what.
     """
     tp, ep = sharing.tp, sharing.ep
     if min(tp, ep) < 1:
-        raise PlannerError(f"tp {tp}, ep {ep}: both are at least 1")
+        raise EstimateError(f"tp {tp}, ep {ep}: both are at least 1")
     if max(tp, ep) % min(tp, ep):
-        raise PlannerError(f"tp {tp} and ep {ep}: one must divide the other")
+        raise EstimateError(f"tp {tp} and ep {ep}: one must divide the other")
     if ep > 1 and decoder.experts is None:
-        raise PlannerError(f"ep {ep}: {decoder.name} has no experts; use tp")
+        raise EstimateError(f"ep {ep}: {decoder.name} has no experts; use tp")
     if decoder.kv_heads % tp and tp % decoder.kv_heads:
-        raise PlannerError(f"tp {tp} neither divides nor is divided by {decoder.kv_heads} KV heads")
+        raise EstimateError(
+            f"tp {tp} neither divides nor is divided by {decoder.kv_heads} KV heads"
+        )
     wrong = [f"{size} {what}" for what, size in _divided_by_tp(decoder) if size % tp]
     if wrong:
-        raise PlannerError(f"tp {tp} does not divide {', '.join(wrong)}")
+        raise EstimateError(f"tp {tp} does not divide {', '.join(wrong)}")
     if decoder.experts is not None:
         _check_experts(decoder.experts, sharing)
 
@@ -96,9 +99,9 @@ def _divided_by_tp(decoder: Decoder) -> list[tuple[str, int]]:
 
 def _check_experts(experts: Experts, sharing: Sharing) -> None:
     if experts.count % sharing.ep:
-        raise PlannerError(f"ep {sharing.ep} does not divide {experts.count} experts")
+        raise EstimateError(f"ep {sharing.ep} does not divide {experts.count} experts")
     if experts.inner % sharing.expert_shards:
-        raise PlannerError(
+        raise EstimateError(
             f"tp {sharing.tp}, ep {sharing.ep}: {sharing.expert_shards} shards do not divide "
             f"{experts.inner} columns of an expert"
         )
@@ -135,3 +138,33 @@ def _mlp(what: str, decoder: Decoder, layers: int, inner: int, experts: int = 0)
         Matrix(f"{what}{up}", layers, inner, decoder.hidden, decoder.gated, experts),
         Matrix(f"{what}down", layers, decoder.hidden, inner, experts=experts),
     ]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`batch` sequences of one replica, each of `context` tokens: so long a prompt is read, and so
+    many tokens a step of decoding attends to. A prefill's pass reads at most `chunk` tokens."""
+
+    batch: int
+    context: int
+    chunk: int = 8192
+
+    def step_rows(self, sharing: Sharing) -> int:
+        """Sequences that a GPU attends to; of unequal parts the largest."""
+        return -(-self.batch // sharing.attention_groups)
+
+    def pass_tokens(self, sharing: Sharing) -> int:
+        """Tokens of a prefill's pass that a GPU attends to."""
+        return min(self.chunk, self.step_rows(sharing) * self.context)
+
+    def check(self, decoder: Decoder) -> None:
+        """Raise where the model has no positions for so many tokens."""
+        if min(self.batch, self.context, self.chunk) < 1:
+            raise EstimateError(
+                f"batch {self.batch}, context {self.context}, chunk {self.chunk}: all at least 1"
+            )
+        if decoder.positions is not None and self.context > decoder.positions:
+            raise EstimateError(
+                f"context {self.context}: {decoder.name} has positions for {decoder.positions} "
+                "tokens (max_position_embeddings or n_positions)"
+            )

@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fqcompile.errors import PlannerError
-from fqcompile.planner.decoder import Decoder
-from fqcompile.planner.model_shapes import read_decoder
-from fqcompile.planner.sharding import Sharing, check, kv_heads_of_a_gpu, matrices
-from tests.planner.shapes import LLAMA, MIXTRAL, decoder
+from fqcompile.errors import EstimateError
+from fqcompile.estimator.decoder import Decoder
+from fqcompile.estimator.model_shapes import read_decoder
+from fqcompile.estimator.sharding import Sharing, check, kv_heads_of_a_gpu, matrices
+from tests.estimator.shapes import LLAMA, MIXTRAL, decoder
 
 QWEN = {**MIXTRAL, "model_type": "qwen2_moe", "num_experts": 8, "moe_intermediate_size": 64,
         "shared_expert_intermediate_size": 128, "decoder_sparse_step": 2}  # fmt: skip
@@ -29,7 +29,7 @@ QWEN = {**MIXTRAL, "model_type": "qwen2_moe", "num_experts": 8, "moe_intermediat
     ],
 )
 def test_what_does_not_divide_is_named(shape: Decoder, sharing: Sharing, expected: str) -> None:
-    with pytest.raises(PlannerError, match=expected):
+    with pytest.raises(EstimateError, match=expected):
         check(shape, sharing)
 
 

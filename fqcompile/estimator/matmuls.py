@@ -1,12 +1,20 @@
-"""In how many bits weights are, and the matmul that follows as kernels see it."""
+"""In how many bits weights are, the matmul that follows as kernels see it, and its seconds."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
+from fqcompile.estimator.devices import Device
+from fqcompile.estimator.sharding import Matrix
+from fqcompile.kernels.launch_table import DENSE
+from fqcompile.kernels.registry import HAS_TRITON
+from fqcompile.kernels.roofline import M, dense, ideal
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.planner.devices import Device
-from fqcompile.planner.sharding import Matrix
+
+if HAS_TRITON:
+    from fqcompile.kernels.triton.configs import candidates
+    from fqcompile.kernels.triton.cost import cost
 
 PLAIN_BITS = 16
 _LEAST_GROUP = 32
@@ -67,3 +75,19 @@ def spec_of(matrix: Matrix, rows: int, form: WeightFormat, device: Device) -> Ge
         experts=matrix.experts,
         routing="grouped" if matrix.experts else None,
     )
+
+
+@cache
+def matmul_seconds(spec: GemmSpec, device: Device, hit: float | None = None) -> float:
+    """Of spec.m rows; `hit`: how many experts they read.
+
+    A quantised weight on a GPU takes what the cost model says of the configuration that it ranks
+    first, which is what `select` chooses. Weights of 16 bits, a CPU, and a machine without Triton:
+    the roofline, and a launch.
+    """
+    if spec.gpu is None or spec.bits == PLAIN_BITS or not HAS_TRITON:
+        return float(ideal(spec, device, hit).subs(M, spec.m)) + device.launch_seconds
+    config = candidates(spec, spec.m, "fast")[0]
+    if config is DENSE:
+        return float(dense(spec, spec.gpu).subs(M, spec.m))
+    return cost(spec, config, spec.gpu, spec.m, hit).seconds
