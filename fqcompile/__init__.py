@@ -3,13 +3,10 @@
 model = torch.compile(model, backend="finequant")
 """
 
-from fqcompile.checkpoint.load import load
 from fqcompile.checkpoint.save import save
 from fqcompile.checkpoint.stream import quantize_checkpoint
 from fqcompile.config import FineQuantConfig
 from fqcompile.decorator import finequant
-from fqcompile.engines.check import check
-from fqcompile.engines.findings import Finding
 from fqcompile.errors import (
     CheckpointError,
     FineQuantError,
@@ -19,8 +16,11 @@ from fqcompile.errors import (
     UnquantizableWeight,
 )
 from fqcompile.explain import explain
-from fqcompile.exports.export import export
 from fqcompile.fake_quantize import fake_quantize_
+from fqcompile.interop.check import check
+from fqcompile.interop.export import export
+from fqcompile.interop.findings import Finding
+from fqcompile.interop.load import load
 from fqcompile.quantize_model import quantize_
 from fqcompile.refresh import refresh
 from fqcompile.report import CompileReport, Plan, Site, reports

@@ -1,6 +1,5 @@
-"""load: a saved model, packed as this machine's kernels want it; nothing is quantised again."""
+"""load_saved: a saved model, packed as this machine's kernels want it; nothing is requantized."""
 
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,20 +13,17 @@ from fqcompile.checkpoint.directory import file_of
 from fqcompile.checkpoint.fit import check_fits, put
 from fqcompile.checkpoint.hugging_face import build_model, generation_config
 from fqcompile.checkpoint.manifest import (
-    MANIFEST,
     Manifest,
     PackedRecord,
     PartsRecord,
     read_manifest,
 )
-from fqcompile.checkpoint.recognize import recognized
 from fqcompile.checkpoint.safetensors_file import ALIGNMENT, DTYPES
 from fqcompile.checkpoint.shards import MappedShards
 from fqcompile.checkpoint.slots import Slot, slots
 from fqcompile.distributed.layout import Layout, layout_of
 from fqcompile.distributed.shards import is_dtensor, local_part, team_of, with_part
 from fqcompile.errors import CheckpointError
-from fqcompile.imports.load import load_quantized, quantized_config
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.weights.packed_weight import PackedWeight
 
@@ -38,48 +34,27 @@ Wanted = tuple[str, Layout | None]
 _READERS = 2
 
 
-def load(
+def load_saved(
     model_or_factory: nn.Module | Callable[[], nn.Module] | None,
-    directory: str | os.PathLike[str],
+    directory: Path,
     *,
     device: torch.device | str | None = None,
     verify: bool = True,
 ) -> nn.Module:
-    """A model with the weights that `save` or `fqcompile quantize` wrote, or others quantised.
-
-    Dense tensors are the mapped files themselves: privately, so a change to one is not written
-    back. Packed ones are read once, into the order that the kernels of this machine want.
-    compressed-tensors (pack-quantized), GPTQ without act-order and AWQ open too, for None.
-    A model whose parameters are DTensors gets of each value the part that its rank holds, however
-    many ranks have saved it; all its ranks must call this.
-
-    Args:
-        model_or_factory: a function without arguments, called on the meta device, so that no dense
-            copy of the weights is ever made. Or a model, on the meta device or not, whose tensors
-            are replaced. Or None: the class of Hugging Face that was saved, in eval mode.
-        device: for the weights; by default each goes where the model or its mesh has it, and to
-            the CPU from the meta device.
-        verify: compare the checksum of every tensor, about a second per GiB.
-
-    Returns:
-        The model, which requires gradients and trains or not as the factory left it; packed weights
-        do not. It runs in the type that was saved.
+    """A model with the weights that `save` or `fqcompile quantize` wrote; arguments as of `load`.
 
     Raises:
         CheckpointError: the directory is not whole or not what was written, is of another version,
             or of another model; files and tensors are named, and a model that was given is as it
             was.
     """
-    target = _directory(directory)
-    if not (target / MANIFEST).is_file():
-        return _load_of_others(model_or_factory, target, device)
-    manifest, shards = _open(target)
-    model = _model(model_or_factory, manifest, target)
+    manifest, shards = _open(directory)
+    model = _model(model_or_factory, manifest, directory)
     places = {slot.name: slot for slot in slots(model)}
     values: dict[str, Tensor] = {}
 
     def read() -> None:
-        check_fits(manifest, places, model, target)
+        check_fits(manifest, places, model, directory)
         values.update(_values(_Reader(manifest, shards, device, verify), places))
 
     # All are there and right before any is put: a refused directory leaves the model alone.
@@ -87,29 +62,6 @@ def load(
     for name, value in values.items():
         put(model, places.get(name), name, value)
     return model
-
-
-def _directory(given: object) -> Path:
-    """Not a model: the two are easily swapped."""
-    if isinstance(given, str | os.PathLike):
-        return Path(given)
-    raise CheckpointError(
-        f"load got a {type(given).__name__} in place of a directory; give the model, a function "
-        "that makes one, or None first, and the directory second"
-    )
-
-
-def _load_of_others(given: object, directory: Path, device: torch.device | str | None) -> nn.Module:
-    """What no `save` of ours has written."""
-    config = quantized_config(directory)
-    if config is None:
-        raise CheckpointError(f"{directory} has no {MANIFEST}: {recognized(directory)}")
-    if given is not None:
-        raise CheckpointError(
-            f"{directory} was not written by fqcompile, and its names are translated for the class "
-            "that its config names: give None in place of a model"
-        )
-    return load_quantized(directory, config, device)
 
 
 def _values(reader: "_Reader", places: Mapping[str, Slot]) -> dict[str, Tensor]:

@@ -4,10 +4,10 @@ import argparse
 import json
 from dataclasses import asdict
 
-from fqcompile.engines.check import DEVICES, check
-from fqcompile.engines.findings import findings_table
-from fqcompile.engines.matching import ENGINES
 from fqcompile.errors import CheckpointError
+from fqcompile.interop.check import DEVICES, check
+from fqcompile.interop.findings import findings_table
+from fqcompile.interop.quantization_config import ENGINES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

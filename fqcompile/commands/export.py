@@ -4,8 +4,7 @@ import argparse
 from typing import Any
 
 from fqcompile.commands.arguments import DTYPES, add_option_flags, given_options
-from fqcompile.exports.export import export
-from fqcompile.exports.request import FORMATS, PROFILES
+from fqcompile.interop.export import FORMATS, PROFILES, export
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

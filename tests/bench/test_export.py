@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from bench.export import main
 from bench.export_ways import WAYS, compared, make
 from bench.llama_layers import SIZES
-from fqcompile.exports.export import export
+from fqcompile.interop.export import export
 
 
 @pytest.mark.slow

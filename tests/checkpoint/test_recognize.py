@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 import fqcompile
-from fqcompile.engines.check import check
 from fqcompile.errors import CheckpointError
+from fqcompile.interop.check import check
 from tests.checkpoint.small_models import Small, contents, small
 from tests.helpers import finequant, report
 

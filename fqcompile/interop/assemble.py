@@ -1,0 +1,126 @@
+"""Packed layers of a checkpoint as one weight of the model: experts stacked, gate above up.
+
+The converters of transformers are run on row numbers in place of the layers, so their order is
+known; rows of codes and scales are then put there. Scales are repeated to the finest group size
+among the layers, and int4 codes widened beside int8 ones, as far as these differ.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fqcompile.checkpoint.conversion import Conversion
+from fqcompile.errors import CheckpointError
+from fqcompile.interop.packed_layer import PackedLayer
+from fqcompile.quant.granularity import group_size_candidates, num_groups
+from fqcompile.quant.packing import pack, packed_columns, unpack
+from fqcompile.quant.qtype import INT4, INT8, QTYPES
+from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.quant.words import widen
+from fqcompile.weights.packed_weight import PackedWeight
+
+
+def assemble(
+    step: Conversion, model: Any, layers: Mapping[str, PackedLayer], dtype: torch.dtype
+) -> PackedWeight:
+    """The model's weight that the layers of a step become.
+
+    Args:
+        layers: by the names that the step has for their weights.
+        dtype: of the weight.
+
+    Raises:
+        CheckpointError: the model has no weight [.., N, K] of these rows there.
+    """
+    own = [layers[name] for name in step.names]
+    order, experts, transposed = _row_order(step, model, own)
+    weight = restored(_gathered(own, order))
+    return PackedWeight.of(weight, dtype=dtype, experts=experts, transposed=transposed)
+
+
+def _row_order(
+    step: Conversion, model: Any, own: Sequence[PackedLayer]
+) -> tuple[Tensor, int, bool]:
+    """For each row of the result the row among those of all layers; experts; whether [K, N]."""
+    numbers, start = {}, 0
+    for name, layer in zip(step.names, own, strict=True):
+        numbers[name] = torch.arange(start, start + layer.n, dtype=torch.int32)[:, None]
+        start += layer.n
+    found = step.run(model, numbers.__getitem__)
+    target, rows = next(iter(found.items()))
+    transposed = rows.shape[-1] != 1
+    matrix = rows.mT if transposed else rows
+    shape = tuple(model.state_dict()[target].shape)
+    expected = (*matrix.shape[:-1], own[0].k)
+    if _is_conv1d(model, target):
+        transposed = True
+    expected = (*expected[:-2], expected[-1], expected[-2]) if transposed else expected
+    if len(found) != 1 or shape != expected or rows.numel() != start:
+        raise CheckpointError(
+            f"{step.names[0]} is packed, and {target} {list(shape)} of {type(model).__name__} is "
+            f"no weight of {start} rows of {own[0].k}"
+        )
+    return matrix.flatten(), shape[0] if len(shape) == 3 else 0, transposed
+
+
+def _is_conv1d(model: Any, name: str) -> bool:
+    """The linears of GPT-2 hold [K, N]; GPTQ and AWQ pack them as all others, by rows of K."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    return type(module).__name__ == "Conv1D"
+
+
+def _gathered(own: Sequence[PackedLayer], order: Tensor) -> QuantizedWeight:
+    """The layers' rows in that order."""
+    waiting = [layer.read() for layer in own]
+    if len(waiting) == 1 and torch.equal(order, torch.arange(len(order), dtype=order.dtype)):
+        return waiting[0]
+    bits, size, dtype = _common(own, waiting)
+    k, rows = own[0].k, len(order)
+    places = torch.empty(rows, dtype=torch.long)
+    places[order.long()] = torch.arange(rows)
+    qtype = QTYPES[bits]
+    qweight = torch.empty(rows, packed_columns(qtype, k), dtype=qtype.storage_dtype)
+    scale = torch.empty(rows, num_groups(k, size), dtype=dtype)
+    for target in places.split([layer.n for layer in own]):
+        weight = waiting.pop(0)
+        weight = (weight if weight.bits == bits else widen(weight)).regroup(size)
+        qweight[target], scale[target] = weight.qweight, weight.scale.to(dtype)
+    return QuantizedWeight(qweight, scale, bits, size, (rows, k))
+
+
+def _common(
+    own: Sequence[PackedLayer], weights: Sequence[QuantizedWeight]
+) -> tuple[int, int, torch.dtype]:
+    """Bits, group size and type of scales that hold all of them."""
+    k, names = {layer.k for layer in own}, f"{own[0].name} ... {own[-1].name}"
+    if len(k) > 1:
+        raise CheckpointError(f"{names} are one weight in the model, and have K of {sorted(k)}")
+    sizes = sorted({weight.group_size for weight in weights})
+    if any(size % sizes[0] and size < own[0].k for size in sizes):
+        raise CheckpointError(
+            f"{names} are one weight in the model, and have groups of {sizes}, which have no "
+            "common part"
+        )
+    dtypes = {weight.scale.dtype for weight in weights}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    return max(weight.bits for weight in weights), sizes[0], dtype
+
+
+def restored(weight: QuantizedWeight) -> QuantizedWeight:
+    """In the coarsest groups and fewest bits that hold its values: export may have repeated."""
+    k, own = weight.shape[1], weight.group_size
+    for size in group_size_candidates(k, own):
+        if size > own and (size == k or size % own == 0):
+            coarse = weight.coarsen(size)
+            if torch.equal(coarse.regroup(own).scale, weight.scale):
+                weight = coarse
+                break
+    if weight.bits == INT8.bits:
+        low, high = weight.qweight.aminmax()
+        if low >= INT4.qmin and high <= INT4.qmax:
+            codes = pack(unpack(weight.qweight, INT8, k), INT4)
+            weight = replace(weight, qweight=codes, bits=INT4.bits)
+    return weight

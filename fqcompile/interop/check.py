@@ -1,0 +1,122 @@
+"""check: what an engine would refuse, mis-load or run slowly, told without the engine."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fqcompile.checkpoint.safetensors_file import TensorPlace, read_tensor
+from fqcompile.checkpoint.source import read_config, read_tensors
+from fqcompile.errors import CheckpointError, OptionError
+from fqcompile.interop.checkpoint_rules import checkpoint_rules
+from fqcompile.interop.cpu_rules import cpu_rules
+from fqcompile.interop.expert_rules import expert_rules
+from fqcompile.interop.findings import Finding, Subject, merged
+from fqcompile.interop.layer_rules import engine_layers, layer_rules
+from fqcompile.interop.layers import Layer, find_layers
+from fqcompile.interop.quantization_config import (
+    ENGINES,
+    QuantizationConfig,
+    configured_scheme,
+    parse_quantization_config,
+)
+
+DEVICES = ("cuda", "cpu")
+
+
+def check(
+    checkpoint: str | os.PathLike[str],
+    engine: str = "vllm",
+    *,
+    tp: int = 1,
+    ep: int = 1,
+    device: str = "cuda",
+) -> list[Finding]:
+    """Look at a compressed-tensors checkpoint as an engine would, reading its config and headers.
+
+    Args:
+        checkpoint: a local directory.
+        engine: "vllm", "sglang" or "transformers".
+        tp: degree of tensor parallelism. ep: of expert parallelism, whose experts are not split.
+        device: "cuda", or "cpu" for vLLM on one.
+
+    Returns:
+        One finding per layer (or fused layer, or stack of experts) and rule that it breaks, each
+        with its remedy; empty where all is well.
+
+    Raises:
+        CheckpointError: it is no such checkpoint, or is damaged; file and key are named.
+        OptionError: the engine or device is unknown, or a degree is no positive int.
+    """
+    directory = Path(checkpoint)
+    path = directory / "config.json"
+    config = read_config(directory)
+    tensors = read_tensors(directory)
+    if not isinstance(config.get("quantization_config"), Mapping):
+        raise CheckpointError(f"{path} has no quantization_config: it is not quantised")
+    layers = read_layers(tensors)
+    return find_problems(config, layers, engine, tp=tp, ep=ep, device=device, where=str(path))
+
+
+def find_problems(
+    config: Mapping[str, Any],
+    layers: list[Layer],
+    engine: str,
+    *,
+    tp: int = 1,
+    ep: int = 1,
+    device: str = "cuda",
+    where: str = "config.json",
+) -> list[Finding]:
+    """The same for a config and layers that are in no file yet."""
+    if engine not in ENGINES:
+        raise OptionError(f"engine is {engine!r}; allowed: {', '.join(ENGINES)}")
+    if device not in DEVICES or (device == "cpu" and engine == "sglang"):
+        known = DEVICES[:1] if engine == "sglang" else DEVICES
+        raise OptionError(f"device is {device!r}; allowed for {engine}: {', '.join(known)}")
+    for name, degree in (("tp", tp), ("ep", ep)):
+        if type(degree) is not int or degree < 1:
+            raise OptionError(f"{name} is {degree!r}; allowed: an int >= 1")
+    parsed = parse_quantization_config(config.get("quantization_config"), where)
+    subject = Subject(
+        engine=engine,
+        config=parsed,
+        layers=[_as_configured(parsed, layer) for layer in layers],
+        tied=_is_tied(config),
+        tp=tp,
+        ep=ep,
+        device=device,
+        model_type=str(config.get("model_type", "")),
+    )
+    return merged(
+        [
+            *checkpoint_rules(subject),
+            *layer_rules(subject),
+            *expert_rules(subject),
+            *cpu_rules(subject, engine_layers(subject)),
+        ]
+    )
+
+
+def read_layers(tensors: Mapping[str, TensorPlace]) -> list[Layer]:
+    """The layers that files hold."""
+
+    def shape_of(name: str) -> tuple[int, int]:
+        n, k = read_tensor(tensors[name]).tolist()
+        return int(n), int(k)
+
+    return find_layers(tensors, shape_of, lambda name: str(tensors[name].path))
+
+
+def _as_configured(config: QuantizationConfig, layer: Layer) -> Layer:
+    if layer.scheme is None:
+        return layer
+    return replace(layer, scheme=configured_scheme(config, layer) or layer.scheme)
+
+
+def _is_tied(config: Mapping[str, Any]) -> bool:
+    """As the config or that of its language model says."""
+    text = config.get("text_config")
+    inner = text.get("tie_word_embeddings") if isinstance(text, Mapping) else None
+    return bool(config.get("tie_word_embeddings", inner))

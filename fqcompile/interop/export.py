@@ -1,0 +1,237 @@
+"""export: a quantised model as a checkpoint that vLLM, SGLang and transformers load."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fqcompile.checkpoint.directory import remove_save
+from fqcompile.checkpoint.hugging_face import without_code
+from fqcompile.checkpoint.manifest import MANIFEST, read_manifest
+from fqcompile.checkpoint.source import open_source, other_files
+from fqcompile.checkpoint.stream import quantize_checkpoint
+from fqcompile.checkpoint.versions import versions
+from fqcompile.config import HEAD_NAMES, FineQuantConfig
+from fqcompile.errors import CheckpointError, OptionError
+from fqcompile.interop.check import find_problems
+from fqcompile.interop.export_blocks import blocks, check_unsupported, export_plan, layers
+from fqcompile.interop.export_config import model_config, quantization_config
+from fqcompile.interop.export_directory import (
+    QUANTIZED,
+    check_free,
+    exporting,
+    real_path,
+    write_checkpoint,
+)
+from fqcompile.interop.export_layout import Layout, Saved, lay_out
+from fqcompile.interop.harmonize import harmonize
+from fqcompile.interop.layers import Layer, Scheme, is_embedding, stack_of
+from fqcompile.quantize_model import packing_config
+from fqcompile.report import Plan
+
+# Which engines must load what a profile writes.
+PROFILES: dict[str, tuple[str, ...]] = {
+    "portable": ("vllm", "sglang", "transformers"),
+    "serve": ("vllm", "sglang"),
+}
+FORMATS = ("compressed-tensors",)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `export`.
+
+    Raises:
+        OptionError: one is not allowed; those of quantising are not for what is quantised already.
+    """
+
+    source: Path
+    to: str
+    profile: str
+    tp: int
+    dtype: torch.dtype | None
+    options: Mapping[str, object]
+
+    def __post_init__(self) -> None:
+        if self.to not in FORMATS:
+            raise OptionError(f"to is {self.to!r}; allowed: {', '.join(map(repr, FORMATS))}")
+        if self.profile not in PROFILES:
+            allowed = (f"{name!r} (for {', '.join(loads)})" for name, loads in PROFILES.items())
+            raise OptionError(f"profile is {self.profile!r}; allowed: {', '.join(allowed)}")
+        if type(self.tp) is not int or self.tp < 1:
+            raise OptionError(f"tp is {self.tp!r}; allowed: an int >= 1")
+        given = [name for name in self.options if name != "on_unsupported"]
+        given += ["dtype"] if self.dtype is not None else []
+        if given and self.is_saved:
+            raise OptionError(
+                f"option {given[0]} is one of quantising, and {self.source} is quantised already; "
+                "leave it out, or export the checkpoint that it was made from"
+            )
+        assert self.config
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the source is quantised by fqcompile already."""
+        return (self.source / MANIFEST).is_file()
+
+    @cached_property
+    def config(self) -> FineQuantConfig:
+        return packing_config(self.options)
+
+    @property
+    def quantising(self) -> dict[str, object]:
+        """The options, and heads left alone: written dense, rounding them would gain nothing."""
+        return {**self.options, "exclude": [*self.config.exclude, HEAD_NAMES.pattern]}
+
+    def identity(self) -> str:
+        """Equal for exports that write the same.
+
+        Raises:
+            CheckpointError: the source is no directory to export.
+        """
+        source = read_manifest(self.source).generation if self.is_saved else None
+        content = [
+            str(self.source.resolve()),
+            source or open_source(self.source).identity,
+            [self.to, self.profile, self.tp, str(self.dtype)],
+            [self.config.as_dict(), versions()],
+        ]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+log = logging.getLogger("fqcompile")
+
+
+def export(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    to: str = "compressed-tensors",
+    profile: str = "portable",
+    tp: int = 1,
+    dtype: torch.dtype | None = None,
+    resume: bool = False,
+    say: Callable[[str], None] = log.info,
+    **options: object,
+) -> Plan:
+    """Write a quantised model as a compressed-tensors checkpoint, codes unchanged.
+
+    Scales are repeated to group sizes that the engines have kernels for, and what an engine holds
+    in one tensor gets one scheme. What the format cannot carry (output heads, [K, N] matrices, odd
+    groups) is written dense, with the values that its codes stand for; the plan says why. Tensors
+    go one by one, and `out` appears whole or not at all.
+
+    Args:
+        source: of `fqcompile.save` or `fqcompile quantize`; or a Hugging Face checkpoint, which is
+            quantised first, but for output heads.
+        out: a directory that is not there, or empty; or a link to one.
+        profile: "portable" (vLLM, SGLang, transformers: all experts alike) or "serve" (vLLM,
+            SGLang: the experts of a layer alike).
+        tp: the highest degree of tensor parallelism to serve it with: no group crosses devices.
+        resume: go on where a killed export of the same arguments stopped.
+        dtype, options: those of `quantize_checkpoint`; for what is quantised, `on_unsupported`
+            alone, which with "error" raises for what would be written dense.
+
+    Returns:
+        The plan: what is packed, in the bits and group size that were written.
+
+    Raises:
+        CheckpointError: the source is none of these, `out` is there or cannot be written, or
+            an engine of the profile could not load the result; layers and remedies are named.
+        OptionError, UnquantizableWeight: as `quantize_`.
+    """
+    request, target = Request(Path(source), to, profile, tp, dtype, options), real_path(Path(out))
+    check_free(target, resume)
+    with exporting(target, request.identity()) as directory:
+        plan = _export(request, directory, say)
+    say(f"exported {out}: {plan.totals}")
+    return plan
+
+
+def _export(request: Request, directory: Path, say: Callable[[str], None]) -> Plan:
+    if request.is_saved:
+        return _write(Saved.open(request.source), directory, request)
+    quantised, options = directory / QUANTIZED, request.quantising
+    inner: Any = options
+    quantize_checkpoint(
+        request.source, quantised, dtype=request.dtype, resume=True, say=say, **inner
+    )
+    plan = _write(Saved.open(quantised), directory, request)
+    remove_save(quantised)
+    return plan
+
+
+def _write(saved: Saved, directory: Path, request: Request) -> Plan:
+    layout = lay_out(saved)
+    dense = _dense_layers(layout)
+    choices = harmonize(saved, layout.pieces, dense, request.profile, request.tp)
+    plan = export_plan(saved, layout, choices)
+    if request.config.on_unsupported == "error":
+        check_unsupported(plan, saved)
+    schemes = {name: c.scheme for name, c in choices.items() if c.scheme is not None}
+    if not schemes:
+        lines = "\n".join(plan.kept_lines())
+        raise CheckpointError(f"nothing of {saved.directory} can be exported:\n{lines}")
+    config = _config(saved, layout, schemes, dense)
+    _check_loads(config, layers(layout, choices, dense), request, plan)
+    content = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    files = {**other_files(saved.directory), "config.json": content}
+    write_checkpoint(directory, list(blocks(saved, layout, choices)), files)
+    return plan
+
+
+def _dense_layers(layout: Layout) -> dict[str, Layer]:
+    """Layers of the checkpoint that are not packed in the saved model either, by name."""
+    found = {}
+    for whole in layout.wholes:
+        for name, (_, shape) in whole.tensors.items():
+            module, _, parameter = name.rpartition(".")
+            if parameter == "weight" and len(shape) == 2 and not is_embedding(module):
+                found[module] = Layer(module, *shape)
+    return found
+
+
+def _dense_stacks(layout: Layout) -> set[str]:
+    """Modules of experts that are one tensor in the checkpoint too."""
+    tensors = (item for whole in layout.wholes for item in whole.tensors.items())
+    return {_module(name) for name, (_, shape) in tensors if len(shape) == 3}
+
+
+def _config(
+    saved: Saved, layout: Layout, schemes: Mapping[str, Scheme], dense: Mapping[str, Layer]
+) -> dict[str, Any]:
+    heads = {_module(name) for name in saved.tied}
+    dense_pieces = (p.name for p in layout.pieces if p.name not in schemes)
+    kept = {*dense, *dense_pieces, *heads, *_dense_stacks(layout)}
+    aliases = {p.name: _module(p.source) for p in layout.pieces if stack_of(p.name) is None}
+    quantization = quantization_config(schemes, kept, aliases)
+    own = without_code(saved.manifest.model["config"])
+    return model_config(own, quantization, saved.dtype, saved.untied)
+
+
+def _module(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _check_loads(
+    config: Mapping[str, Any], found: list[Layer], request: Request, plan: Plan
+) -> None:
+    problems = [
+        finding
+        for engine in PROFILES[request.profile]
+        for finding in find_problems(config, found, engine, tp=request.tp)
+        if not finding.loads
+    ]
+    if problems:
+        lines = [*map(str, problems), *plan.kept_lines()]
+        raise CheckpointError(
+            f"profile {request.profile!r} promises what these engines would not load:\n"
+            + "\n".join(lines)
+        )

@@ -1,0 +1,254 @@
+"""A saved directory, and where the rows of its packed weights go in a checkpoint.
+
+The converters are asked themselves: they are run on a column of row numbers in place of the weight,
+so whatever they split, reorder or rename is known before a code is read:
+
+    experts.gate_up_proj [E, 2I, K]: rows 0, 1, 2, ...  ->  experts.0.gate_proj: rows 0 .. I-1, ...
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from fqcompile.checkpoint.hugging_face import build_model
+from fqcompile.checkpoint.manifest import Manifest, PackedRecord, read_manifest
+from fqcompile.checkpoint.reversion import Reversion, reversions
+from fqcompile.checkpoint.safetensors_file import DTYPES
+from fqcompile.checkpoint.shards import MappedShards
+from fqcompile.errors import CheckpointError
+from fqcompile.quant.quantized_weight import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What is in it, and its model on the meta device."""
+
+    directory: Path
+    manifest: Manifest
+    model: Any
+    _shards: MappedShards = field(repr=False)
+    _verified: set[str] = field(default_factory=set, repr=False)
+
+    @classmethod
+    def open(cls, directory: Path) -> Self:
+        """Reads no tensor.
+
+        Raises:
+            CheckpointError: the directory is not whole or was saved in parts, or its model is none
+                of Hugging Face.
+        """
+        manifest = read_manifest(directory)
+        if manifest.sharded:
+            raise CheckpointError(
+                f"{directory} was saved by several ranks, in parts; export reads whole weights: "
+                "fqcompile.save(fqcompile.load(None, directory), other) on one rank makes them"
+            )
+        with torch.device("meta"):
+            own = manifest.model
+            model = build_model(own.get("class"), own.get("config"), directory, len(manifest.slots))
+        if not manifest.packed:
+            raise CheckpointError(
+                f"{directory} holds no quantised weight; there is nothing to export"
+            )
+        return cls(directory, manifest, model, MappedShards(directory, manifest))
+
+    @cached_property
+    def values(self) -> dict[str, str]:
+        """For each name of the state dict: the value that it has. Of tied names only the first."""
+        slots = self.manifest.slots
+        lost = [name for name in self.model.state_dict() if name not in slots]
+        if lost:
+            raise CheckpointError(f"{self.directory} has no value for {', '.join(lost[:3])}")
+        return {
+            name: slots[name].value for name in self.model.state_dict() if name not in self.tied
+        }
+
+    @cached_property
+    def tied(self) -> frozenset[str]:
+        """Names that loading ties to others; none where one of them has a value of its own."""
+        return frozenset() if self.untied else frozenset(self.ties)
+
+    @property
+    def untied(self) -> bool:
+        """Whether a name that the model's config ties has a value of its own: a quantised head."""
+        slots = self.manifest.slots
+        return any(slots[a].value != slots[b].value for a, b in self.ties.items())
+
+    @property
+    def ties(self) -> dict[str, str]:
+        """Names that the model's config ties, and to what: heads to embeddings."""
+        slots, ties = self.manifest.slots, self.model.all_tied_weights_keys
+        return {a: b for a, b in ties.items() if a in slots and b in slots}
+
+    @cached_property
+    def dtype(self) -> str:
+        """The type of most packed weights, by its name in safetensors: what engines run in."""
+        counts = Counter(record.dtype for record in self.manifest.packed.values())
+        return counts.most_common(1)[0][0]
+
+    def record(self, value: str) -> PackedRecord | None:
+        """Of a packed value."""
+        return self.manifest.packed.get(value)
+
+    def packed(self, value: str) -> QuantizedWeight:
+        """Codes and scales, rows [N, K] or [E * N, K]; mapped files."""
+        record = self.manifest.packed[value]
+        codes, scale = self._tensor(record.codes), self._tensor(record.scale)
+        shape = (record.all_rows, record.k)
+        return QuantizedWeight(codes, scale, record.bits, record.group_size, shape)
+
+    def dense(self, value: str) -> Tensor:
+        """A tensor that was not packed; a mapped file."""
+        return self._tensor(value)
+
+    def release(self, value: str) -> None:
+        """The memory of what was read of a value."""
+        record = self.record(value)
+        for name in (value,) if record is None else (record.codes, record.scale):
+            self._shards.release(name)
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor = self._shards.tensor(name, verify=name not in self._verified)
+        self._verified.add(name)
+        return tensor
+
+
+Rows = slice | Tensor  # a slice where they follow each other
+# Engines build these as one linear for each expert and projection where they are quantised.
+_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_PER_EXPERT = frozenset({"Llama4TextExperts"})
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A layer of the checkpoint: some rows of a packed weight.
+
+    `source` is the weight's name in the model, `name` the layer's in the checkpoint.
+    """
+
+    name: str
+    source: str
+    value: str
+    rows: Rows
+    n: int
+    k: int
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Tensors of the checkpoint that are made at once, dense, from whole tensors of the model."""
+
+    reversion: Reversion
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything that a checkpoint holds; `reasons` by source: why a packed one cannot be there."""
+
+    pieces: tuple[Piece, ...]
+    wholes: tuple[Whole, ...]
+    reasons: Mapping[str, str]
+
+
+def lay_out(saved: Saved) -> Layout:
+    """Reads no tensor.
+
+    Raises:
+        CheckpointError: the model's converters do not take its tensors.
+    """
+    values = saved.values
+    pieces: list[Piece] = []
+    wholes: list[Whole] = []
+    reasons: dict[str, str] = {}
+    for reversion in reversions(saved.model, values):
+        split = _per_expert(saved, reversion, values)
+        if split is not None:
+            pieces += split
+            continue
+        packed = [name for name in reversion.names if saved.record(values[name]) is not None]
+        reason = _unsplittable(saved, reversion, values) if packed else None
+        if packed and reason is None:
+            found = _pieces(saved, reversion, values)
+            if found is not None:
+                pieces += found
+                continue
+            reason = "the checkpoint's layout has no matrix [N, K] for it"
+        wholes.append(_whole(saved, reversion, values))
+        reasons.update({name: reason for name in packed if reason is not None})
+    return Layout(tuple(pieces), tuple(wholes), reasons)
+
+
+def _unsplittable(saved: Saved, reversion: Reversion, values: Mapping[str, str]) -> str | None:
+    records = [saved.record(values[name]) for name in reversion.names]
+    if any(record is None for record in records):
+        return "the checkpoint joins it with weights that are not quantised"
+    if len(records) > 1 and reversion.converter is not None:
+        return "the checkpoint joins it with other weights"
+    if any(record is not None and record.transposed for record in records):
+        return "it is [K, N] in the checkpoint, and the format holds [N, K]"
+    return None
+
+
+def _pieces(saved: Saved, reversion: Reversion, values: Mapping[str, str]) -> list[Piece] | None:
+    (source,) = reversion.names
+    record = saved.manifest.packed[values[source]]
+    results = reversion.run(saved.model, {source: _row_numbers(record)})
+    found = []
+    for name, rows in results.items():
+        module, _, parameter = name.rpartition(".")
+        if parameter != "weight" or rows.dim() != 2 or rows.shape[1] != 1:
+            return None
+        n = rows.shape[0]
+        found.append(Piece(module, source, values[source], _slice(rows[:, 0]), n, record.k))
+    return found
+
+
+def _per_expert(
+    saved: Saved, reversion: Reversion, values: Mapping[str, str]
+) -> list[Piece] | None:
+    """A stack whose experts have linears of their own only where they are quantised."""
+    source = reversion.names[0]
+    stack, _, parameter = source.rpartition(".")
+    record = saved.record(values[source])
+    kind = type(saved.model.get_submodule(stack)).__name__
+    if record is None or kind not in _PER_EXPERT or not record.experts:
+        return None
+    projections = _PROJECTIONS[parameter]
+    n = record.rows // len(projections)
+    names = [f"{e}.{own}" for e in range(record.experts) for own in projections]
+    prefix = reversion.target.rpartition(".")[0]
+    return [
+        Piece(f"{prefix}.{name}", source, values[source], slice(i * n, i * n + n), n, record.k)
+        for i, name in enumerate(names)
+    ]
+
+
+def _row_numbers(record: PackedRecord) -> Tensor:
+    numbers = torch.arange(record.all_rows, dtype=torch.int32)
+    return numbers.view(*((record.experts,) if record.experts else ()), record.rows, 1)
+
+
+def _slice(rows: Tensor) -> Rows:
+    first, n = int(rows[0]), len(rows)
+    together = torch.equal(rows, torch.arange(first, first + n, dtype=rows.dtype))
+    return slice(first, first + n) if together else rows.long()
+
+
+def _whole(saved: Saved, reversion: Reversion, values: Mapping[str, str]) -> Whole:
+    tensors = {name: _meta(saved, values[name]) for name in reversion.names}
+    results = reversion.run(saved.model, tensors)
+    return Whole(reversion, {n: (t.dtype, tuple(t.shape)) for n, t in results.items()})
+
+
+def _meta(saved: Saved, value: str) -> Tensor:
+    record = saved.record(value) or saved.manifest.tensors.get(value)
+    if record is None:
+        raise CheckpointError(f"{saved.directory} has no tensor {value}")
+    return torch.empty(record.shape, dtype=DTYPES[record.dtype], device="meta")

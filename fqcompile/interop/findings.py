@@ -1,0 +1,88 @@
+"""Findings: what an engine would make of some layers, and what to do about it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from tabulate import tabulate
+
+from fqcompile.interop.layers import Layer
+from fqcompile.interop.quantization_config import QuantizationConfig
+
+# The engine stops; or loads it and computes something else; or does not use its fastest kernels; or
+# loads it beside versions that are not installed here.
+Effect = Literal["refused", "wrong", "slow", "needs"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One rule that some layers break."""
+
+    rule: str
+    engine: str
+    effect: Effect
+    layers: tuple[str, ...]
+    problem: str
+    remedy: str
+
+    @property
+    def where(self) -> str:
+        """The first layers by name."""
+        more = f" and {len(self.layers) - 2} more" if len(self.layers) > 3 else ""
+        return ", ".join(self.layers[: 2 if more else 3]) + more
+
+    @property
+    def loads(self) -> bool:
+        """Whether the engine computes what is meant nevertheless."""
+        return self.effect in ("slow", "needs")
+
+    def __str__(self) -> str:
+        return f"{self.engine} {self.effect}: {self.where}: {self.problem}; {self.remedy}"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the rules look at; `tied`: the config ties the head to the embedding;
+    `model_type`: the family that the config names.
+
+    `device` is "cuda" or "cpu": what the engine runs on.
+    """
+
+    engine: str
+    config: QuantizationConfig
+    layers: Sequence[Layer]
+    tied: bool = False
+    tp: int = 1
+    ep: int = 1
+    device: str = "cuda"
+    model_type: str = ""
+
+    @property
+    def has_gpu_kernels(self) -> bool:
+        """Whether the layers meet kernels for packed weights on a GPU: transformers has none."""
+        return self.engine != "transformers" and self.device != "cpu"
+
+    @property
+    def packed(self) -> list[Layer]:
+        return [layer for layer in self.layers if layer.scheme is not None]
+
+    def finding(
+        self, rule: str, effect: Effect, layers: Sequence[str], problem: str, remedy: str
+    ) -> Finding:
+        return Finding(rule, self.engine, effect, tuple(layers), problem, remedy)
+
+
+def findings_table(findings: Sequence[Finding]) -> str:
+    """For a terminal."""
+    rows = [(f.engine, f.effect, f.where, f.problem, f.remedy) for f in findings]
+    widths = [None, None, 36, 40, 40]
+    headers = ("engine", "effect", "layers", "problem", "remedy")
+    return tabulate(rows, headers, maxcolwidths=widths, disable_numparse=True)
+
+
+def merged(findings: Sequence[Finding]) -> list[Finding]:
+    """Layers that break one rule in the same way in one finding."""
+    found: dict[Finding, list[str]] = {}
+    for finding in findings:
+        found.setdefault(replace(finding, layers=()), []).extend(finding.layers)
+    return [replace(f, layers=tuple(dict.fromkeys(names))) for f, names in found.items()]

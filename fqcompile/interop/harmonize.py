@@ -1,0 +1,139 @@
+"""One scheme for what an engine holds in one tensor, without changing a value.
+
+A scale per group of 256 is the same scale for two groups of 128, and a code of int4 is a code of
+int8. So a unit of layers takes the coarsest group size that all of them reach, and the most bits.
+
+    q column, k group 64, v group 256  ->  group 64 for all          gate int4, up int8  ->  int8
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fqcompile.checkpoint.safetensors_file import DTYPES
+from fqcompile.interop.export_layout import Piece, Saved
+from fqcompile.interop.layers import (
+    BITS,
+    GROUP_SIZES,
+    HEAD,
+    ROUTER,
+    Scheme,
+    fused_name,
+    is_split_along_k,
+    last,
+    stack_of,
+)
+
+HEADS_STAY = "engines keep output heads dense"
+_CHANNEL_EXPERTS = 64  # what K per device must be a multiple of, for one scale per channel
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The scheme of a layer, or the reason why its values are written dense."""
+
+    scheme: Scheme | None
+    reason: str | None = None
+
+
+def harmonize(
+    saved: Saved, pieces: Sequence[Piece], dense: Iterable[str], profile: str, tp: int
+) -> dict[str, Choice]:
+    """For each piece by name.
+
+    Args:
+        dense: names of other layers of the checkpoint.
+        profile: "serve": experts of one layer are alike; "portable": all experts of the model.
+        tp: degree of tensor parallelism whose shards groups must not cross.
+    """
+    dense = set(dense)
+    names = dense | {piece.name for piece in pieces}
+    units: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        units.setdefault(_unit(piece.name, names, profile), []).append(piece)
+    partners: dict[str, list[str]] = {}
+    for name in sorted(dense):
+        partners.setdefault(_unit(name, names, profile), []).append(name)
+    inexact = {value: _type_problem(saved, value) for value in {p.value for p in pieces}}
+    return {
+        piece.name: choice
+        for unit, members in units.items()
+        for choice in [_choose(saved, members, partners.get(unit, []), inexact, tp)]
+        for piece in members
+    }
+
+
+def _unit(name: str, names: set[str], profile: str) -> str:
+    stack = stack_of(name)
+    if stack is None:
+        return fused_name(name, names)
+    return "experts" if profile == "portable" else stack
+
+
+def _choose(
+    saved: Saved,
+    members: Sequence[Piece],
+    partners: Sequence[str],
+    inexact: Mapping[str, str | None],
+    tp: int,
+) -> Choice:
+    if partners:
+        what = "the experts" if stack_of(partners[0]) else "one fused layer"
+        return Choice(None, f"{last(partners[0])} of {what} is not quantised")
+    sizes: set[int | None] = {None, *GROUP_SIZES}
+    for piece in {(m.value, m.k, last(m.name)): m for m in members}.values():
+        own = group_sizes(saved, piece, tp)
+        reason = _built_dense(saved, piece) or inexact[piece.value]
+        if reason is None and not own:
+            size = saved.manifest.packed[piece.value].group_size
+            reason = (
+                f"no group size of {GROUP_SIZES} divides both K = {piece.k}"
+                f"{f' on each of {tp} devices' if tp > 1 else ''} and its own group size {size}"
+            )
+        if reason is not None:
+            other = f"{last(piece.name)} beside it: " if len(members) > 1 else ""
+            return Choice(None, other + reason)
+        sizes &= own
+    if not sizes:
+        return Choice(None, "no group size suits all parts of the fused layer")
+    bits = max(saved.manifest.packed[m.value].bits for m in members)
+    if None in sizes:
+        return Choice(Scheme(bits, None))
+    return Choice(Scheme(bits, max(s for s in sizes if s is not None)))
+
+
+def group_sizes(saved: Saved, piece: Piece, tp: int) -> set[int | None]:
+    """Those that a layer's own groups can be cut into; None: one scale per channel."""
+    own, k = saved.manifest.packed[piece.value].group_size, piece.k
+    shard, rest = divmod(k, tp) if is_split_along_k(piece.name) else (k, 0)
+    column = own >= k
+    found: set[int | None] = {
+        size
+        for size in GROUP_SIZES
+        if not rest and shard % size == 0 and (column or own % size == 0)
+    }
+    multiple = _CHANNEL_EXPERTS if stack_of(piece.name) else Scheme(min(BITS), None).codes_per_word
+    if column and not rest and shard % multiple == 0:
+        found.add(None)
+    return found
+
+
+def _built_dense(saved: Saved, piece: Piece) -> str | None:
+    if HEAD.fullmatch(piece.name) or piece.source in saved.ties:
+        return HEADS_STAY
+    if ROUTER.fullmatch(piece.name):
+        return "engines keep routers of experts dense"
+    return None
+
+
+def _type_problem(saved: Saved, value: str) -> str | None:
+    """Engines keep scales in the model's type; None where that holds these exactly."""
+    record = saved.manifest.packed[value]
+    if record.dtype != saved.dtype:
+        return f"it is {record.dtype} in a model of {saved.dtype}"
+    stored, dtype = saved.manifest.tensors[record.scale].dtype, DTYPES[saved.dtype]
+    if stored == saved.dtype or saved.dtype == "F32":
+        return None
+    scale = saved.packed(value).scale
+    if bool((scale.to(dtype).double() == scale.double()).all()):
+        return None
+    return f"its scales are not exact in the model's {saved.dtype}"

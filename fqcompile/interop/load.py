@@ -1,0 +1,226 @@
+"""load: a saved model, or what others quantised as a model with packed weights."""
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fqcompile.checkpoint.checkpoint_model import CheckpointModel
+from fqcompile.checkpoint.conversion import Conversion, initialise, target_types
+from fqcompile.checkpoint.fit import shortened
+from fqcompile.checkpoint.hugging_face import generation_config
+from fqcompile.checkpoint.json_text import shown
+from fqcompile.checkpoint.load import load_saved
+from fqcompile.checkpoint.manifest import MANIFEST
+from fqcompile.checkpoint.recognize import recognized
+from fqcompile.checkpoint.safetensors_file import TensorPlace, read_tensor
+from fqcompile.checkpoint.slots import Slot, slots
+from fqcompile.checkpoint.source import Source, read_config, read_tensors
+from fqcompile.errors import CheckpointError
+from fqcompile.interop.assemble import assemble
+from fqcompile.interop.awq import read_awq
+from fqcompile.interop.compressed_tensors import read_compressed_tensors
+from fqcompile.interop.gptq import read_gptq
+from fqcompile.interop.packed_layer import PackedLayer
+from fqcompile.quant.qtype import INT8
+from fqcompile.weights.packed_weight import PackedWeight
+
+log = logging.getLogger("fqcompile")
+
+Reader = Callable[[Mapping[str, Any], Mapping[str, TensorPlace], str], dict[str, PackedLayer]]
+READERS: dict[str, Reader] = {
+    "compressed-tensors": read_compressed_tensors,
+    "gptq": read_gptq,
+    "awq": read_awq,
+}
+
+
+def load(
+    model_or_factory: nn.Module | Callable[[], nn.Module] | None,
+    directory: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    verify: bool = True,
+) -> nn.Module:
+    """A model with the weights that `save` or `fqcompile quantize` wrote, or others quantised.
+
+    Dense tensors are the mapped files themselves: privately, so a change to one is not written
+    back. Packed ones are read once, into the order that the kernels of this machine want.
+    compressed-tensors (pack-quantized), GPTQ without act-order and AWQ open too, for None.
+    A model whose parameters are DTensors gets of each value the part that its rank holds, however
+    many ranks have saved it; all its ranks must call this.
+
+    Args:
+        model_or_factory: a function without arguments, called on the meta device, so that no dense
+            copy of the weights is ever made. Or a model, on the meta device or not, whose tensors
+            are replaced. Or None: the class of Hugging Face that was saved, in eval mode.
+        device: for the weights; by default each goes where the model or its mesh has it, and to
+            the CPU from the meta device.
+        verify: compare the checksum of every tensor, about a second per GiB.
+
+    Returns:
+        The model, which requires gradients and trains or not as the factory left it; packed weights
+        do not. It runs in the type that was saved.
+
+    Raises:
+        CheckpointError: the directory is not whole or not what was written, is of another version,
+            or of another model; files and tensors are named, and a model that was given is as it
+            was.
+    """
+    if not isinstance(directory, str | os.PathLike):  # the two are easily swapped
+        raise CheckpointError(
+            f"load got a {type(directory).__name__} in place of a directory; give the model, a "
+            "function that makes one, or None first, and the directory second"
+        )
+    target = Path(directory)
+    if (target / MANIFEST).is_file():
+        return load_saved(model_or_factory, target, device=device, verify=verify)
+    return _load_of_others(model_or_factory, target, torch.device(device or "cpu"))
+
+
+def _load_of_others(given: object, directory: Path, device: torch.device) -> nn.Module:
+    """What no `save` of ours has written."""
+    config = _quantized_config(directory)
+    if config is None:
+        raise CheckpointError(f"{directory} has no {MANIFEST}: {recognized(directory)}")
+    if given is not None:
+        raise CheckpointError(
+            f"{directory} was not written by fqcompile, and its names are translated for the class "
+            "that its config names: give None in place of a model"
+        )
+    try:
+        return _loaded(directory, config, device)
+    except CheckpointError as error:
+        if str(directory) in str(error):
+            raise
+        raise CheckpointError(f"{directory}: {error}") from error
+
+
+def _quantized_config(directory: Path) -> dict[str, Any] | None:
+    """The content of its `config.json`, if that says that somebody quantized it."""
+    if not (directory / "config.json").is_file():
+        return None
+    config = read_config(directory)
+    return config if config.get("quantization_config") else None
+
+
+def _loaded(directory: Path, config: dict[str, Any], device: torch.device) -> nn.Module:
+    """Codes stay as they are; no dense weight is made of them."""
+    tensors = read_tensors(directory)
+    layers = _reader(config, directory)(config, tensors, str(directory / "config.json"))
+    work = CheckpointModel.of(_as_if_dense(directory, config, tensors, layers), None)
+    if work.unused:
+        log.warning("left out, as %s has no place for them: %s", work.name, shortened(work.unused))
+    model = work.model
+    initialise(model, work.missing, directory)
+    places = {slot.name: slot for slot in slots(model)}
+    types = target_types(model, work.dtype)
+    weights = {f"{name}.weight": layer for name, layer in layers.items()}
+    given: dict[str, Tensor] = {}
+    for step in work.steps:
+        given |= _values(step, work, weights, types(step.target))
+    _put_all(places, given, device)
+    _tell_of_zero_points(layers, given)
+    path = directory / "generation_config.json"
+    if path.is_file():
+        model.generation_config = generation_config(path)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _tell_of_zero_points(layers: Mapping[str, PackedLayer], given: Mapping[str, Tensor]) -> None:
+    """Four bits less a zero point need more: nobody should wonder where the memory went."""
+    wide = [n for n, v in given.items() if isinstance(v, PackedWeight) and v.form.bits == INT8.bits]
+    zeros = any("zero" in part for layer in layers.values() for part in layer.places)
+    if wide and zeros:
+        log.warning(
+            "%d weights are held as int8 codes, as their codes less zero points fit no int4: %s",
+            len(wide), shortened(wide),
+        )  # fmt: skip
+
+
+def _reader(config: Mapping[str, Any], directory: Path) -> Reader:
+    found = config.get("quantization_config")
+    method = found.get("quant_method") if isinstance(found, Mapping) else None
+    if not isinstance(method, str) or method not in READERS:
+        raise CheckpointError(
+            f"{directory / 'config.json'}: quantization_config.quant_method is "
+            f"{shown(repr(method))}; this opens {', '.join(READERS)}; give the checkpoint that it "
+            "was made from to: fqcompile quantize CHECKPOINT OUT"
+        )
+    return READERS[method]
+
+
+def _as_if_dense(
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorPlace],
+    layers: Mapping[str, PackedLayer],
+) -> Source:
+    """What the converters of transformers know: one weight [N, K] in place of a layer's parts."""
+    parts = {place for layer in layers.values() for place in layer.places.values()}
+    found = {name: place for name, place in tensors.items() if place not in parts}
+    for layer in layers.values():
+        place = next(iter(layer.places.values()))
+        weight = TensorPlace(place.path, layer.scale_dtype, (layer.n, layer.k), 0, 0)
+        found[f"{layer.name}.weight"] = weight
+    own = {key: value for key, value in config.items() if key != "quantization_config"}
+    return Source(directory, own, found)
+
+
+def _values(
+    step: Conversion,
+    work: CheckpointModel,
+    weights: Mapping[str, PackedLayer],
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """The model's tensors that a step gives."""
+    packed = [name for name in step.names if name in weights]
+    if not packed:
+        return step.run(work.model, partial(_read, work.source, dtype))
+    if len(packed) < len(step.names):
+        dense = next(name for name in step.names if name not in weights)
+        raise CheckpointError(
+            f"{packed[0]} is packed and {dense} is not, and both are {step.target} in the model"
+        )
+    return {step.target: assemble(step, work.model, weights, dtype)}
+
+
+def _read(source: Source, dtype: torch.dtype, name: str) -> Tensor:
+    return read_tensor(source.tensors[name]).to(dtype)
+
+
+def _put_all(places: Mapping[str, Slot], given: Mapping[str, Tensor], device: torch.device) -> None:
+    """Each value to its place, and to those tied to it that have none of their own."""
+    tied: dict[int, list[Slot]] = {}
+    for slot in places.values():
+        tied.setdefault(id(slot.tensor), []).append(slot)
+    for name, value in given.items():
+        slot = places[name]
+        if value.shape != slot.tensor.shape:
+            raise CheckpointError(
+                f"{name} is {list(value.shape)} in the checkpoint and {list(slot.tensor.shape)} in "
+                "the model; is config.json that of another model?"
+            )
+        moved = value.to(device)
+        if isinstance(moved, PackedWeight):
+            moved.memory.root.name = name
+        result = nn.Parameter(moved, requires_grad=False) if slot.kind == "parameter" else moved
+        for other in tied[id(slot.tensor)]:
+            if other is slot or other.name not in given:
+                other.put(result)
+    lost = []
+    for group in tied.values():
+        for slot in group:
+            if any(other.name in given for other in group):
+                continue
+            if slot.tensor.is_meta:
+                lost.append(slot.name)
+            else:
+                slot.put(slot.tensor.to(device))
+    if lost:
+        raise CheckpointError(f"no tensor of the checkpoint gives {shortened(lost)} a value")
