@@ -6,7 +6,7 @@ from bench.accuracy_rows import WAYS
 from bench.other_quantisers import Baseline
 from bench.quantised_models import Quantised, ours, theirs
 from bench.results import Row
-from fqcompile.commands.demo_embedding import Embedder, Sentences, load_embedder, nearest
+from fqcompile.demo.embedding import Embedder, Sentences, load_embedder, nearest
 
 __all__ = ["embedding_rows", "load_embedder"]
 

@@ -23,7 +23,7 @@ from bench.identity import identity
 from bench.interleaved import Replay, timings
 from bench.model_rows import clocked, relative_error
 from bench.results import Results, Row
-from fqcompile.commands.demo_embedding import Embedder, Sentences, load_embedder
+from fqcompile.demo.embedding import Embedder, Sentences, load_embedder
 from fqcompile.fake_quantize import fake_quantize_
 from fqcompile.kernels.tuning.search import WrongResult
 from fqcompile.report import clear_reports, reports

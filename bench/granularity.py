@@ -20,7 +20,7 @@ from tabulate import tabulate
 import fqcompile
 from bench.identity import identity
 from bench.results import Results
-from fqcompile.commands.demo_embedding import load_embedder, nearest
+from fqcompile.demo.embedding import load_embedder, nearest
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "column": {"granularity": "column"},

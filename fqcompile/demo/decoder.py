@@ -11,14 +11,12 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from fqcompile.commands.checkpoints import load_model
-from fqcompile.commands.timing import tell, telling
-from fqcompile.errors import FineQuantError
+from fqcompile.demo.timing import tell, telling
 from fqcompile.fake_quantize import fake_quantize_
 from fqcompile.report import reports
 
 PROMPT_TOKENS = 16
-# OPT-125m with half its layers: what is measured where no checkpoint is given.
+# OPT-125m with half its layers.
 OPT_SHAPE = {
     "hidden_size": 768,
     "num_hidden_layers": 6,
@@ -38,9 +36,8 @@ class Generation:
     seconds: list[float] = field(default_factory=list)
 
 
-def run_decoder_demo(directory: str | None, new_tokens: int, rounds: int) -> None:
+def run_decoder_demo(model: nn.Module, label: str, new_tokens: int, rounds: int) -> None:
     """Print tokens/s of int4 and int8 against Inductor, memory, and a check of the tokens."""
-    model, label = _load(directory)
     prompt = torch.arange(PROMPT_TOKENS)[None] + 10
     tell(
         f"\n\nDecoder: {label}, bf16, prompt of {PROMPT_TOKENS}, {new_tokens} new tokens, "
@@ -71,17 +68,13 @@ def run_decoder_demo(directory: str | None, new_tokens: int, rounds: int) -> Non
     )
 
 
-def _load(directory: str | None) -> tuple[nn.Module, str]:
-    if directory is not None:
-        model, _ = load_model(directory, torch.bfloat16)
-        if not hasattr(model, "generate"):
-            raise FineQuantError(f"--model {directory}: not a causal language model")
-        return model, f"{directory}, weights of that checkpoint"
+def random_decoder() -> nn.Module:
+    """What is measured where no checkpoint is given: half of OPT-125m, with random weights."""
     transformers = import_module("transformers")
     torch.manual_seed(0)
     config = transformers.OPTConfig(**OPT_SHAPE)
-    model = transformers.OPTForCausalLM(config).to(torch.bfloat16).eval()
-    return model, "OPT of 6 layers, 768 wide, RANDOM weights (--model DIRECTORY for real ones)"
+    model: nn.Module = transformers.OPTForCausalLM(config).to(torch.bfloat16).eval()
+    return model
 
 
 def _compiled(model: nn.Module, **arguments: Any) -> Generation:
