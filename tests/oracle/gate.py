@@ -39,6 +39,7 @@ DTYPE = torch.bfloat16
 Made = tuple[nn.Module, dict[str, Tensor]]
 # Of the report: what is another in every run, or on another machine.
 _VARIES = {"seconds", "total_seconds", "versions", "debug_dir", "least_us", "graph"}
+_PLACE = re.compile(r"(?<=# File: )\S*/(?=[^/]*:\d+ in )")  # of a file in which a call is written
 _TEMPORARY = re.compile(re.escape(tempfile.gettempdir()) + r"/\w+")
 
 
@@ -134,7 +135,8 @@ def _compiled(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, str]:
         facts = {"compiled.txt": _said(lambda: _digest(_first(call, inputs)))}
         dumps = sorted(Path(folder).rglob("report.json"), key=lambda p: p.stat().st_mtime_ns)
         plans = [_stable(json.loads(path.read_text())) for path in dumps]
-        graphs = [(path.parent / "08_lower.after.py").read_text() for path in dumps]
+        texts = [(path.parent / "08_lower.after.py").read_text() for path in dumps]
+        graphs = [_PLACE.sub("", text) for text in texts]
     facts["plan.json"] = json.dumps(plans, indent=1)
     facts["graph.py"] = "\n".join(graphs)
     return facts

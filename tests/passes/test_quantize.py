@@ -18,7 +18,7 @@ def test_spec_says_recipe_inputs_shape_and_plan() -> None:
     assert (first.rows, first.k, first.group_size, first.bits) == (48, 64, 32, 4)
     assert (second.rows, second.k) == (32, 64)
     assert first.parts[0].recipe.key == IDENTITY.key
-    assert second.parts[0].recipe.key == IDENTITY.then("transpose", -1, -2).key
+    assert second.parts[0].recipe.key == IDENTITY.then("transpose", -2, -1).key
     given = [run.captured.args[i] for spec in (first, second) for i in spec.inputs]
     assert given[0] is a
     assert given[1] is b
