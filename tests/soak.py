@@ -212,8 +212,10 @@ def soak_threads(seconds: float, forks: bool) -> Counter[str]:
             errors.append(error)
 
     def quantize() -> None:
+        # A child could wait forever for PyTorch's lock of the generator that all share.
+        generator = torch.Generator()
         while time.monotonic() < end and not errors:
-            w = torch.randn(256, 256)
+            w = torch.randn(256, 256, generator=generator)
             STORE.plan(IDENTITY, (w,), SiteOptions(), torch.float16)
             done["quantised"] += 1
 
