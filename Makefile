@@ -4,13 +4,17 @@ BIN := .venv/bin
 WORKERS ?= 2
 ARGS ?=
 
-.PHONY: demo test zoo test-gpu check soak sanitize static format bench clean
+.PHONY: demo test test-all zoo test-gpu check soak sanitize static format bench clean
 
 demo: .venv/demo.installed
 	$(BIN)/fqcompile demo $(ARGS)
 
+# The quick tier: every kind of thing, five minutes on two cores.
 test: .venv/dev.installed
 	$(BIN)/pytest -n $(WORKERS) $(ARGS)
+
+test-all: .venv/dev.installed
+	$(BIN)/pytest -n $(WORKERS) --all $(ARGS)
 
 # Architectures of other libraries, some of timm and diffusers where these are installed.
 zoo: .venv/dev.installed

@@ -14,21 +14,26 @@ os.environ["FQCOMPILE_CACHE_SIZE"] = "0"  # a weight of one test is not found by
 
 import pytest
 import torch
-from hypothesis import settings
 from torch._dynamo.backends import registry
 
 from fqcompile.report import clear_reports
+from tests import tiers
 from tests.helpers import InnerGraphs
-
-settings.register_profile("default", max_examples=25, deadline=None)
-settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)
-settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 # One process of several (pytest -n): more threads than cores only wait for each other.
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="every test, not the quick tier alone")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    tiers.configure(config)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    tiers.deselect(config, items)
     asked_for_zoo = "zoo" in config.option.markexpr
     for item in items:
         if item.get_closest_marker("zoo") and not asked_for_zoo:

@@ -147,6 +147,7 @@ def test_prefill_and_decode_share_one_packed_copy(
     assert sum(held.values()) <= 1.15 * sum(s.bytes_after for s in sites)
 
 
+@pytest.mark.slow
 def test_share_of_bytes_that_is_quantised() -> None:
     """Layers with the proportions of Mixtral-8x7B and Qwen3-30B-A3B; the vocabulary is small."""
     shapes: dict[str, dict[str, int]] = {
@@ -194,6 +195,7 @@ def test_one_dynamic_graph_serves_every_number_of_tokens() -> None:
             assert_close(actual, oracle(model, fqcompile.reports()[0])(x), depth=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_dynamic_tokens_of_a_hugging_face_model(implementation: str) -> None:
     model = build("mixtral", torch.float32, implementation)
@@ -226,6 +228,7 @@ def test_report_has_the_error_of_each_expert() -> None:
     assert "experts: 32 in 4 stacks, errors" in str(report())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "deepseek-v3", "gpt-oss"])
 def test_loop_over_data_is_reported_with_the_way_out(name: str) -> None:
     model = build(name, torch.float32, "eager")
@@ -257,6 +260,7 @@ def _without_a_switch(name: str) -> Any:
     return hf.JetMoeForCausalLM(hf.JetMoeConfig(**sizes, **heads, **experts)).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dbrx", "jetmoe"])
 def test_a_switch_that_a_model_does_not_have_is_not_offered(name: str) -> None:
     model = _without_a_switch(name).requires_grad_(False)

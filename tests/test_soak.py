@@ -1,5 +1,6 @@
 """The parts of `make soak`, for a moment each."""
 
+import pytest
 import torch
 
 from tests import soak
@@ -10,6 +11,7 @@ def test_calls() -> None:
         soak.soak_calls(200)
 
 
+@pytest.mark.slow
 def test_models() -> None:
     with torch.no_grad():
         soak.soak_models(9)

@@ -185,6 +185,7 @@ assert "finequant" in torch._dynamo.list_backends()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imported", ["", "import fqcompile"])
 def test_the_backend_is_known_once_to_threads_that_use_it_first(imported: str) -> None:
     done = subprocess.run(

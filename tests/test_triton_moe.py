@@ -55,6 +55,7 @@ def test_layer_of_our_own_in_fp16(on: Any, name: str) -> None:  # noqa: F811
         assert_quantized_like_oracle(model, actual, lambda m: m(x), depth=4)
 
 
+@pytest.mark.slow
 def test_prefill_and_decode_read_one_copy_in_fragment_order(
     on: Any,  # noqa: F811
     inner_graphs: InnerGraphs,

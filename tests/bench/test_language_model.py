@@ -18,6 +18,7 @@ from bench.accuracy_rows import compare, interval
 from bench.corpus import Document, split
 from bench.language_model import IGNORED, Evaluation, evaluate, windows_of
 from bench.train_lm import learning_rate, train_tokenizer
+from tests.tiers import examples
 
 CONTEXT, VOCABULARY = 9, 270
 TEXTS = ["def f(x):\n    return x\n" * 4, "naïve café — ok\n" * 3, "x"]
@@ -123,7 +124,7 @@ def test_the_row_of_a_comparison_is_its_arithmetic() -> None:
     assert 0 <= row["loss_low"] <= row["loss"] <= row["loss_high"] <= 0.4
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(
     loss=st.lists(st.floats(-5, 5), min_size=2, max_size=12),
     length=st.integers(1, 1000),

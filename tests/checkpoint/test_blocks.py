@@ -12,6 +12,7 @@ from fqcompile.distributed.layout import Layout, _chunks
 from fqcompile.errors import CheckpointError
 from fqcompile.quant.choose import QuantPlan, quantize_weight
 from fqcompile.quant.quantized_weight import QuantizedWeight
+from tests.tiers import examples
 
 
 def _layout(dim: int, size: int, holders: int, factor: int, own: int) -> Layout:
@@ -53,7 +54,7 @@ def test_runs_are_those_of_torch_chunk(factor: int) -> None:
     assert _chunks((0, 3), 4) == [(0, 1), (1, 2), (2, 3), (3, 3)]
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(data=st.data())
 def test_any_number_of_ranks_gets_what_any_other_saved(data: Any) -> None:
     def draw(values: Any) -> Any:

@@ -56,6 +56,7 @@ def assert_clean(directory: Path) -> None:
     assert {path.name for path in directory.iterdir()} == expected
 
 
+@pytest.mark.slow
 def test_power_failure_at_every_operation(models: list[Any], tmp_path: Path) -> None:
     old, new, next_one = models
     fqcompile.save(old, tmp_path / "count")

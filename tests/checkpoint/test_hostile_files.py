@@ -99,6 +99,7 @@ def test_a_large_size_of_each_layer_is_no_number_of_layers(tmp_path: Path) -> No
             assert torch.equal(loaded(ids).logits, expected)
 
 
+@pytest.mark.slow
 def test_no_default_of_any_config_counts_too_many_layers() -> None:
     """Every class of configs that transformers has and can make without being told anything."""
     known = import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING

@@ -86,6 +86,7 @@ def finished(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return state
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_anywhere_resumes_to_the_same_files(
     source: Path, finished: dict[str, Any], tmp_path: Path
 ) -> None:

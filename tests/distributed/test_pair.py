@@ -47,6 +47,7 @@ def test_ranks_are_shared(ranks: Pair) -> None:
     assert ranks.run(total, 7) == [(21, zero), (21, one)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("broken", "text"),
     [
@@ -64,6 +65,7 @@ def test_a_broken_rank_is_replaced(ranks: Pair, broken: Function, text: str) -> 
     assert {pid for _, pid in before}.isdisjoint(pid for _, pid in after)
 
 
+@pytest.mark.slow
 def test_a_failure_ends_the_test_that_has_it(ranks: Pair) -> None:
     with pytest.raises(pytest.fail.Exception, match="rank 1: Traceback"):
         ranks.run(raise_before_the_other_comes, seconds=10)

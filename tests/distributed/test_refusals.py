@@ -181,6 +181,7 @@ def test_a_wrong_time_limit_is_named(text: str, monkeypatch: pytest.MonkeyPatch)
         agreement._seconds()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before it compiles", "while it runs"])
 def test_the_others_end_when_one_is_killed(when: str) -> None:
     ranks = Pair()

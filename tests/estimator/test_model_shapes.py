@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fqcompile.errors import EstimateError
 from fqcompile.estimator.model_shapes import FAMILIES, named_models, read_decoder
 from tests.estimator.shapes import LLAMA, MIXTRAL, decoder
+from tests.tiers import examples
 
 SMALL = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5, "vocab_size": 128,
@@ -124,7 +125,7 @@ values = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(st.sampled_from([LLAMA, MIXTRAL]), st.data())
 def test_a_fuzzed_config_is_read_or_refused_by_name(
     base: dict[str, Any], data: st.DataObject

@@ -26,6 +26,7 @@ from fqcompile.estimator.speed import (
 )
 from fqcompile.kernels.roofline import ideal_seconds
 from tests.estimator.shapes import MIXTRAL, PLAIN, decoder
+from tests.tiers import examples
 
 BF16, INT8, INT4 = formats(128, 8).values()
 CLUSTER = Cluster(4, 1e7)  # machines of 4; as reached 8 MB/s between them
@@ -134,7 +135,7 @@ def test_few_rows_take_half_the_time_in_half_the_bits() -> None:
     assert 2 < seconds[0] / seconds[2] < 4
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.integers(1, 64), st.integers(1, 4000), st.sampled_from([BF16, INT8, INT4]))
 def test_more_work_never_takes_less_time(batch: int, context: int, form: WeightFormat) -> None:
     step = decode(Workload(batch, context), form).seconds

@@ -18,6 +18,7 @@ import fqcompile
 from fqcompile.report import clear_reports, reports
 from tests.passes.graphs import DEFAULTS, assert_close, assert_same_form
 from tests.strategies import HIDDEN, LINEAR_STEPS, STEPS, Program, Step, programs
+from tests.tiers import examples
 
 shapes = st.tuples(st.integers(1, 2), st.sampled_from([1, 1, 2, 3]))
 # Group sizes and bits that differ between the weights, so that siblings have to meet or stay apart.
@@ -116,7 +117,7 @@ def runs_uncompiled(program: Program, shape: tuple[int, int]) -> bool:
     return True
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     program=programs().filter(has_one_value_per_weight),
     shape=shapes,

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.cpu.guarded import at_end_of_page
+from tests.tiers import examples
 from tests.weights.test_packed_weight import assert_near, dense, make
 
 N, K, E, M = 70, 48, 3, 4
@@ -64,7 +65,7 @@ def add(bias: tuple[int, ...] | None, dtype: torch.dtype) -> Tensor | None:
 
 
 @given(batches, near_k, types, biases, types)
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 def test_linear(
     batch: list[int], k: int, dtype: torch.dtype, bias: tuple[int, ...] | None, of_bias: torch.dtype
 ) -> None:
@@ -91,14 +92,14 @@ def test_a_scalar_a_row_and_a_view_of_a_wide_x(x: Tensor) -> None:
 
 
 @given(batches, near_k, biases.filter(lambda b: b is not None), types)
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_addmm(batch: list[int], k: int, bias: tuple[int, ...], dtype: torch.dtype) -> None:
     x, b = values(*batch, k), values(*bias, dtype=dtype)
     assert_as_dense(lambda w: torch.addmm(b, x, w), make(N, K, transposed=True))
 
 
 @given(near_e, st.sampled_from([0, 1, M]), near_k, types, st.booleans())
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_bmm(experts: int, rows: int, k: int, dtype: torch.dtype, left: bool) -> None:
     dtype = dtype if rows else FP32  # of nothing, PyTorch's bmm does not look at the type
     x, w = values(experts, rows, k, dtype=dtype), make(E, N, K, transposed=not left)
@@ -115,14 +116,14 @@ def test_bmm(experts: int, rows: int, k: int, dtype: torch.dtype, left: bool) ->
     st.sampled_from([(N,), (E, 1, N), (E, M, N), (1, M, N), (), (M, 1), (N - 1,), (2, E, M, N)]),
     types,
 )
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_baddbmm(experts: int, k: int, bias: tuple[int, ...], dtype: torch.dtype) -> None:
     x, b = values(experts, M, k), values(*bias, dtype=dtype)
     assert_as_dense(lambda w: torch.baddbmm(b, x, w), make(E, N, K, transposed=True))
 
 
 @given(st.lists(st.integers(-E - 1, E), min_size=1, max_size=5), st.integers(1, 5), near_k)
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_gathered(routing: list[int], pairs: int, k: int) -> None:
     chosen, x = ids(*routing, dtype=torch.int64), values(pairs, 2, k)
     assert_as_dense(lambda w: torch.bmm(x, w[chosen]), make(E, N, K, transposed=True))
@@ -135,7 +136,7 @@ def test_gathered(routing: list[int], pairs: int, k: int) -> None:
     near_k,
     st.sampled_from([torch.int32, torch.int32, torch.int64, FP32]),
 )
-@settings(max_examples=80)
+@settings(max_examples=examples(80))
 def test_grouped(counts: list[int], beyond: int, k: int, dtype: torch.dtype) -> None:
     ends = torch.tensor(counts).cumsum(0)
     x, offsets = values(int(ends[-1]) + beyond, k), ids(*ends.tolist(), dtype=dtype)
@@ -161,7 +162,7 @@ def test_what_is_refused_names_the_layers_sizes() -> None:
     near_k,
     st.sampled_from([torch.int32, torch.int64]),
 )
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_the_fallback_of_transformers(
     counts: list[int], beyond: int, k: int, dtype: torch.dtype
 ) -> None:

@@ -107,6 +107,7 @@ def test_what_is_no_library_does_not_load(tmp_path: Path) -> None:
         load(ISA, broken)
 
 
+@pytest.mark.slow
 def test_importing_builds_nothing_and_without_a_compiler_the_next_template_is_chosen(
     tmp_path: Path,
 ) -> None:
@@ -123,6 +124,7 @@ def test_importing_builds_nothing_and_without_a_compiler_the_next_template_is_ch
     assert done.stdout.startswith("[]\naten_int4pack no C++ compiler"), done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
     """A compiler that takes its time and counts its runs, and three processes."""
     made = build(ISA, cache_directory() / "x86")
@@ -186,6 +188,7 @@ def test_a_forked_child_computes_after_its_parent_used_threads() -> None:
     assert queue.get() == want.float().tolist()
 
 
+@pytest.mark.slow
 def test_threads_are_those_that_torch_has() -> None:
     """With one thread no other is started, with three two more; the result is the same."""
     code = (

@@ -18,6 +18,7 @@ from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.tile_config import TileConfig
 from fqcompile.kernels.triton.configs import _is_unshapely, candidates, launches
 from fqcompile.kernels.triton.cost import cost
+from tests.tiers import examples
 
 BF16 = torch.bfloat16
 SPEC = GemmSpec(1, 8192, 8192, 4, 128, BF16, BF16, "cuda", gpu=H200)
@@ -44,7 +45,7 @@ def seconds(spec: GemmSpec, config: object, m: int) -> float:
 
 
 @given(spec=specs)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_every_candidate_fits_and_none_is_faster_than_the_first(spec: GemmSpec) -> None:
     fast, full = (candidates(spec, spec.m, mode) for mode in ("fast", "max"))
     assert len(fast) <= 12
@@ -65,7 +66,7 @@ def test_every_candidate_fits_and_none_is_faster_than_the_first(spec: GemmSpec) 
 
 
 @given(spec=specs, low=st.integers(1, 3000), span=st.none() | st.integers(0, 3000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_open_rows_get_at_most_three_kernels(spec: GemmSpec, low: int, span: int | None) -> None:
     high = None if span is None else low + span
     table = launches(replace(spec, m_range=(low, high)))

@@ -22,6 +22,7 @@ from tests.kernels.triton.oracle import (
     random_codes,
     running,
 )
+from tests.tiers import examples
 
 
 def run(
@@ -80,7 +81,7 @@ def test_dequantize_finds_groups_that_end_inside_a_later_block(
 
 
 @on_every_device
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     rows=st.integers(1, 70),
     k=st.integers(1, 400),

@@ -18,6 +18,7 @@ from fqcompile.kernels.triton.configs import candidates, launches, offers_dense
 from fqcompile.kernels.triton.cost import _tiles, cost, mean_experts_hit
 from fqcompile.kernels.tuning.launches import MAX_KERNELS, steps_in_range
 from tests.kernels.triton.test_schedule import counted
+from tests.tiers import examples
 
 BF16 = torch.bfloat16
 QWEN = GemmSpec(
@@ -42,7 +43,7 @@ specs = st.builds(
 
 
 @given(spec=specs)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_every_candidate_is_of_its_routing_and_the_first_is_chosen(spec: GemmSpec) -> None:
     fast, full = (candidates(spec, spec.m, mode) for mode in ("fast", "max"))
     assert len(fast) <= 12
@@ -59,7 +60,7 @@ def test_every_candidate_is_of_its_routing_and_the_first_is_chosen(spec: GemmSpe
 
 
 @given(spec=specs, low=st.integers(1, 3000), span=st.none() | st.integers(0, 30000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_open_rows_get_at_most_four_kernels(spec: GemmSpec, low: int, span: int | None) -> None:
     high = None if span is None else low + span
     spec = replace(spec, m_range=(low, high))

@@ -33,6 +33,7 @@ from tests.kernels.triton.oracle import (
     on_every_device,
     running,
 )
+from tests.tiers import examples
 
 ONE = Case(n=20, k=130)
 GROUPED = ExpertCase(offsets=(3, 3, 8))
@@ -242,7 +243,7 @@ def cases(draw: st.DrawFn) -> ExpertCase:
 
 
 @on_every_device
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(case=cases())
 def test_experts_are_right_for_any_case(case: ExpertCase, device: str) -> None:
     check(case, device)

@@ -24,6 +24,7 @@ from tests.kernels.triton.oracle import (
     check,
     on_every_device,
 )
+from tests.tiers import examples
 
 every_bits = pytest.mark.parametrize("bits", [4, 8])
 
@@ -164,7 +165,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @on_every_device
-@settings(max_examples=45, deadline=None)
+@settings(max_examples=examples(45), deadline=None)
 @given(case=cases())
 def test_gemm_is_right_for_any_case(case: Case, device: str) -> None:
     check(case, device)

@@ -253,6 +253,7 @@ for stages in range(1, 41):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     _filled(path)
