@@ -5,7 +5,7 @@ bmm(w[ids], x.unsqueeze(-1))           ->   ExpertSite(x, recipe: identity; sour
 _grouped_mm(x, w.mT, offs=offsets)     ->   ExpertSite(x, the same recipe; routing: offsets)
 """
 
-from torch import fx
+from torch import Tensor, fx
 
 from fqcompile.passes.base import GraphState, example
 from fqcompile.passes.effects import effects_between, in_transforms
@@ -105,6 +105,7 @@ def _expert_site(
         recipe, stack = recipe.then(method, *args), getattr(stack, method)(*args)
     fakes = tuple(source.meta["example_value"] for source in sources)
     return ExpertSite(
+        kind="experts" if _is_of_experts(form, stack) else "other",
         node=node,
         x=form.x,
         weight=form.weight,
@@ -119,6 +120,15 @@ def _expert_site(
         gather=form.gather,
         zero_rest=form.zero_rest,
     )
+
+
+def _is_of_experts(form: ExpertForm, stack: Tensor) -> bool:
+    """Whether its matrices are numbered by the outermost dimension, not as heads by an inner one.
+
+    stack: [E, N, K], a view of the constant where no step copies it.
+    """
+    strides = [int(stride) for stride in stack.stride()]
+    return form.routing is not None or strides[0] == max(strides)
 
 
 def _matrix_shape(form: LinearForm) -> tuple[int, int]:

@@ -6,7 +6,7 @@ ExpertSite    y[p] = x[p] @ w[e(p)]ᵀ + bias   w [E, N, K], each row of x with 
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from torch import fx
 
@@ -29,6 +29,7 @@ class WeightSite:
     """What sites of both kinds have.
 
     Attributes:
+        kind: what a plan calls it.
         node: the matmul in the captured graph.
         x: the activation.
         bias: added to the result where the form has one; may be any shape that `add` accepts.
@@ -44,7 +45,7 @@ class WeightSite:
         op: the node that computes the site, kept current from rewrite on.
     """
 
-    kind: ClassVar[str]
+    kind: str
     node: fx.Node
     x: fx.Node
     weight: fx.Node
@@ -71,14 +72,14 @@ class WeightSite:
 class LinearSite(WeightSite):
     """One matrix; `x_steps` bring x to [..., K], `out_steps` the result to node's shape."""
 
-    kind: ClassVar[str] = "linear"
+    kind: str = "linear"
     x_steps: tuple[GraphStep, ...] = ()
     out_steps: tuple[GraphStep, ...] = ()
 
 
 @dataclass(eq=False, kw_only=True)
 class ExpertSite(WeightSite):
-    """A stack of experts.
+    """A stack of experts; of kind "other" where it only has their form, a matrix for each head.
 
     `indices` arrange x and the result around [rows, K] -> [rows, N]; None: they have these shapes.
     `routing` is the node of the offsets or ids; None where every expert has equally many rows.
@@ -86,7 +87,7 @@ class ExpertSite(WeightSite):
     expert are zeros in the result; else whatever was in memory.
     """
 
-    kind: ClassVar[str] = "experts"
+    kind: str = "experts"
     form: Literal["grouped", "gathered"]
     routing: fx.Node | None
     indices: ExpertEinsum | None

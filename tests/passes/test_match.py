@@ -273,3 +273,23 @@ def test_tensors_of_other_shapes_are_listed_with_what_reads_them() -> None:
         "table": ("other", "read by sum: not a linear or expert form that is quantised"),
         "heads": ("other", "read by matmul: not a linear or expert form that is quantised"),
     }
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape", "kind"),
+    [
+        ("bind,snd->bnis", (2, 4, 16), "other"),  # a table for each head, as in Funnel
+        ("bind,nsd->bnis", (4, 2, 16), "experts"),
+        ("bind,nds->bnis", (4, 16, 2), "experts"),
+        ("bind,dsn->bnis", (16, 2, 4), "other"),
+        ("bind,nds->bins", (4, 16, 2), "experts"),
+        ("bind,mnd->bim", (8, 4, 16), "linear"),  # heads that are summed over
+    ],
+)
+def test_stack_whose_matrices_an_inner_dimension_numbers_is_none_of_experts(
+    equation: str, shape: tuple[int, ...], kind: str
+) -> None:
+    stack = weight(shape[0], shape[1] * shape[2]).view(shape)
+    run = run_passes(lambda x: torch.einsum(equation, x, stack), torch.randn(3, 5, 4, 16))
+    assert [site.kind for site in run.state.sites] == [kind]
+    assert_same(run)
