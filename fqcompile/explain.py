@@ -21,8 +21,9 @@ from fqcompile.torch_compat import plain_module
 _PART = re.compile(r"\[\d+\]$")  # match numbers the parts of one parameter
 _NO_GRAPH = (
     "no captured graph reads it: these inputs do not reach it, or a loop over data broke the graph"
+    ", or torch.compile skips the function that calls it (TORCH_LOGS=graph_breaks says why); "
+    "fqcompile.quantize_(model) packs linears and experts without a graph"
 )
-
 _RECURRENT = (
     "no captured graph reads it: torch.compile does not trace {kind}, nor the function that calls "
     "it; call fqcompile.quantize_(model) first"

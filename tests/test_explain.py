@@ -251,6 +251,31 @@ def test_equal_layers_behind_graph_breaks_are_all_listed() -> None:
     assert_close(actual, oracle(model, plan)(X), k=256, depth=6)
 
 
+class Positions(nn.Module):
+    """As CTRL, which casts its table before what breaks the graph, and reads its rows after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(256, 128))
+        self.up = nn.Linear(128, 128)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        self.table = self.table.to(x.dtype)
+        torch._dynamo.graph_break()
+        return self.up(x + self.table[ids])
+
+
+def test_what_a_graph_only_hands_on_is_told_by_the_one_that_reads_it() -> None:
+    model, ids = frozen(Positions()), torch.arange(5)
+    plan = fqcompile.explain(model, X, ids, inner_backend="eager")
+    kept = {site.name: site.reason for site in plan.kept}
+    assert kept == {"table": "embedding table: embeddings are not quantised"}
+    finequant(model, fullgraph=False)(X, ids)
+    assert _sites(plan) == sorted(
+        row for found in fqcompile.reports() for row in _sites(found.plan)
+    )
+
+
 @pytest.mark.parametrize("parts", [False, True], ids=["whole", "parts"])
 def test_explain_of_what_is_compiled_in_place(parts: bool) -> None:
     model = frozen(Repeated())

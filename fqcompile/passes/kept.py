@@ -69,6 +69,7 @@ def kept_matrices(state: GraphState) -> list[KeptWeight]:
     """Constant tensors that no site reads, and parameters passed in, from `min_elements` on.
 
     Also those that a site reads and something else, too, unless that is an embedding: it says so.
+    What a graph only hands on to its caller is read elsewhere, as after a graph break.
     """
     used = {source for site in state.sites for source in site.sources}
     to_sites = _edges_to_sites(state)
@@ -80,7 +81,9 @@ def kept_matrices(state: GraphState) -> list[KeptWeight]:
         table = _reads_rows(node) and not (node in used and known.embedded)
         if node in used:
             readers = [reader for reader in readers if reads_values(reader, known.embedded)]
-        if not node.users or (node in used and not readers):
+        elif all(reader.op == "output" for reader in readers):
+            continue
+        if node in used and not readers:
             continue
         whole: Any = given[node] if node in given else example(node)
         sharded, weight = is_dtensor(whole), local_part(whole)
