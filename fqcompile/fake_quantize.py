@@ -86,7 +86,10 @@ def _target(places: Mapping[int, Sequence[Holder]], site: Site) -> _Target:
             f"{site.name} is {list(site.shape)} in the plan and {list(shape)} in the model; the "
             "plan must come from this model"
         )
-    movers = [_movers(h.name, places[id(h.tensor)], recipe.shared) for h in found]
+    movers = [
+        _movers(holder.name, places[id(holder.tensor)], shared=name in recipe.shared)
+        for name, holder in zip(recipe.names, found, strict=True)
+    ]
     return _Target(site, recipe, sources, tuple(movers))
 
 
@@ -118,7 +121,7 @@ def _find(places: Mapping[int, Sequence[Holder]], name: str, *, held: bool) -> H
     )
 
 
-def _movers(name: str, sharing: Sequence[Holder], shared: bool) -> tuple[Holder, ...]:
+def _movers(name: str, sharing: Sequence[Holder], *, shared: bool) -> tuple[Holder, ...]:
     """Those that multiply with a weight that others read as it is; none where nobody does.
 
     Raises:

@@ -114,6 +114,49 @@ def test_a_tied_embedding_keeps_its_values() -> None:
     assert_close(actual, faked(ids), depth=2)
 
 
+class Joined(nn.Module):
+    """As MobileBERT: its head is the table of embeddings and a matrix of the head's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.body = nn.Embedding(300, 128), nn.Linear(128, 192)
+        self.head, self.rest = nn.Linear(128, 300, bias=False), nn.Linear(300, 64, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        joined = torch.cat([self.head.weight.t(), self.rest.weight], dim=0)
+        return self.body(self.embed(ids)).matmul(joined)
+
+
+def test_of_what_is_joined_only_the_shared_part_is_parted_from_the_table() -> None:
+    model, ids = frozen(Joined()), torch.arange(6)
+    rest = model.rest.weight
+    actual = finequant(model)(ids)
+    assert {site.name for site in report().plan.quantized} == {
+        "body.weight",
+        "head.weight+rest.weight",
+    }
+    before, own = model.embed.weight.clone(), rest.clone()
+    faked = fqcompile.fake_quantize_(model, report())
+    assert torch.equal(faked.embed.weight, before)
+    assert not torch.equal(faked.head.weight, before)
+    assert faked.rest.weight is rest and not torch.equal(rest, own)
+    assert_close(actual, faked(ids), depth=2)
+
+
+def test_of_what_is_joined_the_part_without_a_place_is_named() -> None:
+    class Table(Joined):
+        def forward(self, ids: Tensor) -> Tensor:
+            joined = torch.cat([self.embed.weight.t(), self.rest.weight], dim=0)
+            return self.body(self.embed(ids)).matmul(joined)
+
+    model = frozen(Table())
+    del model.head
+    plan = fqcompile.explain(model, torch.arange(6))
+    with pytest.raises(FineQuantError, match=r"^embed\.weight is the weight of a linear"):
+        fqcompile.fake_quantize_(model, plan)
+
+
 def test_buffers_and_plain_attributes_are_found() -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:

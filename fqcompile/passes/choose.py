@@ -106,7 +106,7 @@ def _decide_site(
     by_name = state.config.kept_by_name(name)
     if by_name is not None:
         return Asked(by_name)
-    head = site.table or (
+    head = bool(site.tables) or (
         site.kind == "linear" and any(known[source].of_head for source in site.sources)
     )
     options = state.config.site_options(name, head=head)

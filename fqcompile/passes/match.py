@@ -78,7 +78,7 @@ def _linear_site(
     for step in form.weight_steps:
         recipe = recipe.then(step.method, *step.args)
     fakes = tuple(source.meta["example_value"] for source in sources)
-    table = any(is_table(state.args[state.constants[source]]) for source in sources)
+    tables = tuple(node for node in sources if is_table(state.args[state.constants[node]]))
     return LinearSite(
         node=node,
         x=form.x,
@@ -90,8 +90,8 @@ def _linear_site(
         x_steps=form.x_steps,
         out_steps=form.out_steps,
         name=joined_name(state.known, sources),
-        head=table or any(state.known[source].of_head for source in sources),
-        table=table,
+        head=bool(tables) or any(state.known[source].of_head for source in sources),
+        tables=tables,
     )
 
 

@@ -38,7 +38,7 @@ class WeightSite:
         shape: (N, K) or (E, N, K) of what the recipe computes.
         part: "[0]", "[1]" where several sites read one parameter in different ways; ends the name.
         head: an output head: of a usual name, or one whose weight is an embedding's table too.
-        table: single rows of the weight are read as well, by what must keep its values.
+        tables: the sources single rows of which are read as well, by what keeps their values.
         reason: why the site stays as it is; None while it may be quantised.
         settled: the reason lies in the graph and the options, and holds whatever the weights are.
         plan, packed: set by choose and by quantize.
@@ -56,7 +56,7 @@ class WeightSite:
     name: str = ""
     part: str = ""
     head: bool = False
-    table: bool = False
+    tables: tuple[fx.Node, ...] = ()
     reason: str | None = None
     settled: bool = False
     plan: QuantPlan | None = None

@@ -26,14 +26,14 @@ class SiteRecipe:
 
     Attributes:
         held: whether a module has them all, so that the names are those of its parameters.
-        shared: the weight is read too by what keeps its values, a table's rows for example.
+        shared: those of `names` that are read too by what keeps their values, as a table's rows.
     """
 
     recipe: WeightRecipe
     names: tuple[str, ...]
     plan: QuantPlan
     held: bool = True
-    shared: bool = False
+    shared: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,10 @@ def with_other_readers(rows: Mapping[RowKey, Site]) -> dict[RowKey, Site]:
     for (weights, read), site in rows.items():
         if read is None or not isinstance(site.recipe, SiteRecipe):
             continue
-        if (weights, read.recipe) in dense_reads or not dense.isdisjoint(weights):
-            recipe = replace(site.recipe, shared=True)
+        kept = weights if (weights, read.recipe) in dense_reads else dense.intersection(weights)
+        names = {n for n, w in zip(site.recipe.names, weights, strict=True) if w in kept}
+        if names:
+            recipe = replace(site.recipe, shared=site.recipe.shared | names)
             found[weights, read] = replace(site, recipe=recipe)
     return found
 
@@ -109,7 +111,7 @@ def _site(state: GraphState, site: WeightSite) -> Site:
         tuple(input.name for input in known),
         site.plan,
         held=all(input.held for input in known),
-        shared=site.table,
+        shared=frozenset(state.known[source].name for source in site.tables),
     )
     assert site.packed is not None and site.op is not None
     group_size = state.packed[site.op].spec.group_size

@@ -152,7 +152,7 @@ def test_a_shared_expert_is_no_head() -> None:
 def test_weight_whose_rows_are_read_is_a_head(read: Any) -> None:
     table = torch.nn.Parameter(weight(90, K))
     run = run_passes(lambda i: F.linear(read(i, table), table), torch.tensor([1, 2]))
-    assert [(site.head, site.table) for site in run.state.sites] == [(True, True)]
+    assert [(site.head, bool(site.tables)) for site in run.state.sites] == [(True, True)]
     assert [kept.reason for kept in run.state.kept] == [
         "embedding table: embeddings are not quantised"
     ]
@@ -167,7 +167,7 @@ def test_weight_whose_rows_are_read_is_a_head(read: Any) -> None:
 def test_weight_whose_parts_are_read_is_no_head(read: Any) -> None:
     w = torch.nn.Parameter(weight(90, K))
     run = run_passes(lambda x: (F.linear(x, w), read(w) + 1), X2, until="match")
-    assert [(site.head, site.table) for site in run.state.sites] == [(False, False)]
+    assert [(site.head, bool(site.tables)) for site in run.state.sites] == [(False, False)]
 
 
 def test_slices_of_one_parameter_are_numbered_sites() -> None:
