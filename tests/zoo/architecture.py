@@ -34,6 +34,10 @@ class Architecture:
         inputs: by name ["normal" or "ids", dimensions], "batch" among them; or a value.
         depth: how many layers follow each other.
         grouped: its experts have implementations to choose from.
+        looped: experts run in a loop over data: a graph made for one runs for others as well, so
+            that reports tell of the one, and other batches choose others.
+        tables: parameters that are a table and a linear's matrix at once, which has no place for
+            dequantised values: excluded where results are compared with those.
         kept: by a part of a parameter's name, a part of the only reason for which a linear so
             named may stay as it is though the model reads it.
     """
@@ -47,6 +51,8 @@ class Architecture:
     inputs: Mapping[str, Any] = field(default_factory=lambda: {"input_ids": ["ids", "batch", 8]})
     depth: int = 2
     grouped: bool = False
+    looped: bool = False
+    tables: tuple[str, ...] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
 
     def build(self, dtype: torch.dtype) -> nn.Module:
