@@ -1,4 +1,4 @@
-"""Writes what `results/*/*.json` say: the telling rows into the README, all into docs/results.md.
+"""Writes what `results/*/*.json` say: five rows into the README, the rest into docs/results.md.
 
     python -m bench readme [--check]
 
@@ -6,37 +6,54 @@
     ... is replaced ...
     <!-- /bench:kernels -->
 
-Results that are not there leave everything as it is. With --check nothing is written, and it fails
-where a text and the results differ.
+The README has one such place, `summary`; docs/results.md one for the telling rows of each section,
+and `all` for every row. Results that are not there leave everything as it is. With --check nothing
+is written, and it fails where a text and the results differ.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.results import RESULTS, stored
 from bench.section_text import paragraphs, place
 from bench.sections import SECTIONS
+from bench.summary import summary
 
 README = Path(__file__).parent.parent / "README.md"
 PAGE = Path("docs", "results.md")  # beside the README
-_PAGE_HEAD = """# Results
-
-Written by `python -m bench readme` from `bench/results/`; the protocol is in
-[`bench/README.md`](../bench/README.md)."""
 
 
-def with_results(text: str, root: Path) -> str:
-    """The README `text` with every section for which there are results.
+def telling_rows(root: Path) -> dict[str, str]:
+    """{section: what its place in docs/results.md says}, where there are results."""
+    found = {}
+    for section in SECTIONS:
+        render = section.short or section.full
+        texts = [paragraphs(render(c), f"{place(c)}.") for c in stored(section.name, root)]
+        if texts:
+            found[section.name] = paragraphs(*texts)
+    return found
+
+
+def all_rows(root: Path) -> str:
+    """Everything that is stored."""
+    parts = []
+    for section in SECTIONS:
+        found = [paragraphs(f"{place(c)}.", section.full(c)) for c in stored(section.files, root)]
+        if found:
+            parts.append(paragraphs(f"### {section.title}", *found))
+    return paragraphs(*parts)
+
+
+def filled(text: str, bodies: Mapping[str, str]) -> str:
+    """The Markdown `text` with each body in its place.
 
     Raises:
         ValueError: it has no markers for one of them.
     """
-    for section in SECTIONS:
-        render = section.short or section.full
-        found = [paragraphs(render(c), f"{place(c)}.") for c in stored(section.name, root)]
-        if found:
-            text = _replaced(text, section.name, paragraphs(*found))
+    for name, body in bodies.items():
+        if body:
+            text = _replaced(text, name, body)
     return text
 
 
@@ -49,37 +66,28 @@ def _replaced(text: str, name: str, body: str) -> str:
     return f"{before}{start}\n\n{body}\n\n{end}{after}"
 
 
-def results_page(root: Path) -> str:
-    """docs/results.md: everything that is stored; nothing where nothing is."""
-    parts = []
-    for section in SECTIONS:
-        found = [paragraphs(f"{place(c)}.", section.full(c)) for c in stored(section.files, root)]
-        if found:
-            parts.append(paragraphs(f"## {section.title}", *found))
-    return paragraphs(_PAGE_HEAD, *parts) + "\n" if parts else ""
-
-
 def main(argv: Sequence[str] | None = None, readme: Path = README, root: Path = RESULTS) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="fail where they differ")
     arguments = parser.parse_args(argv)
-    page = readme.parent / PAGE
-    try:
-        wanted = with_results(readme.read_text(encoding="utf-8"), root)
-    except ValueError as error:
-        raise SystemExit(f"{readme.name}: {error}") from error
-    for path, text in ((readme, wanted), (page, results_page(root))):
-        _bring_up_to_date(path, text, arguments.check)
+    page = telling_rows(root) | {"all": all_rows(root)}
+    wanted = {}
+    for path, bodies in ((readme, {"summary": summary(root)}), (readme.parent / PAGE, page)):
+        before = path.read_text(encoding="utf-8")
+        try:
+            wanted[path] = (before, filled(before, bodies))
+        except ValueError as error:
+            raise SystemExit(f"{path.name}: {error}") from error
+    for path, (before, text) in wanted.items():
+        _bring_up_to_date(path, before, text, arguments.check)
 
 
-def _bring_up_to_date(path: Path, text: str, check: bool) -> None:
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
+def _bring_up_to_date(path: Path, before: str, text: str, check: bool) -> None:
     if before == text:
         print(f"{path.name} is as the results have it")
     elif check:
         raise SystemExit(f"{path.name} differs from the results: python -m bench readme")
     else:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         print(f"{path.name} has new results")
 

@@ -8,7 +8,7 @@ from tabulate import tabulate
 Content = Mapping[str, Any]  # of one file of results
 # Named where the identity has them, in this order.
 _VERSIONS = ("torch", "triton", "driver")
-README_BASE, PAGE_BASE = "", "../"  # from the text to the root of the repository
+_ROOT = "../"  # from docs/results.md
 
 
 def place(content: Content) -> str:
@@ -49,11 +49,11 @@ def spread(row: Mapping[str, Any], key: str, digits: int = 1) -> str:
     return f"{row[key]:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
 
 
-def figures(content: Content, base: str) -> dict[str, str]:
+def figures(content: Content) -> dict[str, str]:
     """{"pareto": a link} to each figure that lies beside the results."""
     stem, folder = content["name"], content["folder"]
     found = {}
     for file in content["figures"]:
         name = file.removeprefix(f"{stem}-").rpartition(".")[0]
-        found[name] = f"![{stem}: {name}]({base}bench/results/{folder}/{file})"
+        found[name] = f"![{stem}: {name}]({_ROOT}bench/results/{folder}/{file})"
     return found

@@ -28,10 +28,10 @@ class Section:
     """One kind.
 
     Attributes:
-        name: between <!-- bench:name --> and <!-- /bench:name --> its place is in the README.
+        name: between <!-- bench:name --> and <!-- /bench:name --> its place is in docs/results.md.
         files: of the results, without a device and ".json"; a "*" stands for anything.
-        full: what docs/results.md says of one file of them.
-        short: what the README says of the file called `name`; None where that is the same.
+        full: every row of one file of them.
+        short: the telling rows of the file called `name`; None where that is the same.
     """
 
     name: str

@@ -18,15 +18,7 @@ from bench.accuracy_targets import (
     verdicts,
 )
 from bench.results import Row
-from bench.section_text import (
-    PAGE_BASE,
-    README_BASE,
-    Content,
-    figures,
-    left_out,
-    paragraphs,
-    table,
-)
+from bench.section_text import Content, figures, left_out, paragraphs, table
 
 _MILLI = 1000
 _OURS = (INT8, ADAPTIVE, RANGE, *reversed(FIXED), NAIVE_COLUMN)
@@ -37,7 +29,7 @@ _EMBEDDINGS = "embeddings"
 def accuracy_short(content: Content) -> str:
     """The ways that matter on every model, what outliers do, which targets are missed."""
     rows = _reported(content["rows"])
-    drawn = figures(content, README_BASE)
+    drawn = figures(content)
     about = content["settings"].get("baselines", "")
     what = (
         "Loss, and divergence of the predictions from fp32's, in thousandths of a bit per byte "
@@ -65,7 +57,7 @@ def accuracy(content: Content) -> str:
         _block(accuracy_table.sensitivity_table(rows)),
         _block(accuracy_table.allocation_table(rows)),
         _block(accuracy_table.embedding_table(rows)),
-        *figures(content, PAGE_BASE).values(),
+        *figures(content).values(),
         left_out(content),
     ]
     return paragraphs(*parts)

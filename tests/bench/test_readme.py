@@ -1,4 +1,4 @@
-"""`bench readme`: the tables that results give, and a README that has none stays as it is."""
+"""`bench readme`: the tables that results give; a text without results stays as it is."""
 
 import json
 from fnmatch import fnmatch
@@ -9,6 +9,7 @@ import pytest
 
 from bench import readme
 from bench.results import Results
+from bench.summary import summary
 
 IDENTITY = {
     "device": "NVIDIA X",
@@ -18,12 +19,27 @@ IDENTITY = {
     "command": "python -m bench kernels",
 }
 EMPTY = "# t\n<!-- bench:kernels -->\n<!-- /bench:kernels -->\nend\n"
+ALL = "<!-- bench:all -->\n<!-- /bench:all -->\n"
 
 
 def kernel_row(contender: str, us: float, over: float | None = None, m: int = 1) -> dict[str, Any]:
     layer = {"n": 64, "k": 32, "m": m, "contender": contender, "detail": "t:16x16x16x1w4s2"}
     times = {"us": us, "low": us - 1, "high": us + 1, "of_ideal": 5 / us, "over_cublas": over}
     return layer | {"ideal_us": 5.0} | times
+
+
+def page_text(root: Path, text: str = EMPTY) -> str:
+    return readme.filled(text, readme.telling_rows(root))
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> tuple[Path, Path]:
+    """A README and a page of results, with places for the GPU's kernels and all rows."""
+    file, page = tmp_path / "README.md", tmp_path / "docs" / "results.md"
+    page.parent.mkdir()
+    file.write_text("as it is")
+    page.write_text(EMPTY + ALL)
+    return file, page
 
 
 @pytest.fixture
@@ -38,7 +54,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_the_table_has_the_best_of_ours_beside_the_others(root: Path) -> None:
-    text = readme.with_results(EMPTY, root)
+    text = page_text(root)
     row = next(line for line in text.splitlines() if line.startswith("| 64 x 32"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells == ["64 x 32", "1", "8.0 [7.0, 9.0]", "62%", "20.0 [19.0, 21.0]", "2.50x"]
@@ -48,8 +64,8 @@ def test_the_table_has_the_best_of_ours_beside_the_others(root: Path) -> None:
 
 
 def test_a_second_time_changes_nothing(root: Path) -> None:
-    text = readme.with_results(EMPTY, root)
-    assert readme.with_results(text, root) == text
+    text = page_text(root)
+    assert page_text(root, text) == text
 
 
 def test_models_are_those_with_all_layers(root: Path) -> None:
@@ -57,7 +73,7 @@ def test_models_are_those_with_all_layers(root: Path) -> None:
     row |= {"of_layers": 8, "ms": 2.0, "over_inductor": 3.0, "low": 1.9, "high": 2.1}
     results = Results(IDENTITY, {"dtype": "bf16"}, root / "nvidia-x" / "models.json")
     results.add(row | {"layers": 4}, row | {"layers": 8, "extrapolated_from": [2, 4], "ms": 4.0})
-    text = readme.with_results(EMPTY + "<!-- bench:models -->\n<!-- /bench:models -->\n", root)
+    text = page_text(root, EMPTY + "<!-- bench:models -->\n<!-- /bench:models -->\n")
     rows = [line for line in text.splitlines() if line.startswith("| opt")]
     assert len(rows) == 2  # the most that was measured, and the whole model
     assert "4 of 8" in rows[0]
@@ -65,45 +81,48 @@ def test_models_are_those_with_all_layers(root: Path) -> None:
     assert "4.00 (3.00x, 1000 tokens/s)" in rows[1]
 
 
-def test_without_results_the_readme_stays_as_it_is(tmp_path: Path) -> None:
-    for text in ("no markers", EMPTY):
-        assert readme.with_results(text, tmp_path) == text
-    file = tmp_path / "README.md"
-    file.write_text("as it is")
+def test_without_results_the_texts_stay_as_they_are(
+    checkout: tuple[Path, Path], tmp_path: Path
+) -> None:
+    file, page = checkout
     readme.main([], file, tmp_path)
-    assert file.read_text() == "as it is"
+    assert (file.read_text(), page.read_text()) == ("as it is", EMPTY + ALL)
 
 
-def test_results_without_a_place_for_them_are_told(root: Path, tmp_path: Path) -> None:
-    file = tmp_path / "README.md"
-    file.write_text("no markers")
-    with pytest.raises(SystemExit, match="no place for them: <!-- bench:kernels -->"):
+def test_results_without_a_place_for_them_are_told(root: Path, checkout: tuple[Path, Path]) -> None:
+    file, page = checkout
+    page.write_text("no markers")
+    with pytest.raises(
+        SystemExit, match=r"results\.md: .*no place for them: <!-- bench:kernels -->"
+    ):
         readme.main([], file, root)
-    assert file.read_text() == "no markers"
+    assert page.read_text() == "no markers"
 
 
-def test_check_writes_nothing(root: Path, tmp_path: Path) -> None:
-    file = tmp_path / "README.md"
-    file.write_text(EMPTY)
-    with pytest.raises(SystemExit, match="differs from the results"):
+def test_check_writes_nothing(root: Path, checkout: tuple[Path, Path]) -> None:
+    file, page = checkout
+    with pytest.raises(SystemExit, match=r"results\.md differs from the results"):
         readme.main(["--check"], file, root)
-    assert file.read_text() == EMPTY
-    assert not (tmp_path / "docs").exists()
+    assert page.read_text() == EMPTY + ALL
     readme.main([], file, root)
     readme.main(["--check"], file, root)
 
 
-def test_the_page_has_all_rows_and_is_checked_too(root: Path, tmp_path: Path) -> None:
-    file = tmp_path / "README.md"
-    file.write_text(EMPTY)
+def test_the_page_has_all_rows_and_is_checked_too(root: Path, checkout: tuple[Path, Path]) -> None:
+    file, page = checkout
     readme.main([], file, root)
-    page = tmp_path / "docs" / "results.md"
     text = page.read_text()
-    assert "## Layers on a GPU\n\nNVIDIA X, torch 2.13" in text
-    assert "| 64 x 32 " in text
+    assert "### Layers on a GPU\n\nNVIDIA X, torch 2.13" in text
+    assert text.count("| 64 x 32 ") == 2
     page.write_text(text.replace("8.0", "7.9"))
     with pytest.raises(SystemExit, match=r"results\.md differs from the results"):
         readme.main(["--check"], file, root)
+
+
+def test_the_readme_has_one_table_of_five_rows_for_a_device() -> None:
+    table = summary()
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    assert len(lines) == 1 + 5 * len(list(readme.RESULTS.iterdir()))
 
 
 def test_every_file_of_results_is_shown() -> None:
@@ -112,11 +131,12 @@ def test_every_file_of_results_is_shown() -> None:
         assert len(shown) == 1, f"{path.name}: {shown}"
 
 
-def test_every_section_has_its_place_in_the_readme() -> None:
-    text = readme.README.read_text(encoding="utf-8")
-    for section in readme.SECTIONS:
-        assert text.count(f"<!-- bench:{section.name} -->") == 1, section.name
-        assert text.count(f"<!-- /bench:{section.name} -->") == 1, section.name
+def test_every_section_has_its_place_on_the_page() -> None:
+    text = (readme.README.parent / readme.PAGE).read_text(encoding="utf-8")
+    for name in (*(section.name for section in readme.SECTIONS), "all"):
+        assert text.count(f"<!-- bench:{name} -->") == 1, name
+        assert text.count(f"<!-- /bench:{name} -->") == 1, name
+    assert readme.README.read_text(encoding="utf-8").count("<!-- bench:summary -->") == 1
 
 
 def test_the_readme_of_this_checkout_is_as_its_results_have_it() -> None:

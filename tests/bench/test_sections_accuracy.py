@@ -50,7 +50,7 @@ def test_accuracy_has_ours_and_the_libraries_by_model() -> None:
     assert "int4 range" not in text
     assert "opt 1.5, llama 1.5 million parameters" in text
     assert "Libraries: hqq 1, nf 2." in text
-    assert "](bench/results/a-device/accuracy-pareto.png)" in text
+    assert "](../bench/results/a-device/accuracy-pareto.png)" in text
 
 
 def test_outliers_and_missed_targets_are_told() -> None:

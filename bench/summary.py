@@ -1,0 +1,137 @@
+"""The README's table: five figures of each device that has results, losses included.
+
+Decoding, a layer with many rows, memory, quality, first start: each beside PyTorch in 16
+bits (whole models under Inductor) and beside the best other library in the same run.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bench.results import RESULTS, Row, stored
+from bench.section_text import Content, paragraphs, table
+
+_MIB, _MILLI = 2**20, 1000
+_HEADERS = ("", "PyTorch, 16 bits", "fqcompile", "other libraries")
+_MOST_BITS = 4.5  # libraries with more are no rivals of int4 at 4.1 bits
+Line = tuple[str, str, str, str]
+
+
+def summary(root: Path = RESULTS) -> str:
+    """A table for each device; nothing where nothing is stored."""
+    by_device: dict[str, list[Line]] = {}
+    for name, lines_of in _KINDS.items():
+        for content in stored(name, root):
+            about = content["identity"]
+            device = f"{about['device']}, torch {about['torch']}"
+            by_device.setdefault(device, []).extend(lines_of(content))
+    parts = [paragraphs(f"{d}:", table(lines, _HEADERS)) for d, lines in by_device.items() if lines]
+    return paragraphs(*parts)
+
+
+def _decoding(content: Content) -> Iterator[Line]:
+    """Of the model with the most layers that were measured and not extrapolated."""
+    rows: list[Row] = [
+        row for row in content["rows"]
+        if row.get("phase") == "decode" and "ms" in row and "extrapolated_from" not in row
+    ]  # fmt: skip
+    most = max((row["layers"] for row in rows), default=0)
+    by_way = {row["way"]: row for row in rows if row["layers"] == most}
+    if not {"inductor", "int4"} <= by_way.keys():
+        return
+    plain = by_way["inductor"]
+    ours = [
+        f"{way} {by_way[way]['ms']:.1f} ms ({plain['ms'] / by_way[way]['ms']:.2f}x)"
+        for way in ("int8", "int4", "int4 head")
+        if way in by_way
+    ]
+    others = [
+        f"{way} (head too) {r['ms']:.1f} ms"
+        for way, r in by_way.items()
+        if way.startswith("torchao")
+    ]
+    what = f"decode a token: {most} of {plain['of_layers']} layers of {plain['model']} and the head"
+    what += f", batch {plain['batch']}, bf16"
+    yield what, f"{plain['ms']:.1f} ms", ", ".join(ours), ", ".join(others)
+
+
+def _many_rows(content: Content) -> Iterator[Line]:
+    """The largest layer with the most rows, where products are the limit and not memory."""
+    rows: list[Row] = [r for r in content["rows"] if "us" in r and r["shapes"] != "experts"]
+    if not rows:
+        return
+    most = max(row["m"] for row in rows)
+    n, k = max(((r["n"], r["k"]) for r in rows if r["m"] == most), key=lambda s: s[0] * s[1])
+    layer = [row for row in rows if (row["n"], row["k"], row["m"]) == (n, k, most)]
+    threads = min(row["threads"] for row in layer)
+    ms = {r["contender"]: r["us"] / 1e3 for r in layer if r["threads"] == threads}
+    plain, ours = ms.pop("F.linear bf16"), ms.pop("fqcompile bf16")
+    others = {name: time for name, time in ms.items() if not name.startswith("fqcompile")}
+    fastest = min(others, key=lambda name: others[name])
+    what = f"a layer of {n} x {k} with {most} rows, bf16, {threads} thread{'s' * (threads > 1)}"
+    yield (
+        what, f"{plain:.0f} ms", f"int4 {ours:.0f} ms ({plain / ours:.2f}x)",
+        f"{fastest} {others[fastest]:.0f} ms ({plain / others[fastest]:.2f}x)",
+    )  # fmt: skip
+
+
+def _memory(content: Content) -> Iterator[Line]:
+    """Peak and rest of quantizing in place, and of loading what was saved."""
+    found = {row["way"]: row for row in content["rows"] if "failure" not in row}
+    cells = {
+        way: f"{row['peak'] / _MIB:.0f} / {row['after'] / _MIB:.0f} MiB"
+        for way, row in found.items()
+    }
+    if not {"bf16", "quantize_", "load"} <= cells.keys():
+        return
+    layers = content["settings"]["layers"]
+    what = f"memory, peak / after the first result: {layers} layers of hidden size 4096, int4"
+    ours = f"`quantize_` {cells['quantize_']}; `load` {cells['load']}"
+    yield what, cells["bf16"], ours, f"torchao {cells['torchao']}" if "torchao" in cells else ""
+
+
+def _quality(content: Content) -> Iterator[Line]:
+    """Divergence of the predictions of the Llama; of libraries the best at each count of bits."""
+    rows: dict[str, Row] = {
+        row["way"]: row for row in content["rows"]
+        if row["part"] == "quality" and row["model"] == "llama" and "divergence" in row
+    }  # fmt: skip
+    ours = [rows[way] for way in ("int4 adaptive mse", "int4 g32 mse") if way in rows]
+    best: dict[float, Row] = {}
+    for row in rows.values():
+        bits = row["bits_per_weight"]
+        if "bits" not in row and bits <= _MOST_BITS:
+            known = best.setdefault(round(bits, 2), row)
+            best[round(bits, 2)] = min(known, row, key=lambda r: float(r["divergence"]))
+    what = "divergence of predictions from fp32, 1/1000 bit per byte: a small Llama"
+    cells = ["; ".join(_divergence(row) for row in found) for found in (ours, best.values())]
+    yield what, "", *cells
+
+
+def _divergence(row: Row) -> str:
+    way = row["way"].removesuffix(" mse")
+    return f"{way} {_MILLI * row['divergence']:.2f} at {row['bits_per_weight']:.2f} bits"
+
+
+def _start(content: Content) -> Iterator[Line]:
+    """The first start ever, which quantizes, and the second, which finds what it left."""
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for row in content["rows"]:
+        key = (row["backend"], row["caches"])
+        seconds.setdefault(key, []).append(row["seconds"]["total"])
+    cells = []
+    for backend in ("inductor", "finequant"):
+        if (backend, "cold") not in seconds or (backend, "warm") not in seconds:
+            return
+        times = [sorted(seconds[backend, caches]) for caches in ("cold", "warm")]
+        cells.append(" / ".join(f"{found[len(found) // 2]:.1f} s" for found in times))
+    yield "process start to first result, first / second time: the same model", *cells, ""
+
+
+# The files of results, by the order of the lines.
+_KINDS: dict[str, Callable[[Content], Iterator[Line]]] = {
+    "models-cpu": _decoding,
+    "kernels-cpu": _many_rows,
+    "memory": _memory,
+    "accuracy": _quality,
+    "startup": _start,
+}
