@@ -1,0 +1,126 @@
+"""The README and the guides are run: every Python and shell block, in order, in this process.
+
+Inductor is replaced by the eager backend: the documents are tested here, not the compiler.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch._inductor.compile_fx
+
+import fqcompile
+from tests.docs import markdown, stand_ins
+
+ROOT = Path(__file__).parent.parent.parent
+GUIDES = sorted(ROOT.glob("docs/guide/*.md"))
+EXECUTED = [ROOT / "README.md", *GUIDES]
+LINKED = [*EXECUTED, *sorted(ROOT.glob("docs/design/*.md")), ROOT / "docs" / "results.md",
+          ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md"]  # fmt: skip
+KNOWN = {name: getattr(stand_ins, name) for name in stand_ins.__all__}
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture
+def no_inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Wherever `compile_fx` was imported, it returns the graph as it is."""
+
+    def eager(module: Any, args: Any, **settings: Any) -> Any:
+        return module.forward
+
+    compile_fx = torch._inductor.compile_fx.compile_fx
+    for module in list(sys.modules.values()):
+        if vars(module).get("compile_fx") is compile_fx:
+            monkeypatch.setattr(module, "compile_fx", eager)
+    yield
+
+
+@pytest.mark.parametrize("path", EXECUTED, ids=name)
+def test_every_block_runs(path: Path, tmp_path: Path, no_inductor: None) -> None:
+    markdown.run(path, tmp_path, KNOWN)
+
+
+@pytest.mark.parametrize(
+    "text, error",
+    [
+        ("```python\nimport fqcompile\nfqcompile.no_such_name\n```\n", AttributeError),
+        ("```python\nx = 1\n```\n\n```python\nassert x == 2\n```\n", AssertionError),
+        ("```python\nx = 1\n```\n<!-- check: assert x == 2 -->\n", AssertionError),
+        ("<!-- raises: OptionError -->\n```python\n1 / 0\n```\n", AssertionError),
+        ("```sh\nfqcompile explain no/such/model\n```\n", AssertionError),
+        ("```sh\nfqcompile explain --no-such-option x\n```\n", SystemExit),
+        ("```sh\nmake no-such-target\n```\n", ValueError),
+        ("```ruby\n```\n", ValueError),
+        ("<!-- skip: needs a GPU -->\n", ValueError),
+    ],
+)
+def test_a_broken_block_fails(text: str, error: type[BaseException], tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(error):
+        markdown.run(path, tmp_path, KNOWN)
+
+
+def test_a_failure_names_the_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    path.write_text("# Title\n\n```python\nx = 1\n1 / 0\n```\n", encoding="utf-8")
+    with pytest.raises(ZeroDivisionError) as raised:
+        markdown.run(path, tmp_path, {})
+    assert raised.value.__notes__[0].startswith(f"{path}:4:\n")
+    assert raised.traceback[-1].lineno == 4  # counted from 0
+
+
+def test_most_blocks_are_run() -> None:
+    """What is skipped needs a GPU, ranks, packages to install or minutes."""
+    found = {p: list(markdown.steps(p.read_text(encoding="utf-8"))) for p in EXECUTED}
+    skipped = {name(p): sum(bool(s.skip) for s in steps) for p, steps in found.items()}
+    assert {n: count for n, count in skipped.items() if count} == {
+        "README.md": 1,
+        "docs/guide/distributed.md": 1,
+        "docs/guide/reports.md": 1,
+        "docs/guide/tuning.md": 3,
+    }
+
+
+def test_documents_stay_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+    for path in GUIDES:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 200, name(path)
+
+
+def headings(text: str) -> set[str]:
+    """The anchors of a page, as GitHub makes them."""
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", LINKED, ids=name)
+def test_links_lead_somewhere(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        other = (path.parent / file) if file else path
+        assert other.exists(), f"{name(path)} links to {target}"
+        assert not anchor or anchor in headings(other.read_text(encoding="utf-8")), target
+
+
+def test_the_table_of_options_is_complete() -> None:
+    text = (ROOT / "docs" / "guide" / "options.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \|", text, re.MULTILINE)
+    table = {option: default for names, default in rows for option in re.findall(r"`(\w+)`", names)}
+    config = fqcompile.FineQuantConfig(debug_dir=None)
+    assert table.keys() == {field.name for field in fields(config)}
+    for option, default in table.items():
+        value = getattr(config, option)
+        shown = f'`"{value}"`' if isinstance(value, str) else str(value)
+        assert default == (shown if isinstance(value, str | int | float | None) else "none"), option
