@@ -13,6 +13,7 @@ from bench.section_text import Content, paragraphs, table
 _MIB, _MILLI = 2**20, 1000
 _HEADERS = ("", "PyTorch, 16 bits", "fqcompile", "other libraries")
 _MOST_BITS = 4.5  # libraries with more are no rivals of int4 at 4.1 bits
+_OURS = {"int8": "int8", "int4": "int4", "int4 head": "int4 (head too)"}  # names of rows, and shown
 Line = tuple[str, str, str, str]
 
 
@@ -40,8 +41,8 @@ def _decoding(content: Content) -> Iterator[Line]:
         return
     plain = by_way["inductor"]
     ours = [
-        f"{way} {by_way[way]['ms']:.1f} ms ({plain['ms'] / by_way[way]['ms']:.2f}x)"
-        for way in ("int8", "int4", "int4 head")
+        f"{name} {by_way[way]['ms']:.1f} ms ({plain['ms'] / by_way[way]['ms']:.2f}x)"
+        for way, name in _OURS.items()
         if way in by_way
     ]
     others = [
@@ -51,7 +52,7 @@ def _decoding(content: Content) -> Iterator[Line]:
     ]
     what = f"decode a token: {most} of {plain['of_layers']} layers of {plain['model']} and the head"
     what += f", batch {plain['batch']}, bf16"
-    yield what, f"{plain['ms']:.1f} ms", ", ".join(ours), ", ".join(others)
+    yield what, f"Inductor {plain['ms']:.1f} ms", ", ".join(ours), ", ".join(others)
 
 
 def _many_rows(content: Content) -> Iterator[Line]:
@@ -64,8 +65,10 @@ def _many_rows(content: Content) -> Iterator[Line]:
     layer = [row for row in rows if (row["n"], row["k"], row["m"]) == (n, k, most)]
     threads = min(row["threads"] for row in layer)
     ms = {r["contender"]: r["us"] / 1e3 for r in layer if r["threads"] == threads}
-    plain, ours = ms.pop("F.linear bf16"), ms.pop("fqcompile bf16")
     others = {name: time for name, time in ms.items() if not name.startswith("fqcompile")}
+    plain, ours = others.pop("F.linear bf16", None), ms.get("fqcompile bf16")
+    if plain is None or ours is None or not others:
+        return
     fastest = min(others, key=lambda name: others[name])
     what = f"a layer of {n} x {k} with {most} rows, bf16, {threads} thread{'s' * (threads > 1)}"
     yield (
@@ -96,15 +99,16 @@ def _quality(content: Content) -> Iterator[Line]:
         if row["part"] == "quality" and row["model"] == "llama" and "divergence" in row
     }  # fmt: skip
     ours = [rows[way] for way in ("int4 adaptive mse", "int4 g32 mse") if way in rows]
-    best: dict[float, Row] = {}
+    best: dict[float, Row] = {}  # by bits
     for row in rows.values():
         bits = row["bits_per_weight"]
         if "bits" not in row and bits <= _MOST_BITS:
             known = best.setdefault(round(bits, 2), row)
             best[round(bits, 2)] = min(known, row, key=lambda r: float(r["divergence"]))
     what = "divergence of predictions from fp32, 1/1000 bit per byte: a small Llama"
-    cells = ["; ".join(_divergence(row) for row in found) for found in (ours, best.values())]
-    yield what, "", *cells
+    rivals = [row for _, row in sorted(best.items())]
+    cells = ["; ".join(_divergence(row) for row in found) for found in (ours, rivals)]
+    yield what, "fp32: 0", *cells
 
 
 def _divergence(row: Row) -> str:
@@ -124,7 +128,8 @@ def _start(content: Content) -> Iterator[Line]:
             return
         times = [sorted(seconds[backend, caches]) for caches in ("cold", "warm")]
         cells.append(" / ".join(f"{found[len(found) // 2]:.1f} s" for found in times))
-    yield "process start to first result, first / second time: the same model", *cells, ""
+    what = "process start to first result, first / second time: the same model"
+    yield what, f"Inductor {cells[0]}", cells[1], ""
 
 
 # The files of results, by the order of the lines.
