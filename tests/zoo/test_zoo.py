@@ -144,9 +144,10 @@ def test_packing_does_what_the_plan_says(trial: Trial) -> None:
         rows = trial.by_weight.get(id(trial.parameters[site.name]), [])
         rows = [row for row in rows if not (row.reason or "").startswith((*UNREAD, "read by"))]
         alike = not rows or any(_is_alike(site, row) for row in rows)
-        other_form = site.status == "kept" and site.name not in trial.linears
-        told = not str(site.reason).endswith(UNTOLD)
-        if not alike and not (other_form and ({r.kind for r in rows} == {site.kind} or not told)):
+        linear = trial.linears.get(site.name)
+        untold = str(site.reason).endswith(UNTOLD) and (linear is None or linear.dim() == 3)
+        other_form = untold or (linear is None and {row.kind for row in rows} == {site.kind})
+        if not alike and not (site.status == "kept" and other_form):
             unlike[site.name] = site, rows
     assert not unlike
 

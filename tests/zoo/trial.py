@@ -24,6 +24,7 @@ UNREAD = ("no captured graph reads it", "embedding table")
 UNTOLD = (
     "whose use is not known without a graph: see explain()",
     "may read it as a table, and keeps it",
+    "if its matrices are [N, K] or [K, N]",  # of a stack
 )
 _NO_READERS = ("__get__", "dim", "size", "numel", "embedding")
 _INDEX = re.compile(r"\[\d+\]$")
