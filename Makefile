@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
+VERSIONS ?= oldest newest
 ARGS ?=
 
-.PHONY: demo test test-all zoo test-gpu check soak sanitize static format bench clean
+.PHONY: demo test test-all test-versions zoo test-gpu check soak sanitize static format bench clean
 
 demo: .venv/demo.installed
 	$(BIN)/fqcompile demo $(ARGS)
@@ -15,6 +16,15 @@ test: .venv/dev.installed
 
 test-all: .venv/dev.installed
 	$(BIN)/pytest -n $(WORKERS) --all $(ARGS)
+
+# All tests on the oldest and on the newest versions that pyproject.toml allows, each in its own venv.
+test-versions: $(foreach v,$(VERSIONS),.venv-$(v)/dev.installed)
+	for v in $(VERSIONS); do .venv-$$v/bin/pytest -n $(WORKERS) --all $(ARGS) || exit 1; done
+
+.venv-%/dev.installed: pyproject.toml constraints-%.txt
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e '.[dev]'
+	touch $@
 
 # Architectures of other libraries, some of timm and diffusers where these are installed.
 zoo: .venv/dev.installed
@@ -56,4 +66,4 @@ bench: .venv/bench.installed
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-* build *.egg-info
