@@ -135,6 +135,11 @@ def test_sentences_are_distinct_and_the_same_each_time() -> None:
     assert all(sentence.endswith(".") for sentence in sentences)
 
 
+def test_one_round_has_a_time_and_no_spread() -> None:
+    (timing,) = time_interleaved({"a": lambda: None}, 1).values()
+    assert 0 < timing.p20_ms == timing.median_ms == timing.p80_ms
+
+
 def test_timing_runs_the_alternatives_in_turn() -> None:
     calls: list[str] = []
     timings = time_interleaved(

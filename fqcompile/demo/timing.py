@@ -34,7 +34,8 @@ def time_interleaved(
 
 
 def _timing(seconds: list[float]) -> Timing:
-    deciles = [1e3 * q for q in quantiles(seconds, n=10, method="inclusive")]
+    points = seconds * 2 if len(seconds) == 1 else seconds  # of one round there is no spread
+    deciles = [1e3 * q for q in quantiles(points, n=10, method="inclusive")]
     return Timing(deciles[1], deciles[4], deciles[7])
 
 
