@@ -27,17 +27,34 @@ BENCHMARKS = {
     "short": "what `make bench` runs: each of the above on a small case, 10 minutes on 2 cores",
     "readme": "writes the README's tables, and docs/results.md, from the results",
 }
+# Below `bench`, where it is not the `run` of a folder of the benchmark's name.
+MODULES = {
+    "quantize": "costs.quantize",
+    "granularity": "accuracy.granularity",
+    "train_lm": "accuracy.train_lm",
+    "expert_forms": "experts.forms",
+    "expert_decode": "experts.decode",
+    "encoder": "models.encoder",
+    "overhead": "costs.overhead",
+    "startup": "start.startup",
+    "memory": "start.memory",
+    "launch_overhead": "costs.launch_overhead",
+    "subnormals": "static.subnormals",
+    "gpu": "gpu",
+    "short": "short",
+    "readme": "readme",
+}
 
 
 def main() -> None:
     name, *arguments = sys.argv[1:] or [""]
     if name in BENCHMARKS:
         sys.argv = [f"python -m bench {name}", *arguments]
-        import_module(f"bench.{name}").main()
+        import_module(f"bench.{MODULES.get(name, f'{name}.run')}").main()
         return
     for known, text in BENCHMARKS.items():
         print(f"python -m bench {known:15} {text}")
-    if name:
+    if name not in ("", "-h", "--help"):
         raise SystemExit(f"no benchmark is called {name!r}")
 
 

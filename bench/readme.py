@@ -14,8 +14,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.results import RESULTS, stored
-from bench.section_text import paragraphs, place
+from bench.core.results import RESULTS, stored
+from bench.core.section import paragraphs, place
 from bench.sections import SECTIONS
 
 README = Path(__file__).parent.parent / "README.md"

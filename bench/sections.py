@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bench.section_text import Content
-from bench.sections_accuracy import accuracy, accuracy_short
-from bench.sections_costs import (
+from bench.accuracy.section import accuracy, accuracy_short
+from bench.core.section import Content
+from bench.costs.section import (
     launch_overhead,
     launch_overhead_short,
     overhead,
@@ -13,12 +13,12 @@ from bench.sections_costs import (
     quantize,
     quantize_short,
 )
-from bench.sections_experts import expert_decode, expert_decode_short
-from bench.sections_export import export
-from bench.sections_kernels import cpu_kernels, cpu_kernels_short, gpu_kernels
-from bench.sections_models import encoder, memory, models, models_short, startup
-from bench.sections_read import expert_forms, expert_forms_short, static, static_short
-from bench.sections_tune import tune, tune_short
+from bench.experts.section import expert_decode, expert_decode_short
+from bench.export.section import export
+from bench.kernels.section import cpu_kernels, cpu_kernels_short, gpu_kernels
+from bench.models.section import encoder, memory, models, models_short, startup
+from bench.static.section import expert_forms, expert_forms_short, static, static_short
+from bench.tune.section import tune, tune_short
 
 Render = Callable[[Content], str]
 

@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.session import BENCH, ROOT, Step, conclude, names_of, session
+from bench.core.steps import BENCH, ROOT, Step, conclude, names_of, session
 
 OUT = ROOT / "build" / "bench"
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, identity, session, short
+from bench import gpu, short
 from bench.__main__ import BENCHMARKS
-from bench.launch_overhead import host_microseconds
-from bench.results import Budget
-from bench.session import Step
+from bench.core import identity
+from bench.core import steps as session
+from bench.core.results import Budget
+from bench.core.steps import Step
+from bench.costs.launch_overhead import host_microseconds
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench import readme
-from bench.results import Results
+from bench.core.results import Results
 
 IDENTITY = {
     "device": "NVIDIA X",

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from bench.results import Row
-from bench.sections_costs import (
+from bench.core.results import Row
+from bench.costs.section import (
     launch_overhead,
     launch_overhead_short,
     overhead,
@@ -11,11 +11,11 @@ from bench.sections_costs import (
     quantize,
     quantize_short,
 )
-from bench.sections_experts import expert_decode, expert_decode_short
-from bench.sections_kernels import cpu_kernels, cpu_kernels_short
-from bench.sections_models import encoder, memory, models, models_short, startup
-from bench.sections_read import expert_forms, expert_forms_short, static, static_short
-from bench.sections_tune import tune, tune_short
+from bench.experts.section import expert_decode, expert_decode_short
+from bench.kernels.section import cpu_kernels, cpu_kernels_short
+from bench.models.section import encoder, memory, models, models_short, startup
+from bench.static.section import expert_forms, expert_forms_short, static, static_short
+from bench.tune.section import tune, tune_short
 from tests.bench.made_up_results import cells, content
 
 MIB, GIB = 2**20, 2**30

@@ -1,0 +1,224 @@
+"""A layer of experts, routing included, against torch._grouped_mm on bf16 weights, on a GPU.
+
+    python -m bench experts --device cuda [--models qwen3-30b-a3b mixtral-8x7b] [--bits 4]
+        [--tokens 1,2,4,8,16,64,256,1024,4096] [--group 128|column] [--dtype bf16|fp16]
+        [--tune fast|max] [--json FILE] [--time-budget SECONDS]
+
+Timed are gathering or sorting, both matmuls with silu(gate) * up between them, and the weighted sum
+over each token's experts (`bench.experts.layers`), by each of our three regimes and by PyTorch. The
+router itself is not. Each result is held against fp64 first. Then all are timed in turn, from CUDA
+graphs; each call reads experts that those before it did not, so that none come from the L2 cache;
+25 replays: the median, 20th and 80th percentile. "of ideal" is the least time that memory or matrix
+units allow for both matmuls as quantised over the time measured. Last come the numbers of tokens
+from which another regime is the fastest.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from tqdm import tqdm
+
+from bench.core.dtypes import DTYPES
+from bench.core.failures import failure
+from bench.core.identity import identity
+from bench.core.interleaved import Record, Replay, recorded_on_gpu, timings
+from bench.core.results import Budget, Results, Row
+from bench.core.shapes import EXPERTS
+from bench.experts.layers import (
+    DENSE_WAY,
+    GATHERED,
+    GROUPED,
+    GROUPED_MM,
+    MATRICES,
+    ExpertLayer,
+)
+from fqcompile.commands.argument_types import counts, group_size
+from fqcompile.errors import FineQuantError
+from fqcompile.kernels.gpu import Gpu, gpu_of
+from fqcompile.kernels.roofline import ideal_seconds
+from fqcompile.kernels.tuning.launches import Mode
+from fqcompile.kernels.tuning.search import DeviceLost, WrongResult
+
+TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
+REGIMES = (GATHERED, GROUPED, DENSE_WAY)  # in the order in which more tokens make them the fastest
+LEASE = 540.0  # seconds; of the ten minutes of a lease, the rest is for starting and writing
+
+
+def measured_rows(layer: ExpertLayer, tokens: int, tune: Mode, record: Record) -> Iterator[Row]:
+    """A row for each way: its timing, or why there is none."""
+    failures: dict[str, str] = {}
+    replays: dict[str, Replay] = {}
+    details: dict[str, str] = {}
+    expected = layer.expected(tokens)
+    for way in layer.ways(tokens, tune):
+        details[way.name] = way.detail
+        calls = layer.calls(way, tokens)
+        try:
+            wrong = layer.wrong_result(calls[0](), expected)
+            if wrong is not None:
+                raise WrongResult(wrong)
+            replays[way.name] = record(calls)
+        except Exception as error:
+            failures[way.name] = failure(error)
+    found = timings(replays)
+    specs = [layer.spec(matrix, "grouped", tokens) for matrix in MATRICES]
+    ideal = 1e6 * sum(ideal_seconds(spec, spec.m) for spec in specs)
+    for name, detail in details.items():
+        row: Row = {"tokens": tokens, "contender": name, "detail": detail, "ideal_us": ideal}
+        if name in failures:
+            yield row | {"failure": failures[name]}
+            continue
+        timing, baseline = found[name], found.get(GROUPED_MM)
+        yield row | {
+            "us": timing.microseconds,
+            "low": timing.low,
+            "high": timing.high,
+            "of_ideal": ideal / timing.microseconds,
+            "over_grouped_mm": baseline and baseline.microseconds / timing.microseconds,
+        }
+
+
+@dataclass
+class Runner:
+    """Measures model after model into `results`, as long as there is time."""
+
+    arguments: argparse.Namespace
+    device: torch.device
+    gpu: Gpu
+    record: Record
+    results: Results
+    budget: Budget
+
+    def run(self) -> None:
+        with torch.no_grad():
+            for model in tqdm(self.arguments.models, "models", disable=None):
+                try:
+                    self._measure(model)
+                except DeviceLost as lost:
+                    self.results.leave_out(f"{model} and all after it: {lost}")
+                    return
+
+    def _measure(self, model: str) -> None:
+        a, layer = self.arguments, None
+        for tokens in a.tokens:
+            name = f"{model} {tokens} tokens"
+            if not self.budget.allows_a_step():
+                self.results.leave_out(name)
+                continue
+            try:
+                if layer is None:
+                    shape, group = EXPERTS[model], a.group
+                    size = max(shape[2:]) if group == "column" else group
+                    form = (a.bits, size, DTYPES[a.dtype], self.device, self.gpu)
+                    layer = ExpertLayer(shape, max(a.tokens), *form)
+                rows = list(measured_rows(layer, tokens, a.tune, self.record))
+            except Exception as error:
+                self.results.leave_out(f"{name}: {failure(error)}")
+                continue
+            self.results.add(*({"model": model, **row} for row in rows))
+
+
+def run(arguments: argparse.Namespace, device: torch.device, gpu: Gpu, record: Record) -> Results:
+    """Everything that the arguments ask for, or what the time budget allows of it."""
+    settings = {k: v for k, v in vars(arguments).items() if k not in ("device", "json")}
+    path = None if arguments.json is None else Path(arguments.json)
+    results = Results(identity(device), settings, path)
+    Runner(arguments, device, gpu, record, results, Budget(arguments.time_budget)).run()
+    return results
+
+
+def by_tokens(rows: Sequence[Row]) -> dict[tuple[str, int], dict[str, Row]]:
+    """{(model, tokens): {way: row}} in the order met."""
+    found: dict[tuple[str, int], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row["model"], row["tokens"]), {})[row["contender"]] = row
+    return found
+
+
+def crossovers(rows: Sequence[Row]) -> list[str]:
+    """For each model, which regime is the fastest from how many tokens on."""
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        steps: list[str] = []
+        last = ""
+        for (name, tokens), ways in by_tokens(rows).items():
+            times = {
+                regime: ways[regime]["us"] for regime in REGIMES if "us" in ways.get(regime, {})
+            }
+            best = min(times, key=times.__getitem__, default="")
+            if name == model and best and best != last:
+                steps.append(f"{best.removeprefix('fqcompile ')} from {tokens}")
+                last = best
+        lines.append(f"{model}: {', '.join(steps) or 'nothing was timed'} tokens")
+    return lines
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Microseconds; "of ideal" and the ratio to PyTorch are of the fastest of ours."""
+    names = [*REGIMES, GROUPED_MM]
+    lines = []
+    for (model, tokens), ways in by_tokens(rows).items():
+        timed = [row for row in ways.values() if "us" in row]
+        ours = [row for row in timed if row["contender"] in REGIMES]
+        best = min(ours, key=lambda row: row["us"], default=None)
+        over = best and best["over_grouped_mm"]
+        widest = max(((row["high"] - row["low"]) / row["us"] for row in timed), default=None)
+        lines.append(
+            [
+                model,
+                tokens,
+                f"{next(iter(ways.values()))['ideal_us']:.1f}",
+                *(f"{ways[n]['us']:.1f}" if "us" in ways.get(n, {}) else "" for n in names),
+                "" if best is None else f"{best['of_ideal']:.0%}",
+                "" if over is None else f"{over:.2f}x",
+                "" if widest is None else f"{widest:.1%}",
+            ]
+        )
+    headers = ["model", "tokens", "ideal", *names, "of ideal", f"over {GROUPED_MM}", "spread"]
+    return tabulate(lines, [text.replace(" ", "\n") for text in headers], disable_numparse=True)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=("cuda",), default="cuda")
+    parser.add_argument("--models", nargs="+", choices=EXPERTS, default=list(EXPERTS))
+    parser.add_argument("--tokens", type=counts, metavar="T,...", default=list(TOKENS))
+    parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
+    parser.add_argument("--group", type=group_size, default=128, help='size along K, or "column"')
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--tune", choices=("off", "fast", "max"), default="off")
+    parser.add_argument("--json", metavar="FILE", help="write rows and identity there")
+    parser.add_argument("--time-budget", type=float, default=LEASE, metavar="SECONDS")
+    return parser.parse_args(argv)
+
+
+def show(results: Results) -> None:
+    """What went wrong, what is missing, what it was measured on; the table and its crossovers."""
+    for row in results.rows:
+        if "failure" in row:
+            print(f"{row['model']} {row['tokens']} tokens, {row['contender']}: {row['failure']}")
+    print(", ".join(f"{key} {value}" for key, value in results.identity.items()))
+    if results.left_out:
+        print(f"left out {len(results.left_out)}: {', '.join(results.left_out)}")
+    s = results.settings
+    print(f"\nint{s['bits']}, group {s['group']}, {s['dtype']}; microseconds, medians:\n")
+    print(table(results.rows))
+    print("\nfastest of ours:\n" + "\n".join(crossovers(results.rows)))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    device = torch.device(arguments.device)
+    try:
+        results = run(arguments, device, gpu_of(device), recorded_on_gpu)
+    except FineQuantError as error:
+        raise SystemExit(f"bench experts: {error}") from error
+    show(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Our kernels against cuBLAS, torch.compile and other libraries, layer by layer, on a GPU
+(on a CPU: see kernels_cpu).
+
+    python -m bench kernels --device cuda [--quick] [--shapes llama-3-8b 4096x4096] [--m 1,16,256]
+        [--bits 4] [--group 128|column] [--dtype bf16|fp16] [--tune fast|max]
+        [--baselines NAME ...] [--json FILE] [--time-budget SECONDS]
+
+Before a contender is timed its result is compared with fp64. Then all are timed in turn, from CUDA
+graphs, each call on another copy of the weight, so that none finds it in the L2 cache; 25 replays:
+the median, 20th and 80th percentile. "of ideal" is the least time that memory or matrix units allow
+for the quantised layer (`fqcompile.kernels.roofline`) over the time measured. "spread" is the
+widest between the percentiles in that line; differences below it are none. The file is whole after
+every M of a layer, and names what the time budget left out.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bench.core.dtypes import DTYPES
+from bench.core.failures import failure
+from bench.core.identity import identity
+from bench.core.interleaved import Record, recorded_on_gpu
+from bench.core.results import Budget, Results
+from bench.core.shapes import SHAPES, Shape, parse_shapes
+from bench.kernels import cpu as kernels_cpu
+from bench.kernels.baselines import BASELINES, MAX_AUTOTUNE
+from bench.kernels.contenders import Problem
+from bench.kernels.rows import Layer, identified, measured_rows
+from bench.kernels.table import failure_lines, kernel_table
+from fqcompile.commands.argument_types import counts as row_counts
+from fqcompile.commands.argument_types import group_size
+from fqcompile.errors import FineQuantError
+from fqcompile.kernels.gpu import Gpu, gpu_of
+from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.tuning.search import DeviceLost
+
+ROWS = (1, 4, 16, 64, 128, 256, 512, 2048)
+CPU_SHAPES = ("llama-3-8b", "opt-6.7b", "encoders")
+QUICK_SHAPES, QUICK_ROWS = ("llama-3-8b", "8192x8192"), (1, 16, 64, 256)
+MANY_COMPILATIONS = {"recompile_limit": 4096, "accumulated_recompile_limit": 4096}
+LEASE = 540.0  # seconds; of the ten minutes of a lease, the rest is for starting and writing
+
+
+def specs(shape: Shape, arguments: argparse.Namespace, gpu: Gpu, device: str) -> list[GemmSpec]:
+    """The layer at each M. Scales are stored in the activations' type, as the backend does."""
+    dtype = DTYPES[arguments.dtype]
+    group = shape.k if arguments.group == "column" else min(shape.k, arguments.group)
+    layer = GemmSpec(1, shape.n, shape.k, arguments.bits, group, dtype, dtype, device, gpu=gpu)
+    return [replace(layer, m=m) for m in arguments.m]
+
+
+@dataclass
+class Runner:
+    """Measures shape after shape into `results`, as long as there is time."""
+
+    arguments: argparse.Namespace
+    device: torch.device
+    gpu: Gpu
+    record: Record
+    results: Results
+    budget: Budget
+
+    def run(self) -> None:
+        shapes = parse_shapes(self.arguments.shapes)
+        with torch.no_grad():
+            for shape in tqdm(shapes, "layers", disable=None):
+                try:
+                    self._measure(shape, specs(shape, self.arguments, self.gpu, self.device.type))
+                except DeviceLost as lost:
+                    self.results.leave_out(f"{shape} and all after it: {lost}")
+                    return
+
+    def _measure(self, shape: Shape, cases: Sequence[GemmSpec]) -> None:
+        layer = None
+        for spec in cases:
+            name = f"{shape} M={spec.m}"
+            if not self.budget.allows_a_step():
+                self.results.leave_out(name)
+                continue
+            try:
+                if layer is None:
+                    most = replace(spec, m=max(case.m for case in cases))
+                    layer = Layer(Problem(most, self.device), self.arguments.baselines)
+                rows = list(measured_rows(layer, spec, self.arguments.tune, self.record))
+            except Exception as error:
+                self.results.leave_out(f"{name}: {failure(error)}")
+                continue
+            self.results.add(*(identified(row, shape, spec) for row in rows))
+
+
+def run(arguments: argparse.Namespace, device: torch.device, gpu: Gpu, record: Record) -> Results:
+    """Everything that the arguments ask for, or what the time budget allows of it."""
+    results = results_for(arguments, device)
+    Runner(arguments, device, gpu, record, results, Budget(arguments.time_budget)).run()
+    return results
+
+
+def results_for(arguments: argparse.Namespace, device: torch.device) -> Results:
+    """Empty, with what the run was asked for."""
+    settings = {k: v for k, v in vars(arguments).items() if k not in ("device", "json")}
+    path = None if arguments.json is None else Path(arguments.json)
+    return Results(identity(device), settings, path)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    usual = [name for name in BASELINES if name != MAX_AUTOTUNE]
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--shapes", nargs="+", metavar="NAME|NxK", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--m", type=row_counts, metavar="M,...", help=f"rows (default: {ROWS})")
+    parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
+    parser.add_argument("--group", type=group_size, default=128, help='size along K, or "column"')
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--tune", choices=("off", "fast", "max"), default="off")
+    parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=usual)
+    parser.add_argument("--threads", type=row_counts, metavar="T,...", help="a CPU: how many")
+    parser.add_argument("--experts", action="store_true", help="a CPU: a layer of experts too")
+    parser.add_argument("--quick", action="store_true", help="five layers at four M")
+    parser.add_argument("--json", metavar="FILE", help="write rows and identity there")
+    parser.add_argument("--time-budget", type=float, default=LEASE, metavar="SECONDS")
+    arguments = parser.parse_args(argv)
+    shapes = CPU_SHAPES if arguments.device == "cpu" else SHAPES
+    arguments.shapes = arguments.shapes or list(QUICK_SHAPES if arguments.quick else shapes)
+    arguments.threads = arguments.threads or [1, torch.get_num_threads()]
+    arguments.m = arguments.m or list(QUICK_ROWS if arguments.quick else ROWS)
+    return arguments
+
+
+def show(results: Results) -> None:
+    """What went wrong, what is missing, what it was measured on; the table last."""
+    about = [f"{key} {value}" for key, value in results.identity.items()]
+    for line in (*failure_lines(results.rows), ", ".join(about)):
+        print(line)
+    if results.left_out:
+        print(f"left out {len(results.left_out)}: {', '.join(results.left_out)}")
+    s = results.settings
+    print(f"\nint{s['bits']}, group {s['group']}, {s['dtype']}; microseconds, medians:\n")
+    print(kernel_table(results.rows))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    if arguments.device == "cpu":
+        kernels_cpu.main(arguments, results_for(arguments, torch.device("cpu")))
+        return
+    device = torch.device(arguments.device)
+    try:
+        # Each M is a compilation of its own of one function.
+        with torch._dynamo.config.patch(MANY_COMPILATIONS):
+            results = run(arguments, device, gpu_of(device), recorded_on_gpu)
+    except FineQuantError as error:
+        raise SystemExit(f"bench kernels: {error}") from error
+    show(results)
+
+
+if __name__ == "__main__":
+    main()
