@@ -1,4 +1,4 @@
-"""The sections of `bench models`, `encoder`, `memory` and `startup`."""
+"""The sections of `bench models`, `memory` and `startup`."""
 
 from collections.abc import Iterable, Sequence
 
@@ -116,22 +116,6 @@ def _ideal_cells(row: Row) -> list[str]:
     if "ideal_ms" not in row:
         return ["", "", ""]
     return [f"{row['bytes_read'] / _GIB:.2f}", f"{row['ideal_ms']:.2f}", f"{row['of_ideal']:.0%}"]
-
-
-def encoder(content: Content) -> str:
-    """Milliseconds of all sentences, and what is left of the matrices' bytes."""
-    s = content["settings"]
-    lines = []
-    for row in content["rows"]:
-        known = "bytes_after" in row
-        left = f"{row['bytes_after'] / row['bytes_before']:.0%}" if known else ""
-        lines.append([row["way"], spread(row, "ms"), f"{row['over_inductor']:.2f}x", left])
-    what = (
-        f"{s['sentences']} sentences at once through MiniLM in fp32, {s['threads']} threads, where "
-        "products are the limit; ms, medians [20th, 80th percentile]."
-    )
-    headers = ("way", "ms", "over Inductor", "of the matrices' bytes")
-    return paragraphs(what, table(lines, headers))
 
 
 def memory(content: Content) -> str:

@@ -1,4 +1,4 @@
-"""The sections of what is read or compared and not timed: `bench static` and `expert_forms`."""
+"""The section of `bench static`: what is read, and not timed."""
 
 import re
 from collections.abc import Iterable
@@ -52,36 +52,3 @@ def _number(value: float | str | None) -> str:
     if isinstance(value, str):
         return value
     return "" if value is None else f"{value:.3g}"
-
-
-def expert_forms(content: Content) -> str:
-    """Every model in each of its forms."""
-    lines = [_form_line(row["model"], row["form"], [row]) for row in content["rows"]]
-    return _forms(content, lines)
-
-
-def expert_forms_short(content: Content) -> str:
-    """A line for each model."""
-    by_model: dict[str, list[Row]] = {}
-    for row in content["rows"]:
-        by_model.setdefault(row["model"], []).append(row)
-    lines = [
-        _form_line(model, ", ".join(row["form"] for row in rows), rows)
-        for model, rows in by_model.items()
-    ]
-    return _forms(content, lines)
-
-
-def _form_line(model: str, forms: str, rows: list[Row]) -> list[str]:
-    done, stacks = (sum(int(row["stacks"].split("/")[i]) for row in rows) for i in (0, 1))
-    share, error = min(row["share"] for row in rows), max(row["error"] for row in rows)
-    return [model, forms, f"{done} of {stacks}", f"{share:.1%}", f"{error:.0e}"]
-
-
-def _forms(content: Content, lines: list[list[str]]) -> str:
-    headers = ("model", "experts as", "stacks quantised", "share of bytes, least", "error, most")
-    what = (
-        f"Small random models in {content['settings']['dtype']}, one graph each; the error is "
-        "against the dequantised weights, of the largest logit."
-    )
-    return paragraphs(what, table(lines, headers))

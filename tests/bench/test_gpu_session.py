@@ -57,7 +57,7 @@ def test_without_time_left_a_step_is_left_out(steps: None, tmp_path: Path) -> No
 
 
 def test_the_usual_steps_are_there_in_their_order_and_their_commands_known() -> None:
-    assert gpu.USUAL == ("environment", "subnormals", "tests", "kernels", "overhead")
+    assert gpu.USUAL == ("environment", "tests", "kernels", "overhead")
     for name, known in gpu.STEPS.items():
         command = known.command(Path("out"), 100.0)
         if "bench" in command:
