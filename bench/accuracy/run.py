@@ -41,8 +41,7 @@ from bench.accuracy.rows import (
 from bench.accuracy.table import show
 from bench.accuracy.targets import ADAPTIVE
 from bench.accuracy.train_lm import FAMILIES, SIZES, trained
-from bench.core.identity import device_name, identity, slug
-from bench.core.results import RESULTS, Results, Row
+from bench.core.results import RESULTS, Results, Row, device_name, identity, slug
 
 _QUICK_WAYS = [w for w in WAYS if w.endswith("mse") or w == "int4 column absmax"]
 _OUTLIER_WAYS = [w for w in WAYS if w.startswith("int4")]

@@ -1,16 +1,33 @@
-"""The file of results that a benchmark fills while it measures, and the time it may take."""
+"""What a benchmark writes: rows, what they were measured on, what failed or was left out and why.
+
+To be quoted, a result says machine, versions, code and command.
+"""
 
 import json
+import os
+import platform
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fqcompile.kernels.gpu import gpu_of
+from fqcompile.kernels.tuning.key import fingerprint, kernel_source_hash
+from fqcompile.kernels.tuning.measure import check_device
+from fqcompile.kernels.tuning.search import DeviceLost, WrongResult
 from fqcompile.report.files import replace_text
 
+COMMIT_VARIABLE = "BENCH_COMMIT"
+ROOT = Path(__file__).parents[2]
 Row = dict[str, Any]
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = ROOT / "bench" / "results"
 
 
 @dataclass
@@ -84,3 +101,70 @@ class Budget:
         self._longest = max(self._longest, time.monotonic() - self._step)
         self._step = time.monotonic()
         return self.left > self._longest
+
+
+def failure(error: Exception) -> str:
+    """One line on what went wrong.
+
+    Raises:
+        DeviceLost: it took the connection to the GPU with it.
+    """
+    if isinstance(error, DeviceLost):
+        raise error
+    if torch.cuda.is_available():
+        check_device(error)
+    lines = str(error).strip().splitlines() or [""]
+    kind = "wrong result" if isinstance(error, WrongResult) else type(error).__name__
+    return f"{kind}: {lines[0]}"[:200]
+
+
+def identity(device: torch.device) -> dict[str, str]:
+    """Where and with what this process measures; "kernels" is a digest of the kernels' source."""
+    about = {
+        "device": device_name(device),
+        "commit": commit(),
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if device.type == "cuda":
+        about |= fingerprint(gpu_of(device), kernel_source_hash())
+    return about
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return gpu_of(device).name
+    known = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", known.read_text()) if known.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def slug(name: str) -> str:
+    """A device's name as that of a folder: "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def commit() -> str:
+    """The commit of the checkout, with "+" where files differ from it.
+
+    A copy without its history has none: there BENCH_COMMIT says it, set by who made the copy.
+    """
+    if given := os.environ.get(COMMIT_VARIABLE):
+        return given
+    head = _git("rev-parse", "--short", "HEAD")
+    if head is None:
+        return "unknown"
+    return head + ("+" if _git("status", "--porcelain") else "")
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

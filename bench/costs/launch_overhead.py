@@ -23,8 +23,7 @@ import torch
 import triton
 from tabulate import tabulate
 
-from bench.core.identity import identity
-from bench.core.results import Results
+from bench.core.results import Results, identity
 from bench.costs.stub_driver import install
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels import ops

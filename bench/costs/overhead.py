@@ -21,10 +21,9 @@ from tabulate import tabulate
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fqcompile
-from bench.core.fresh_process import in_fresh_process
-from bench.core.identity import identity
-from bench.core.results import Results, Row
-from bench.models.rows import allowed_error, relative_error
+from bench.core.measure import allowed_error, relative_error
+from bench.core.processes import in_fresh_process
+from bench.core.results import Results, Row, identity
 from fqcompile.kernels.tuning.search import WrongResult
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -19,8 +19,7 @@ import torch
 from tabulate import tabulate
 from torch.profiler import ProfilerActivity, profile
 
-from bench.core.identity import identity
-from bench.core.results import Results, Row
+from bench.core.results import Results, Row, identity
 from fqcompile.config import SiteOptions
 from fqcompile.kernels.tuning.search import WrongResult
 from fqcompile.quant.choose import choose_and_quantize

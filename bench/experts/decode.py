@@ -25,9 +25,8 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 import fqcompile
-from bench.core import process_memory
-from bench.core.identity import identity
-from bench.core.results import Results, Row
+from bench.core import processes
+from bench.core.results import Results, Row, identity
 from fqcompile.weights.store import STORE
 
 SHAPE = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 64}
@@ -119,10 +118,10 @@ def timed(found: Sequence[Case], inputs: Sequence[Tensor]) -> dict[Case, list[fl
 
 def peak_above(run: Callable[[], object]) -> int:
     """Bytes that the process grows by at most while `run` runs."""
-    process_memory.reset_peak()
-    before = process_memory.resident()
+    processes.reset_peak()
+    before = processes.resident()
     run()
-    return process_memory.peak() - before
+    return processes.peak() - before
 
 
 def memory(plain: nn.Module, ours: Case, inputs: Sequence[Tensor]) -> tuple[float, float]:

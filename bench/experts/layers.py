@@ -9,13 +9,12 @@ gathering copies each token for each of its experts; grouping sorts those copies
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.core.shapes import ExpertShape
+from bench.core.shapes import GROUPED_MM, MATRICES, ExpertShape, Matrix, RoutingName, expert_spec
 from fqcompile.kernels.gpu import Gpu
 from fqcompile.kernels.launch_table import DENSE, Config
 from fqcompile.kernels.registry import select_kernel
@@ -26,30 +25,11 @@ from fqcompile.kernels.tuning.measure import allowed_error, random_problem, rota
 from fqcompile.kernels.tuning.routed_rows import experts_of, packed_stack
 from fqcompile.quant.quantized_weight import QuantizedWeight
 
-Matrix = Literal["gate_up", "down"]
-RoutingName = Literal["grouped", "gathered"]
-MATRICES: tuple[Matrix, ...] = ("gate_up", "down")
 GATHERED, GROUPED, DENSE_WAY = "fqcompile gathered", "fqcompile grouped", "fqcompile dense"
-GROUPED_MM = "torch._grouped_mm"
 _MOST_CALLS = 64
 
 Matmul = Callable[[Tensor, Tensor], Tensor]  # (rows, ids or offsets) -> rows
 Run = Callable[[int, Tensor], Tensor]  # (copy of the weights, ids) -> [T, H]
-
-
-def expert_spec(
-    shape: ExpertShape, matrix: Matrix, routing: RoutingName, tokens: int, bits: int,
-    group_size: int, dtype: torch.dtype, gpu: Gpu | None, device: str = "cuda",
-) -> GemmSpec:  # fmt: skip
-    """gate_up [E, 2 I, H] with silu(gate) * up, or down [E, H, I]; I intermediate, H hidden."""
-    gated = matrix == "gate_up"
-    n, k = shape.intermediate, shape.hidden
-    if not gated:
-        n, k = k, n
-    return GemmSpec(
-        tokens * shape.top_k, n, k, bits, min(group_size, k), dtype, dtype, device,
-        "silu" if gated else "none", gated, gpu=gpu, experts=shape.experts, routing=routing,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)

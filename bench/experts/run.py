@@ -22,12 +22,9 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from bench.core.dtypes import DTYPES
-from bench.core.failures import failure
-from bench.core.identity import identity
-from bench.core.interleaved import Record, Replay, recorded_on_gpu, timings
-from bench.core.results import Budget, Results, Row
-from bench.core.shapes import EXPERTS
+from bench.core.measure import LEASE, Record, Replay, recorded_on_gpu, timings
+from bench.core.results import Budget, Results, Row, failure, identity
+from bench.core.shapes import DTYPES, EXPERTS
 from bench.experts.layers import (
     DENSE_WAY,
     GATHERED,
@@ -45,7 +42,6 @@ from fqcompile.kernels.tuning.search import DeviceLost, WrongResult
 
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
 REGIMES = (GATHERED, GROUPED, DENSE_WAY)  # in the order in which more tokens make them the fastest
-LEASE = 540.0  # seconds; of the ten minutes of a lease, the rest is for starting and writing
 
 
 def measured_rows(layer: ExpertLayer, tokens: int, tune: Mode, record: Record) -> Iterator[Row]:

@@ -20,11 +20,9 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from bench.core.failures import failure
-from bench.core.fresh_process import in_fresh_process
-from bench.core.identity import identity
 from bench.core.llama_layers import SIZES
-from bench.core.results import Results, Row
+from bench.core.processes import in_fresh_process
+from bench.core.results import Results, Row, failure, identity
 from bench.export.ways import WAYS
 from fqcompile.kernels.tuning.search import WrongResult
 

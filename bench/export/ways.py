@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import fqcompile
-from bench.core import process_memory
+from bench.core import processes
 from bench.core.llama_layers import SIZES, Size, build
 from bench.core.results import Row
 from fqcompile.checkpoint.manifest import read_manifest
@@ -46,15 +46,15 @@ def took(way: str, folder: Path) -> Row:
     source, run = WAYS[way]
     out = folder / way
     shutil.rmtree(out, ignore_errors=True)
-    process_memory.settle()
-    imports, own = process_memory.resident(), process_memory.anonymous()
-    process_memory.reset_peak()
+    processes.settle()
+    imports, own = processes.resident(), processes.anonymous()
+    processes.reset_peak()
     start = time.perf_counter()
     kept = run(folder / source, out)
     seconds = time.perf_counter() - start
-    row: Row = {"seconds": seconds, "peak": process_memory.peak() - imports, "imports": imports}
+    row: Row = {"seconds": seconds, "peak": processes.peak() - imports, "imports": imports}
     row |= {"read": size_of(folder / source), "written": size_of(out) if out.exists() else 0}
-    row["own"] = process_memory.anonymous() - own
+    row["own"] = processes.anonymous() - own
     del kept
     return row
 

@@ -20,12 +20,10 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.core.failures import failure
-from bench.core.identity import identity
-from bench.core.results import Budget, Results, Row
-from bench.core.shapes import Shape, parse_shapes
+from bench.core.results import Budget, Results, Row, failure, identity
+from bench.core.shapes import OURS, Shape, parse_shapes
 from bench.kernels.cpu_experts import EXPERTS, HIDDEN, TOP, ExpertLayer
-from bench.kernels.cpu_ways import OURS, Way, ways
+from bench.kernels.cpu_ways import Way, ways
 from fqcompile.kernels.roofline import weight_bytes
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.tuning.measure import random_problem, reference

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.core.shapes import OURS
 from fqcompile.kernels.cpu import native_library
 from fqcompile.kernels.cpu.aten_packed import INT4PACK, INT8PACK
 from fqcompile.kernels.cpu.stream import X86_STREAM
@@ -32,7 +33,6 @@ from fqcompile.quant.quantized_weight import QuantizedWeight
 # Calls on one copy of a weight lie so many bytes of other copies apart: three times this L3.
 APART = 96 << 20
 BF16, FP32 = torch.bfloat16, torch.float32
-OURS = "fqcompile"
 
 
 @dataclass(frozen=True)

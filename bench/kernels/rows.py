@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from bench.core.failures import failure
-from bench.core.interleaved import Record, Replay, timings
-from bench.core.results import Row
-from bench.core.shapes import Shape
+from bench.core.measure import Record, Replay, timings
+from bench.core.results import Row, failure
+from bench.core.shapes import OURS, Shape
 from bench.kernels.baselines import BASELINES, CUBLAS, Baseline
 from bench.kernels.contenders import Contender, Ours, Problem, wrong_result
 from fqcompile.kernels.roofline import ideal_seconds
@@ -14,8 +13,6 @@ from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.tuning.launches import Mode
 from fqcompile.kernels.tuning.search import WrongResult
 from fqcompile.kernels.tuning.table import Timing
-
-OURS = "fqcompile"
 
 
 class Layer:

@@ -21,12 +21,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench.core.dtypes import DTYPES
-from bench.core.failures import failure
-from bench.core.identity import identity
-from bench.core.interleaved import Record, recorded_on_gpu
-from bench.core.results import Budget, Results
-from bench.core.shapes import SHAPES, Shape, parse_shapes
+from bench.core.measure import LEASE, MANY_COMPILATIONS, Record, recorded_on_gpu
+from bench.core.results import Budget, Results, failure, identity
+from bench.core.shapes import DTYPES, SHAPES, Shape, parse_shapes
 from bench.kernels import cpu as kernels_cpu
 from bench.kernels.baselines import BASELINES, MAX_AUTOTUNE
 from bench.kernels.contenders import Problem
@@ -42,8 +39,6 @@ from fqcompile.kernels.tuning.search import DeviceLost
 ROWS = (1, 4, 16, 64, 128, 256, 512, 2048)
 CPU_SHAPES = ("llama-3-8b", "opt-6.7b", "encoders")
 QUICK_SHAPES, QUICK_ROWS = ("llama-3-8b", "8192x8192"), (1, 16, 64, 256)
-MANY_COMPILATIONS = {"recompile_limit": 4096, "accumulated_recompile_limit": 4096}
-LEASE = 540.0  # seconds; of the ten minutes of a lease, the rest is for starting and writing
 
 
 def specs(shape: Shape, arguments: argparse.Namespace, gpu: Gpu, device: str) -> list[GemmSpec]:

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 
 from bench.core.results import Row
 from bench.core.section import Content, left_out, paragraphs, spread, table
+from bench.core.shapes import OURS
 from bench.kernels.table import by_layer, our_best, timed_names
 
-OURS = "fqcompile"
 CPU_OURS = "fqcompile bf16"
 _NARROW = "fp32"  # ways in fp32 are in the whole table alone
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from tabulate import tabulate
 
 from bench.core.results import Row
-from bench.kernels.rows import OURS
+from bench.core.shapes import OURS
 
 Key = tuple[int, int, int]
 

@@ -5,14 +5,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import sqrt
 
 import torch
 from torch import Tensor, nn
 
-from bench.core.failures import failure
-from bench.core.interleaved import Replay, timings
-from bench.core.results import Row
+from bench.core.measure import Replay, allowed_error, relative_error, timings
+from bench.core.results import Row, failure
 from bench.models.decoding import Decoding, Prefill, Work
 from bench.models.ideal import Rates, bytes_saved, flops_of, ideal_ms, weight_bytes_read
 from bench.models.table import PLAIN
@@ -22,9 +20,6 @@ from fqcompile.kernels.tuning.search import WrongResult
 from fqcompile.report import CompileReport, clear_reports, reports
 
 Phase = Decoding | Prefill
-# Results that are rounded one after another in a layer: norm, q/k/v, scores, softmax, values, out,
-# sum, norm, up, activation, down, sum.
-CHAIN = 12
 WARM_CALLS = 3  # the first compiles, the second is recorded as a CUDA graph, the third replays it
 _LOGITS = 256  # of the first sequence, kept for comparison with a start of the same way
 
@@ -35,15 +30,6 @@ class Ready:
 
     work: Work
     row: Row
-
-
-def allowed_error(dtype: torch.dtype, layers: int) -> float:
-    """The largest ‖y - ŷ‖ / ‖ŷ‖ between two right ways to run a model.
-
-    Each result of CHAIN * layers is rounded, twice at most, to half an ulp u: u/√3 in the mean
-    square, independently, in both: √(4 * CHAIN * layers / 3) u. Twice that.
-    """
-    return 2 * sqrt(4 * CHAIN * layers / 3) * torch.finfo(dtype).eps / 2
 
 
 def measured_rows(
@@ -142,11 +128,6 @@ def _oracle_logits(model: nn.Module, phase: Phase, found: Sequence[CompileReport
         fake_quantize_(oracle, report)
     phase.rewind()
     return phase.step_of(oracle, lambda step: step)()
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """‖actual - expected‖ / ‖expected‖."""
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 def _replay(phase: Phase, work: Work, device: torch.device) -> Replay:

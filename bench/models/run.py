@@ -33,13 +33,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench.core.dtypes import DTYPES
-from bench.core.failures import failure
-from bench.core.identity import identity
-from bench.core.interleaved import REPLAYS, WARM_UPS
-from bench.core.model_zoo import MADE_UP, MODELS, build, parameter_bytes
-from bench.core.results import Budget, Results, Row
-from bench.kernels.run import LEASE, MANY_COMPILATIONS
+from bench.core.measure import LEASE, MANY_COMPILATIONS, REPLAYS, WARM_UPS
+from bench.core.results import Budget, Results, Row, failure, identity
+from bench.core.shapes import DTYPES, MADE_UP, MODELS, build, parameter_bytes
 from bench.models.decoding import Decoding, Prefill
 from bench.models.ideal import Rates, rates_of
 from bench.models.rows import Phase, measured_rows

@@ -7,10 +7,9 @@ import time
 
 import torch
 
-from bench.core import process_memory
-from bench.core.dtypes import DTYPES
-from bench.core.model_zoo import MODELS, build, classes
+from bench.core import processes
 from bench.core.results import Row
+from bench.core.shapes import DTYPES, MODELS, build, classes
 from bench.models.decoding import Decoding, Prefill
 from bench.models.rows import WARM_CALLS, Phase, first_logits, synchronize
 from bench.models.ways import WAYS
@@ -21,28 +20,28 @@ def resident(device: torch.device) -> int:
     """Bytes that tensors have on a GPU, or that the process has in memory."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return process_memory.resident()
+    return processes.resident()
 
 
 def peak(device: torch.device) -> int:
     """The most of it since `reset_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return process_memory.peak()
+    return processes.peak()
 
 
 def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        process_memory.reset_peak()
+        processes.reset_peak()
 
 
 def settle(device: torch.device) -> None:
     """Give back what is garbage; on a GPU the allocator does not count what it keeps for later."""
     gc.collect()
     if device.type != "cuda":
-        process_memory.settle()
+        processes.settle()
 
 
 @torch.no_grad()

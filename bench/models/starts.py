@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch
 
-from bench.core.dtypes import DTYPES
-from bench.core.failures import failure
-from bench.core.fresh_process import in_fresh_process
-from bench.core.results import Row
-from bench.models.rows import allowed_error, relative_error
+from bench.core.measure import allowed_error, relative_error
+from bench.core.processes import in_fresh_process
+from bench.core.results import Row, failure
+from bench.core.shapes import DTYPES
 from fqcompile.kernels.tuning.search import WrongResult
 
 CACHES = ("cold", "warm")

@@ -8,11 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bench.core.model_zoo import MODELS
 from bench.core.results import Row
-from bench.core.shapes import EXPERTS, ExpertShape
-from bench.experts.layers import GROUPED_MM
-from bench.kernels.rows import OURS
+from bench.core.shapes import EXPERTS, GROUPED_MM, MODELS, OURS, ExpertShape
 from fqcompile.planner.communication import Cluster
 from fqcompile.planner.config_fields import ConfigFields
 from fqcompile.planner.decoder import Decoder

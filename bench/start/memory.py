@@ -21,12 +21,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench.core.failures import failure
-from bench.core.fresh_process import in_fresh_process
-from bench.core.identity import identity
 from bench.core.llama_layers import SIZES
-from bench.core.results import Results, Row
-from bench.core.same_logits import checked
+from bench.core.measure import same_logits
+from bench.core.processes import in_fresh_process
+from bench.core.results import Results, Row, failure, identity
 from bench.start.memory_table import memory_table
 from bench.start.memory_ways import SAVE, SAVED, WAYS
 
@@ -65,7 +63,7 @@ def run(arguments: argparse.Namespace) -> Results:
             row: Row = {"way": way}
             try:
                 row |= measured(way, arguments, Path(folder))
-                found.append(checked(row, found, arguments.layers))
+                found.append(same_logits(row, found, arguments.layers))
             except Exception as error:
                 row = {"way": way, "failure": failure(error)}
             results.add({key: value for key, value in row.items() if key != "logits"})

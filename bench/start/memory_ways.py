@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fqcompile
-from bench.core import process_memory
+from bench.core import processes
 from bench.core.llama_layers import SIZES, Size, build, on_meta, prompt
 from bench.core.results import Row
 from bench.start.memory_table import PLAIN
@@ -72,25 +72,25 @@ def save(size: Size, saved: Path) -> None:
 @torch.no_grad()
 def took(way: str, size: Size, saved: Path) -> Row:
     """Bytes beyond those that importing took, and the last token's first logits."""
-    process_memory.settle()
-    imports = process_memory.resident()
-    own = process_memory.anonymous()
-    process_memory.reset_peak()
+    processes.settle()
+    imports = processes.resident()
+    own = processes.anonymous()
+    processes.reset_peak()
     if way in SAVED:
         compiled = SAVED[way](size, saved)
-        loaded = process_memory.resident()
+        loaded = processes.resident()
     else:
         model = build(size)
-        process_memory.settle()
-        loaded = process_memory.resident()
-        process_memory.reset_peak()
+        processes.settle()
+        loaded = processes.resident()
+        processes.reset_peak()
         compiled = OF_A_MODEL[way](model)
     logits = compiled(prompt(size), use_cache=False).logits[0, -1, :256].tolist()
-    peak = process_memory.peak()
-    process_memory.settle()
-    bytes_now = {"loaded": loaded, "peak": peak, "after": process_memory.resident()}
+    peak = processes.peak()
+    processes.settle()
+    bytes_now = {"loaded": loaded, "peak": peak, "after": processes.resident()}
     row: Row = {key: value - imports for key, value in bytes_now.items()}
-    row |= {"own": process_memory.anonymous() - own, "imports": imports}
+    row |= {"own": processes.anonymous() - own, "imports": imports}
     if way == "torchao":
         row["library"] = f"torchao {version('torchao')}"
     return row | {"ours": way in _OURS, "logits": logits}

@@ -19,12 +19,10 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from bench.core.failures import failure
-from bench.core.fresh_process import in_fresh_process
-from bench.core.identity import identity
 from bench.core.llama_layers import SIZES
-from bench.core.results import Results, Row
-from bench.core.same_logits import checked
+from bench.core.measure import same_logits
+from bench.core.processes import in_fresh_process
+from bench.core.results import Results, Row, failure, identity
 from bench.start.startup_table import startup_table
 
 
@@ -72,7 +70,7 @@ def one_round(arguments: argparse.Namespace, results: Results, number: int) -> N
                 ours = start.backend != STARTS[0].backend
                 row |= {"way": start.name, "ours": ours}
                 row |= started(start, Path(folder) / start.backend, arguments)
-                found.append(checked(row, found, SIZES[arguments.size].layers))
+                found.append(same_logits(row, found, SIZES[arguments.size].layers))
             except Exception as error:
                 row = {key: row[key] for key in ("backend", "caches", "round")}
                 row["failure"] = failure(error)

@@ -11,8 +11,7 @@ from itertools import product
 
 import torch
 
-from bench.core.shapes import EXPERTS
-from bench.experts.layers import MATRICES, Matrix, RoutingName, expert_spec
+from bench.core.shapes import EXPERTS, MATRICES, Matrix, RoutingName, expert_spec
 from bench.static.launches import (
     FINISHED_SHARES,
     GPUS,

@@ -26,8 +26,7 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from bench.core.identity import identity
-from bench.core.results import Results
+from bench.core.results import Results, identity
 from bench.static import expert_launches
 from bench.static.faults import LEAST_IN_FLIGHT, faults, most_instructions
 from bench.static.launches import GPUS, Case, chosen, matrix, plain_cases, selection

@@ -9,8 +9,8 @@ from functools import partial
 
 import torch
 
-from bench.core.failures import failure
-from bench.core.interleaved import Record, Replay, timings
+from bench.core.measure import Record, Replay, timings
+from bench.core.results import failure
 from fqcompile.kernels.launch_table import Config, parse_config
 from fqcompile.kernels.registry import TEMPLATES, refusal, select_kernel
 from fqcompile.kernels.roofline import least_seconds

@@ -21,10 +21,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench.core.failures import failure
-from bench.core.identity import identity
-from bench.core.interleaved import Record, recorded_on_cpu, recorded_on_gpu
-from bench.core.results import Budget, Results
+from bench.core.measure import LEASE, Record, recorded_on_cpu, recorded_on_gpu
+from bench.core.results import Budget, Results, failure, identity
 from bench.core.shapes import SHAPES
 from bench.tune.cases import compared_on_cpu, searched_on_gpu
 from fqcompile.commands.argument_types import counts as row_counts
@@ -45,7 +43,6 @@ from fqcompile.report.tuning_report import TuningReport
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 USUAL_SHAPES, QUICK_SHAPES = ("llama-3-8b", "encoders"), ("4096x4096", "1536x384")
 GPU_ROWS, CPU_ROWS, QUICK_ROWS = (*M_BUCKETS, 2048), (1, 4, 16, 64), (1, 16, 64)
-LEASE = 540.0
 CHECKED = "Before a candidate is timed, its result is compared with fp64; a wrong one is refused."
 IN_TURN = (
     "Each call reads another copy of the weight, so that none finds it in a cache. Times are the "

@@ -10,10 +10,9 @@ import torch
 
 from bench import gpu, short
 from bench.__main__ import BENCHMARKS
-from bench.core import identity
-from bench.core import steps as session
+from bench.core import results
 from bench.core.results import Budget
-from bench.core.steps import Step
+from bench.core.steps import Step, session
 from bench.costs.launch_overhead import host_microseconds
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +52,7 @@ def test_no_step_stops_the_next(
 
 def test_without_time_left_a_step_is_left_out(steps: None, tmp_path: Path) -> None:
     good = {"good": gpu.STEPS["good"]}
-    assert session.session(good, tmp_path, 0.5) == [("good", "no time", 0.0, "")]
+    assert session(good, tmp_path, 0.5) == [("good", "no time", 0.0, "")]
 
 
 def test_the_usual_steps_are_there_in_their_order_and_their_commands_known() -> None:
@@ -92,20 +91,20 @@ def test_the_short_suite_runs_benchmarks_that_are_there_into_a_folder_git_ignore
 
 
 def test_a_folder_is_named_after_the_device() -> None:
-    assert identity.slug("NVIDIA A100-SXM4-80GB") == "nvidia-a100-sxm4-80gb"
-    assert identity.slug("AMD EPYC (x)") == "amd-epyc-x"
+    assert results.slug("NVIDIA A100-SXM4-80GB") == "nvidia-a100-sxm4-80gb"
+    assert results.slug("AMD EPYC (x)") == "amd-epyc-x"
 
 
 def test_who_copied_the_checkout_says_which_commit_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BENCH_COMMIT", "abc")
-    assert identity.commit() == "abc"
+    assert results.commit() == "abc"
     monkeypatch.delenv("BENCH_COMMIT")
-    monkeypatch.setattr(identity, "_git", lambda *arguments: None)
-    assert identity.commit() == "unknown"
+    monkeypatch.setattr(results, "_git", lambda *arguments: None)
+    assert results.commit() == "unknown"
     answers = {"rev-parse": "def", "status": " M x"}
-    monkeypatch.setattr(identity, "_git", lambda command, *rest: answers[command])
-    assert identity.commit() == "def+"
-    assert identity.identity(torch.device("cpu"))["commit"] == "def+"
+    monkeypatch.setattr(results, "_git", lambda command, *rest: answers[command])
+    assert results.commit() == "def+"
+    assert results.identity(torch.device("cpu"))["commit"] == "def+"
 
 
 def test_a_step_begins_where_the_longest_so_far_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:

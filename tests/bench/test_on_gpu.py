@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.core.interleaved import recorded_on_gpu
+from bench.core.measure import recorded_on_gpu
 from bench.experts import run as experts
 from bench.kernels import run as kernels
 from bench.models import run as models

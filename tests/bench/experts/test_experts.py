@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.core.interleaved import Replay
+from bench.core.measure import Replay
 from bench.core.shapes import EXPERTS, ExpertShape
 from bench.experts import layers as expert_layers
 from bench.experts import run as experts

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.core import interleaved
-from bench.core.interleaved import REPLAYS, ROUNDS, Replay, timings
+from bench.core import measure
+from bench.core.measure import REPLAYS, ROUNDS, Replay, timings
 from bench.core.shapes import SHAPES, parse_shapes
 from bench.kernels import contenders
 from bench.kernels import run as kernels
@@ -247,11 +247,11 @@ def test_a_graph_is_made_once_all_is_compiled_and_its_time_is_that_of_a_call(
         assert (graph, warm_ups) == ("graph", 2)
         return [160.0] * replays
 
-    monkeypatch.setattr(interleaved, "captured", captured)
-    monkeypatch.setattr(interleaved, "replayed", replayed)
+    monkeypatch.setattr(measure, "captured", captured)
+    monkeypatch.setattr(measure, "replayed", replayed)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
     calls = [partial(order.append, str(copy)) for copy in range(4)]
-    replay = interleaved.recorded_on_gpu(calls)
+    replay = measure.recorded_on_gpu(calls)
     once = ["0", "1", "2", "3"]
     assert order == [*once, "wait", "4 rounds", *once]
     assert replay(2, 3) == [10.0] * 3

@@ -8,9 +8,9 @@ import torch
 
 pytest.importorskip("transformers", reason="the bench extra is not installed")
 
-from bench.core import interleaved
-from bench.core.model_zoo import MODELS, build, parameter_bytes
+from bench.core import measure
 from bench.core.results import Row
+from bench.core.shapes import MODELS, build, parameter_bytes
 from bench.models import rows as model_rows
 from bench.models import run as models
 from bench.models import starts as model_starts
@@ -26,7 +26,7 @@ OURS = ("int8", "int4", "int4 head")
 
 @pytest.fixture(autouse=True)
 def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interleaved, "ROUNDS", 1)
+    monkeypatch.setattr(measure, "ROUNDS", 1)
 
 
 def arguments(*more: str) -> Any:

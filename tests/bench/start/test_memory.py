@@ -9,9 +9,9 @@ import torch
 
 pytest.importorskip("transformers", reason="the bench extra is not installed")
 
-from bench.core import process_memory
-from bench.core.fresh_process import ChildFailed
+from bench.core import processes
 from bench.core.llama_layers import SIZES, build, on_meta, prompt
+from bench.core.processes import ChildFailed
 from bench.core.results import Row
 from bench.start import memory, memory_ways
 from fqcompile.kernels.tuning.search import WrongResult
@@ -27,15 +27,15 @@ def row(way: str, mib: int, *, ours: bool = True, logits: tuple[float, ...] = (1
 
 def test_ours_must_agree_exactly_and_others_to_four_bits() -> None:
     plain = row("bf16", 1, ours=False)
-    keep = memory.checked(row("keep", 1, logits=(1.1, 2.1, 2.9)), [plain], 2)
+    keep = memory.same_logits(row("keep", 1, logits=(1.1, 2.1, 2.9)), [plain], 2)
     assert 0.01 < keep["error"] < 0.1
-    memory.checked(row("free", 1, logits=(1.1, 2.1, 2.9)), [plain, keep], 2)
+    memory.same_logits(row("free", 1, logits=(1.1, 2.1, 2.9)), [plain, keep], 2)
     with pytest.raises(WrongResult, match="from keep, allowed"):
-        memory.checked(row("load", 1, logits=(1, 2.3, 2.7)), [plain, keep], 2)
+        memory.same_logits(row("load", 1, logits=(1, 2.3, 2.7)), [plain, keep], 2)
     with pytest.raises(WrongResult, match="from bf16, allowed"):
-        memory.checked(row("torchao", 1, ours=False, logits=(-1, -2, 3)), [plain, keep], 2)
+        memory.same_logits(row("torchao", 1, ours=False, logits=(-1, -2, 3)), [plain, keep], 2)
     with pytest.raises(WrongResult, match="nan from bf16"):
-        memory.checked(row("keep", 1, logits=(float("nan"), 2, 3)), [plain], 2)
+        memory.same_logits(row("keep", 1, logits=(float("nan"), 2, 3)), [plain], 2)
 
 
 def test_the_table_has_mebibytes_beside_the_plain_model() -> None:
@@ -95,15 +95,15 @@ def test_peaks_are_of_what_follows_the_reset() -> None:
     """Beside what is resident then: the system may take pages of files away at any time."""
 
     def above() -> int:
-        return process_memory.peak() - process_memory.resident()
+        return processes.peak() - processes.resident()
 
     torch.ones(256 * MIB, dtype=torch.uint8)
     assert above() > 200 * MIB
-    process_memory.reset_peak()
+    processes.reset_peak()
     assert above() < 50 * MIB
     held = torch.ones(64 * MIB, dtype=torch.uint8)
-    assert process_memory.anonymous() >= held.nbytes
-    assert process_memory.anonymous() <= process_memory.resident() <= process_memory.peak()
+    assert processes.anonymous() >= held.nbytes
+    assert processes.anonymous() <= processes.resident() <= processes.peak()
 
 
 def test_the_model_is_the_same_each_time_and_no_two_matrices_are_alike() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="the bench extra is not installed")
 
-from bench.core.fresh_process import ChildFailed, in_fresh_process
+from bench.core.processes import ChildFailed, in_fresh_process
 from bench.core.results import Results, Row
 from bench.start import one_start, startup, startup_table
 

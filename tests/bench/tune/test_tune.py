@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.core import interleaved
-from bench.core.interleaved import Replay, recorded_on_cpu
+from bench.core import measure
+from bench.core.measure import Replay, recorded_on_cpu
 from bench.tune import cases as tune_cases
 from bench.tune import run as tune
 from fqcompile.errors import OptionError
@@ -128,7 +128,7 @@ def test_calls_go_round_all_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return run
 
-    monkeypatch.setattr(interleaved.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
     replay = recorded_on_cpu([call(1), call(2), call(3)])
     assert replay(2, 2) == pytest.approx([3.0, 1.0])
     assert replay(1, 3) == pytest.approx([3.0, 1.0, 2.0])

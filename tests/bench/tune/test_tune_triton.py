@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from bench.core.interleaved import Replay
+from bench.core.measure import Replay
 from bench.tune import run as tune
 from fqcompile.kernels.gpu import H200
 from fqcompile.kernels.registry import select_kernel

@@ -1,11 +1,14 @@
-"""Measures in a process of its own, where nothing is imported, compiled or cached yet."""
+"""Processes of their own, where nothing is imported, compiled or cached yet, and their memory."""
 
+import ctypes
+import gc
 import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from bench.core.results import Row
 
@@ -36,3 +39,33 @@ def in_fresh_process(
         raise ChildFailed((errors or lines)[-1])
     row: Row = json.loads(done.stdout.splitlines()[-1])
     return row
+
+
+def resident() -> int:
+    """Bytes in memory now, mapped files included."""
+    return _status("VmRSS")
+
+
+def anonymous() -> int:
+    """Bytes in memory now that no file backs: what the system cannot drop and read again."""
+    return _status("RssAnon")
+
+
+def peak() -> int:
+    """The most that was resident since the last `reset_peak`, or since the process began."""
+    return _status("VmHWM")
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def settle() -> None:
+    """Give back what is garbage, and what the allocator keeps for later."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
