@@ -19,6 +19,15 @@ class ChildFailed(RuntimeError):
     """The process ended without a result; the text is the last line that names an error."""
 
 
+def caches_in(folder: Path) -> dict[str, str]:
+    """The environment of a process that has its caches, Inductor's, Triton's and ours, in there."""
+    return {
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "FQCOMPILE_CACHE_DIR": str(folder / "fqcompile"),
+    }
+
+
 def in_fresh_process(
     module: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> Row:

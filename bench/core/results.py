@@ -60,17 +60,21 @@ class Results:
         if self.left_out:
             print(f"left out {len(self.left_out)}: {', '.join(self.left_out)}")
 
-    def write(self) -> None:
-        if self.path is None:
-            return
-        content = {
+    @property
+    def content(self) -> dict[str, Any]:
+        """What its file holds."""
+        return {
             "identity": dict(self.identity),
             "settings": dict(self.settings),
             "left_out": self.left_out,
             "rows": self.rows,
         }
+
+    def write(self) -> None:
+        if self.path is None:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(self.path, json.dumps(content, indent=1) + "\n")
+        replace_text(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
 def stored(name: str, root: Path = RESULTS) -> Iterator[dict[str, Any]]:

@@ -1,14 +1,22 @@
-"""What the sections of results have in common: where it was measured, tables, figures."""
+"""What a section of results is, and what all have in common: their place, tables, figures."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from tabulate import tabulate
+
+from bench.core.results import Results
 
 Content = Mapping[str, Any]  # of one file of results
 # Named where the identity has them, in this order.
 _VERSIONS = ("torch", "triton", "driver")
 README_BASE, PAGE_BASE = "", "../"  # from the text to the root of the repository
+
+
+def show(results: Results, full: Callable[[Content], str]) -> None:
+    """Prints what docs/results.md will say of these."""
+    content = {"name": "", "folder": "", "figures": [], **results.content}
+    print(f"{place(content)}\n\n{full(content)}")
 
 
 def place(content: Content) -> str:

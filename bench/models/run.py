@@ -7,12 +7,12 @@
     python -m bench models --device cpu --model llama-3-8b --layers 2 --batch 1 --context 64
     python -m bench models --device cpu --tiny     # whether it works, in 3 minutes
 
-All are compiled with mode="reduce-overhead", so run as CUDA graphs: the ways of `model_ways`. A
+All are compiled with mode="reduce-overhead", so run as CUDA graphs: the ways of `models.rows`. A
 step of decoding has a static cache filled with --context tokens; what is timed is that step alone,
 compiled on its own, in turn with the others: 25 steps, the median, 20th and 80th percentile. Before
 that a way's logits are compared with those of its weights, dequantised, in the eager model. "of
 ideal" is the least time that reading its own weights and the context, or the products, allow
-(`model_ideal`) over the time measured.
+(`models.phases`) over the time measured.
 
 A model with fewer layers than it has is measured with half as many too; what is said of all its
 layers is extrapolated from the two on a straight line, and marked so.
@@ -26,29 +26,36 @@ import argparse
 import gc
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from bench.core.measure import LEASE, MANY_COMPILATIONS, REPLAYS, WARM_UPS
+from bench.core.measure import (
+    LEASE,
+    MANY_COMPILATIONS,
+    REPLAYS,
+    WARM_UPS,
+    allowed_error,
+    relative_error,
+)
+from bench.core.processes import caches_in, in_fresh_process
 from bench.core.results import Budget, Results, Row, failure, identity
+from bench.core.section import show as show_section
 from bench.core.shapes import DTYPES, MADE_UP, MODELS, build, parameter_bytes
-from bench.models.decoding import Decoding, Prefill
-from bench.models.ideal import Rates, rates_of
-from bench.models.rows import Phase, measured_rows
-from bench.models.starts import start_rows
-from bench.models.table import extrapolated, model_table, start_table
-from bench.models.ways import WAYS, Way
+from bench.models import section
+from bench.models.phases import Decoding, Phase, Prefill, Rates, rates_of
+from bench.models.rows import WAYS, Way, measured_rows
 from fqcompile.commands.argument_types import counts as row_counts
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels.gpu import gpu_of
-from fqcompile.kernels.tuning.search import DeviceLost
+from fqcompile.kernels.tuning.search import DeviceLost, WrongResult
 
 _STEPS = WARM_UPS + REPLAYS + 1
 PHASES = ("prefill", "decode")
+CACHES = ("cold", "warm")
 TINY = {"model": ["tiny", "tiny-opt"], "batch": [1, 2], "context": 32, "prompt": 16}
 
 
@@ -83,7 +90,9 @@ class Runner:
                 layers = min(self.arguments.layers or MODELS[name].timed, MODELS[name].layers)
                 for count in self._counts(name, layers):
                     self._attempt(name, count)
-                self.results.add(*extrapolated(self.results.rows, name, MODELS[name].layers))
+                self.results.add(
+                    *section.extrapolated(self.results.rows, name, MODELS[name].layers)
+                )
             if self.arguments.starts:
                 self._starts()
         except DeviceLost as lost:
@@ -129,6 +138,47 @@ class Runner:
                     continue
                 one = {way: logits[way]}
                 self.results.add(*start_rows(work, one, _STEPS, self.arguments))
+
+
+def start_rows(
+    work: Row, ways: Mapping[str, Sequence[float]], steps: int, arguments: argparse.Namespace
+) -> Iterator[Row]:
+    """Both starts of each way.
+
+    work: what is run: model, layers, phase, batch, tokens. ways: the logits of each, as checked.
+    """
+    for way, expected in ways.items():
+        with tempfile.TemporaryDirectory() as folder:
+            for caches in CACHES:
+                row: Row = {"way": way, "start": caches}
+                try:
+                    found = _started(work, way, steps, arguments, Path(folder))
+                    row |= _checked(found, expected, DTYPES[arguments.dtype], work["layers"])
+                except Exception as error:
+                    row["failure"] = failure(error)
+                yield work | row
+
+
+def _started(work: Row, way: str, steps: int, arguments: argparse.Namespace, caches: Path) -> Row:
+    given = {name: work[name] for name in ("model", "layers", "phase", "batch", "tokens")}
+    given |= {name: getattr(arguments, name) for name in ("dtype", "device", "inner", "threads")}
+    given |= {"way": way, "steps": steps}
+    flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    return in_fresh_process("bench.models.start", flags, caches_in(caches))
+
+
+def _checked(row: Row, expected: Sequence[float], dtype: torch.dtype, layers: int) -> Row:
+    """The row without its logits.
+
+    Raises:
+        WrongResult: they are not those that the way computed before.
+    """
+    logits = torch.tensor(row.pop("logits"), dtype=torch.float64)
+    error = relative_error(logits, torch.tensor(expected, dtype=torch.float64))
+    allowed = allowed_error(dtype, layers)
+    if not error <= allowed:
+        raise WrongResult(f"{error:.2g} from the way as it was timed, allowed {allowed:.2g}")
+    return row | {"error": error, "allowed": allowed}
 
 
 def _forget() -> None:
@@ -183,16 +233,10 @@ def run(arguments: argparse.Namespace) -> Results:
 
 
 def show(results: Results) -> None:
-    """What it was measured on, what went wrong and what is missing; the tables last."""
-    print(", ".join(f"{key} {value}" for key, value in results.identity.items()))
+    """What to beware of, then the section: every row, the starts, what went wrong."""
     for row in results.rows:
-        where = f"{row['model']} {row['phase']} batch {row['batch']}, {row['layers']} layers"
-        if "failure" in row:
-            print(f"{where}, {row.get('start', '')} {row['way']}: {row['failure']}")
-        elif row.get("cudagraph_skips") and torch.cuda.is_available():
+        if row.get("cudagraph_skips") and torch.cuda.is_available():
             print(f"{row['model']} {row['phase']} {row['way']}: ran WITHOUT CUDA graphs")
-    if results.left_out:
-        print(f"left out {len(results.left_out)}: {', '.join(results.left_out)}")
     bandwidth, flops = (results.settings[name] for name in ("bandwidth", "flops"))
     print(f"ideal: {bandwidth / 1e9:.4g} GB/s read, {flops / 1e12:.3g} Tflop/s")
     if any(row.get("of_ideal", 0) > 1 for row in results.rows):
@@ -200,9 +244,7 @@ def show(results: Results) -> None:
     if torch.cuda.is_available():
         most = torch.cuda.max_memory_allocated() / 2**30
         print(f"most device memory of all ways and their checks together: {most:.1f} GiB")
-    if results.settings["starts"]:
-        print(f"\n{start_table(results.rows)}")
-    print(f"\n{model_table(results.rows)}")
+    show_section(results, section.models)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,14 +1,81 @@
-"""The sections of `bench models`, `memory` and `startup`."""
+"""What `bench models` found: all layers from few, and the section."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from bench.core.results import Row
 from bench.core.section import Content, failures, left_out, paragraphs, spread, table
-from bench.models.table import PLAIN, layers_text, starts, tokens_per_second
-from bench.start.memory_table import PLAIN as PLAIN_MEMORY
-from bench.start.startup_table import medians
 
-_MIB, _GIB = 2**20, 2**30
+PLAIN = "inductor"  # the way that the others are compared with
+_LINEAR = ("bytes_read", "ideal_ms")  # in the number of layers, exactly
+_GIB = 2**30
+
+
+def extrapolated(rows: Sequence[Row], name: str, of_layers: int) -> Iterator[Row]:
+    """A row of all layers for what was measured with two smaller numbers of them.
+
+    On a straight line through both: the slope is a layer, the rest is the embedding and the head.
+    Where the two are no further apart than their spread there is no line to draw.
+    """
+    measured: dict[tuple[object, ...], dict[str, list[Row]]] = {}
+    for row in rows:
+        if row["model"] == name and "low" in row:
+            key = (row["phase"], row["batch"], row["tokens"])
+            measured.setdefault(key, {}).setdefault(row["way"], []).append(row)
+    for ways in measured.values():
+        whole = {way: _of_all_layers(found[0], found[-1]) for way, found in ways.items()}
+        plain = whole.get(PLAIN)
+        for way, found in ways.items():
+            few, many, ms = found[0], found[-1], whole[way]
+            if ms is not None and many["layers"] < of_layers:
+                keep = ("model", "of_layers", "phase", "batch", "tokens", "way", "library")
+                row = {key: many[key] for key in keep if key in many}
+                row |= {key: _on_a_line(few, many, key) for key in _LINEAR if key in many}
+                if "ideal_ms" in row:
+                    row["of_ideal"] = row["ideal_ms"] / ms
+                yield row | {
+                    "layers": of_layers,
+                    "extrapolated_from": [few["layers"], many["layers"]],
+                    "ms": ms,
+                    "over_inductor": plain and plain / ms,
+                }
+
+
+def _of_all_layers(few: Row, many: Row) -> float | None:
+    if few["layers"] == many["layers"] or many["low"] <= few["high"]:
+        return None
+    return _on_a_line(few, many, "ms")
+
+
+def _on_a_line(few: Row, many: Row, key: str) -> float:
+    layer = (many[key] - few[key]) / (many["layers"] - few["layers"])
+    return float(many[key] + (many["of_layers"] - many["layers"]) * layer)
+
+
+def tokens_per_second(row: Row) -> float:
+    """Of the whole batch: a step makes one token of each sequence, a prefill reads them all."""
+    tokens = row["tokens"] if row["phase"] == "prefill" else row["batch"]
+    return 1e3 * float(tokens) / float(row["ms"])
+
+
+def layers_text(row: Row) -> str:
+    """ "2 of 32", or all of them, measured or not."""
+    if found := row.get("extrapolated_from"):
+        return f"{row['layers']}, extrapolated from {found[0]} and {found[1]}"
+    whole = row["layers"] == row["of_layers"]
+    return str(row["layers"]) if whole else f"{row['layers']} of {row['of_layers']}"
+
+
+def starts(rows: Iterable[Row]) -> Iterator[tuple[Row, Row]]:
+    """(cold, warm) of every model and way that has both."""
+    cold: dict[tuple[str, int, str], Row] = {}
+    for row in rows:
+        if "start" not in row or "failure" in row:
+            continue
+        key = (row["model"], row["layers"], row["way"])
+        if row["start"] == "cold":
+            cold[key] = row
+        elif key in cold:
+            yield cold[key], row
 
 
 def models_short(content: Content) -> str:
@@ -116,44 +183,3 @@ def _ideal_cells(row: Row) -> list[str]:
     if "ideal_ms" not in row:
         return ["", "", ""]
     return [f"{row['bytes_read'] / _GIB:.2f}", f"{row['ideal_ms']:.2f}", f"{row['of_ideal']:.0%}"]
-
-
-def memory(content: Content) -> str:
-    """MiB beyond what importing takes; each way in a process of its own."""
-    rows: list[Row] = [row for row in content["rows"] if "failure" not in row]
-    plain = next((row for row in rows if row["way"] == PLAIN_MEMORY), None)
-    lines = []
-    for row in rows:
-        sizes = [f"{row[key] / _MIB:.0f}" for key in ("loaded", "peak", "after")]
-        share = f"{row['peak'] / plain['peak']:.2f}" if plain else ""
-        library = f" ({row['library']})" if "library" in row else ""
-        lines.append([f"{row['way']}{library}", *sizes, share])
-    headers = ("way", "after loading", "peak", "after the first result", "peak over bf16")
-    s = content["settings"]
-    what = f"MiB beyond what imports take, a Llama of {s['layers']} layers and hidden size 4096."
-    return paragraphs(what, table(lines, headers), failures(content, "way"))
-
-
-def startup(content: Content) -> str:
-    """Seconds from the creation of the process to the first result, and the parts of it."""
-    rows: list[Row] = content["rows"]
-    found = medians(rows)
-    parts = ("total", "import", "first call", "quantise", "x86 build", "compile")
-    lines = [[name, *(f"{row[part]:.1f}" for part in parts)] for name, row in found.items()]
-    s = content["settings"]
-    rounds = _times(s["rounds"])
-    what = (
-        f"Seconds from the creation of the process to the first result, without making the model "
-        f"(2 layers of hidden size 4096 and the head, bf16, a prompt of 16 tokens); {rounds}."
-    )
-    told = _failed_starts(rows)
-    return paragraphs(what, table(lines, ("start", *parts)), told)
-
-
-def _times(rounds: int) -> str:
-    return "one round" if rounds == 1 else f"medians of {rounds} rounds"
-
-
-def _failed_starts(rows: Iterable[Row]) -> str:
-    told = [f"{r['backend']}, {r['caches']}: {r['failure']}" for r in rows if "failure" in r]
-    return f"No figure: {'; '.join(told)}." if told else ""

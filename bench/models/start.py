@@ -10,9 +10,8 @@ import torch
 from bench.core import processes
 from bench.core.results import Row
 from bench.core.shapes import DTYPES, MODELS, build, classes
-from bench.models.decoding import Decoding, Prefill
-from bench.models.rows import WARM_CALLS, Phase, first_logits, synchronize
-from bench.models.ways import WAYS
+from bench.models.phases import Decoding, Phase, Prefill
+from bench.models.rows import WARM_CALLS, WAYS, first_logits, synchronize
 from fqcompile.quantize_model import quantize_
 
 

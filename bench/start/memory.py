@@ -25,8 +25,9 @@ from bench.core.llama_layers import SIZES
 from bench.core.measure import same_logits
 from bench.core.processes import in_fresh_process
 from bench.core.results import Results, Row, failure, identity
-from bench.start.memory_table import memory_table
+from bench.core.section import show
 from bench.start.memory_ways import SAVE, SAVED, WAYS
+from bench.start.section import memory as section
 
 
 def measured(way: str, arguments: argparse.Namespace, folder: Path) -> Row:
@@ -72,8 +73,7 @@ def run(arguments: argparse.Namespace) -> Results:
 
 def main(argv: Sequence[str] | None = None) -> None:
     results = run(parse(argv))
-    results.tell("way")
-    print(memory_table(results.rows))
+    show(results, section)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import fqcompile
 from bench.core import processes
 from bench.core.llama_layers import SIZES, Size, build, on_meta, prompt
 from bench.core.results import Row
-from bench.start.memory_table import PLAIN
+from bench.start.section import PLAIN
 
 Compiled = Callable[..., Any]
 

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from bench.core.llama_layers import SIZES
 from bench.core.measure import same_logits
-from bench.core.processes import in_fresh_process
+from bench.core.processes import caches_in, in_fresh_process
 from bench.core.results import Results, Row, failure, identity
-from bench.start.startup_table import startup_table
+from bench.core.section import show
+from bench.start.section import startup as section
 
 
 class Start(NamedTuple):
@@ -50,14 +51,11 @@ STARTS = (
 
 def started(start: Start, caches: Path, arguments: argparse.Namespace) -> Row:
     """One start with its caches in `caches`."""
-    where = {
-        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
-        "TRITON_CACHE_DIR": str(caches / "triton"),
-        "FQCOMPILE_CACHE_DIR": str(caches / "fqcompile"),
-    }
     flags = ["--backend", start.backend, "--size", arguments.size]
     flags += ["--threads", str(arguments.threads)]
-    return in_fresh_process("bench.start.one_start", flags, {**where, **start.environment})
+    return in_fresh_process(
+        "bench.start.one_start", flags, {**caches_in(caches), **start.environment}
+    )
 
 
 def one_round(arguments: argparse.Namespace, results: Results, number: int) -> None:
@@ -92,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = Results(identity(torch.device("cpu")), settings, arguments.json)
     for number in range(arguments.rounds):
         one_round(arguments, results, number)
-    results.tell("backend", "caches")
-    print(startup_table(results.rows))
+    show(results, section)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from bench.costs.section import (
 )
 from bench.experts.section import expert_decode, expert_decode_short
 from bench.kernels.section import cpu_kernels, cpu_kernels_short
-from bench.models.section import memory, models, models_short, startup
+from bench.models.section import models, models_short
+from bench.start.section import memory, startup
 from bench.static.section import static, static_short
 from bench.tune.section import tune, tune_short
 from tests.bench.made_up_results import cells, content

@@ -13,12 +13,11 @@ from bench.core.results import Row
 from bench.core.shapes import MODELS, build, parameter_bytes
 from bench.models import rows as model_rows
 from bench.models import run as models
-from bench.models import starts as model_starts
-from bench.models.decoding import Decoding, Prefill
-from bench.models.ideal import Rates, flops_of, ideal_ms, weight_bytes_read
-from bench.models.rows import allowed_error, clocked
-from bench.models.table import extrapolated, model_table, start_table, tokens_per_second
-from bench.models.ways import WAYS, Way, check_matrices
+from bench.models.phases import Decoding, Prefill, Rates, flops_of, ideal_ms, weight_bytes_read
+from bench.models.rows import WAYS, Way, allowed_error, check_matrices, clocked
+from bench.models.section import extrapolated, tokens_per_second
+from bench.models.section import models as section
+from tests.bench.made_up_results import cells, content
 
 CPU = torch.device("cpu")
 OURS = ("int8", "int4", "int4 head")
@@ -49,7 +48,8 @@ def test_each_way_is_checked_and_timed(capsys: pytest.CaptureFixture[str]) -> No
         if row["way"] != "inductor":
             assert row["linear_bytes"] < 0.6 * row["linear_bytes_before"]
     models.show(results)
-    assert capsys.readouterr().out.rstrip().splitlines()[-1].split()[:2] == ["tiny", "prefill"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")]
+    assert len(lines) == len(results.rows)
 
 
 def test_one_phase_alone_and_the_head_in_four_bits() -> None:
@@ -119,7 +119,7 @@ def test_all_layers_follow_from_two_counts_on_a_straight_line() -> None:
     assert int4["over_inductor"] == pytest.approx(21 / 11)
     assert int4["extrapolated_from"] == [2, 4]
     assert tokens_per_second(int4) == pytest.approx(4000 / 11)
-    text = model_table([*rows, plain, int4])
+    text = section(content([*rows, plain, int4], dtype="bf16"))
     assert "extrapolated from 2 and 4" in text
     assert "2 of 10" in text
 
@@ -282,8 +282,8 @@ def test_starts_are_measured_in_processes_of_their_own_and_checked() -> None:
         assert 0 < row["quantize_s"] < row["first_call_s"]
         assert 0 < row["loaded"] < row["peak"] > row["after"] > 0
         assert row["error"] <= row["allowed"]
-    line = start_table(results.rows).splitlines()[-1].split()
-    assert line[:5] == ["tiny", "1", "of", "4", "int4"]
+    text = section(content([cold, warm], dtype="bf16"))
+    assert cells(text, "tiny")[:3] == ["tiny", "1 of 4", "int4"]
 
 
 def test_a_start_that_computes_something_else_is_not_reported(
@@ -292,10 +292,10 @@ def test_a_start_that_computes_something_else_is_not_reported(
     def started(*arguments: Any) -> Row:
         return {"first_call_s": 1.0, "logits": [1.0, 2.5]}
 
-    monkeypatch.setattr(model_starts, "_started", started)
+    monkeypatch.setattr(models, "_started", started)
     work = {"model": "tiny", "layers": 1, "phase": "decode", "batch": 1, "tokens": 8}
     asked = arguments()
     for expected, right in (([1.0, 2.5], True), ([1.0, -2.5], False)):
-        rows = list(model_starts.start_rows(work, {"int4": expected}, 5, asked))
+        rows = list(models.start_rows(work, {"int4": expected}, 5, asked))
         assert ["failure" not in row for row in rows] == [right, right]
         assert all("logits" not in row for row in rows)

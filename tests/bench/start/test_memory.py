@@ -15,6 +15,7 @@ from bench.core.processes import ChildFailed
 from bench.core.results import Row
 from bench.start import memory, memory_ways
 from fqcompile.kernels.tuning.search import WrongResult
+from tests.bench.made_up_results import cells
 
 TINY = SIZES["tiny"]
 MIB = 2**20
@@ -38,13 +39,6 @@ def test_ours_must_agree_exactly_and_others_to_four_bits() -> None:
         memory.same_logits(row("keep", 1, logits=(float("nan"), 2, 3)), [plain], 2)
 
 
-def test_the_table_has_mebibytes_beside_the_plain_model() -> None:
-    rows = [row("bf16", 1000, ours=False), row("keep", 1500), {"way": "load", "failure": "no"}]
-    lines = memory.memory_table(rows).splitlines()
-    assert lines[-1].split()[:7] == ["keep", "1500", "1500", "1500", "1500", "1.50", "1.50"]
-    assert not any("load " in line for line in lines[2:])
-
-
 def test_rows_come_from_second_processes_and_failures_are_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,8 +58,7 @@ def test_rows_come_from_second_processes_and_failures_are_named(
     assert ran == ["bf16", "bf16", "finequant", "finequant", "save", "load", "load", "torchao"]
     printed = capsys.readouterr().out
     assert "torchao: ChildFailed: torchao is not installed" in printed
-    load = next(line for line in printed.splitlines() if line.startswith("load"))
-    assert load.split()[1] == "7"
+    assert cells(printed, "load")[1] == "7"
 
 
 def test_every_way_has_a_name_of_its_own_and_is_measured_by_default() -> None:

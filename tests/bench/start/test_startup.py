@@ -9,9 +9,13 @@ pytest.importorskip("transformers", reason="the bench extra is not installed")
 
 from bench.core.processes import ChildFailed, in_fresh_process
 from bench.core.results import Results, Row
-from bench.start import one_start, startup, startup_table
+from bench.start import one_start, startup
+from bench.start.section import medians
+from bench.start.section import startup as section
+from tests.bench.made_up_results import cells, content
 
-PARTS = ("total", "import", "first call", "dynamo", *startup_table.PARTS)
+SPENT = ("dynamo", *dict.fromkeys(one_start.TIMED.values()), "run")  # of the first call
+PARTS = ("total", "import", "first call", *SPENT)
 
 
 def row(caches: str, total: float, backend: str = "finequant") -> Row:
@@ -22,14 +26,14 @@ def row(caches: str, total: float, backend: str = "finequant") -> Row:
 def test_figures_are_medians_beside_the_cold_start() -> None:
     rows = [row("cold", t) for t in (30.0, 20.0, 90.0)] + [row("warm", t) for t in (6.0, 60.0, 5.0)]
     rows.append({"backend": "inductor", "caches": "cold", "failure": "ChildFailed: no compiler"})
-    found = startup_table.medians(rows)
+    found = medians(rows)
     assert {name: start["total"] for name, start in found.items()} == {
         "finequant, cold": 30.0,
         "finequant, warm": 6.0,
     }
-    line = startup_table.startup_table(rows).splitlines()[-1]
-    assert line.split()[:3] == ["finequant,", "warm", "6.00"]
-    assert line.split()[-2:] == ["0.20", "0.20"]
+    text = section(content(rows, rounds=3))
+    assert cells(text, "finequant, warm")[1:4] == ["6.0", "0.6", "3.0"]
+    assert "No figure: inductor, cold: ChildFailed: no compiler." in text
 
 
 def test_starts_run_in_turn_and_share_the_caches_of_their_backend(
@@ -79,7 +83,7 @@ def test_a_start_that_computes_something_else_is_not_timed(
     failed = [row for row in results.rows if "failure" in row]
     assert [row["caches"] for row in failed] == ["warm, no weights"]
     assert failed[0]["failure"].startswith("wrong result: 0.35 from finequant, cold")
-    assert len(startup_table.medians(results.rows)) == 4
+    assert len(medians(results.rows)) == 4
     assert not any("logits" in row for row in results.rows)
 
 
@@ -95,7 +99,7 @@ def test_the_parts_of_a_start_add_up() -> None:
     assert len(logits) == 256
     assert set(seconds) == set(PARTS)
     assert seconds["total"] == pytest.approx(2.0 + seconds["first call"])
-    parts = [seconds[part] for part in ("dynamo", *startup_table.PARTS)]
+    parts = [seconds[part] for part in SPENT]
     assert sum(parts) == pytest.approx(seconds["first call"])
     assert all(part >= 0 for part in parts)
     assert seconds["run"] > 0
