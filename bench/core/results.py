@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ from fqcompile.report.files import replace_text
 COMMIT_VARIABLE = "BENCH_COMMIT"
 ROOT = Path(__file__).parents[2]
 Row = dict[str, Any]
+Step = tuple[str, Callable[[], Iterable[Row]]]  # its name, and what measures it
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -59,6 +60,24 @@ class Results:
                 print(f"{', '.join(str(row[key]) for key in place)}: {row['failure']}")
         if self.left_out:
             print(f"left out {len(self.left_out)}: {', '.join(self.left_out)}")
+
+    def fill(self, steps: Iterable[Step], seconds: float) -> None:
+        """Adds the rows of each step, or why it has none, as long as there is time.
+
+        What follows a lost GPU, or the keyboard's interrupt, is left out.
+        """
+        budget = Budget(seconds)
+        for name, rows in steps:
+            if not budget.allows_a_step():
+                self.leave_out(name)
+                continue
+            try:
+                self.add(*rows())
+            except (DeviceLost, KeyboardInterrupt) as end:
+                self.leave_out(f"{name} and all after it: {str(end) or 'stopped'}")
+                return
+            except Exception as error:
+                self.leave_out(f"{name}: {failure(error)}")
 
     @property
     def content(self) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from which another regime is the fastest.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from bench.core.measure import LEASE, Record, Replay, recorded_on_gpu, timings
-from bench.core.results import Budget, Results, Row, failure, identity
+from bench.core.results import Results, Row, Step, failure, identity
 from bench.core.shapes import DTYPES, EXPERTS
 from bench.experts.layers import (
     DENSE_WAY,
@@ -38,7 +38,7 @@ from fqcompile.errors import FineQuantError
 from fqcompile.kernels.gpu import Gpu, gpu_of
 from fqcompile.kernels.roofline import ideal_seconds
 from fqcompile.kernels.tuning.launches import Mode
-from fqcompile.kernels.tuning.search import DeviceLost, WrongResult
+from fqcompile.kernels.tuning.search import WrongResult
 
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
 REGIMES = (GATHERED, GROUPED, DENSE_WAY)  # in the order in which more tokens make them the fastest
@@ -78,52 +78,33 @@ def measured_rows(layer: ExpertLayer, tokens: int, tune: Mode, record: Record) -
         }
 
 
-@dataclass
-class Runner:
-    """Measures model after model into `results`, as long as there is time."""
-
-    arguments: argparse.Namespace
-    device: torch.device
-    gpu: Gpu
-    record: Record
-    results: Results
-    budget: Budget
-
-    def run(self) -> None:
-        with torch.no_grad():
-            for model in tqdm(self.arguments.models, "models", disable=None):
-                try:
-                    self._measure(model)
-                except DeviceLost as lost:
-                    self.results.leave_out(f"{model} and all after it: {lost}")
-                    return
-
-    def _measure(self, model: str) -> None:
-        a, layer = self.arguments, None
+def steps(
+    arguments: argparse.Namespace, device: torch.device, gpu: Gpu, record: Record
+) -> Iterator[Step]:
+    """Every number of tokens of every model, whose layer is made by the first there is time for."""
+    a = arguments
+    for model in tqdm(a.models, "models", disable=None):
+        shape = EXPERTS[model]
+        size = max(shape[2:]) if a.group == "column" else a.group
+        form = (a.bits, size, DTYPES[a.dtype], device, gpu)
+        layer = cache(partial(ExpertLayer, shape, max(a.tokens), *form))
         for tokens in a.tokens:
-            name = f"{model} {tokens} tokens"
-            if not self.budget.allows_a_step():
-                self.results.leave_out(name)
-                continue
-            try:
-                if layer is None:
-                    shape, group = EXPERTS[model], a.group
-                    size = max(shape[2:]) if group == "column" else group
-                    form = (a.bits, size, DTYPES[a.dtype], self.device, self.gpu)
-                    layer = ExpertLayer(shape, max(a.tokens), *form)
-                rows = list(measured_rows(layer, tokens, a.tune, self.record))
-            except Exception as error:
-                self.results.leave_out(f"{name}: {failure(error)}")
-                continue
-            self.results.add(*({"model": model, **row} for row in rows))
+            yield f"{model} {tokens} tokens", partial(_rows, model, layer, tokens, a.tune, record)
 
 
+def _rows(
+    model: str, layer: Callable[[], ExpertLayer], tokens: int, tune: Mode, record: Record
+) -> list[Row]:
+    return [{"model": model, **row} for row in measured_rows(layer(), tokens, tune, record)]
+
+
+@torch.no_grad()
 def run(arguments: argparse.Namespace, device: torch.device, gpu: Gpu, record: Record) -> Results:
     """Everything that the arguments ask for, or what the time budget allows of it."""
     settings = {k: v for k, v in vars(arguments).items() if k not in ("device", "json")}
     path = None if arguments.json is None else Path(arguments.json)
     results = Results(identity(device), settings, path)
-    Runner(arguments, device, gpu, record, results, Budget(arguments.time_budget)).run()
+    results.fill(steps(arguments, device, gpu, record), arguments.time_budget)
     return results
 
 

@@ -1,5 +1,5 @@
 """Our kernels against cuBLAS, torch.compile and other libraries, layer by layer, on a GPU
-(on a CPU: see kernels_cpu).
+(on a CPU: see `kernels.cpu`).
 
     python -m bench kernels --device cuda [--quick] [--shapes llama-3-8b 4096x4096] [--m 1,16,256]
         [--bits 4] [--group 128|column] [--dtype bf16|fp16] [--tune fast|max]
@@ -8,33 +8,34 @@
 Before a contender is timed its result is compared with fp64. Then all are timed in turn, from CUDA
 graphs, each call on another copy of the weight, so that none finds it in the L2 cache; 25 replays:
 the median, 20th and 80th percentile. "of ideal" is the least time that memory or matrix units allow
-for the quantised layer (`fqcompile.kernels.roofline`) over the time measured. "spread" is the
-widest between the percentiles in that line; differences below it are none. The file is whole after
-every M of a layer, and names what the time budget left out.
+for the quantised layer (`fqcompile.kernels.roofline`) over the time measured. The file is whole
+after every M of a layer, and names what the time budget left out.
 """
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from bench.core.measure import LEASE, MANY_COMPILATIONS, Record, recorded_on_gpu
-from bench.core.results import Budget, Results, failure, identity
+from bench.core.results import Results, Row, Step, identity
+from bench.core.section import show
 from bench.core.shapes import DTYPES, SHAPES, Shape, parse_shapes
 from bench.kernels import cpu as kernels_cpu
 from bench.kernels.baselines import BASELINES, MAX_AUTOTUNE
 from bench.kernels.contenders import Problem
 from bench.kernels.rows import Layer, identified, measured_rows
-from bench.kernels.table import failure_lines, kernel_table
+from bench.kernels.section import gpu_kernels
 from fqcompile.commands.argument_types import counts as row_counts
 from fqcompile.commands.argument_types import group_size
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels.gpu import Gpu, gpu_of
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.tuning.search import DeviceLost
+from fqcompile.kernels.tuning.launches import Mode
 
 ROWS = (1, 4, 16, 64, 128, 256, 512, 2048)
 CPU_SHAPES = ("llama-3-8b", "opt-6.7b", "encoders")
@@ -49,49 +50,33 @@ def specs(shape: Shape, arguments: argparse.Namespace, gpu: Gpu, device: str) ->
     return [replace(layer, m=m) for m in arguments.m]
 
 
-@dataclass
-class Runner:
-    """Measures shape after shape into `results`, as long as there is time."""
-
-    arguments: argparse.Namespace
-    device: torch.device
-    gpu: Gpu
-    record: Record
-    results: Results
-    budget: Budget
-
-    def run(self) -> None:
-        shapes = parse_shapes(self.arguments.shapes)
-        with torch.no_grad():
-            for shape in tqdm(shapes, "layers", disable=None):
-                try:
-                    self._measure(shape, specs(shape, self.arguments, self.gpu, self.device.type))
-                except DeviceLost as lost:
-                    self.results.leave_out(f"{shape} and all after it: {lost}")
-                    return
-
-    def _measure(self, shape: Shape, cases: Sequence[GemmSpec]) -> None:
-        layer = None
+def steps(
+    arguments: argparse.Namespace, device: torch.device, gpu: Gpu, record: Record
+) -> Iterator[Step]:
+    """Every M of every shape, whose contenders are set up by the first that there is time for."""
+    for shape in tqdm(parse_shapes(arguments.shapes), "layers", disable=None):
+        cases = specs(shape, arguments, gpu, device.type)
+        most = replace(cases[0], m=max(arguments.m))
+        layer = cache(partial(_layer, most, device, arguments.baselines))
         for spec in cases:
-            name = f"{shape} M={spec.m}"
-            if not self.budget.allows_a_step():
-                self.results.leave_out(name)
-                continue
-            try:
-                if layer is None:
-                    most = replace(spec, m=max(case.m for case in cases))
-                    layer = Layer(Problem(most, self.device), self.arguments.baselines)
-                rows = list(measured_rows(layer, spec, self.arguments.tune, self.record))
-            except Exception as error:
-                self.results.leave_out(f"{name}: {failure(error)}")
-                continue
-            self.results.add(*(identified(row, shape, spec) for row in rows))
+            yield f"{shape} M={spec.m}", partial(_rows, layer, shape, spec, arguments.tune, record)
 
 
+def _layer(spec: GemmSpec, device: torch.device, baselines: Sequence[str]) -> Layer:
+    return Layer(Problem(spec, device), baselines)
+
+
+def _rows(
+    layer: Callable[[], Layer], shape: Shape, spec: GemmSpec, tune: Mode, record: Record
+) -> list[Row]:
+    return [identified(row, shape, spec) for row in measured_rows(layer(), spec, tune, record)]
+
+
+@torch.no_grad()
 def run(arguments: argparse.Namespace, device: torch.device, gpu: Gpu, record: Record) -> Results:
     """Everything that the arguments ask for, or what the time budget allows of it."""
     results = results_for(arguments, device)
-    Runner(arguments, device, gpu, record, results, Budget(arguments.time_budget)).run()
+    results.fill(steps(arguments, device, gpu, record), arguments.time_budget)
     return results
 
 
@@ -114,7 +99,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tune", choices=("off", "fast", "max"), default="off")
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=usual)
     parser.add_argument("--threads", type=row_counts, metavar="T,...", help="a CPU: how many")
-    parser.add_argument("--experts", action="store_true", help="a CPU: a layer of experts too")
     parser.add_argument("--quick", action="store_true", help="five layers at four M")
     parser.add_argument("--json", metavar="FILE", help="write rows and identity there")
     parser.add_argument("--time-budget", type=float, default=LEASE, metavar="SECONDS")
@@ -124,18 +108,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments.threads = arguments.threads or [1, torch.get_num_threads()]
     arguments.m = arguments.m or list(QUICK_ROWS if arguments.quick else ROWS)
     return arguments
-
-
-def show(results: Results) -> None:
-    """What went wrong, what is missing, what it was measured on; the table last."""
-    about = [f"{key} {value}" for key, value in results.identity.items()]
-    for line in (*failure_lines(results.rows), ", ".join(about)):
-        print(line)
-    if results.left_out:
-        print(f"left out {len(results.left_out)}: {', '.join(results.left_out)}")
-    s = results.settings
-    print(f"\nint{s['bits']}, group {s['group']}, {s['dtype']}; microseconds, medians:\n")
-    print(kernel_table(results.rows))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -150,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             results = run(arguments, device, gpu_of(device), recorded_on_gpu)
     except FineQuantError as error:
         raise SystemExit(f"bench kernels: {error}") from error
-    show(results)
+    show(results, gpu_kernels)
 
 
 if __name__ == "__main__":

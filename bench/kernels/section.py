@@ -1,22 +1,41 @@
-"""The sections of `bench kernels`, on a GPU and on a CPU."""
+"""The sections of `bench kernels`, on a GPU and on a CPU: a line for each layer and M."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from bench.core.results import Row
-from bench.core.section import Content, left_out, paragraphs, spread, table
+from bench.core.section import Content, failures, left_out, paragraphs, spread, table
 from bench.core.shapes import OURS
-from bench.kernels.table import by_layer, our_best, timed_names
 
+Key = tuple[int, int, int]
 CPU_OURS = "fqcompile bf16"
 _NARROW = "fp32"  # ways in fp32 are in the whole table alone
+
+
+def by_layer(rows: Iterable[Row]) -> dict[Key, dict[str, Row]]:
+    """{(n, k, m): {contender: row}} in the order met."""
+    found: dict[Key, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row["n"], row["k"], row["m"]), {})[row["contender"]] = row
+    return found
+
+
+def timed_names(rows: Sequence[Row]) -> list[str]:
+    """The contenders that have a time anywhere."""
+    return list(dict.fromkeys(row["contender"] for row in rows if "us" in row))
+
+
+def our_best(ways: dict[str, Row]) -> Row | None:
+    """The fastest of ours that has a time."""
+    ours = [row for name, row in ways.items() if name.startswith(OURS) and "us" in row]
+    return min(ours, key=lambda row: row["us"], default=None)
 
 
 def gpu_kernels(content: Content) -> str:
     """Microseconds of each contender; ours is the fastest of our ways. Losses are shown."""
     rows: list[Row] = content["rows"]
     others = [name for name in timed_names(rows) if not name.startswith(OURS)]
-    headers = ["layer", "M", OURS, "of ideal", *others, "over cuBLAS"]
+    headers = ["layer", "M", OURS, "of ideal", *others, "over cuBLAS", "ours"]
     lines = []
     for (n, k, m), ways in by_layer(rows).items():
         best = our_best(ways)
@@ -26,10 +45,12 @@ def gpu_kernels(content: Content) -> str:
         times = [spread(ways.get(name, {}), "us") for name in others]
         ratio = "" if over is None else f"{over:.2f}x"
         share = f"{best['of_ideal']:.0%}"
-        lines.append([f"{n} x {k}", m, spread(best, "us"), share, *times, ratio])
+        config = best["detail"].partition(":")[2]
+        lines.append([f"{n} x {k}", m, spread(best, "us"), share, *times, ratio, config])
     s = content["settings"]
     what = f"int{s['bits']}, group {s['group']}, {s['dtype']}; µs, medians [20th, 80th percentile]."
-    return paragraphs(what, table(lines, headers), left_out(content))
+    told = failures(content, "contender")
+    return paragraphs(what, table(lines, headers), told, left_out(content))
 
 
 def cpu_kernels(content: Content) -> str:
@@ -41,7 +62,7 @@ def cpu_kernels(content: Content) -> str:
 
 def cpu_kernels_short(content: Content) -> str:
     """Of each set of shapes the largest layer, on the fewest threads, without the ways in fp32."""
-    rows: list[Row] = [row for row in content["rows"] if row["shapes"] != "experts"]
+    rows: list[Row] = content["rows"]
     threads = min(row["threads"] for row in rows)
     largest: dict[str, tuple[int, int]] = {}
     for row in rows:
@@ -109,12 +130,11 @@ def _cpu_cell(row: Row, least: float, spreads: bool) -> str:
 
 
 def cpu_layers(rows: Iterable[Row]) -> dict[tuple[int, int, int, int], dict[str, Row]]:
-    """{(n, k, m, threads): {contender: row}}; experts are not among them."""
+    """{(n, k, m, threads): {contender: row}}."""
     found: dict[tuple[int, int, int, int], dict[str, Row]] = {}
     for row in rows:
-        if row["shapes"] != "experts":
-            key = (row["n"], row["k"], row["m"], row["threads"])
-            found.setdefault(key, {})[row["contender"]] = row
+        key = (row["n"], row["k"], row["m"], row["threads"])
+        found.setdefault(key, {})[row["contender"]] = row
     return found
 
 

@@ -16,13 +16,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from bench.core.measure import LEASE, Record, recorded_on_cpu, recorded_on_gpu
-from bench.core.results import Budget, Results, failure, identity
+from bench.core.results import Results, Row, identity
 from bench.core.shapes import SHAPES
 from bench.tune.cases import compared_on_cpu, searched_on_gpu
 from fqcompile.commands.argument_types import counts as row_counts
@@ -35,7 +36,7 @@ from fqcompile.kernels.registry import select_kernel
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.tuning.key import M_BUCKETS, bucket_of, fingerprint, kernel_source_hash
 from fqcompile.kernels.tuning.measure import measure_on_gpu
-from fqcompile.kernels.tuning.search import DeviceLost, MakeMeasure, at_bucket
+from fqcompile.kernels.tuning.search import MakeMeasure, at_bucket
 from fqcompile.kernels.tuning.table import TunedTable
 from fqcompile.report.tuning_case import TuningCase
 from fqcompile.report.tuning_report import TuningReport
@@ -73,21 +74,14 @@ class Run:
 
     def measure_all(self, table: TunedTable | None) -> None:
         """Every case that the time budget allows; the others are named."""
-        budget = Budget(self.arguments.time_budget)
-        for spec in tqdm(asked_for(self.arguments, self.gpu), "cases", disable=None):
-            if not budget.allows_a_step():
-                self.results.leave_out(_name(spec))
-                continue
-            try:
-                case = self._case(spec, table)
-            except (DeviceLost, KeyboardInterrupt) as end:
-                self.results.leave_out(f"{_name(spec)} and all after it: {str(end) or 'stopped'}")
-                return
-            except Exception as error:
-                self.results.leave_out(f"{_name(spec)}: {failure(error)}")
-                continue
-            self.cases.append(case)
-            self.results.add(case.as_dict())
+        specs = tqdm(asked_for(self.arguments, self.gpu), "cases", disable=None)
+        steps = ((_name(spec), partial(self._rows, spec, table)) for spec in specs)
+        self.results.fill(steps, self.arguments.time_budget)
+
+    def _rows(self, spec: GemmSpec, table: TunedTable | None) -> list[Row]:
+        case = self._case(spec, table)
+        self.cases.append(case)
+        return [case.as_dict()]
 
     def _case(self, spec: GemmSpec, table: TunedTable | None) -> TuningCase:
         if table is None:

@@ -178,7 +178,7 @@ def test_a_lost_gpu_ends_the_run_and_keeps_what_there_was() -> None:
 
     results = run(record=record)
     assert [row["tokens"] for row in results.rows] == [1] * 4
-    assert results.left_out == ["small and all after it: an illegal memory access"]
+    assert results.left_out == ["small 5 tokens and all after it: an illegal memory access"]
 
 
 def made(model: str, tokens: int, **us: float) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from bench.kernels import contenders
 from bench.kernels import run as kernels
 from bench.kernels.baselines import BASELINES
 from bench.kernels.contenders import Contender, wrong_result
-from bench.kernels.table import failure_lines
+from bench.kernels.section import gpu_kernels
 from fqcompile.errors import OptionError
 from fqcompile.kernels.gpu import H200
 from fqcompile.kernels.launch_table import DENSE, LaunchTable
@@ -26,6 +26,7 @@ from fqcompile.kernels.roofline import ideal_seconds
 from fqcompile.kernels.tuning import measure as measure_module
 from fqcompile.kernels.tuning.launches import SEARCHED, Chosen
 from fqcompile.kernels.tuning.search import DeviceLost
+from tests.bench.made_up_results import cells
 from tests.kernels.tuning.fake import CLOSED, TEMPLATE
 
 CPU = torch.device("cpu")
@@ -109,7 +110,7 @@ def test_compiled_by_torch_it_is_the_same_layer() -> None:
 
 def test_what_is_not_there_is_in_the_table() -> None:
     results = run("gemlite", "tinygemm", "torchao", "cuBLAS", "--bits", "8")
-    lines = failure_lines(results.rows)
+    lines = {f"{r['contender']}: {r['failure']}" for r in results.rows if "failure" in r}
     assert "tinygemm: takes int4 and bf16" in lines
     for name in ("torchao", "gemlite"):
         if BASELINES[name].absent(kernels.specs(*_layer())[0]) == "not installed":
@@ -138,7 +139,7 @@ def test_one_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> No
     results = run("cuBLAS")
     assert named(results)["fqcompile dense"]["failure"] == "RuntimeError: out of resource"
     assert "us" in named(results)["cuBLAS"]
-    kernels.show(results)
+    kernels.show(results, gpu_kernels)
 
 
 def test_what_tuning_found_is_timed_beside_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,8 +177,8 @@ def test_what_there_was_no_time_for_is_named(capsys: pytest.CaptureFixture[str])
     results = run("--time-budget", "0")
     assert not results.rows
     assert results.left_out == ["64x256 M=1", "64x256 M=16"]
-    kernels.show(results)
-    assert "left out 2: 64x256 M=1, 64x256 M=16" in capsys.readouterr().out
+    kernels.show(results, gpu_kernels)
+    assert "Left out: 64x256 M=1, 64x256 M=16." in capsys.readouterr().out
 
 
 def test_a_lost_gpu_ends_the_run_and_keeps_what_there_was() -> None:
@@ -191,7 +192,7 @@ def test_a_lost_gpu_ends_the_run_and_keeps_what_there_was() -> None:
 
     results = run("--shapes", "64x256", "32x256", record=record)
     assert [row["m"] for row in results.rows] == [1, 1]
-    assert results.left_out == ["64x256 and all after it: an illegal memory access"]
+    assert results.left_out == ["64x256 M=16 and all after it: an illegal memory access"]
 
 
 def test_a_failure_while_timing_costs_that_step_alone() -> None:
@@ -206,14 +207,12 @@ def test_a_failure_while_timing_costs_that_step_alone() -> None:
     assert [row["m"] for row in results.rows] == [16] * 3
 
 
-def test_the_table_comes_last_and_shows_the_best_of_ours(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    kernels.show(run("cuBLAS", "gemlite"))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].split()[:2] == ["64x256", "16"]
-    assert "1.20x" in lines[-2]  # cuBLAS comes third, so it is said to take 12 us, ours 10
-    assert str(CLOSED.at(1)) in lines[-2]
+def test_the_table_shows_the_best_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    kernels.show(run("cuBLAS", "gemlite"), gpu_kernels)
+    printed = capsys.readouterr().out
+    # cuBLAS comes third, so it is said to take 12 us, ours 10
+    assert cells(printed, "64 x 256 | 1 ")[-2:] == ["1.20x", str(CLOSED.at(1))]
+    assert "No figure: gemlite: " in printed
 
 
 def test_alternatives_are_timed_in_turn() -> None:
