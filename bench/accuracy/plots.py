@@ -13,8 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench.accuracy.quantized import layer_type
-from bench.accuracy.ranges import QUANTILES
+from bench.accuracy.quantized import QUANTILES, layer_type
 from bench.accuracy.targets import ADAPTIVE, RANGE, pareto_front
 from bench.core.results import Row
 

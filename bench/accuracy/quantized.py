@@ -5,7 +5,7 @@ else stays fp32: embeddings, head, norms, biases, routers.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, cast
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fqcompile
+from bench.core.results import Row
 from fqcompile.config import FineQuantConfig
 from fqcompile.module_weights import module_weights
 from fqcompile.passes.summary import SiteRecipe
@@ -23,6 +24,8 @@ from fqcompile.report import Site
 
 # The head takes 8 bits by default; here nobody's head is quantised, so that nobody gains by it.
 NO_HEAD = {"exclude": [r"(^|\.)(lm_head|embed_tokens|project_in|project_out|pooler)\b"]}
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 # A matrix [N, K] to its dequantised value and the bits that are stored for each weight.
 Quantiser = Callable[[Tensor], tuple[Tensor, float]]
@@ -107,3 +110,20 @@ def theirs(model: nn.Module, quantiser: Quantiser) -> Quantised:
         weights.append(QuantisedWeight(one.name, matrix.numel(), bits, error))
         matrix.copy_(w_hat)
     return Quantised(plain, tuple(weights))
+
+
+def range_rows(model: nn.Module) -> Iterator[Row]:
+    """How wide the weights of each layer type are: what one scale per column has to cover.
+
+    Of each output column, its largest weight over its root mean square; of these ratios the
+    quantiles. A Gaussian column of 256 weights has about 2.9.
+    """
+    ratios: dict[str, list[Tensor]] = {}
+    for weight in module_weights(model, FineQuantConfig.from_options(NO_HEAD)):
+        if weight.reason is None:
+            columns = weight.matrix.detach().flatten(0, -2)
+            ratio = columns.abs().amax(1) / columns.square().mean(1).sqrt()
+            ratios.setdefault(layer_type(weight.name), []).append(ratio)
+    for name, parts in ratios.items():
+        quantiles = torch.cat(parts).quantile(torch.tensor(QUANTILES)).tolist()
+        yield {"layer_type": name, "quantiles": quantiles}

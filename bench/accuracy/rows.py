@@ -1,6 +1,7 @@
 """One row of the accuracy table: a model quantised one way, evaluated beside the fp32 model.
 
 A row of ours is reported only if the dequantised model is what the compiled backend computes.
+Sentence embeddings of a real model have rows too: cosines to those of the fp32 model.
 """
 
 import copy
@@ -16,6 +17,7 @@ from bench.accuracy.others import Baseline
 from bench.accuracy.quantized import NO_HEAD, Quantised, ours, theirs
 from bench.accuracy.targets import ADAPTIVE
 from bench.core.results import Row
+from fqcompile.commands.demo_embedding import Embedder, Sentences, nearest
 
 # Of what quantisation itself changes in the logits; and of the logits, for fp32's own rounding.
 _ALLOWED_SHARE, _ALLOWED_ROUNDING = 0.01, 1e-5
@@ -154,3 +156,30 @@ def _per_byte(name: str, bits: Tensor, lengths: Tensor) -> Row:
     """Of bits [D]: their sum per byte, and its interval."""
     low, high = interval(bits, lengths)
     return {name: (bits.sum() / lengths.sum()).item(), f"{name}_low": low, f"{name}_high": high}
+
+
+@torch.no_grad()
+def embedding_rows(
+    embedder: Embedder, sentences: Sentences, ways: list[str], baselines: list[Baseline]
+) -> list[Row]:
+    """One row per way and library: bits, error of the matrices, cosines, the same neighbours."""
+    exact = embedder(sentences)
+    transformer = embedder.transformer
+    made = {way: ours(transformer, WAYS[way]) for way in ways}
+    made |= {b.name: theirs(transformer, b.quantiser) for b in baselines}
+    return [_embedding_row(way, quantised, exact, sentences) for way, quantised in made.items()]
+
+
+def _embedding_row(
+    way: str, quantised: Quantised, exact: torch.Tensor, sentences: Sentences
+) -> Row:
+    embeddings = Embedder(quantised.model).eval()(sentences)
+    cosine = (exact * embeddings).sum(-1)
+    return {
+        "way": way,
+        "bits_per_weight": quantised.bits_per_weight,
+        "mean_error": quantised.mean_error,
+        "cosine": cosine.mean().item(),
+        "least_cosine": cosine.min().item(),
+        "same_neighbour": (nearest(exact) == nearest(embeddings)).double().mean().item(),
+    }

@@ -19,29 +19,30 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from bench.accuracy import section
 from bench.accuracy.allocation import allocation_rows
 from bench.accuracy.corpus import stdlib_corpus
-from bench.accuracy.embeddings import embedding_rows, load_embedder
 from bench.accuracy.language_model import Trained, Windows, windows_of
 from bench.accuracy.others import BASELINES
 from bench.accuracy.outliers import with_outliers
 from bench.accuracy.plots import draw
-from bench.accuracy.quantized import ours
-from bench.accuracy.ranges import range_rows
+from bench.accuracy.quantized import ours, range_rows
 from bench.accuracy.rows import (
     SENSITIVE_WAYS,
     WAYS,
     Evaluated,
     Exact,
     baseline_row,
+    embedding_rows,
     our_row,
     paired,
     row_of_type,
 )
-from bench.accuracy.table import show
 from bench.accuracy.targets import ADAPTIVE
 from bench.accuracy.train_lm import FAMILIES, SIZES, trained
 from bench.core.results import RESULTS, Results, Row, device_name, identity, slug
+from bench.core.section import show
+from fqcompile.commands.demo_embedding import load_embedder
 
 _QUICK_WAYS = [w for w in WAYS if w.endswith("mse") or w == "int4 column absmax"]
 _OUTLIER_WAYS = [w for w in WAYS if w.startswith("int4")]
@@ -155,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.folder:
         for path in draw(results.rows, arguments.folder):
             print(f"wrote {path}")
-    show(results)
+    show(results, section.accuracy)
 
 
 if __name__ == "__main__":

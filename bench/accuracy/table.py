@@ -1,32 +1,13 @@
-"""The accuracy rows as text: identity first, the analyses, then the targets and the main table."""
+"""The accuracy rows as text, table by table."""
 
 from collections.abc import Iterable, Sequence
 
 from tabulate import tabulate
 
-from bench.accuracy.targets import Verdict, verdicts
-from bench.core.results import Results, Row
+from bench.accuracy.targets import Verdict
+from bench.core.results import Row
 
 _MILLI = 1000  # losses are shown in thousandths of a bit per byte
-
-
-def show(results: Results) -> None:
-    """Everything, the table of qualities last."""
-    print(", ".join(f"{key} {value}" for key, value in results.identity.items()))
-    for row in results.rows:
-        if "failure" in row:
-            print(f"NOT REPORTED {row['model']} {row['part']} {row['way']}: {row['failure']}")
-    if results.left_out:
-        print(f"left out {len(results.left_out)}: {', '.join(results.left_out)}")
-    print(
-        "\nlosses and divergences from fp32 in thousandths of a bit per byte; [95 % of bootstraps]"
-    )
-    for table in (embedding_table, sensitivity_table, allocation_table, error_table):
-        print(f"\n{table(results.rows)}")
-    print(f"\nwith outliers in the weights\n\n{quality_table(results.rows, 'outliers')}")
-    print(f"\n{verdict_table(verdicts(results.rows))}")
-    print(f"\n{fp32_table(results.rows)}")
-    print(f"\n{quality_table(results.rows, 'quality')}")
 
 
 def _of(rows: Iterable[Row], part: str) -> list[Row]:

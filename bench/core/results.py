@@ -52,15 +52,6 @@ class Results:
         self.left_out += names
         self.write()
 
-    def tell(self, *place: str) -> None:
-        """Prints what it was measured on, what failed (named by these keys), what is missing."""
-        print(", ".join(f"{key} {value}" for key, value in self.identity.items()))
-        for row in self.rows:
-            if "failure" in row:
-                print(f"{', '.join(str(row[key]) for key in place)}: {row['failure']}")
-        if self.left_out:
-            print(f"left out {len(self.left_out)}: {', '.join(self.left_out)}")
-
     def fill(self, steps: Iterable[Step], seconds: float) -> None:
         """Adds the rows of each step, or why it has none, as long as there is time.
 

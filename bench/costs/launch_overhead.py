@@ -21,9 +21,10 @@ from unittest.mock import patch
 
 import torch
 import triton
-from tabulate import tabulate
 
 from bench.core.results import Results, identity
+from bench.core.section import show
+from bench.costs import section
 from bench.costs.stub_driver import install
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels import ops
@@ -147,17 +148,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     results.add(
         *({"way": n, "us": median(times), "best": min(times)} for n, times in found.items())
     )
-    print(", ".join(f"{key} {value}" for key, value in results.identity.items()))
     if device.type == "cpu":
         print("a STUB takes the place of the launch, and the machine may have other work")
-    base, fastest = median(found[LAUNCHER]), min(found[LAUNCHER])
-    rows = [
-        (name, median(times), min(times), median(times) - base, min(times) - fastest)
-        for name, times in found.items()
-    ]
-    headers = ("way", "us", "fastest", "over launcher", "fastest over fastest")
-    print("\n" + tabulate(rows, headers, floatfmt=".2f"))
-    over = min(found[OP]) - fastest
+    show(results, section.launch_overhead)
+    over = min(found[OP]) - min(found[LAUNCHER])
     verdict = "within" if over <= arguments.target else "beyond"
     print(f"\nthe operator is {over:.1f} us over Triton's launcher: {verdict} the target of "
           f"{arguments.target:g}")  # fmt: skip

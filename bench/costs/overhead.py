@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 
 import torch
 from tabulate import tabulate
@@ -24,6 +23,8 @@ import fqcompile
 from bench.core.measure import allowed_error, relative_error
 from bench.core.processes import in_fresh_process
 from bench.core.results import Results, Row, identity
+from bench.core.section import show as show_section
+from bench.costs import section
 from fqcompile.kernels.tuning.search import WrongResult
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -96,14 +97,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def show(results: Results) -> None:
     """The passes of the last run, then all runs."""
-    rows = results.rows
-    print(", ".join(f"{key} {value}" for key, value in results.identity.items()))
-    print(tabulate(rows[-1]["passes"].items(), ("pass, last run", "seconds"), floatfmt=".3f"))
-    keys = ("run", "inductor", "finequant", "ours")
-    lines = [[*(row[key] for key in keys), 100 * row["share"]] for row in rows]
-    headers = ("run", "inductor, s", "finequant, s", "passes, s", "share, %")
-    print("\n" + tabulate(lines, headers, floatfmt=".2f"))
-    print(f"median share {100 * median(row['share'] for row in rows):.1f} %")
+    passes = results.rows[-1]["passes"].items()
+    print(tabulate(passes, ("pass, last run", "seconds"), floatfmt=".3f"))
+    show_section(results, section.overhead)
 
 
 if __name__ == "__main__":

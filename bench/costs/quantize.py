@@ -16,10 +16,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tabulate import tabulate
 from torch.profiler import ProfilerActivity, profile
 
 from bench.core.results import Results, Row, identity
+from bench.core.section import show
+from bench.costs import section
 from fqcompile.config import SiteOptions
 from fqcompile.kernels.tuning.search import WrongResult
 from fqcompile.quant.choose import choose_and_quantize
@@ -102,27 +103,8 @@ def measure_dequantize(w: torch.Tensor, bits: int, repeat: int) -> Row:
     return row
 
 
-def quantize_table(rows: Sequence[Row]) -> str:
-    """A line for each setting."""
-    lines = [
-        (r["setting"], r["group"], r["weights_per_s"] / 1e6, r["peak"], r["error"])
-        for r in rows
-        if "setting" in r
-    ]
-    columns = ["setting", "group", "M weights/s", "peak / w", "error"]
-    return tabulate(lines, columns, floatfmt=("", "", ".0f", ".2f", ".5f"))
-
-
-def dequantize_table(rows: Sequence[Row]) -> str:
-    """A line for each number of bits."""
-    names = [str(dtype).removeprefix("torch.") for dtype in DEQUANTIZE_DTYPES]
-    found = [row for row in rows if "dequantize" in row]
-    lines = [(row["dequantize"], *(row[name] / 1e9 for name in names)) for row in found]
-    return tabulate(lines, ["dequantize", *(f"to {n} G/s" for n in names)], floatfmt=".2f")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print both tables."""
+    """Measure and print what there is to say."""
     parser = argparse.ArgumentParser(description="speed and memory of quantisation")
     parser.add_argument("--n", type=int, default=4096)
     parser.add_argument("--k", type=int, default=4096)
@@ -140,9 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results.add({"setting": name, **measure(w, options, args.repeat)})
     for bits in (4, 8):
         results.add(measure_dequantize(w, bits, args.repeat))
-    print(", ".join(f"{key} {value}" for key, value in results.identity.items()))
-    print(f"{args.n} x {args.k} {args.dtype}, {args.threads} threads")
-    print(f"{quantize_table(results.rows)}\n\n{dequantize_table(results.rows)}")
+    show(results, section.quantize)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
@@ -27,6 +26,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 import fqcompile
 from bench.core import processes
 from bench.core.results import Results, Row, identity
+from bench.core.section import show
+from bench.experts import section
 from fqcompile.weights.store import STORE
 
 SHAPE = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 64}
@@ -36,7 +37,6 @@ FORMS = ("batched_mm", "grouped_mm")
 INPUTS, ROUNDS = 12, 9
 # A unit of the result for each rounding (two products, the unit, the weighted sum), see tests.
 ALLOWED = {torch.bfloat16: 8 * 2**-8, torch.float32: 4 * 2048 * 2.0**-24}
-HEADERS = ("tokens", "dtype", "form", "inductor, ms", "int4, ms", "ratio", "best of inductor")
 
 
 class Case(NamedTuple):
@@ -154,7 +154,7 @@ def main() -> None:
             torch._dynamo.reset()
             found = cases(dtype, layers, output(oracle, inputs[0]), inputs[0])
             results.add(*_rows(found, layers[FORMS[0]], tokens, inputs))
-    _print(results)
+    show(results, section.expert_decode)
 
 
 def _inputs(dtype: str, tokens: int) -> list[Tensor]:
@@ -175,35 +175,6 @@ def _rows(
         about |= {"ms": median(milliseconds), "low": low, "high": high, "best": min(milliseconds)}
         rows.append(about | {"memory": share, "packed_mib": packed})
     return rows
-
-
-def _print(results: Results) -> None:
-    table = []
-    for ours in (row for row in results.rows if row["ours"]):
-        same = [r for r in results.rows if not r["ours"] and r["tokens"] == ours["tokens"]]
-        (plain,) = [r for r in same if (r["dtype"], r["form"]) == (ours["dtype"], ours["form"])]
-        best = min(same, key=lambda r: float(r["ms"]))
-        table.append(
-            (
-                ours["tokens"],
-                ours["dtype"],
-                ours["form"],
-                _spread(plain),
-                _spread(ours),
-                f"{plain['ms'] / ours['ms']:.2f}",
-                f"{best['ms'] / ours['ms']:.2f} ({best['dtype']} {best['form']})",
-            )
-        )
-    print(tabulate(table, HEADERS, disable_numparse=True))
-    for row in (row for row in results.rows if row["ours"] and row["form"] == FORMS[0]):
-        print(
-            f"{row['tokens']} tokens, {row['dtype']}: memory {row['memory']:.3f} of the packed "
-            f"size, {row['packed_mib']:.0f} MiB"
-        )
-
-
-def _spread(row: dict[str, Any]) -> str:
-    return f"{row['ms']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
 
 
 if __name__ == "__main__":

@@ -17,16 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tabulate import tabulate
 from tqdm import tqdm
 
 from bench.core.llama_layers import SIZES
 from bench.core.processes import in_fresh_process
 from bench.core.results import Results, Row, failure, identity
+from bench.core.section import show
+from bench.export import section
 from bench.export.ways import WAYS
 from fqcompile.kernels.tuning.search import WrongResult
 
-_MIB = 2**20
 _SPACE = 4  # times the model in bf16: itself, quantised twice, exported twice
 _BYTES_PER_LAYER = 440_000_000
 
@@ -44,20 +44,6 @@ def measured(way: str, folder: Path, flags: Sequence[str]) -> Row:
         if row["different"] or not row["equal"]:
             raise WrongResult(f"{row['different']} of {row['equal'] + row['different']} layers")
     return row
-
-
-def table(rows: Sequence[Row]) -> str:
-    """MiB and seconds; what a second reads and writes together."""
-    lines = []
-    for row in rows:
-        if "failure" in row:
-            continue
-        moved = (row["read"] + row["written"]) / row["seconds"] / 1e6
-        sizes = [f"{row[key] / _MIB:.0f}" for key in ("read", "written", "peak")]
-        exact = f"{row['equal']} layers" if "equal" in row else ""
-        lines.append([row["way"], *sizes, f"{row['seconds']:.1f}", f"{moved:.0f}", exact])
-    headers = ["way", "read", "written", "peak", "seconds", "MB/s", "equal"]
-    return tabulate(lines, headers, disable_numparse=True)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -99,8 +85,7 @@ def _check_space(folder: Path, arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     results = run(parse(argv))
-    results.tell("way")
-    print(table(results.rows))
+    show(results, section.export)
 
 
 if __name__ == "__main__":

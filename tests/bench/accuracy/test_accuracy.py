@@ -291,8 +291,8 @@ def test_the_command_from_training_to_tables(
     monkeypatch.setattr(accuracy, "WAYS", {w: WAYS[w] for w in (ADAPTIVE, "int4 column absmax")})
     accuracy.main(arguments)
     shown = capsys.readouterr().out
-    assert "adaptive's loss below hqq" not in shown and "NOT REPORTED" not in shown
-    assert shown.rstrip().splitlines()[-1].split()[:2] == ["opt", "int4"]
+    assert "adaptive's loss below hqq" not in shown and "Not reported" not in shown
+    assert [line.split()[:2] for line in shown.splitlines()].count(["opt", "int4"]) >= 4
     assert (tmp_path / "accuracy.json").is_file()
     if importlib.util.find_spec("matplotlib"):
         assert len(list(tmp_path.glob("*.svg"))) == 3
