@@ -38,11 +38,15 @@ MODULES = {
 }
 
 
+def module_of(name: str) -> str:
+    return f"bench.{MODULES.get(name, f'{name}.run')}"
+
+
 def main() -> None:
     name, *arguments = sys.argv[1:] or [""]
     if name in BENCHMARKS:
         sys.argv = [f"python -m bench {name}", *arguments]
-        import_module(f"bench.{MODULES.get(name, f'{name}.run')}").main()
+        import_module(module_of(name)).main()
         return
     for known, text in BENCHMARKS.items():
         print(f"python -m bench {known:15} {text}")
