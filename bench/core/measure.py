@@ -11,7 +11,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from bench.core.results import Row
+from bench.core.results import Row, failure
 from fqcompile.kernels.tuning.measure import captured, replayed, rounds_of, timing_of
 from fqcompile.kernels.tuning.search import WrongResult
 from fqcompile.kernels.tuning.table import Timing
@@ -29,6 +29,7 @@ _LOOSELY = 0.6
 
 # (warm-ups that do not count, replays) -> microseconds of a call, for each replay.
 Replay = Callable[[int, int], list[float]]
+Reasons = dict[str, str]  # why something has no time, by its name
 Record = Callable[[Sequence[Callable[[], object]]], Replay]
 
 
@@ -72,6 +73,27 @@ def timings(replays: Mapping[str, Replay]) -> dict[str, Timing]:
         for name, replay in replays.items():
             times[name] += replay(WARM_UPS, REPLAYS)
     return {name: timing_of(found) for name, found in times.items()}
+
+
+def timed_if_right(ways: Mapping[str, Callable[[], Replay]]) -> tuple[dict[str, Timing], Reasons]:
+    """The times of the ways that are right, in turn, and why the others have none.
+
+    Each is called once: it compares its result with what must come out, raises where that is
+    another, and returns its replays.
+    """
+    replays: dict[str, Replay] = {}
+    failures: Reasons = {}
+    for name, prepare in ways.items():
+        try:
+            replays[name] = prepare()
+        except Exception as error:
+            failures[name] = failure(error)
+    return timings(replays), failures
+
+
+def microseconds(timing: Timing) -> Row:
+    """As the rows of layers have it."""
+    return {"us": timing.microseconds, "low": timing.low, "high": timing.high}
 
 
 def allowed_error(dtype: torch.dtype, layers: int) -> float:

@@ -3,6 +3,7 @@
 To be quoted, a result says machine, versions, code and command.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ from fqcompile.report.files import replace_text
 
 COMMIT_VARIABLE = "BENCH_COMMIT"
 ROOT = Path(__file__).parents[2]
+_PLACES = ("device", "json", "html", "folder")  # arguments that are no settings
 Row = dict[str, Any]
 Step = tuple[str, Callable[[], Iterable[Row]]]  # its name, and what measures it
 RESULTS = ROOT / "bench" / "results"
@@ -43,6 +45,12 @@ class Results:
     path: Path | None = None
     rows: list[Row] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace, device: torch.device) -> "Results":
+        """Empty, with what the run was asked for."""
+        settings = {k: v for k, v in vars(arguments).items() if k not in _PLACES}
+        return cls(identity(device), settings, arguments.json)
 
     def add(self, *rows: Row) -> None:
         self.rows += rows

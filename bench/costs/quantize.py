@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.core.results import Results, Row, identity
+from bench.core.results import Results, Row
 from bench.core.section import show
 from bench.costs import section
 from fqcompile.config import SiteOptions
@@ -116,8 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     w = torch.randn(args.n, args.k, generator=torch.Generator().manual_seed(0))
     w = w.to(getattr(torch, args.dtype))
-    settings = {key: value for key, value in vars(args).items() if key != "json"}
-    results = Results(identity(torch.device("cpu")), settings, args.json)
+    results = Results.of(args, torch.device("cpu"))
     for name, options in SETTINGS.items():
         results.add({"setting": name, **measure(w, options, args.repeat)})
     for bits in (4, 8):

@@ -20,19 +20,13 @@ from pathlib import Path
 
 import torch
 from tabulate import tabulate
+from torch import Tensor
 from tqdm import tqdm
 
-from bench.core.measure import LEASE, Record, Replay, recorded_on_gpu, timings
-from bench.core.results import Results, Row, Step, failure, identity
-from bench.core.shapes import DTYPES, EXPERTS
-from bench.experts.layers import (
-    DENSE_WAY,
-    GATHERED,
-    GROUPED,
-    GROUPED_MM,
-    MATRICES,
-    ExpertLayer,
-)
+from bench.core.measure import LEASE, Record, Replay, microseconds, recorded_on_gpu, timed_if_right
+from bench.core.results import Results, Row, Step
+from bench.core.shapes import DTYPES, EXPERTS, GROUPED_MM, MATRICES
+from bench.experts.layers import DENSE_WAY, GATHERED, GROUPED, ExpertLayer, Way
 from fqcompile.commands.argument_types import counts, group_size
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels.gpu import Gpu, gpu_of
@@ -46,36 +40,32 @@ REGIMES = (GATHERED, GROUPED, DENSE_WAY)  # in the order in which more tokens ma
 
 def measured_rows(layer: ExpertLayer, tokens: int, tune: Mode, record: Record) -> Iterator[Row]:
     """A row for each way: its timing, or why there is none."""
-    failures: dict[str, str] = {}
-    replays: dict[str, Replay] = {}
-    details: dict[str, str] = {}
     expected = layer.expected(tokens)
-    for way in layer.ways(tokens, tune):
-        details[way.name] = way.detail
-        calls = layer.calls(way, tokens)
-        try:
-            wrong = layer.wrong_result(calls[0](), expected)
-            if wrong is not None:
-                raise WrongResult(wrong)
-            replays[way.name] = record(calls)
-        except Exception as error:
-            failures[way.name] = failure(error)
-    found = timings(replays)
+    ways = list(layer.ways(tokens, tune))
+    ready = {w.name: partial(_recorded, layer, w, tokens, expected, record) for w in ways}
+    found, failures = timed_if_right(ready)
     specs = [layer.spec(matrix, "grouped", tokens) for matrix in MATRICES]
-    ideal = 1e6 * sum(ideal_seconds(spec, spec.m) for spec in specs)
-    for name, detail in details.items():
-        row: Row = {"tokens": tokens, "contender": name, "detail": detail, "ideal_us": ideal}
-        if name in failures:
-            yield row | {"failure": failures[name]}
+    ideal, baseline = 1e6 * sum(ideal_seconds(s, s.m) for s in specs), found.get(GROUPED_MM)
+    for way in ways:
+        row: Row = {"tokens": tokens, "contender": way.name, "detail": way.detail}
+        row["ideal_us"] = ideal
+        if way.name in failures:
+            yield row | {"failure": failures[way.name]}
             continue
-        timing, baseline = found[name], found.get(GROUPED_MM)
-        yield row | {
-            "us": timing.microseconds,
-            "low": timing.low,
-            "high": timing.high,
-            "of_ideal": ideal / timing.microseconds,
-            "over_grouped_mm": baseline and baseline.microseconds / timing.microseconds,
-        }
+        timing = found[way.name]
+        over = baseline and baseline.microseconds / timing.microseconds
+        shares = {"of_ideal": ideal / timing.microseconds, "over_grouped_mm": over}
+        yield row | microseconds(timing) | shares
+
+
+def _recorded(
+    layer: ExpertLayer, way: Way, tokens: int, expected: Tensor, record: Record
+) -> Replay:
+    calls = layer.calls(way, tokens)
+    wrong = layer.wrong_result(calls[0](), expected)
+    if wrong is not None:
+        raise WrongResult(wrong)
+    return record(calls)
 
 
 def steps(
@@ -101,9 +91,7 @@ def _rows(
 @torch.no_grad()
 def run(arguments: argparse.Namespace, device: torch.device, gpu: Gpu, record: Record) -> Results:
     """Everything that the arguments ask for, or what the time budget allows of it."""
-    settings = {k: v for k, v in vars(arguments).items() if k not in ("device", "json")}
-    path = None if arguments.json is None else Path(arguments.json)
-    results = Results(identity(device), settings, path)
+    results = Results.of(arguments, device)
     results.fill(steps(arguments, device, gpu, record), arguments.time_budget)
     return results
 
@@ -168,7 +156,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--group", type=group_size, default=128, help='size along K, or "column"')
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--tune", choices=("off", "fast", "max"), default="off")
-    parser.add_argument("--json", metavar="FILE", help="write rows and identity there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and identity there")
     parser.add_argument("--time-budget", type=float, default=LEASE, metavar="SECONDS")
     return parser.parse_args(argv)
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from bench.core.llama_layers import SIZES
 from bench.core.processes import in_fresh_process
-from bench.core.results import Results, Row, failure, identity
+from bench.core.results import Results, Row, failure
 from bench.core.section import show
 from bench.export import section
 from bench.export.ways import WAYS
@@ -58,8 +58,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> Results:
-    settings = {"size": arguments.size, "layers": arguments.layers, "threads": arguments.threads}
-    results = Results(identity(torch.device("cpu")), settings, arguments.json)
+    results = Results.of(arguments, torch.device("cpu"))
     flags = ["--size", arguments.size, "--layers", str(arguments.layers)]
     flags += ["--threads", str(arguments.threads)]
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:

@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from bench.core.measure import Record, Replay, timings
+from torch import Tensor
+
+from bench.core.measure import Record, Replay, microseconds, timed_if_right
 from bench.core.results import Row, failure
 from bench.core.shapes import OURS, Shape
 from bench.kernels.baselines import BASELINES, CUBLAS, Baseline
@@ -12,7 +14,6 @@ from fqcompile.kernels.roofline import ideal_seconds
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.tuning.launches import Mode
 from fqcompile.kernels.tuning.search import WrongResult
-from fqcompile.kernels.tuning.table import Timing
 
 
 class Layer:
@@ -53,47 +54,32 @@ def measured_rows(layer: Layer, spec: GemmSpec, tune: Mode, record: Record) -> I
             contenders = [*layer.ours.contenders(spec, tune), *contenders]
         except Exception as error:
             failures[OURS] = failure(error)
-    replays = _recorded(layer.problem, contenders, spec, record, failures)
-    found = timings(replays)
-    ideal = 1e6 * ideal_seconds(spec, spec.m)
+    x, expected = layer.problem.x(spec.m), layer.problem.expected(spec.m)
+    given = (x, expected, spec, record)
+    found, wrong = timed_if_right({c.name: partial(_recorded, c, *given) for c in contenders})
+    ideal, cublas = 1e6 * ideal_seconds(spec, spec.m), found.get(CUBLAS)
     for contender in contenders:
         if timing := found.get(contender.name):
             row = {"contender": contender.name, "detail": contender.detail, "ideal_us": ideal}
-            yield row | _figures(timing, ideal, found.get(CUBLAS))
-    for name, text in failures.items():
+            over = cublas and cublas.microseconds / timing.microseconds
+            shares = {"of_ideal": ideal / timing.microseconds, "over_cublas": over}
+            yield row | microseconds(timing) | shares
+    for name, text in (failures | wrong).items():
         yield {"contender": name, "ideal_us": ideal, "failure": text}
 
 
 def _recorded(
-    problem: Problem,
-    contenders: Sequence[Contender],
-    spec: GemmSpec,
-    record: Record,
-    failures: dict[str, str],
-) -> dict[str, Replay]:
-    """Those with a right result, ready to be timed; the others are added to `failures`."""
-    x, expected = problem.x(spec.m), problem.expected(spec.m)
-    replays = {}
-    for contender in contenders:
-        try:
-            wrong = wrong_result(contender.run(x, contender.weights[0]), expected, contender, spec)
-            if wrong is not None:
-                raise WrongResult(wrong)
-            calls = [partial(contender.run, x, weight) for weight in contender.weights]
-            replays[contender.name] = record(calls)
-        except Exception as error:
-            failures[contender.name] = failure(error)
-    return replays
+    contender: Contender, x: Tensor, expected: Tensor, spec: GemmSpec, record: Record
+) -> Replay:
+    """Ready to be timed.
 
-
-def _figures(timing: Timing, ideal: float, cublas: Timing | None) -> Row:
-    return {
-        "us": timing.microseconds,
-        "low": timing.low,
-        "high": timing.high,
-        "of_ideal": ideal / timing.microseconds,
-        "over_cublas": cublas and cublas.microseconds / timing.microseconds,
-    }
+    Raises:
+        WrongResult: it computes something else.
+    """
+    wrong = wrong_result(contender.run(x, contender.weights[0]), expected, contender, spec)
+    if wrong is not None:
+        raise WrongResult(wrong)
+    return record([partial(contender.run, x, weight) for weight in contender.weights])
 
 
 def identified(row: Row, shape: Shape, spec: GemmSpec) -> Row:

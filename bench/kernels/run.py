@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from bench.core.measure import LEASE, MANY_COMPILATIONS, Record, recorded_on_gpu
-from bench.core.results import Results, Row, Step, identity
+from bench.core.results import Results, Row, Step
 from bench.core.section import show
 from bench.core.shapes import DTYPES, SHAPES, Shape, parse_shapes
 from bench.kernels import cpu as kernels_cpu
@@ -75,16 +75,9 @@ def _rows(
 @torch.no_grad()
 def run(arguments: argparse.Namespace, device: torch.device, gpu: Gpu, record: Record) -> Results:
     """Everything that the arguments ask for, or what the time budget allows of it."""
-    results = results_for(arguments, device)
+    results = Results.of(arguments, device)
     results.fill(steps(arguments, device, gpu, record), arguments.time_budget)
     return results
-
-
-def results_for(arguments: argparse.Namespace, device: torch.device) -> Results:
-    """Empty, with what the run was asked for."""
-    settings = {k: v for k, v in vars(arguments).items() if k not in ("device", "json")}
-    path = None if arguments.json is None else Path(arguments.json)
-    return Results(identity(device), settings, path)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -100,7 +93,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=usual)
     parser.add_argument("--threads", type=row_counts, metavar="T,...", help="a CPU: how many")
     parser.add_argument("--quick", action="store_true", help="five layers at four M")
-    parser.add_argument("--json", metavar="FILE", help="write rows and identity there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and identity there")
     parser.add_argument("--time-budget", type=float, default=LEASE, metavar="SECONDS")
     arguments = parser.parse_args(argv)
     shapes = CPU_SHAPES if arguments.device == "cpu" else SHAPES
@@ -113,7 +106,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     if arguments.device == "cpu":
-        kernels_cpu.main(arguments, results_for(arguments, torch.device("cpu")))
+        kernels_cpu.main(arguments, Results.of(arguments, torch.device("cpu")))
         return
     device = torch.device(arguments.device)
     try:

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.core.measure import Replay, allowed_error, relative_error, timings
-from bench.core.results import Row, failure
+from bench.core.measure import Replay, allowed_error, relative_error, timed_if_right
+from bench.core.results import Row
 from bench.models.phases import (
     Phase,
     Rates,
@@ -147,15 +147,14 @@ def measured_rows(
     A row with a timing has "logits", which are for `checked_logits` and no result.
     """
     ready: dict[str, Ready] = {}
-    failures: dict[str, str] = {}
-    torch.compiler.reset()
-    for way in ways:
-        try:
-            ready[way.name] = _prepared(model, phase, way, layers, inner)
-        except Exception as error:
-            failures[way.name] = failure(error)
     device = next(model.parameters()).device
-    found = timings({name: _replay(phase, known.work, device) for name, known in ready.items()})
+
+    def prepare(way: Way) -> Replay:
+        ready[way.name] = _prepared(model, phase, way, layers, inner)
+        return _replay(phase, ready[way.name].work, device)
+
+    torch.compiler.reset()
+    found, failures = timed_if_right({way.name: partial(prepare, way) for way in ways})
     plain = found.get(PLAIN)
     for way in ways:
         row: Row = {"way": way.name, "library": way.label}

@@ -42,7 +42,7 @@ from bench.core.measure import (
     relative_error,
 )
 from bench.core.processes import caches_in, in_fresh_process
-from bench.core.results import Budget, Results, Row, failure, identity
+from bench.core.results import Budget, Results, Row, failure
 from bench.core.section import show as show_section
 from bench.core.shapes import DTYPES, MADE_UP, MODELS, build, parameter_bytes
 from bench.models import section
@@ -202,7 +202,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-starts", dest="starts", action="store_false", help="time steps alone")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="a CPU's")
     parser.add_argument("--inner", default="inductor", help="backend that compiles the graphs")
-    parser.add_argument("--json", metavar="FILE", help="write rows and identity there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and identity there")
     parser.add_argument("--time-budget", type=float, default=LEASE, metavar="SECONDS")
     arguments = parser.parse_args(argv)
     if arguments.tiny:
@@ -220,10 +220,8 @@ def run(arguments: argparse.Namespace) -> Results:
     if arguments.inner == "inductor":
         torch.compile(lambda x: x + 1)(torch.zeros(3))  # starts Inductor's helpers, for nobody
     rates = rates_of(device, DTYPES[arguments.dtype])
-    settings = {k: v for k, v in vars(arguments).items() if k not in ("device", "json")}
-    settings |= {"bandwidth": rates.bandwidth, "flops": rates.flops}
-    path = None if arguments.json is None else Path(arguments.json)
-    results = Results(identity(device), settings, path)
+    results = Results.of(arguments, device)
+    results.settings |= {"bandwidth": rates.bandwidth, "flops": rates.flops}
     ways = [WAYS[name] for name in arguments.ways]
     results.leave_out(*(f"{way.name}: {way.missing}" for way in ways if way.missing))
     present = [way for way in ways if way.missing is None]

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from bench.core.llama_layers import SIZES
 from bench.core.measure import same_logits
 from bench.core.processes import in_fresh_process
-from bench.core.results import Results, Row, failure, identity
+from bench.core.results import Results, Row, failure
 from bench.core.section import show
 from bench.start.memory_ways import SAVE, SAVED, WAYS
 from bench.start.section import memory as section
@@ -56,8 +56,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> Results:
-    settings = {"size": arguments.size, "layers": arguments.layers, "threads": arguments.threads}
-    results = Results(identity(torch.device("cpu")), settings, arguments.json)
+    results = Results.of(arguments, torch.device("cpu"))
     found: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for way in tqdm(arguments.way, "ways", disable=None):

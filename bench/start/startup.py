@@ -22,7 +22,7 @@ from tqdm import tqdm
 from bench.core.llama_layers import SIZES
 from bench.core.measure import same_logits
 from bench.core.processes import caches_in, in_fresh_process
-from bench.core.results import Results, Row, failure, identity
+from bench.core.results import Results, Row, failure
 from bench.core.section import show
 from bench.start.section import startup as section
 
@@ -86,8 +86,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
-    settings = {"size": arguments.size, "threads": arguments.threads, "rounds": arguments.rounds}
-    results = Results(identity(torch.device("cpu")), settings, arguments.json)
+    results = Results.of(arguments, torch.device("cpu"))
     for number in range(arguments.rounds):
         one_round(arguments, results, number)
     show(results, section)

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from bench.core.measure import Record, Replay, timings
+from bench.core.measure import Record, Replay, timed_if_right, timings
 from bench.core.results import failure
 from fqcompile.kernels.launch_table import Config, parse_config
 from fqcompile.kernels.registry import TEMPLATES, refusal, select_kernel
@@ -65,20 +65,11 @@ def compared_on_cpu(
 
     `templates`: instead of those that are registered.
     """
-    refusals: dict[str, str] = {}
-    replays: dict[str, Replay] = {}
     tried = _without_configurations() if templates is None else templates
-    for template in tried:
-        reason = refusal(template, spec)
-        if reason is not None:
-            refusals[template.name] = reason
-            continue
-        try:
-            runs, expected = prepared(template, spec, spec.m, CPU)
-            replays[template.name] = _checked(runs, expected, None, spec, record)
-        except Exception as error:
-            refusals[template.name] = failure(error)
-    found = timings(replays)
+    refusals = {t.name: reason for t in tried if (reason := refusal(t, spec)) is not None}
+    ready = {t.name: partial(_recorded, t, spec, record) for t in tried if t.name not in refusals}
+    found, wrong = timed_if_right(ready)
+    refusals |= wrong
     ideal = least_seconds(spec)
     assert ideal is not None, "a CPU's read rate can be measured"
     selected = select_kernel(spec).template.name
@@ -94,6 +85,10 @@ def compared_on_cpu(
 
 def _without_configurations() -> list[Template]:
     return [t for t in TEMPLATES.values() if t.candidates is nothing_to_search]
+
+
+def _recorded(template: Template, spec: GemmSpec, record: Record) -> Replay:
+    return _checked(*prepared(template, spec, spec.m, CPU), None, spec, record)
 
 
 def _checked(

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from bench.core.measure import LEASE, Record, recorded_on_cpu, recorded_on_gpu
-from bench.core.results import Results, Row, identity
+from bench.core.results import Results, Row
 from bench.core.shapes import SHAPES
 from bench.tune.cases import compared_on_cpu, searched_on_gpu
 from fqcompile.commands.argument_types import counts as row_counts
@@ -138,14 +138,13 @@ def run(
 
     With a `gpu` its configurations are searched, without one kernels are compared on the CPU.
     """
-    settings = {k: v for k, v in vars(arguments).items() if k not in ("device", "json", "html")}
-    results = Results(identity(device), settings, arguments.json)
+    results = Results.of(arguments, device)
     if gpu is None:
-        settings["read_bandwidth"] = read_bandwidth()
+        results.settings["read_bandwidth"] = read_bandwidth()
     one = Run(arguments, device, gpu, record, make_measure, results)
     with torch.no_grad(), _fresh_table(gpu) as table:
         one.measure_all(table)
-    about = {**results.identity, **settings}
+    about = {**results.identity, **results.settings}
     choice = "selected kernel" if gpu is None else "closed form"
     return TuningReport(one.cases, about, choice, _notes(gpu), results.left_out)
 
