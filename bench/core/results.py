@@ -71,12 +71,17 @@ class Results:
                 self.leave_out(name)
                 continue
             try:
-                self.add(*rows())
+                self._attempt(name, rows)
             except (DeviceLost, KeyboardInterrupt) as end:
                 self.leave_out(f"{name} and all after it: {str(end) or 'stopped'}")
                 return
-            except Exception as error:
-                self.leave_out(f"{name}: {failure(error)}")
+
+    def _attempt(self, name: str, rows: Callable[[], Iterable[Row]]) -> None:
+        """Raises DeviceLost also where another error is the first to tell of it."""
+        try:
+            self.add(*rows())
+        except Exception as error:
+            self.leave_out(f"{name}: {failure(error)}")
 
     @property
     def content(self) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def _cpu_table(
     details = {row["contender"]: row["detail"] for row in rows if "detail" in row}
     lines = []
     for (n, k, m, threads), ways in cpu_layers(rows).items():
-        least = min(row["us"] for row in ways.values() if "us" in row)
+        least = min((row["us"] for row in ways.values() if "us" in row), default=None)
         cells = [_cpu_cell(ways.get(name, {}), least, spreads) for name in names]
         known = m == 1 and CPU_OURS in ways
         read = f"{read_share(ways[CPU_OURS], rates):.0%}" if known else ""
@@ -122,7 +122,7 @@ def _named(name: str, detail: str) -> str:
     return name if name.startswith(OURS) else f"{name} ({detail.partition('+')[0]})"
 
 
-def _cpu_cell(row: Row, least: float, spreads: bool) -> str:
+def _cpu_cell(row: Row, least: float | None, spreads: bool) -> str:
     if "us" not in row:
         return ""
     text = spread(row, "us", 0) if spreads else f"{row['us']:.0f}"

@@ -11,9 +11,10 @@ import torch
 from bench import gpu, short
 from bench.__main__ import BENCHMARKS
 from bench.core import results
-from bench.core.results import Budget
+from bench.core.results import Budget, Results
 from bench.core.steps import Step, session
 from bench.costs.launch_overhead import host_microseconds
+from fqcompile.kernels.tuning.search import DeviceLost
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,6 +118,21 @@ def test_a_step_begins_where_the_longest_so_far_would_fit(monkeypatch: pytest.Mo
         allowed.append(budget.allows_a_step())
     assert allowed == [True, True, True, False]
     assert budget.left == 3.5
+
+
+def test_an_error_that_tells_of_a_lost_gpu_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(error: Exception) -> None:
+        raise DeviceLost("gone") from error
+
+    def fails() -> list[results.Row]:
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(results, "check_device", lost)
+    found = Results({}, {})
+    found.fill([("a", lambda: [{"n": 1}]), ("b", fails), ("c", lambda: [{"n": 3}])], 1e6)
+    assert found.rows == [{"n": 1}]
+    assert found.left_out == ["b and all after it: gone"]
 
 
 def test_host_time_is_of_one_call_and_taken_in_turn() -> None:
