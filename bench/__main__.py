@@ -5,12 +5,9 @@ from importlib import import_module
 
 BENCHMARKS = {
     "quantize": "how fast weights are quantised and dequantised, and with how much memory",
-    "granularity": "quality of the granularity rules against fixed groups, real weights",
     "accuracy": "what quantisation costs trained language models, ours and other libraries",
     "train_lm": "trains the small language models of the accuracy benchmark, once",
-    "expert_forms": "what becomes of experts in every form that models write them",
     "expert_decode": "a CPU: decoding through a layer of experts, against Inductor on it",
-    "encoder": "a CPU: sentences through a small encoder in fp32, against Inductor",
     "overhead": "share of fqcompile's passes in the whole compilation of a small Llama",
     "startup": "the first start of a model and the second, part by part",
     "memory": "peak and resident memory of each way to run a model in 4 bits, against bf16",
@@ -22,22 +19,38 @@ BENCHMARKS = {
     "models": "decoding and prefill of whole models, random weights: time, starts, memory, ideal",
     "planner": "how far the planner's predictions are from all results",
     "launch_overhead": "Python's time in one call of the operator, against Triton's own launcher",
-    "subnormals": "a GPU: whether its matrix units keep the codes that are subnormal numbers",
     "gpu": "a GPU: the tests marked gpu and the short benchmarks, into one folder",
     "short": "what `make bench` runs: each of the above on a small case, 10 minutes on 2 cores",
     "readme": "writes the README's tables, and docs/results.md, from the results",
 }
+# Below `bench`, where it is not the `run` of a folder of the benchmark's name.
+MODULES = {
+    "quantize": "costs.quantize",
+    "train_lm": "accuracy.train_lm",
+    "expert_decode": "experts.decode",
+    "overhead": "costs.overhead",
+    "startup": "start.startup",
+    "memory": "start.memory",
+    "launch_overhead": "costs.launch_overhead",
+    "gpu": "gpu",
+    "short": "short",
+    "readme": "readme",
+}
+
+
+def module_of(name: str) -> str:
+    return f"bench.{MODULES.get(name, f'{name}.run')}"
 
 
 def main() -> None:
     name, *arguments = sys.argv[1:] or [""]
     if name in BENCHMARKS:
         sys.argv = [f"python -m bench {name}", *arguments]
-        import_module(f"bench.{name}").main()
+        import_module(module_of(name)).main()
         return
     for known, text in BENCHMARKS.items():
         print(f"python -m bench {known:15} {text}")
-    if name:
+    if name not in ("", "-h", "--help"):
         raise SystemExit(f"no benchmark is called {name!r}")
 
 

@@ -1,12 +1,11 @@
 """A session on a GPU in one command: is it right, how fast is it; everything kept in one folder.
 
-    python -m bench gpu --out DIRECTORY [--time-budget 570] [--steps subnormals,tests,kernels]
+    python -m bench gpu --out DIRECTORY [--time-budget 570] [--steps tests,kernels]
 
 Steps, each in a process of its own, with its output in DIRECTORY/STEP.log; one that fails or takes
 too long does not stop the next, whose time is what is left of the budget:
 
     environment   GPU, driver, versions, kernels that would be selected
-    subnormals    the codes through the matrix units, as fp16 and bf16
     tests         pytest -m gpu
     kernels       bench kernels --quick, also as kernels.json
     overhead      host time of one call
@@ -20,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.session import BENCH, Step, conclude, names_of, session
+from bench.core.steps import BENCH, Step, conclude, names_of, session
 
 # Reads the card's state and changes none of it.
 _STATE = "nvidia-smi -q -d CLOCK,POWER,UTILIZATION,PERFORMANCE"
@@ -28,10 +27,6 @@ _STATE = "nvidia-smi -q -d CLOCK,POWER,UTILIZATION,PERFORMANCE"
 
 def _environment(out: Path, seconds: float) -> Sequence[str]:
     return ("sh", "-c", f"{_STATE}; {sys.executable} -m fqcompile doctor")
-
-
-def _subnormals(out: Path, seconds: float) -> Sequence[str]:
-    return (*BENCH, "subnormals")
 
 
 def _tests(out: Path, seconds: float) -> Sequence[str]:
@@ -67,7 +62,6 @@ def _overhead(out: Path, seconds: float) -> Sequence[str]:
 
 STEPS = {
     "environment": Step(_environment, share=0.2),
-    "subnormals": Step(_subnormals, share=0.2),
     "tests": Step(_tests, share=0.45),
     "kernels": Step(_kernels, share=0.85, shown=6000),
     "overhead": Step(_overhead, shown=1500),
@@ -75,7 +69,7 @@ STEPS = {
     "models": Step(_models, shown=6000),
     "tune": Step(_tune, shown=6000),
 }
-USUAL = ("environment", "subnormals", "tests", "kernels", "overhead")
+USUAL = ("environment", "tests", "kernels", "overhead")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,8 +15,8 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.results import RESULTS, stored
-from bench.section_text import paragraphs, place
+from bench.core.results import RESULTS, stored
+from bench.core.section import paragraphs, place
 from bench.sections import SECTIONS
 from bench.summary import summary
 

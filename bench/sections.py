@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bench.section_text import Content
-from bench.sections_accuracy import accuracy, accuracy_short
-from bench.sections_costs import (
+from bench.accuracy.section import accuracy, accuracy_short
+from bench.core.section import Content
+from bench.costs.section import (
     launch_overhead,
     launch_overhead_short,
     overhead,
@@ -13,12 +13,13 @@ from bench.sections_costs import (
     quantize,
     quantize_short,
 )
-from bench.sections_experts import expert_decode, expert_decode_short
-from bench.sections_export import export
-from bench.sections_kernels import cpu_kernels, cpu_kernels_short, gpu_kernels
-from bench.sections_models import encoder, memory, models, models_short, startup
-from bench.sections_read import expert_forms, expert_forms_short, static, static_short
-from bench.sections_tune import tune, tune_short
+from bench.experts.section import expert_decode, expert_decode_short
+from bench.export.section import export
+from bench.kernels.section import cpu_kernels, cpu_kernels_short, gpu_kernels
+from bench.models.section import models, models_short
+from bench.start.section import memory, startup
+from bench.static.section import static, static_short
+from bench.tune.section import tune, tune_short
 
 Render = Callable[[Content], str]
 
@@ -45,7 +46,6 @@ SECTIONS = (
     Section("accuracy", "Quality", "accuracy", accuracy, accuracy_short),
     Section("models", "Whole models on a GPU", "models", models, models_short),
     Section("models-cpu", "Whole models on a CPU", "models-cpu*", models, models_short),
-    Section("encoder", "An encoder in fp32 on a CPU", "encoder", encoder),
     Section("kernels", "Layers on a GPU", "kernels", gpu_kernels),
     Section("kernels-cpu", "Layers on a CPU", "kernels-cpu*", cpu_kernels, cpu_kernels_short),
     Section(
@@ -65,7 +65,6 @@ SECTIONS = (
         launch_overhead,
         launch_overhead_short,
     ),
-    Section("expert-forms", "Forms of experts", "expert-forms", expert_forms, expert_forms_short),
     Section("quantize", "Speed of quantisation", "quantize", quantize, quantize_short),
     Section("overhead", "Share of the passes", "overhead", overhead, overhead_short),
     Section("export", "Export to serving engines", "export", export),

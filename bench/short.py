@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.session import BENCH, ROOT, Step, conclude, names_of, session
+from bench.core.steps import BENCH, ROOT, Step, conclude, names_of, session
 
 OUT = ROOT / "build" / "bench"
 
@@ -40,7 +40,6 @@ _MODEL = ("--device", "cpu", "--model", "small", "--batch", "1", "--context", "6
           "decode", "--ways", "inductor", "int4")  # fmt: skip
 STEPS: dict[str, Step] = {
     "quantize": _step("quantize", "--n", "2048", "--k", "2048", "--repeat", "2"),
-    "granularity": _step("granularity", "--quick"),
     "kernels": _step("kernels", *_LAYERS, file="kernels-cpu"),
     "tune": Step(_tune, shown=2000),
     "models": _step("models", *_MODEL, file="models-cpu", shown=3000),

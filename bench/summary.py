@@ -7,8 +7,8 @@ bits (whole models under Inductor) and beside the best other library in the same
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench.results import RESULTS, Row, stored
-from bench.section_text import Content, paragraphs, table
+from bench.core.results import RESULTS, Row, stored
+from bench.core.section import Content, paragraphs, table
 
 _MIB, _MILLI = 2**20, 1000
 _HEADERS = ("", "PyTorch, 16 bits", "fqcompile", "other libraries")

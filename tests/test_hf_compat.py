@@ -6,9 +6,8 @@ import torch
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 import transformers as hf
 
-from bench import moe_models
 from fqcompile import hf_compat as compat
-from tests import dense_models
+from tests import dense_models, moe_models
 
 
 def test_converters_and_renamings_of_a_model() -> None:

@@ -10,17 +10,6 @@ pytest.importorskip("transformers", reason="the demo extra is not installed")
 import transformers as hf
 
 import fqcompile
-from bench.moe_models import (
-    EXPERTS,
-    LAYERS,
-    LAYERS_OF_OUR_OWN,
-    MODELS,
-    VOCAB,
-    WIDTH,
-    GShardMoe,
-    build,
-    expert_weights,
-)
 from fqcompile.passes.op_nodes import argument
 from fqcompile.weights.recipe import target_name
 from fqcompile.weights.store import STORE
@@ -33,6 +22,17 @@ from tests.helpers import (
     oracle,
     quantized_names,
     report,
+)
+from tests.moe_models import (
+    EXPERTS,
+    LAYERS,
+    LAYERS_OF_OUR_OWN,
+    MODELS,
+    VOCAB,
+    WIDTH,
+    GShardMoe,
+    build,
+    expert_weights,
 )
 
 IMPLEMENTATIONS = ["grouped_mm", "batched_mm"]

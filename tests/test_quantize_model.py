@@ -12,10 +12,10 @@ from torch.nn.utils import prune
 
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 import fqcompile
-from bench import moe_models
 from fqcompile import quantize_model
 from fqcompile.errors import OptionError, UnquantizableWeight
 from fqcompile.weights.packed_weight import PackedWeight
+from tests import moe_models
 from tests.dense_models import CASES, build, run
 from tests.helpers import InnerGraphs, Mlp, assert_close, finequant, frozen, oracle, report
 

@@ -8,7 +8,6 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 
-from bench.moe_models import LAYERS, LAYERS_OF_OUR_OWN, VOCAB, WIDTH, build, expert_weights
 from fqcompile.kernels.gpu import A100, H200, Gpu
 from tests.helpers import (
     InnerGraphs,
@@ -17,6 +16,7 @@ from tests.helpers import (
     frozen,
     report,
 )
+from tests.moe_models import LAYERS, LAYERS_OF_OUR_OWN, VOCAB, WIDTH, build, expert_weights
 from tests.test_triton_backend import on  # noqa: F401  (the fixture)
 
 BF16 = torch.bfloat16

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bench.results import Row
+from bench.core.results import Row
 
 
 def content(rows: list[Row], **settings: Any) -> dict[str, Any]:

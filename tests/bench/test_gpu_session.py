@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, identity, session, short
+from bench import gpu, short
 from bench.__main__ import BENCHMARKS
-from bench.launch_overhead import host_microseconds
-from bench.results import Budget
-from bench.session import Step
+from bench.core import results
+from bench.core.results import Budget, Results
+from bench.core.steps import Step, session
+from bench.costs.launch_overhead import host_microseconds
+from fqcompile.kernels.tuning.search import DeviceLost
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,11 +53,11 @@ def test_no_step_stops_the_next(
 
 def test_without_time_left_a_step_is_left_out(steps: None, tmp_path: Path) -> None:
     good = {"good": gpu.STEPS["good"]}
-    assert session.session(good, tmp_path, 0.5) == [("good", "no time", 0.0, "")]
+    assert session(good, tmp_path, 0.5) == [("good", "no time", 0.0, "")]
 
 
 def test_the_usual_steps_are_there_in_their_order_and_their_commands_known() -> None:
-    assert gpu.USUAL == ("environment", "subnormals", "tests", "kernels", "overhead")
+    assert gpu.USUAL == ("environment", "tests", "kernels", "overhead")
     for name, known in gpu.STEPS.items():
         command = known.command(Path("out"), 100.0)
         if "bench" in command:
@@ -90,20 +92,20 @@ def test_the_short_suite_runs_benchmarks_that_are_there_into_a_folder_git_ignore
 
 
 def test_a_folder_is_named_after_the_device() -> None:
-    assert identity.slug("NVIDIA A100-SXM4-80GB") == "nvidia-a100-sxm4-80gb"
-    assert identity.slug("AMD EPYC (x)") == "amd-epyc-x"
+    assert results.slug("NVIDIA A100-SXM4-80GB") == "nvidia-a100-sxm4-80gb"
+    assert results.slug("AMD EPYC (x)") == "amd-epyc-x"
 
 
 def test_who_copied_the_checkout_says_which_commit_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BENCH_COMMIT", "abc")
-    assert identity.commit() == "abc"
+    assert results.commit() == "abc"
     monkeypatch.delenv("BENCH_COMMIT")
-    monkeypatch.setattr(identity, "_git", lambda *arguments: None)
-    assert identity.commit() == "unknown"
+    monkeypatch.setattr(results, "_git", lambda *arguments: None)
+    assert results.commit() == "unknown"
     answers = {"rev-parse": "def", "status": " M x"}
-    monkeypatch.setattr(identity, "_git", lambda command, *rest: answers[command])
-    assert identity.commit() == "def+"
-    assert identity.identity(torch.device("cpu"))["commit"] == "def+"
+    monkeypatch.setattr(results, "_git", lambda command, *rest: answers[command])
+    assert results.commit() == "def+"
+    assert results.identity(torch.device("cpu"))["commit"] == "def+"
 
 
 def test_a_step_begins_where_the_longest_so_far_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +118,21 @@ def test_a_step_begins_where_the_longest_so_far_would_fit(monkeypatch: pytest.Mo
         allowed.append(budget.allows_a_step())
     assert allowed == [True, True, True, False]
     assert budget.left == 3.5
+
+
+def test_an_error_that_tells_of_a_lost_gpu_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(error: Exception) -> None:
+        raise DeviceLost("gone") from error
+
+    def fails() -> list[results.Row]:
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(results, "check_device", lost)
+    found = Results({}, {})
+    found.fill([("a", lambda: [{"n": 1}]), ("b", fails), ("c", lambda: [{"n": 3}])], 1e6)
+    assert found.rows == [{"n": 1}]
+    assert found.left_out == ["b and all after it: gone"]
 
 
 def test_host_time_is_of_one_call_and_taken_in_turn() -> None:

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from bench import experts, kernels, models, tune
-from bench.interleaved import recorded_on_gpu
+from bench.core.measure import recorded_on_gpu
+from bench.experts import run as experts
+from bench.kernels import run as kernels
+from bench.models import run as models
+from bench.tune import run as tune
 from fqcompile.kernels.gpu import gpu_of
 
 pytestmark = [

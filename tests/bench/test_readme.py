@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench import readme
-from bench.results import Results
+from bench.core.results import Results
 from bench.summary import summary
 
 IDENTITY = {
@@ -18,12 +18,13 @@ IDENTITY = {
     "commit": "abc",
     "command": "python -m bench kernels",
 }
+TILE = "16x16x16x1w4s2"
 EMPTY = "# t\n<!-- bench:kernels -->\n<!-- /bench:kernels -->\nend\n"
 ALL = "<!-- bench:all -->\n<!-- /bench:all -->\n"
 
 
 def kernel_row(contender: str, us: float, over: float | None = None, m: int = 1) -> dict[str, Any]:
-    layer = {"n": 64, "k": 32, "m": m, "contender": contender, "detail": "t:16x16x16x1w4s2"}
+    layer = {"n": 64, "k": 32, "m": m, "contender": contender, "detail": f"t:{TILE}"}
     times = {"us": us, "low": us - 1, "high": us + 1, "of_ideal": 5 / us, "over_cublas": over}
     return layer | {"ideal_us": 5.0} | times
 
@@ -57,7 +58,7 @@ def test_the_table_has_the_best_of_ours_beside_the_others(root: Path) -> None:
     text = page_text(root)
     row = next(line for line in text.splitlines() if line.startswith("| 64 x 32"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells == ["64 x 32", "1", "8.0 [7.0, 9.0]", "62%", "20.0 [19.0, 21.0]", "2.50x"]
+    assert cells == ["64 x 32", "1", "8.0 [7.0, 9.0]", "62%", "20.0 [19.0, 21.0]", "2.50x", TILE]
     assert "NVIDIA X, torch 2.13, triton 3.7, commit abc: `python -m bench kernels`" in text
     assert text.startswith("# t\n<!-- bench:kernels -->\n")
     assert text.endswith("<!-- /bench:kernels -->\nend\n")

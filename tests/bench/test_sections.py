@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from bench.results import Row
-from bench.sections_costs import (
+from bench.core.results import Row
+from bench.costs.section import (
     launch_overhead,
     launch_overhead_short,
     overhead,
@@ -11,11 +11,12 @@ from bench.sections_costs import (
     quantize,
     quantize_short,
 )
-from bench.sections_experts import expert_decode, expert_decode_short
-from bench.sections_kernels import cpu_kernels, cpu_kernels_short
-from bench.sections_models import encoder, memory, models, models_short, startup
-from bench.sections_read import expert_forms, expert_forms_short, static, static_short
-from bench.sections_tune import tune, tune_short
+from bench.experts.section import expert_decode, expert_decode_short
+from bench.kernels.section import cpu_kernels, cpu_kernels_short
+from bench.models.section import models, models_short
+from bench.start.section import memory, startup
+from bench.static.section import static, static_short
+from bench.tune.section import tune, tune_short
 from tests.bench.made_up_results import cells, content
 
 MIB, GIB = 2**20, 2**30
@@ -116,13 +117,6 @@ def test_memory_is_in_mib_and_over_the_plain_model() -> None:
     assert cells(text, "torchao") == ["torchao (torchao 9)", "1", "30", "2", "1.50"]
     assert "No figure: load: why." in text
     assert "3 layers" in text
-
-
-def test_an_encoder_shows_where_it_loses() -> None:
-    times = {"ms": 10.0, "low": 9.0, "high": 12.0}
-    rows = [times | {"way": "int4", "over_inductor": 0.95, "bytes_before": 80, "bytes_after": 12}]
-    text = encoder(content(rows, sentences=16, threads=2))
-    assert cells(text, "int4") == ["int4", "10.0 [9.0, 12.0]", "0.95x", "15%"]
 
 
 def test_starts_are_medians_of_their_rounds() -> None:
@@ -231,14 +225,3 @@ def test_of_machine_code_the_tile_with_the_fewest_instructions_is_shown() -> Non
     assert cells(text, "plain")[1] == "8.12"
     assert text.count("sm_90") == 2
     assert static(content(rows)).count("sm_90") == 5
-
-
-def test_forms_of_experts_are_summed_by_model() -> None:
-    forms = (("a", "2/2", 0.9, 1e-7), ("b", "1/2", 0.8, 3e-7))
-    rows = [
-        {"model": "m", "form": f, "stacks": s, "share": share, "error": e, "original": 0.1}
-        for f, s, share, e in forms
-    ]
-    found = content(rows, dtype="fp32")
-    assert cells(expert_forms_short(found), "m |") == ["m", "a, b", "3 of 4", "80.0%", "3e-07"]
-    assert cells(expert_forms(found), "m | b")[2:] == ["1 of 2", "80.0%", "3e-07"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench.results import Row
+from bench.core.results import Row
 from bench.summary import summary
 from tests.bench.made_up_results import cells
 

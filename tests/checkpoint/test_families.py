@@ -16,11 +16,11 @@ pytest.importorskip("transformers", reason="the demo extra is not installed")
 import transformers as hf
 
 import fqcompile
-from bench.moe_models import MODELS as MOE_MODELS
-from bench.moe_models import build as build_moe
 from fqcompile.weights.packed_weight import PackedWeight
 from tests.dense_models import CASES
 from tests.dense_models import build as build_dense
+from tests.moe_models import MODELS as MOE_MODELS
+from tests.moe_models import build as build_moe
 
 OPTIONS: dict[str, Any] = {"min_elements": 4096}
 NAMES = [*CASES, *MOE_MODELS]

@@ -19,8 +19,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from bench import moe_models
-from tests import dense_models
+from tests import dense_models, moe_models
 from tests.helpers import Mlp, frozen
 
 RANKS = 2

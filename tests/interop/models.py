@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import fqcompile
-from bench.moe_models import MODELS as MOE_MODELS
-from bench.moe_models import build as build_moe
 from tests.dense_models import build as build_dense
+from tests.moe_models import MODELS as MOE_MODELS
+from tests.moe_models import build as build_moe
 
 # Within a fused layer, a stack and a model everything differs; 16 does not fit any engine.
 UNEVEN: dict[str, Any] = {

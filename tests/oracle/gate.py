@@ -29,9 +29,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import fqcompile
-from bench import moe_models
 from fqcompile.errors import FineQuantError
-from tests import dense_models
+from tests import dense_models, moe_models
 from tests.distributed.pair import Pair
 from tests.distributed.sharded_models import sharded
 

@@ -1,6 +1,6 @@
 """The machine code of the kernels of experts keeps the budgets that those of one matrix have.
 
-And `bench.expert_launches` launches what `triton.experts` does.
+And `bench.static.expert_launches` launches what `triton.experts` does.
 """
 
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton.runtime.jit import JITFunction
 
-from bench import expert_launches, launches
-from bench.expert_launches import layer, routed
-from bench.faults import faults, most_instructions
-from bench.launches import CONVERSION, GPUS, Case
-from bench.machine_code import Launch, toolchain_missing
+from bench.static import expert_launches, launches
+from bench.static.expert_launches import layer, routed
+from bench.static.faults import faults, most_instructions
+from bench.static.launches import CONVERSION, GPUS, Case
+from bench.static.machine_code import Launch, toolchain_missing
 from fqcompile.kernels.routing import Routing
 from fqcompile.kernels.template import PackedLinear
 from fqcompile.kernels.tile_config import TileConfig

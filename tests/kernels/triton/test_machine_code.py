@@ -1,4 +1,4 @@
-"""`bench.machine_code` sees in small kernels what they were made to have."""
+"""`bench.static.machine_code` sees in small kernels what they were made to have."""
 
 import subprocess
 from dataclasses import replace
@@ -12,8 +12,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 import triton.language as tl
 
-from bench import machine_code
-from bench.machine_code import Launch, read, toolchain_missing
+from bench.static import machine_code
+from bench.static.machine_code import Launch, read, toolchain_missing
 from fqcompile.kernels.gpu import A100
 
 MISSING = toolchain_missing()

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from bench import sass
-from bench.machine_code import MachineCode
-from bench.sass import hot_loop
+from bench.static import sass
+from bench.static.machine_code import MachineCode
+from bench.static.sass import hot_loop
 from fqcompile.kernels.gpu import A100, H200
 
 

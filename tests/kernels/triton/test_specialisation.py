@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton.runtime import driver
 
-from bench.stub_driver import StubDriver, install
+from bench.costs.stub_driver import StubDriver, install
 from fqcompile.kernels.routing import Routing
 from fqcompile.kernels.template import PackedLinear
 from fqcompile.kernels.tile_config import TileConfig

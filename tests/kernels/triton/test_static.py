@@ -19,12 +19,13 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from bench import __main__ as command
-from bench import launches, static
-from bench.expert_launches import layer, routed
-from bench.faults import faults, most_instructions
-from bench.launches import CONVERSION, GPUS, TYPES, Case, dequantize, gemm, plain, spec
-from bench.machine_code import Launch, MachineCode, compile_for, toolchain_missing
-from bench.plain import plain_kernel
+from bench.static import launches
+from bench.static import run as static
+from bench.static.expert_launches import layer, routed
+from bench.static.faults import faults, most_instructions
+from bench.static.launches import CONVERSION, GPUS, TYPES, Case, dequantize, gemm, plain, spec
+from bench.static.machine_code import Launch, MachineCode, compile_for, toolchain_missing
+from bench.static.plain import plain_kernel
 from fqcompile.kernels.gpu import A100, H200
 from fqcompile.kernels.template import PackedLinear
 from fqcompile.kernels.tile_config import TileConfig
@@ -189,7 +190,7 @@ def test_the_kernels_compile_for_amd_without_spills(bits: int) -> None:
         assert ("v_mfma" in code) == (case.kind == "gemm")
 
 
-# That `bench.launches` and `fqcompile.kernels.triton.launch` launch the same.
+# That `bench.static.launches` and `fqcompile.kernels.triton.launch` launch the same.
 
 
 def launched(kernel: Any, args: tuple[Any, ...], options: dict[str, int]) -> Launch:

@@ -1,0 +1,95 @@
+"""Benchmarks one after another, each in a process of its own; one that fails stops none."""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tabulate import tabulate
+
+ROOT = Path(__file__).parents[2]
+BENCH = (sys.executable, "-u", "-m", "bench")
+Ended = tuple[str, str, float, str]  # step, how it ended, its seconds, the last line it printed
+
+
+@dataclass(frozen=True)
+class Step:
+    """`command(directory, seconds it may take)`.
+
+    share: of what is left of the budget. shown: characters of the end of its log, which is whole in
+    the folder.
+    """
+
+    command: Callable[[Path, float], Sequence[str]]
+    share: float = 1.0
+    shown: int = 1000
+
+
+def names_of(steps: Mapping[str, Step]) -> Callable[[str], list[str]]:
+    """What argparse reads a list of these steps' names with."""
+
+    def names(text: str) -> list[str]:
+        given = text.split(",")
+        unknown = [name for name in given if name not in steps]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(steps)}")
+        return given
+
+    return names
+
+
+def session(steps: Mapping[str, Step], out: Path, budget: float) -> list[Ended]:
+    """Runs all; each step's output is in `out`/STEP.log. What there was no time for says so."""
+    out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + budget
+    rows: list[Ended] = []
+    for name, step in steps.items():
+        seconds = step.share * (end - time.monotonic())
+        if seconds <= 1:
+            rows.append((name, "no time", 0.0, ""))
+            continue
+        log = out / f"{name}.log"
+        ended, took = _run(name, step.command(out, seconds), log, seconds)
+        rows.append((name, ended, took, last_line(log)))
+    return rows
+
+
+def _run(name: str, command: Sequence[str], log: Path, seconds: float) -> tuple[str, float]:
+    start = time.monotonic()
+    print(f"== {name}: {' '.join(command)}", flush=True)
+    with open(log, "w", encoding="utf-8") as file:
+        try:
+            result = subprocess.run(
+                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=seconds
+            )
+            end = "passed" if result.returncode == 0 else f"FAILED ({result.returncode})"
+        except subprocess.TimeoutExpired:
+            end = f"STOPPED after {seconds:.0f} s"
+    return end, time.monotonic() - start
+
+
+def last_line(path: Path) -> str:
+    return (text_of(path).strip().splitlines() or [""])[-1][:80]
+
+
+def text_of(path: Path) -> str:
+    """Of a log, which is not there where its step had no time."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def conclude(steps: Mapping[str, Step], rows: Sequence[Ended], out: Path) -> None:
+    """Prints the end of each log and a table of the steps, which is also `out`/summary.txt.
+
+    Raises:
+        SystemExit: with status 1, where a step did not pass.
+    """
+    for name, *_ in rows:
+        print(f"\n-- {name}\n{text_of(out / f'{name}.log')[-steps[name].shown :]}")
+    table = tabulate(rows, ("step", "end", "seconds", "last line"), floatfmt=".0f")
+    (out / "summary.txt").write_text(table + "\n", encoding="utf-8")
+    print(f"\n{table}\n{sum(row[2] for row in rows):.0f} s; results and logs lie in {out}")
+    if any(end != "passed" for _, end, *_ in rows):
+        raise SystemExit(1)

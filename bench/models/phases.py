@@ -1,0 +1,207 @@
+"""A step of decoding and a prefill of a model, to compile and to time, and the least time of each.
+
+A step reads a static cache that holds a context of random keys and values; the steps of all that is
+compared read and write the same one, from the same length on.
+
+The least time is what a phase must read and compute, over the device's rates:
+
+    read      each weight once as the way holds it, tables that are looked up in left out, and the
+              keys and values of the context
+    compute   2 for each token and weight of a linear layer, 4 for each token, token that it attends
+              to and value of a head; at the rate of a dense product in 16 bits
+
+The longer of the two. On a GPU the rates are those that copies and cuBLAS reach (`kernels.gpu`); on
+a CPU they are measured: reading a large tensor, and F.linear in the model's type.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fqcompile.kernels.cpu.bandwidth import read_bandwidth
+from fqcompile.kernels.gpu import gpu_of
+from fqcompile.report import CompileReport
+
+_ROWS, _SIDE, _PRODUCTS = 1024, 2048, 5
+
+Work = Callable[[], Tensor]
+
+
+class Decoding:
+    """A batch of sequences of `context` tokens, each to be lengthened by up to `steps` more.
+
+    Attributes:
+        rows: tokens that go through the layers in a step; `head_rows` of them through the head.
+        attended: pairs of a token and one that it attends to, in the first step.
+        context_bytes: of the keys and values of the context, of all layers.
+    """
+
+    def __init__(self, model: nn.Module, batch: int, context: int, steps: int) -> None:
+        config: Any = model.config
+        parameter = next(model.parameters())
+        device, dtype = parameter.device, parameter.dtype
+        self.context = context
+        self.rows = self.head_rows = batch
+        self.attended = batch * (context + 1)
+        cache_type = import_module("transformers").StaticCache
+        self.cache = cache_type(config=config, max_cache_len=context + steps)
+        heads = config.num_attention_heads
+        key_heads = getattr(config, "num_key_value_heads", None) or heads
+        self.cache.early_initialization(
+            batch, key_heads, config.hidden_size // heads, dtype, device
+        )
+        generator = torch.Generator(device).manual_seed(1)
+        for layer in self.cache.layers:
+            layer.keys.normal_(generator=generator)
+            layer.values.normal_(generator=generator)
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+        self.context_bytes = held * context // (context + steps)
+        self.tokens = torch.randint(
+            config.vocab_size, (batch, 1), device=device, generator=generator
+        )
+        self.positions = torch.full((batch, 1), context, device=device)
+        # OPT counts positions from the mask where it is not given one.
+        self.mask = torch.ones((batch, context + steps), dtype=torch.long, device=device)
+
+    def rewind(self) -> None:
+        """Forget all tokens after the context."""
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.context)
+        self.positions.fill_(self.context)
+
+    def step_of(self, model: nn.Module, compiled: Callable[[Any], Any]) -> Work:
+        """A compiled step of `model`: the logits [batch, vocabulary] after one more token."""
+        cache, mask = self.cache, self.mask
+
+        def step(tokens: Tensor, positions: Tensor) -> Tensor:
+            output = model(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits: Tensor = output.logits[:, -1]
+            return logits
+
+        run = compiled(step)
+
+        def work() -> Tensor:
+            torch.compiler.cudagraph_mark_step_begin()
+            logits: Tensor = run(self.tokens, self.positions)
+            self.positions += 1
+            return logits
+
+        return work
+
+
+class Prefill:
+    """One prompt of `length` tokens; no cache is kept. Attributes as those of Decoding."""
+
+    context_bytes = 0
+    head_rows = 1
+
+    def __init__(self, model: nn.Module, length: int) -> None:
+        self.rows = length
+        self.attended = length * (length + 1) // 2
+        parameter, config = next(model.parameters()), model.config
+        generator = torch.Generator(parameter.device).manual_seed(2)
+        vocabulary: Any = config.vocab_size  # type: ignore[union-attr]
+        self.tokens = torch.randint(
+            vocabulary, (1, length), device=parameter.device, generator=generator
+        )
+
+    def rewind(self) -> None:
+        """There is nothing to forget."""
+
+    def step_of(self, model: nn.Module, compiled: Callable[[Any], Any]) -> Work:
+        """A compiled prefill of `model`: the logits [1, vocabulary] of the last token."""
+
+        def prefill(tokens: Tensor) -> Tensor:
+            output = model(input_ids=tokens, use_cache=False, logits_to_keep=1)
+            logits: Tensor = output.logits[:, -1]
+            return logits
+
+        run = compiled(prefill)
+
+        def work() -> Tensor:
+            torch.compiler.cudagraph_mark_step_begin()
+            logits: Tensor = run(self.tokens)
+            return logits
+
+        return work
+
+
+Phase = Decoding | Prefill
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of a device: bytes/s that it reads, and flop/s of its dense products."""
+
+    bandwidth: float
+    flops: float
+
+
+def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Those that the ideal is taken from; a CPU's are of as many threads as PyTorch uses now."""
+    if device.type == "cuda":
+        gpu = gpu_of(device)
+        return Rates(gpu.bandwidth, gpu.matrix_flops)
+    return Rates(read_bandwidth(), _product_flops(dtype, torch.get_num_threads()))
+
+
+@cache
+def _product_flops(dtype: torch.dtype, threads: int) -> float:
+    x, weight = torch.ones(_ROWS, _SIDE, dtype=dtype), torch.ones(_SIDE, _SIDE, dtype=dtype)
+    seconds = []
+    for _ in range(_PRODUCTS):
+        start = time.perf_counter()
+        F.linear(x, weight)
+        seconds.append(time.perf_counter() - start)
+    return 2 * _ROWS * _SIDE * _SIDE / min(seconds)
+
+
+def weight_bytes_read(model: nn.Module) -> int:
+    """Bytes of the parameters that a pass through the model reads, each once."""
+    multiplied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - multiplied
+    return sum(_nbytes(p) for p in model.parameters() if id(p) not in tables)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    """Of the tensors inside, where it is packed."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return tensor.nbytes
+    names, _ = tensor.__tensor_flatten__()
+    return sum(_nbytes(getattr(tensor, name)) for name in names)
+
+
+def bytes_saved(found: Iterable[CompileReport]) -> int:
+    """By how much the quantised weights are smaller than they were."""
+    sites = (site for report in found for site in report.plan.quantized)
+    return sum(site.bytes_before - site.bytes_after for site in sites)
+
+
+def flops_of(model: nn.Module, phase: Phase) -> int:
+    """Of linear layers and attention; what else there is costs next to nothing."""
+    config: Any = model.config
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    inner = 2 * phase.rows * (linears - head.weight.numel())
+    last = 2 * phase.head_rows * head.weight.numel()
+    attention = 4 * phase.attended * config.num_hidden_layers * config.hidden_size
+    return int(inner + last + attention)
+
+
+def ideal_ms(bytes_read: float, flops: float, rates: Rates) -> float:
+    """The longer of reading and computing."""
+    return 1e3 * max(bytes_read / rates.bandwidth, flops / rates.flops)

@@ -1,0 +1,263 @@
+"""Whole decoders with random weights: a step of decoding and a prefill, against 16 bits.
+
+    python -m bench models --device cuda [--model llama-3-8b opt-175b] [--layers N]
+        [--batch 1,16,64] [--context 1024] [--prompt 1024] [--phases prefill decode]
+        [--ways inductor int4 ...] [--dtype bf16|fp16] [--no-starts] [--json FILE]
+        [--time-budget SECONDS]
+    python -m bench models --device cpu --model llama-3-8b --layers 2 --batch 1 --context 64
+    python -m bench models --device cpu --tiny     # whether it works, in 3 minutes
+
+All are compiled with mode="reduce-overhead", so run as CUDA graphs: the ways of `models.rows`. A
+step of decoding has a static cache filled with --context tokens; what is timed is that step alone,
+compiled on its own, in turn with the others: 25 steps, the median, 20th and 80th percentile. Before
+that a way's logits are compared with those of its weights, dequantised, in the eager model. "of
+ideal" is the least time that reading its own weights and the context, or the products, allow
+(`models.phases`) over the time measured.
+
+A model with fewer layers than it has is measured with half as many too; what is said of all its
+layers is extrapolated from the two on a straight line, and marked so.
+
+Last come the starts of the first work timed, each in a process of its own: seconds from the model
+in 16 bits in memory to its first result, quantisation included, with empty caches and with those
+that this has filled; and memory in the second, of a model that `quantize_` packs in place first.
+"""
+
+import argparse
+import gc
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bench.core.measure import (
+    LEASE,
+    MANY_COMPILATIONS,
+    REPLAYS,
+    WARM_UPS,
+    allowed_error,
+    relative_error,
+)
+from bench.core.processes import caches_in, in_fresh_process
+from bench.core.results import Budget, Results, Row, failure
+from bench.core.section import show as show_section
+from bench.core.shapes import DTYPES, MADE_UP, MODELS, build, parameter_bytes
+from bench.models import section
+from bench.models.phases import Decoding, Phase, Prefill, Rates, rates_of
+from bench.models.rows import WAYS, Way, measured_rows
+from fqcompile.commands.arguments import counts as row_counts
+from fqcompile.errors import FineQuantError
+from fqcompile.kernels.gpu import gpu_of
+from fqcompile.kernels.tuning.search import DeviceLost, WrongResult
+
+_STEPS = WARM_UPS + REPLAYS + 1
+PHASES = ("prefill", "decode")
+CACHES = ("cold", "warm")
+TINY = {"model": ["tiny", "tiny-opt"], "batch": [1, 2], "context": 32, "prompt": 16}
+
+
+def phases(model: torch.nn.Module, arguments: argparse.Namespace) -> Iterator[tuple[Row, Phase]]:
+    """Decoding for each batch, and the prefill; made one after another, for caches are large."""
+    prompt, context = arguments.prompt, arguments.context
+    for batch in arguments.batch if "decode" in arguments.phases else ():
+        about = {"phase": "decode", "batch": batch, "tokens": context}
+        yield about, Decoding(model, batch, context, _STEPS)
+    if "prefill" in arguments.phases:
+        yield {"phase": "prefill", "batch": 1, "tokens": prompt}, Prefill(model, prompt)
+
+
+@dataclass
+class Runner:
+    """Measures model after model into `results`, as long as there is time.
+
+    checked: of each model the first work that was timed, and the logits of each way.
+    """
+
+    arguments: argparse.Namespace
+    device: torch.device
+    ways: Sequence[Way]
+    rates: Rates
+    results: Results
+    budget: Budget
+    checked: dict[str, tuple[Row, dict[str, list[float]]]] = field(default_factory=dict)
+
+    def run(self) -> None:
+        try:
+            for name in tqdm(self.arguments.model, "models", disable=None):
+                layers = min(self.arguments.layers or MODELS[name].timed, MODELS[name].layers)
+                for count in self._counts(name, layers):
+                    self._attempt(name, count)
+                self.results.add(
+                    *section.extrapolated(self.results.rows, name, MODELS[name].layers)
+                )
+            if self.arguments.starts:
+                self._starts()
+        except DeviceLost as lost:
+            self.results.leave_out(f"all after {name}: {lost}")
+
+    def _counts(self, name: str, layers: int) -> list[int]:
+        return [layers] if layers == MODELS[name].layers else sorted({max(1, layers // 2), layers})
+
+    def _attempt(self, name: str, layers: int) -> None:
+        if not self.budget.allows_a_step():
+            self.results.leave_out(f"{name}, {layers} layers")
+            return
+        _forget()  # of a model before this one
+        try:
+            self._measure(name, layers)
+        except Exception as error:
+            self.results.leave_out(f"{name}, {layers} layers: {failure(error)}")
+
+    @torch.no_grad()
+    def _measure(self, name: str, layers: int) -> None:
+        model = build(name, layers, DTYPES[self.arguments.dtype], self.device)
+        whole = {"model": name, "layers": layers, "of_layers": MODELS[name].layers}
+        whole |= {"parameter_bytes": parameter_bytes(model)}
+        self.checked.pop(name, None)  # of fewer layers
+        for about, phase in phases(model, self.arguments):
+            if not self.budget.allows_a_step():
+                what = f"{name}, {layers} layers, {about['phase']} {about['batch']}"
+                self.results.leave_out(what)
+                continue
+            work, inner = whole | about, self.arguments.inner
+            rows = list(measured_rows(model, phase, self.ways, layers, inner, self.rates))
+            logits = {row["way"]: row.pop("logits") for row in rows if "logits" in row}
+            self.checked.setdefault(name, (work, logits))
+            self.results.add(*(work | row for row in rows))
+
+    def _starts(self) -> None:
+        torch.compiler.reset()
+        _forget()
+        for name, (work, logits) in self.checked.items():
+            for way in tqdm(logits, f"{name}, starts", disable=None):
+                if not self.budget.allows_a_step():
+                    self.results.leave_out(f"{name}, starts of {way}")
+                    continue
+                one = {way: logits[way]}
+                self.results.add(*start_rows(work, one, _STEPS, self.arguments))
+
+
+def start_rows(
+    work: Row, ways: Mapping[str, Sequence[float]], steps: int, arguments: argparse.Namespace
+) -> Iterator[Row]:
+    """Both starts of each way.
+
+    work: what is run: model, layers, phase, batch, tokens. ways: the logits of each, as checked.
+    """
+    for way, expected in ways.items():
+        with tempfile.TemporaryDirectory() as folder:
+            for caches in CACHES:
+                row: Row = {"way": way, "start": caches}
+                try:
+                    found = _started(work, way, steps, arguments, Path(folder))
+                    row |= _checked(found, expected, DTYPES[arguments.dtype], work["layers"])
+                except Exception as error:
+                    row["failure"] = failure(error)
+                yield work | row
+
+
+def _started(work: Row, way: str, steps: int, arguments: argparse.Namespace, caches: Path) -> Row:
+    given = {name: work[name] for name in ("model", "layers", "phase", "batch", "tokens")}
+    given |= {name: getattr(arguments, name) for name in ("dtype", "device", "inner", "threads")}
+    given |= {"way": way, "steps": steps}
+    flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    return in_fresh_process("bench.models.start", flags, caches_in(caches))
+
+
+def _checked(row: Row, expected: Sequence[float], dtype: torch.dtype, layers: int) -> Row:
+    """The row without its logits.
+
+    Raises:
+        WrongResult: they are not those that the way computed before.
+    """
+    logits = torch.tensor(row.pop("logits"), dtype=torch.float64)
+    error = relative_error(logits, torch.tensor(expected, dtype=torch.float64))
+    allowed = allowed_error(dtype, layers)
+    if not error <= allowed:
+        raise WrongResult(f"{error:.2g} from the way as it was timed, allowed {allowed:.2g}")
+    return row | {"error": error, "allowed": allowed}
+
+
+def _forget() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    real = [name for name in MODELS if name not in MADE_UP]
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=real)
+    parser.add_argument("--layers", type=int, help="time so many (default: what fits one GPU)")
+    parser.add_argument("--batch", type=row_counts, default=[1, 16, 64], metavar="B,...")
+    parser.add_argument("--context", type=int, default=1024, help="tokens that decoding attends to")
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prefill")
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--tiny", action="store_true", help="made-up models: does it work?")
+    parser.add_argument("--no-starts", dest="starts", action="store_false", help="time steps alone")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="a CPU's")
+    parser.add_argument("--inner", default="inductor", help="backend that compiles the graphs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and identity there")
+    parser.add_argument("--time-budget", type=float, default=LEASE, metavar="SECONDS")
+    arguments = parser.parse_args(argv)
+    if arguments.tiny:
+        vars(arguments).update(TINY)
+    if arguments.layers is not None and arguments.layers < 1:
+        parser.error(f"--layers {arguments.layers}: at least 1")
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> Results:
+    """Everything that the arguments ask for, or what the time budget allows of it."""
+    device = torch.device(arguments.device)
+    if device.type == "cuda":
+        gpu_of(device)
+    if arguments.inner == "inductor":
+        torch.compile(lambda x: x + 1)(torch.zeros(3))  # starts Inductor's helpers, for nobody
+    rates = rates_of(device, DTYPES[arguments.dtype])
+    results = Results.of(arguments, device)
+    results.settings |= {"bandwidth": rates.bandwidth, "flops": rates.flops}
+    ways = [WAYS[name] for name in arguments.ways]
+    results.leave_out(*(f"{way.name}: {way.missing}" for way in ways if way.missing))
+    present = [way for way in ways if way.missing is None]
+    budget = Budget(arguments.time_budget)
+    Runner(arguments, device, present, rates, results, budget).run()
+    return results
+
+
+def show(results: Results) -> None:
+    """What to beware of, then the section: every row, the starts, what went wrong."""
+    for row in results.rows:
+        if row.get("cudagraph_skips") and torch.cuda.is_available():
+            print(f"{row['model']} {row['phase']} {row['way']}: ran WITHOUT CUDA graphs")
+    bandwidth, flops = (results.settings[name] for name in ("bandwidth", "flops"))
+    print(f"ideal: {bandwidth / 1e9:.4g} GB/s read, {flops / 1e12:.3g} Tflop/s")
+    if any(row.get("of_ideal", 0) > 1 for row in results.rows):
+        print("a way is FASTER than the ideal: these rates were measured beside other work")
+    if torch.cuda.is_available():
+        most = torch.cuda.max_memory_allocated() / 2**30
+        print(f"most device memory of all ways and their checks together: {most:.1f} GiB")
+    show_section(results, section.models)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["TRITON_CACHE_DIR"] = cache
+        try:
+            # Each batch and way is a compilation of its own of one function.
+            with torch._dynamo.config.patch(MANY_COMPILATIONS):
+                results = run(arguments)
+        except FineQuantError as error:
+            raise SystemExit(f"bench models: {error}") from error
+        show(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Launches of the kernels of experts, as `bench.static.launches` has those of one matrix.
+
+    case = routed(layer("qwen3-30b-a3b", "gate_up", "grouped"), TileConfig(16, 64, 128, 1, 4, 4))
+
+`tests/kernels/triton/test_expert_static.py` holds that `triton.experts` launches the same.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+import torch
+
+from bench.core.shapes import EXPERTS, MATRICES, Matrix, RoutingName, expert_spec
+from bench.static.launches import (
+    FINISHED_SHARES,
+    GPUS,
+    TYPES,
+    Case,
+    dequantize,
+    epilogue_of,
+    format_of,
+)
+from bench.static.machine_code import Launch
+from fqcompile.kernels.gpu import H200, Gpu
+from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.tile_config import TileConfig
+from fqcompile.kernels.triton.configs import candidates
+from fqcompile.kernels.triton.expert_gemm import expert_gemm_kernel, finish_experts_kernel
+from fqcompile.kernels.triton.experts import SCHEDULE_TILE, filled_up
+from fqcompile.kernels.triton.launch import FINISH_BLOCK_N, has_two_sums
+from fqcompile.kernels.triton.layout import BLOCK_K
+from fqcompile.kernels.triton.schedule import schedule_kernel
+
+DECODED, PREFILLED = (1, 2, 4, 8, 16), (256, 4096)  # tokens
+IDS, OFFSETS = "*i64", "*i32"
+
+
+def layer(
+    model: str, matrix: Matrix, routing: RoutingName, tokens: int = 1, bits: int = 4,
+    group_size: int = 128, dtype: torch.dtype = torch.bfloat16, gpu: Gpu = H200,
+) -> GemmSpec:  # fmt: skip
+    """One of the two matrices of a model's experts, for so many tokens; scales are fp16."""
+    form = (bits, group_size, dtype, gpu)
+    made = expert_spec(EXPERTS[model], matrix, routing, tokens, *form)
+    return replace(made, scale_dtype=torch.float16)
+
+
+def routed(spec: GemmSpec, config: TileConfig) -> Case:
+    """`expert_gemm_kernel` as launched for the spec's routing."""
+    dtype, grouped = TYPES[spec.dtype], spec.routing == "grouped"
+    direct = config.SPLIT_K == 1
+    gated = spec.gated and has_two_sums(spec.n, config)
+    pointers = {"x_ptr": f"*{dtype}", "qweight_ptr": "*i32", "scale_ptr": "*fp16"}
+    pointers |= {"routing_ptr": "*i32" if grouped else IDS}
+    pointers |= {"y_ptr": f"*{dtype}" if direct else "*fp32"}
+    has_bias = spec.has_bias and direct
+    pointers |= {"bias_ptr": f"*{dtype}"} if has_bias else {}
+    constants = format_of(spec) | epilogue_of(spec.activation if direct else "none")
+    constants |= {} if has_bias else {"bias_ptr": None}
+    constants |= {
+        "GROUPED": grouped,
+        "GATED": gated,
+        "EVEN_K": spec.k % BLOCK_K == 0,
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_N": config.BLOCK_N,
+        "BLOCK_K": BLOCK_K,
+        "SPLIT_K": config.SPLIT_K,
+    }
+    launch = Launch(
+        expert_gemm_kernel, pointers, constants, divisible=("N", "K", "stride_xm"),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    weights = (2 if gated else 1) * config.BLOCK_N * BLOCK_K
+    return Case(str(spec.routing), launch, spec, config, weights)
+
+
+def finish(spec: GemmSpec) -> Case:
+    """`finish_experts_kernel` as launched after a GEMM of 8 shares."""
+    dtype, grouped = TYPES[spec.dtype], spec.routing == "grouped"
+    pointers = {"shares_ptr": "*fp32", "routing_ptr": OFFSETS if grouped else IDS}
+    pointers |= {"y_ptr": f"*{dtype}"} | ({"bias_ptr": f"*{dtype}"} if spec.has_bias else {})
+    constants = epilogue_of(spec.activation) | ({} if spec.has_bias else {"bias_ptr": None})
+    constants |= {
+        "GROUPED": grouped,
+        "BLOCK_E": filled_up(spec.experts),
+        "GATED": spec.gated,
+        "SPLIT_K": FINISHED_SHARES,
+        "BLOCK_N": FINISH_BLOCK_N,
+    }
+    launch = Launch(
+        finish_experts_kernel, pointers, constants, divisible=("N",), num_warps=2
+    )  # fmt: skip
+    return Case(f"finish {spec.routing}", launch, spec, None, FINISH_BLOCK_N)
+
+
+def schedule(spec: GemmSpec, block_m: int) -> Case:
+    """`schedule_kernel` as launched for many rows; its "weights" are the blocks of a program."""
+    wide = filled_up(spec.experts)
+    blocks = max(1, SCHEDULE_TILE // wide)
+    constants = {"BLOCK_M": block_m, "BLOCK_E": wide, "BLOCK": blocks}
+    pointers = {"offsets_ptr": OFFSETS, "schedule_ptr": "*i32"}
+    return Case("schedule", Launch(schedule_kernel, pointers, constants), spec, None, blocks)
+
+
+def chosen(arch: int) -> Iterator[Case]:
+    """What the closed form picks for the models, for 1 to 16 tokens, and grouped for many."""
+    found: dict[tuple[object, ...], Case] = {}
+    tokens: dict[RoutingName, tuple[int, ...]] = {
+        "gathered": DECODED,
+        "grouped": (*DECODED, *PREFILLED),
+    }
+    for model, routing in product(EXPERTS, tokens):
+        for matrix, many in product(MATRICES, tokens[routing]):
+            one = layer(model, matrix, routing, many, gpu=GPUS[arch])
+            config = next(c for c in candidates(one, one.m, "max") if isinstance(c, TileConfig))
+            config = replace(config, SPLIT_K=min(config.SPLIT_K, FINISHED_SHARES))
+            found.setdefault((model, matrix, routing, config), routed(one, config))
+    yield from found.values()
+
+
+def matrix(arch: int) -> Iterator[Case]:
+    """What is chosen, and the kernels before and after."""
+    yield from chosen(arch)
+    for model in EXPERTS:
+        one = layer(model, "gate_up", "grouped", gpu=GPUS[arch])
+        yield schedule(one, 16)
+        yield finish(one)
+        yield finish(replace(one, routing="gathered"))
+        yield dequantize(one)
+
+
+def selection(arch: int) -> Iterator[Case]:
+    """One case for each thing that may go wrong: what the tests read."""
+    gpu = GPUS[arch]
+    qwen, mixtral = "qwen3-30b-a3b", "mixtral-8x7b"
+    small, gated = TileConfig(16, 128, 128, 1, 4, 4), TileConfig(16, 64, 128, 1, 4, 4)
+    large = TileConfig(64, 128, 128, 1, 8, 3 if arch == 90 else 4)
+    for routing in ("gathered", "grouped"):
+        yield routed(layer(qwen, "gate_up", routing, gpu=gpu), gated)
+        yield routed(layer(qwen, "down", routing, gpu=gpu), small)
+        yield routed(layer(qwen, "down", routing, gpu=gpu), replace(small, SPLIT_K=8))
+        yield routed(layer(mixtral, "down", routing, bits=8, group_size=1 << 20, gpu=gpu), small)
+        yield finish(replace(layer(qwen, "gate_up", routing, gpu=gpu), has_bias=True))
+    yield routed(layer(qwen, "down", "grouped", gpu=gpu, group_size=32), small)
+    yield routed(layer(qwen, "down", "grouped", gpu=gpu), large)
+    yield schedule(layer(qwen, "down", "grouped", gpu=gpu), 16)
+    yield dequantize(layer(qwen, "down", "grouped", gpu=gpu))
