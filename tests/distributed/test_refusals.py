@@ -161,7 +161,7 @@ def agree_often(kind: str, path: str, port: int) -> list[int]:
     )
     counts = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(agreement, "_get_default_store", lambda: dist.PrefixStore("x", store))
+        patch.setattr(agreement, "default_store", lambda: dist.PrefixStore("x", store))
         for number in range(40):
             facts = {"some": "x" * 1000, "number": str(number + own * (number % 5 == 4))}
             if number % 5 == 4:

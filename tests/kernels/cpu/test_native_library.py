@@ -56,7 +56,7 @@ def test_the_override_may_refuse(value: str, text: str, monkeypatch: pytest.Monk
 
 def test_a_processor_without_any_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(native.OVERRIDE, raising=False)
-    monkeypatch.setattr(native, "_has", lambda feature: False)
+    monkeypatch.setattr(native, "has_feature", lambda feature: False)
     with pytest.raises(KernelBuildError, match="this processor has none of avx512_bf16, avx512"):
         chosen_isa()
 
