@@ -10,7 +10,7 @@ ARGS ?=
 demo: .venv/demo.installed
 	$(BIN)/fqcompile demo $(ARGS)
 
-# The quick tier: every kind of thing, five minutes on two cores.
+# The quick tier: every kind of thing, ten minutes on two cores.
 test: .venv/dev.installed
 	$(BIN)/pytest -n $(WORKERS) $(ARGS)
 
