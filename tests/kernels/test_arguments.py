@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fqcompile.errors import NoKernelError, OptionError
 from fqcompile.kernels.expert_ops import experts_backward, gathered_linear, grouped_linear
-from fqcompile.kernels.ops import dequantize, linear
+from fqcompile.kernels.ops import dequantize, linear, linear_inference
 from fqcompile.kernels.registry import LAYOUTS, TEMPLATES
 from fqcompile.kernels.template import Layout
 from fqcompile.quant.granularity import num_groups
@@ -178,6 +178,20 @@ def test_right_arguments_are_not_refused(op: Any, template: str) -> None:
         like = op(**given)
     y = op(**given)
     assert (like.shape, like.dtype) == (y.shape, y.dtype)
+
+
+@pytest.mark.parametrize(
+    "op", [linear, linear_inference, gathered_linear, grouped_linear, dequantize, experts_backward]
+)
+def test_tensors_on_several_devices_are_refused(op: Any) -> None:
+    """Whichever of them is elsewhere: on a CPU no implementation asks, as none is called."""
+    given = arguments(op, "x86_stream")
+    if op is experts_backward:
+        given["ids"] = None
+    given |= {name: torch.ones(N, dtype=BF16) for name in ("bias",) if op is linear}
+    for name in [name for name, value in given.items() if isinstance(value, Tensor)]:
+        with pytest.raises(RuntimeError, match="to be on the same device, but found"):
+            op(**given | {name: given[name].to("meta")})
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.complex64])
