@@ -23,7 +23,7 @@ from fqcompile.kernels.gpu import gpu_of
 from fqcompile.kernels.tuning.key import fingerprint, kernel_source_hash
 from fqcompile.kernels.tuning.measure import check_device
 from fqcompile.kernels.tuning.search import DeviceLost, WrongResult
-from fqcompile.report.files import replace_text
+from fqcompile.report.page import replace_text
 
 COMMIT_VARIABLE = "BENCH_COMMIT"
 ROOT = Path(__file__).parents[2]

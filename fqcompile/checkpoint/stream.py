@@ -38,7 +38,7 @@ from fqcompile.checkpoint.stream_writer import StreamWriter, site_from
 from fqcompile.checkpoint.versions import versions
 from fqcompile.config import FineQuantConfig
 from fqcompile.errors import CheckpointError, OptionError
-from fqcompile.quantize_model import packing_config
+from fqcompile.modules.quantize import packing_config
 from fqcompile.report import Plan
 
 log = logging.getLogger("fqcompile")

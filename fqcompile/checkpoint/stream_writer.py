@@ -16,9 +16,9 @@ from fqcompile.checkpoint.shards import ShardWriter
 from fqcompile.checkpoint.slots import slots
 from fqcompile.config import FineQuantConfig
 from fqcompile.errors import CheckpointError, UnquantizableWeight
-from fqcompile.module_weights import ModuleWeight, module_weights
+from fqcompile.modules.quantize import site_of
+from fqcompile.modules.weights import ModuleWeight, module_weights
 from fqcompile.quant.choose import choose_and_quantize, scale_dtype_beside
-from fqcompile.quantize_model import site_of
 from fqcompile.report import Site
 from fqcompile.weights.content_digest import bytes_of
 from fqcompile.weights.store import plain_eager

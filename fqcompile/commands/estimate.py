@@ -19,10 +19,20 @@ from fqcompile.estimator.model_shapes import named_models, read_decoder
 from fqcompile.estimator.sharding import Sharing, Workload
 from fqcompile.estimator.speed import Speed
 from fqcompile.estimator.table import estimates_as_dict, estimates_text, seconds_of_a_token
-from fqcompile.report.files import replace_text
-from fqcompile.report.html import Cell, Section, Table, paragraph, table_html, unordered
-from fqcompile.report.page import render_page
-from fqcompile.report.svg import Axis, Point, axis_over, points_svg
+from fqcompile.report.page import (
+    Axis,
+    Cell,
+    Point,
+    Section,
+    Table,
+    axis_over,
+    paragraph,
+    points_svg,
+    render_page,
+    replace_text,
+    table_html,
+    unordered,
+)
 
 _FORMATS = ("bf16", "int8", "int4")
 

@@ -12,8 +12,8 @@ from torch.nn.utils import prune
 
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 import fqcompile
-from fqcompile import quantize_model
 from fqcompile.errors import OptionError, UnquantizableWeight
+from fqcompile.modules import quantize as quantize_module
 from fqcompile.weights.packed_weight import PackedWeight
 from tests import moe_models
 from tests.dense_models import CASES, build, run
@@ -257,13 +257,13 @@ def test_originals_are_released_one_by_one(monkeypatch: pytest.MonkeyPatch) -> N
     model = frozen(nn.Sequential(*(nn.Linear(128, 128) for _ in range(4))))
     alive = [weakref.ref(layer.weight) for layer in model]
     left: list[int] = []
-    quantize = quantize_model.find_or_quantize
+    quantize = quantize_module.find_or_quantize
 
     def counted(*args: Any) -> Any:
         left.append(sum(ref() is not None for ref in alive))
         return quantize(*args)
 
-    monkeypatch.setattr(quantize_model, "find_or_quantize", counted)
+    monkeypatch.setattr(quantize_module, "find_or_quantize", counted)
     fqcompile.quantize_(model)
     assert left == [4, 3, 2, 1]
 

@@ -1,17 +1,23 @@
-"""quantize_: packed weights in a model, in place, without compiling it."""
+"""Packed weights in a model, in place and without compiling it: `quantize_`, and `restore`."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fqcompile.config import FineQuantConfig, SiteOptions
 from fqcompile.distributed.agreement import agree
 from fqcompile.distributed.ranks import progress
-from fqcompile.distributed.shards import is_part, rank_groups, refuse_fsdp_modules, with_part
+from fqcompile.distributed.shards import (
+    is_part,
+    local_part,
+    rank_groups,
+    refuse_fsdp_modules,
+    with_part,
+)
 from fqcompile.errors import OptionError, UnquantizableWeight
-from fqcompile.module_weights import ModuleWeight, module_weights
+from fqcompile.modules.weights import ModuleWeight, module_weights
 from fqcompile.passes.summary import SiteRecipe
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
 from fqcompile.report import Plan, Site
@@ -171,3 +177,20 @@ def packed_site(found: ModuleWeight, plan: QuantPlan, packed: PackedWeight) -> S
         kernel=kernel_for(form, packed.dtype, scale, device, None),
         recipe=SiteRecipe(recipe, (found.name,), plan),
     )
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Replace each packed parameter by an ordinary one with its dequantized values; return `model`.
+
+    The model then runs, is saved and copied as any other. Needs the memory that packing saved.
+    """
+    dense: dict[Tensor, nn.Parameter] = {}  # a tied weight stays tied
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            packed = local_part(weight)
+            if isinstance(packed, PackedWeight):
+                if weight not in dense:
+                    values = with_part(weight, packed.dequantized().contiguous())
+                    dense[weight] = nn.Parameter(values, False)
+                setattr(module, name, dense[weight])
+    return model

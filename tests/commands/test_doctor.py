@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fqcompile import doctor
+from fqcompile.commands import doctor
 
 
 def line(report: str, name: str) -> str:
