@@ -20,7 +20,7 @@ from torch._dynamo.convert_frame import compile_lock
 import fqcompile
 import fqcompile.backend
 from fqcompile import locks
-from fqcompile.kernels import cache_directory
+from fqcompile.files import cache_directory
 from fqcompile.kernels.cpu import native_library as native
 from fqcompile.locks import fork_safe, locked
 from fqcompile.weights.disk_cache import DiskCache

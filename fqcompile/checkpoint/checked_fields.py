@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from fqcompile.checkpoint.json_text import shown
 from fqcompile.errors import CheckpointError
+from fqcompile.files.json_text import shown
 
 T = TypeVar("T")
 

@@ -11,10 +11,10 @@ import torch
 from fqcompile.checkpoint.conversion import Conversion, conversions
 from fqcompile.checkpoint.fit import shortened
 from fqcompile.checkpoint.hugging_face import build_model, hugging_face_files
-from fqcompile.checkpoint.safetensors_file import DTYPES
 from fqcompile.checkpoint.slots import slots
 from fqcompile.checkpoint.source import Source
 from fqcompile.errors import CheckpointError
+from fqcompile.files.safetensors_file import DTYPES
 from fqcompile.hf_compat import ignored_names
 
 

@@ -16,8 +16,8 @@ import torch
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from fqcompile.checkpoint.computed import BoundedComputing
-from fqcompile.checkpoint.json_text import read_json, shown
 from fqcompile.errors import CheckpointError
+from fqcompile.files.json_text import read_json, shown
 from fqcompile.hf_compat import is_model_class, meta_safe, model_from_config
 
 log = logging.getLogger("fqcompile")

@@ -14,16 +14,10 @@ from typing import Any
 
 from fqcompile.checkpoint.checked_fields import checked
 from fqcompile.checkpoint.directory import staged
-from fqcompile.checkpoint.durable_files import (
-    append_to_file,
-    remove,
-    rename,
-    sync_directory,
-    write_file,
-)
-from fqcompile.checkpoint.json_text import parse_json
 from fqcompile.checkpoint.manifest import PackedRecord, ShardRecord, SlotRecord, TensorRecord
 from fqcompile.errors import CheckpointError
+from fqcompile.files.json_text import parse_json
+from fqcompile.files.replace import append_to_file, remove, replace_durably, sync_directory
 
 JOURNAL = "fqcompile.journal"
 
@@ -63,9 +57,8 @@ class Journal:
     def start(self, identity: str, generation: str, progress: Progress) -> None:
         """In place of any other, and of one whose last line is torn."""
         waiting = staged(self.path.parent, JOURNAL, generation)
-        write_file(waiting, [_line(_Head(identity, generation)), _line(progress)])
-        rename(waiting, self.path)
-        sync_directory(self.path.parent)
+        lines = [_line(_Head(identity, generation)), _line(progress)]
+        replace_durably(self.path, lines, waiting)
 
     def note(self, progress: Progress) -> None:
         """One more shard is on the disk, and its name in the directory."""

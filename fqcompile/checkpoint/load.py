@@ -18,12 +18,12 @@ from fqcompile.checkpoint.manifest import (
     PartsRecord,
     read_manifest,
 )
-from fqcompile.checkpoint.safetensors_file import ALIGNMENT, DTYPES
 from fqcompile.checkpoint.shards import MappedShards
 from fqcompile.checkpoint.slots import Slot, slots
 from fqcompile.distributed.layout import Layout, layout_of
 from fqcompile.distributed.shards import is_dtensor, local_part, team_of, with_part
 from fqcompile.errors import CheckpointError
+from fqcompile.files.safetensors_file import ALIGNMENT, DTYPES
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.weights.packed_weight import PackedWeight
 

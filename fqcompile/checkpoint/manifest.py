@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from fqcompile.checkpoint.checked_fields import checked
-from fqcompile.checkpoint.json_text import check_name, parse_json, shown
-from fqcompile.checkpoint.safetensors_file import DTYPES, byte_size, encode_header, is_shape
 from fqcompile.distributed.layout import Layout
 from fqcompile.errors import CheckpointError
+from fqcompile.files.json_text import check_name, parse_json, shown
+from fqcompile.files.safetensors_file import DTYPES, byte_size, encode_header, is_shape
 from fqcompile.quant.granularity import num_groups
 from fqcompile.quant.packing import packed_columns
 from fqcompile.quant.qtype import QTYPES

@@ -3,8 +3,8 @@
 import torch
 
 from fqcompile.checkpoint.manifest import PackedRecord
-from fqcompile.checkpoint.safetensors_file import DTYPE_NAMES
 from fqcompile.checkpoint.shards import ShardWriter
+from fqcompile.files.safetensors_file import DTYPE_NAMES
 from fqcompile.quant.quantized_weight import QuantizedWeight
 
 

@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from fqcompile.checkpoint.journal import JOURNAL
-from fqcompile.checkpoint.json_text import shown
 from fqcompile.checkpoint.source import FOREIGN, INDEX, packed_by, read_tensors
+from fqcompile.files.json_text import shown
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

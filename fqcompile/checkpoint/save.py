@@ -15,13 +15,11 @@ from fqcompile.checkpoint.directory import (
     readable_manifest,
     stage,
     writing,
+    writing_to,
 )
-from fqcompile.checkpoint.durable_files import writing_to
 from fqcompile.checkpoint.hugging_face import config_of, hugging_face_files
-from fqcompile.checkpoint.json_text import check_name
 from fqcompile.checkpoint.manifest import Manifest, PackedRecord, SlotRecord
 from fqcompile.checkpoint.packed_record import write_packed
-from fqcompile.checkpoint.safetensors_file import DTYPE_NAMES, DTYPES
 from fqcompile.checkpoint.shards import DigestWriter, ShardWriter
 from fqcompile.checkpoint.slots import Slot, slots
 from fqcompile.checkpoint.versions import versions
@@ -30,6 +28,8 @@ from fqcompile.distributed.layout import layout_of
 from fqcompile.distributed.ranks import Team
 from fqcompile.distributed.shards import local_part, team_of
 from fqcompile.errors import CheckpointError, OptionError
+from fqcompile.files.json_text import check_name
+from fqcompile.files.safetensors_file import DTYPE_NAMES, DTYPES
 from fqcompile.report import CompileReport, Plan, Site
 from fqcompile.weights.packed_weight import PackedWeight
 

@@ -9,16 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fqcompile.checkpoint.durable_files import write_file
 from fqcompile.checkpoint.manifest import Manifest, ShardRecord, TensorRecord
-from fqcompile.checkpoint.safetensors_file import (
-    ALIGNMENT,
-    DTYPE_NAMES,
-    DTYPES,
-    encode_header,
-)
 from fqcompile.errors import CheckpointError
-from fqcompile.weights.content_digest import bytes_of
+from fqcompile.files.replace import write_file
+from fqcompile.files.safetensors_file import ALIGNMENT, DTYPE_NAMES, DTYPES, bytes_of, encode_header
 
 # What is collected before it is written: a killed run loses no more work than that, and packed
 # tensors that wait take no more memory.

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fqcompile.checkpoint.json_text import check_name, read_json, shown
 from fqcompile.checkpoint.manifest import MANIFEST
-from fqcompile.checkpoint.safetensors_file import TensorPlace, read_header
 from fqcompile.errors import CheckpointError
+from fqcompile.files.json_text import check_name, read_json, shown
+from fqcompile.files.safetensors_file import TensorPlace, read_header
 
 _SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The ends of tensors' names that only quantized layers have; FOREIGN: whatever a config says.

@@ -25,19 +25,19 @@ from fqcompile.checkpoint.directory import (
     readable_manifest,
     stage,
     writing,
+    writing_to,
 )
-from fqcompile.checkpoint.durable_files import writing_to
 from fqcompile.checkpoint.fit import shortened
 from fqcompile.checkpoint.hugging_face import config_of
 from fqcompile.checkpoint.journal import Journal, Progress
 from fqcompile.checkpoint.manifest import MANIFEST, Manifest
-from fqcompile.checkpoint.safetensors_file import read_tensor
 from fqcompile.checkpoint.slots import slots
 from fqcompile.checkpoint.source import Source, open_source, will_read
 from fqcompile.checkpoint.stream_writer import StreamWriter, site_from
 from fqcompile.checkpoint.versions import versions
 from fqcompile.config import FineQuantConfig
 from fqcompile.errors import CheckpointError, OptionError
+from fqcompile.files.safetensors_file import read_tensor
 from fqcompile.quantize_model import packing_config
 from fqcompile.report import Plan
 

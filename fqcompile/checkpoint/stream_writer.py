@@ -9,18 +9,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from fqcompile.checkpoint.journal import Journal, Progress
-from fqcompile.checkpoint.json_text import check_name, shown
 from fqcompile.checkpoint.manifest import PackedRecord, SlotRecord
 from fqcompile.checkpoint.packed_record import write_packed
 from fqcompile.checkpoint.shards import ShardWriter
 from fqcompile.checkpoint.slots import slots
 from fqcompile.config import FineQuantConfig
 from fqcompile.errors import CheckpointError, UnquantizableWeight
+from fqcompile.files.json_text import check_name, shown
+from fqcompile.files.safetensors_file import bytes_of
 from fqcompile.module_weights import ModuleWeight, module_weights
 from fqcompile.quant.choose import choose_and_quantize, scale_dtype_beside
 from fqcompile.quantize_model import site_of
 from fqcompile.report import Site
-from fqcompile.weights.content_digest import bytes_of
 from fqcompile.weights.store import plain_eager
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fqcompile.checkpoint.safetensors_file import TensorPlace, read_tensor
 from fqcompile.errors import CheckpointError
+from fqcompile.files.safetensors_file import TensorPlace, read_tensor
 from fqcompile.interop.packed_layer import (
     BITS,
     CODES_PER_WORD,

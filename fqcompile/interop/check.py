@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fqcompile.checkpoint.safetensors_file import TensorPlace, read_tensor
 from fqcompile.checkpoint.source import read_config, read_tensors
 from fqcompile.errors import CheckpointError, OptionError
+from fqcompile.files.safetensors_file import TensorPlace, read_tensor
 from fqcompile.interop.checkpoint_rules import checkpoint_rules
 from fqcompile.interop.cpu_rules import cpu_rules
 from fqcompile.interop.expert_rules import expert_rules

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from fqcompile.checkpoint.safetensors_file import TensorPlace, read_tensor
 from fqcompile.errors import CheckpointError
+from fqcompile.files.safetensors_file import TensorPlace, read_tensor
 from fqcompile.interop.check import read_layers
 from fqcompile.interop.layers import BITS, PARTS, Layer, Scheme
 from fqcompile.interop.packed_layer import PackedLayer, symmetric

@@ -10,10 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fqcompile.checkpoint.safetensors_file import DTYPE_NAMES, DTYPES, byte_size
 from fqcompile.checkpoint.stream_writer import site_from
 from fqcompile.config import HEAD_NAMES
 from fqcompile.errors import UnquantizableWeight
+from fqcompile.files.safetensors_file import DTYPE_NAMES, DTYPES, byte_size
 from fqcompile.interop.export_layout import Layout, Piece, Saved, Whole
 from fqcompile.interop.harmonize import HEADS_STAY, Choice
 from fqcompile.interop.layers import Layer, Scheme

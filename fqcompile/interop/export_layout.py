@@ -19,9 +19,9 @@ from torch import Tensor
 from fqcompile.checkpoint.hugging_face import build_model
 from fqcompile.checkpoint.manifest import Manifest, PackedRecord, read_manifest
 from fqcompile.checkpoint.reversion import Reversion, reversions
-from fqcompile.checkpoint.safetensors_file import DTYPES
 from fqcompile.checkpoint.shards import MappedShards
 from fqcompile.errors import CheckpointError
+from fqcompile.files.safetensors_file import DTYPES
 from fqcompile.quant.quantized_weight import QuantizedWeight
 
 

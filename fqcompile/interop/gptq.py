@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fqcompile.checkpoint.json_text import shown
-from fqcompile.checkpoint.safetensors_file import TensorPlace, read_tensor
 from fqcompile.errors import CheckpointError
+from fqcompile.files.json_text import shown
+from fqcompile.files.safetensors_file import TensorPlace, read_tensor
 from fqcompile.interop.packed_layer import (
     BITS,
     CODES_PER_WORD,

@@ -9,7 +9,7 @@ int8. So a unit of layers takes the coarsest group size that all of them reach, 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fqcompile.checkpoint.safetensors_file import DTYPES
+from fqcompile.files.safetensors_file import DTYPES
 from fqcompile.interop.export_layout import Piece, Saved
 from fqcompile.interop.layers import (
     BITS,

@@ -14,14 +14,14 @@ from fqcompile.checkpoint.checkpoint_model import CheckpointModel
 from fqcompile.checkpoint.conversion import Conversion, initialise, target_types
 from fqcompile.checkpoint.fit import shortened
 from fqcompile.checkpoint.hugging_face import generation_config
-from fqcompile.checkpoint.json_text import shown
 from fqcompile.checkpoint.load import load_saved
 from fqcompile.checkpoint.manifest import MANIFEST
 from fqcompile.checkpoint.recognize import recognized
-from fqcompile.checkpoint.safetensors_file import TensorPlace, read_tensor
 from fqcompile.checkpoint.slots import Slot, slots
 from fqcompile.checkpoint.source import Source, read_config, read_tensors
 from fqcompile.errors import CheckpointError
+from fqcompile.files.json_text import shown
+from fqcompile.files.safetensors_file import TensorPlace, read_tensor
 from fqcompile.interop.assemble import assemble
 from fqcompile.interop.awq import read_awq
 from fqcompile.interop.compressed_tensors import read_compressed_tensors

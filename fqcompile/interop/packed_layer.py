@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fqcompile.checkpoint.json_text import shown
-from fqcompile.checkpoint.safetensors_file import TensorPlace
 from fqcompile.errors import CheckpointError
+from fqcompile.files.json_text import shown
+from fqcompile.files.safetensors_file import TensorPlace
 from fqcompile.quant.granularity import num_groups
 from fqcompile.quant.packing import pack
 from fqcompile.quant.qtype import QTYPES

@@ -20,13 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fqcompile.errors import CorruptEntry
-from fqcompile.kernels.cache_directory import (
-    cache_directory,
-    check_trusted,
-    replace_file,
-    warn_unusable,
-    writing,
-)
+from fqcompile.files.cache_directory import cache_directory, check_trusted, warn_unusable, writing
+from fqcompile.files.replace import replace_file
 from fqcompile.weights.entry_file import Entry, encoded, read_entry
 
 log = logging.getLogger("fqcompile")

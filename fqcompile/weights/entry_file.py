@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from fqcompile.errors import CorruptEntry
+from fqcompile.files.safetensors_file import bytes_of
 from fqcompile.kernels.cpu.huge_pages import in_huge_pages
 from fqcompile.quant.choose import QuantPlan
 from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.weights.content_digest import bytes_of, content_digest
+from fqcompile.weights.content_digest import content_digest
 
 Entry = tuple[QuantPlan, QuantizedWeight]
 

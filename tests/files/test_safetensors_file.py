@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fqcompile.checkpoint.safetensors_file import ALIGNMENT, DTYPES, read_header, read_tensor
 from fqcompile.checkpoint.shards import ShardWriter
 from fqcompile.errors import CheckpointError
+from fqcompile.files.safetensors_file import ALIGNMENT, DTYPES, read_header, read_tensor
 
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 # Others are refused.

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fqcompile.checkpoint.json_text import LARGEST, check_name, parse_json, shown
 from fqcompile.errors import CheckpointError
-from fqcompile.weights.content_digest import bytes_of
+from fqcompile.files.json_text import LARGEST, check_name, parse_json, shown
 
 # Tensors start at multiples of it where their sizes allow: compiled graphs copy what lies askew.
 ALIGNMENT = 64
@@ -60,6 +59,12 @@ class TensorPlace:
     @property
     def nbytes(self) -> int:
         return self.end - self.start
+
+
+def bytes_of(w: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on a CPU, which lives as long as this does."""
+    flat = w.detach().as_strided((w.numel(),), (1,))  # a view of one value may have any stride
+    return flat.view(torch.uint8).numpy().data
 
 
 def byte_size(dtype: str, shape: tuple[int, ...]) -> int:
