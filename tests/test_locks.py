@@ -263,7 +263,7 @@ def test_children_of_a_busy_process_do_not_hang(
     """
     monkeypatch.setenv("FQCOMPILE_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("FQCOMPILE_CACHE_SIZE", "1")
-    monkeypatch.setattr("fqcompile.weights.find_or_quantize.LEAST_WEIGHTS", 1)
+    monkeypatch.setattr("fqcompile.weights.disk_cache.LEAST_WEIGHTS", 1)
     monkeypatch.setattr(nn.Linear, "reset_parameters", lambda self: None)
     dense = [oracle(scale) for scale in (1, 2, 3)]
     torch._dynamo.reset()

@@ -12,7 +12,14 @@ from torch import Tensor
 from fqcompile.checkpoint.manifest import Manifest, ShardRecord, TensorRecord
 from fqcompile.errors import CheckpointError
 from fqcompile.files.replace import write_file
-from fqcompile.files.safetensors_file import ALIGNMENT, DTYPE_NAMES, DTYPES, bytes_of, encode_header
+from fqcompile.files.safetensors_file import (
+    ALIGNMENT,
+    DTYPE_NAMES,
+    DTYPES,
+    bytes_of,
+    consecutive,
+    encode_header,
+)
 
 # What is collected before it is written: a killed run loses no more work than that, and packed
 # tensors that wait take no more memory.
@@ -73,21 +80,18 @@ class ShardWriter:
         ordered = dict(
             sorted(self._waiting.items(), key=lambda item: item[1].nbytes % ALIGNMENT != 0)
         )
-        records, start = {}, 0
-        for name, tensor in ordered.items():
-            records[name] = TensorRecord(
-                shard=len(self.shards),
-                dtype=DTYPE_NAMES[tensor.dtype],
-                shape=tuple(tensor.shape),
-                start=start,
-                sha256=hashlib.sha256(bytes_of(tensor)).hexdigest(),
-            )
-            start += tensor.nbytes
-        header = encode_header({name: (r.dtype, r.shape, r.start) for name, r in records.items()})
+        forms = {name: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in ordered.items()}
+        entries = consecutive(forms)
+        header = encode_header(entries)
+        pieces = [header, *map(bytes_of, ordered.values())]
+        records = {
+            name: TensorRecord(len(self.shards), *entry, hashlib.sha256(piece).hexdigest())
+            for (name, entry), piece in zip(entries.items(), pieces[1:], strict=True)
+        }
         number = self._first + self._step * len(self.shards)
         file = shard_name(self._generation, number)
-        self._write(file, [header, *map(bytes_of, ordered.values())])
-        self.shards.append(ShardRecord(file, len(header) + start))
+        self._write(file, pieces)
+        self.shards.append(ShardRecord(file, sum(map(len, pieces))))
         self.tensors.update(records)
         self._waiting.clear()
         return records

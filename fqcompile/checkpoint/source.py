@@ -118,7 +118,7 @@ def read_tensors(directory: Path) -> dict[str, TensorPlace]:
     """
     tensors: dict[str, TensorPlace] = {}
     for path in _files(directory):
-        tensors |= read_header(path)
+        tensors |= read_header(path).tensors
     if (directory / INDEX).is_file() and not (directory / _SINGLE).is_file():
         _check_index(directory / INDEX, tensors)
     return tensors

@@ -43,12 +43,13 @@ def parse_json(text: str | bytes, where: str, remedy: str = "download it again")
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is not JSON ({error}); {remedy}") from error
-    level = [found] if isinstance(found, dict | list) else []
-    for _ in range(_DEEPEST):
+    depth, level = 0, [found] if isinstance(found, dict | list) else []
+    while level:
+        depth += 1
+        if depth > _DEEPEST:
+            raise CheckpointError(f"{where} is nested more than {_DEEPEST} deep; {remedy}")
         inside = (v for c in level for v in (c.values() if isinstance(c, dict) else c))
         level = [value for value in inside if isinstance(value, dict | list)]
-    if level:
-        raise CheckpointError(f"{where} is nested more than {_DEEPEST} deep; {remedy}")
     return found
 
 

@@ -26,7 +26,7 @@ from fqcompile.checkpoint.directory import (
 from fqcompile.errors import CheckpointError, FineQuantError
 from fqcompile.files.json_text import parse_json, shown
 from fqcompile.files.replace import remove, replace_durably, sync_directory, write_file
-from fqcompile.files.safetensors_file import byte_size, bytes_of, encode_header
+from fqcompile.files.safetensors_file import bytes_of, consecutive, encode_header
 from fqcompile.interop.export_blocks import Block
 
 SHARD_BYTES = 4 << 30
@@ -184,16 +184,13 @@ def _shard_name(index: int, count: int) -> str:
 
 
 def _write_shard(directory: Path, name: str, blocks: Sequence[Block], progress: tqdm) -> None:  # type: ignore[type-arg]
-    places, start = {}, 0
-    for block in blocks:
-        for tensor, (dtype, shape) in block.tensors.items():
-            places[tensor] = (dtype, shape, start)
-            start += byte_size(dtype, shape)
-    header = encode_header(places)
+    forms = {name: form for block in blocks for name, form in block.tensors.items()}
+    header = encode_header(consecutive(forms))
+    size = sum(block.nbytes for block in blocks)
     path = directory / name
     if path.is_file():  # it got its name when it was on the disk
-        _check_shard(path, header, len(header) + start)
-        progress.update(start)
+        _check_shard(path, header, len(header) + size)
+        progress.update(size)
         return
     replace_durably(path, _pieces(header, blocks, progress), directory / _TEMPORARY)
 

@@ -20,7 +20,7 @@ from fqcompile.passes.sites import WeightSite
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
 from fqcompile.quant.validate import WEIGHT_DTYPES
 from fqcompile.torch_compat import FakeTensor
-from fqcompile.weights.find_or_quantize import use_logged
+from fqcompile.weights.disk_cache import use_logged
 from fqcompile.weights.packed_weight import PackedWeight
 from fqcompile.weights.store import STORE
 
