@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fqcompile.checkpoint.checked_fields import checked
 from fqcompile.checkpoint.directory import staged
 from fqcompile.checkpoint.manifest import PackedRecord, ShardRecord, SlotRecord, TensorRecord
 from fqcompile.errors import CheckpointError
-from fqcompile.files.json_text import parse_json
+from fqcompile.files.json_text import checked, parse_json
 from fqcompile.files.replace import append_to_file, remove, replace_durably, sync_directory
 
 JOURNAL = "fqcompile.journal"

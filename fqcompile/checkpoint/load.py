@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fqcompile.checkpoint.blocks import Block, DenseBlock, PackedBlock, assemble
 from fqcompile.checkpoint.directory import file_of
-from fqcompile.checkpoint.fit import check_fits, put
 from fqcompile.checkpoint.hugging_face import build_model, generation_config
 from fqcompile.checkpoint.manifest import (
     Manifest,
@@ -19,7 +18,7 @@ from fqcompile.checkpoint.manifest import (
     read_manifest,
 )
 from fqcompile.checkpoint.shards import MappedShards
-from fqcompile.checkpoint.slots import Slot, slots
+from fqcompile.checkpoint.slots import Slot, check_fits, put, slots
 from fqcompile.distributed.layout import Layout, layout_of
 from fqcompile.distributed.shards import is_dtensor, local_part, team_of, with_part
 from fqcompile.errors import CheckpointError

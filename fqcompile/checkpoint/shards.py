@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fqcompile.checkpoint.manifest import Manifest, ShardRecord, TensorRecord
+from fqcompile.checkpoint.manifest import Manifest, PackedRecord, ShardRecord, TensorRecord
 from fqcompile.errors import CheckpointError
 from fqcompile.files.replace import write_file
 from fqcompile.files.safetensors_file import (
@@ -20,6 +20,7 @@ from fqcompile.files.safetensors_file import (
     consecutive,
     encode_header,
 )
+from fqcompile.quant.quantized_weight import QuantizedWeight
 
 # What is collected before it is written: a killed run loses no more work than that, and packed
 # tensors that wait take no more memory.
@@ -67,6 +68,33 @@ class ShardWriter:
                     f"one of {', '.join(DTYPE_NAMES.values())}"
                 )
             self._waiting[name] = tensor.detach().cpu().contiguous()
+
+    def add_packed(
+        self,
+        name: str,
+        weight: QuantizedWeight,
+        *,
+        dtype: torch.dtype,
+        experts: int,
+        transposed: bool,
+        scale_method: str,
+    ) -> PackedRecord:
+        """The same with rows [N, K], or [E * N, K] of a stack; returns how to read them."""
+        rows, k = weight.shape
+        record = PackedRecord(
+            codes=f"{name}.codes",
+            scale=f"{name}.scale",
+            dtype=DTYPE_NAMES[dtype],
+            bits=weight.bits,
+            group_size=weight.group_size,
+            rows=rows // max(1, experts),
+            k=k,
+            experts=experts,
+            transposed=transposed,
+            scale_method=scale_method,
+        )
+        self.add({record.codes: weight.qweight, record.scale: weight.scale})
+        return record
 
     @property
     def is_full(self) -> bool:

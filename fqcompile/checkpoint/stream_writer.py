@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fqcompile.checkpoint.journal import Journal, Progress
 from fqcompile.checkpoint.manifest import PackedRecord, SlotRecord
-from fqcompile.checkpoint.packed_record import write_packed
 from fqcompile.checkpoint.shards import ShardWriter
 from fqcompile.checkpoint.slots import slots
 from fqcompile.config import FineQuantConfig
@@ -84,12 +83,7 @@ class StreamWriter:
         """
         if self.wrote(name):
             return
-        expected = self._places[name].tensor.shape
-        if tensor.shape != expected:
-            raise CheckpointError(
-                f"{name} is {list(tensor.shape)} in the checkpoint and {list(expected)} in the "
-                "model; is config.json that of another model?"
-            )
+        self._places[name].check_shape(tensor)
         names = self._receivers.get(name, [name])
         packed = [n for n in names if n in self._packable]
         if packed and not self._write_packed(packed, tensor):
@@ -138,8 +132,7 @@ class StreamWriter:
                 found.matrix, options, scale_dtype_beside(weight.dtype)
             )
         self.weights += weight.numel()
-        record = write_packed(
-            self._shards,
+        record = self._shards.add_packed(
             name,
             codes,
             dtype=weight.dtype,

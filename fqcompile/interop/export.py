@@ -14,10 +14,9 @@ import torch
 
 from fqcompile.checkpoint.directory import remove_save
 from fqcompile.checkpoint.hugging_face import without_code
-from fqcompile.checkpoint.manifest import MANIFEST, read_manifest
+from fqcompile.checkpoint.manifest import MANIFEST, read_manifest, versions
 from fqcompile.checkpoint.source import open_source, other_files
 from fqcompile.checkpoint.stream import quantize_checkpoint
-from fqcompile.checkpoint.versions import versions
 from fqcompile.config import HEAD_NAMES, FineQuantConfig
 from fqcompile.errors import CheckpointError, OptionError
 from fqcompile.interop.check import find_problems

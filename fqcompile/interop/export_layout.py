@@ -16,9 +16,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from fqcompile.checkpoint.conversion import Reversion, reversions
 from fqcompile.checkpoint.hugging_face import build_model
 from fqcompile.checkpoint.manifest import Manifest, PackedRecord, read_manifest
-from fqcompile.checkpoint.reversion import Reversion, reversions
 from fqcompile.checkpoint.shards import MappedShards
 from fqcompile.errors import CheckpointError
 from fqcompile.files.safetensors_file import DTYPES
