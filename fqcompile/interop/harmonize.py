@@ -14,10 +14,10 @@ from fqcompile.interop.export_layout import Piece, Saved
 from fqcompile.interop.layers import (
     BITS,
     GROUP_SIZES,
-    HEAD,
-    ROUTER,
     Scheme,
     fused_name,
+    is_head,
+    is_router,
     is_split_along_k,
     last,
     stack_of,
@@ -118,9 +118,9 @@ def group_sizes(saved: Saved, piece: Piece, tp: int) -> set[int | None]:
 
 
 def _built_dense(saved: Saved, piece: Piece) -> str | None:
-    if HEAD.fullmatch(piece.name) or piece.source in saved.ties:
+    if is_head(piece.name) or piece.source in saved.ties:
         return HEADS_STAY
-    if ROUTER.fullmatch(piece.name):
+    if is_router(piece.name):
         return "engines keep routers of experts dense"
     return None
 

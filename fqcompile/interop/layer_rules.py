@@ -6,11 +6,11 @@ from fqcompile.interop.findings import Effect, Finding, Subject
 from fqcompile.interop.layers import (
     BITS,
     GROUP_SIZES,
-    HEAD,
-    ROUTER,
     Layer,
     fused_name,
     is_embedding,
+    is_head,
+    is_router,
     is_split_along_k,
     is_split_along_n,
     last,
@@ -78,13 +78,13 @@ def _place(subject: Subject, layer: Layer) -> Iterator[Finding]:
             "embedding", "refused", [layer.name], "embeddings are looked up, not multiplied",
             "leave it dense, and name it in ignore",
         )  # fmt: skip
-    elif HEAD.fullmatch(layer.name) and subject.tied:
+    elif is_head(layer.name) and subject.tied:
         yield subject.finding(
             "tied-head", "wrong", [layer.name],
             "the config ties the head to the embedding, whose dense values it then gets",
             "leave the head dense, or set tie_word_embeddings to false",
         )  # fmt: skip
-    elif ROUTER.fullmatch(layer.name) and subject.engine != "transformers":
+    elif is_router(layer.name) and subject.engine != "transformers":
         yield subject.finding(
             "router", "refused", [layer.name], "routers of experts are built dense",
             "leave it dense, and name it in ignore",
@@ -160,7 +160,7 @@ def _fused(subject: Subject, parts: Sequence[Layer]) -> Finding | None:
 def _matched(subject: Subject, name: str, parts: Sequence[Layer]) -> Finding | None:
     """The config must lead the engine to the scheme that is stored."""
     names, stored = [layer.name for layer in parts], parts[0].scheme
-    if stored is None and (HEAD.fullmatch(name) or ROUTER.fullmatch(name)):
+    if stored is None and (is_head(name) or is_router(name)):
         return None  # built dense by the engines, whatever matches
     ignored = {is_ignored(subject.config, part, subject.engine) for part in names}
     match = find_match(subject.config, name, names if len(names) > 1 else (), subject.engine)

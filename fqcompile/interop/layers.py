@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from fqcompile.config import HEADS, ROUTERS
 from fqcompile.errors import CheckpointError
 
 # Code widths and group sizes that every engine has a kernel for; None: one scale per channel.
@@ -53,8 +54,7 @@ FUSED = (
     ("in_proj_ba", ("in_proj_b", "in_proj_a")),
 )
 EXPERT = re.compile(r"(?P<stack>(?:.+\.)?experts)\.(?P<expert>\d+)\.(?P<projection>[^.]+)")
-HEAD = re.compile(r"(?:.+\.)?(?:lm_head|embed_out)")
-ROUTER = re.compile(r"(?:.+\.)?(?:gate|router|wg|shared_expert_gate|router\.(?:layer|proj))")
+_IN_ROUTER = re.compile(r"(?:.+\.)?router\.(?:layer|proj)")
 _EMBEDDING = re.compile(
     r"(?:.+\.)?(?:[^.]*embed[^.]*|wte|wpe|shared|relative_attention_bias)(?:\.\d+)?"
 )
@@ -89,8 +89,16 @@ def fused_name(name: str, present: Iterable[str]) -> str:
     return name
 
 
+def is_head(name: str) -> bool:
+    return last(name) in HEADS
+
+
+def is_router(name: str) -> bool:
+    return last(name) in ROUTERS or _IN_ROUTER.fullmatch(name) is not None
+
+
 def is_embedding(name: str) -> bool:
-    return _EMBEDDING.fullmatch(name) is not None and HEAD.fullmatch(name) is None
+    return _EMBEDDING.fullmatch(name) is not None and not is_head(name)
 
 
 def is_split_along_k(name: str) -> bool:
@@ -100,7 +108,7 @@ def is_split_along_k(name: str) -> bool:
 def is_split_along_n(name: str) -> bool:
     """Evenly, that is: heads of keys and values may be repeated, and routers are whole."""
     own = last(name)
-    whole = own in _WHOLE or own in _HEADS or ROUTER.fullmatch(name) is not None
+    whole = own in _WHOLE or own in _HEADS or is_router(name)
     return not whole and not is_split_along_k(name)
 
 
