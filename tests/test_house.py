@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "fqcompile"
 # `modules`, as `quantize_checkpoint` does on disk what `quantize_` does in memory.
 LAYERS = [
     {"errors", "locks", "torch_compat", "hf_compat"},
+    {"files"},
     {"options"},
     {"distributed"},
     {"config"},

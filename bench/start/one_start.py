@@ -17,7 +17,7 @@ import fqcompile
 from bench.core.shapes import MODELS, STARTED, build, prompt
 from fqcompile.kernels.cpu import native_library
 from fqcompile.passes import lower
-from fqcompile.weights import disk_cache, find_or_quantize, fingerprint
+from fqcompile.weights import disk_cache, fingerprint
 from fqcompile.weights.disk_cache import DiskCache
 from fqcompile.weights.packed import PackedSpec
 
@@ -26,7 +26,7 @@ _LOGITS = 256  # of the last token, for comparison
 # What is timed by its name: (owner, function) -> part. None calls one of another part.
 TIMED = {
     (fingerprint, "content_digest"): "digest",
-    (find_or_quantize, "choose_and_quantize"): "quantise",
+    (disk_cache, "choose_and_quantize"): "quantise",
     (DiskCache, "_keep"): "write",
     (disk_cache, "read_entry"): "read",
     (PackedSpec, "pack"): "pack",

@@ -19,6 +19,7 @@ from fqcompile.estimator.model_shapes import named_models, read_decoder
 from fqcompile.estimator.sharding import Sharing, Workload
 from fqcompile.estimator.speed import Speed
 from fqcompile.estimator.table import estimates_as_dict, estimates_text, seconds_of_a_token
+from fqcompile.files.replace import replace_text
 from fqcompile.report.page import (
     Axis,
     Cell,
@@ -29,7 +30,6 @@ from fqcompile.report.page import (
     paragraph,
     points_svg,
     render_page,
-    replace_text,
     table_html,
     unordered,
 )

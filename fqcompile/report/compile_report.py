@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from fqcompile.files.replace import replace_text
 from fqcompile.report.page import (
     Cell,
     Section,
@@ -23,7 +24,6 @@ from fqcompile.report.page import (
     details,
     paragraph,
     render_page,
-    replace_text,
     table_html,
     unordered,
 )

@@ -8,9 +8,7 @@ any width while its text keeps its size.
 import base64
 import hashlib
 import math
-import os
 import re
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -279,18 +277,3 @@ def _part(name: str) -> str:
 def _hash(script: str) -> str:
     """By which the browser knows the one script that it may run."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
-def replace_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write `text` to `path`, making its folders, and return the path."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # A rename is atomic only within one file system, hence a neighbour and not the system's tmp.
-    part = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}")
-    try:
-        # What has no place in UTF-8, as half a surrogate pair in a name, is spelt out.
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
-    return target

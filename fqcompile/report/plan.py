@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from fqcompile.config import FineQuantConfig
+from fqcompile.files.replace import replace_text
 from fqcompile.report.error_plots import errors_html
 from fqcompile.report.granularity_map import map_html, place_of
 from fqcompile.report.page import (
@@ -19,7 +20,6 @@ from fqcompile.report.page import (
     details,
     paragraph,
     render_page,
-    replace_text,
     table_html,
     unordered,
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from fqcompile.files.replace import replace_text
 from fqcompile.kernels.tuning.table import Timing
 from fqcompile.report.page import (
     Cell,
@@ -16,7 +17,6 @@ from fqcompile.report.page import (
     details,
     paragraph,
     render_page,
-    replace_text,
     table_html,
     unordered,
 )
