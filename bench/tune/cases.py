@@ -12,7 +12,7 @@ import torch
 from bench.core.measure import Record, Replay, timed_if_right, timings
 from bench.core.results import failure
 from fqcompile.kernels.launch_table import Config, parse_config
-from fqcompile.kernels.registry import TEMPLATES, refusal, select_kernel
+from fqcompile.kernels.registry import TEMPLATES, select_kernel
 from fqcompile.kernels.roofline import least_seconds
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import SearchMode, Template, nothing_to_search
@@ -66,7 +66,7 @@ def compared_on_cpu(
     `templates`: instead of those that are registered.
     """
     tried = _without_configurations() if templates is None else templates
-    refusals = {t.name: reason for t in tried if (reason := refusal(t, spec)) is not None}
+    refusals = {t.name: reason for t in tried if (reason := t.refuse(spec)) is not None}
     ready = {t.name: partial(_recorded, t, spec, record) for t in tried if t.name not in refusals}
     found, wrong = timed_if_right(ready)
     refusals |= wrong

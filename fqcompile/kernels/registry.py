@@ -50,20 +50,13 @@ def select_kernel(spec: GemmSpec, layout: str | None = None) -> KernelChoice:
     """
     refusals = []
     for template in TEMPLATES.values():
-        reason = refusal(template, spec)
+        reason = template.refuse(spec)
         if reason is None and layout not in (None, template.layout.name):
             reason = f"reads the layout {template.layout.name!r}, not {layout!r}"
         if reason is None:
             return KernelChoice(template, template.launches(spec))
         refusals.append(f"{template.name}: {reason}")
     raise NoKernelError(f"no kernel for {spec}:\n  " + "\n  ".join(refusals))
-
-
-def refusal(template: Template, spec: GemmSpec) -> str | None:
-    """Why `template` cannot run `spec`; None where it can."""
-    if spec.experts and template.experts is None:
-        return "runs one matrix, not a stack of experts"
-    return template.refuse(spec)
 
 
 @cache

@@ -264,9 +264,9 @@ def _sum_with_op(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
 
 
 def _reads_the_same(a: fx.Node, b: fx.Node) -> bool:
-    """Equal operators on one x, with one routing."""
-    same = all(argument(a, name) is argument(b, name) for name in ("x", "routing", "zero_rest"))
-    return same and a.target is b.target
+    """Whether both multiply one x, with one routing."""
+    names = ("x", "offsets", "ids", "zero_rest")
+    return all(argument(a, name) is argument(b, name) for name in names)
 
 
 def _is_gate_and_up(gate: fx.Node, up: fx.Node) -> bool:

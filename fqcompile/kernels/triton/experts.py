@@ -2,19 +2,20 @@
 
 import torch
 
-from fqcompile.kernels.epilogue import apply_epilogue
-from fqcompile.kernels.routing import Routing
-from fqcompile.kernels.template import PackedLinear
+from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.template import PackedLinear, Routing
 from fqcompile.kernels.tile_config import TileConfig
 from fqcompile.kernels.triton.expert_gemm import expert_gemm_kernel, finish_experts_kernel
 from fqcompile.kernels.triton.launch import (
     FINISH_BLOCK_N,
+    PRODUCT,
     cdiv,
     dequantize,
     device_of,
     format_of,
     forms_of,
     has_two_sums,
+    with_whole_rows,
 )
 from fqcompile.kernels.triton.layout import BLOCK_K
 from fqcompile.kernels.triton.schedule import schedule_kernel
@@ -53,9 +54,7 @@ def expert_gemm(
     x: torch.Tensor,
     weight: PackedLinear,
     routing: Routing,
-    bias: torch.Tensor | None,
-    activation: str,
-    gated: bool,
+    epilogue: Epilogue,
     config: TileConfig,
     kwidth: int,
 ) -> torch.Tensor:
@@ -63,29 +62,27 @@ def expert_gemm(
 
     Rows beyond the last offset keep what was in memory; a row whose id names no expert is NaN.
     """
-    m, n = x.shape[0], weight.rows // 2 if gated else weight.rows
+    m, n = x.shape[0], epilogue.columns(weight.rows)
     if x.stride(1) != 1:
         x = x.contiguous()
-    if bias is not None:
-        bias = bias.contiguous()
+    epilogue = with_whole_rows(epilogue)
     y = x.new_empty((m, n))
-    direct = has_two_sums(n, config) if gated else config.SPLIT_K == 1
-    forms = forms_of(activation)
+    direct = has_two_sums(n, config) if epilogue.gated else config.SPLIT_K == 1
     with device_of(x):
         if direct:
-            _gemm(x, weight, routing, bias, y, n, forms, gated, config, kwidth)
+            _gemm(x, weight, routing, y, n, epilogue, config, kwidth)
             return y
         shares = x.new_empty((config.SPLIT_K, m, weight.rows), dtype=torch.float32)
-        none = forms_of("none")
-        _gemm(x, weight, routing, None, shares, weight.rows, none, False, config, kwidth)
+        _gemm(x, weight, routing, shares, weight.rows, PRODUCT, config, kwidth)
         grouped = routing.offsets is not None
         rows_of = routing.offsets if grouped else routing.ids
         assert rows_of is not None
+        bias, _, activation, gated = epilogue
         experts = weight.qweight.shape[0]
         finish_experts_kernel[(m * cdiv(n, FINISH_BLOCK_N),)](
             shares, rows_of.contiguous(), bias, y, m, n, experts,
-            grouped, filled_up(experts), *forms, gated, config.SPLIT_K, FINISH_BLOCK_N,
-            num_warps=2,
+            grouped, filled_up(experts), *forms_of(activation), gated, config.SPLIT_K,
+            FINISH_BLOCK_N, num_warps=2,
         )  # fmt: skip
     return y
 
@@ -94,11 +91,9 @@ def _gemm(
     x: torch.Tensor,
     weight: PackedLinear,
     routing: Routing,
-    bias: torch.Tensor | None,
     y: torch.Tensor,
     n: int,
-    forms: tuple[object, object],
-    gated: bool,
+    epilogue: Epilogue,
     config: TileConfig,
     kwidth: int,
 ) -> None:
@@ -111,32 +106,26 @@ def _gemm(
         assert routing.ids is not None
         rows_of_blocks, blocks = routing.ids.contiguous(), m
     expert_gemm_kernel[(blocks * cdiv(n, config.BLOCK_N), config.SPLIT_K)](
-        x, weight.qweight, weight.scale, rows_of_blocks, bias, y,
+        x, weight.qweight, weight.scale, rows_of_blocks, epilogue.bias, y,
         m, n, k, weight.qweight.shape[0], blocks, x.stride(0), grouped,
         *format_of(weight.group_size, k), weight.bits, kwidth, conversion(x.device, x.dtype),
-        *forms, gated, k % BLOCK_K == 0,
+        *forms_of(epilogue.activation), epilogue.gated, k % BLOCK_K == 0,
         config.BLOCK_M, config.BLOCK_N, BLOCK_K, config.SPLIT_K,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
 def dense_experts(
-    x: torch.Tensor,
-    weight: PackedLinear,
-    offsets: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: str,
-    gated: bool,
-    kwidth: int,
+    x: torch.Tensor, weight: PackedLinear, offsets: torch.Tensor, epilogue: Epilogue, kwidth: int
 ) -> torch.Tensor:
     """The same by way of ŵ [E, rows, K] and PyTorch's grouped matmul, which takes bf16."""
     if x.stride(1) != 1 or x.stride(0) % GROUPED_MM_ALIGNED or x.data_ptr() % 16:
         x = x.contiguous()
     w_hat = dequantize(weight, x.dtype, kwidth)
     z = grouped_mm(x, w_hat.transpose(1, 2), offs=offsets.to(torch.int32))
-    if bias is not None:
+    if epilogue.bias is not None:
         rows = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
         expert = torch.searchsorted(offsets, rows, right=True)
         # Rows beyond the last offset have none; what they get does not matter.
-        z = z + bias[expert.clamp_(max=offsets.shape[0] - 1)]
-    return apply_epilogue(z, None, None, activation, gated)
+        z = z + epilogue.bias[expert.clamp_(max=offsets.shape[0] - 1)]
+    return epilogue.apply_to_biased(z)

@@ -5,6 +5,7 @@ from functools import cache
 
 import torch
 
+from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.epilogue import activation as activation_entry
 from fqcompile.kernels.template import PackedLinear
 from fqcompile.kernels.tile_config import TileConfig
@@ -22,6 +23,7 @@ from fqcompile.kernels.triton.target import conversion
 
 FINISH_BLOCK_N = 256
 DEQUANTIZE_ROWS = 32
+PRODUCT = Epilogue()  # of a split K, whose epilogue is the finishing kernel's
 
 
 def cdiv(a: int, b: int) -> int:
@@ -52,14 +54,7 @@ def device_of(t: torch.Tensor) -> AbstractContextManager[object]:
 
 
 def dequant_gemm(
-    x: torch.Tensor,
-    weight: PackedLinear,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    activation: str,
-    gated: bool,
-    config: TileConfig,
-    kwidth: int,
+    x: torch.Tensor, weight: PackedLinear, epilogue: Epilogue, config: TileConfig, kwidth: int
 ) -> torch.Tensor:
     """`act(x @ ŵᵀ + bias) + residual` [M, N] in x's dtype, for x [M, K] and residual [M, N].
 
@@ -67,50 +62,52 @@ def dequant_gemm(
     as the activation has it. Where they cannot have an accumulator each, they are columns of one
     product and meet in the finishing kernel.
     """
-    m, n = x.shape[0], weight.rows // 2 if gated else weight.rows
+    m, n = x.shape[0], epilogue.columns(weight.rows)
     if x.stride(1) != 1:
         x = x.contiguous()
-    if residual is not None and residual.stride(1) != 1:
-        residual = residual.contiguous()
+    epilogue = with_whole_rows(epilogue)
     y = x.new_empty((m, n))
-    direct = has_two_sums(n, config) if gated else config.SPLIT_K == 1
-    forms = forms_of(activation)
-    end = (None if bias is None else bias.contiguous(), residual)
+    direct = has_two_sums(n, config) if epilogue.gated else config.SPLIT_K == 1
     with device_of(x):
         if direct:
-            _gemm(x, weight, *end, y, n, forms, gated, config, kwidth)
+            _gemm(x, weight, y, n, epilogue, config, kwidth)
             return y
         shares = x.new_empty((config.SPLIT_K, m, weight.rows), dtype=torch.float32)
-        none = forms_of("none")
-        _gemm(x, weight, None, None, shares, weight.rows, none, False, config, kwidth)
-        grid = (m * cdiv(n, FINISH_BLOCK_N),)
-        stride_rm = 0 if residual is None else residual.stride(0)
-        finish_kernel[grid](
-            shares, *end, y, m, n, stride_rm, *forms, gated, config.SPLIT_K, FINISH_BLOCK_N,
+        _gemm(x, weight, shares, weight.rows, PRODUCT, config, kwidth)
+        bias, residual, activation, gated = epilogue
+        finish_kernel[(m * cdiv(n, FINISH_BLOCK_N),)](
+            shares, bias, residual, y, m, n, 0 if residual is None else residual.stride(0),
+            *forms_of(activation), gated, config.SPLIT_K, FINISH_BLOCK_N,
             num_warps=2,
         )  # fmt: skip
     return y
 
 
+def with_whole_rows(epilogue: Epilogue) -> Epilogue:
+    """The bias contiguous, the residual with neighbouring columns, as the kernels read them."""
+    bias, residual, activation, gated = epilogue
+    if residual is not None and residual.stride(1) != 1:
+        residual = residual.contiguous()
+    return Epilogue(None if bias is None else bias.contiguous(), residual, activation, gated)
+
+
 def _gemm(
     x: torch.Tensor,
     weight: PackedLinear,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
     y: torch.Tensor,
     n: int,
-    forms: tuple[object, object],
-    gated: bool,
+    epilogue: Epilogue,
     config: TileConfig,
     kwidth: int,
 ) -> None:
     m, k = x.shape
+    bias, residual, activation, gated = epilogue
     tiles = -(-m // config.BLOCK_M) * -(-n // config.BLOCK_N)
     gemm_kernel[(tiles, config.SPLIT_K)](
         x, weight.qweight, weight.scale, bias, residual, y,
         m, n, k, x.stride(0), 0 if residual is None else residual.stride(0),
         *format_of(weight.group_size, k), weight.bits, kwidth, conversion(x.device, x.dtype),
-        *forms, gated, k % BLOCK_K == 0,
+        *forms_of(activation), gated, k % BLOCK_K == 0,
         config.BLOCK_M, config.BLOCK_N, BLOCK_K, config.SPLIT_K,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -24,7 +24,6 @@ from bench.experts.layers import (
     by_grouping,
 )
 from bench.experts.run import crossovers, table
-from fqcompile.kernels.dequantize import DEQUANTIZE
 from fqcompile.kernels.gpu import H200
 from fqcompile.kernels.launch_table import DENSE
 from fqcompile.kernels.registry import KernelChoice
@@ -45,7 +44,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     def candidates(spec: Any, m: int, mode: str) -> Sequence[Any]:
         return (CLOSED.at(1), DENSE)
 
-    template = replace(TEMPLATE, experts=DEQUANTIZE.experts, candidates=candidates)
+    template = replace(TEMPLATE, candidates=candidates)
     monkeypatch.setattr(expert_layers, "select_kernel", lambda spec: KernelChoice(template))
     monkeypatch.setattr(
         expert_layers,

@@ -121,9 +121,9 @@ def test_what_is_not_there_is_in_the_table() -> None:
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def twice(*arguments: Any) -> torch.Tensor:
         factor = 1 if arguments[-1] is DENSE else 2
-        return factor * TEMPLATE.linear(*arguments)
+        return factor * TEMPLATE.run(*arguments)
 
-    wrong = KernelChoice(replace(TEMPLATE, linear=twice))
+    wrong = KernelChoice(replace(TEMPLATE, run=twice))
     monkeypatch.setattr(contenders, "select_kernel", lambda spec: wrong)
     rows = named(run("cuBLAS"))
     assert rows["fqcompile closed form"]["failure"].startswith("wrong result: relative error 1,")
@@ -135,7 +135,7 @@ def test_one_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> No
     def broken(*arguments: Any) -> torch.Tensor:
         raise RuntimeError("out of resource\nmore")
 
-    failing = KernelChoice(replace(TEMPLATE, linear=broken))
+    failing = KernelChoice(replace(TEMPLATE, run=broken))
     monkeypatch.setattr(contenders, "select_kernel", lambda spec: failing)
     results = run("cuBLAS")
     assert named(results)["fqcompile dense"]["failure"] == "RuntimeError: out of resource"

@@ -91,13 +91,13 @@ def recorded_times(times: Sequence[float]) -> Callable[[Sequence[Callable[[], ob
     return lambda calls: lambda warm_ups, replays: [left.pop() for _ in range(replays)]
 
 
-def broken(name: str, linear: Any) -> Template:
-    return replace(DEQUANTIZE, name=name, linear=linear)
+def broken(name: str, run: Any) -> Template:
+    return replace(DEQUANTIZE, name=name, run=run)
 
 
 def test_what_is_wrong_or_fails_is_refused_and_not_timed() -> None:
     def twice(*arguments: Any) -> torch.Tensor:
-        return 2 * DEQUANTIZE.linear(*arguments)
+        return 2 * DEQUANTIZE.run(*arguments)
 
     def failing(*arguments: Any) -> torch.Tensor:
         raise RuntimeError("no\nmore")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fqcompile.kernels.routing import Routing
-from fqcompile.kernels.template import PackedLinear
+from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.template import PackedLinear, Routing
 from fqcompile.kernels.triton import experts as launch_experts
 from tests.kernels.triton.oracle import (
     Case,
@@ -116,8 +116,9 @@ def run(case: ExpertCase, inputs: ExpertInputs, device: str = "cpu") -> Tensor:
     x, bias = (on_device(t, device) for t in (inputs.x, inputs.bias))
     with pytest.MonkeyPatch.context() as patch, running(device) as memory:
         patch.setattr(launch_experts, "conversion", lambda device, dtype: one.conversion)
+        epilogue = Epilogue(bias, None, one.activation, one.gated)
         y = launch_experts.expert_gemm(
-            x, weight, case.routing(device), bias, one.activation, one.gated, one.config, one.kwidth
+            x, weight, case.routing(device), epilogue, one.config, one.kwidth
         )
         if memory is not None:
             without = case.tail if case.ids is None else 0

@@ -34,7 +34,7 @@ def launches(spec: GemmSpec) -> LaunchTable:
 
 
 TEMPLATE = Template(
-    "fake", DEQUANTIZE.layout, lambda spec: None, launches, DEQUANTIZE.linear, candidates
+    "fake", DEQUANTIZE.layout, lambda spec: None, launches, DEQUANTIZE.run, candidates
 )
 FAST, MAX = candidates(SPEC, 16, "fast"), candidates(SPEC, 16, "max")
 
