@@ -22,10 +22,8 @@ from triton import OutOfResources
 
 import fqcompile
 from fqcompile.kernels import run as run_module
-from fqcompile.kernels.gpu import A100, H200, Gpu
-from fqcompile.kernels.launch_table import DENSE, LaunchTable
 from fqcompile.kernels.op import matmul
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import A100, DENSE, H200, GemmSpec, Gpu, LaunchTable
 from fqcompile.kernels.triton import template
 from fqcompile.kernels.triton.target import kwidth
 from fqcompile.kernels.tuning.launches import tuned_launches

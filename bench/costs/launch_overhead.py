@@ -29,12 +29,9 @@ from bench.costs.stub_driver import install
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels import op as operator
 from fqcompile.kernels.epilogue import Epilogue
-from fqcompile.kernels.gpu import H200, gpu_of
-from fqcompile.kernels.launch_table import LaunchTable
 from fqcompile.kernels.registry import KernelChoice
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import H200, GemmSpec, LaunchTable, TileConfig, gpu_of
 from fqcompile.kernels.template import PackedLinear
-from fqcompile.kernels.tile_config import TileConfig
 from fqcompile.kernels.triton import target
 from fqcompile.kernels.triton.gemm import gemm_kernel
 from fqcompile.kernels.triton.launch import dequant_gemm, forms_of

@@ -16,10 +16,8 @@ from torch import Tensor
 
 from bench.core.shapes import GROUPED_MM, MATRICES, ExpertShape, Matrix, RoutingName, expert_spec
 from fqcompile.kernels.epilogue import Epilogue
-from fqcompile.kernels.gpu import Gpu
-from fqcompile.kernels.launch_table import DENSE, Config
 from fqcompile.kernels.registry import select_kernel
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import DENSE, Config, GemmSpec, Gpu
 from fqcompile.kernels.template import PackedLinear, Routing
 from fqcompile.kernels.tuning.launches import Mode, tuned_launches
 from fqcompile.kernels.tuning.measure import allowed_error, random_problem, rotation

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from fqcompile.kernels.epilogue import Epilogue
-from fqcompile.kernels.launch_table import DENSE, Config
 from fqcompile.kernels.registry import select_kernel
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import DENSE, Config, GemmSpec
 from fqcompile.kernels.template import PackedLinear, Template
 from fqcompile.kernels.tuning.launches import CLOSED_FORM, Mode, tuned_launches
 from fqcompile.kernels.tuning.measure import (

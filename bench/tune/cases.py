@@ -11,10 +11,9 @@ import torch
 
 from bench.core.measure import Record, Replay, timed_if_right, timings
 from bench.core.results import failure
-from fqcompile.kernels.launch_table import Config, parse_config
 from fqcompile.kernels.registry import TEMPLATES, select_kernel
 from fqcompile.kernels.roofline import least_seconds
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import Config, GemmSpec, parse_config
 from fqcompile.kernels.template import SearchMode, Template, nothing_to_search
 from fqcompile.kernels.tuning.key import Bucket
 from fqcompile.kernels.tuning.measure import difference, prepared

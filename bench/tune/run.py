@@ -30,10 +30,9 @@ from fqcompile.commands.arguments import counts as row_counts
 from fqcompile.commands.arguments import group_size
 from fqcompile.commands.tune import ROUTINGS, specs_of_shape
 from fqcompile.errors import FineQuantError, OptionError
-from fqcompile.kernels.cpu.bandwidth import read_bandwidth
-from fqcompile.kernels.gpu import Gpu, gpu_of
 from fqcompile.kernels.registry import select_kernel
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.roofline import read_bandwidth
+from fqcompile.kernels.spec import GemmSpec, Gpu, gpu_of
 from fqcompile.kernels.tuning.key import M_BUCKETS, bucket_of, fingerprint, kernel_source_hash
 from fqcompile.kernels.tuning.measure import measure_on_gpu
 from fqcompile.kernels.tuning.search import MakeMeasure, at_bucket

@@ -5,17 +5,15 @@ To add a template: write its file, add it to TEMPLATES.
 
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 
 from fqcompile.errors import NoKernelError
 from fqcompile.kernels.cpu.aten_packed import INT4PACK, INT8PACK
 from fqcompile.kernels.cpu.stream import X86_STREAM
 from fqcompile.kernels.dequantize import DEQUANTIZE
-from fqcompile.kernels.launch_table import LaunchTable
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.epilogue import HAS_TRITON
+from fqcompile.kernels.spec import GemmSpec, LaunchTable
 from fqcompile.kernels.template import Layout, Template
 
-HAS_TRITON = find_spec("triton") is not None
 if HAS_TRITON:
     from fqcompile.kernels.triton.template import TRITON_GEMMS
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fqcompile.errors import KernelBuildError
 from fqcompile.kernels.epilogue import Epilogue
-from fqcompile.kernels.launch_table import Config
 from fqcompile.kernels.registry import KernelChoice, parse_kernel
+from fqcompile.kernels.spec import Config
 from fqcompile.kernels.template import Layout, PackedLinear, Routing, Run, expert_of, one_by_one
 
 log = logging.getLogger("fqcompile")

@@ -8,8 +8,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 
 from fqcompile.kernels.epilogue import Epilogue
-from fqcompile.kernels.launch_table import Config, LaunchTable
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import Config, GemmSpec, LaunchTable
 from fqcompile.quant.affine import dequantize_rows
 from fqcompile.quant.granularity import num_groups
 from fqcompile.quant.packing import packed_columns

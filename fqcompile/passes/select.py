@@ -13,9 +13,8 @@ from typing import Literal, cast
 import torch
 from torch import fx
 
-from fqcompile.kernels.gpu import gpu_of
 from fqcompile.kernels.registry import select_kernel
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import GemmSpec, gpu_of
 from fqcompile.kernels.tuning.launches import Mode, tuned_launches
 from fqcompile.passes.base import GraphState, example
 from fqcompile.passes.op_nodes import INFERENCE, argument, changed

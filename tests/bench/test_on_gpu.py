@@ -8,7 +8,7 @@ from bench.experts import run as experts
 from bench.kernels import run as kernels
 from bench.models import run as models
 from bench.tune import run as tune
-from fqcompile.kernels.gpu import gpu_of
+from fqcompile.kernels.spec import gpu_of
 
 pytestmark = [
     pytest.mark.gpu,

@@ -25,8 +25,7 @@ from fqcompile.kernels.cpu.stream_layout import (
     unpack,
 )
 from fqcompile.kernels.epilogue import ACTIVATIONS, Epilogue
-from fqcompile.kernels.launch_table import Config
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import Config, GemmSpec
 from fqcompile.kernels.template import Layout, PackedLinear, Routing, Template
 from fqcompile.locks import in_forked_child
 from fqcompile.quant.qtype import QTYPES

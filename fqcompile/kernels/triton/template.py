@@ -9,14 +9,16 @@ from triton.runtime.errors import PTXASError
 
 from fqcompile.errors import KernelBuildError
 from fqcompile.kernels.epilogue import Epilogue
-from fqcompile.kernels.launch_table import DENSE, Config
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import DENSE, Config, GemmSpec, TileConfig
 from fqcompile.kernels.template import Layout, PackedLinear, Routing, Template
-from fqcompile.kernels.tile_config import TileConfig
 from fqcompile.kernels.triton import layout
 from fqcompile.kernels.triton.configs import candidates, launches
-from fqcompile.kernels.triton.experts import dense_experts, expert_gemm
-from fqcompile.kernels.triton.launch import dequant_gemm, dequantize
+from fqcompile.kernels.triton.launch import (
+    dense_experts,
+    dequant_gemm,
+    dequantize,
+    expert_gemm,
+)
 from fqcompile.kernels.triton.layout import BLOCK_K
 from fqcompile.kernels.triton.target import kwidth as kwidth_of
 

@@ -14,8 +14,7 @@ import torch
 
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels.epilogue import Epilogue
-from fqcompile.kernels.launch_table import Config
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import Config, GemmSpec
 from fqcompile.kernels.template import Layout, PackedLinear, Routing, Template
 from fqcompile.kernels.tuning.routed_rows import experts_of, packed_stack, routings
 from fqcompile.kernels.tuning.search import DeviceLost, Measure, WrongResult

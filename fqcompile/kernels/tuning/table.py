@@ -24,8 +24,7 @@ from fqcompile.kernels.cache_directory import (
     warn_unusable,
     writing,
 )
-from fqcompile.kernels.gpu import Gpu
-from fqcompile.kernels.launch_table import Config, parse_config
+from fqcompile.kernels.spec import Config, Gpu, parse_config
 from fqcompile.kernels.template import SearchMode
 from fqcompile.kernels.tuning.key import Bucket, fingerprint, kernel_source_hash
 

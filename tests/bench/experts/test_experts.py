@@ -24,9 +24,8 @@ from bench.experts.layers import (
     by_grouping,
 )
 from bench.experts.run import crossovers, table
-from fqcompile.kernels.gpu import H200
-from fqcompile.kernels.launch_table import DENSE
 from fqcompile.kernels.registry import KernelChoice
+from fqcompile.kernels.spec import DENSE, H200
 from fqcompile.kernels.tuning import measure as measure_module
 from fqcompile.kernels.tuning.launches import CLOSED_FORM, Chosen
 from fqcompile.kernels.tuning.search import DeviceLost

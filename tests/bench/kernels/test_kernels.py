@@ -20,10 +20,9 @@ from bench.kernels.baselines import BASELINES
 from bench.kernels.contenders import Contender, wrong_result
 from bench.kernels.section import gpu_kernels
 from fqcompile.errors import OptionError
-from fqcompile.kernels.gpu import H200
-from fqcompile.kernels.launch_table import DENSE, LaunchTable
 from fqcompile.kernels.registry import KernelChoice
 from fqcompile.kernels.roofline import ideal_seconds
+from fqcompile.kernels.spec import DENSE, H200, LaunchTable
 from fqcompile.kernels.tuning import measure as measure_module
 from fqcompile.kernels.tuning.launches import SEARCHED, Chosen
 from fqcompile.kernels.tuning.search import DeviceLost

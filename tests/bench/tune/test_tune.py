@@ -15,11 +15,10 @@ from bench.tune import cases as tune_cases
 from bench.tune import run as tune
 from fqcompile.errors import OptionError
 from fqcompile.kernels.cpu.aten_packed import INT4PACK, INT8PACK
-from fqcompile.kernels.cpu.bandwidth import read_bandwidth
 from fqcompile.kernels.dequantize import DEQUANTIZE
-from fqcompile.kernels.gpu import H200
 from fqcompile.kernels.registry import KernelChoice, select_kernel
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.roofline import read_bandwidth
+from fqcompile.kernels.spec import H200, GemmSpec
 from fqcompile.kernels.template import Template
 from fqcompile.kernels.tuning import measure as measure_module
 from fqcompile.kernels.tuning.search import WrongResult

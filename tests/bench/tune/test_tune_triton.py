@@ -10,8 +10,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from bench.core.measure import Replay
 from bench.tune import run as tune
-from fqcompile.kernels.gpu import H200
 from fqcompile.kernels.registry import select_kernel
+from fqcompile.kernels.spec import H200
 from fqcompile.kernels.tuning import measure as measure_module
 from fqcompile.kernels.tuning.table import Timing
 from tests.kernels.triton.interpreter import interpreted

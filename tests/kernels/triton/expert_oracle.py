@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.template import PackedLinear, Routing
-from fqcompile.kernels.triton import experts as launch_experts
+from fqcompile.kernels.triton import launch
 from tests.kernels.triton.oracle import (
     Case,
     Inputs,
@@ -115,11 +115,9 @@ def run(case: ExpertCase, inputs: ExpertInputs, device: str = "cpu") -> Tensor:
     one, weight = case.one, stacked(case, inputs, device)
     x, bias = (on_device(t, device) for t in (inputs.x, inputs.bias))
     with pytest.MonkeyPatch.context() as patch, running(device) as memory:
-        patch.setattr(launch_experts, "conversion", lambda device, dtype: one.conversion)
+        patch.setattr(launch, "conversion", lambda device, dtype: one.conversion)
         epilogue = Epilogue(bias, None, one.activation, one.gated)
-        y = launch_experts.expert_gemm(
-            x, weight, case.routing(device), epilogue, one.config, one.kwidth
-        )
+        y = launch.expert_gemm(x, weight, case.routing(device), epilogue, one.config, one.kwidth)
         if memory is not None:
             without = case.tail if case.ids is None else 0
             assert memory.unwritten(y) == without * one.n

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.spec import TileConfig
 from fqcompile.kernels.template import PackedLinear
-from fqcompile.kernels.tile_config import TileConfig
 from fqcompile.kernels.triton import launch, layout
 from fqcompile.quant.packing import pack
 from fqcompile.quant.qtype import QTYPES

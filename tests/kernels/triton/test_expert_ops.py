@@ -12,11 +12,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from fqcompile.errors import KernelBuildError
 from fqcompile.kernels import run as run_module
 from fqcompile.kernels.epilogue import Epilogue
-from fqcompile.kernels.gpu import A100, H200
-from fqcompile.kernels.launch_table import DENSE
 from fqcompile.kernels.op import matmul
 from fqcompile.kernels.registry import parse_kernel, select_kernel
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import A100, DENSE, H200, GemmSpec
 from fqcompile.kernels.template import PackedLinear, Routing
 from fqcompile.kernels.triton import template as template_module
 from fqcompile.kernels.triton.template import TRITON_GEMM

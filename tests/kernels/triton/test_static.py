@@ -27,9 +27,8 @@ from bench.static.launches import CONVERSION, GPUS, TYPES, Case, dequantize, gem
 from bench.static.machine_code import Launch, MachineCode, compile_for, toolchain_missing
 from bench.static.plain import plain_kernel
 from fqcompile.kernels.epilogue import Epilogue
-from fqcompile.kernels.gpu import A100, H200
+from fqcompile.kernels.spec import A100, H200, TileConfig
 from fqcompile.kernels.template import PackedLinear
-from fqcompile.kernels.tile_config import TileConfig
 from fqcompile.kernels.triton import launch
 from fqcompile.kernels.triton.target import kwidth
 from tests.kernels.triton.interpreter import interpreted

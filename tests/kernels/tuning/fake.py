@@ -7,11 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from fqcompile.kernels.dequantize import DEQUANTIZE
-from fqcompile.kernels.gpu import H200
-from fqcompile.kernels.launch_table import DENSE, Config, LaunchTable
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import DENSE, H200, Config, GemmSpec, LaunchTable, TileConfig
 from fqcompile.kernels.template import SearchMode, Template
-from fqcompile.kernels.tile_config import TileConfig
 from fqcompile.kernels.tuning.search import Measure
 from fqcompile.kernels.tuning.table import Timing
 

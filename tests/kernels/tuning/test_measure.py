@@ -13,10 +13,8 @@ from torch import Tensor
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels.dequantize import DEQUANTIZE
 from fqcompile.kernels.epilogue import Epilogue
-from fqcompile.kernels.gpu import gpu_of
-from fqcompile.kernels.launch_table import DENSE
 from fqcompile.kernels.registry import select_kernel
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import DENSE, GemmSpec, gpu_of
 from fqcompile.kernels.template import PLAIN, PackedLinear, Template
 from fqcompile.kernels.tuning import measure as measure_module
 from fqcompile.kernels.tuning.measure import (

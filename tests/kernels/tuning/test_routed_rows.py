@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fqcompile.kernels.dequantize import DEQUANTIZE
 from fqcompile.kernels.epilogue import Epilogue
-from fqcompile.kernels.launch_table import DENSE
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import DENSE, GemmSpec
 from fqcompile.kernels.template import PLAIN, PackedLinear
 from fqcompile.kernels.tuning import measure as measure_module
 from fqcompile.kernels.tuning.measure import expert_reference, measure_on_gpu, random_problem
