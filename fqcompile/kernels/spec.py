@@ -108,7 +108,7 @@ class GemmSpec:
         m_range: least and largest number of rows (None: no bound) where the graph leaves it open.
         gpu: the GPU that it will run on; None elsewhere.
         experts: matrices in the stack; 0 for a plain linear, which has one and no routing.
-        routing: how the rows of x are told their experts, see `kernels.routing`; m counts the
+        routing: how the rows of x are told their experts, see `template.Routing`; m counts the
             routed rows, so tokens times experts per token.
     """
 
