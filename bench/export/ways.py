@@ -66,7 +66,7 @@ def size_of(directory: Path) -> int:
 def compared(way: str, folder: Path) -> Row:
     """How many exported layers have the codes and scales of the saved model, and how many not."""
     manifest = read_manifest(folder / SAVED)
-    shards = MappedShards(folder / SAVED, manifest)
+    shards = MappedShards(folder / SAVED, manifest, verify=False)
     equal = different = 0
     for path in sorted((folder / way).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -74,15 +74,9 @@ def compared(way: str, folder: Path) -> Row:
                 if not key.endswith(".weight_packed"):
                     continue
                 name = key.removesuffix("_packed")
-                record = manifest.packed[name]
-                codes, scale = (
-                    shards.tensor(part, verify=False) for part in (record.codes, record.scale)
-                )
+                weight = shards.packed(manifest.packed[name])
                 words, own = file.get_tensor(key), file.get_tensor(f"{name}_scale")
-                weight = QuantizedWeight(
-                    codes, scale, record.bits, record.group_size, (record.rows, record.k)
-                )
-                same = _same_codes(words, codes) and _same_scales(own, weight)
+                same = _same_codes(words, weight.qweight) and _same_scales(own, weight)
                 equal, different = equal + same, different + (not same)
     return {"equal": equal, "different": different}
 

@@ -25,7 +25,7 @@ from fqcompile.quant.packing import packed_columns
 from fqcompile.quant.qtype import QTYPES
 from fqcompile.quant.validate import WEIGHT_DTYPES
 
-MANIFEST = "fqcompile.json"
+MANIFEST, JOURNAL = "fqcompile.json", "fqcompile.journal"
 # The second version has values in parts; what has none is written as the first.
 FORMAT, VERSION, VERSION_OF_PARTS = "fqcompile", 1, 2
 KINDS = ("parameter", "buffer", "attribute")

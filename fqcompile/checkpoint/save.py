@@ -39,6 +39,8 @@ from fqcompile.files.safetensors_file import DTYPE_NAMES, DTYPES
 from fqcompile.report import CompileReport, Plan, Site
 from fqcompile.weights.packed_weight import PackedWeight
 
+_ELSEWHERE = "give another directory, or move it away"
+
 
 @dataclass(frozen=True)
 class _Held:
@@ -92,17 +94,15 @@ def save(
         OptionError: `plan` is something else. RankError: another rank failed, or has ended.
         ShardingError: the model is spread in a way that is not known here.
     """
-    recorded, found = _recorded(plan), list(slots(model))
+    recorded, found, target = _recorded(plan), list(slots(model)), Path(directory)
     inner: nn.Module = getattr(model, "_orig_mod", model)
     team = team_of(slot.tensor for slot in found)
-    target = Path(directory)
     with ExitStack() as owned:
 
         def begin() -> str:
             _check_savable(model, found)
             if not team.index:
-                remedy = "give another directory, or move it away"
-                check_not_replaced(target, hugging_face_files(inner), remedy)
+                check_not_replaced(target, hugging_face_files(inner), _ELSEWHERE)
                 owned.enter_context(writing(target))
             return new_generation()
 

@@ -138,12 +138,16 @@ class DigestWriter(ShardWriter):
 class MappedShards:
     """The tensors that a manifest names, in mapped files: privately, so nothing is written back.
 
+    Args:
+        verify: compare the checksum of each tensor when it is read first.
+
     Raises:
         CheckpointError: a file is missing, or has another size or header than was written.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
-        self._directory, self._manifest = directory, manifest
+    def __init__(self, directory: Path, manifest: Manifest, *, verify: bool = True) -> None:
+        self._directory, self._manifest, self._verify = directory, manifest, verify
+        self._verified: set[str] = set()
         self._maps: list[mmap.mmap] = []
         self._starts: list[int] = []
         for index, shard in enumerate(manifest.shards):
@@ -151,11 +155,17 @@ class MappedShards:
             self._maps.append(_mapped(directory / shard.file, shard, header))
             self._starts.append(len(header))
 
-    def tensor(self, name: str, *, verify: bool) -> Tensor:
+    def packed(self, record: PackedRecord) -> QuantizedWeight:
+        """Codes and scales, rows [N, K] or [E * N, K]; views, as `tensor` gives."""
+        codes, scale = self.tensor(record.codes), self.tensor(record.scale)
+        shape = (record.all_rows, record.k)
+        return QuantizedWeight(codes, scale, record.bits, record.group_size, shape)
+
+    def tensor(self, name: str) -> Tensor:
         """A view of the mapped file.
 
         Raises:
-            CheckpointError: its bytes are not those that were written (`verify`), or lie outside.
+            CheckpointError: its bytes are not those that were written, or lie outside.
         """
         record = self._manifest.tensors[name]
         file = self._directory / self._manifest.shards[record.shard].file
@@ -165,11 +175,13 @@ class MappedShards:
         if not record.nbytes:
             return torch.empty(record.shape, dtype=DTYPES[record.dtype])
         with memoryview(mapped) as whole, whole[start : start + record.nbytes] as part:
+            verify = self._verify and name not in self._verified
             if verify and hashlib.sha256(part).hexdigest() != record.sha256:
                 raise CheckpointError(
                     f"{file}: tensor {name} is not what was written: its checksum differs; copy "
                     "the file again"
                 )
+        self._verified.add(name)
         dtype = DTYPES[record.dtype]
         count = record.nbytes // dtype.itemsize
         flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start)

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fqcompile.checkpoint.journal import JOURNAL
-from fqcompile.checkpoint.manifest import MANIFEST
+from fqcompile.checkpoint.manifest import JOURNAL, MANIFEST
 from fqcompile.errors import CheckpointError
 from fqcompile.files.json_text import check_name, read_json, shown
 from fqcompile.files.safetensors_file import TensorPlace, read_header

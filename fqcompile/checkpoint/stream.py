@@ -26,11 +26,10 @@ from fqcompile.checkpoint.directory import (
     writing_to,
 )
 from fqcompile.checkpoint.hugging_face import config_of
-from fqcompile.checkpoint.journal import Journal, Progress
 from fqcompile.checkpoint.manifest import MANIFEST, Manifest, versions
 from fqcompile.checkpoint.slots import shortened, slots
 from fqcompile.checkpoint.source import open_source, other_files, will_read
-from fqcompile.checkpoint.stream_writer import StreamWriter, site_from
+from fqcompile.checkpoint.stream_writer import Journal, Progress, StreamWriter, site_from
 from fqcompile.config import FineQuantConfig
 from fqcompile.errors import CheckpointError, OptionError
 from fqcompile.quantize_model import packing_config

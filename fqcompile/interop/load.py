@@ -19,11 +19,10 @@ from fqcompile.checkpoint.source import Source, read_config, read_tensors, recog
 from fqcompile.errors import CheckpointError
 from fqcompile.files.json_text import shown
 from fqcompile.files.safetensors_file import TensorPlace
-from fqcompile.interop.assemble import assemble
+from fqcompile.interop.assemble import PackedLayer, assemble
 from fqcompile.interop.awq import read_awq
 from fqcompile.interop.compressed_tensors import read_compressed_tensors
 from fqcompile.interop.gptq import read_gptq
-from fqcompile.interop.packed_layer import PackedLayer
 from fqcompile.quant.qtype import INT8
 from fqcompile.weights.packed_weight import PackedWeight
 
