@@ -40,7 +40,7 @@ PASS_HELPERS = set(
     fold gated gather kept linear_forms naming op_nodes regions sites spelling stacking""".split()
 )
 # What runs the passes, before them, after them or around them: each may import earlier ones.
-PASS_DRIVERS = tuple("verify pipeline local_linear localize agreement summary variants".split())
+PASS_DRIVERS = tuple("pipeline sharded summary variants".split())
 
 # Names of others that have no promise are in these two files alone; what else begins with a line
 # below is ours, or as old as what it belongs to: nn.Module, namedtuple, the standard library.

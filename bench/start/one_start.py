@@ -14,7 +14,7 @@ import torch
 from torch._inductor import compile_fx
 
 import fqcompile
-from bench.core.llama_layers import SIZES, build, prompt
+from bench.core.shapes import MODELS, STARTED, build, prompt
 from fqcompile.kernels.cpu import native_library
 from fqcompile.passes import lower
 from fqcompile.weights import disk_cache, fingerprint
@@ -66,7 +66,7 @@ def start(backend: str, size: str, imported: float) -> tuple[Seconds, list[float
     seconds: Seconds = defaultdict(float)
     for (owner, name), part in TIMED.items():
         setattr(owner, name, timed(getattr(owner, name), part, seconds))
-    model, ids = build(SIZES[size]), prompt(SIZES[size])
+    model, ids = build(size, MODELS[size].timed), prompt(size)
     logits: list[float] = []
     compiled: Any = torch.compile(model, backend=backend, dynamic=False)
 
@@ -89,7 +89,7 @@ def main() -> None:
     imported = since_creation()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", required=True)
-    parser.add_argument("--size", choices=SIZES, default="llama")
+    parser.add_argument("--size", choices=STARTED, default="llama")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
