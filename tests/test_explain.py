@@ -154,7 +154,7 @@ def test_matrices_that_no_graph_reads_are_listed() -> None:
     class Unread(Small):
         def __init__(self) -> None:
             super().__init__()
-            self.stack = nn.Parameter(torch.randn(4, 128, 128))
+            self.experts = nn.Parameter(torch.randn(4, 128, 128))
             self.other = nn.Linear(128, 256)
             self.tiny = nn.Linear(4, 4)
 
@@ -165,11 +165,47 @@ def test_matrices_that_no_graph_reads_are_listed() -> None:
     reasons = {s.name: (s.kind, str(s.reason)) for s in plan.kept}
     unread = {name: found for name, found in reasons.items() if "no captured graph" in found[1]}
     assert {name: kind for name, (kind, _) in unread.items()} == {
-        "stack": "experts",
+        "experts": "experts",
         "other.weight": "linear",
     }
-    assert unread["stack"][1].endswith("call model.set_experts_implementation('grouped_mm') first")
+    assert unread["experts"][1].endswith(
+        "call model.set_experts_implementation('grouped_mm') first"
+    )
     assert "set_experts" not in unread["other.weight"][1]
+
+
+@pytest.mark.parametrize(
+    ("conv", "name"),
+    [
+        (nn.Conv1d(64, 64, 4), "conv.weight"),
+        (nn.Conv2d(64, 64, 4), "conv.weight"),
+        (
+            torch.nn.utils.parametrizations.weight_norm(nn.Conv1d(64, 64, 4), dim=2),
+            "conv.parametrizations.weight.original1",
+        ),
+    ],
+    ids=["conv1d", "conv2d", "weight norm"],
+)
+def test_a_convolution_that_no_graph_reads_is_none_of_experts(conv: nn.Module, name: str) -> None:
+    class Unread(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = conv
+            self.relative = nn.Parameter(torch.randn(8, 64, 64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) + self.relative if len(x) > 99 else super().forward(x)
+
+    model = frozen(Unread())
+    plan = fqcompile.explain(model, X)
+    site, other = plan.site(name), plan.site("relative")
+    assert (site.kind, site.status) == ("other", "kept")
+    assert site.shape == tuple(model.get_parameter(name).shape)
+    reason = str(site.reason)
+    assert "no captured graph reads it" in reason and "a convolution" in reason
+    assert "quantize_" not in reason
+    assert (other.kind, other.status) == ("other", "kept")
+    assert "set_experts" not in str(other.reason)
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
