@@ -64,9 +64,9 @@ def explain(
         state = analyse(local.module, local.arguments(args), measuring_nothing, Recorder())
         inputs = zip(placeholders(state.graph), state.args, strict=False)  # packed ones follow
         alive.extend(value for node, value in inputs if node in state.known)
-        for key, site in rows_of(state).items():
+        for key, row in rows_of(state).items():
             # A weight met in several graphs, as after a graph break, is one site.
-            rows.setdefault(key, site)
+            rows.setdefault(key, row.site)
 
     dry_run(model, example_inputs, example_kwargs or {}, collect, grad=grad)
     seen = {weight for weights, _ in rows for weight in weights}
@@ -84,7 +84,7 @@ def _numbered(rows: Mapping[RowKey, Site]) -> Iterator[Site]:
         keys = list(recipes.get(weights, ()))
         if read is not None and len(keys) > 1:
             name = _PART.sub("", site.name)
-            site = replace(site, name=f"{name}[{keys.index(read.recipe)}]")
+            site = site.but(name=f"{name}[{keys.index(read.recipe)}]")
         yield site
 
 

@@ -287,6 +287,48 @@ def test_equal_layers_behind_graph_breaks_are_all_listed() -> None:
     assert_close(actual, oracle(model, plan)(X), k=256, depth=6)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_graph_of_equal_layers_reports_all_that_run_it(dynamic: bool) -> None:
+    """With their own errors, plans and reasons, in the report of the variant that is theirs."""
+    model = frozen(Repeated())
+    model.layers[1].up.weight[0, 0] = torch.nan
+    options = {"overrides": {r"layers\.2\.down": {"bits": 8}}, "exclude": [r"layers\.0\.up"]}
+    plan = fqcompile.explain(model, X, inner_backend="eager", **options)
+    way = finequant(model, fullgraph=False, dynamic=dynamic, **options)
+    for _ in range(2):
+        way(X)
+        rows = [row for found in fqcompile.reports() for row in _sites(found.plan)]
+        assert sorted(rows) == _sites(plan)
+    by_layer = [{s.name.split(".")[1] for s in found.sites} for found in fqcompile.reports()]
+    assert by_layer == [{"0", "1"}, {"2"}]
+
+
+def test_dumps_hold_the_rows_of_all_equal_layers(tmp_path: Path) -> None:
+    finequant(frozen(Repeated()), fullgraph=False, debug_dir=str(tmp_path))(X)
+    (report,) = fqcompile.reports()
+    (folder,) = tmp_path.iterdir()
+    assert len(report.sites) == 6
+    assert json.loads((folder / "report.json").read_text()) == json.loads(report.to_json())
+    assert "layers.2.down.weight" in (folder / "sites.txt").read_text()
+
+
+def test_the_report_of_equal_layers_fake_quantizes_all_of_them() -> None:
+    model = frozen(Repeated())
+    actual = finequant(model, fullgraph=False)(X)
+    (report,) = fqcompile.reports()
+    assert_close(actual, oracle(model, report)(X), k=256, depth=6)
+
+
+def test_equal_layers_with_nothing_to_quantize_are_reported_by_the_first() -> None:
+    """They run its graph without a word to us; `explain` lists them all."""
+    model, options = frozen(Repeated()), {"min_elements": 1 << 20}
+    plan = fqcompile.explain(model, X, **options)
+    finequant(model, fullgraph=False, **options)(X)
+    (report,) = fqcompile.reports()
+    assert len(plan.kept) == 6
+    assert report.sites == plan.sites[:2]
+
+
 class Positions(nn.Module):
     """As CTRL, which casts its table before what breaks the graph, and reads its rows after."""
 
