@@ -16,9 +16,8 @@ from tabulate import tabulate
 
 from fqcompile.kernels.cpu import native_library
 from fqcompile.kernels.cpu.stream import X86_STREAM
-from fqcompile.kernels.gpu import gpu_of
 from fqcompile.kernels.registry import TEMPLATES
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import GemmSpec, gpu_of
 from fqcompile.kernels.template import Template
 from fqcompile.weights.disk_cache import SIZE, disk_cache
 
