@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fqcompile.distributed.layout import Layout, Run
+from fqcompile.distributed.shards import Layout, Run
 from fqcompile.errors import CheckpointError
 from fqcompile.quant.packing import pack, unpack
 from fqcompile.quant.qtype import QTYPES

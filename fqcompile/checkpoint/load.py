@@ -19,8 +19,14 @@ from fqcompile.checkpoint.manifest import (
 )
 from fqcompile.checkpoint.shards import MappedShards
 from fqcompile.checkpoint.slots import Slot, check_fits, put, slots
-from fqcompile.distributed.layout import Layout, layout_of
-from fqcompile.distributed.shards import is_dtensor, local_part, team_of, with_part
+from fqcompile.distributed.shards import (
+    Layout,
+    is_dtensor,
+    layout_of,
+    local_part,
+    team_of,
+    with_part,
+)
 from fqcompile.errors import CheckpointError
 from fqcompile.files.safetensors_file import ALIGNMENT, DTYPES
 from fqcompile.quant.quantized_weight import QuantizedWeight

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-from fqcompile.distributed.layout import Layout
+from fqcompile.distributed.shards import Layout
 from fqcompile.errors import CheckpointError
 from fqcompile.files.json_text import check_name, checked, parse_json, shown
 from fqcompile.files.safetensors_file import DTYPES, byte_size, encode_header, is_shape

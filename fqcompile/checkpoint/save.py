@@ -30,9 +30,8 @@ from fqcompile.checkpoint.manifest import (
 )
 from fqcompile.checkpoint.shards import DigestWriter, ShardWriter
 from fqcompile.checkpoint.slots import Slot, slots
-from fqcompile.distributed.layout import Layout, layout_of
 from fqcompile.distributed.ranks import Team
-from fqcompile.distributed.shards import local_part, team_of
+from fqcompile.distributed.shards import Layout, layout_of, local_part, team_of
 from fqcompile.errors import CheckpointError, OptionError
 from fqcompile.files.json_text import check_name
 from fqcompile.files.safetensors_file import DTYPE_NAMES, DTYPES

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fqcompile.config import FineQuantConfig, SiteOptions
-from fqcompile.distributed.agreement import agree
-from fqcompile.distributed.ranks import progress
+from fqcompile.distributed.ranks import agree, progress
 from fqcompile.distributed.shards import (
     is_part,
     local_part,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fqcompile.checkpoint.blocks import DenseBlock, PackedBlock, assemble
-from fqcompile.distributed.layout import Layout, _chunks
+from fqcompile.distributed.shards import Layout, _chunks
 from fqcompile.errors import CheckpointError
 from fqcompile.quant.choose import QuantPlan, quantize_weight
 from fqcompile.quant.quantized_weight import QuantizedWeight
