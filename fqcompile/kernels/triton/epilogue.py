@@ -1,9 +1,83 @@
-"""The end of a split K: the shares are added in their order, then comes the epilogue."""
+"""What follows the product in Triton: activations, bias, gate x up, residual, and split-K partials.
+
+The activations are the forms of the table `fqcompile.kernels.epilogue.ACTIVATIONS`: fp32 in and
+out. With a split K the shares are added in their order, then comes the epilogue.
+"""
 
 # mypy: allow-incomplete-defs, allow-untyped-defs
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def none(z):
+    return z
+
+
+@triton.jit
+def relu(z):
+    # `tl.maximum` would turn NaN into 0.
+    return tl.where(z < 0.0, 0.0, z)
+
+
+@triton.jit
+def gelu(z):
+    return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_tanh(z):
+    # (1 + tanh(u)) / 2 = sigmoid(2u), with u = sqrt(2 / pi) * (z + 0.044715 z^3).
+    return z * tl.sigmoid(1.5957691216057308 * tl.fma(0.044715 * z * z, z, z))
+
+
+@triton.jit
+def silu(z):
+    return z * tl.sigmoid(z)
+
+
+@triton.jit
+def swiglu_oai(z):
+    # `tl.minimum` would turn NaN into 7.
+    z = tl.where(z > 7.0, 7.0, z)
+    return z * tl.sigmoid(1.702 * z)
+
+
+@triton.jit
+def swiglu_oai_up(z):
+    z = tl.where(z > 7.0, 7.0, z)
+    return tl.where(z < -7.0, -7.0, z) + 1.0
+
+
+@triton.jit
+def store(
+    acc, acc_up, bias_ptr, residual_ptr, y_ptr, offs_m, offs_n, mask, M, N, stride_rm,
+    ACTIVATION: tl.constexpr, UP: tl.constexpr, GATED: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """Epilogue and output; of a share of K, the share."""
+    rows = offs_m[None, :].to(tl.int64)
+    columns = offs_n[:, None]
+    mask_n = offs_n < N
+    if SPLIT_K > 1:
+        share = tl.program_id(1).to(tl.int64) * M * N
+        tl.store(y_ptr + share + rows * N + columns, acc, mask=mask)
+    else:
+        if bias_ptr is not None:
+            # [BLOCK_N]
+            acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+        y = ACTIVATION(acc)
+        if GATED:
+            if bias_ptr is not None:
+                # [BLOCK_N]
+                bias = tl.load(bias_ptr + N + offs_n, mask=mask_n, other=0.0)
+                acc_up += bias.to(tl.float32)[:, None]
+            y *= UP(acc_up)
+        if residual_ptr is not None:
+            # [BLOCK_N, BLOCK_M]
+            residual = tl.load(residual_ptr + rows * stride_rm + columns, mask=mask, other=0.0)
+            y += residual.to(tl.float32)
+        tl.store(y_ptr + rows * N + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
