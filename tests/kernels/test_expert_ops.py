@@ -204,6 +204,7 @@ SAMPLES = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("op", [grouped_linear, gathered_linear], ids=["grouped", "gathered"])
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(name: str, op: Any) -> None:
