@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "fqcompile"
 # `quantize_model`, as `quantize_checkpoint` does on disk what `quantize_` does in memory.
 LAYERS = [
     {"errors", "locks", "torch_compat", "hf_compat"},
+    {"files"},
     {"options"},
     {"distributed"},
     {"config"},
@@ -35,11 +36,11 @@ ONLY = {"estimator": {"errors", "kernels"}}
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 PIPELINE = ("capture", "match", "choose", "quantize", "rewrite", "fuse", "select", "lower")
 PASS_HELPERS = set(
-    """absorb base choices effects einsum emit expert_bias expert_einsum expert_forms expert_rewrite
-    fold gated gather kept linear_forms naming op_nodes regions sites spelling stacking""".split()
+    """base choices effects einsum emit expert_einsum expert_forms expert_rewrite
+    fold fuse_patterns gather kept linear_forms naming op_nodes regions sites spelling""".split()
 )
 # What runs the passes, before them, after them or around them: each may import earlier ones.
-PASS_DRIVERS = tuple("verify pipeline local_linear localize agreement summary variants".split())
+PASS_DRIVERS = tuple("pipeline sharded summary variants".split())
 
 # Names of others that have no promise are in these two files alone; what else begins with a line
 # below is ours, or as old as what it belongs to: nn.Module, namedtuple, the standard library.

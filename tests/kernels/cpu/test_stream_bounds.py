@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from fqcompile.kernels.cpu import stream
+from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.template import PackedLinear
 from tests.children import FORK
 from tests.kernels.cpu.guarded import at_end_of_page, at_start_of_page
 from tests.kernels.cpu.paths import NAMES, path
 from tests.kernels.cpu.test_stream import DTYPES, packed
-from tests.kernels.test_ops import oracle
+from tests.kernels.test_op import oracle
 from tests.strategies import make_problem
 
 if not NAMES:
@@ -45,7 +46,8 @@ def test_nothing_beyond_the_tensors_is_touched(
         tensors = [side(t) for t in (p.x, p.bias, p.residual)]
         with path(name), monkeypatch.context() as patch:
             patch.setattr(Tensor, "new_empty", new_empty_at(side))
-            got = stream._linear(tensors[0], weight, *tensors[1:], p.activation, gated, None)
+            epilogue = Epilogue(*tensors[1:], p.activation, gated)
+            got = stream._run(tensors[0], weight, None, epilogue, None)
         want, bound = oracle(p)
         assert bool(((got.double() - want).abs() <= bound).all())
         with path(name), monkeypatch.context() as patch:
@@ -62,7 +64,7 @@ def test_the_guard_is_seen_to_stop_a_read() -> None:
 
     def read() -> None:
         faulthandler.disable()  # the fault is meant
-        stream._linear(p.x, short, None, None, "none", False, None)
+        stream._run(p.x, short, None, Epilogue(), None)
 
     with path(NAMES[0]):
         child = FORK.Process(target=read)
