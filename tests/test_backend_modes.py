@@ -54,7 +54,9 @@ def _gradients(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> 
     return gradients
 
 
-@pytest.mark.parametrize("inner_backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "inner_backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 def test_adapters_train_on_a_quantised_base(inner_backend: str) -> None:
     model = Adapted()
     actual = _gradients(model, finequant(model, inner_backend=inner_backend), X)

@@ -252,7 +252,10 @@ def test_calls_with_unchanged_weights_neither_decide_nor_pack(
     assert {"packed", "plan"} <= set(calls)
 
 
-@pytest.mark.parametrize("inner_backend", ["fqtest_spy", "aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "inner_backend",
+    ["fqtest_spy", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)],
+)
 def test_packed_weights_die_with_their_model(
     inner_backend: str, inner_graphs: InnerGraphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:

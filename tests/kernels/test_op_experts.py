@@ -219,6 +219,7 @@ SAMPLES = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("op", [grouped, gathered], ids=["grouped", "gathered"])
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(name: str, op: Any) -> None:

@@ -135,6 +135,7 @@ def test_form_becomes_one_op_and_computes_the_same(name: str) -> None:
     assert_same(run)
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("name", ALL)
 def test_form_with_symbolic_sizes_computes_the_same(name: str) -> None:
     forward, x, routing = ALL[name]
