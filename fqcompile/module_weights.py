@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from fqcompile.config import HEAD_NAMES, FineQuantConfig
 from fqcompile.distributed.shards import local_part
-from fqcompile.quant.validate import WEIGHT_DTYPES
+from fqcompile.quant.checks import WEIGHT_DTYPES
 from fqcompile.torch_compat import Convolution
 from fqcompile.weights.packed_weight import PackedWeight
 

@@ -19,6 +19,7 @@ LAYERS = [
     {"options"},
     {"distributed"},
     {"config"},
+    {"tensor"},
     {"quant"},
     {"kernels"},
     {"weights", "report", "estimator"},

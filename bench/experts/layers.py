@@ -23,7 +23,7 @@ from fqcompile.kernels.template import PackedLinear
 from fqcompile.kernels.tuning.launches import Mode, tuned_launches
 from fqcompile.kernels.tuning.measure import allowed_error, random_problem, rotation
 from fqcompile.kernels.tuning.routed_rows import experts_of, packed_stack
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 
 GATHERED, GROUPED, DENSE_WAY = "fqcompile gathered", "fqcompile grouped", "fqcompile dense"
 _MOST_CALLS = 64

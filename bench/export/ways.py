@@ -18,7 +18,7 @@ from bench.core.llama_layers import SIZES, Size, build
 from bench.core.results import Row
 from fqcompile.checkpoint.manifest import read_manifest
 from fqcompile.checkpoint.shards import MappedShards
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 
 # Directories below the folder that a run works in.
 PLAIN, SAVED = "plain", "saved"

@@ -26,9 +26,9 @@ from fqcompile.kernels.cpu.aten_packed import INT4PACK, INT8PACK
 from fqcompile.kernels.cpu.stream import X86_STREAM
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import PackedLinear, Template
-from fqcompile.quant.packing import unpack
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.codes import unpack
+from fqcompile.tensor.format import QTYPES
+from fqcompile.tensor.quantized import QuantizedWeight
 
 # Calls on one copy of a weight lie so many bytes of other copies apart: three times this L3.
 APART = 96 << 20

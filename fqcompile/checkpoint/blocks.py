@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fqcompile.distributed.layout import Layout, Run
 from fqcompile.errors import CheckpointError
-from fqcompile.quant.packing import pack, unpack
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.codes import pack, unpack
+from fqcompile.tensor.format import QTYPES
+from fqcompile.tensor.quantized import QuantizedWeight
 
 # Scales of finer groups would weigh as much as the codes.
 LEAST_GROUP = 16

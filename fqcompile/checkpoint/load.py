@@ -24,7 +24,7 @@ from fqcompile.checkpoint.slots import Slot, slots
 from fqcompile.distributed.layout import Layout, layout_of
 from fqcompile.distributed.shards import is_dtensor, local_part, team_of, with_part
 from fqcompile.errors import CheckpointError
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 from fqcompile.weights.packed_weight import PackedWeight
 
 # A value, and the part of it that is held here.

@@ -19,10 +19,8 @@ from fqcompile.checkpoint.json_text import check_name, parse_json, shown
 from fqcompile.checkpoint.safetensors_file import DTYPES, byte_size, encode_header, is_shape
 from fqcompile.distributed.layout import Layout
 from fqcompile.errors import CheckpointError
-from fqcompile.quant.granularity import num_groups
-from fqcompile.quant.packing import packed_columns
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.validate import WEIGHT_DTYPES
+from fqcompile.quant.checks import WEIGHT_DTYPES
+from fqcompile.tensor.format import QTYPES, num_groups, packed_columns
 
 MANIFEST = "fqcompile.json"
 # The second version has values in parts; what has none is written as the first.

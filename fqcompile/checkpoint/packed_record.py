@@ -5,7 +5,7 @@ import torch
 from fqcompile.checkpoint.manifest import PackedRecord
 from fqcompile.checkpoint.safetensors_file import DTYPE_NAMES
 from fqcompile.checkpoint.shards import ShardWriter
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 
 
 def write_packed(

@@ -15,11 +15,11 @@ from torch import Tensor
 from fqcompile.checkpoint.conversion import Conversion
 from fqcompile.errors import CheckpointError
 from fqcompile.interop.packed_layer import PackedLayer
-from fqcompile.quant.granularity import group_size_candidates, num_groups
-from fqcompile.quant.packing import pack, packed_columns, unpack
-from fqcompile.quant.qtype import INT4, INT8, QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.quant.words import widen
+from fqcompile.quant.granularity import group_size_candidates
+from fqcompile.tensor.codes import pack, unpack
+from fqcompile.tensor.format import INT4, INT8, QTYPES, num_groups, packed_columns
+from fqcompile.tensor.quantized import QuantizedWeight
+from fqcompile.tensor.words import widen
 from fqcompile.weights.packed_weight import PackedWeight
 
 

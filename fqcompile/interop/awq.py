@@ -25,7 +25,7 @@ from fqcompile.interop.packed_layer import (
     nibbles,
     symmetric,
 )
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 
 _COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 # How codes lie in words; programs write it under any of these.

@@ -16,10 +16,10 @@ from fqcompile.interop.quantization_config import (
     configured_scheme,
     parse_quantization_config,
 )
-from fqcompile.quant.packing import unpack
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.quant.words import from_words, words_per_row
+from fqcompile.tensor.codes import unpack
+from fqcompile.tensor.format import QTYPES
+from fqcompile.tensor.quantized import QuantizedWeight
+from fqcompile.tensor.words import from_words, words_per_row
 
 
 def read_compressed_tensors(

@@ -17,9 +17,9 @@ from fqcompile.errors import UnquantizableWeight
 from fqcompile.interop.export_layout import Layout, Piece, Saved, Whole
 from fqcompile.interop.harmonize import HEADS_STAY, Choice
 from fqcompile.interop.layers import Layer, Scheme
-from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.quant.words import to_words, widen, words_per_row
 from fqcompile.report import Plan, Site
+from fqcompile.tensor.quantized import QuantizedWeight
+from fqcompile.tensor.words import to_words, widen, words_per_row
 
 _PART = 1 << 25  # weights that are dequantised at once, and not a whole output head
 

@@ -22,7 +22,7 @@ from fqcompile.checkpoint.reversion import Reversion, reversions
 from fqcompile.checkpoint.safetensors_file import DTYPES
 from fqcompile.checkpoint.shards import MappedShards
 from fqcompile.errors import CheckpointError
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 
 
 @dataclass(frozen=True)

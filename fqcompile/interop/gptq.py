@@ -31,7 +31,7 @@ from fqcompile.interop.packed_layer import (
     symmetric,
 )
 from fqcompile.interop.patterns import check_pattern, matches_pattern
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 
 _FORMATS = {"gptq": 1, "gptq_v2": 0}  # and what is added to stored zero points
 _LARGEST = (1 << BITS) - 1

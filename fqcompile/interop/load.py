@@ -27,7 +27,7 @@ from fqcompile.interop.awq import read_awq
 from fqcompile.interop.compressed_tensors import read_compressed_tensors
 from fqcompile.interop.gptq import read_gptq
 from fqcompile.interop.packed_layer import PackedLayer
-from fqcompile.quant.qtype import INT8
+from fqcompile.tensor.format import INT8
 from fqcompile.weights.packed_weight import PackedWeight
 
 log = logging.getLogger("fqcompile")

@@ -14,10 +14,9 @@ from torch import Tensor
 from fqcompile.checkpoint.json_text import shown
 from fqcompile.checkpoint.safetensors_file import TensorPlace
 from fqcompile.errors import CheckpointError
-from fqcompile.quant.granularity import num_groups
-from fqcompile.quant.packing import pack
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.codes import pack
+from fqcompile.tensor.format import QTYPES, num_groups
+from fqcompile.tensor.quantized import QuantizedWeight
 
 
 @dataclass(frozen=True)

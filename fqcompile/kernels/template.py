@@ -8,11 +8,9 @@ import torch
 
 from fqcompile.kernels.launch_table import Config, LaunchTable
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.quant.affine import dequantize_rows
-from fqcompile.quant.granularity import num_groups
-from fqcompile.quant.packing import packed_columns
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.codes import dequantize_rows
+from fqcompile.tensor.format import QTYPES, num_groups, packed_columns
+from fqcompile.tensor.quantized import QuantizedWeight
 
 PackedTensors = tuple[torch.Tensor, torch.Tensor]
 Shape = tuple[int, ...]

@@ -17,8 +17,8 @@ from fqcompile.passes.base import GraphState, example
 from fqcompile.passes.choices import experts_outside, is_codebook, is_router
 from fqcompile.passes.naming import InputName, joined_name, name_inputs
 from fqcompile.passes.sites import WeightSite
+from fqcompile.quant.checks import WEIGHT_DTYPES
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
-from fqcompile.quant.validate import WEIGHT_DTYPES
 from fqcompile.torch_compat import FakeTensor
 from fqcompile.weights.find_or_quantize import use_logged
 from fqcompile.weights.packed_weight import PackedWeight

@@ -15,8 +15,8 @@ from fqcompile.passes.choose import CHANGING
 from fqcompile.passes.op_nodes import argument
 from fqcompile.passes.sites import KeptWeight, WeightSite
 from fqcompile.quant.choose import QuantPlan
-from fqcompile.quant.granularity import num_groups
 from fqcompile.report import Plan, Site
+from fqcompile.tensor.format import num_groups
 from fqcompile.weights.recipe import WeightRecipe
 
 

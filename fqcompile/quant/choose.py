@@ -12,15 +12,13 @@ import torch
 
 from fqcompile.config import SiteOptions
 from fqcompile.errors import UnquantizableWeight
-from fqcompile.quant.affine import choose_scale, dequantize_affine, quantize_affine
-from fqcompile.quant.chunks import each_chunk, plain_tensors
-from fqcompile.quant.fidelity import relative_error_from, squared_norms
-from fqcompile.quant.granularity import group_size_candidates
-from fqcompile.quant.packing import pack, packed_columns
-from fqcompile.quant.qtype import INT8, QTYPES, QType
-from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.quant.rules import RULES
-from fqcompile.quant.validate import check_quantizable
+from fqcompile.quant.affine import choose_scale, quantize_affine
+from fqcompile.quant.checks import check_quantizable, relative_error_from, squared_norms
+from fqcompile.quant.granularity import RULES, group_size_candidates
+from fqcompile.tensor.chunks import each_chunk, plain_tensors
+from fqcompile.tensor.codes import dequantize_affine, pack
+from fqcompile.tensor.format import INT8, QTYPES, QType, packed_columns
+from fqcompile.tensor.quantized import QuantizedWeight
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fqcompile.quant.chunks import each_chunk
+from fqcompile.tensor.chunks import each_chunk
 
 _PIECE = 1 << 25  # bytes
 _FACTORS = (0xFF51AFD7ED558CCD - (1 << 64), 0xC4CEB9FE1A85EC53 - (1 << 64))

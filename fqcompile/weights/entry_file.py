@@ -18,7 +18,7 @@ from torch import Tensor
 from fqcompile.errors import CorruptEntry
 from fqcompile.kernels.cpu.huge_pages import in_huge_pages
 from fqcompile.quant.choose import QuantPlan
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 from fqcompile.weights.content_digest import bytes_of, content_digest
 
 Entry = tuple[QuantPlan, QuantizedWeight]

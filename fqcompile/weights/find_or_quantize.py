@@ -31,7 +31,11 @@ LEAST_WEIGHTS = 1 << 16
 
 # Another version of the quantiser may choose other codes, and does not find these.
 _HERE = Path(__file__).parent
-_SOURCES = (*sorted((_HERE.parent / "quant").glob("*.py")), *sorted(_HERE.glob("entry_file.py")))
+_FOLDERS = (_HERE.parent / "tensor", _HERE.parent / "quant")
+_SOURCES = [
+    *(p for folder in _FOLDERS for p in sorted(folder.glob("*.py"))),
+    _HERE / "entry_file.py",
+]
 VERSION = sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()
 
 

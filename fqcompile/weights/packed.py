@@ -10,7 +10,7 @@ from torch import Tensor
 from fqcompile.errors import PlanDoesNotFit, UnquantizableWeight
 from fqcompile.kernels.template import PLAIN, Layout, PackedLinear, PackedTensors
 from fqcompile.quant.choose import QuantPlan, quantize_weight
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 from fqcompile.weights.packed_memory import PackedMemory
 from fqcompile.weights.packed_weight import PackedWeight
 from fqcompile.weights.recipe import WeightRecipe

@@ -14,7 +14,7 @@ from torch import SymInt, Tensor
 from fqcompile.kernels.ops import dequantize
 from fqcompile.kernels.registry import LAYOUTS
 from fqcompile.kernels.template import PackedLinear
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 from fqcompile.weights.packed_form import PackedForm
 from fqcompile.weights.stacks import unpack_stack
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fqcompile.kernels.ops import dequantize
 from fqcompile.kernels.registry import LAYOUTS
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 from fqcompile.torch_compat import DispatchKey, cond_op, return_and_correct_aliasing
 from fqcompile.weights.dense_view import DenseView, densely, refusal
 from fqcompile.weights.packed_memory import (

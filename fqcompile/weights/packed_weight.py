@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels.ops import CACHE_TAG
 from fqcompile.kernels.template import PackedLinear
-from fqcompile.quant.chunks import plain_tensors
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.chunks import plain_tensors
+from fqcompile.tensor.quantized import QuantizedWeight
 from fqcompile.torch_compat import no_torch_function, traced_modules
 from fqcompile.weights.no_memory import Lifetime, NoMemory, never_compiled, refuse_trace
 from fqcompile.weights.packed_form import PackedForm, best_layout

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fqcompile.errors import UnquantizableWeight
 from fqcompile.quant.choose import QuantPlan, quantize_weight, scale_dtype_beside
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 from fqcompile.weights.dense_view import DenseView, refusal
 from fqcompile.weights.packed_form import PackedForm
 from fqcompile.weights.packed_memory import PackedMemory, quantized, values

@@ -7,7 +7,7 @@ import torch
 from fqcompile.kernels.cpu.huge_pages import in_huge_pages
 from fqcompile.kernels.routing import expert_of
 from fqcompile.kernels.template import PLAIN, Layout, PackedLinear, PackedTensors
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 
 
 def pack_stack(weight: QuantizedWeight, experts: int, layout: Layout) -> PackedTensors:

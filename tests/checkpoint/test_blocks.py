@@ -11,7 +11,7 @@ from fqcompile.checkpoint.blocks import DenseBlock, PackedBlock, assemble
 from fqcompile.distributed.layout import Layout, _chunks
 from fqcompile.errors import CheckpointError
 from fqcompile.quant.choose import QuantPlan, quantize_weight
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 from tests.tiers import examples
 
 

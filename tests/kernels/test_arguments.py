@@ -19,8 +19,8 @@ from fqcompile.kernels.expert_ops import experts_backward, gathered_linear, grou
 from fqcompile.kernels.ops import dequantize, linear, linear_inference
 from fqcompile.kernels.registry import LAYOUTS, TEMPLATES
 from fqcompile.kernels.template import Layout
-from fqcompile.quant.granularity import num_groups
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.format import num_groups
+from fqcompile.tensor.quantized import QuantizedWeight
 from fqcompile.weights.stacks import pack_stack
 from tests.kernels.cpu.guarded import at_end_of_page
 from tests.strategies import random_codes

@@ -11,8 +11,8 @@ from fqcompile.errors import KernelBuildError
 from fqcompile.kernels import execute, registry
 from fqcompile.kernels.execute import dequantize_weight, run_linear
 from fqcompile.kernels.template import PLAIN, Layout, PackedLinear, Template
-from fqcompile.quant.packing import pack
-from fqcompile.quant.qtype import QTYPES
+from fqcompile.tensor.codes import pack
+from fqcompile.tensor.format import QTYPES
 
 CODES = torch.randint(-8, 8, (6, 10), dtype=torch.int8)
 WEIGHT = PackedLinear(pack(CODES, QTYPES[4]), torch.full((6, 1), 0.5), 4, 10, 6, 10)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fqcompile.kernels.epilogue import ACTIVATIONS
 from fqcompile.kernels.expert_ops import gathered_linear, grouped_linear
 from fqcompile.kernels.registry import TEMPLATES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 from tests.kernels.test_ops import exact_activation, exact_up, oracle, unpacked
 from tests.strategies import Problem, make_problem
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fqcompile.kernels.epilogue import apply_epilogue
 from fqcompile.kernels.ops import linear
 from fqcompile.kernels.registry import TEMPLATES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 from tests.kernels.cpu.paths import NAMES, path
 from tests.kernels.test_ops import oracle, unpacked
 from tests.strategies import Problem, make_problem

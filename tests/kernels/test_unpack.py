@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from fqcompile.kernels.registry import TEMPLATES
 from fqcompile.kernels.template import Layout, PackedLinear
-from fqcompile.quant.granularity import num_groups
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.format import num_groups
+from fqcompile.tensor.quantized import QuantizedWeight
 from tests.strategies import random_codes
 
 LAYOUTS = {t.layout.name: t.layout for t in TEMPLATES.values() if t.layout.unpack is not None}

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from fqcompile.errors import CorruptEntry
 from fqcompile.quant.choose import QuantPlan
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 from fqcompile.weights.entry_file import HEADER_BYTES, Entry, encoded, read_entry
 from tests.strategies import random_codes
 

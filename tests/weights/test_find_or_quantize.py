@@ -51,8 +51,10 @@ def test_another_version_finds_nothing(
 
 def test_the_version_is_of_all_that_makes_codes_and_files() -> None:
     sources = {path.name for path in module._SOURCES}
-    quant = Path(module.__file__).parent.parent / "quant"
-    assert sources == {p.name for p in quant.iterdir() if p.suffix == ".py"} | {"entry_file.py"}
+    package = Path(module.__file__).parent.parent
+    folders = (package / "tensor", package / "quant")
+    expected = {p.name for folder in folders for p in folder.iterdir() if p.suffix == ".py"}
+    assert sources == expected | {"entry_file.py"}
 
 
 @pytest.fixture

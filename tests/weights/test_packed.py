@@ -5,7 +5,7 @@ import torch
 
 from fqcompile.kernels.template import PLAIN, Layout
 from fqcompile.quant.choose import QuantPlan, quantize_weight
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 from fqcompile.weights.packed import PackedPart, PackedSpec, common_group_size
 from fqcompile.weights.recipe import IDENTITY, TRANSPOSE
 

@@ -18,7 +18,7 @@ import fqcompile
 from fqcompile.errors import FineQuantError, UnquantizableWeight
 from fqcompile.kernels.registry import TEMPLATES
 from fqcompile.quant.choose import QuantPlan, quantize_weight
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 from fqcompile.weights.packed_weight import PackedWeight
 from tests.helpers import UNIT
 

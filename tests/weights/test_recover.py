@@ -11,8 +11,8 @@ from fqcompile.kernels.cpu.stream import STREAM
 from fqcompile.kernels.registry import TEMPLATES
 from fqcompile.kernels.template import PLAIN, Layout
 from fqcompile.quant.choose import QuantPlan
-from fqcompile.quant.granularity import num_groups
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.format import num_groups
+from fqcompile.tensor.quantized import QuantizedWeight
 from fqcompile.weights.packed import PackedPart, PackedSpec, common_group_size
 from fqcompile.weights.recipe import IDENTITY
 from fqcompile.weights.store import PackedStore

@@ -21,9 +21,9 @@ from fqcompile.kernels.template import (
     Shape,
     Template,
 )
-from fqcompile.quant.packing import unpack
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.codes import unpack
+from fqcompile.tensor.format import QTYPES
+from fqcompile.tensor.quantized import QuantizedWeight
 from fqcompile.torch_compat import int4pack_mm, int8pack_mm, pack_int4
 
 # Above these row counts dequantising once and multiplying densely is faster (table above).

@@ -30,7 +30,7 @@ from fqcompile.kernels.routing import Routing
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import Layout, PackedLinear, Template
 from fqcompile.locks import in_forked_child
-from fqcompile.quant.qtype import QTYPES
+from fqcompile.tensor.format import QTYPES
 from fqcompile.torch_compat import has_amx
 
 

@@ -14,10 +14,9 @@ from torch.nn.functional import pad
 
 from fqcompile.kernels.cpu.huge_pages import in_huge_pages
 from fqcompile.kernels.template import PackedLinear, PackedTensors, Shape
-from fqcompile.quant.chunks import each_chunk
-from fqcompile.quant.granularity import num_groups
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.chunks import each_chunk
+from fqcompile.tensor.format import QTYPES, num_groups
+from fqcompile.tensor.quantized import QuantizedWeight
 
 OUTPUTS = 64
 STEP = 8  # K is rounded up to a multiple of it

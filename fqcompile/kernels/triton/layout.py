@@ -24,11 +24,10 @@ import torch
 import torch.nn.functional as F
 
 from fqcompile.kernels.template import PackedLinear, PackedTensors, Shape
-from fqcompile.quant.granularity import num_groups
-from fqcompile.quant.packing import pack as pack_plain
-from fqcompile.quant.packing import unpack as unpack_plain
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.codes import pack as pack_plain
+from fqcompile.tensor.codes import unpack as unpack_plain
+from fqcompile.tensor.format import QTYPES, num_groups
+from fqcompile.tensor.quantized import QuantizedWeight
 
 VERSION = 1
 MICRO_ROWS = 16

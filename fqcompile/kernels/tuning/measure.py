@@ -21,12 +21,10 @@ from fqcompile.kernels.template import Layout, PackedLinear, Template
 from fqcompile.kernels.tuning.routed_rows import experts_of, packed_stack, routings
 from fqcompile.kernels.tuning.search import DeviceLost, Measure, WrongResult
 from fqcompile.kernels.tuning.table import Timing
-from fqcompile.quant.affine import dequantize_rows
-from fqcompile.quant.chunks import plain_tensors
-from fqcompile.quant.granularity import num_groups
-from fqcompile.quant.packing import pack
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.chunks import plain_tensors
+from fqcompile.tensor.codes import dequantize_rows, pack
+from fqcompile.tensor.format import QTYPES, num_groups
+from fqcompile.tensor.quantized import QuantizedWeight
 
 Run = Callable[[Config], torch.Tensor]
 ROTATED_BYTES = 256 << 20

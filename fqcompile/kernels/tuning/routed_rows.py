@@ -12,7 +12,7 @@ from torch import Tensor
 from fqcompile.kernels.routing import Routing
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import Layout, PackedLinear
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 
 
 def experts_of(stack: QuantizedWeight, experts: int) -> list[QuantizedWeight]:

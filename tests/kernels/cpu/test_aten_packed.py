@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fqcompile.kernels.cpu.aten_packed import ATEN_INT4_CPU, INT4PACK, INT8PACK
 from fqcompile.kernels.ops import linear
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 from tests.kernels.test_ops import assert_matches_oracle, oracle
 from tests.strategies import make_problem
 

@@ -15,7 +15,7 @@ from fqcompile.kernels.epilogue import ACTIVATIONS
 from fqcompile.kernels.ops import linear
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import PackedLinear
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 from tests.kernels.cpu.paths import NAMES, path
 from tests.kernels.test_ops import oracle
 from tests.strategies import Problem, make_problem

@@ -14,9 +14,9 @@ from torch import Tensor
 from fqcompile.kernels.template import PackedLinear
 from fqcompile.kernels.tile_config import TileConfig
 from fqcompile.kernels.triton import launch, layout
-from fqcompile.quant.packing import pack
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.codes import pack
+from fqcompile.tensor.format import QTYPES
+from fqcompile.tensor.quantized import QuantizedWeight
 from tests.kernels.triton.interpreter import interpreted
 from tests.kernels.triton.interpreter_memory import Memory
 from tests.kernels.triton.ptx import emulated_ptx

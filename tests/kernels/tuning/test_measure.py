@@ -31,7 +31,7 @@ from fqcompile.kernels.tuning.measure import (
 )
 from fqcompile.kernels.tuning.search import DeviceLost, WrongResult
 from fqcompile.kernels.tuning.table import Timing
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float16, torch.bfloat16)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fqcompile.config import SiteOptions
 from fqcompile.quant.choose import choose_plan, quantize_weight
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 from tests.quant.strategies import matrices, matrix
 
 

@@ -12,9 +12,9 @@ import sys
 import torch
 from torch.nn.functional import pad
 
-from fqcompile.quant.packing import packed_columns, unpack
-from fqcompile.quant.qtype import INT4, INT8, QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.codes import unpack
+from fqcompile.tensor.format import INT4, INT8, QTYPES, packed_columns
+from fqcompile.tensor.quantized import QuantizedWeight
 
 WORD_BITS = 32
 _OFFSET = 0x80  # of int8 codes

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fqcompile.quant.packing import pack, unpack
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.quant.words import from_words, to_words, widen
+from fqcompile.tensor.codes import pack, unpack
+from fqcompile.tensor.format import QTYPES
+from fqcompile.tensor.quantized import QuantizedWeight
+from fqcompile.tensor.words import from_words, to_words, widen
 
 SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 70))
 

@@ -6,9 +6,9 @@ from typing import Self
 
 import torch
 
-from fqcompile.quant.affine import dequantize_rows
-from fqcompile.quant.chunks import plain_tensors
-from fqcompile.quant.granularity import num_groups
+from fqcompile.tensor.chunks import plain_tensors
+from fqcompile.tensor.codes import dequantize_rows
+from fqcompile.tensor.format import num_groups
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from torch import Tensor
 from fqcompile.config import SiteOptions
 from fqcompile.errors import UnquantizableWeight
 from fqcompile.quant.choose import choose_and_quantize, choose_plan, quantize_weight
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedWeight
 from tests.quant.strategies import KINDS, matrix
 
 FP16 = torch.float16
