@@ -17,7 +17,7 @@ from fqcompile.config import HEAD_NAMES, FineQuantConfig
 from fqcompile.distributed.shards import local_part
 from fqcompile.quant.checks import WEIGHT_DTYPES
 from fqcompile.torch_compat import Convolution
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _ROUTERS = frozenset("gate router wg classifier shared_expert_gate".split())

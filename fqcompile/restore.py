@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from fqcompile.distributed.shards import local_part, with_part
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -18,7 +18,8 @@ from bench.core.llama_layers import SIZES, Size, build
 from bench.core.results import Row
 from fqcompile.checkpoint.manifest import read_manifest
 from fqcompile.checkpoint.shards import MappedShards
-from fqcompile.tensor.quantized import QuantizedWeight
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
 
 # Directories below the folder that a run works in.
 PLAIN, SAVED = "plain", "saved"
@@ -79,8 +80,8 @@ def compared(way: str, folder: Path) -> Row:
                     shards.tensor(part, verify=False) for part in (record.codes, record.scale)
                 )
                 words, own = file.get_tensor(key), file.get_tensor(f"{name}_scale")
-                weight = QuantizedWeight(
-                    codes, scale, record.bits, record.group_size, (record.rows, record.k)
+                weight = QuantizedTensor(
+                    codes, scale, Format(record.bits, record.group_size, record.rows, record.k)
                 )
                 same = _same_codes(words, codes) and _same_scales(own, weight)
                 equal, different = equal + same, different + (not same)
@@ -94,7 +95,7 @@ def _same_codes(words: Tensor, codes: Tensor) -> bool:
     return torch.equal(found, expected)
 
 
-def _same_scales(own: Tensor, weight: QuantizedWeight) -> bool:
+def _same_scales(own: Tensor, weight: QuantizedTensor) -> bool:
     return torch.equal(
         own, weight.scale.repeat_interleave(own.shape[1] // weight.scale.shape[1], 1)
     )

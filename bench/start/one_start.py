@@ -19,7 +19,7 @@ from fqcompile.kernels.cpu import native_library
 from fqcompile.passes import lower
 from fqcompile.weights import disk_cache, find_or_quantize, fingerprint
 from fqcompile.weights.disk_cache import DiskCache
-from fqcompile.weights.packed import PackedSpec
+from fqcompile.weights.node_weight import NodeWeight
 
 Seconds = dict[str, float]
 _LOGITS = 256  # of the last token, for comparison
@@ -29,7 +29,7 @@ TIMED = {
     (find_or_quantize, "choose_and_quantize"): "quantise",
     (DiskCache, "_keep"): "write",
     (disk_cache, "read_entry"): "read",
-    (PackedSpec, "pack"): "pack",
+    (NodeWeight, "pack"): "pack",
     (native_library, "loaded"): "x86 build",
     (lower, "compile_inner"): "compile",
     (compile_fx, "compile_fx"): "compile",  # as the backend "inductor" finds it

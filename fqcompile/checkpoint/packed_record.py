@@ -5,32 +5,26 @@ import torch
 from fqcompile.checkpoint.manifest import PackedRecord
 from fqcompile.checkpoint.safetensors_file import DTYPE_NAMES
 from fqcompile.checkpoint.shards import ShardWriter
-from fqcompile.tensor.quantized import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedTensor
 
 
 def write_packed(
-    writer: ShardWriter,
-    name: str,
-    weight: QuantizedWeight,
-    *,
-    dtype: torch.dtype,
-    experts: int,
-    transposed: bool,
-    scale_method: str,
+    writer: ShardWriter, name: str, weight: QuantizedTensor, dtype: torch.dtype
 ) -> PackedRecord:
-    """Give the rows [N, K], or [E * N, K] of a stack, to the writer."""
-    rows, k = weight.shape
+    """Give the rows, of a stack those of all experts, to the writer; `dtype` is the weight's."""
+    form = weight.format
     record = PackedRecord(
         codes=f"{name}.codes",
         scale=f"{name}.scale",
         dtype=DTYPE_NAMES[dtype],
-        bits=weight.bits,
-        group_size=weight.group_size,
-        rows=rows // max(1, experts),
-        k=k,
-        experts=experts,
-        transposed=transposed,
-        scale_method=scale_method,
+        bits=form.bits,
+        group_size=form.group_size,
+        rows=form.rows,
+        k=form.k,
+        experts=form.experts,
+        transposed=form.transposed,
+        scale_method=form.scale_method,
     )
-    writer.add({record.codes: weight.qweight, record.scale: weight.scale})
+    codes, scale = weight.as_rows()
+    writer.add({record.codes: codes, record.scale: scale})
     return record

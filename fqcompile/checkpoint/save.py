@@ -31,7 +31,7 @@ from fqcompile.distributed.ranks import Team
 from fqcompile.distributed.shards import local_part, team_of
 from fqcompile.errors import CheckpointError, OptionError
 from fqcompile.report import CompileReport, Plan, Site
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 
 
 def save(
@@ -147,7 +147,7 @@ def _write_slots(found: Iterable[Slot], directory: Path, generation: str, team: 
                 continue
         weight = local_part(slot.tensor)
         if isinstance(weight, PackedWeight):
-            packed[name] = _write_packed(target, name, weight)
+            packed[name] = write_packed(target, name, weight.quantized(), weight.dtype)
         else:
             target.add({name: weight})
         if target.is_full:
@@ -161,19 +161,6 @@ def _write_slots(found: Iterable[Slot], directory: Path, generation: str, team: 
         slots=records,
         held={name: (own,) for name, own in held.items()},
         same={} if shared is writer else shared.tensors,
-    )
-
-
-def _write_packed(writer: ShardWriter, name: str, weight: PackedWeight) -> PackedRecord:
-    form = weight.form
-    return write_packed(
-        writer,
-        name,
-        weight.quantized(),
-        dtype=weight.dtype,
-        experts=form.experts,
-        transposed=form.transposed,
-        scale_method=form.scale_method,
     )
 
 

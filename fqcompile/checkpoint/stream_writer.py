@@ -138,15 +138,8 @@ class StreamWriter:
                 found.matrix, options, scale_dtype_beside(weight.dtype)
             )
         self.weights += weight.numel()
-        record = write_packed(
-            self._shards,
-            name,
-            codes,
-            dtype=weight.dtype,
-            experts=weight.shape[0] if weight.dim() == 3 else 0,
-            transposed=found.transposed,
-            scale_method=plan.scale_method,
-        )
+        codes = codes.changed(transposed=found.transposed)
+        record = write_packed(self._shards, name, codes, weight.dtype)
         site = replace(
             site_of(found),
             status="quantized",

@@ -18,7 +18,7 @@ from fqcompile.interop.export_layout import Layout, Piece, Saved, Whole
 from fqcompile.interop.harmonize import HEADS_STAY, Choice
 from fqcompile.interop.layers import Layer, Scheme
 from fqcompile.report import Plan, Site
-from fqcompile.tensor.quantized import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.tensor.words import to_words, widen, words_per_row
 
 _PART = 1 << 25  # weights that are dequantised at once, and not a whole output head
@@ -102,12 +102,11 @@ def _dense_block(saved: Saved, piece: Piece) -> Block:
     return Block({name: (dtype, (piece.n, piece.k))}, make, partial(saved.release, piece.value))
 
 
-def _rows(saved: Saved, piece: Piece) -> QuantizedWeight:
+def _rows(saved: Saved, piece: Piece) -> QuantizedTensor:
     weight = saved.packed(piece.value)
-    rows = piece.rows
-    return replace(
-        weight, qweight=weight.qweight[rows], scale=weight.scale[rows], shape=(piece.n, piece.k)
-    )
+    codes, scale = weight.as_rows()
+    form = replace(weight.format.one, rows=piece.n, transposed=False)
+    return QuantizedTensor(codes[piece.rows], scale[piece.rows], form)
 
 
 def _whole_block(saved: Saved, whole: Whole) -> Block:
@@ -130,8 +129,7 @@ def _dense_value(saved: Saved, value: str) -> Tensor:
     record = saved.record(value)
     if record is None:
         return saved.dense(value)
-    w_hat = saved.packed(value).dequantize(DTYPES[record.dtype])
-    matrix = w_hat.view(*((record.experts,) if record.experts else ()), record.rows, record.k)
+    matrix = saved.packed(value).dequantize(DTYPES[record.dtype])
     return matrix.transpose(-2, -1) if record.transposed else matrix
 
 

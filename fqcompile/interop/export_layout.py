@@ -22,7 +22,7 @@ from fqcompile.checkpoint.reversion import Reversion, reversions
 from fqcompile.checkpoint.safetensors_file import DTYPES
 from fqcompile.checkpoint.shards import MappedShards
 from fqcompile.errors import CheckpointError
-from fqcompile.tensor.quantized import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,11 @@ class Saved:
         """Of a packed value."""
         return self.manifest.packed.get(value)
 
-    def packed(self, value: str) -> QuantizedWeight:
-        """Codes and scales, rows [N, K] or [E * N, K]; mapped files."""
+    def packed(self, value: str) -> QuantizedTensor:
+        """Codes and scales; mapped files."""
         record = self.manifest.packed[value]
         codes, scale = self._tensor(record.codes), self._tensor(record.scale)
-        shape = (record.all_rows, record.k)
-        return QuantizedWeight(codes, scale, record.bits, record.group_size, shape)
+        return QuantizedTensor.of_rows(codes, scale, record.format)
 
     def dense(self, value: str) -> Tensor:
         """A tensor that was not packed; a mapped file."""

@@ -31,7 +31,7 @@ from fqcompile.interop.packed_layer import (
     symmetric,
 )
 from fqcompile.interop.patterns import check_pattern, matches_pattern
-from fqcompile.tensor.quantized import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedTensor
 
 _FORMATS = {"gptq": 1, "gptq_v2": 0}  # and what is added to stored zero points
 _LARGEST = (1 << BITS) - 1
@@ -141,7 +141,7 @@ def _read(
     shape: tuple[int, int],
     size: int,
     zero_points: partial[Tensor],
-) -> QuantizedWeight:
+) -> QuantizedTensor:
     n, k = shape
     scale = read_tensor(places["scales"]).t()
     codes = nibbles(read_tensor(places["qweight"]).t()).reshape(n, k)

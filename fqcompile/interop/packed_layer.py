@@ -15,8 +15,8 @@ from fqcompile.checkpoint.json_text import shown
 from fqcompile.checkpoint.safetensors_file import TensorPlace
 from fqcompile.errors import CheckpointError
 from fqcompile.tensor.codes import pack
-from fqcompile.tensor.format import QTYPES, num_groups
-from fqcompile.tensor.quantized import QuantizedWeight
+from fqcompile.tensor.format import QTYPES, Format, num_groups
+from fqcompile.tensor.quantized import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class PackedLayer:
     n: int
     k: int
     places: Mapping[str, TensorPlace]
-    read: Callable[[], QuantizedWeight]
+    read: Callable[[], QuantizedTensor]
 
     @property
     def scale_dtype(self) -> str:
@@ -37,7 +37,7 @@ class PackedLayer:
 
 def symmetric(
     codes: Tensor, zeros: Tensor, scale: Tensor, group_size: int, where: str
-) -> QuantizedWeight:
+) -> QuantizedTensor:
     """(q - z) * s as codes q - z: as int4 where all fit, else as int8, which is exact too.
 
     Args:
@@ -58,7 +58,8 @@ def symmetric(
             "cannot be converted exactly; quantise it symmetrically"
         )
     qweight = pack(difference.to(torch.int8), qtype)
-    return QuantizedWeight(qweight, scale.contiguous(), qtype.bits, min(group_size, k), (n, k))
+    form = Format(qtype.bits, min(group_size, k), n, k)
+    return QuantizedTensor(qweight, scale.contiguous(), form)
 
 
 CODES_PER_WORD = 8

@@ -21,7 +21,7 @@ from fqcompile.quant.checks import WEIGHT_DTYPES
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
 from fqcompile.torch_compat import FakeTensor
 from fqcompile.weights.find_or_quantize import use_logged
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 from fqcompile.weights.store import STORE
 
 Decision = QuantPlan | str

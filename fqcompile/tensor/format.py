@@ -6,7 +6,8 @@ weights of one row that share a scale:
     K = 100, group_size = 32:   [ 32 | 32 | 32 | 4 ]     the last group may be short
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -54,3 +55,58 @@ def num_groups(k: int, group_size: int) -> int:
 def packed_columns(qtype: QType, k: int) -> int:
     """Bytes in a packed row of K codes."""
     return -(-k // qtype.codes_per_byte)
+
+
+PLAIN = "plain"  # the layout of `codes`, a row of bytes for each row: what files hold
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the codes and scales of a weight are read; kernels read equal formats alike.
+
+    Attributes:
+        group_size: K where there is one scale per column.
+        rows, k: of the matrix, or of one of `experts` matrices (0: there is no stack).
+        transposed: the weight is the matrices' transpose, [K, N] or [E, K, N].
+        scale_method: how scales were chosen; new values that are copied in are quantised so.
+        layout: the name of the order in memory.
+    """
+
+    bits: int
+    group_size: int
+    rows: int
+    k: int
+    experts: int = 0
+    transposed: bool = False
+    scale_method: str = "mse"
+    layout: str = PLAIN
+
+    @property
+    def qtype(self) -> QType:
+        return QTYPES[self.bits]
+
+    @property
+    def num_groups(self) -> int:
+        """Scales of a row."""
+        return num_groups(self.k, self.group_size)
+
+    @property
+    def matrices(self) -> tuple[int, ...]:
+        """(N, K), or (E, N, K)."""
+        return (self.experts, self.rows, self.k) if self.experts else (self.rows, self.k)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that it stands for."""
+        *experts, rows, k = self.matrices
+        return (*experts, k, rows) if self.transposed else self.matrices
+
+    @cached_property
+    def flipped(self) -> "Format":
+        """Of the transpose, in the same memory."""
+        return replace(self, transposed=not self.transposed)
+
+    @cached_property
+    def one(self) -> "Format":
+        """Of one expert."""
+        return replace(self, experts=0)

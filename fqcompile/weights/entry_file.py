@@ -18,10 +18,11 @@ from torch import Tensor
 from fqcompile.errors import CorruptEntry
 from fqcompile.kernels.cpu.huge_pages import in_huge_pages
 from fqcompile.quant.choose import QuantPlan
-from fqcompile.tensor.quantized import QuantizedWeight
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.weights.content_digest import bytes_of, content_digest
 
-Entry = tuple[QuantPlan, QuantizedWeight]
+Entry = tuple[QuantPlan, QuantizedTensor]
 
 HEADER_BYTES = 1 << 16  # more than any header has: 25 for the error of each of 2,000 experts
 _DTYPES = {
@@ -41,9 +42,10 @@ _CORRUPT = (
 def encoded(key: str, entry: Entry) -> list[memoryview]:
     """The pieces of the file with this weight, which is on a CPU, for who asks for `key`."""
     plan, weight = entry
-    about = {**vars(plan), "scale_dtype": _name(plan.scale_dtype), "k": weight.shape[1]}
+    about = {**vars(plan), "scale_dtype": _name(plan.scale_dtype), "k": weight.k}
     text = json.dumps(about)
-    tensors = {"scale": weight.scale.contiguous(), "qweight": weight.qweight.contiguous()}
+    qweight, scale = weight.as_rows()
+    tensors = {"scale": scale.contiguous(), "qweight": qweight.contiguous()}
     digest = _digest(key, text, tensors["qweight"], tensors["scale"])
     header: dict[str, object] = {"__metadata__": {"plan": text, "digest": digest}}
     pieces, end = [], 0
@@ -110,8 +112,10 @@ def _entry(about: dict[str, Any], qweight: Tensor, scale: Tensor) -> Entry:
     about["scale_dtype"] = getattr(torch, about["scale_dtype"])
     about["expert_errors"] = tuple(about["expert_errors"])
     plan = QuantPlan(**about)
-    shape = (qweight.shape[0], k)
-    return plan, QuantizedWeight(qweight, scale, plan.bits, plan.group_size, shape)
+    experts = len(plan.expert_errors)
+    rows = qweight.shape[0] // max(1, experts)
+    form = Format(plan.bits, plan.group_size, rows, k, experts, scale_method=plan.scale_method)
+    return plan, QuantizedTensor.of_rows(qweight, scale, form)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -75,7 +75,7 @@ def test_any_other_error_is_not_hidden(install: Any) -> None:
 
 
 def test_a_layout_that_cannot_be_dequantised_has_no_other_way(install: Any) -> None:
-    install(KernelBuildError("no compiler"), Layout("odd", PLAIN.pack, PLAIN.shapes))
+    install(KernelBuildError("no compiler"), Layout("odd", PLAIN.pack_matrix, PLAIN.shapes))
     with pytest.raises(KernelBuildError, match="no compiler"):
         run()
     with pytest.raises(KernelBuildError, match="layout 'odd' cannot be dequantised"):

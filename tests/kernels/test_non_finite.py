@@ -13,7 +13,8 @@ from torch import Tensor
 from fqcompile.kernels.epilogue import apply_epilogue
 from fqcompile.kernels.ops import linear
 from fqcompile.kernels.registry import TEMPLATES
-from fqcompile.tensor.quantized import QuantizedWeight
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.cpu.paths import NAMES, path
 from tests.kernels.test_ops import oracle, unpacked
 from tests.strategies import Problem, make_problem
@@ -46,8 +47,8 @@ def takes(template: str, p: Problem) -> bool:
 
 def run(template: str, p: Problem) -> Tensor:
     rows = p.qweight.shape[0]
-    plain = QuantizedWeight(p.qweight, p.scale, p.bits, p.group_size, (rows, p.k))
-    return linear(p.x, *TEMPLATES[template].layout.pack(plain), *p.arguments[3:], template)
+    plain = QuantizedTensor(p.qweight, p.scale, Format(p.bits, p.group_size, rows, p.k))
+    return linear(p.x, *TEMPLATES[template].layout.pack(plain).tensors, *p.arguments[3:], template)
 
 
 def eager(p: Problem) -> Tensor:

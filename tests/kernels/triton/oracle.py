@@ -15,8 +15,8 @@ from fqcompile.kernels.template import PackedLinear
 from fqcompile.kernels.tile_config import TileConfig
 from fqcompile.kernels.triton import launch, layout
 from fqcompile.tensor.codes import pack
-from fqcompile.tensor.format import QTYPES
-from fqcompile.tensor.quantized import QuantizedWeight
+from fqcompile.tensor.format import QTYPES, Format
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.triton.interpreter import interpreted
 from tests.kernels.triton.interpreter_memory import Memory
 from tests.kernels.triton.ptx import emulated_ptx
@@ -90,9 +90,11 @@ def group_of(k: int, group_size: int) -> Tensor:
     return torch.arange(k) // group_size
 
 
-def quantized(codes: Tensor, scale: Tensor, bits: int, group_size: int) -> QuantizedWeight:
+def quantized(codes: Tensor, scale: Tensor, bits: int, group_size: int) -> QuantizedTensor:
     rows, k = codes.shape
-    return QuantizedWeight(pack(codes, QTYPES[bits]), scale, bits, min(group_size, k), (rows, k))
+    return QuantizedTensor(
+        pack(codes, QTYPES[bits]), scale, Format(bits, min(group_size, k), rows, k)
+    )
 
 
 def packed(
