@@ -12,8 +12,8 @@ from fqcompile.distributed.shards import local_part
 from fqcompile.dry_run import dry_run
 from fqcompile.passes.base import placeholders
 from fqcompile.passes.choices import way_out
-from fqcompile.passes.localize import localize
 from fqcompile.passes.pipeline import Recorder, analyse
+from fqcompile.passes.sharded import localize
 from fqcompile.passes.summary import RowKey, rows_of, with_other_readers
 from fqcompile.report import Plan, Site
 from fqcompile.torch_compat import plain_module

@@ -13,14 +13,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from fqcompile.config import HEAD_NAMES, FineQuantConfig
+from fqcompile.config import HEAD_NAMES, ROUTER, ROUTERS, FineQuantConfig
 from fqcompile.distributed.shards import local_part
 from fqcompile.quant.checks import WEIGHT_DTYPES
 from fqcompile.torch_compat import Convolution
 from fqcompile.weights.parameter import PackedWeight
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_ROUTERS = frozenset("gate router wg classifier shared_expert_gate".split())
+_ROUTERS = ROUTERS | {"classifier"}  # beside experts alone
 _ONE_CALL = "PyTorch's own {} reads it in one call, which takes no packed weight"
 _NO_WEIGHT = "only weights of linears and stacks of experts are packed, and this is "
 _ORIENTATION = (
@@ -221,7 +221,7 @@ def _reason(
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return _ONE_CALL.format("attention")
     if _is_router(name, modules) and not config.override_matches(name):
-        return "router: its top-k decides which experts run; name it in overrides to quantise it"
+        return ROUTER
     if weight.numel() < config.min_elements:
         return f"fewer elements than min_elements={config.min_elements}"
     return None

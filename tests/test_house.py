@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "fqcompile"
 # `quantize_model`, as `quantize_checkpoint` does on disk what `quantize_` does in memory.
 LAYERS = [
     {"errors", "locks", "torch_compat", "hf_compat"},
+    {"files"},
     {"options"},
     {"distributed"},
     {"config"},
@@ -40,7 +41,7 @@ PASS_HELPERS = set(
     fold gated gather kept linear_forms naming op_nodes regions sites spelling stacking""".split()
 )
 # What runs the passes, before them, after them or around them: each may import earlier ones.
-PASS_DRIVERS = tuple("verify pipeline local_linear localize agreement summary variants".split())
+PASS_DRIVERS = tuple("pipeline sharded summary variants".split())
 
 # Names of others that have no promise are in these two files alone; what else begins with a line
 # below is ours, or as old as what it belongs to: nn.Module, namedtuple, the standard library.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fqcompile.config import ROUTER
 from fqcompile.distributed.ranks import progress
 from fqcompile.distributed.shards import NOT_LOCAL, is_dtensor
 from fqcompile.errors import UnquantizableWeight
@@ -20,7 +21,7 @@ from fqcompile.passes.sites import WeightSite
 from fqcompile.quant.checks import WEIGHT_DTYPES
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
 from fqcompile.torch_compat import FakeTensor
-from fqcompile.weights.find_or_quantize import use_logged
+from fqcompile.weights.disk_cache import use_logged
 from fqcompile.weights.parameter import PackedWeight
 from fqcompile.weights.store import STORE
 
@@ -159,7 +160,7 @@ def _settled_reason(state: GraphState, site: WeightSite) -> str | None:
     if is_codebook(state, site) and not state.config.override_matches(site.name):
         return "codebook: its scores only choose an entry; name it in overrides to quantise it"
     if is_router(state, site) and not state.config.override_matches(site.name):
-        return "router: its top-k decides which experts run; name it in overrides to quantise it"
+        return ROUTER
     if site.num_weights < state.config.min_elements:
         return f"fewer elements than min_elements={state.config.min_elements}"
     return None

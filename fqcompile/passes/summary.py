@@ -1,23 +1,24 @@
 """What the passes did to each weight, as the rows of a plan."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import fx
 
+from fqcompile.distributed.shards import is_part
 from fqcompile.kernels.roofline import least_seconds
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.passes.base import GraphState
+from fqcompile.passes.base import GraphState, placeholders
 from fqcompile.passes.choose import CHANGING
 from fqcompile.passes.op_nodes import argument
 from fqcompile.passes.sites import KeptWeight, WeightSite
 from fqcompile.quant.choose import QuantPlan
 from fqcompile.report import Plan, Site
 from fqcompile.tensor.format import num_groups
-from fqcompile.weights.recipe import WeightRecipe
+from fqcompile.weights.recipe import WeightRecipe, target_name
 
 
 @dataclass(frozen=True)
@@ -206,3 +207,40 @@ def read_as_it_comes(state: GraphState, changing: frozenset[int]) -> str:
         "is meant to change, name it in exclude; if a hook brings it from elsewhere for each call, "
         "call fqcompile.quantize_(model) before the hooks are set"
     )
+
+
+def shared_facts(state: GraphState) -> Mapping[str, str]:
+    """What must be the same on all ranks of a sharded model, by name, in the order of the graph.
+
+    Collectives and sites in their order, and the options. Of a weight that every rank holds whole
+    also the plan and the kernel; of a part each rank chooses its own.
+    """
+    facts = {"outcome": "quantised"}
+    facts |= {f"option {name}": str(value) for name, value in state.config.as_dict().items()}
+    del facts["option debug_dir"]  # each rank may have its own
+    facts["collectives"] = ", ".join(_collectives(state.graph))
+    # the inputs of packed weights come after those of the graph's own arguments
+    inputs = zip(placeholders(state.graph), state.args, strict=False)
+    parts = {state.names[n] for n, arg in inputs if is_part(arg)}
+    for number, site in enumerate(state.sites):
+        facts[f"site {number}"] = f"{site.kind} {site.name}"
+        if not parts & {state.names[source] for source in site.sources}:
+            facts[site.name] = _choice(site)
+    return facts
+
+
+def _collectives(graph: fx.Graph) -> Iterator[str]:
+    for node in graph.nodes:
+        name = target_name(node.target) if node.op.startswith("call") else ""
+        if "c10d" in name:
+            yield name
+        elif name.removeprefix("prim_") in ("redistribute", "full_tensor"):
+            yield f"{name} to {node.kwargs.get('placements', node.args[1:])}"
+
+
+def _choice(site: WeightSite) -> str:
+    if site.plan is None:
+        return f"kept: {site.reason}"
+    plan, kernel = site.plan, None if site.op is None else argument(site.op, "kernel")
+    chosen = (plan.bits, plan.group_size, plan.scale_method, str(plan.scale_dtype))
+    return f"{chosen}, kernel {kernel}"

@@ -23,13 +23,12 @@ from fqcompile.config import FineQuantConfig
 from fqcompile.distributed.agreement import agree
 from fqcompile.distributed.shards import rank_groups
 from fqcompile.errors import PlanDoesNotFit, RankError
-from fqcompile.passes.agreement import shared_facts
 from fqcompile.passes.base import GraphState, copy_module
 from fqcompile.passes.choose import Decision, decide
-from fqcompile.passes.localize import localize, refuse_fsdp
 from fqcompile.passes.lower import compile_inner
 from fqcompile.passes.pipeline import Recorder, analyse, compile_state
-from fqcompile.passes.summary import plan_of, read_as_it_comes, warnings_of
+from fqcompile.passes.sharded import localize, refuse_fsdp
+from fqcompile.passes.summary import plan_of, read_as_it_comes, shared_facts, warnings_of
 from fqcompile.report import (
     CompileReport,
     Plan,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from fqcompile.report.files import replace_text
+from fqcompile.files.replace import replace_text
 from fqcompile.report.html import Section
 from fqcompile.report.page import render_page
 from fqcompile.report.pass_record import PassRecord, passes_html

@@ -23,7 +23,7 @@ from fqcompile.errors import UnquantizableWeight
 from fqcompile.locks import fork_safe
 from fqcompile.quant.choose import QuantPlan, choose_and_quantize
 from fqcompile.tensor.quantized import QuantizedTensor
-from fqcompile.weights.find_or_quantize import find_or_quantize
+from fqcompile.weights.disk_cache import find_or_quantize
 from fqcompile.weights.fingerprint import ATTEMPTS, Memory, Values, fingerprint, values_of
 from fqcompile.weights.memory import Lifetime, lifetime
 from fqcompile.weights.node_weight import (

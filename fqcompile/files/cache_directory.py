@@ -9,7 +9,7 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -61,23 +61,6 @@ def writing(directory: Path, lock: str = ".lock", seconds: float = 60.0) -> Iter
     check_trusted(directory)
     with locked(directory / lock, seconds):
         yield
-
-
-def replace_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
-    """The pieces in one file, whole or not at all, while `writing` its directory.
-
-    One name serves all writers, so that a kill leaves one such file.
-    """
-    part = path.with_name(".part")
-    try:
-        part.unlink(missing_ok=True)
-        # Whatever the umask says: who finds it writable by others would refuse it.
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        with open(descriptor, "wb") as file:
-            file.writelines(pieces)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def check_trusted(path: Path) -> None:

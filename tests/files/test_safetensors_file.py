@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fqcompile.checkpoint.safetensors_file import ALIGNMENT, DTYPES, read_header, read_tensor
 from fqcompile.checkpoint.shards import ShardWriter
 from fqcompile.errors import CheckpointError
+from fqcompile.files.safetensors_file import ALIGNMENT, DTYPES, read_header, read_tensor
 
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 # Others are refused.
@@ -54,7 +54,7 @@ def test_the_library_reads_what_we_write(
     (shard,) = writer.shards
     assert (directory / shard.file).stat().st_size == shard.bytes
     assert_same(load_file(directory / shard.file), written)
-    places = read_header(directory / shard.file)
+    places = read_header(directory / shard.file).tensors
     assert_same({name: read_tensor(place) for name, place in places.items()}, written)
     base = shard.bytes - sum(record.nbytes for record in records.values())
     assert base % ALIGNMENT == 0
@@ -69,7 +69,7 @@ def test_we_read_what_the_library_writes(
 ) -> None:
     path = tmp_path_factory.mktemp("library") / "a.safetensors"
     save_file(written, path, metadata={"format": "pt"})
-    places = read_header(path)
+    places = read_header(path).tensors
     assert_same({name: read_tensor(place) for name, place in places.items()}, written)
 
 
@@ -124,7 +124,7 @@ def test_changed_headers_are_refused_or_read_as_the_library_reads_them(tmp_path:
     for _ in range(2000):
         path.write_bytes(_mutated(data[:header], rng) + data[header:])
         try:
-            read = {name: read_tensor(place) for name, place in read_header(path).items()}
+            read = {name: read_tensor(place) for name, place in read_header(path).tensors.items()}
         except CheckpointError as error:
             assert str(path) in str(error)
             refused += 1

@@ -11,10 +11,9 @@ from torch import Tensor
 from fqcompile.config import SiteOptions
 from fqcompile.errors import UnquantizableWeight
 from fqcompile.quant.choose import choose_and_quantize
-from fqcompile.weights import find_or_quantize as module
+from fqcompile.weights import disk_cache as module
 from fqcompile.weights.content_digest import content_digest
-from fqcompile.weights.disk_cache import DiskCache, disk_cache
-from fqcompile.weights.find_or_quantize import entry_key, find_or_quantize
+from fqcompile.weights.disk_cache import DiskCache, disk_cache, entry_key, find_or_quantize
 from fqcompile.weights.recipe import IDENTITY
 from fqcompile.weights.store import PackedStore
 from tests.weights.test_entry_file import assert_same
@@ -50,11 +49,11 @@ def test_another_version_finds_nothing(
 
 
 def test_the_version_is_of_all_that_makes_codes_and_files() -> None:
-    sources = {path.name for path in module._SOURCES}
     package = Path(module.__file__).parent.parent
     folders = (package / "tensor", package / "quant")
-    expected = {p.name for folder in folders for p in folder.iterdir() if p.suffix == ".py"}
-    assert sources == expected | {"entry_file.py"}
+    made = {p.name for folder in folders for p in folder.iterdir() if p.suffix == ".py"}
+    files = {"entry_file.py", "safetensors_file.py"}
+    assert {path.name for path in module._SOURCES} == made | files
 
 
 @pytest.fixture
@@ -72,7 +71,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DiskCache:
 
 @pytest.mark.parametrize("shape", [(64, 96), (3, 20, 33)])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_weight_is_found_as_it_was_quantised(
+def test_a_weight_is_found_as_it_was_quantized(
     shape: tuple[int, ...], bits: int, cache: DiskCache
 ) -> None:
     w, options = torch.randn(shape), SiteOptions(bits=bits)
@@ -134,7 +133,7 @@ def test_a_weight_in_training_is_not_kept_again(cache: DiskCache) -> None:
 def test_codes_of_new_values_are_not_kept_under_the_name_of_the_old(
     meanwhile: str, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another thread loads a state dict while the weight is quantised."""
+    """Another thread loads a state dict while the weight is quantized."""
     w, old, new = W.clone(), W.clone(), W.flip(0)
     make = choose_and_quantize
 

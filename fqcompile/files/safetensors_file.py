@@ -3,28 +3,29 @@
     [u64 length] {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, ...} [bytes]
 
 Read and written here, and not by the library, to know what is on the disk when, and to read a
-checkpoint without mapping all of it into this process.
+checkpoint without mapping all of it into this process. The one codec of saved models, exports,
+checkpoints of others and the cache of quantized weights.
 """
 
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fqcompile.checkpoint.json_text import LARGEST, check_name, parse_json, shown
 from fqcompile.errors import CheckpointError
-from fqcompile.weights.content_digest import bytes_of
+from fqcompile.files.json_text import LARGEST, check_name, parse_json, shown
 
 # Tensors start at multiples of it where their sizes allow: compiled graphs copy what lies askew.
 ALIGNMENT = 64
 _MOST_DIMENSIONS, _MOST_NUMBERS = 64, 2**63 - 1  # that PyTorch has
-_METADATA = "__metadata__"
+_METADATA, _PT = "__metadata__", {"format": "pt"}
+Shape = tuple[int, ...]
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -53,7 +54,7 @@ class TensorPlace:
 
     path: Path
     dtype: str
-    shape: tuple[int, ...]
+    shape: Shape
     start: int
     end: int
 
@@ -62,7 +63,20 @@ class TensorPlace:
         return self.end - self.start
 
 
-def byte_size(dtype: str, shape: tuple[int, ...]) -> int:
+class Header(NamedTuple):
+    """The tensors by name; `metadata` is unchecked, None where there is none."""
+
+    tensors: dict[str, TensorPlace]
+    metadata: Any
+
+
+def bytes_of(w: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on a CPU, which lives as long as this does."""
+    flat = w.detach().as_strided((w.numel(),), (1,))  # a view of one value may have any stride
+    return flat.view(torch.uint8).numpy().data
+
+
+def byte_size(dtype: str, shape: Shape) -> int:
     """Bytes of a tensor of that type and shape."""
     return math.prod(shape) * DTYPES[dtype].itemsize
 
@@ -72,9 +86,20 @@ def is_shape(shape: Sequence[int]) -> bool:
     return len(shape) <= _MOST_DIMENSIONS and math.prod(n or 1 for n in shape) <= _MOST_NUMBERS
 
 
-def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> bytes:
+def consecutive(tensors: Mapping[str, tuple[str, Shape]]) -> dict[str, tuple[str, Shape, int]]:
+    """{name: (dtype, shape, start)} of tensors {name: (dtype, shape)} one after the other."""
+    placed, start = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        placed[name] = (dtype, shape, start)
+        start += byte_size(dtype, shape)
+    return placed
+
+
+def encode_header(
+    tensors: Mapping[str, tuple[str, Shape, int]], metadata: Mapping[str, str] = _PT
+) -> bytes:
     """Length and header of {name: (dtype, shape, start)}, padded so that the data is aligned."""
-    entries: dict[str, Any] = {_METADATA: {"format": "pt"}}
+    entries: dict[str, Any] = {_METADATA: metadata}
     for name, (dtype, shape, start) in tensors.items():
         offsets = [start, start + byte_size(dtype, shape)]
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
@@ -83,8 +108,8 @@ def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> by
     return len(text).to_bytes(8, "little") + text
 
 
-def read_header(path: Path) -> dict[str, TensorPlace]:
-    """The tensors of a file that somebody else wrote.
+def read_header(path: Path) -> Header:
+    """Of a file that somebody else wrote.
 
     Raises:
         CheckpointError: it is not a whole safetensors file; the message names the tensor.
@@ -101,8 +126,9 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
     entries = parse_json(text, f"the header of {path}")
     if not isinstance(entries, dict):
         raise CheckpointError(f"the header of {path} is no JSON object")
-    entries.pop(_METADATA, None)
-    return {name: _place(path, name, entry, 8 + length, size) for name, entry in entries.items()}
+    metadata = entries.pop(_METADATA, None)
+    places = {n: _place(path, n, entry, 8 + length, size) for n, entry in entries.items()}
+    return Header(places, metadata)
 
 
 def _place(path: Path, name: str, entry: Any, base: int, size: int) -> TensorPlace:
@@ -139,9 +165,17 @@ def _place(path: Path, name: str, entry: Any, base: int, size: int) -> TensorPla
     return TensorPlace(path, dtype, shape, base + offsets[0], base + offsets[1])
 
 
-def read_tensor(place: TensorPlace) -> Tensor:
-    """Into memory of its own."""
-    result = torch.empty(place.shape, dtype=DTYPES[place.dtype])
+def read_tensor(place: TensorPlace, memory: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Into memory of its own: nothing is mapped, for mapped files may shrink.
+
+    Args:
+        memory: prepares a tensor that has no values yet, or returns another in its place.
+
+    Raises:
+        CheckpointError: the file ends before the tensor does.
+    """
+    result = torch.empty(place.shape, dtype=DTYPES[place.dtype], device="cpu")
+    result = result if memory is None else memory(result)
     with open(place.path, "rb") as file:
         file.seek(place.start)
         read = file.readinto(bytes_of(result)) if place.nbytes else 0
