@@ -37,8 +37,8 @@ ONLY = {"estimator": {"errors", "kernels"}}
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 PIPELINE = ("capture", "match", "choose", "quantize", "rewrite", "fuse", "select", "lower")
 PASS_HELPERS = set(
-    """absorb base choices effects einsum emit expert_bias expert_einsum expert_forms expert_rewrite
-    fold gated gather kept linear_forms naming op_nodes regions sites spelling stacking""".split()
+    """base choices effects einsum emit expert_einsum expert_forms expert_rewrite
+    fold fuse_patterns gather kept linear_forms naming op_nodes regions sites spelling""".split()
 )
 # What runs the passes, before them, after them or around them: each may import earlier ones.
 PASS_DRIVERS = tuple("pipeline sharded summary variants".split())

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fqcompile.errors import OptionError
-from fqcompile.kernels.gpu import Gpu
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import GemmSpec, Gpu
 
 OURS = "fqcompile"  # what the names of our ways begin with
 # Of activations.

@@ -37,7 +37,7 @@ from bench.models.phases import Decoding, Phase, Prefill, Rates, rates_of
 from bench.models.rows import WAYS, Way, measured_rows
 from fqcompile.commands.arguments import counts as row_counts
 from fqcompile.errors import FineQuantError
-from fqcompile.kernels.gpu import gpu_of
+from fqcompile.kernels.spec import gpu_of
 from fqcompile.kernels.tuning.search import DeviceLost
 
 _STEPS = WARM_UPS + REPLAYS + 1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fqcompile.checkpoint.manifest import Manifest, PackedRecord, ShardRecord, TensorRecord
 from fqcompile.errors import CheckpointError
-from fqcompile.files.replace import write_file
+from fqcompile.files.replace import Piece, write_file
 from fqcompile.files.safetensors_file import (
     ALIGNMENT,
     DTYPE_NAMES,
@@ -102,7 +102,7 @@ class ShardWriter:
         forms = {name: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in ordered.items()}
         entries = consecutive(forms)
         header = encode_header(entries)
-        pieces = [header, *map(bytes_of, ordered.values())]
+        pieces: list[Piece] = [header, *map(bytes_of, ordered.values())]
         records = {
             name: TensorRecord(len(self.shards), *entry, hashlib.sha256(piece).hexdigest())
             for (name, entry), piece in zip(entries.items(), pieces[1:], strict=True)
@@ -115,14 +115,14 @@ class ShardWriter:
         self._waiting.clear()
         return records
 
-    def _write(self, file: str, pieces: Sequence[bytes | memoryview]) -> None:
+    def _write(self, file: str, pieces: Sequence[Piece]) -> None:
         write_file(self._directory / file, pieces)
 
 
 class DigestWriter(ShardWriter):
     """Writes nothing: only the tensors' records, to compare with those of who does."""
 
-    def _write(self, file: str, pieces: Sequence[bytes | memoryview]) -> None:
+    def _write(self, file: str, pieces: Sequence[Piece]) -> None:
         pass
 
 

@@ -1,9 +1,9 @@
-"""The operator for experts in a site's place, with x and the result arranged around it.
+"""The operator with a routing in a site's place, with x and the result arranged around it.
 
-bmm(w[ids], x.unsqueeze(-1))     ->  gathered_linear(x, qweight, scale, ids).unsqueeze(-1)
-einsum("ti,taoi->tao", x, w[ids])->  gathered_linear(x repeated [t * a, i], .., ids.reshape(-1))
-bmm(x [E, C, K], w)              ->  grouped_linear(x.reshape(-1, K), .., arange(1, E + 1) * C)
-_grouped_mm(x, w, offs=o)        ->  grouped_linear(x, .., o)
+bmm(w[ids], x.unsqueeze(-1))     ->  matmul(x, qweight, scale, .., ids=ids).unsqueeze(-1)
+einsum("ti,taoi->tao", x, w[ids])->  matmul(x repeated [t * a, i], .., ids=ids.reshape(-1))
+bmm(x [E, C, K], w)              ->  matmul(x.reshape(-1, K), .., offsets=arange(1, E + 1) * C)
+_grouped_mm(x, w, offs=o)        ->  matmul(x, .., offsets=o)
 """
 
 from itertools import permutations
@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from fqcompile.passes.base import PackedPair, example, same_layout, same_shape
 from fqcompile.passes.emit import VIEWS, Emitter, Size
 from fqcompile.passes.expert_einsum import ExpertEinsum
-from fqcompile.passes.op_nodes import GATHERED, GROUPED
+from fqcompile.passes.op_nodes import MATMUL, matmul_arguments
 from fqcompile.passes.sites import ExpertSite
 from fqcompile.weights.recipe import target_name
 
@@ -49,13 +49,12 @@ def _operator(
     emit: Emitter, site: ExpertSite, x: fx.Node, pair: PackedPair, sizes: dict[str, Size]
 ) -> fx.Node:
     _, n, k = site.shape
-    formats = (pair.spec.bits, pair.spec.group_size, n, k)
-    target = GATHERED if site.form == "gathered" else GROUPED
-    routing = _routing(emit, site, x, sizes)
-    rest = (site.zero_rest,) if target is GROUPED else ()
-    arguments = (x, pair.qweight, pair.scale, routing, None, *formats, "none", False, "", *rest)
+    told = "ids" if site.form == "gathered" else "offsets"
+    routed = {told: _routing(emit, site, x, sizes), "zero_rest": site.zero_rest}
+    weight = (pair.qweight, pair.scale, None, None, pair.spec.bits, pair.spec.group_size, n, k)
+    arguments = matmul_arguments(x, *weight, "none", False, "", **routed)
     with emit.graph.inserting_before(site.node):
-        op = emit.graph.call_function(target, arguments)
+        op = emit.graph.call_function(MATMUL, arguments)
     rows = x.meta["example_value"]
     op.meta["example_value"] = rows.new_empty((rows.shape[0], n))
     return op

@@ -1,8 +1,8 @@
-"""5 rewrite: each quantised matmul becomes one call of an operator on two new inputs.
+"""5 rewrite: each quantised matmul becomes one call of the operator on two new inputs.
 
-linear(x, w, b)  ->  fqcompile.linear(x, qweight_i, scale_i, b, ...)        x [..., K] -> [..., N]
+linear(x, w, b)  ->  fqcompile.matmul(x, qweight_i, scale_i, b, ...)        x [..., K] -> [..., N]
 addmm(b, x, w)   ->  the same; other forms put views around it, and a bias that is no row last
-experts          ->  fqcompile.grouped_linear or gathered_linear, see `expert_rewrite`
+experts          ->  the same with offsets or ids, see `expert_rewrite`
 """
 
 import torch
@@ -19,7 +19,7 @@ from fqcompile.passes.base import (
 from fqcompile.passes.emit import Emitter
 from fqcompile.passes.expert_rewrite import emit_experts, views_of_result
 from fqcompile.passes.fold import ConstantFolder
-from fqcompile.passes.op_nodes import LINEAR
+from fqcompile.passes.op_nodes import MATMUL
 from fqcompile.passes.sites import ExpertSite, GraphStep, LinearSite
 from fqcompile.weights.node_weight import NodeWeight
 
@@ -105,7 +105,7 @@ def _linear(
     (n, k), spec = site.shape, pair.spec
     weight = (pair.qweight, pair.scale)
     formats = (spec.bits, spec.group_size, n, k)
-    op = graph.call_function(LINEAR, (x, *weight, bias, None, *formats, "none", False, ""))
+    op = graph.call_function(MATMUL, (x, *weight, bias, None, *formats, "none", False, ""))
     fake_x, fake_out = example(x), example(site.node)
     assert fake_x is not None and fake_out is not None
     shape = (*fake_x.shape[:-1], n)

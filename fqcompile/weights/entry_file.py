@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fqcompile.errors import CorruptEntry
+from fqcompile.files.replace import Piece
 from fqcompile.files.safetensors_file import (
     DTYPE_NAMES,
     bytes_of,
@@ -35,7 +36,7 @@ _CORRUPT = (
 )  # fmt: skip
 
 
-def encoded(key: str, entry: Entry) -> list[bytes | memoryview]:
+def encoded(key: str, entry: Entry) -> list[Piece]:
     """The pieces of the file with this weight, which is on a CPU, for who asks for `key`."""
     plan, weight = entry
     about = {**vars(plan), "scale_dtype": _name(plan.scale_dtype), "k": weight.k}

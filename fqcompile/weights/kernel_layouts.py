@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from fqcompile.errors import NoKernelError
-from fqcompile.kernels.gpu import gpu_of
-from fqcompile.kernels.ops import dequantize
+from fqcompile.kernels.op import dequantize
 from fqcompile.kernels.registry import LAYOUTS, TEMPLATES, KernelChoice, select_kernel
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import GemmSpec, gpu_of
 from fqcompile.kernels.tuning.launches import tuned_launches
 from fqcompile.tensor.format import Format
 from fqcompile.tensor.quantized import QuantizedTensor

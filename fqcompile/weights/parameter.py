@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fqcompile.errors import FineQuantError
-from fqcompile.kernels.ops import CACHE_TAG
+from fqcompile.kernels.op import CACHE_TAG
 from fqcompile.tensor.chunks import plain_tensors
 from fqcompile.tensor.format import Format
 from fqcompile.tensor.quantized import QuantizedTensor

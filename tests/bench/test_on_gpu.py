@@ -7,7 +7,7 @@ from bench.core.measure import recorded_on_gpu
 from bench.experts import run as experts
 from bench.kernels import run as kernels
 from bench.models import run as models
-from fqcompile.kernels.gpu import gpu_of
+from fqcompile.kernels.spec import gpu_of
 
 pytestmark = [
     pytest.mark.gpu,

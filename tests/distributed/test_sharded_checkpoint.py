@@ -196,7 +196,7 @@ def save_and_die(folder: Path) -> str:
     if dist.get_rank():
         from fqcompile.checkpoint.shards import ShardWriter
 
-        def die(*_: object) -> None:
+        def die(*_: object, **__: object) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
         ShardWriter.add_packed = die  # type: ignore[method-assign, assignment]

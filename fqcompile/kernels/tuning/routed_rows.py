@@ -10,9 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fqcompile.kernels.routing import Routing
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.template import Layout, PackedLinear
+from fqcompile.kernels.template import Layout, PackedLinear, Routing
 from fqcompile.tensor.quantized import QuantizedTensor
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fqcompile.errors import NoKernelError, OptionError
 from fqcompile.kernels.epilogue import ACTIVATIONS
-from fqcompile.kernels.ops import dequantize, linear
+from fqcompile.kernels.op import dequantize, matmul
 from fqcompile.quant.affine import choose_scale, quantize_affine
 from fqcompile.tensor.codes import pack
 from fqcompile.tensor.format import QTYPES
@@ -83,7 +83,7 @@ def oracle(p: Problem) -> tuple[Tensor, Tensor]:
 
 
 def assert_matches_oracle(p: Problem, kernel: str = "dequantize") -> None:
-    got = linear(*p.arguments, kernel)
+    got = matmul(*p.arguments, kernel)
     want, bound = oracle(p)
     assert got.dtype == p.x.dtype
     assert got.shape == (*p.x.shape[:-1], p.n)
@@ -124,7 +124,7 @@ def test_linear_of_a_quantised_weight_stays_within_half_a_step(
     group = min(group, k)
     scale = choose_scale(w, QTYPES[bits], group, "absmax", torch.float32)
     qweight = pack(quantize_affine(w, scale, QTYPES[bits], group), QTYPES[bits])
-    w_hat = linear(
+    w_hat = matmul(
         torch.eye(k), qweight, scale, None, None, bits, group, n, k, "none", False, "dequantize"
     )
     steps = scale.abs()[:, torch.arange(k) // group]
@@ -156,7 +156,7 @@ def test_odd_k_ignores_the_padding_code() -> None:
     padding = p.qweight.clone()
     padding[:, -1] |= 0xF0
     other = Problem(**{**vars(p), "qweight": padding})
-    assert torch.equal(linear(*p.arguments, "dequantize"), linear(*other.arguments, "dequantize"))
+    assert torch.equal(matmul(*p.arguments, "dequantize"), matmul(*other.arguments, "dequantize"))
 
 
 def test_unknown_kernel_and_activation_are_refused_by_name() -> None:
@@ -164,7 +164,7 @@ def test_unknown_kernel_and_activation_are_refused_by_name() -> None:
     with pytest.raises(
         NoKernelError, match=r"kernel 'nothing' is not installed; there are .*dequantize"
     ):
-        linear(*p.arguments, "nothing")
+        matmul(*p.arguments, "nothing")
     odd = Problem(**{**vars(p), "activation": "tanh"})
     with pytest.raises(OptionError, match="activation='tanh' is not one of none, relu"):
-        linear(*odd.arguments, "dequantize")
+        matmul(*odd.arguments, "dequantize")

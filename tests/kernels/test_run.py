@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from fqcompile.errors import KernelBuildError
-from fqcompile.kernels import execute, registry
-from fqcompile.kernels.execute import dequantize_weight, run_linear
+from fqcompile.kernels import registry
+from fqcompile.kernels import run as run_module
+from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.run import dequantize_weight, run_matmul
 from fqcompile.kernels.template import PLAIN, Layout, PackedLinear, Template
 from fqcompile.tensor.codes import pack
 from fqcompile.tensor.format import QTYPES
@@ -22,14 +24,14 @@ X = torch.randn(3, 10)
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """`install(error)`: a kernel "broken" that raises it, in the plain layout or one given."""
-    monkeypatch.setattr(execute, "BROKEN", {})
+    monkeypatch.setattr(run_module, "BROKEN", {})
 
     def install(error: Exception, layout: Layout | None = None) -> None:
-        def linear(*_: Any) -> torch.Tensor:
+        def fails(*_: Any) -> torch.Tensor:
             raise error
 
         like = registry.TEMPLATES["dequantize"]
-        broken: Template = replace(like, name="broken", linear=linear, layout=layout or like.layout)
+        broken: Template = replace(like, name="broken", run=fails, layout=layout or like.layout)
         monkeypatch.setitem(registry.TEMPLATES, "broken", broken)
         registry.parse_kernel.cache_clear()
 
@@ -38,8 +40,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def run(**changes: Any) -> torch.Tensor:
-    call = {"bias": None, "residual": None, "activation": "none", "gated": False, **changes}
-    return run_linear(X, WEIGHT, kernel="broken", **call)
+    return run_matmul(X, WEIGHT, None, Epilogue(**changes), "broken")
 
 
 def test_the_plain_way_gives_the_value_and_one_warning(
@@ -55,17 +56,17 @@ def test_the_plain_way_gives_the_value_and_one_warning(
     (record,) = caplog.records
     assert "kernel broken does not build here: out of shared memory" in record.getMessage()
     run(activation="gelu")  # another kernel
-    assert len(execute.BROKEN) == 2
+    assert len(run_module.BROKEN) == 2
 
 
 def test_the_oldest_of_many_that_did_not_build_are_forgotten(
     install: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execute, "_MOST_BROKEN", 2)
+    monkeypatch.setattr(run_module, "_MOST_BROKEN", 2)
     install(KernelBuildError("out of shared memory"))
     for activation in ("none", "relu", "gelu", "silu"):
         run(activation=activation)
-    assert [key[-2] for key in execute.BROKEN] == ["gelu", "silu"]
+    assert [key[-2] for key in run_module.BROKEN] == ["gelu", "silu"]
 
 
 def test_any_other_error_is_not_hidden(install: Any) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fqcompile.kernels.ops import dequantize, linear
-from tests.kernels.test_ops import exact_activation, exact_up, unpacked
+from fqcompile.kernels.op import dequantize, matmul
+from tests.kernels.test_op import exact_activation, exact_up, unpacked
 from tests.strategies import Problem, make_problem
 
 SAMPLES = {
@@ -24,7 +24,7 @@ SAMPLES = {
 
 @pytest.mark.parametrize("problem", SAMPLES.values(), ids=list(SAMPLES))
 def test_linear_passes_opcheck(problem: Problem) -> None:
-    torch.library.opcheck(linear, (*problem.arguments, "dequantize"))
+    torch.library.opcheck(matmul, (*problem.arguments, "dequantize"))
 
 
 def test_linear_passes_opcheck_with_gradients() -> None:
@@ -33,7 +33,7 @@ def test_linear_passes_opcheck_with_gradients() -> None:
         a.requires_grad_() if isinstance(a, Tensor) and i in (0, 3, 4) else a
         for i, a in enumerate(p.arguments)
     ]
-    torch.library.opcheck(linear, (*arguments, "dequantize"))
+    torch.library.opcheck(matmul, (*arguments, "dequantize"))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -53,7 +53,7 @@ def gradients(p: Problem, *, exact: bool) -> list[Tensor]:
         gate, up = z.chunk(2, -1) if p.gated else (z, torch.ones(()))
         y = exact_activation(p.activation, gate) * exact_up(p.activation, up) + residual
     else:
-        y = linear(x, *p.arguments[1:3], bias, residual, *p.arguments[5:], "dequantize")
+        y = matmul(x, *p.arguments[1:3], bias, residual, *p.arguments[5:], "dequantize")
     probe = torch.randn(p.residual.shape, generator=torch.Generator().manual_seed(7))
     (y * probe.to(y.dtype)).sum().backward()
     return [t.grad for t in leaves]
@@ -77,7 +77,7 @@ def test_backward_is_that_of_the_composition(activation: str, gated: bool) -> No
 def test_only_what_needs_a_gradient_gets_one() -> None:
     p = make_problem(bias=True, residual=True, activation="relu")
     bias = p.bias.clone().requires_grad_()
-    linear(*p.arguments[:3], bias, *p.arguments[4:], "dequantize").sum().backward()
+    matmul(*p.arguments[:3], bias, *p.arguments[4:], "dequantize").sum().backward()
     assert bias.grad is not None
     assert p.x.grad is None
 
@@ -86,7 +86,7 @@ def test_backward_through_a_kernel_with_a_configuration_reads_the_plain_layout()
     """The pre-activation is recomputed without it: it was tuned for the fused form."""
     p = make_problem(activation="silu")
     x = p.x.clone().requires_grad_()
-    linear(x, *p.arguments[1:], "dequantize:16x64x64x1w4s3").sum().backward()
+    matmul(x, *p.arguments[1:], "dequantize:16x64x64x1w4s3").sum().backward()
     want = gradients(make_problem(activation="silu", bias=True, residual=True), exact=True)[0]
     assert x.grad.shape == want.shape
     assert bool(x.grad.isfinite().all())
@@ -96,20 +96,20 @@ def test_backward_through_a_kernel_with_a_configuration_reads_the_plain_layout()
 def test_autocast_casts_like_linear(dtype: torch.dtype) -> None:
     p = make_problem(leading=(2, 3), bias=True, residual=True)
     with torch.autocast("cpu", dtype):
-        got = linear(*p.arguments, "dequantize")
+        got = matmul(*p.arguments, "dequantize")
         like = torch.nn.functional.linear(p.x, torch.zeros(5, 40), p.bias)
     cast = copy.copy(vars(p)) | {
         name: getattr(p, name).to(dtype) for name in ("x", "bias", "residual")
     }
     assert got.dtype == like.dtype == dtype
-    assert torch.equal(got, linear(*Problem(**cast).arguments, "dequantize"))
+    assert torch.equal(got, matmul(*Problem(**cast).arguments, "dequantize"))
 
 
 def test_autocast_leaves_the_packed_weight_and_gradients_in_place() -> None:
     p = make_problem(bias=True, residual=True)
     x = p.x.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        linear(x, *p.arguments[1:], "dequantize").float().sum().backward()
+        matmul(x, *p.arguments[1:], "dequantize").float().sum().backward()
     assert x.grad.dtype == torch.float32
     assert p.scale.dtype == torch.float32
 
@@ -123,9 +123,9 @@ def test_compiled_linear_is_one_graph_for_every_number_of_rows() -> None:
         return module.forward
 
     compiled = torch.compile(
-        lambda x: linear(x, *p.arguments[1:], "dequantize"), backend=backend, dynamic=True
+        lambda x: matmul(x, *p.arguments[1:], "dequantize"), backend=backend, dynamic=True
     )
     for m in (6, 7, 11):
         x = torch.randn(m, 40)
-        torch.testing.assert_close(compiled(x), linear(x, *p.arguments[1:], "dequantize"))
+        torch.testing.assert_close(compiled(x), matmul(x, *p.arguments[1:], "dequantize"))
     assert len(graphs) == 1

@@ -10,12 +10,27 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fqcompile.kernels.epilogue import ACTIVATIONS
-from fqcompile.kernels.expert_ops import gathered_linear, grouped_linear
+from fqcompile.kernels.op import matmul
 from fqcompile.kernels.registry import TEMPLATES
 from fqcompile.tensor.format import Format
 from fqcompile.tensor.quantized import QuantizedTensor
-from tests.kernels.test_ops import exact_activation, exact_up, oracle, unpacked
+from tests.kernels.test_op import exact_activation, exact_up, oracle, unpacked
 from tests.strategies import Problem, make_problem
+
+
+def grouped(
+    x: Tensor, qweight: Tensor, scale: Tensor, offsets: Tensor, bias: Tensor | None, *rest: Any
+) -> Tensor:
+    """The operator with offsets; `rest` may end with zero_rest."""
+    form, zero_rest = rest[:7], rest[7:]
+    return matmul(x, qweight, scale, bias, None, *form, offsets, None, *zero_rest)
+
+
+def gathered(
+    x: Tensor, qweight: Tensor, scale: Tensor, ids: Tensor, bias: Tensor | None, *form: Any
+) -> Tensor:
+    """The operator with ids."""
+    return matmul(x, qweight, scale, bias, None, *form, None, ids)
 
 
 @dataclass(frozen=True)
@@ -44,7 +59,7 @@ class Experts:
         return op(x, qweight, scale, self.routing(op), *rest, kernel)
 
     def routing(self, op: Any) -> Tensor:
-        if op is gathered_linear:
+        if op is gathered:
             return self.of_row.to(self.routing_dtype)
         counts = torch.bincount(self.of_row, minlength=len(self.problems))
         return counts.cumsum(0).to(self.routing_dtype)
@@ -101,29 +116,29 @@ def expert_calls(draw: st.DrawFn, *, in_order: bool) -> Experts:
 
 @given(expert_calls(in_order=True))
 def test_grouped_is_the_oracle(call: Experts) -> None:
-    assert_matches_oracle(call, grouped_linear)
+    assert_matches_oracle(call, grouped)
 
 
 @given(expert_calls(in_order=False))
 def test_gathered_is_the_oracle(call: Experts) -> None:
-    assert_matches_oracle(call, gathered_linear)
+    assert_matches_oracle(call, gathered)
 
 
 def test_negative_ids_count_from_the_last_expert() -> None:
     call = make_experts([2, 0, 1], 3)
     other = replace(call, of_row=torch.tensor([-1, -3, 1]))
-    assert torch.equal(call.run(gathered_linear), other.run(gathered_linear))
+    assert torch.equal(call.run(gathered), other.run(gathered))
 
 
 @pytest.mark.parametrize("strided", ["x", "bias"])
 def test_strided_inputs(strided: str) -> None:
     call = make_experts([0, 1, 1], 2, bias=True)
-    want = call.run(gathered_linear)
+    want = call.run(gathered)
     qweight, scale, bias, *rest = call.arguments
     x = call.x.repeat_interleave(2, 1)[:, ::2] if strided == "x" else call.x
     bias = bias.mT.contiguous().mT if strided == "bias" else bias
-    ids = call.routing(gathered_linear)
-    got = gathered_linear(x, qweight, scale, ids, bias, *rest, "dequantize")
+    ids = call.routing(gathered)
+    got = gathered(x, qweight, scale, ids, bias, *rest, "dequantize")
     assert torch.equal(got, want)
 
 
@@ -137,7 +152,7 @@ def test_rows_of_no_expert_are_neither_read_nor_written(monkeypatch: pytest.Monk
         return self.new_full(size if isinstance(size[0], int) else size[0], 42.0)
 
     monkeypatch.setattr(Tensor, "new_empty", filled)
-    y = call.run(grouped_linear, x)
+    y = call.run(grouped, x)
     assert bool(y[:3].isfinite().all())
     assert bool((y[3:] == 42).all())
 
@@ -159,22 +174,22 @@ def test_rows_of_no_expert_are_zeros_where_that_is_asked_for(
         ]
         pairs = [TEMPLATES[kernel].layout.pack(weight).tensors for weight in each]
         packed = [torch.stack(tensors) for tensors in zip(*pairs, strict=True)]
-        ends = call.routing(grouped_linear)
+        ends = call.routing(grouped)
         with monkeypatch.context() as patch:
             patch.setattr(Tensor, "new_empty", lambda t, *s, **k: t.new_full(s, 42.0, **k))
-            y = grouped_linear(x, *packed, ends, *rest, kernel, True)
+            y = grouped(x, *packed, ends, *rest, kernel, True)
         assert not y[len(of_row) :].any()
-        want = call.run(grouped_linear)[: len(of_row)]
+        want = call.run(grouped)[: len(of_row)]
         torch.testing.assert_close(y[: len(of_row)], want, rtol=0, atol=40 * 2.0**-23)
 
 
 def test_gradients_where_rows_of_no_expert_are_zeros() -> None:
     call = make_experts([0, 2], 3, beyond=2, bias=True, activation="silu")
     qweight, scale, bias, *rest = call.arguments
-    ends, gradients = call.routing(grouped_linear), []
+    ends, gradients = call.routing(grouped), []
     for zero_rest in (False, True):
         x, b = call.x.clone().requires_grad_(), bias.clone().requires_grad_()
-        y = grouped_linear(x, qweight, scale, ends, b, *rest, "dequantize", zero_rest)
+        y = grouped(x, qweight, scale, ends, b, *rest, "dequantize", zero_rest)
         y[:2].sum().backward()
         gradients.append((x.grad, b.grad))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -183,10 +198,10 @@ def test_gradients_where_rows_of_no_expert_are_zeros() -> None:
 def test_experts_without_rows_are_not_read() -> None:
     """Their codes and scales may as well be missing."""
     call = make_experts([1, 1, 3], 4)
-    want = call.run(gathered_linear)
+    want = call.run(gathered)
     qweight, scale, *rest = call.arguments
     scale[0], scale[2] = torch.nan, torch.nan
-    for op in (gathered_linear, grouped_linear):
+    for op in (gathered, grouped):
         got = op(call.x, qweight, scale, call.routing(op), *rest, "dequantize")
         assert torch.equal(got, want)
 
@@ -194,7 +209,7 @@ def test_experts_without_rows_are_not_read() -> None:
 def test_ids_of_no_expert_are_refused_on_a_cpu() -> None:
     call = replace(make_experts([0, 1], 2), of_row=torch.tensor([0, 2]))
     with pytest.raises(IndexError, match=r"ids\[1\] is 2; the weight has 2 experts"):
-        call.run(gathered_linear)
+        call.run(gathered)
 
 
 SAMPLES = {
@@ -205,29 +220,31 @@ SAMPLES = {
 }
 
 
-@pytest.mark.parametrize("op", [grouped_linear, gathered_linear], ids=["grouped", "gathered"])
+@pytest.mark.parametrize("op", [grouped, gathered], ids=["grouped", "gathered"])
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(name: str, op: Any) -> None:
     call = SAMPLES[name]
     qweight, scale, bias, *rest = call.arguments
-    arguments = (call.x, qweight, scale, call.routing(op), bias, *rest, "dequantize")
-    torch.library.opcheck(op, arguments)
-    if op is grouped_linear:
-        torch.library.opcheck(op, (*arguments, True))
+    told = call.routing(op)
+    routing = (told,) if op is grouped else (None, told)
+    arguments = (call.x, qweight, scale, bias, None, *rest, "dequantize", *routing)
+    torch.library.opcheck(matmul, arguments)
+    if op is grouped:
+        torch.library.opcheck(matmul, (*arguments, None, True))
     if call.x.dtype == torch.float32:
         x = call.x.clone().requires_grad_()
         bias = None if bias is None else bias.clone().requires_grad_()
-        torch.library.opcheck(op, (x, *arguments[1:4], bias, *arguments[5:]))
+        torch.library.opcheck(matmul, (x, *arguments[1:3], bias, *arguments[4:]))
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("op", [grouped_linear, gathered_linear], ids=["grouped", "gathered"])
+@pytest.mark.parametrize("op", [grouped, gathered], ids=["grouped", "gathered"])
 def test_backward_is_that_of_the_composition(op: Any, activation: str, gated: bool) -> None:
     call = make_experts(
         [0, 1, 1, 3], 4, beyond=2, n=6, k=37, activation=activation, gated=gated, bias=True
     )
-    if op is gathered_linear:
+    if op is gathered:
         call = replace(call, x=call.x[:4], of_row=torch.tensor([3, 1, 0, 1]))
     qweight, scale, bias, *rest = call.arguments
     x, bias = call.x.clone().requires_grad_(), bias.clone().requires_grad_()
@@ -257,7 +274,7 @@ def test_compiled_ops_are_one_graph_for_every_number_of_rows() -> None:
         return module.forward
 
     def run(x: Tensor, ids: Tensor) -> Tensor:
-        return gathered_linear(x, qweight, scale, ids, *rest, "dequantize")
+        return gathered(x, qweight, scale, ids, *rest, "dequantize")
 
     compiled = torch.compile(run, backend=backend, dynamic=True)
     for m in (6, 7, 11):
