@@ -20,6 +20,7 @@ LAYERS = [
     {"options"},
     {"distributed"},
     {"config"},
+    {"tensor"},
     {"quant"},
     {"kernels"},
     {"weights", "report", "estimator"},

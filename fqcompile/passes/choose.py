@@ -18,11 +18,11 @@ from fqcompile.passes.base import GraphState, example
 from fqcompile.passes.choices import experts_outside, is_codebook, is_router
 from fqcompile.passes.naming import InputName, joined_name
 from fqcompile.passes.sites import WeightSite
+from fqcompile.quant.checks import WEIGHT_DTYPES
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
-from fqcompile.quant.validate import WEIGHT_DTYPES
 from fqcompile.torch_compat import FakeTensor
 from fqcompile.weights.disk_cache import use_logged
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 from fqcompile.weights.store import STORE
 
 Decision = QuantPlan | str

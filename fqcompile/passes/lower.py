@@ -71,7 +71,7 @@ def _packer(pairs: list[PackedPair]) -> Callable[[Sequence[Any]], tuple[Tensor, 
     def pack(args: Sequence[Any]) -> tuple[Tensor, ...]:
         sources = [tuple(args[i] for i in spec.inputs) for spec in specs]
         packed = map(STORE.packed, specs, sources)
-        return tuple(tensor for pair in packed for tensor in pair)
+        return tuple(tensor for weight in packed for tensor in weight.tensors)
 
     return pack
 

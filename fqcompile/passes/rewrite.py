@@ -21,7 +21,7 @@ from fqcompile.passes.expert_rewrite import emit_experts, views_of_result
 from fqcompile.passes.fold import ConstantFolder
 from fqcompile.passes.op_nodes import MATMUL
 from fqcompile.passes.sites import ExpertSite, GraphStep, LinearSite
-from fqcompile.weights.packed import PackedSpec
+from fqcompile.weights.node_weight import NodeWeight
 
 
 def rewrite(state: GraphState) -> int:
@@ -66,7 +66,7 @@ def _replace_experts(
         replaced[view] = rows
 
 
-def _add_inputs(state: GraphState, spec: PackedSpec, prefix: str) -> PackedPair:
+def _add_inputs(state: GraphState, spec: NodeWeight, prefix: str) -> PackedPair:
     """New placeholders after the last one; `lower` gives them their tensors and metadata."""
     nodes = []
     for name in ("qweight", "scale"):

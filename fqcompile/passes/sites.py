@@ -12,7 +12,7 @@ from torch import fx
 
 from fqcompile.passes.expert_einsum import ExpertEinsum
 from fqcompile.quant.choose import QuantPlan
-from fqcompile.weights.packed import PackedSpec
+from fqcompile.weights.node_weight import NodeWeight
 from fqcompile.weights.recipe import WeightRecipe
 
 
@@ -60,7 +60,7 @@ class WeightSite:
     reason: str | None = None
     settled: bool = False
     plan: QuantPlan | None = None
-    packed: PackedSpec | None = None
+    packed: NodeWeight | None = None
     op: fx.Node | None = None
 
     @property

@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="the demo extra is not installed")
 import fqcompile
 from fqcompile.errors import OptionError, UnquantizableWeight
 from fqcompile.modules import quantize as quantize_module
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 from tests import moe_models
 from tests.dense_models import CASES, build, run
 from tests.helpers import InnerGraphs, Mlp, assert_close, finequant, frozen, oracle, report
@@ -199,8 +199,8 @@ def test_options_say_what_is_packed_and_how() -> None:
         min_elements=128 * 128,
     )
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
-    assert mlp.down_proj.weight.form.group_size == 64 and mlp.down_proj.weight.form.bits == 4
-    assert mlp.up_proj.weight.form.bits == 8
+    assert mlp.down_proj.weight.format.group_size == 64 and mlp.down_proj.weight.format.bits == 4
+    assert mlp.up_proj.weight.format.bits == 8
     assert not isinstance(attention.o_proj.weight, PackedWeight)
     assert not isinstance(attention.k_proj.weight, PackedWeight)
     reasons = {site.name.split(".")[-2]: site.reason for site in plan.kept}
@@ -215,7 +215,7 @@ def test_a_tied_head_is_packed_and_the_embedding_stays() -> None:
     before = table.clone()
     plan = fqcompile.quantize_(model)
     head = model.get_output_embeddings().weight
-    assert isinstance(head, PackedWeight) and head.form.bits == 8
+    assert isinstance(head, PackedWeight) and head.format.bits == 8
     assert model.get_input_embeddings().weight is table and torch.equal(table, before)
     assert plan.site("lm_head.weight").bits == 8
 

@@ -1,13 +1,20 @@
-"""NoMemory: a tensor whose values are in other tensors, and what it answers to who asks where."""
+"""Memory: codes and scales that a packed weight and its views share; NoMemory: such a tensor.
+
+A write replaces or overwrites them here, so every view shows it, whatever their new format. The
+tensors themselves have no values to be read or written, and say so to whoever asks where they are.
+"""
 
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any, Self, TypeVar
+from collections.abc import Callable, Sequence
+from itertools import accumulate, count
+from operator import mul
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import SymInt, Tensor, nn
 
 from fqcompile.errors import FineQuantError
+from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import (
     make_wrapper_subclass,
     not_for_dynamo,
@@ -15,13 +22,112 @@ from fqcompile.torch_compat import (
     traced_modules,
     tree_leaves,
 )
-from fqcompile.weights.packed_memory import Memory, Place
+from fqcompile.weights.kernel_layouts import matrices
 
 Code = TypeVar("Code", bound=Callable[..., Any])
 _LIFETIME = "_fqcompile_lifetime"  # attribute of a dense tensor
 # Bytes of the storage: no number to C, so that what would read them there, as torch.jit.save does
 # whatever the address is, raises, and neither crashes nor writes zeros.
 _NO_SIZE = -(1 << 63)
+_numbers = count(1)
+
+
+class Place(NamedTuple):
+    """Where a view's elements are in the weight that was packed, as `torch.as_strided` takes it."""
+
+    size: Sequence[int]
+    stride: Sequence[int]
+    offset: int | SymInt = 0
+
+
+def whole_place(size: Sequence[int]) -> Place:
+    """That of a weight which is contiguous."""
+    lengths = [max(length, 1) for length in size[:0:-1]]
+    return Place(size, tuple(accumulate(lengths, mul, initial=1))[::-1])
+
+
+class Memory:
+    """The codes and scales of a whole weight.
+
+    Attributes:
+        weight: as the weight that was packed shows its matrices.
+        name: of the parameter, for messages; "" where it is not known.
+        number: of the values. No two memories have the same, and a write gives a new one.
+    """
+
+    __slots__ = ("name", "number", "weight")
+
+    def __init__(self, weight: QuantizedTensor, name: str = "") -> None:
+        self.weight, self.name, self.number = weight, name, next(_numbers)
+
+    @property
+    def root(self) -> "Memory":
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.qweight.device
+
+    def put(self, new: QuantizedTensor) -> None:
+        """Other values: in the same memory where they fit, as compiled graphs hold it.
+
+        Else the tensors given become the memory.
+        """
+        old = self.weight
+        fit = (new.format, new.scale.dtype, new.scale.device) == (
+            old.format,
+            old.scale.dtype,
+            old.scale.device,
+        )
+        self.number = next(_numbers)  # who reads meanwhile, and looks again, sees that it changed
+        if fit:
+            old.qweight.copy_(new.qweight)
+            old.scale.copy_(new.scale)
+        else:
+            self.weight = new
+        self.number = next(_numbers)
+
+
+class MemoryPart:
+    """Rows of a matrix or one expert: `take` makes them, again after each write to the whole."""
+
+    __slots__ = ("_number", "_take", "_taken", "whole")
+
+    def __init__(
+        self, whole: "Memory | MemoryPart", take: Callable[[QuantizedTensor], QuantizedTensor]
+    ) -> None:
+        # At once: where a graph is traced, what is made later would be made outside of it.
+        self.whole, self._take = whole, take
+        self._taken, self._number = take(whole.weight), whole.number
+
+    @property
+    def weight(self) -> QuantizedTensor:
+        number = self.whole.number
+        if number != self._number:
+            self._taken, self._number = self._take(self.whole.weight), number
+        return self._taken
+
+    @property
+    def name(self) -> str:
+        return self.whole.name
+
+    @property
+    def number(self) -> int:
+        return self.whole.number
+
+    @property
+    def root(self) -> Memory:
+        return self.whole.root
+
+    @property
+    def device(self) -> torch.device:
+        return self.whole.device
+
+
+def values(memory: Memory | MemoryPart, dtype: torch.dtype) -> Tensor:
+    """The dense weight in the shape of the one that was packed, contiguous as that was."""
+    w_hat = matrices(memory.weight, dtype)
+    return w_hat.transpose(-2, -1).contiguous() if memory.weight.format.transposed else w_hat
 
 
 class Lifetime:
@@ -54,7 +160,7 @@ class NoMemory(Tensor):
         memory: of the weight; None where it is not known of which.
     """
 
-    memory: Memory | None
+    memory: Memory | MemoryPart | None
     lifetime: Lifetime
 
     @classmethod

@@ -9,7 +9,7 @@ from torch import Tensor
 from fqcompile.config import SiteOptions
 from fqcompile.errors import UnquantizableWeight
 from fqcompile.quant.choose import choose_and_quantize, choose_plan, quantize_weight
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.quant.strategies import KINDS, matrix
 
 FP16 = torch.float16
@@ -22,9 +22,9 @@ def outlier_stack(experts: int = 4, n: int = 16, k: int = 256, bad: int = 2) -> 
     return w
 
 
-def worst_expert(w: Tensor, weight: QuantizedWeight) -> list[float]:
+def worst_expert(w: Tensor, weight: QuantizedTensor) -> list[float]:
     """‖w - ŵ‖ / ‖w‖ of each expert, from the dequantised stack alone."""
-    w_hat = weight.dequantize(torch.float32).view(w.shape).double()
+    w_hat = weight.dequantize(torch.float32).double()
     norms = [t.flatten(1).norm(dim=1) for t in (w.double() - w_hat, w.double())]
     return (norms[0] / norms[1].clamp(min=1e-300)).tolist()
 
@@ -49,8 +49,8 @@ def test_experts_are_quantised_as_each_would_be_alone(
 ) -> None:
     w = torch.stack([matrix(kind, n, k, seed) for seed, kind in enumerate(kinds)])
     plan, weight = choose_and_quantize(w, SiteOptions(granularity=granularity, bits=bits), FP16)
-    assert weight.shape == (len(kinds) * n, k)
-    for expert, (matrix_e, part) in enumerate(zip(w, weight.split(len(w)), strict=True)):
+    assert weight.shape == (len(kinds), n, k)
+    for expert, (matrix_e, part) in enumerate(zip(w, weight.unbind(), strict=True)):
         alone = SiteOptions(granularity=plan.group_size, bits=bits)
         want = quantize_weight(matrix_e, choose_plan(matrix_e, alone, plan.scale_dtype))
         assert torch.equal(part.qweight, want.qweight), f"codes of expert {expert}"
@@ -108,15 +108,15 @@ def test_empty_stack_is_refused() -> None:
 
 def test_gate_then_up_moves_rows_of_each_expert() -> None:
     _, weight = choose_and_quantize(torch.randn(2, 6, 32), SiteOptions(granularity=16), FP16)
-    moved = weight.gate_then_up(2).dequantize(torch.float32).view(2, 6, 32)
-    original = weight.dequantize(torch.float32).view(2, 6, 32)
+    moved = weight.gate_then_up().dequantize(torch.float32)
+    original = weight.dequantize(torch.float32)
     assert torch.equal(moved, torch.cat([original[:, ::2], original[:, 1::2]], 1))
 
 
 def test_cat_of_stacks_stacks_the_rows_of_each_expert() -> None:
     options = SiteOptions(granularity=16)
     parts = [choose_and_quantize(torch.randn(3, n, 32), options, FP16)[1] for n in (2, 5)]
-    whole = QuantizedWeight.cat(parts, 3)
-    views = [part.dequantize(torch.float32).view(3, -1, 32) for part in parts]
-    assert whole.shape == (21, 32)
-    assert torch.equal(whole.dequantize(torch.float32).view(3, 7, 32), torch.cat(views, 1))
+    whole = QuantizedTensor.cat(parts)
+    views = [part.dequantize(torch.float32) for part in parts]
+    assert whole.shape == (3, 7, 32)
+    assert torch.equal(whole.dequantize(torch.float32), torch.cat(views, 1))

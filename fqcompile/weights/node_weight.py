@@ -1,20 +1,24 @@
-"""PackedSpec: the packed tensors that a node reads, as a value that any instance can fill."""
+"""NodeWeight: what a node reads, as a value that any instance's weights can fill, packed or not.
+
+Parameters that are packed already are met here alone: their codes serve as they are, and where the
+graph stacks them, they become rows of the stack.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from fqcompile.errors import PlanDoesNotFit, UnquantizableWeight
-from fqcompile.kernels.template import PLAIN, Layout, PackedLinear, PackedTensors
+from fqcompile.kernels.template import PLAIN, Layout
 from fqcompile.quant.choose import QuantPlan, quantize_weight
-from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.weights.packed_memory import PackedMemory
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.tensor.quantized import QuantizedTensor
+from fqcompile.weights.memory import Memory
+from fqcompile.weights.parameter import PackedWeight
 from fqcompile.weights.recipe import WeightRecipe
-from fqcompile.weights.stacks import pack_stack, unpack_stack
 
 Tensors = tuple[Tensor, ...]
 
@@ -25,7 +29,7 @@ def part_key(recipe: WeightRecipe, plan: QuantPlan) -> tuple[object, ...]:
 
 
 @dataclass(frozen=True)
-class PackedPart:
+class Part:
     """One site's share of the rows: its recipe, the inputs it reads, and how it is quantised.
 
     Of a stack of experts, `rows` are those of one, and `experts` is their number; else it is 0.
@@ -43,7 +47,7 @@ class PackedPart:
         """Equal where the same sources give the same codes and scales."""
         return part_key(self.recipe, self.plan)
 
-    def quantize(self, sources: tuple[Tensor, ...]) -> QuantizedWeight:
+    def quantize(self, sources: tuple[Tensor, ...]) -> QuantizedTensor:
         """By the plan.
 
         Raises:
@@ -63,14 +67,14 @@ class PackedPart:
 
 
 @dataclass(frozen=True)
-class PackedSpec:
+class NodeWeight:
     """Parts stacked along the rows (of each expert) at one group size, in one layout.
 
     `interleaved`: gate and up are every other row, and are packed as the kernels want them: all
     rows of gate, then all of up.
     """
 
-    parts: tuple[PackedPart, ...]
+    parts: tuple[Part, ...]
     group_size: int
     layout: Layout = PLAIN
     interleaved: bool = False
@@ -107,10 +111,10 @@ class PackedSpec:
         parts = tuple(part.key for part in self.parts)
         return (parts, self.experts, self.group_size, self.layout.name, self.interleaved)
 
-    def with_layout(self, layout: Layout) -> "PackedSpec":
+    def with_layout(self, layout: Layout) -> "NodeWeight":
         return replace(self, layout=layout)
 
-    def part_sources(self, sources: Sequence[Tensor]) -> Iterator[tuple[PackedPart, Tensors]]:
+    def part_sources(self, sources: Sequence[Tensor]) -> Iterator[tuple[Part, Tensors]]:
         """Each part with its own share of the tensors that `inputs` names."""
         start = 0
         for part in self.parts:
@@ -118,42 +122,36 @@ class PackedSpec:
             yield part, tuple(sources[start:stop])
             start = stop
 
-    def stack(self, weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    def stack(self, weights: Sequence[QuantizedTensor]) -> QuantizedTensor:
         """The parts at one group size (repeating scales loses nothing), one above the other."""
-        regrouped = [weight.regroup(self.group_size) for weight in weights]
-        stacked = QuantizedWeight.cat(regrouped, max(1, self.experts))
-        return stacked.gate_then_up(max(1, self.experts)) if self.interleaved else stacked
+        stacked = QuantizedTensor.cat([weight.regroup(self.group_size) for weight in weights])
+        return stacked.gate_then_up() if self.interleaved else stacked
 
-    def pack(self, stacked: QuantizedWeight) -> PackedTensors:
-        """In the layout; experts are packed one by one, so both tensors begin with [E, ...]."""
-        return pack_stack(stacked, self.experts, self.layout)
-
-    def slices(self, stacked: QuantizedWeight) -> Iterator[QuantizedWeight | None]:
+    def slices(self, stacked: QuantizedTensor) -> Iterator[QuantizedTensor | None]:
         """The parts again, as views of the stacked tensors; None where rows changed places."""
         moved = self.interleaved or (self.experts and len(self.parts) > 1)
-        start = 0
-        for part in self.parts:
-            rows = part.rows * max(1, part.experts)
-            yield None if moved else stacked.narrow(start, rows)
-            start += rows
+        for start, part in zip(self.starts, self.parts, strict=True):
+            yield None if moved else stacked.narrow(start, part.rows)
 
-    def recover(self, packed: PackedTensors, index: int) -> QuantizedWeight:
-        """Part `index` as `stack` was given it, bit for bit, from what `pack` made.
+    def recover(self, packed: QuantizedTensor, index: int) -> QuantizedTensor:
+        """Part `index` as `stack` was given it, bit for bit, from what it became in the layout.
 
-        The layout must have an `unpack`.
+        The layout must have a way back.
         """
-        part, experts = self.parts[index], max(1, self.experts)
-        start = sum(other.rows for other in self.parts[:index])
-        formats = (self.bits, self.group_size, self.rows, self.k)
-        stacked = unpack_stack(PackedLinear(*packed, *formats), self.experts, self.layout)
+        part, stacked = self.parts[index], self.layout.unpack(packed)
         if self.interleaved:
-            stacked = stacked.gate_beside_up(experts)
-        own = stacked.narrow_each(start, part.rows, experts).coarsen(part.plan.group_size)
+            stacked = stacked.gate_beside_up()
+        own = stacked.narrow(self.starts[index], part.rows).coarsen(part.plan.group_size)
         # cat made one dtype of all parts' scales; the way back is as exact.
         return replace(own, scale=own.scale.to(part.plan.scale_dtype))
 
+    @property
+    def starts(self) -> list[int]:
+        """The first row of each part."""
+        return [0, *accumulate(part.rows for part in self.parts[:-1])]
 
-def common_group_size(specs: list[PackedSpec]) -> int | None:
+
+def common_group_size(specs: list[NodeWeight]) -> int | None:
     """The group size that all specs can share without loss, or None.
 
     A column's one scale can be repeated for any groups; groups of G for any divisor of G.
@@ -165,49 +163,47 @@ def common_group_size(specs: list[PackedSpec]) -> int | None:
     return finest if all(size % finest == 0 for size in sizes) else None
 
 
+def any_packed(sources: Sequence[Tensor]) -> bool:
+    """Whether some have codes of their own, which nothing else need hold."""
+    return any(isinstance(source, PackedWeight) for source in sources)
+
+
 def plan_of_packed(w: Tensor) -> QuantPlan | str:
     """How what was read of packed weights is quantised, or the reason why its codes do not serve.
 
     Its error was known when it was packed, and is not any more.
     """
-    if not isinstance(w, PackedWeight) or w.form.transposed or w.ids is not None:
+    if not isinstance(w, PackedWeight) or w.format.transposed or w.ids is not None:
         return "the weight is packed, and is read here in a way that its codes cannot follow"
-    form = w.form
+    form = w.format
     return QuantPlan(form.bits, form.group_size, form.scale_method, w.scale.dtype, math.nan)
 
 
-def packed_already(spec: PackedSpec, sources: Sequence[Tensor]) -> PackedTensors | None:
+def packed_already(spec: NodeWeight, sources: Sequence[Tensor]) -> QuantizedTensor | None:
     """The memory of a packed weight itself, where it is what `spec` asks for."""
     part = spec.parts[0]
-    if len(spec.parts) > 1 or not any(isinstance(s, PackedWeight) for s in sources):
+    if len(spec.parts) > 1 or not any_packed(sources):
         return None
     w = part.recipe(*sources)
     assert isinstance(w, PackedWeight), "checked when it was planned"
     as_asked = (spec.layout.name, spec.group_size, False)
-    as_it_is = (w.form.layout, w.form.group_size, spec.interleaved)
-    return (w.qweight, w.scale) if as_it_is == as_asked else None
+    as_it_is = (w.format.layout, w.format.group_size, spec.interleaved)
+    return w.packed if as_it_is == as_asked else None
 
 
-def share_memory(spec: PackedSpec, packed: PackedTensors, sources: Sequence[Tensor]) -> None:
+def share_memory(spec: NodeWeight, packed: QuantizedTensor, sources: Sequence[Tensor]) -> None:
     """Let packed weights that were stacked be rows of the stack: their own memory is released.
 
     Not where the stack has another layout or other groups, where rows have changed places, or
     where their blocks in memory would be cut.
     """
-    narrow = spec.layout.narrow
-    if narrow is None or spec.experts or spec.interleaved or len(spec.parts) < 2:
+    if spec.experts or spec.interleaved or len(spec.parts) < 2:
         return
-    form = (spec.bits, spec.group_size, spec.rows, spec.k)
-    start = 0
-    for part, own in spec.part_sources(sources):
+    as_asked = (spec.layout.name, spec.group_size, packed.scale.dtype)
+    for start, (part, own) in zip(spec.starts, spec.part_sources(sources), strict=True):
         memory = own[0].memory if isinstance(own[0], PackedWeight) else None
-        if isinstance(memory, PackedMemory) and not part.recipe.steps:
-            rows = narrow(PackedLinear(*packed, *form), start, part.rows)
-            as_it_is = (memory.form.layout, memory.form.group_size, memory.scale.dtype)
-            if rows is not None and as_it_is == (
-                spec.layout.name,
-                spec.group_size,
-                packed[1].dtype,
-            ):
-                memory.qweight, memory.scale = rows
-        start += part.rows
+        if isinstance(memory, Memory) and not part.recipe.steps:
+            form, rows = memory.weight.format, spec.layout.narrow(packed, start, part.rows)
+            as_it_is = (form.layout, form.group_size, memory.weight.scale.dtype)
+            if rows is not None and as_it_is == as_asked:
+                memory.weight = replace(rows, format=form)

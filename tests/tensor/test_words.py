@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fqcompile.quant.packing import pack, unpack
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.quant.words import from_words, to_words, widen
+from fqcompile.tensor.codes import pack, unpack
+from fqcompile.tensor.format import QTYPES, Format
+from fqcompile.tensor.quantized import QuantizedTensor
+from fqcompile.tensor.words import from_words, to_words, widen
 
 SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 70))
 
@@ -59,7 +59,7 @@ def test_the_library_packs_and_unpacks_the_same(bits: int, k: int) -> None:
 def test_wider_codes_are_the_same_numbers(shape: tuple[int, int], seed: int) -> None:
     codes = codes_of(4, *shape, seed)
     scale = torch.rand(shape[0], 1)
-    weight = QuantizedWeight(pack(codes, QTYPES[4]), scale, 4, shape[1], shape)
+    weight = QuantizedTensor(pack(codes, QTYPES[4]), scale, Format(4, shape[1], *shape))
     wide = widen(weight)
     assert wide.bits == 8
     assert torch.equal(unpack(wide.qweight, QTYPES[8], shape[1]), codes)

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch.nn.functional import pad
 
-from fqcompile.quant.granularity import num_groups
+from fqcompile.tensor.format import num_groups
 from fqcompile.torch_compat import library_path
 
 # Weights in a piece. On a CPU some copies of it should fit the L2 cache (measured with 1 MiB per

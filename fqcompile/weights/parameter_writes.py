@@ -12,11 +12,12 @@ from torch import Tensor
 
 from fqcompile.errors import UnquantizableWeight
 from fqcompile.quant.choose import QuantPlan, quantize_weight, scale_dtype_beside
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.format import PLAIN, Format
+from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.weights.dense_view import DenseView, refusal
-from fqcompile.weights.packed_form import PackedForm
-from fqcompile.weights.packed_memory import PackedMemory, quantized, values
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.kernel_layouts import in_kernel_layout, in_plain_layout
+from fqcompile.weights.memory import Memory, values
+from fqcompile.weights.parameter import PackedWeight
 
 _COPY = "aten.copy_.default"
 
@@ -30,29 +31,15 @@ def write(w: PackedWeight | DenseView, source: Tensor) -> None:
     """
     if w.memory is None or (isinstance(w, PackedWeight) and w.ids is not None):
         raise refusal(_COPY, w)
-    if type(w.memory.root.qweight) is not Tensor:
+    if type(w.memory.root.weight.qweight) is not Tensor:
         raise refusal(f"in a compiled graph, where values are not known, {_COPY}", w)
     source = source.shown if isinstance(source, DenseView) else source.detach()
     if not _can_fill(source, w):
         raise w.other_shape(source)
-    if isinstance(w, PackedWeight) and isinstance(w.memory, PackedMemory):
+    if isinstance(w, PackedWeight) and isinstance(w.memory, Memory):
         _write_all(w, w.memory, source)
     elif w.numel():
         _write_rows(w, w.memory.root, source)
-
-
-def packed_like(
-    form: PackedForm, weight: QuantizedWeight, dtype: torch.dtype, name: str = ""
-) -> PackedWeight:
-    """Other plain codes, shown as `form` shows its own; a stack if that is one."""
-    return PackedWeight.of(
-        weight,
-        dtype=dtype,
-        experts=form.experts,
-        transposed=form.transposed,
-        scale_method=form.scale_method,
-        name=name,
-    )
 
 
 def _can_fill(source: Tensor, w: Tensor) -> bool:
@@ -61,22 +48,24 @@ def _can_fill(source: Tensor, w: Tensor) -> bool:
     return source.dim() <= w.dim() and all(own in (1, size) for own, size in pairs)
 
 
-def _write_all(w: PackedWeight, memory: PackedMemory, source: Tensor) -> None:
+def _write_all(w: PackedWeight, memory: Memory, source: Tensor) -> None:
     """Codes are copied as they are, whatever their format."""
     if _shows_rows_alike(source, w) and source.shape == w.shape:
         assert isinstance(source, PackedWeight)
-        alike = (source.form, source.scale.dtype) == (w.form, w.scale.dtype)
-        new = source if alike else source.to(w.device, w.dtype, copy=True)
+        alike = (source.format, source.scale.dtype) == (w.format, w.scale.dtype)
+        given = source if alike else source.to(w.device, w.dtype, copy=True)
+        assert isinstance(given, PackedWeight)
+        new = given.packed
     else:
-        form = w.form
-        rows = _rows_of(_dense(source).expand(w.shape), form)
-        new = packed_like(form, _quantized(rows, form, w), w.dtype)
-    assert isinstance(new, PackedWeight)
-    memory.put(new.qweight, new.scale, new.form.flipped if w.flipped else new.form)
+        rows = _rows_of(_dense(source).expand(w.shape), w.format)
+        plain = replace(w.format, layout=PLAIN)
+        new = QuantizedTensor.of_rows(*_quantized(rows, w.format, w).tensors, plain)
+        new = in_kernel_layout(new, w.dtype)
+    memory.put(replace(new, format=new.format.flipped) if w.flipped else new)
 
 
-def _write_rows(w: PackedWeight | DenseView, root: PackedMemory, source: Tensor) -> None:
-    form = root.form
+def _write_rows(w: PackedWeight | DenseView, root: Memory, source: Tensor) -> None:
+    form = root.weight.format
     dense = values(root, w.dtype)
     dense.as_strided(*w.place).copy_(_dense(source))
     marks = torch.zeros(form.shape, dtype=torch.bool, device=dense.device)
@@ -88,39 +77,40 @@ def _write_rows(w: PackedWeight | DenseView, root: PackedMemory, source: Tensor)
     new = _quantized(_rows_of(dense, form)[rows], form, w)
     if isinstance(w, PackedWeight) and _shows_rows_alike(source, w) and source.shape == w.shape:
         assert isinstance(source, PackedWeight)
-        if (source.form.bits, source.form.group_size) == (form.bits, form.group_size):
+        if (source.format.bits, source.format.group_size) == (form.bits, form.group_size):
             new = source.quantized()
-    packed = packed_like(form, _replaced(quantized(root), rows, new), w.dtype)
-    root.put(packed.qweight, packed.scale, packed.form)
+    root.put(in_kernel_layout(_replaced(in_plain_layout(root.weight), rows, new), w.dtype))
 
 
-def _replaced(old: QuantizedWeight, rows: Tensor, new: QuantizedWeight) -> QuantizedWeight:
-    """`old` with other codes and scales in the rows that are marked."""
+def _replaced(old: QuantizedTensor, rows: Tensor, new: QuantizedTensor) -> QuantizedTensor:
+    """`old` with other codes and scales in the rows, of all experts, that are marked."""
     dtype = torch.promote_types(old.scale.dtype, new.scale.dtype)
-    qweight, scale = old.qweight.clone(), old.scale.to(dtype, copy=True)
-    qweight[rows], scale[rows] = new.qweight, new.scale.to(dtype)
-    return replace(old, qweight=qweight, scale=scale)
+    qweight, scale = old.as_rows()
+    qweight, scale = qweight.clone(), scale.to(dtype, copy=True)
+    codes, scales = new.as_rows()
+    qweight[rows], scale[rows] = codes, scales.to(dtype)
+    return QuantizedTensor.of_rows(qweight, scale, old.format)
 
 
 def _shows_rows_alike(source: Tensor, w: PackedWeight) -> bool:
     """Whether its codes follow one another as those of w do."""
     packed = isinstance(source, PackedWeight) and source.ids is None
-    return packed and source.form.transposed == w.form.transposed  # type: ignore[attr-defined]
+    return packed and source.format.transposed == w.format.transposed  # type: ignore[attr-defined]
 
 
 def _dense(source: Tensor) -> Tensor:
     return source.dequantized() if isinstance(source, PackedWeight) else source
 
 
-def _rows_of(shown: Tensor, form: PackedForm) -> Tensor:
+def _rows_of(shown: Tensor, form: Format) -> Tensor:
     """[N, K] or [E * N, K]."""
     return (shown.transpose(-2, -1) if form.transposed else shown).reshape(-1, form.k)
 
 
-def _quantized(rows: Tensor, form: PackedForm, w: PackedWeight | DenseView) -> QuantizedWeight:
+def _quantized(rows: Tensor, form: Format, w: PackedWeight | DenseView) -> QuantizedTensor:
     """As `form` says, on the device of w."""
     assert w.memory is not None
-    scale_dtype = w.memory.root.scale.dtype
+    scale_dtype = w.memory.root.weight.scale.dtype
     if scale_dtype == torch.float32:  # the old values may have needed it, and the new ones not
         scale_dtype = scale_dtype_beside(w.dtype)
     plan = QuantPlan(form.bits, form.group_size, form.scale_method, scale_dtype, math.nan)

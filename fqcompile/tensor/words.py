@@ -8,13 +8,14 @@ their highest bit. A row is filled up to whole words with bits of zero.
 """
 
 import sys
+from dataclasses import replace
 
 import torch
 from torch.nn.functional import pad
 
-from fqcompile.quant.packing import packed_columns, unpack
-from fqcompile.quant.qtype import INT4, INT8, QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.codes import unpack
+from fqcompile.tensor.format import INT4, INT8, QTYPES, packed_columns
+from fqcompile.tensor.quantized import QuantizedTensor
 
 WORD_BITS = 32
 _OFFSET = 0x80  # of int8 codes
@@ -51,14 +52,12 @@ def from_words(words: torch.Tensor, bits: int, k: int) -> torch.Tensor:
     return data
 
 
-def widen(weight: QuantizedWeight) -> QuantizedWeight:
+def widen(weight: QuantizedTensor) -> QuantizedTensor:
     """The same values with their int4 codes stored as int8 codes."""
     if weight.bits == INT8.bits:
         return weight
-    codes = unpack(weight.qweight, QTYPES[weight.bits], weight.shape[1])
-    return QuantizedWeight(
-        codes.contiguous(), weight.scale, INT8.bits, weight.group_size, weight.shape
-    )
+    codes = unpack(weight.qweight, weight.format.qtype, weight.k).contiguous()
+    return replace(weight, qweight=codes).changed(bits=INT8.bits)
 
 
 def _check_byte_order() -> None:

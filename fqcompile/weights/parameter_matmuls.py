@@ -9,36 +9,15 @@ The operator is the one without a backward: a gradient for x flows through the a
 this one, whose own backward multiplies with the dequantised weight.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fqcompile.errors import NoKernelError
 from fqcompile.kernels.op import matmul_inference
-from fqcompile.kernels.registry import KernelChoice, select_kernel
-from fqcompile.kernels.tuning.launches import tuned_launches
-from fqcompile.weights.packed_form import PackedForm, Routed, spec_of
-from fqcompile.weights.packed_ops import implements
-from fqcompile.weights.packed_weight import PackedWeight
-
-
-@cache
-def kernel_for(
-    form: PackedForm,
-    dtype: torch.dtype,
-    scale_dtype: torch.dtype,
-    device: torch.device,
-    routing: Routed | None,
-) -> str | None:
-    """The operator's `kernel`, for any number of rows; None where nothing reads that layout."""
-    spec = spec_of(form, dtype, scale_dtype, device, routing)
-    try:
-        choice = select_kernel(spec, form.layout)
-    except NoKernelError:
-        return None
-    return str(KernelChoice(choice.template, tuned_launches(spec, choice.template, "off").launches))
+from fqcompile.weights.kernel_layouts import Routed, kernel_for
+from fqcompile.weights.parameter import PackedWeight
+from fqcompile.weights.parameter_ops import implements
 
 
 def _kernel(w: PackedWeight, x: Tensor, routing: Routed | None = None) -> str | None:
@@ -47,16 +26,16 @@ def _kernel(w: PackedWeight, x: Tensor, routing: Routed | None = None) -> str | 
             f"expected x and the packed weight to have the same dtype, but got {x.dtype} and "
             f"{w.dtype}"
         )
-    return kernel_for(w.form, x.dtype, w.scale.dtype, x.device, routing)
+    return kernel_for(w.format, x.dtype, w.scale.dtype, x.device, routing)
 
 
 def _linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Any:
     """x [..., K] times ŵᵀ for the matrix [N, K] that was packed, whichever way w shows it."""
     if x.is_nested:
         return torch.nn.functional.linear(
-            x, w.dequantized() if not w.form.transposed else w.dequantized().t(), bias
+            x, w.dequantized() if not w.format.transposed else w.dequantized().t(), bias
         )
-    form, kernel = w.form, _kernel(w, x)
+    form, kernel = w.format, _kernel(w, x)
     if kernel is None:
         return NotImplemented
     formats = (form.bits, form.group_size, form.rows, form.k, "none", False, kernel)
@@ -72,7 +51,7 @@ def _experts(
     zero_rest: bool = False,
 ) -> Any:
     """x [rows, K] times each row's ŵᵀ, told by offsets or by ids."""
-    form = w.form
+    form = w.format
     kernel = _kernel(w, x, "gathered" if offsets is None else "grouped")
     if kernel is None:
         return NotImplemented
@@ -84,7 +63,7 @@ def _experts(
 def _is_matrix(w: object, *, transposed: bool) -> bool:
     if not isinstance(w, PackedWeight):
         return False
-    form = w.form
+    form = w.format
     return not form.experts and form.transposed == transposed
 
 
@@ -118,7 +97,7 @@ def _addmm(bias: Tensor, x: Tensor, w: Tensor, beta: float = 1, alpha: float = 1
 def _is_row(bias: Tensor, x: Tensor, w: Tensor) -> bool:
     """Whether it is what the operator adds; with any other the dense call broadcasts, or raises."""
     assert isinstance(w, PackedWeight)
-    return bias.dtype == x.dtype and bias.shape == (w.form.rows,)
+    return bias.dtype == x.dtype and bias.shape == (w.format.rows,)
 
 
 def _plus(y: Any, bias: Tensor) -> Any:
@@ -154,17 +133,17 @@ def _grouped_mm_fallback(x: Tensor, w: Tensor, offs: Tensor) -> Any:
 
 
 def _is_stack(w: object, *, transposed: bool) -> bool:
-    if not isinstance(w, PackedWeight) or w.form.transposed != transposed:
+    if not isinstance(w, PackedWeight) or w.format.transposed != transposed:
         return False
-    return w.form.experts > 0 and w.ids is None
+    return w.format.experts > 0 and w.ids is None
 
 
 @implements("aten.bmm.default")
 def _bmm(a: Tensor, b: Tensor) -> Any:
     """[P, C, K] @ [P, K, N], or [P, N, K] @ [P, K, C]."""
-    if isinstance(b, PackedWeight) and not isinstance(a, PackedWeight) and b.form.transposed:
+    if isinstance(b, PackedWeight) and not isinstance(a, PackedWeight) and b.format.transposed:
         return _each(a, b)
-    if isinstance(a, PackedWeight) and not isinstance(b, PackedWeight) and not a.form.transposed:
+    if isinstance(a, PackedWeight) and not isinstance(b, PackedWeight) and not a.format.transposed:
         y = _each(b.transpose(-2, -1), a) if b.dim() == 3 else NotImplemented
         return y if y is NotImplemented else y.transpose(1, 2)
     return NotImplemented
@@ -178,7 +157,7 @@ def _baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: floa
 
 def _each(x: Tensor, w: PackedWeight) -> Any:
     """x [P, C, K]: C rows for each of P experts, gathered or all of the stack. [P, C, N]"""
-    if x.dim() != 3 or x.shape[0] != w.shape[0] or x.shape[2] != w.form.k:
+    if x.dim() != 3 or x.shape[0] != w.shape[0] or x.shape[2] != w.format.k:
         return NotImplemented
     experts, rows, k = x.shape
     flat = x.reshape(experts * rows, k)
@@ -188,4 +167,4 @@ def _each(x: Tensor, w: PackedWeight) -> Any:
     else:
         ids = w.ids if isinstance(rows, int) and rows == 1 else w.ids.repeat_interleave(rows)
         y = _experts(flat, w, ids=ids)
-    return y if y is NotImplemented else y.view(experts, rows, w.form.rows)
+    return y if y is NotImplemented else y.view(experts, rows, w.format.rows)

@@ -1,8 +1,8 @@
 """PackedWeight: codes and scales that stand in a module where a dense weight stood.
 
 A tensor of the weight's shape and type whose memory is two other tensors. Matmuls with it run on
-them (see `packed_ops`); what cannot gets the dequantised weight. torch.compile takes it apart into
-the two, under every backend.
+them (see `parameter_ops`); what cannot gets the dequantised weight. torch.compile takes it apart
+into the two, under every backend.
 """
 
 import hashlib
@@ -18,24 +18,24 @@ from torch import Tensor, nn
 
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels.op import CACHE_TAG
-from fqcompile.kernels.template import PackedLinear
-from fqcompile.quant.chunks import plain_tensors
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.chunks import plain_tensors
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import no_torch_function, traced_modules
-from fqcompile.weights.no_memory import Lifetime, NoMemory, never_compiled, refuse_trace
-from fqcompile.weights.packed_form import PackedForm, best_layout
-from fqcompile.weights.packed_memory import (
+from fqcompile.weights.kernel_layouts import in_kernel_layout, in_plain_layout, matrices
+from fqcompile.weights.memory import (
+    Lifetime,
     Memory,
-    PackedMemory,
+    MemoryPart,
+    NoMemory,
     Place,
-    matrices,
-    quantized,
+    never_compiled,
+    refuse_trace,
     whole_place,
 )
-from fqcompile.weights.stacks import pack_stack
 
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
-# What answers an operator, by its full name; None: all others. `packed_ops` fills it.
+# What answers an operator, by its full name; None: all others. `parameter_ops` fills it.
 HANDLERS: dict[str | None, Handler] = {}
 
 
@@ -46,7 +46,7 @@ def handler_of(func: Any) -> Handler:
 
 
 # Compiled code takes packed weights and their views apart, and makes them, as these files say.
-_MODULES = ("packed_weight", "dense_view", "no_memory")
+_MODULES = ("parameter", "dense_view", "memory")
 _FILES = [Path(__file__).with_name(f"{name}.py") for name in _MODULES]
 _CODE = hashlib.sha256(b"".join(path.read_bytes() for path in _FILES)).hexdigest()[:16]
 # Added to the address of codes: whoever reads there is stopped by the processor or the driver.
@@ -58,11 +58,11 @@ class PackedWeight(NoMemory):
 
     Attributes:
         memory: codes and scales; of rows and experts a part of the whole weight's.
-        flipped: its matrices are the transposes of those that `memory.form` describes.
+        flipped: its matrices are the transposes of those that `memory.weight` describes.
         ids: where experts have been gathered by an index, that index [P]; the shape is [P, ...].
     """
 
-    memory: Memory
+    memory: Memory | MemoryPart
     flipped: bool
     ids: Tensor | None
 
@@ -86,7 +86,7 @@ class PackedWeight(NoMemory):
     @classmethod
     def showing(
         cls,
-        memory: Memory,
+        memory: Memory | MemoryPart,
         dtype: torch.dtype,
         place: Place,
         *,
@@ -99,64 +99,54 @@ class PackedWeight(NoMemory):
         return self
 
     @classmethod
-    def whole(cls, memory: PackedMemory, dtype: torch.dtype) -> "PackedWeight":
-        """The weight that `memory` stands for, which no other tensor shares."""
-        return cls.showing(memory, dtype, whole_place(memory.form.shape))
+    def whole(cls, weight: QuantizedTensor, dtype: torch.dtype, name: str = "") -> "PackedWeight":
+        """One whose memory no other tensor shares, in whatever layout it is."""
+        return cls.showing(Memory(weight, name), dtype, whole_place(weight.format.shape))
 
     @classmethod
     @plain_tensors()
-    def of(
-        cls,
-        weight: QuantizedWeight,
-        *,
-        dtype: torch.dtype,
-        experts: int = 0,
-        transposed: bool = False,
-        scale_method: str = "mse",
-        name: str = "",
-    ) -> "PackedWeight":
+    def of(cls, weight: QuantizedTensor, dtype: torch.dtype, name: str = "") -> "PackedWeight":
         """Packs as the kernel of this device and type wants it.
 
         Args:
-            weight: in the plain layout, rows [N, K], or [E * N, K] of a stack.
+            weight: in the plain layout.
             dtype: of the weight it stands for, and so of the activations.
             name: of the parameter, for messages.
         """
-        rows, k = weight.shape
-        rows //= max(1, experts)
-        form = PackedForm(
-            weight.bits, weight.group_size, rows, k, experts, transposed, scale_method
-        )
-        layout = best_layout(form, dtype, weight.scale.dtype, weight.qweight.device)
-        packed = pack_stack(weight, experts, layout)
-        return cls.whole(PackedMemory(*packed, replace(form, layout=layout.name), name), dtype)
+        return cls.whole(in_kernel_layout(weight, dtype), dtype, name)
 
     # In C, as they are read in every call.
-    qweight = property(attrgetter("memory.qweight"))
-    scale = property(attrgetter("memory.scale"))
+    qweight = property(attrgetter("memory.weight.qweight"))
+    scale = property(attrgetter("memory.weight.scale"))
     # Of the values: PyTorch's own count begins anew where `Module.to` exchanges a parameter, and
     # does not see what is written through a view in inference mode.
     _version = property(attrgetter("memory.number"))
 
     @property
-    def form(self) -> PackedForm:
+    def format(self) -> Format:
         """How this view's codes and scales are read."""
-        form = self.memory.form
+        form = self.memory.weight.format
         return form.flipped if self.flipped else form
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[PackedForm, bool, torch.dtype]]:
+    @property
+    def packed(self) -> QuantizedTensor:
+        """Codes and scales, of the whole stack where experts were gathered."""
+        weight = self.memory.weight
+        return replace(weight, format=weight.format.flipped) if self.flipped else weight
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Format, bool, torch.dtype]]:
         names = ["qweight", "scale"] + (["ids"] if self.ids is not None else [])
-        return names, (self.memory.form, self.flipped, self.dtype)
+        return names, (self.memory.weight.format, self.flipped, self.dtype)
 
     @staticmethod
     def __tensor_unflatten__(
         inner: Mapping[str, Tensor],
-        context: tuple[PackedForm, bool, torch.dtype],
+        context: tuple[Format, bool, torch.dtype],
         size: Sequence[int],
         stride: Sequence[int],
     ) -> "PackedWeight":
         form, flipped, dtype = context
-        memory = PackedMemory(inner["qweight"], inner["scale"], form)
+        memory = Memory(QuantizedTensor(inner["qweight"], inner["scale"], form))
         place = Place(size, stride)
         return PackedWeight.showing(memory, dtype, place, flipped=flipped, ids=inner.get("ids"))
 
@@ -174,7 +164,7 @@ class PackedWeight(NoMemory):
     def __repr__(  # type: ignore[override]
         self, *, tensor_contents: Any = None
     ) -> str:
-        f = self.form
+        f = self.format
         group = "column" if f.group_size >= f.k else f"groups of {f.group_size}"
         return (
             f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, "
@@ -183,10 +173,11 @@ class PackedWeight(NoMemory):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """In the plain layout, which every machine reads."""
-        weight, form, is_parameter = self.quantized(), self.form, isinstance(self, nn.Parameter)
-        stack = (form.experts, form.transposed, form.scale_method)
-        parts = (weight.qweight, weight.scale, weight.bits, weight.group_size, weight.shape)
-        return rebuild_packed_weight, (*parts, self.dtype, *stack, is_parameter)
+        f, tensors = self.format, self.quantized().as_rows()
+        shape = (f.rows * max(1, f.experts), f.k)
+        parts = (*tensors, f.bits, f.group_size, shape, self.dtype)
+        stack = (f.experts, f.transposed, f.scale_method)
+        return rebuild_packed_weight, (*parts, *stack, isinstance(self, nn.Parameter))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedWeight":
         if id(self) not in memo:
@@ -250,25 +241,19 @@ class PackedWeight(NoMemory):
         return f"{CACHE_TAG} {_CODE} {outer} {self.__tensor_flatten__()} {inner} {gathered}"
 
     @property
-    def packed(self) -> PackedLinear:
-        """As operators and kernels take it."""
-        f = self.memory.form
-        return PackedLinear(self.qweight, self.scale, f.bits, f.group_size, f.rows, f.k)
-
-    @property
     def packed_bytes(self) -> int:
         """Bytes of codes and scales, with what fills up the kernel's layout."""
-        return int(self.qweight.nbytes + self.scale.nbytes)
+        return self.memory.weight.nbytes
 
-    def quantized(self) -> QuantizedWeight:
-        """Plain codes and scales, rows [N, K] or [E * N, K]; of the whole stack where gathered."""
-        return quantized(self.memory)
+    def quantized(self) -> QuantizedTensor:
+        """Codes and scales in the plain layout; of the whole stack where gathered."""
+        return in_plain_layout(self.packed)
 
     def dequantized(self) -> Tensor:
         """The dense tensor of this shape, type and device."""
-        w_hat = matrices(self.memory, self.dtype)
+        w_hat = matrices(self.memory.weight, self.dtype)
         w_hat = w_hat if self.ids is None else w_hat[self.ids]
-        return w_hat.transpose(-2, -1) if self.form.transposed else w_hat
+        return w_hat.transpose(-2, -1) if self.format.transposed else w_hat
 
 
 def rebuild_packed_weight(
@@ -284,10 +269,10 @@ def rebuild_packed_weight(
     is_parameter: bool,
 ) -> Tensor:
     """What `torch.load` and unpickling call."""
-    weight = QuantizedWeight(qweight, scale, bits, group_size, tuple(shape))  # type: ignore[arg-type]
-    form = {"experts": experts, "transposed": transposed, "scale_method": scale_method}
-    packed = PackedWeight.of(weight, dtype=dtype, **form)  # type: ignore[arg-type]
-    return nn.Parameter(packed, requires_grad=False) if is_parameter else packed
+    rows, k = shape[0] // max(1, experts), shape[1]
+    form = Format(bits, group_size, rows, k, experts, transposed, scale_method)
+    weight = PackedWeight.of(QuantizedTensor.of_rows(qweight, scale, form), dtype)
+    return nn.Parameter(weight, requires_grad=False) if is_parameter else weight
 
 
 torch.serialization.add_safe_globals([rebuild_packed_weight])

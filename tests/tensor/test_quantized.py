@@ -1,4 +1,4 @@
-"""QuantizedWeight: values, sizes, lossless regrouping, concatenation."""
+"""QuantizedTensor: values, sizes, lossless regrouping, concatenation."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fqcompile.config import SiteOptions
 from fqcompile.quant.choose import choose_plan, quantize_weight
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.quant.strategies import matrices, matrix
 
 
@@ -43,7 +43,7 @@ def test_regroup_refuses_what_would_lose():
 def test_cat_stacks_rows(counts, bits):
     parts = [matrix("heavy", n, 50, seed) for seed, n in enumerate(counts)]
     weights = [quantized(w, bits, 32) for w in parts]
-    whole = QuantizedWeight.cat(weights)
+    whole = QuantizedTensor.cat(weights)
     assert whole.shape == (sum(counts), 50)
     expected = torch.cat([w.dequantize(torch.float32) for w in weights])
     assert torch.equal(whole.dequantize(torch.float32), expected)
@@ -53,15 +53,15 @@ def test_cat_of_float16_and_float32_scales_loses_nothing():
     weights = [quantized(matrix(kind, 2, 64)) for kind in ("gaussian", "tiny")]
     assert [w.scale.dtype for w in weights] == [torch.float16, torch.float32]
     expected = torch.cat([w.dequantize(torch.float32) for w in weights])
-    assert torch.equal(QuantizedWeight.cat(weights).dequantize(torch.float32), expected)
+    assert torch.equal(QuantizedTensor.cat(weights).dequantize(torch.float32), expected)
 
 
 def test_cat_refuses_unequal_layouts():
     w = matrix("gaussian", 2, 64)
     with pytest.raises(ValueError, match="regroup"):
-        QuantizedWeight.cat([quantized(w), quantized(w, granularity=32)])
+        QuantizedTensor.cat([quantized(w), quantized(w, granularity=32)])
     with pytest.raises(ValueError, match="at least one"):
-        QuantizedWeight.cat([])
+        QuantizedTensor.cat([])
 
 
 @pytest.mark.parametrize(("bits", "k", "expected"), [(4, 100, 50 + 8), (8, 100, 100 + 8)])
@@ -73,7 +73,7 @@ def test_everything_it_makes_in_inference_mode_is_ordinary():
     w = matrix("gaussian", 4, 64)
     with torch.inference_mode():
         weight = quantized(w)
-        made = [weight, weight.regroup(32), QuantizedWeight.cat([weight, weight])]
+        made = [weight, weight.regroup(32), QuantizedTensor.cat([weight, weight])]
         values = weight.dequantize(torch.bfloat16)
     tensors = [values, *(t for m in made for t in (m.qweight, m.scale))]
     assert not any(t.is_inference() or t.requires_grad for t in tensors)

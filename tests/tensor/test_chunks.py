@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fqcompile.quant import chunks
 from fqcompile.quant.choose import QuantPlan, quantize_weight
-from fqcompile.quant.chunks import each_chunk, group_parts, grouped, plain_tensors, row_chunks
-from fqcompile.quant.granularity import num_groups
+from fqcompile.tensor import chunks
+from fqcompile.tensor.chunks import each_chunk, group_parts, grouped, plain_tensors, row_chunks
+from fqcompile.tensor.format import num_groups
 from tests.quant.strategies import group_sizes
 
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fqcompile.quant.packing import pack, packed_columns, unpack
-from fqcompile.quant.qtype import INT4, INT8
+from fqcompile.tensor.codes import pack, unpack
+from fqcompile.tensor.format import INT4, INT8, packed_columns
 from tests.quant.strategies import qtypes
 
 

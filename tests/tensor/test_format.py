@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fqcompile.quant.qtype import INT4, INT8, QTYPES
+from fqcompile.tensor.format import INT4, INT8, QTYPES
 
 
 @pytest.mark.parametrize(

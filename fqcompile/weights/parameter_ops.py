@@ -5,33 +5,25 @@ select, unbind          one expert of a stack; a view
 slice, split, cat       rows of the matrix; plain codes and scales, never quantised again
 W[ids]                  a stack with an index; what multiplies with it reads only those experts;
                         of a matrix, and by embedding, the rows, where they are few
-copy_                   new values are quantised as the old ones were, see `packed_writes`
+copy_                   new values are quantised as the old ones were, see `parameter_writes`
 """
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fqcompile.kernels.op import dequantize
 from fqcompile.kernels.registry import LAYOUTS
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import DispatchKey, cond_op, return_and_correct_aliasing
 from fqcompile.weights.dense_view import DenseView, densely, refusal
-from fqcompile.weights.packed_memory import (
-    Memory,
-    MemoryPart,
-    PackedMemory,
-    Place,
-    quantized,
-    whole_place,
-)
-from fqcompile.weights.packed_weight import HANDLERS, PackedWeight
-from fqcompile.weights.packed_writes import packed_like, write
+from fqcompile.weights.kernel_layouts import in_kernel_layout, in_plain_layout, matrices
+from fqcompile.weights.memory import Memory, MemoryPart, Place, whole_place
+from fqcompile.weights.parameter import HANDLERS, PackedWeight
+from fqcompile.weights.parameter_writes import write
 
 log = logging.getLogger("fqcompile")
 _read_as_tables: set[str] = set()  # parameters of which it has been said
@@ -119,25 +111,23 @@ def _permute(w: PackedWeight, dims: Any) -> Any:
 @views("aten.select.int")
 def _select(w: PackedWeight, dim: int, index: int) -> Any:
     outside = not -w.shape[dim] <= index < w.shape[dim]
-    if dim % w.dim() or outside or not w.form.experts or w.ids is not None:
+    if dim % w.dim() or outside or not w.format.experts or w.ids is not None:
         return NotImplemented
     return _expert(w, index)
 
 
 @views("aten.unbind.int")
 def _unbind(w: PackedWeight, dim: int = 0) -> Any:
-    if dim % w.dim() or not w.form.experts or w.ids is not None:
+    if dim % w.dim() or not w.format.experts or w.ids is not None:
         return NotImplemented
-    return [_expert(w, index) for index in range(w.form.experts)]
+    return [_expert(w, index) for index in range(w.format.experts)]
 
 
 def _expert(w: PackedWeight, index: int) -> PackedWeight:
-    def take(stack: Memory) -> PackedMemory:
-        return PackedMemory(stack.qweight[index], stack.scale[index], stack.form.one)
-
     size, stride, offset = w.place
     place = Place(size[1:], stride[1:], offset + index % size[0] * stride[0])
-    return PackedWeight.showing(MemoryPart(w.memory, take), w.dtype, place, flipped=w.flipped)
+    part = MemoryPart(w.memory, lambda stack: stack.expert(index))
+    return PackedWeight.showing(part, w.dtype, place, flipped=w.flipped)
 
 
 @implements("aten.slice.Tensor")
@@ -148,14 +138,14 @@ def _slice(
     first, last, _ = slice(start, end).indices(size)
     if (first, last, step) == (0, size, 1):
         return _same(w)
-    if dim % w.dim() != _row_dim(w) or step != 1 or w.form.experts or last <= first:
+    if dim % w.dim() != _row_dim(w) or step != 1 or w.format.experts or last <= first:
         return NotImplemented
     return _rows(w, first, last - first)
 
 
 @implements("aten.split.Tensor", "aten.split_with_sizes.default")
 def _split(w: PackedWeight, sizes: Any, dim: int = 0) -> Any:
-    if dim % w.dim() != _row_dim(w) or w.form.experts or sizes == 0:
+    if dim % w.dim() != _row_dim(w) or w.format.experts or sizes == 0:
         return NotImplemented
     size = w.shape[dim]
     if isinstance(sizes, int):
@@ -169,26 +159,27 @@ def _split(w: PackedWeight, sizes: Any, dim: int = 0) -> Any:
 @implements("aten.cat.default")
 def _cat(tensors: Any, dim: int = 0) -> Any:
     first = tensors[0]
-    if not all(isinstance(w, PackedWeight) and not w.form.experts for w in tensors):
+    if not all(isinstance(w, PackedWeight) and not w.format.experts for w in tensors):
         return NotImplemented
-    kinds = {(w.form.bits, w.form.k, w.form.transposed, w.dtype) for w in tensors}
-    finest = min(w.form.group_size for w in tensors)
-    fits = all(w.form.group_size % finest == 0 or w.form.group_size >= w.form.k for w in tensors)
+    formats = [w.format for w in tensors]
+    kinds = {(f.bits, f.k, f.transposed, w.dtype) for f, w in zip(formats, tensors, strict=True)}
+    finest = min(f.group_size for f in formats)
+    fits = all(f.group_size % finest == 0 or f.group_size >= f.k for f in formats)
     if len(kinds) > 1 or not fits or dim % first.dim() != _row_dim(first):
         return NotImplemented
-    whole = QuantizedWeight.cat([w.quantized().regroup(finest) for w in tensors])
-    return packed_like(first.form, whole, first.dtype)
+    whole = QuantizedTensor.cat([w.quantized().regroup(finest) for w in tensors])
+    return PackedWeight.of(whole, first.dtype)
 
 
 def _row_dim(w: PackedWeight) -> int:
-    return w.dim() - 1 if w.form.transposed else w.dim() - 2
+    return w.dim() - 1 if w.format.transposed else w.dim() - 2
 
 
 def _rows(w: PackedWeight, start: int, rows: int) -> PackedWeight:
     dtype, dim = w.dtype, _row_dim(w)
 
-    def take(whole: Memory) -> PackedMemory:
-        return packed_like(whole.form, quantized(whole).narrow(start, rows), dtype).memory.root
+    def take(whole: QuantizedTensor) -> QuantizedTensor:
+        return in_kernel_layout(in_plain_layout(whole).narrow(start, rows), dtype)
 
     size, stride, offset = w.place
     place = Place([*size[:dim], rows, *size[dim + 1 :]], stride, offset + start * stride[dim])
@@ -200,7 +191,7 @@ def _index(w: PackedWeight, indices: Any) -> Any:
     ids = indices[0] if isinstance(w, PackedWeight) and len(indices) == 1 else None
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
         return NotImplemented
-    if not w.form.experts:
+    if not w.format.experts:
         _warn_of_coarse_rows(w)
         return _rows_at(w, ids)
     if ids.dim() != 1 or w.ids is not None:
@@ -222,23 +213,23 @@ def _embedding(w: PackedWeight, ids: Tensor, *_: Any) -> Any:
 def _warn_of_coarse_rows(w: PackedWeight) -> None:
     """Modules do not tell that a linear's weight is a table too, which 8 bits would have served."""
     name = w.memory.name
-    if w.form.bits > 4 or not name or name in _read_as_tables:
+    if w.format.bits > 4 or not name or name in _read_as_tables:
         return
     _read_as_tables.add(name)
     log.warning(
         "%s is packed to %d bits for its matmul, and is read as a table too: its rows are the "
         "dequantized ones. Keep it dense by quantize_(model, exclude=[%r]), or give it 8 bits by "
         "overrides={%r: {'bits': 8}}",
-        *(name, w.form.bits, name, name),
+        *(name, w.format.bits, name, name),
     )
 
 
 def _rows_at(w: PackedWeight, ids: Tensor) -> Any:
     """Few rows of a table [N, K], dequantised with their neighbors in the kernel's layout alone."""
-    form, packed = w.form, w.packed
+    form, packed = w.format, w.packed
     narrow = LAYOUTS[form.layout].narrow
     plain = w.device.type == "cpu" and type(ids) is type(packed.qweight) is Tensor
-    if not plain or narrow is None or form.transposed or not ids.numel():
+    if not plain or form.transposed or not ids.numel():
         return NotImplemented
     size = next((n for n in _BLOCKS if narrow(packed, 0, n) is not None), form.rows)
     within = int(ids.min()) >= 0 and int(ids.max()) < form.rows
@@ -250,17 +241,17 @@ def _rows_at(w: PackedWeight, ids: Tensor) -> Any:
         rows = min(size, form.rows - start)
         part = narrow(packed, start, rows)
         assert part is not None, "whole blocks"
-        formats = (form.bits, form.group_size, rows, form.k, w.dtype, form.reader)
-        found.append(dequantize(*part, *formats))
+        found.append(matrices(part, w.dtype))
     return torch.cat(found)[places * size + ids % size]
 
 
 @implements("aten.clone.default")
 def _clone(w: PackedWeight, **_: Any) -> PackedWeight:
-    memory = PackedMemory(w.qweight.clone(), w.scale.clone(), w.form, w.memory.name)
+    packed = QuantizedTensor(w.qweight.clone(), w.scale.clone(), w.format)
     if w.ids is None:
-        return PackedWeight.whole(memory, w.dtype)
-    return PackedWeight.showing(memory, w.dtype, whole_place(w.shape), ids=w.ids.clone())
+        return PackedWeight.whole(packed, w.dtype, w.memory.name)
+    memory, place = Memory(packed, w.memory.name), whole_place(w.shape)
+    return PackedWeight.showing(memory, w.dtype, place, ids=w.ids.clone())
 
 
 @implements("aten._to_copy.default")
@@ -272,10 +263,8 @@ def _to_copy(w: PackedWeight, **changes: Any) -> Any:
         return NotImplemented
     if device.type in (w.device.type, "meta"):
         moved = w.qweight.to(device, copy=True), w.scale.to(device, copy=True)
-        return PackedWeight.whole(PackedMemory(*moved, w.form, w.memory.name), dtype)
-    weight = w.quantized()
-    there = replace(weight, qweight=weight.qweight.to(device), scale=weight.scale.to(device))
-    return packed_like(w.form, there, dtype, w.memory.name)
+        return PackedWeight.whole(QuantizedTensor(*moved, w.format), dtype, w.memory.name)
+    return PackedWeight.of(w.quantized().to(device), dtype, w.memory.name)
 
 
 @implements("aten.copy_.default")

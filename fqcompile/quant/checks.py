@@ -1,9 +1,11 @@
-"""Which weights can be quantised, and the reason in words where one cannot."""
+"""Which weights can be quantised, with the reason where one cannot; and how far the result is."""
+
+from collections.abc import Sequence
 
 import torch
 
 from fqcompile.errors import UnquantizableWeight
-from fqcompile.quant.chunks import each_chunk, plain_tensors, row_chunks
+from fqcompile.tensor.chunks import each_chunk, plain_tensors, row_chunks
 
 FLOAT_DTYPES = torch.float32, torch.float16, torch.bfloat16, torch.float64
 WEIGHT_DTYPES = FLOAT_DTYPES[:3]  # what models are quantised in
@@ -56,3 +58,24 @@ def _raise_not_finite(w: torch.Tensor) -> None:
         count += len(bad)
     kind = "beyond the range of float32" if bool(w.isfinite().all()) else "NaN or infinite"
     raise UnquantizableWeight(f"{count} of {w.numel()} values are {kind}; the first is {first}")
+
+
+@plain_tensors()
+def relative_error(w: torch.Tensor, w_hat: torch.Tensor) -> float:
+    """‖w - ŵ‖ / ‖w‖ (Frobenius) in float64; 0 where w is zero and ŵ equals it."""
+    return relative_error_from(each_chunk(lambda rows: squared_norms(w[rows], w_hat[rows]), w))
+
+
+def squared_norms(w: torch.Tensor, w_hat: torch.Tensor) -> torch.Tensor:
+    """(‖w - ŵ‖², ‖w‖²) of a piece, in float64."""
+    exact = w.double()
+    difference = exact - w_hat.double()
+    return torch.stack([torch.linalg.vector_norm(t) for t in (difference, exact)]).square_()
+
+
+def relative_error_from(pieces: Sequence[torch.Tensor]) -> float:
+    """The relative error of the matrix whose pieces have these squared norms."""
+    error, total = torch.stack(list(pieces)).sum(0).tolist()
+    if error == 0:
+        return 0.0
+    return float((error / total) ** 0.5) if total else float("inf")
