@@ -33,10 +33,10 @@ LAYERS = [
 # What may import less than all that is below it.
 ONLY = {"estimator": {"errors", "kernels"}}
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
-PIPELINE = ("capture", "match", "choose", "quantize", "rewrite", "fuse", "select", "lower")
+PIPELINE = tuple("capture normalize match choose quantize rewrite fuse select lower".split())
 PASS_HELPERS = set(
     """absorb base choices effects einsum emit expert_bias expert_einsum expert_forms expert_rewrite
-    fold gated gather kept linear_forms naming op_nodes regions sites spelling stacking""".split()
+    fold gated gather kept linear_forms naming op_nodes regions sites stacking""".split()
 )
 # What runs the passes, before them, after them or around them: each may import earlier ones.
 PASS_DRIVERS = tuple("verify pipeline local_linear localize agreement summary variants".split())

@@ -1,4 +1,4 @@
-"""3 choose: bits and granularity for each site, or the reason why it stays as it is.
+"""4 choose: bits and granularity for each site, or the reason why it stays as it is.
 
 What depends on the graph and the options is decided once (`settle`); what depends on the weights'
 values is decided again for every instance that runs the graph (`decide`).

@@ -1,4 +1,4 @@
-"""6 fuse: what surrounds a quantised matmul moves into it.
+"""7 fuse: what surrounds a quantised matmul moves into it.
 
     view(op(view(x, -1, K)), ...)   ->  op(x)                                 GPT-2's Conv1D
     add(op(x), b[N])                ->  op(x, bias=b)

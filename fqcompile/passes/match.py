@@ -1,4 +1,4 @@
-"""2 match: find every matmul with a constant weight; say of other constant matrices who reads them.
+"""3 match: find every matmul with a constant weight; say of other constant matrices who reads them.
 
 linear(x, cat([wq, wk]).to(bf16), b)   ->   LinearSite(x, recipe: cat, to; sources: wq, wk; bias: b)
 bmm(w[ids], x.unsqueeze(-1))           ->   ExpertSite(x, recipe: identity; source: w; routing: ids)

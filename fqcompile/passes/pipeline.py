@@ -15,6 +15,7 @@ from fqcompile.passes.choose import choose
 from fqcompile.passes.fuse import fuse
 from fqcompile.passes.lower import lower
 from fqcompile.passes.match import match
+from fqcompile.passes.normalize import normalize
 from fqcompile.passes.quantize import quantize
 from fqcompile.passes.rewrite import rewrite
 from fqcompile.passes.select import select
@@ -37,6 +38,7 @@ def analyse(
     """All that happens before compilation; what `explain` shows."""
     state = recorder.start("capture", lambda: capture(module, args, config))
     state.name, state.changing = name, changing
+    recorder.run("normalize", state, normalize)
     recorder.run("match", state, match)
     recorder.run("choose", state, choose)
     recorder.run("quantize", state, quantize)

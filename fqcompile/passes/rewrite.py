@@ -1,4 +1,4 @@
-"""5 rewrite: each quantised matmul becomes one call of an operator on two new inputs.
+"""6 rewrite: each quantised matmul becomes one call of an operator on two new inputs.
 
 linear(x, w, b)  ->  fqcompile.linear(x, qweight_i, scale_i, b, ...)        x [..., K] -> [..., N]
 addmm(b, x, w)   ->  the same; other forms put views around it, and a bias that is no row last
