@@ -35,8 +35,8 @@ ONLY = {"estimator": {"errors", "kernels"}}
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 PIPELINE = tuple("capture normalize match choose quantize rewrite fuse select lower".split())
 PASS_HELPERS = set(
-    """absorb base choices effects einsum emit expert_bias expert_einsum expert_forms expert_rewrite
-    fold gated gather kept linear_forms naming op_nodes regions sites stacking""".split()
+    """absorb base choices contraction effects emit expert_bias fold gated gather kept naming
+    op_nodes products regions sites stacking""".split()
 )
 # What runs the passes, before them, after them or around them: each may import earlier ones.
 PASS_DRIVERS = tuple("verify pipeline local_linear localize agreement summary variants".split())

@@ -152,7 +152,7 @@ def _settled_reason(state: GraphState, site: WeightSite) -> str | None:
         return by_name
     if any(isinstance(state.args[state.constants[source]], FakeTensor) for source in site.sources):
         return NO_VALUES
-    if any(getattr(example(node), "is_nested", False) for node in (site.x, site.node)):
+    if any(getattr(example(node), "is_nested", False) for node in (site.contraction.x, site.node)):
         return (
             "its input is a nested tensor: multiply x.values(), the rows of all its parts, instead"
         )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fqcompile.passes.op_nodes import argument, training_op
-from fqcompile.passes.sites import ExpertSite
+from fqcompile.passes.sites import WeightSite
 from tests.passes.graphs import Run, assert_same, dynamo_graph, run_passes
 
 E, N, K, P = 5, 24, 40, 7
@@ -111,10 +111,9 @@ ALL = {f"gathered, {k}": v for k, v in GATHERED.items()} | {
 }
 
 
-def experts(run: Run) -> tuple[ExpertSite, str]:
+def experts(run: Run) -> tuple[WeightSite, str]:
     """The one site, and the name of the one operator."""
     (site,), (op,) = run.state.sites, run.linears
-    assert isinstance(site, ExpertSite)
     return site, training_op(op)._schema.name.removeprefix("fqcompile::")
 
 
@@ -125,12 +124,8 @@ def test_form_becomes_one_op_and_computes_the_same(name: str) -> None:
     forward, x, routing = ALL[name]
     run = run_passes(lambda x, r: forward(x, r), x, routing, granularity=16)
     site, op = experts(run)
-    assert (site.form, op) == (
-        ("gathered", "gathered_linear")
-        if name in {f"gathered, {k}" for k in GATHERED}
-        else ("grouped", "grouped_linear")
-    )
-    assert site.shape[0] == E and site.plan is not None
+    assert op == f"{name.split(', ')[0]}_linear"
+    assert site.kind == "experts" and site.shape[0] == E and site.plan is not None
     assert not {"bmm", "matmul", "einsum", "baddbmm", "_grouped_mm", "index_select"} & set(run.ops)
     assert_same(run)
 
