@@ -13,7 +13,12 @@ from fqcompile.options import RULES, FrozenMapping, check_names
 HEAD_BITS = 8
 # A head under its usual names; elsewhere a head is known by sharing its weight with an embedding.
 # Not under an embedding's names: "shared" is T5's table, and the expert that all tokens take.
-HEAD_NAMES = re.compile(r"(^|\.)(lm_head|embed_out)(\.|$)")
+HEADS = ("lm_head", "embed_out")
+HEAD_NAMES = re.compile(rf"(^|\.)({'|'.join(HEADS)})(\.|$)")
+
+# Routers of experts under their usual names, beside what graphs and modules tell of them.
+ROUTERS = frozenset("gate router wg shared_expert_gate".split())
+ROUTER = "router: its top-k decides which experts run; name it in overrides to quantise it"
 
 # A component of the name that begins as one tuner of peft calls its factors, or has LoRA's prefix
 # anywhere: they are switched, scaled and overwritten through `.data` while the model is in use.

@@ -10,13 +10,14 @@ from torch import fx, nn
 from fqcompile.config import FineQuantConfig
 from fqcompile.distributed.shards import local_part
 from fqcompile.dry_run import dry_run
+from fqcompile.module_weights import module_weights
 from fqcompile.passes.base import placeholders
 from fqcompile.passes.choices import way_out
-from fqcompile.passes.localize import localize
 from fqcompile.passes.pipeline import Recorder, analyse
+from fqcompile.passes.sharded import localize
 from fqcompile.passes.summary import RowKey, rows_of, with_other_readers
 from fqcompile.report import Plan, Site
-from fqcompile.torch_compat import plain_module
+from fqcompile.torch_compat import Convolution, plain_module
 
 _PART = re.compile(r"\[\d+\]$")  # match numbers the parts of one parameter
 _NO_GRAPH = (
@@ -24,6 +25,7 @@ _NO_GRAPH = (
     ", or torch.compile skips the function that calls it (TORCH_LOGS=graph_breaks says why); "
     "fqcompile.quantize_(model) packs linears and experts without a graph"
 )
+_CONVOLUTION = "no captured graph reads it, and it is a convolution's, which are not quantised"
 _RECURRENT = (
     "no captured graph reads it: torch.compile does not trace {kind}, nor the function that calls "
     "it; call fqcompile.quantize_(model) first"
@@ -62,13 +64,13 @@ def explain(
         state = analyse(local.module, local.arguments(args), measuring_nothing, Recorder())
         inputs = zip(placeholders(state.graph), state.args, strict=False)  # packed ones follow
         alive.extend(value for node, value in inputs if node in state.known)
-        for key, site in rows_of(state).items():
+        for key, row in rows_of(state).items():
             # A weight met in several graphs, as after a graph break, is one site.
-            rows.setdefault(key, site)
+            rows.setdefault(key, row.site)
 
     dry_run(model, example_inputs, example_kwargs or {}, collect, grad=grad)
     seen = {weight for weights, _ in rows for weight in weights}
-    unseen = _unseen(model, seen, config.min_elements)
+    unseen = _unseen(model, seen, config)
     return Plan((*_numbered(with_other_readers(rows)), *unseen), config.as_dict())
 
 
@@ -82,29 +84,34 @@ def _numbered(rows: Mapping[RowKey, Site]) -> Iterator[Site]:
         keys = list(recipes.get(weights, ()))
         if read is not None and len(keys) > 1:
             name = _PART.sub("", site.name)
-            site = replace(site, name=f"{name}[{keys.index(read.recipe)}]")
+            site = site.but(name=f"{name}[{keys.index(read.recipe)}]")
         yield site
 
 
-def _unseen(model: object, seen: Collection[int], min_elements: int) -> Iterator[Site]:
+def _unseen(model: object, seen: Collection[int], config: FineQuantConfig) -> Iterator[Site]:
     """The matrices of a module that no graph reads, as sites that are kept."""
-    parameters = plain_module(model).named_parameters() if isinstance(model, nn.Module) else ()
-    modules = [*model.modules()] if isinstance(model, nn.Module) else []
+    if not isinstance(model, nn.Module):
+        return
+    root = plain_module(model)
+    modules = [*root.modules()]
+    kinds = {id(found.parameter): found.kind for found in module_weights(root, config)}
+    filters = {id(p) for m in modules if isinstance(m, Convolution) for p in m.parameters()}
     experts_way_out = way_out({type(module).__module__ for module in modules})
     recurrent = next((type(m).__name__ for m in modules if isinstance(m, nn.RNNBase)), None)
     no_graph = _RECURRENT.format(kind=f"nn.{recurrent}") if recurrent else _NO_GRAPH
-    for name, weight in parameters:
-        if weight.dim() not in (2, 3) or weight.numel() < min_elements:
+    for name, weight in root.named_parameters():
+        if weight.dim() < 2 or weight.numel() < config.min_elements:
             continue
         if id(weight) in seen or id(local_part(weight)) in seen:
             continue
-        stacked = weight.dim() == 3
+        kind = "linear" if weight.dim() == 2 else kinds.get(id(weight), "other")
+        reason = no_graph + (experts_way_out if kind == "experts" else "")
         yield Site(
             name=name,
-            kind="experts" if stacked else "linear",
+            kind=kind,
             shape=tuple(weight.shape),
             status="kept",
-            reason=no_graph + (experts_way_out if stacked else ""),
+            reason=_CONVOLUTION if id(weight) in filters else reason,
             bytes_before=weight.nbytes,
             bytes_after=weight.nbytes,
         )

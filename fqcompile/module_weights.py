@@ -13,14 +13,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from fqcompile.config import HEAD_NAMES, FineQuantConfig
+from fqcompile.config import HEAD_NAMES, ROUTER, ROUTERS, FineQuantConfig
 from fqcompile.distributed.shards import local_part
 from fqcompile.quant.validate import WEIGHT_DTYPES
 from fqcompile.torch_compat import Convolution
 from fqcompile.weights.packed_weight import PackedWeight
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_ROUTERS = frozenset("gate router wg classifier shared_expert_gate".split())
+_ROUTERS = ROUTERS | {"classifier"}  # beside experts alone
 _ONE_CALL = "PyTorch's own {} reads it in one call, which takes no packed weight"
 _NO_WEIGHT = "only weights of linears and stacks of experts are packed, and this is "
 _ORIENTATION = (
@@ -86,7 +86,9 @@ def module_weights(model: nn.Module, config: FineQuantConfig) -> list[ModuleWeig
         if multiply:
             found.append(_weight(multiply, bool(others), modules, config))
         rest = [held for held in others if not isinstance(held[1], _EMBEDDINGS)]
-        found.extend(_stays(*held, multiply, config) for held in rest[:1] if _counts(*held, config))
+        found.extend(
+            _stays(*held, multiply, modules, config) for held in rest[:1] if _counts(*held, config)
+        )
     return found
 
 
@@ -136,18 +138,26 @@ def _counts(name: str, module: nn.Module, attribute: str, config: FineQuantConfi
 
 
 def _stays(
-    name: str, module: nn.Module, attribute: str, multiply: list[Held], config: FineQuantConfig
+    name: str,
+    module: nn.Module,
+    attribute: str,
+    multiply: list[Held],
+    modules: dict[str, nn.Module],
+    config: FineQuantConfig,
 ) -> ModuleWeight:
-    reason = config.kept_by_name(name) or _why_no_weight(module, attribute)
+    computed = isinstance(module, ParametrizationList)
+    owner = modules[f".{name}".rpartition(".parametrizations.")[0][1:]] if computed else module
+    reason = config.kept_by_name(name) or _why_no_weight(owner, attribute, computed=computed)
     if multiply:
         of = type(module).__name__
         reason = f"{multiply[0][0]} shares it; {of} may read it as a table, and keeps it"
     return ModuleWeight(name, _parameter(module, attribute), (), "other", reason=reason)
 
 
-def _why_no_weight(module: nn.Module, attribute: str) -> str:
+def _why_no_weight(module: nn.Module, attribute: str, *, computed: bool) -> str:
+    """`computed`: parametrizations compute the module's parameter from it."""
     of = type(module).__name__
-    if isinstance(module, ParametrizationList):
+    if computed and _is_linear(module):
         return (
             "the weight is computed from it in each call: call torch.nn.utils.parametrize."
             "remove_parametrizations to have a weight that can be packed"
@@ -221,7 +231,7 @@ def _reason(
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return _ONE_CALL.format("attention")
     if _is_router(name, modules) and not config.override_matches(name):
-        return "router: its top-k decides which experts run; name it in overrides to quantise it"
+        return ROUTER
     if weight.numel() < config.min_elements:
         return f"fewer elements than min_elements={config.min_elements}"
     return None

@@ -15,7 +15,7 @@ from fqcompile.module_weights import ModuleWeight, module_weights
 from fqcompile.passes.summary import SiteRecipe
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
 from fqcompile.report import Plan, Site
-from fqcompile.weights.find_or_quantize import find_or_quantize
+from fqcompile.weights.disk_cache import find_or_quantize
 from fqcompile.weights.fingerprint import ATTEMPTS, fingerprint
 from fqcompile.weights.packed_matmul import kernel_for
 from fqcompile.weights.packed_weight import PackedWeight

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fqcompile
-from fqcompile.kernels.launch_table import LaunchTable
 from fqcompile.kernels.registry import TEMPLATES, KernelChoice
+from fqcompile.kernels.spec import LaunchTable
 from tests.helpers import (
     InnerGraphs,
     Mlp,

@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "fqcompile"
 # `quantize_model`, as `quantize_checkpoint` does on disk what `quantize_` does in memory.
 LAYERS = [
     {"errors", "locks", "torch_compat", "hf_compat"},
+    {"files"},
     {"options"},
     {"distributed"},
     {"config"},
@@ -35,11 +36,11 @@ ONLY = {"estimator": {"errors", "kernels"}}
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 PIPELINE = tuple("capture normalize match choose quantize rewrite fuse select lower".split())
 PASS_HELPERS = set(
-    """absorb base choices contraction effects emit expert_bias fold gated gather kept naming
-    op_nodes products regions sites stacking""".split()
+    """base choices contraction effects emit fold fuse_patterns gather kept naming op_nodes products
+    regions sites""".split()
 )
 # What runs the passes, before them, after them or around them: each may import earlier ones.
-PASS_DRIVERS = tuple("verify pipeline local_linear localize agreement summary variants".split())
+PASS_DRIVERS = tuple("pipeline sharded summary variants".split())
 
 # Names of others that have no promise are in these two files alone; what else begins with a line
 # below is ours, or as old as what it belongs to: nn.Module, namedtuple, the standard library.

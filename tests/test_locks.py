@@ -20,7 +20,7 @@ from torch._dynamo.convert_frame import compile_lock
 import fqcompile
 import fqcompile.backend
 from fqcompile import locks
-from fqcompile.kernels import cache_directory
+from fqcompile.files import cache_directory
 from fqcompile.kernels.cpu import native_library as native
 from fqcompile.locks import fork_safe, locked
 from fqcompile.weights.disk_cache import DiskCache
@@ -263,7 +263,7 @@ def test_children_of_a_busy_process_do_not_hang(
     """
     monkeypatch.setenv("FQCOMPILE_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("FQCOMPILE_CACHE_SIZE", "1")
-    monkeypatch.setattr("fqcompile.weights.find_or_quantize.LEAST_WEIGHTS", 1)
+    monkeypatch.setattr("fqcompile.weights.disk_cache.LEAST_WEIGHTS", 1)
     monkeypatch.setattr(nn.Linear, "reset_parameters", lambda self: None)
     dense = [oracle(scale) for scale in (1, 2, 3)]
     torch._dynamo.reset()

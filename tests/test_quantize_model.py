@@ -354,6 +354,15 @@ def test_a_computed_weight_has_a_row_that_says_so(way: str) -> None:
     assert torch.equal(model(x), expected)
 
 
+def test_a_convolution_is_never_offered_a_weight_that_can_be_packed() -> None:
+    conv = torch.nn.utils.parametrizations.weight_norm(nn.Conv1d(64, 64, 4), dim=2)
+    for model, name in [(conv, "parametrizations"), (nn.Sequential(conv), "0.parametrizations")]:
+        site = fqcompile.quantize_(frozen(model)).site(f"{name}.weight.original1")
+        assert (site.kind, site.status) == ("other", "kept")
+        assert "this is a convolution's" in str(site.reason)
+        assert "remove_parametrizations" not in str(site.reason)
+
+
 def test_other_large_parameters_have_a_row_and_no_table_is_a_stack_of_experts() -> None:
     class Positions(nn.Module):
         def __init__(self) -> None:

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 
-from fqcompile.kernels.gpu import A100, H200, Gpu
+from fqcompile.kernels.spec import A100, H200, Gpu
 from tests.helpers import (
     InnerGraphs,
     assert_quantized_like_oracle,

@@ -27,13 +27,11 @@ from bench.core.section import show
 from bench.costs import section
 from bench.costs.stub_driver import install
 from fqcompile.errors import FineQuantError
-from fqcompile.kernels import ops
-from fqcompile.kernels.gpu import H200, gpu_of
-from fqcompile.kernels.launch_table import LaunchTable
+from fqcompile.kernels import op as operator
+from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.registry import KernelChoice
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import H200, GemmSpec, LaunchTable, TileConfig, gpu_of
 from fqcompile.kernels.template import PackedLinear
-from fqcompile.kernels.tile_config import TileConfig
 from fqcompile.kernels.triton import target
 from fqcompile.kernels.triton.gemm import gemm_kernel
 from fqcompile.kernels.triton.launch import dequant_gemm, forms_of
@@ -69,15 +67,15 @@ def ways(device: torch.device) -> dict[str, Callable[[], object]]:
     format_ = (spec.bits, GROUP, N, K, "none", False, kernel)
 
     def op() -> object:
-        return ops.linear_inference(x, *tensors, None, None, *format_)
+        return operator.matmul_inference(x, *tensors, None, None, *format_)
 
     def op_in_inference_mode() -> object:
         with torch.inference_mode():
-            return ops.linear_inference(x, *tensors, None, None, *format_)
+            return operator.matmul_inference(x, *tensors, None, None, *format_)
 
     def op_below_autograd() -> object:
         with torch._C._AutoDispatchBelowAutograd():
-            return ops.linear_inference(x, *tensors, None, None, *format_)
+            return operator.matmul_inference(x, *tensors, None, None, *format_)
 
     def enter_inference_mode() -> None:
         with torch.inference_mode():
@@ -86,8 +84,8 @@ def ways(device: torch.device) -> dict[str, Callable[[], object]]:
     return {
         "y alone: new_empty": lambda: x.new_empty((M, N)),
         LAUNCHER: lambda: gemm_kernel[grid](*arguments, **options),
-        WRAPPER: lambda: dequant_gemm(x, weight, None, None, "none", False, CONFIG, KWIDTH),
-        TEMPLATE: lambda: TRITON_GEMM.linear(x, weight, None, None, "none", False, CONFIG),
+        WRAPPER: lambda: dequant_gemm(x, weight, Epilogue(), CONFIG, KWIDTH),
+        TEMPLATE: lambda: TRITON_GEMM.run(x, weight, None, Epilogue(), CONFIG),
         OP: op,
         OP_INFERENCE: op_in_inference_mode,
         "operator, below autograd": op_below_autograd,

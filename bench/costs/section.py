@@ -1,6 +1,4 @@
-"""The sections of `bench quantize`, `overhead` and `launch_overhead`: what it costs."""
-
-from statistics import median
+"""The sections of `bench quantize` and `launch_overhead`: what it costs."""
 
 from bench.core.results import Row
 from bench.core.section import Content, paragraphs, table
@@ -39,27 +37,6 @@ def quantize_short(content: Content) -> str:
         f"search {fixed['weights_per_s'] / 1e6:.0f} million weights a second at a fixed group and "
         f"{adaptive['weights_per_s'] / 1e6:.0f} with the adaptive rule; extra memory "
         f"{adaptive['peak']:.2f} of the weight's."
-    )
-
-
-def overhead(content: Content) -> str:
-    """Each run's first calls."""
-    lines = []
-    for row in content["rows"]:
-        seconds = [f"{row[key]:.1f}" for key in ("inductor", "finequant", "ours")]
-        lines.append([row["run"], *seconds, f"{row['share']:.1%}"])
-    headers = ("run", "Inductor, s", "fqcompile, s", "of it our passes", "share")
-    return paragraphs(overhead_short(content), table(lines, headers))
-
-
-def overhead_short(content: Content) -> str:
-    """The median share."""
-    s, rows = content["settings"], content["rows"]
-    ours, plain = (median(row[key] for row in rows) for key in ("finequant", "inductor"))
-    return (
-        f"The passes take {median(row['share'] for row in rows):.0%} of the first call of a Llama "
-        f"of {s['num_hidden_layers']} layers, {s['hidden_size']} wide ({ours:.1f} s; Inductor "
-        f"alone {plain:.1f} s)."
     )
 
 

@@ -8,7 +8,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
-from fqcompile.kernels.gpu import H200
+from fqcompile.kernels.spec import H200
 
 
 class _Utils:

@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.core.shapes import GROUPED_MM, MATRICES, ExpertShape, Matrix, RoutingName, expert_spec
-from fqcompile.kernels.gpu import Gpu
-from fqcompile.kernels.launch_table import DENSE, Config
+from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.registry import select_kernel
-from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.template import PackedLinear
+from fqcompile.kernels.spec import DENSE, Config, GemmSpec, Gpu
+from fqcompile.kernels.template import PackedLinear, Routing
 from fqcompile.kernels.tuning.launches import Mode, tuned_launches
 from fqcompile.kernels.tuning.measure import allowed_error, random_problem, rotation
 from fqcompile.kernels.tuning.routed_rows import experts_of, packed_stack
@@ -133,14 +132,13 @@ class ExpertLayer:
         self, name: str, configs: dict[Matrix, Config | None], routing: RoutingName, tokens: int
     ) -> Way:
         specs = {m: self.spec(m, routing, tokens) for m in MATRICES}
-        experts = {m: select_kernel(specs[m]).template.experts for m in MATRICES}
+        templates = {m: select_kernel(specs[m]).template for m in MATRICES}
 
         def matmul(copy: int, matrix: Matrix, x: Tensor, rows_of: Tensor) -> Tensor:
-            run, spec = experts[matrix], specs[matrix]
-            assert run is not None, "selected for experts"
-            routed = (rows_of, None) if routing == "grouped" else (None, rows_of)
-            weight, config = self._packed[copy][matrix], configs[matrix]
-            return run(x, weight, *routed, None, spec.activation, spec.gated, config)
+            spec, weight, config = specs[matrix], self._packed[copy][matrix], configs[matrix]
+            routed = Routing(rows_of) if routing == "grouped" else Routing(ids=rows_of)
+            epilogue = Epilogue(activation=spec.activation, gated=spec.gated)
+            return templates[matrix].run(x, weight, routed, epilogue, config)
 
         detail = ", ".join(f"{matrix} {config}" for matrix, config in configs.items())
         layer = by_grouping if routing == "grouped" else by_gathering

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench.core.llama_layers import SIZES
 from bench.core.processes import in_fresh_process
 from bench.core.results import Results, Row, failure
 from bench.core.section import show
+from bench.core.shapes import STARTED
 from bench.export import section
 from bench.export.ways import WAYS
 from fqcompile.kernels.tuning.search import WrongResult
@@ -48,7 +48,7 @@ def measured(way: str, folder: Path, flags: Sequence[str]) -> Row:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench export", description=__doc__)
-    parser.add_argument("--size", choices=SIZES, default="llama")
+    parser.add_argument("--size", choices=STARTED, default="llama")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--way", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -5,7 +5,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor
 
 import fqcompile
 from bench.core import processes
-from bench.core.llama_layers import SIZES, Size, build
 from bench.core.results import Row
+from bench.core.shapes import STARTED, build
 from fqcompile.checkpoint.manifest import read_manifest
 from fqcompile.checkpoint.shards import MappedShards
 from fqcompile.quant.quantized_weight import QuantizedWeight
@@ -25,9 +24,9 @@ PLAIN, SAVED = "plain", "saved"
 HEADS = ["lm_head"]  # which no engine takes packed
 
 
-def make(folder: Path, size: Size) -> None:
+def make(folder: Path, size: str, layers: int) -> None:
     """A checkpoint of Hugging Face with random weights, and the same quantised."""
-    build(size).save_pretrained(folder / PLAIN, max_shard_size="1GB")  # type: ignore[operator]
+    build(size, layers).save_pretrained(folder / PLAIN, max_shard_size="1GB")  # type: ignore[operator]
     fqcompile.quantize_checkpoint(folder / PLAIN, folder / SAVED, exclude=HEADS)
 
 
@@ -66,7 +65,7 @@ def size_of(directory: Path) -> int:
 def compared(way: str, folder: Path) -> Row:
     """How many exported layers have the codes and scales of the saved model, and how many not."""
     manifest = read_manifest(folder / SAVED)
-    shards = MappedShards(folder / SAVED, manifest)
+    shards = MappedShards(folder / SAVED, manifest, verify=False)
     equal = different = 0
     for path in sorted((folder / way).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -74,15 +73,9 @@ def compared(way: str, folder: Path) -> Row:
                 if not key.endswith(".weight_packed"):
                     continue
                 name = key.removesuffix("_packed")
-                record = manifest.packed[name]
-                codes, scale = (
-                    shards.tensor(part, verify=False) for part in (record.codes, record.scale)
-                )
+                weight = shards.packed(manifest.packed[name])
                 words, own = file.get_tensor(key), file.get_tensor(f"{name}_scale")
-                weight = QuantizedWeight(
-                    codes, scale, record.bits, record.group_size, (record.rows, record.k)
-                )
-                same = _same_codes(words, codes) and _same_scales(own, weight)
+                same = _same_codes(words, weight.qweight) and _same_scales(own, weight)
                 equal, different = equal + same, different + (not same)
     return {"equal": equal, "different": different}
 
@@ -104,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("make", "took", "compared"))
     parser.add_argument("--way", choices=WAYS)
-    parser.add_argument("--size", choices=SIZES, default="llama")
+    parser.add_argument("--size", choices=STARTED, default="llama")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--folder", type=Path, required=True)
@@ -112,7 +105,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     row: Row = {}
     if arguments.what == "make":
-        make(arguments.folder, replace(SIZES[arguments.size], layers=arguments.layers))
+        make(arguments.folder, arguments.size, arguments.layers)
     else:
         run = took if arguments.what == "took" else compared
         row = run(arguments.way, arguments.folder)

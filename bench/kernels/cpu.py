@@ -24,8 +24,7 @@ from bench.core.section import failures, show
 from bench.core.shapes import Shape, parse_shapes
 from bench.kernels.cpu_ways import Way, ways
 from bench.kernels.section import cpu_kernels
-from fqcompile.kernels.cpu.bandwidth import read_bandwidth
-from fqcompile.kernels.roofline import weight_bytes
+from fqcompile.kernels.roofline import read_bandwidth, weight_bytes
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.tuning.measure import random_problem, reference
 

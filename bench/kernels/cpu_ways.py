@@ -24,6 +24,7 @@ from bench.core.shapes import OURS
 from fqcompile.kernels.cpu import native_library
 from fqcompile.kernels.cpu.aten_packed import INT4PACK, INT8PACK
 from fqcompile.kernels.cpu.stream import X86_STREAM
+from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import PackedLinear, Template
 from fqcompile.quant.packing import unpack
@@ -96,7 +97,7 @@ def _template(
     packed = [PackedLinear(first[0].clone(), first[1].clone(), *form) for _ in range(count)]
 
     def run(x: Tensor, one: PackedLinear) -> Tensor:
-        return template.linear(x, one, None, None, "none", False, None)
+        return template.run(x, one, None, Epilogue(), None)
 
     return Way(name, detail, dtype, run, packed)
 

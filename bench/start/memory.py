@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench.core.llama_layers import SIZES
 from bench.core.measure import same_logits
 from bench.core.processes import in_fresh_process
 from bench.core.results import Results, Row, failure
 from bench.core.section import show
+from bench.core.shapes import STARTED
 from bench.start.memory_ways import SAVE, SAVED, WAYS
 from bench.start.section import memory as section
 
@@ -47,7 +47,7 @@ def measured(way: str, arguments: argparse.Namespace, folder: Path) -> Row:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench memory", description=__doc__)
-    parser.add_argument("--size", choices=SIZES, default="llama")
+    parser.add_argument("--size", choices=STARTED, default="llama")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -15,8 +15,8 @@ from torch import nn
 
 import fqcompile
 from bench.core import processes
-from bench.core.llama_layers import SIZES, Size, build, on_meta, prompt
 from bench.core.results import Row
+from bench.core.shapes import STARTED, build, prompt
 from bench.start.section import PLAIN
 
 Compiled = Callable[..., Any]
@@ -54,33 +54,31 @@ OF_A_MODEL: dict[str, Callable[[nn.Module], Compiled]] = {
     "torchao": _torchao,
 }
 # From the directory that SAVE has written.
-SAVED: dict[str, Callable[[Size, Path], Compiled]] = {
-    "load": lambda size, saved: torch.compile(
-        fqcompile.load(lambda: on_meta(size), saved), dynamic=False
-    ),
+SAVED: dict[str, Callable[[Callable[[], nn.Module], Path], Compiled]] = {
+    "load": lambda empty, saved: torch.compile(fqcompile.load(empty, saved), dynamic=False),
 }
 WAYS = (*OF_A_MODEL, *SAVED)
 _OURS = [way for way in WAYS if way not in (PLAIN, "torchao")]
 
 
-def save(size: Size, saved: Path) -> None:
-    model = build(size)
+def save(size: str, layers: int, saved: Path) -> None:
+    model = build(size, layers)
     fqcompile.quantize_(model, **OPTIONS)
     fqcompile.save(model, saved)
 
 
 @torch.no_grad()
-def took(way: str, size: Size, saved: Path) -> Row:
+def took(way: str, size: str, layers: int, saved: Path) -> Row:
     """Bytes beyond those that importing took, and the last token's first logits."""
     processes.settle()
     imports = processes.resident()
     own = processes.anonymous()
     processes.reset_peak()
     if way in SAVED:
-        compiled = SAVED[way](size, saved)
+        compiled = SAVED[way](partial(build, size, layers, device="meta"), saved)
         loaded = processes.resident()
     else:
-        model = build(size)
+        model = build(size, layers)
         processes.settle()
         loaded = processes.resident()
         processes.reset_peak()
@@ -99,18 +97,18 @@ def took(way: str, size: Size, saved: Path) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("way", choices=(*WAYS, SAVE))
-    parser.add_argument("--size", choices=SIZES, default="llama")
+    parser.add_argument("--size", choices=STARTED, default="llama")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--saved", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    size = replace(SIZES[arguments.size], layers=arguments.layers)
+    size, layers = arguments.size, arguments.layers
     if arguments.way == SAVE:
-        save(size, arguments.saved)
+        save(size, layers, arguments.saved)
         print("{}")
     else:
-        print(json.dumps(took(arguments.way, size, arguments.saved)))
+        print(json.dumps(took(arguments.way, size, layers, arguments.saved)))
 
 
 if __name__ == "__main__":

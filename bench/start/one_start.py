@@ -14,10 +14,10 @@ import torch
 from torch._inductor import compile_fx
 
 import fqcompile
-from bench.core.llama_layers import SIZES, build, prompt
+from bench.core.shapes import MODELS, STARTED, build, prompt
 from fqcompile.kernels.cpu import native_library
 from fqcompile.passes import lower
-from fqcompile.weights import disk_cache, find_or_quantize, fingerprint
+from fqcompile.weights import disk_cache, fingerprint
 from fqcompile.weights.disk_cache import DiskCache
 from fqcompile.weights.packed import PackedSpec
 
@@ -26,7 +26,7 @@ _LOGITS = 256  # of the last token, for comparison
 # What is timed by its name: (owner, function) -> part. None calls one of another part.
 TIMED = {
     (fingerprint, "content_digest"): "digest",
-    (find_or_quantize, "choose_and_quantize"): "quantise",
+    (disk_cache, "choose_and_quantize"): "quantise",
     (DiskCache, "_keep"): "write",
     (disk_cache, "read_entry"): "read",
     (PackedSpec, "pack"): "pack",
@@ -66,7 +66,7 @@ def start(backend: str, size: str, imported: float) -> tuple[Seconds, list[float
     seconds: Seconds = defaultdict(float)
     for (owner, name), part in TIMED.items():
         setattr(owner, name, timed(getattr(owner, name), part, seconds))
-    model, ids = build(SIZES[size]), prompt(SIZES[size])
+    model, ids = build(size, MODELS[size].timed), prompt(size)
     logits: list[float] = []
     compiled: Any = torch.compile(model, backend=backend, dynamic=False)
 
@@ -89,7 +89,7 @@ def main() -> None:
     imported = since_creation()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", required=True)
-    parser.add_argument("--size", choices=SIZES, default="llama")
+    parser.add_argument("--size", choices=STARTED, default="llama")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -19,11 +19,11 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from bench.core.llama_layers import SIZES
 from bench.core.measure import same_logits
 from bench.core.processes import caches_in, in_fresh_process
 from bench.core.results import Results, Row, failure
 from bench.core.section import show
+from bench.core.shapes import MODELS, STARTED
 from bench.start.section import startup as section
 
 
@@ -68,7 +68,7 @@ def one_round(arguments: argparse.Namespace, results: Results, number: int) -> N
                 ours = start.backend != STARTS[0].backend
                 row |= {"way": start.name, "ours": ours}
                 row |= started(start, Path(folder) / start.backend, arguments)
-                found.append(same_logits(row, found, SIZES[arguments.size].layers))
+                found.append(same_logits(row, found, MODELS[arguments.size].timed))
             except Exception as error:
                 row = {key: row[key] for key in ("backend", "caches", "round")}
                 row["failure"] = failure(error)
@@ -77,7 +77,7 @@ def one_round(arguments: argparse.Namespace, results: Results, number: int) -> N
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench startup", description=__doc__)
-    parser.add_argument("--size", choices=SIZES, default="llama")
+    parser.add_argument("--size", choices=STARTED, default="llama")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, metavar="FILE")

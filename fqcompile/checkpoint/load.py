@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fqcompile.checkpoint.blocks import Block, DenseBlock, PackedBlock, assemble
 from fqcompile.checkpoint.directory import file_of
-from fqcompile.checkpoint.fit import check_fits, put
 from fqcompile.checkpoint.hugging_face import build_model, generation_config
 from fqcompile.checkpoint.manifest import (
     Manifest,
@@ -18,12 +17,12 @@ from fqcompile.checkpoint.manifest import (
     PartsRecord,
     read_manifest,
 )
-from fqcompile.checkpoint.safetensors_file import ALIGNMENT, DTYPES
 from fqcompile.checkpoint.shards import MappedShards
-from fqcompile.checkpoint.slots import Slot, slots
+from fqcompile.checkpoint.slots import Slot, check_fits, put, slots
 from fqcompile.distributed.layout import Layout, layout_of
 from fqcompile.distributed.shards import is_dtensor, local_part, team_of, with_part
 from fqcompile.errors import CheckpointError
+from fqcompile.files.safetensors_file import ALIGNMENT, DTYPES
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.weights.packed_weight import PackedWeight
 
@@ -48,14 +47,14 @@ def load_saved(
             or of another model; files and tensors are named, and a model that was given is as it
             was.
     """
-    manifest, shards = _open(directory)
+    manifest, shards = _open(directory, verify)
     model = _model(model_or_factory, manifest, directory)
     places = {slot.name: slot for slot in slots(model)}
     values: dict[str, Tensor] = {}
 
     def read() -> None:
         check_fits(manifest, places, model, directory)
-        values.update(_values(_Reader(manifest, shards, device, verify), places))
+        values.update(_values(_Reader(manifest, shards, device), places))
 
     # All are there and right before any is put: a refused directory leaves the model alone.
     team_of(slot.tensor for slot in places.values()).together(read)
@@ -81,12 +80,12 @@ def _layout(slot: Slot | None) -> Layout | None:
     return None if slot is None else layout_of(slot.tensor)
 
 
-def _open(directory: Path) -> tuple[Manifest, MappedShards]:
+def _open(directory: Path, verify: bool) -> tuple[Manifest, MappedShards]:
     """Again where a writer replaced the files between the manifest and them."""
     manifest = read_manifest(directory)
     while True:
         try:
-            return manifest, MappedShards(directory, manifest)
+            return manifest, MappedShards(directory, manifest, verify=verify)
         except CheckpointError:
             newer = read_manifest(directory)
             if newer.generation == manifest.generation:
@@ -124,7 +123,6 @@ class _Reader:
     manifest: Manifest
     shards: MappedShards
     device: torch.device | str | None
-    verify: bool
 
     def value(self, wanted: Wanted, holders: list[Slot]) -> Tensor:
         """One value, or what this rank holds of it; as a parameter where a module has it as one."""
@@ -150,22 +148,16 @@ class _Reader:
         return nn.Parameter(tensor, requires_grad=trains)
 
     def _dense(self, name: str, device: torch.device | str) -> Tensor:
-        tensor = self.shards.tensor(name, verify=self.verify).to(device)
+        tensor = self.shards.tensor(name).to(device)
         # Compiled graphs copy what lies askew, in every call.
         return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
     def _packed(self, record: PackedRecord, device: torch.device | str) -> PackedWeight:
-        weight = self._plain(record)
+        weight = self.shards.packed(record)
         packed = _as_kernels_want(weight, record, record.experts, device)
         if packed.qweight.data_ptr() != weight.qweight.data_ptr():
             self.shards.release(record.codes)
         return packed
-
-    def _plain(self, record: PackedRecord) -> QuantizedWeight:
-        names = (record.codes, record.scale)
-        codes, scale = (self.shards.tensor(name, verify=self.verify) for name in names)
-        shape = (record.all_rows, record.k)
-        return QuantizedWeight(codes, scale, record.bits, record.group_size, shape)
 
     def _assembled(self, name: str, layout: Layout | None, device: torch.device | str) -> Tensor:
         """From what other ranks, or another number of them, have written."""
@@ -195,8 +187,8 @@ class _Reader:
     def _block(self, name: str) -> Block:
         record = self.manifest.packed.get(name)
         if record is None:
-            return DenseBlock(self.shards.tensor(name, verify=self.verify))
-        return PackedBlock(self._plain(record), record.experts, record.transposed)
+            return DenseBlock(self.shards.tensor(name))
+        return PackedBlock(self.shards.packed(record), record.experts, record.transposed)
 
     def _rows(self, name: str) -> int:
         return next(iter(self.manifest.shape_of(name)), 0)

@@ -7,9 +7,8 @@ import torch
 from fqcompile.doctor import diagnose
 from fqcompile.kernels.cpu import native_library
 from fqcompile.kernels.cpu.stream import X86_STREAM
-from fqcompile.kernels.gpu import gpu_of
 from fqcompile.kernels.registry import TEMPLATES
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import GemmSpec, gpu_of
 from fqcompile.kernels.template import Template
 
 

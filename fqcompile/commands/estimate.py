@@ -19,7 +19,7 @@ from fqcompile.estimator.model_shapes import named_models, read_decoder
 from fqcompile.estimator.sharding import Sharing, Workload
 from fqcompile.estimator.speed import Speed
 from fqcompile.estimator.table import estimates_as_dict, estimates_text, seconds_of_a_token
-from fqcompile.report.files import replace_text
+from fqcompile.files.replace import replace_text
 from fqcompile.report.html import Cell, Section, Table, paragraph, table_html, unordered
 from fqcompile.report.page import render_page
 from fqcompile.report.svg import Axis, Point, axis_over, points_svg

@@ -29,8 +29,8 @@ from fqcompile.estimator.speed import (
     attention_flops,
     experts_read,
 )
-from fqcompile.kernels.gpu import COPY_SHARE, MATRIX_SHARE
 from fqcompile.kernels.roofline import M, dense, ideal, weight_bytes
+from fqcompile.kernels.spec import COPY_SHARE, MATRIX_SHARE
 
 _MICRO = 1e6
 

@@ -7,10 +7,9 @@ import torch
 
 from fqcompile.estimator.devices import Device
 from fqcompile.estimator.sharding import Matrix
-from fqcompile.kernels.launch_table import DENSE
-from fqcompile.kernels.registry import HAS_TRITON
+from fqcompile.kernels.epilogue import HAS_TRITON
 from fqcompile.kernels.roofline import M, dense, ideal
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import DENSE, GemmSpec
 
 if HAS_TRITON:
     from fqcompile.kernels.triton.configs import candidates

@@ -5,8 +5,8 @@ known; rows of codes and scales are then put there. Scales are repeated to the f
 among the layers, and int4 codes widened beside int8 ones, as far as these differ.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,13 +14,55 @@ from torch import Tensor
 
 from fqcompile.checkpoint.conversion import Conversion
 from fqcompile.errors import CheckpointError
-from fqcompile.interop.packed_layer import PackedLayer
+from fqcompile.files.safetensors_file import TensorPlace
 from fqcompile.quant.granularity import group_size_candidates, num_groups
 from fqcompile.quant.packing import pack, packed_columns, unpack
 from fqcompile.quant.qtype import INT4, INT8, QTYPES
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.quant.words import widen
 from fqcompile.weights.packed_weight import PackedWeight
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """`read` gives rows [N, K]; `places` are the files' tensors that it is made of."""
+
+    name: str
+    n: int
+    k: int
+    places: Mapping[str, TensorPlace]
+    read: Callable[[], QuantizedWeight]
+
+    @property
+    def scale_dtype(self) -> str:
+        """By its name in safetensors."""
+        return next(p.dtype for part, p in self.places.items() if "scale" in part)
+
+
+def symmetric(
+    codes: Tensor, zeros: Tensor, scale: Tensor, group_size: int, where: str
+) -> QuantizedWeight:
+    """(q - z) * s as codes q - z: as int4 where all fit, else as int8, which is exact too.
+
+    Args:
+        codes: q, int8 or int16 [N, K]. zeros: z [N, groups] of the same convention. scale: s.
+        where: file and layer, for errors.
+
+    Raises:
+        CheckpointError: a difference fits no int8.
+    """
+    n, k = codes.shape
+    spread = zeros.to(torch.int16).repeat_interleave(group_size, 1)[:, :k]
+    difference = codes.to(torch.int16) - spread
+    low, high = int(difference.min()), int(difference.max())
+    qtype = next((q for q in QTYPES.values() if q.qmin <= low and high <= q.qmax), None)
+    if qtype is None:
+        raise CheckpointError(
+            f"{where}: codes less zero points reach from {low} to {high}, which no int8 holds: it "
+            "cannot be converted exactly; quantise it symmetrically"
+        )
+    qweight = pack(difference.to(torch.int8), qtype)
+    return QuantizedWeight(qweight, scale.contiguous(), qtype.bits, min(group_size, k), (n, k))
 
 
 def assemble(

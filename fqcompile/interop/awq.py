@@ -11,19 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fqcompile.checkpoint.safetensors_file import TensorPlace, read_tensor
 from fqcompile.errors import CheckpointError
-from fqcompile.interop.packed_layer import (
+from fqcompile.files.safetensors_file import TensorPlace, read_tensor
+from fqcompile.interop.assemble import PackedLayer, symmetric
+from fqcompile.interop.gptq import (
     BITS,
     CODES_PER_WORD,
     MIDDLE,
-    PackedLayer,
     check_groups,
     check_options,
     check_part,
     layer_parts,
     nibbles,
-    symmetric,
 )
 from fqcompile.quant.quantized_weight import QuantizedWeight
 

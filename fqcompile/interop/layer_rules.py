@@ -1,4 +1,4 @@
-"""Rules on single linear layers and on those that an engine fuses into one."""
+"""Rules on single linear layers, on those that an engine fuses into one, and on all on a CPU."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,11 +6,11 @@ from fqcompile.interop.findings import Effect, Finding, Subject
 from fqcompile.interop.layers import (
     BITS,
     GROUP_SIZES,
-    HEAD,
-    ROUTER,
     Layer,
     fused_name,
     is_embedding,
+    is_head,
+    is_router,
     is_split_along_k,
     is_split_along_n,
     last,
@@ -28,13 +28,13 @@ def layer_rules(subject: Subject) -> Iterator[Finding]:
         yield from _format(subject, layer)
         yield from _place(subject, layer)
         yield from _shards(subject, layer)
-    for name, parts in engine_layers(subject).items():
+    for name, parts in _engine_layers(subject).items():
         found = _fused(subject, parts) or _matched(subject, name, parts)
         if found is not None:
             yield found
 
 
-def engine_layers(subject: Subject) -> dict[str, list[Layer]]:
+def _engine_layers(subject: Subject) -> dict[str, list[Layer]]:
     """The linear layers as the engine has them, with their parts; experts are not among them."""
     linears = [layer for layer in subject.layers if stack_of(layer.name) is None]
     names = {layer.name for layer in linears}
@@ -78,13 +78,13 @@ def _place(subject: Subject, layer: Layer) -> Iterator[Finding]:
             "embedding", "refused", [layer.name], "embeddings are looked up, not multiplied",
             "leave it dense, and name it in ignore",
         )  # fmt: skip
-    elif HEAD.fullmatch(layer.name) and subject.tied:
+    elif is_head(layer.name) and subject.tied:
         yield subject.finding(
             "tied-head", "wrong", [layer.name],
             "the config ties the head to the embedding, whose dense values it then gets",
             "leave the head dense, or set tie_word_embeddings to false",
         )  # fmt: skip
-    elif ROUTER.fullmatch(layer.name) and subject.engine != "transformers":
+    elif is_router(layer.name) and subject.engine != "transformers":
         yield subject.finding(
             "router", "refused", [layer.name], "routers of experts are built dense",
             "leave it dense, and name it in ignore",
@@ -160,7 +160,7 @@ def _fused(subject: Subject, parts: Sequence[Layer]) -> Finding | None:
 def _matched(subject: Subject, name: str, parts: Sequence[Layer]) -> Finding | None:
     """The config must lead the engine to the scheme that is stored."""
     names, stored = [layer.name for layer in parts], parts[0].scheme
-    if stored is None and (HEAD.fullmatch(name) or ROUTER.fullmatch(name)):
+    if stored is None and (is_head(name) or is_router(name)):
         return None  # built dense by the engines, whatever matches
     ignored = {is_ignored(subject.config, part, subject.engine) for part in names}
     match = find_match(subject.config, name, names if len(names) > 1 else (), subject.engine)
@@ -208,4 +208,73 @@ def _unlisted(subject: Subject, names: Sequence[str]) -> Finding | None:
     return subject.finding(
         "unlisted", "refused", names, "it is dense, and neither a target nor ignore names it",
         "name it in ignore",
+    )  # fmt: skip
+
+
+# One kernel for linears on a CPU, and few for experts. Facts of vLLM 0.32, in vllm/model_executor:
+# - kernels/linear/mixed_precision/cpu.py, CPUWNA16LinearKernel.can_implement: uint4 and uint4b8
+#   alone, even group sizes, K and N on each device multiples of 32.
+# - layers/fused_moe/oracle/int_wna16.py, _get_priority_backends: ZEN_CPU and CPU alone; then
+#   layers/fused_moe/experts/cpu_moe.py, CPUExpertsInt4: int4, on x86 with AMX; and
+#   experts/zentorch_moe.py, ZentorchExpertsInt4: int4 in groups, where zentorch is installed.
+# vLLM was seen to stop so: "No WNA16 MoE backend supports the deployment configuration".
+_CPU_BITS, _CPU_MULTIPLE = 4, 32
+_ON_GPU = "serve it on a GPU"
+
+
+def cpu_rules(subject: Subject) -> Iterator[Finding]:
+    """All findings that are about the CPU."""
+    if subject.engine != "vllm" or subject.device != "cpu":
+        return
+    for parts in _engine_layers(subject).values():
+        if parts[0].scheme is not None:
+            yield from _linear_on_cpu(subject, parts)
+    stacks: dict[str, Layer] = {}
+    for layer in subject.packed:
+        stack = stack_of(layer.name)
+        if stack is not None:
+            stacks.setdefault(stack, layer)
+    for stack, layer in stacks.items():
+        yield _experts_on_cpu(subject, stack, layer)
+
+
+def _linear_on_cpu(subject: Subject, parts: Sequence[Layer]) -> Iterator[Finding]:
+    names, scheme = [layer.name for layer in parts], parts[0].scheme
+    assert scheme is not None
+    if scheme.bits != _CPU_BITS:
+        yield subject.finding(
+            "cpu-bits", "refused", names, f"{scheme} has no kernel on a CPU, which takes 4 bits",
+            f"quantize to 4 bits, or {_ON_GPU}",
+        )  # fmt: skip
+        return
+    if scheme.group_size is not None and scheme.group_size % 2:
+        yield subject.finding(
+            "cpu-group-size", "refused", names, f"group {scheme.group_size} is odd",
+            "repeat the scales to an even group size",
+        )  # fmt: skip
+    k, n = parts[0].k, sum(layer.n for layer in parts)
+    if is_split_along_k(names[0]):
+        k //= subject.tp
+    elif is_split_along_n(names[0]):
+        n //= subject.tp
+    if k % _CPU_MULTIPLE or n % _CPU_MULTIPLE:
+        yield subject.finding(
+            "cpu-shape", "refused", names,
+            f"{n} x {k} on each device are no multiples of {_CPU_MULTIPLE}, as a CPU's kernel "
+            "needs",
+            f"leave the layer dense, or {_ON_GPU}",
+        )  # fmt: skip
+
+
+def _experts_on_cpu(subject: Subject, stack: str, layer: Layer) -> Finding:
+    scheme = layer.scheme
+    assert scheme is not None
+    where = (
+        "experts of 4 bits run on x86 CPUs with AMX, or with zentorch, alone"
+        if scheme.bits == _CPU_BITS
+        else f"experts of {scheme} have no kernel on a CPU"
+    )
+    return subject.finding(
+        "cpu-experts", "refused", [stack], where,
+        f"{_ON_GPU}, or leave experts dense (--exclude experts)",
     )  # fmt: skip

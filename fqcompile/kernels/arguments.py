@@ -14,101 +14,67 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.epilogue import activation as activation_entry
 from fqcompile.kernels.registry import parse_kernel
-from fqcompile.kernels.template import Shape
+from fqcompile.kernels.template import PackedLinear, Routing, Shape
 
 Holds = Callable[[Any], bool]
 Run = TypeVar("Run", bound=Callable[..., Any])
 _MOST_FORMS = 4096  # forms of layers whose shapes are remembered
 
 
-def check_linear(
+def check_matmul(
     x: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    bits: int,
-    group_size: int,
-    n: int,
-    k: int,
-    activation: str,
-    gated: bool,
+    weight: PackedLinear,
+    routing: Routing | None,
+    epilogue: Epilogue,
     kernel: str,
+    zero_rest: bool = False,
     *,
     holds: Holds = bool,
 ) -> None:
     """x [..., K], bias [rows of the weight] and residual [..., N] of one type, and the weight.
 
+    With a routing x [M, K], one offset for each expert or one id for each row, and bias [E, rows].
+
     Raises:
-        RuntimeError: one of them has another shape or type.
+        RuntimeError: one of them has another shape or type, or does not go with the routing.
         OptionError: there is no such activation.
         NoKernelError: the kernel is not installed here.
     """
-    rows = 2 * n if gated else n
-    codes, scales = _shapes(kernel, activation, bits, group_size, rows, k)
-    if qweight.shape != codes or scale.shape != scales:
-        raise _other_form(qweight, scale, kernel, bits, group_size, rows, k, "")
-    shape = x.shape
-    if not shape or not holds(shape[-1] == k):
-        raise RuntimeError(
-            f"x has {shape[-1] if shape else 'no'} columns; the weight has K={k}: a layer of "
-            f"N={n} takes x of shape [..., {k}], not {tuple(shape)}"
-        )
-    if bias is not None and (bias.shape != (rows,) or bias.dtype != x.dtype):
-        raise _other_values(bias, (rows,), x, "bias")
+    qweight, scale, bits, group_size, rows, k = weight
+    bias, residual, activation, _ = epilogue
+    if routing is None:
+        # As `check_weight`: every eager call of a layer comes this way.
+        codes, scales = _shapes(kernel, activation, bits, group_size, rows, k)
+        if qweight.shape != codes or scale.shape != scales:
+            raise _other_form(weight, kernel, "")
+        shape = x.shape
+        if not shape or not holds(shape[-1] == k):
+            raise _other_columns(x, k, epilogue.columns(rows))
+    else:
+        _check_routed(x, "x", k, qweight, routing, holds)
+        check_weight(weight, kernel, activation, stacked=True)
+    if zero_rest and (routing is None or routing.offsets is None):
+        raise RuntimeError("zero_rest=True is about rows past the last offset; it needs offsets")
+    if bias is not None:
+        biases = (rows,) if routing is None else (qweight.shape[0], rows)
+        if bias.shape != biases or bias.dtype != x.dtype:
+            raise _other_values(bias, biases, x, "bias")
     if residual is not None:
-        added = (*shape[:-1], n)
+        if routing is not None:
+            raise RuntimeError(
+                f"residual of shape {tuple(residual.shape)} beside offsets or ids: rows of experts "
+                "take no residual; add it to the result"
+            )
+        added = (*x.shape[:-1], epilogue.columns(rows))
         if residual.shape != added or residual.dtype != x.dtype:
             raise _other_values(residual, added, x, "residual")
 
 
-def check_experts(
-    x: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    offsets: Tensor | None,
-    ids: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    n: int,
-    k: int,
-    activation: str,
-    gated: bool,
-    kernel: str,
-    *,
-    holds: Holds = bool,
-) -> None:
-    """x [M, K], one offset for each expert or one id for each row, bias [E, rows of one].
-
-    Raises:
-        RuntimeError: one of them has another shape or type.
-        OptionError: there is no such activation.
-        NoKernelError: the kernel is not installed here.
-    """
-    rows = 2 * n if gated else n
-    _check_routed(x, "x", k, qweight, offsets, ids, holds)
-    check_weight(qweight, scale, bits, group_size, rows, k, kernel, activation, stacked=True)
-    each = (qweight.shape[0], rows)
-    if bias is not None and (bias.shape != each or bias.dtype != x.dtype):
-        raise _other_values(bias, each, x, "bias")
-
-
-def check_experts_backward(
-    dz: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    offsets: Tensor | None,
-    ids: Tensor | None,
-    bits: int,
-    group_size: int,
-    rows: int,
-    k: int,
-    kernel: str,
-    *,
-    holds: Holds = bool,
+def check_backward(
+    dz: Tensor, weight: PackedLinear, routing: Routing, kernel: str, *, holds: Holds = bool
 ) -> None:
     """dz [M, rows of one expert], routed as x was.
 
@@ -116,21 +82,12 @@ def check_experts_backward(
         RuntimeError: one of them has another shape or type.
         NoKernelError: the kernel is not installed here.
     """
-    _check_routed(dz, "dz", rows, qweight, offsets, ids, holds)
-    check_weight(qweight, scale, bits, group_size, rows, k, kernel, stacked=True)
+    _check_routed(dz, "dz", weight.rows, weight.qweight, routing, holds)
+    check_weight(weight, kernel, stacked=True)
 
 
 def check_weight(
-    qweight: Tensor,
-    scale: Tensor,
-    bits: int,
-    group_size: int,
-    rows: int,
-    k: int,
-    kernel: str,
-    activation: str = "none",
-    *,
-    stacked: bool = False,
+    weight: PackedLinear, kernel: str, activation: str = "none", *, stacked: bool = False
 ) -> None:
     """qweight and scale as the kernel's layout has them, of a stack with [E, ...] in front.
 
@@ -139,11 +96,13 @@ def check_weight(
         OptionError: there is no such activation.
         NoKernelError: the kernel is not installed here.
     """
+    qweight, scale, bits, group_size, rows, k = weight
     codes, scales = _shapes(kernel, activation, bits, group_size, rows, k)
-    stack = qweight.shape[:1] if stacked else ()
-    if qweight.shape != (*stack, *codes) or scale.shape != (*stack, *scales):
-        each = ", of each expert" if stacked else ""
-        raise _other_form(qweight, scale, kernel, bits, group_size, rows, k, each)
+    if stacked:
+        experts = qweight.shape[:1]
+        codes, scales = (*experts, *codes), (*experts, *scales)
+    if qweight.shape != codes or scale.shape != scales:
+        raise _other_form(weight, kernel, ", of each expert" if stacked else "")
 
 
 @lru_cache(_MOST_FORMS)
@@ -155,16 +114,8 @@ def _shapes(
     return parse_kernel(kernel).template.layout.shapes(bits, group_size, rows, k)
 
 
-def _other_form(
-    qweight: Tensor,
-    scale: Tensor,
-    kernel: str,
-    bits: int,
-    group_size: int,
-    rows: int,
-    k: int,
-    each: str,
-) -> RuntimeError:
+def _other_form(weight: PackedLinear, kernel: str, each: str) -> RuntimeError:
+    qweight, scale, bits, group_size, rows, k = weight
     codes, scales = _shapes(kernel, "none", bits, group_size, rows, k)
     return RuntimeError(
         f"qweight and scale have the shapes {tuple(qweight.shape)} and {tuple(scale.shape)}; "
@@ -178,8 +129,7 @@ def _check_routed(
     name: str,
     columns: int,
     qweight: Tensor,
-    offsets: Tensor | None,
-    ids: Tensor | None,
+    routing: Routing,
     holds: Holds,
 ) -> None:
     if x.dim() != 2:
@@ -187,17 +137,25 @@ def _check_routed(
     if not holds(x.shape[1] == columns):
         kind = "K" if name == "x" else "rows"
         raise RuntimeError(f"{name} has {x.shape[1]} columns; the weight has {kind}={columns}")
-    routing = offsets if ids is None else ids
-    if routing is None or (offsets is not None and ids is not None):
+    offsets, ids = routing
+    given = offsets if ids is None else ids
+    if given is None or (offsets is not None and ids is not None):
         raise RuntimeError("rows are told their experts by offsets or by ids, by one of the two")
-    if routing.dim() != 1:
-        raise RuntimeError(f"routing has {routing.dim()} dimensions; it has 1")
-    if routing.dtype not in (torch.int32, torch.int64):
-        raise RuntimeError(f"routing is {routing.dtype}; it must be int32 or int64")
-    if ids is None and not holds(routing.shape[0] == qweight.shape[0]):
-        raise RuntimeError(f"{routing.shape[0]} offsets for {qweight.shape[0]} experts")
+    if given.dim() != 1:
+        raise RuntimeError(f"routing has {given.dim()} dimensions; it has 1")
+    if given.dtype not in (torch.int32, torch.int64):
+        raise RuntimeError(f"routing is {given.dtype}; it must be int32 or int64")
+    if ids is None and not holds(given.shape[0] == qweight.shape[0]):
+        raise RuntimeError(f"{given.shape[0]} offsets for {qweight.shape[0]} experts")
     if ids is not None and not holds(ids.shape[0] == x.shape[0]):
         raise RuntimeError(f"{ids.shape[0]} ids for {x.shape[0]} rows of {name}")
+
+
+def _other_columns(x: Tensor, k: int, n: int) -> RuntimeError:
+    return RuntimeError(
+        f"x has {x.shape[-1] if x.shape else 'no'} columns; the weight has K={k}: a layer of "
+        f"N={n} takes x of shape [..., {k}], not {tuple(x.shape)}"
+    )
 
 
 def _other_values(values: Tensor, shape: Shape, x: Tensor, name: str) -> RuntimeError:

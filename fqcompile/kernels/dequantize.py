@@ -3,26 +3,18 @@
 import torch
 import torch.nn.functional as F
 
-from fqcompile.kernels.epilogue import apply_epilogue
-from fqcompile.kernels.launch_table import Config
-from fqcompile.kernels.routing import one_by_one
+from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.template import PLAIN, PackedLinear, Template, dequantize_plain
+from fqcompile.kernels.template import PLAIN, PackedLinear, Template, dequantize_plain, one_by_one
 
 # Weights dequantised at a time: they are multiplied while in the cache, and no large buffer is
 # mapped anew on every call. Measured, 4096 x 4096, int4, M = 1, fp32: 9 ms against 35.
 _CPU_CHUNK = 1 << 21
 
 
-def _linear(
-    x: torch.Tensor,
-    weight: PackedLinear,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    activation: str,
-    gated: bool,
-    config: Config | None,
-) -> torch.Tensor:
+def multiply(x: torch.Tensor, weight: PackedLinear, epilogue: Epilogue) -> torch.Tensor:
+    """`act(x @ ŵᵀ + bias) + residual` [M, N] for one matrix in the plain layout."""
+    bias = epilogue.bias
     step = max(1, _CPU_CHUNK // max(1, weight.k))
     if x.device.type != "cpu" or weight.rows <= step:
         z = F.linear(x, dequantize_plain(weight, x.dtype), bias)
@@ -32,7 +24,7 @@ def _linear(
             rows = slice(start, min(start + step, weight.rows))
             w_hat = dequantize_plain(_rows_of(weight, rows), x.dtype)
             z[:, rows] = F.linear(x, w_hat, None if bias is None else bias[rows])
-    return apply_epilogue(z, None, residual, activation, gated)
+    return epilogue.apply_to_biased(z)
 
 
 def _rows_of(weight: PackedLinear, rows: slice) -> PackedLinear:
@@ -44,6 +36,4 @@ def _refuse(spec: GemmSpec) -> str | None:
     return None
 
 
-DEQUANTIZE = Template(
-    "dequantize", PLAIN, _refuse, lambda spec: None, _linear, experts=one_by_one(_linear)
-)
+DEQUANTIZE = Template("dequantize", PLAIN, _refuse, lambda spec: None, one_by_one(multiply))

@@ -1,13 +1,14 @@
 """Template: one way to run a quantised matmul, as a value to ask and to call."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 
-from fqcompile.kernels.launch_table import Config, LaunchTable
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.spec import Config, GemmSpec, LaunchTable
 from fqcompile.quant.affine import dequantize_rows
 from fqcompile.quant.granularity import num_groups
 from fqcompile.quant.packing import packed_columns
@@ -33,42 +34,104 @@ class PackedLinear(NamedTuple):
     k: int
 
 
-class LinearFn(Protocol):
+class Routing(NamedTuple):
+    """Which rows of x go to which expert: exactly one of the two is given, of int32 or int64.
+
+    offsets [E]   x is sorted by expert: expert e has the rows offsets[e-1] to offsets[e]; those
+                  from the last offset on belong to no expert and are neither read nor written
+    ids [M]       row m goes to expert ids[m]; a negative id counts from the last one, as in W[ids]
+    """
+
+    offsets: torch.Tensor | None = None
+    ids: torch.Tensor | None = None
+
+    def rows_of_experts(self, experts: int, m: int) -> Iterator[tuple[int, slice | torch.Tensor]]:
+        """Each expert that has rows, with them. Reads the routing on the host.
+
+        Raises:
+            IndexError: an id names no expert, or offsets fall or pass the rows there are.
+        """
+        if self.offsets is not None:
+            yield from _runs(self.offsets.tolist(), m)
+            return
+        assert self.ids is not None
+        rows: dict[int, list[int]] = {}
+        for row, index in enumerate(self.ids.tolist()):
+            if not -experts <= index < experts:
+                raise IndexError(
+                    f"ids[{row}] is {index}; the weight has {experts} experts, so ids must be from "
+                    f"{-experts} to {experts - 1}"
+                )
+            rows.setdefault(index % experts, []).append(row)
+        for expert, own in sorted(rows.items()):
+            yield expert, _as_rows(own)
+
+
+def _runs(ends: list[int], m: int) -> Iterator[tuple[int, slice]]:
+    bounds = [0, *ends]
+    falls = next((i for i, (a, b) in enumerate(pairwise(bounds)) if b < a), None)
+    if falls is not None or bounds[-1] > m:
+        where = f"offsets[{falls}] falls" if falls is not None else f"the last is over {m}"
+        raise IndexError(
+            f"offsets must rise from 0 to at most the {m} rows of x; {where} in {ends}"
+        )
+    for expert, (start, end) in enumerate(pairwise(bounds)):
+        if end > start:
+            yield expert, slice(start, end)
+
+
+def _as_rows(rows: list[int]) -> slice | torch.Tensor:
+    """A slice where the rows are neighbours: reading one makes no copy."""
+    first, last = rows[0], rows[-1]
+    return slice(first, last + 1) if last - first + 1 == len(rows) else torch.tensor(rows)
+
+
+class Run(Protocol):
     """`act(x @ ŵᵀ + bias) + residual` for x [M, K] with M >= 1; returns [M, N] in x's dtype.
 
-    The residual [M, N] has x's dtype too; the operator sees to it (see `arguments`).
+    With a routing the weight is a stack of experts, the bias [E, rows of one], and there is no
+    residual: `act(x[m] @ ŵ[e(m)]ᵀ + bias[e(m)])`. Experts without rows are not read, rows without
+    an expert are not written. The operator has checked all sizes and types (see `arguments`).
     """
 
     def __call__(
         self,
         x: torch.Tensor,
         weight: PackedLinear,
-        bias: torch.Tensor | None,
-        residual: torch.Tensor | None,
-        activation: str,
-        gated: bool,
+        routing: Routing | None,
+        epilogue: Epilogue,
         config: Config | None,
     ) -> torch.Tensor: ...
 
 
-class ExpertsFn(Protocol):
-    """`act(x[m] @ ŵ[e(m)]ᵀ + bias[e(m)])` for x [M, K] with M >= 1; returns [M, N] in x's dtype.
+def expert_of(weight: PackedLinear, expert: int) -> PackedLinear:
+    """One expert of packed stacks qweight [E, ...] and scale [E, ...]; a view."""
+    return weight._replace(qweight=weight.qweight[expert], scale=weight.scale[expert])
 
-    Row m's expert e(m) is told by offsets or by ids, see `routing`; bias is [E, rows of one].
-    Experts without rows are not read; rows without an expert are not written.
-    """
 
-    def __call__(
-        self,
+Multiply = Callable[[torch.Tensor, PackedLinear, Epilogue], torch.Tensor]
+
+
+def one_by_one(multiply: Multiply) -> Run:
+    """Runs experts too by a kernel for one matrix, which has no configuration: each with rows."""
+
+    def run(
         x: torch.Tensor,
         weight: PackedLinear,
-        offsets: torch.Tensor | None,
-        ids: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        activation: str,
-        gated: bool,
+        routing: Routing | None,
+        epilogue: Epilogue,
         config: Config | None,
-    ) -> torch.Tensor: ...
+    ) -> torch.Tensor:
+        if routing is None:
+            return multiply(x, weight, epilogue)
+        bias = epilogue.bias
+        y = x.new_empty(x.shape[0], epilogue.columns(weight.rows))
+        for expert, rows in routing.rows_of_experts(weight.qweight.shape[0], x.shape[0]):
+            own = epilogue._replace(bias=None if bias is None else bias[expert])
+            y[rows] = multiply(x[rows], expert_of(weight, expert), own)
+        return y
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -135,16 +198,14 @@ class Template:
     Attributes:
         refuse: pure and total: None where the template can run the spec, else the reason it cannot.
         launches: the configurations without measuring (None: nothing to configure).
-        linear: runs it.
+        run: runs it, for one matrix or for experts; `one_by_one` makes it of a kernel for one.
         candidates: configurations worth measuring for M rows, the one of `launches` first; at most
             12 in mode "fast".
-        experts: runs it for experts; None where the template has one matrix alone.
     """
 
     name: str
     layout: Layout
     refuse: Callable[[GemmSpec], str | None]
     launches: Callable[[GemmSpec], LaunchTable | None]
-    linear: LinearFn
+    run: Run
     candidates: Callable[[GemmSpec, int, SearchMode], Sequence[Config]] = nothing_to_search
-    experts: ExpertsFn | None = None

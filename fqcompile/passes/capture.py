@@ -43,7 +43,8 @@ def capture(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig
         for index, (node, value) in enumerate(zip(inputs, args, strict=True))
         if isinstance(value, nn.Parameter) and node not in constants
     }
-    known = name_inputs(constants | passed, args) | _names_inside(copied)
+    named = constants | passed
+    known = name_inputs(named, args) | _names_inside(copied)
     # What a model carries over a graph break arrives as an argument, and is its own all the same.
     constants |= {node: index for node, index in passed.items() if known[node].held}
     written = _writers(copied.graph, inputs, args)
@@ -52,6 +53,7 @@ def capture(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig
         args=args,
         config=config,
         constants={node: i for node, i in constants.items() if node not in written},
+        named=named,
         written=written,
         known=known,
         grad_possible=torch.is_grad_enabled() or enables_grad(copied.graph),

@@ -79,6 +79,7 @@ def kept_matrices(state: GraphState) -> list[KeptWeight]:
     for node in state.names:
         known, readers = state.known[node], _readers(node, to_sites)
         table = _reads_rows(node) and not (node in used and known.embedded)
+        as_table = table or node in used
         if node in used:
             readers = [reader for reader in readers if reads_values(reader, known.embedded)]
         elif all(reader.op == "output" for reader in readers):
@@ -94,7 +95,9 @@ def kept_matrices(state: GraphState) -> list[KeptWeight]:
         kept.append(
             KeptWeight(
                 identity=id(weight),
-                name=known.table if table or node in used else known.name,
+                input=state.named.get(node),
+                name=known.table if as_table else known.name,
+                table=as_table,
                 kind=_kind(weight, readers),
                 shape=tuple(weight.shape),
                 nbytes=weight.numel() * weight.element_size(),

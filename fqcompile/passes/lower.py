@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fqcompile.config import FineQuantConfig
-from fqcompile.kernels.ops import CACHE_TAG
+from fqcompile.kernels.op import CACHE_TAG
 from fqcompile.passes.base import GraphState, PackedPair, placeholders
 from fqcompile.torch_compat import (
     STATIC_INPUT,

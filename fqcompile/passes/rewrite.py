@@ -1,12 +1,12 @@
-"""6 rewrite: each quantised matmul becomes one call of an operator on two new inputs.
+"""6 rewrite: each quantized matmul becomes one call of the operator on two new inputs.
 
-linear(x, w, b)              ->  linear(x, qweight_i, scale_i, b, ...)        x [..., K] -> [..., N]
-w @ x                        ->  linear(x.mT, ...).mT
-einsum("bsd,dhk->bshk", ..)  ->  linear(x, ...).unflatten(-1, (h, k))
-_grouped_mm(x, w, offs=o)    ->  grouped_linear(x, .., o)
-bmm(x [E, C, K], w)          ->  grouped_linear(x.reshape(-1, K), .., arange(1, E + 1) * C)
-bmm(w[ids], x.unsqueeze(-1)) ->  gathered_linear(x, .., ids).unsqueeze(-1)
-einsum("ti,taoi->tao", ..)   ->  gathered_linear(x repeated [t * a, i], .., ids.reshape(-1))
+linear(x, w, b)              ->  matmul(x, qweight_i, scale_i, b, ...)        x [..., K] -> [..., N]
+w @ x                        ->  matmul(x.mT, ...).mT
+einsum("bsd,dhk->bshk", ..)  ->  matmul(x, ...).unflatten(-1, (h, k))
+_grouped_mm(x, w, offs=o)    ->  matmul(x, .., offsets=o)
+bmm(x [E, C, K], w)          ->  matmul(x.reshape(-1, K), .., offsets=arange(1, E + 1) * C)
+bmm(w[ids], x.unsqueeze(-1)) ->  matmul(x, .., ids=ids).unsqueeze(-1)
+einsum("ti,taoi->tao", ..)   ->  matmul(x repeated [t * a, i], .., ids=ids.reshape(-1))
 
 A bias that is a row is an argument of the operator; another is added behind it.
 """
@@ -28,7 +28,7 @@ from fqcompile.passes.base import (
 )
 from fqcompile.passes.emit import VIEWS, Emitter, Size
 from fqcompile.passes.fold import ConstantFolder
-from fqcompile.passes.op_nodes import GATHERED, GROUPED, LINEAR
+from fqcompile.passes.op_nodes import MATMUL, matmul_arguments
 from fqcompile.passes.sites import Contraction, WeightSite
 from fqcompile.weights.packed import PackedSpec
 from fqcompile.weights.recipe import target_name
@@ -101,13 +101,12 @@ def _operator(
 ) -> fx.Node:
     """The call for x [..., K], or [rows, K] where a routing says which expert a row belongs to."""
     *_, n, k = site.shape
-    target = LINEAR if routing is None else GATHERED if site.contraction.ids else GROUPED
-    rest = (site.contraction.zero_rest,) if target is GROUPED else ()
-    formats = (pair.spec.bits, pair.spec.group_size, n, k)
-    added = (bias, None) if target is LINEAR else (routing, None)
-    arguments = (x, pair.qweight, pair.scale, *added, *formats, "none", False, "", *rest)
+    roles, formats = site.contraction, (pair.spec.bits, pair.spec.group_size, n, k)
+    weight = (pair.qweight, pair.scale, bias, None, *formats)
+    routed = {} if routing is None else {"ids" if roles.ids else "offsets": routing}
+    arguments = matmul_arguments(x, *weight, "none", False, "", **routed, zero_rest=roles.zero_rest)
     with emit.graph.inserting_before(site.node):
-        op = emit.graph.call_function(target, arguments)
+        op = emit.graph.call_function(MATMUL, arguments)
     value, out = x.meta["example_value"], site.node.meta["example_value"]
     op.meta["example_value"] = value.new_empty((*value.shape[:-1], n), dtype=out.dtype)
     return op

@@ -112,11 +112,14 @@ class WeightSite:
 class KeptWeight:
     """A constant matrix that no form reads, with what reads it; listed, never quantised.
 
-    `identity` is the `id` of the tensor, which the graph must not keep alive.
+    `identity` is the `id` of the tensor, which the graph must not keep alive; `input` its position
+    among the inputs, if it is one; `table` whether it is called after who reads its rows.
     """
 
     identity: int
+    input: int | None
     name: str
+    table: bool
     kind: str
     shape: tuple[int, ...]
     nbytes: int

@@ -10,10 +10,11 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
-from fqcompile.report.files import replace_text
+from fqcompile.files.replace import replace_text
 from fqcompile.report.html import Section
 from fqcompile.report.page import render_page
 from fqcompile.report.pass_record import PassRecord, passes_html
@@ -24,7 +25,12 @@ from fqcompile.report.site import Site
 
 @dataclass(frozen=True)
 class CompileReport:
-    """One graph, from capture to the call that compiled what was left of it."""
+    """One graph, from capture to the call that compiled what was left of it.
+
+    Equal layers may run one graph. Its plan has a row for each weight that came in at a place where
+    it may be quantised, as soon as a call has brought it, under its own name. Where a graph has no
+    such place its rows are those of the weights that it was compiled with.
+    """
 
     graph: str
     plan: Plan
@@ -104,13 +110,13 @@ def record(report: CompileReport) -> None:
     _REPORTS.append(report)
 
 
-def with_warning(report: CompileReport, text: str) -> CompileReport:
-    """The report with one more warning, which takes its place among those of this process."""
-    changed = replace(report, warnings=(*report.warnings, text))
+def amend(report: CompileReport, **changes: Any) -> CompileReport:
+    """The report with these changes, which takes its place among those of this process."""
+    new = replace(report, **changes)
     for index, known in enumerate(list(_REPORTS)):
         if known is report and _REPORTS[index] is report:
-            _REPORTS[index] = changed
-    return changed
+            _REPORTS[index] = new
+    return new
 
 
 def recorded() -> list[CompileReport]:
@@ -121,6 +127,7 @@ def recorded() -> list[CompileReport]:
 def reports() -> list[CompileReport]:
     """The reports of the graphs that were compiled in this process last, 256 at most, newest last.
 
+    Each is as of now: rows of further layers that run its graph are in one that is asked for later.
     With `debug_dir` or TORCH_TRACE each holds its graph before and after every pass, as text. Where
     there is none, a warning says why that may be.
     """

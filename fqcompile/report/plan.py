@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
-from fqcompile.report.files import replace_text
+from fqcompile.files.replace import replace_text
 from fqcompile.report.html import Section
 from fqcompile.report.page import render_page
 from fqcompile.report.plan_page import options_html, plan_sections

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 LeastTime = float | Callable[[], float | None] | None
 
@@ -58,6 +58,10 @@ class Site:
     def per_column(self) -> bool:
         """Whether one scale serves each whole output column."""
         return self.group_size is not None and self.group_size >= self.shape[-1]
+
+    def but(self, **changes: object) -> Self:
+        """The row with these changes; what is computed when it is first read is not computed."""
+        return replace(self, **{"least_us": vars(self)["least_us"], **changes})
 
     def as_dict(self) -> dict[str, object]:
         """The fields as JSON holds them, without the recipe."""

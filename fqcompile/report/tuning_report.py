@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from fqcompile.report.files import replace_text
+from fqcompile.files.replace import replace_text
 from fqcompile.report.page import render_page
 from fqcompile.report.tuning_case import TuningCase, doubts, summary
 from fqcompile.report.tuning_page import tuning_facts, tuning_sections

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fqcompile.files.safetensors_file import bytes_of
 from fqcompile.quant.chunks import each_chunk
 
 _PIECE = 1 << 25  # bytes
@@ -31,12 +32,6 @@ def content_digest(w: Tensor) -> str:
         for piece in _digests(matrix):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def bytes_of(w: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on a CPU, which lives as long as this does."""
-    flat = w.detach().as_strided((w.numel(),), (1,))  # a view of one value may have any stride
-    return flat.view(torch.uint8).numpy().data
 
 
 def mixed_sum(w: Tensor) -> int:

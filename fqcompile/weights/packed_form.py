@@ -6,9 +6,8 @@ from typing import Literal
 
 import torch
 
-from fqcompile.kernels.gpu import gpu_of
 from fqcompile.kernels.registry import TEMPLATES, select_kernel
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import GemmSpec, gpu_of
 from fqcompile.kernels.template import PLAIN, Layout
 
 Routed = Literal["grouped", "gathered"]  # how rows are told their experts

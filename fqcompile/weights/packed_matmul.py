@@ -1,11 +1,11 @@
-"""Matmuls with a PackedWeight, each one call of an fqcompile operator on its two tensors.
+"""Matmuls with a PackedWeight, each one call of `fqcompile::matmul` on its two tensors.
 
-linear(x, w, b); mm, addmm, matmul with w.t()       -> fqcompile::linear
-_grouped_mm(x, w.mT, offsets)                       -> fqcompile::grouped_linear
+linear(x, w, b); mm, addmm, matmul with w.t()       -> matmul(x, w, b)
+_grouped_mm(x, w.mT, offsets)                       -> matmul(x, w, offsets)
 bmm(w, x), baddbmm: C rows for each expert          -> the same
-bmm(w[ids], x)                                      -> fqcompile::gathered_linear
+bmm(w[ids], x)                                      -> matmul(x, w, ids)
 
-The operators are those without a backward: a gradient for x flows through the aten matmul around
+The operator is the one without a backward: a gradient for x flows through the aten matmul around
 this one, whose own backward multiplies with the dequantised weight.
 """
 
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from fqcompile.errors import NoKernelError
-from fqcompile.kernels.expert_ops import gathered_linear_inference, grouped_linear_inference
-from fqcompile.kernels.ops import linear_inference
+from fqcompile.kernels.op import matmul_inference
 from fqcompile.kernels.registry import KernelChoice, select_kernel
 from fqcompile.kernels.tuning.launches import tuned_launches
 from fqcompile.weights.packed_form import PackedForm, Routed, spec_of
@@ -61,7 +60,7 @@ def _linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Any:
     if kernel is None:
         return NotImplemented
     formats = (form.bits, form.group_size, form.rows, form.k, "none", False, kernel)
-    return linear_inference(x, w.qweight, w.scale, bias, None, *formats)
+    return matmul_inference(x, w.qweight, w.scale, bias, None, *formats)
 
 
 def _experts(
@@ -78,9 +77,8 @@ def _experts(
     if kernel is None:
         return NotImplemented
     formats = (form.bits, form.group_size, form.rows, form.k, "none", False, kernel)
-    if offsets is None:
-        return gathered_linear_inference(x, w.qweight, w.scale, ids, None, *formats)
-    return grouped_linear_inference(x, w.qweight, w.scale, offsets, None, *formats, zero_rest)
+    routing = (offsets, ids, zero_rest)
+    return matmul_inference(x, w.qweight, w.scale, None, None, *formats, *routing)
 
 
 def _is_matrix(w: object, *, transposed: bool) -> bool:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import SymInt, Tensor
 
-from fqcompile.kernels.ops import dequantize
+from fqcompile.kernels.op import dequantize
 from fqcompile.kernels.registry import LAYOUTS
 from fqcompile.kernels.template import PackedLinear
 from fqcompile.quant.quantized_weight import QuantizedWeight

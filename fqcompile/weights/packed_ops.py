@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fqcompile.kernels.ops import dequantize
+from fqcompile.kernels.op import dequantize
 from fqcompile.kernels.registry import LAYOUTS
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from fqcompile.torch_compat import DispatchKey, cond_op, return_and_correct_aliasing

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fqcompile.errors import FineQuantError
-from fqcompile.kernels.ops import CACHE_TAG
+from fqcompile.kernels.op import CACHE_TAG
 from fqcompile.kernels.template import PackedLinear
 from fqcompile.quant.chunks import plain_tensors
 from fqcompile.quant.quantized_weight import QuantizedWeight

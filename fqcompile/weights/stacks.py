@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from fqcompile.kernels.cpu.huge_pages import in_huge_pages
-from fqcompile.kernels.routing import expert_of
-from fqcompile.kernels.template import PLAIN, Layout, PackedLinear, PackedTensors
+from fqcompile.kernels.template import PLAIN, Layout, PackedLinear, PackedTensors, expert_of
 from fqcompile.quant.quantized_weight import QuantizedWeight
 
 

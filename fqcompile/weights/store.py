@@ -24,7 +24,7 @@ from fqcompile.kernels.template import PackedTensors
 from fqcompile.locks import fork_safe
 from fqcompile.quant.choose import QuantPlan, choose_and_quantize
 from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.weights.find_or_quantize import find_or_quantize
+from fqcompile.weights.disk_cache import find_or_quantize
 from fqcompile.weights.fingerprint import ATTEMPTS, Memory, Values, fingerprint, values_of
 from fqcompile.weights.no_memory import Lifetime, lifetime
 from fqcompile.weights.packed import (

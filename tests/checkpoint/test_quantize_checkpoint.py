@@ -120,14 +120,13 @@ def test_a_resumed_run_quantises_nothing_twice(
     noted = {name for line in journal[1:] for name in json.loads(line)["packed"]}
     assert noted
     quantised = []
-    module = "fqcompile.checkpoint.stream_writer"
-    original = sys.modules[module].write_packed  # type: ignore[attr-defined]
+    original = shards.ShardWriter.add_packed
 
     def spy(writer: Any, name: str, *rest: Any, **named: Any) -> Any:
         quantised.append(name)
         return original(writer, name, *rest, **named)
 
-    monkeypatch.setattr(f"{module}.write_packed", spy)
+    monkeypatch.setattr(shards.ShardWriter, "add_packed", spy)
     plan = fqcompile.quantize_checkpoint(source, out, resume=True, **OPTIONS)
     assert not noted & set(quantised)
     assert noted | set(quantised) == {site.name for site in plan.quantized}

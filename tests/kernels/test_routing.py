@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fqcompile.kernels.routing import Routing
+from fqcompile.kernels.template import Routing
 
 integers = st.sampled_from([torch.int32, torch.int64])
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fqcompile.passes.expert_bias import is_even_routing
+from fqcompile.passes.fuse_patterns import is_even_routing
 from fqcompile.passes.op_nodes import argument
 from tests.passes.graphs import Run, assert_same, run_passes
 

@@ -29,12 +29,13 @@ def spelled(target: Any, *args: Any, **kwargs: Any) -> tuple[Call, Tensor, Graph
             return node
         return [put(one) for one in value] if isinstance(value, list) else value
 
-    given, named = tuple(map(put, args)), {key: put(value) for key, value in kwargs.items()}
     call = graph.call_method if isinstance(target, str) else graph.call_function
-    node = call(target, given, named)
+    node = call(target, tuple(map(put, args)), {key: put(kwargs[key]) for key in kwargs})
     graph.output(node)
     module = fx.GraphModule({}, graph)
-    state = GraphState(module, [*values.values()], FineQuantConfig(), {}, {}, {}, False)
+    empty: dict[str, Any] = {"constants": {}, "named": {}, "written": {}, "known": {}}
+    given = [*values.values()]
+    state = GraphState(module, given, FineQuantConfig(), **empty, grad_possible=False)
     normalize(state)
     graph.lint()
     module.recompile()

@@ -46,8 +46,8 @@ def test_graphs_are_kept_only_where_asked_for() -> None:
         texts = [p.after for p in recorder.records]
         assert all((text is not None) == keep for text in texts)
     rewrite = recorder.records[5]
-    assert "fqcompile.linear" not in rewrite.before
-    assert "fqcompile.linear" in rewrite.after
+    assert "fqcompile.matmul" not in rewrite.before
+    assert "fqcompile.matmul" in rewrite.after
 
 
 @pytest.mark.parametrize("word", WORDS)

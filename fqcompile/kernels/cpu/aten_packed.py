@@ -8,10 +8,8 @@ Measured on two AVX-512 BF16 cores, N = K = 4096, bf16, milliseconds at M = 1, 1
 
 import torch
 
-from fqcompile.kernels.dequantize import DEQUANTIZE
-from fqcompile.kernels.epilogue import apply_epilogue
-from fqcompile.kernels.launch_table import Config
-from fqcompile.kernels.routing import one_by_one
+from fqcompile.kernels import dequantize
+from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import (
     PLAIN,
@@ -20,6 +18,7 @@ from fqcompile.kernels.template import (
     PackedTensors,
     Shape,
     Template,
+    one_by_one,
 )
 from fqcompile.quant.packing import unpack
 from fqcompile.quant.qtype import QTYPES
@@ -52,19 +51,11 @@ def _refuse_int8(spec: GemmSpec) -> str | None:
     return _refuse_common(spec, 8)
 
 
-def _linear_int8(
-    x: torch.Tensor,
-    weight: PackedLinear,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    activation: str,
-    gated: bool,
-    config: Config | None,
-) -> torch.Tensor:
+def _multiply_int8(x: torch.Tensor, weight: PackedLinear, epilogue: Epilogue) -> torch.Tensor:
     if x.shape[0] > INT8_MAX_ROWS:
-        return DEQUANTIZE.linear(x, weight, bias, residual, activation, gated, config)
+        return dequantize.multiply(x, weight, epilogue)
     z = int8pack_mm(x.contiguous(), weight.qweight, weight.scale.view(-1))
-    return apply_epilogue(z, bias, residual, activation, gated)
+    return epilogue.apply(z)
 
 
 def _refuse_int4(spec: GemmSpec) -> str | None:
@@ -92,33 +83,15 @@ def _pack_int4(weight: QuantizedWeight) -> PackedTensors:
     return qweight, torch.stack((scale, torch.zeros_like(scale)), dim=-1)
 
 
-def _linear_int4(
-    x: torch.Tensor,
-    weight: PackedLinear,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    activation: str,
-    gated: bool,
-    config: Config | None,
-) -> torch.Tensor:
+def _multiply_int4(x: torch.Tensor, weight: PackedLinear, epilogue: Epilogue) -> torch.Tensor:
     z = int4pack_mm(x.contiguous(), weight.qweight, weight.group_size, weight.scale)
-    return apply_epilogue(z, bias, residual, activation, gated)
+    return epilogue.apply(z)
 
 
 ATEN_INT4_CPU = Layout("aten_int4_cpu", _pack_int4, _int4_shapes)
 INT8PACK = Template(
-    "aten_int8pack",
-    PLAIN,
-    _refuse_int8,
-    lambda spec: None,
-    _linear_int8,
-    experts=one_by_one(_linear_int8),
+    "aten_int8pack", PLAIN, _refuse_int8, lambda spec: None, one_by_one(_multiply_int8)
 )
 INT4PACK = Template(
-    "aten_int4pack",
-    ATEN_INT4_CPU,
-    _refuse_int4,
-    lambda spec: None,
-    _linear_int4,
-    experts=one_by_one(_linear_int4),
+    "aten_int4pack", ATEN_INT4_CPU, _refuse_int4, lambda spec: None, one_by_one(_multiply_int4)
 )

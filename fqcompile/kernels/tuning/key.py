@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fqcompile.kernels.gpu import Gpu
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import GemmSpec, Gpu
 
 # A bucket is named by its largest M; the last one, None, is open.
 Bucket = int | None

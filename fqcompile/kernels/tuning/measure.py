@@ -13,11 +13,9 @@ from statistics import median, quantiles
 import torch
 
 from fqcompile.errors import FineQuantError
-from fqcompile.kernels.epilogue import apply_epilogue
-from fqcompile.kernels.launch_table import Config
-from fqcompile.kernels.routing import Routing
-from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.template import Layout, PackedLinear, Template
+from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.spec import Config, GemmSpec
+from fqcompile.kernels.template import Layout, PackedLinear, Routing, Template
 from fqcompile.kernels.tuning.routed_rows import experts_of, packed_stack, routings
 from fqcompile.kernels.tuning.search import DeviceLost, Measure, WrongResult
 from fqcompile.kernels.tuning.table import Timing
@@ -77,9 +75,10 @@ def _linear(
 ) -> tuple[list[Run], torch.Tensor]:
     weight, x = random_problem(spec, m, device)
     weights, _ = packed_copies(weight, template.layout)
+    epilogue = Epilogue(activation=spec.activation, gated=spec.gated)
 
     def run(packed: PackedLinear, config: Config) -> torch.Tensor:
-        return template.linear(x, packed, None, None, spec.activation, spec.gated, config)
+        return template.run(x, packed, None, epilogue, config)
 
     runs: list[Run] = [partial(run, packed) for packed in weights]
     return runs, reference(x, weight, spec)
@@ -88,16 +87,14 @@ def _linear(
 def _experts(
     template: Template, spec: GemmSpec, m: int, device: torch.device
 ) -> tuple[list[Run], torch.Tensor]:
-    assert template.experts is not None, "select takes no other for experts"
-    experts = template.experts
     stack, x = random_problem(replace(spec, n=spec.experts * spec.n), m, device)
     weights = experts_of(stack, spec.experts)
     packed = packed_stack(weights, template.layout)
     in_turn = routings(spec, m, device)
+    epilogue = Epilogue(activation=spec.activation, gated=spec.gated)
 
     def run(weight: PackedLinear, routing: Routing, config: Config) -> torch.Tensor:
-        ends = (None, spec.activation, spec.gated, config)
-        return experts(x, weight, routing.offsets, routing.ids, *ends)
+        return template.run(x, weight, routing, epilogue, config)
 
     copies = min(rotation(packed.qweight.nbytes)[0], -(-_MOST_COPIES // len(in_turn)))
     clones = (
@@ -170,7 +167,7 @@ def reference(x: torch.Tensor, weight: QuantizedWeight, spec: GemmSpec) -> torch
         codes, scale = weight.qweight[rows], weight.scale[rows]
         w_hat = dequantize_rows(codes, scale, spec.bits, spec.group_size, spec.k, torch.float64)
         parts.append(x.double() @ w_hat.t())
-    return apply_epilogue(torch.cat(parts, 1), None, None, spec.activation, spec.gated)
+    return Epilogue(activation=spec.activation, gated=spec.gated).apply(torch.cat(parts, 1))
 
 
 def allowed_error(dtype: torch.dtype, k: int) -> float:

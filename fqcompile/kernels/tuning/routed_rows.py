@@ -9,9 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fqcompile.kernels.routing import Routing
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.template import Layout, PackedLinear
+from fqcompile.kernels.template import Layout, PackedLinear, Routing
 from fqcompile.quant.quantized_weight import QuantizedWeight
 
 

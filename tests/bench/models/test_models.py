@@ -17,7 +17,7 @@ from bench.models.phases import Decoding, Prefill, Rates, flops_of, ideal_ms, we
 from bench.models.rows import WAYS, Way, allowed_error, check_matrices, clocked
 from bench.models.section import extrapolated, tokens_per_second
 from bench.models.section import models as section
-from tests.bench.made_up_results import cells, content
+from tests.bench.made_up_results import content
 
 CPU = torch.device("cpu")
 OURS = ("int8", "int4", "int4 head")
@@ -31,7 +31,7 @@ def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 def arguments(*more: str) -> Any:
     given = ["--device", "cpu", "--inner", "eager", "--model", "tiny", "--layers", "1"]
     given += ["--batch", "2", "--context", "8", "--prompt", "4", "--ways", "inductor", *OURS]
-    return models.parse([*given, "--no-starts", *more])
+    return models.parse([*given, *more])
 
 
 def test_each_way_is_checked_and_timed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,7 +44,6 @@ def test_each_way_is_checked_and_timed(capsys: pytest.CaptureFixture[str]) -> No
         assert (row["layers"], row["of_layers"]) == (1, 4)
         assert row["error"] <= row["allowed"] == allowed_error(torch.bfloat16, 1)
         assert row["library"].split()[0] == ("torch" if row["way"] == "inductor" else "fqcompile")
-        assert "logits" not in row
         if row["way"] != "inductor":
             assert row["linear_bytes"] < 0.6 * row["linear_bytes_before"]
     models.show(results)
@@ -268,34 +267,3 @@ def test_a_library_runs_a_copy_and_the_model_stays(monkeypatch: pytest.MonkeyPat
         rows = list(model_rows.measured_rows(model, phase, ways, 1, "eager", Rates(1e10, 1e12)))
     assert torch.equal(model.lm_head.weight, before)
     assert not any("failure" in row for row in rows)
-    assert rows[0]["logits"] != rows[1]["logits"]
-
-
-def test_starts_are_measured_in_processes_of_their_own_and_checked() -> None:
-    asked = arguments("--phases", "decode", "--ways", "int4", "--threads", "1")
-    asked.starts = True
-    results = models.run(asked)
-    cold, warm = (row for row in results.rows if "start" in row)
-    assert (cold["start"], warm["start"]) == ("cold", "warm")
-    for row in (cold, warm):
-        assert "failure" not in row
-        assert 0 < row["quantize_s"] < row["first_call_s"]
-        assert 0 < row["loaded"] < row["peak"] > row["after"] > 0
-        assert row["error"] <= row["allowed"]
-    text = section(content([cold, warm], dtype="bf16"))
-    assert cells(text, "tiny")[:3] == ["tiny", "1 of 4", "int4"]
-
-
-def test_a_start_that_computes_something_else_is_not_reported(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def started(*arguments: Any) -> Row:
-        return {"first_call_s": 1.0, "logits": [1.0, 2.5]}
-
-    monkeypatch.setattr(models, "_started", started)
-    work = {"model": "tiny", "layers": 1, "phase": "decode", "batch": 1, "tokens": 8}
-    asked = arguments()
-    for expected, right in (([1.0, 2.5], True), ([1.0, -2.5], False)):
-        rows = list(models.start_rows(work, {"int4": expected}, 5, asked))
-        assert ["failure" not in row for row in rows] == [right, right]
-        assert all("logits" not in row for row in rows)

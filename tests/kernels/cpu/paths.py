@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fqcompile.errors import KernelBuildError
-from fqcompile.kernels.cache_directory import cache_directory
+from fqcompile.files.cache_directory import cache_directory
 from fqcompile.kernels.cpu import native_library
 from fqcompile.kernels.cpu.native_library import ISAS, NativeLibrary, build, load
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from fqcompile.kernels.cpu.stream import STREAM, X86_STREAM
 from fqcompile.kernels.cpu.stream_layout import dequantize as dequantize_by_torch
-from fqcompile.kernels.epilogue import ACTIVATIONS
-from fqcompile.kernels.ops import linear
+from fqcompile.kernels.epilogue import ACTIVATIONS, Epilogue
+from fqcompile.kernels.op import matmul
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import PackedLinear
 from fqcompile.quant.quantized_weight import QuantizedWeight
 from tests.kernels.cpu.paths import NAMES, path
-from tests.kernels.test_ops import oracle
+from tests.kernels.test_op import oracle
 from tests.strategies import Problem, make_problem
 
 if not NAMES:
@@ -53,7 +53,7 @@ def packed(p: Problem) -> PackedLinear:
 
 def assert_is_oracle(p: Problem) -> None:
     weight = packed(p)
-    got = linear(p.x, weight.qweight, weight.scale, *p.arguments[3:], "x86_stream")
+    got = matmul(p.x, weight.qweight, weight.scale, *p.arguments[3:], "x86_stream")
     want, bound = oracle(p)
     assert (got.shape, got.dtype) == (want.shape, p.x.dtype)
     error = (got.double() - want).abs()
@@ -134,7 +134,7 @@ def test_what_is_not_finite_stays_in_its_row(name: str) -> None:
     x = p.x.clone()
     x[4, 7], x[6, 3] = torch.nan, torch.inf
     with path(name):
-        got = linear(x, *packed(p)[:2], *p.arguments[3:], "x86_stream")
+        got = matmul(x, *packed(p)[:2], *p.arguments[3:], "x86_stream")
     others = [i for i in range(9) if i not in (4, 6)]
     assert bool(got[4].isnan().all())
     assert bool(got[others].isfinite().all())
@@ -147,11 +147,11 @@ def test_bias_of_another_type_and_strided() -> None:
     wide = torch.stack((p.bias.float(), torch.zeros(70)), 1)
     for bias in (wide[:, 0], p.bias.float(), p.bias.half()):
         with path(NAMES[-1]):
-            got = X86_STREAM.linear(p.x, packed(p), bias, None, "none", False, None)
+            got = X86_STREAM.run(p.x, packed(p), None, Epilogue(bias), None)
         want, bound = oracle(replace(p, bias=bias))
         assert bool(((got.double() - want).abs() <= bound).all())
     with pytest.raises(RuntimeError, match=r"fp32, bf16 and fp16, not torch\.float64"):
-        X86_STREAM.linear(p.x, packed(p), p.bias.double(), None, "none", False, None)
+        X86_STREAM.run(p.x, packed(p), None, Epilogue(p.bias.double()), None)
 
 
 SPEC = GemmSpec(4, 64, 128, 4, 64, torch.bfloat16, torch.bfloat16, "cpu")
@@ -189,8 +189,8 @@ def test_unaligned_weights_are_only_slower() -> None:
 
     weight = packed(p)
     with path(NAMES[0]):
-        a = linear(p.x, weight.qweight, weight.scale, *p.arguments[3:], "x86_stream")
-        b = linear(p.x, moved(weight.qweight), moved(weight.scale), *p.arguments[3:], "x86_stream")
+        a = matmul(p.x, weight.qweight, weight.scale, *p.arguments[3:], "x86_stream")
+        b = matmul(p.x, moved(weight.qweight), moved(weight.scale), *p.arguments[3:], "x86_stream")
     assert torch.equal(a, b)
 
 
@@ -200,6 +200,6 @@ def test_strided_weights_are_copied_and_held_while_they_are_read() -> None:
     weight = packed(p)
     strided = [torch.stack((t, torch.zeros_like(t)), -1)[..., 0] for t in weight[:2]]
     with path(NAMES[0]):
-        a = linear(p.x, weight.qweight, weight.scale, *p.arguments[3:], "x86_stream")
-        b = linear(p.x, *strided, *p.arguments[3:], "x86_stream")
+        a = matmul(p.x, weight.qweight, weight.scale, *p.arguments[3:], "x86_stream")
+        b = matmul(p.x, *strided, *p.arguments[3:], "x86_stream")
     assert torch.equal(a, b)

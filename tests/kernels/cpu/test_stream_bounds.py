@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from fqcompile.kernels.cpu import stream
+from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.template import PackedLinear
 from tests.kernels.cpu.guarded import at_end_of_page, at_start_of_page
 from tests.kernels.cpu.paths import NAMES, path
 from tests.kernels.cpu.test_stream import DTYPES, packed
-from tests.kernels.test_ops import oracle
+from tests.kernels.test_op import oracle
 from tests.strategies import make_problem
 
 if not NAMES:
@@ -45,7 +46,8 @@ def test_nothing_beyond_the_tensors_is_touched(
         tensors = [side(t) for t in (p.x, p.bias, p.residual)]
         with path(name), monkeypatch.context() as patch:
             patch.setattr(Tensor, "new_empty", new_empty_at(side))
-            got = stream._linear(tensors[0], weight, *tensors[1:], p.activation, gated, None)
+            epilogue = Epilogue(*tensors[1:], p.activation, gated)
+            got = stream._run(tensors[0], weight, None, epilogue, None)
         want, bound = oracle(p)
         assert bool(((got.double() - want).abs() <= bound).all())
         with path(name), monkeypatch.context() as patch:
@@ -59,13 +61,14 @@ def test_the_guard_is_seen_to_stop_a_read() -> None:
     code = (
         "import torch\n"
         "from fqcompile.kernels.cpu import stream\n"
+        "from fqcompile.kernels.epilogue import Epilogue\n"
         "from tests.kernels.cpu.guarded import at_end_of_page\n"
         "from tests.kernels.cpu.test_stream import packed\n"
         "from tests.strategies import make_problem\n"
         "p = make_problem(n=64, k=1024)\n"
         "weight = packed(p)\n"
         "short = weight._replace(qweight=at_end_of_page(weight.qweight), rows=128)\n"
-        "stream._linear(p.x, short, None, None, 'none', False, None)\n"
+        "stream._run(p.x, short, None, Epilogue(), None)\n"
     )
     root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.spec import TileConfig
 from fqcompile.kernels.template import PackedLinear
-from fqcompile.kernels.tile_config import TileConfig
 from fqcompile.kernels.triton import launch, layout
 from fqcompile.quant.packing import pack
 from fqcompile.quant.qtype import QTYPES
@@ -154,9 +155,8 @@ def run(case: Case, inputs: Inputs, device: str = "cpu") -> Tensor:
     x, bias, residual = (on_device(t, device) for t in (inputs.x, inputs.bias, inputs.residual))
     with pytest.MonkeyPatch.context() as patch, running(device) as memory:
         patch.setattr(launch, "conversion", lambda device, dtype: case.conversion)
-        y = launch.dequant_gemm(
-            x, weight, bias, residual, case.activation, case.gated, case.config, case.kwidth
-        )
+        epilogue = Epilogue(bias, residual, case.activation, case.gated)
+        y = launch.dequant_gemm(x, weight, epilogue, case.config, case.kwidth)
         assert memory is None or memory.unwritten(y) == 0
     assert (y.dtype, y.shape) == (case.dtype, (case.m, case.n))
     return y.cpu()

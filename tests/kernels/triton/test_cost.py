@@ -6,7 +6,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from bench.static.launches import GPUS, Case, chosen, selection
 from bench.static.machine_code import toolchain_missing
-from fqcompile.kernels.tile_config import TileConfig
+from fqcompile.kernels.spec import TileConfig
 from fqcompile.kernels.triton.cost import cost
 from tests.kernels.triton.test_static import BUDGETS, VERSION
 

@@ -14,8 +14,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 import triton.language as tl
 
-from fqcompile.kernels.tile_config import TileConfig
-from fqcompile.kernels.triton import experts as launch_experts
+from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.spec import TileConfig
+from fqcompile.kernels.template import Routing
+from fqcompile.kernels.triton import launch
 from fqcompile.kernels.triton.gemm import scales_of_an_expert, words_of_an_expert
 from tests.kernels.triton.expert_oracle import ExpertCase, check, draw, run, stacked
 from tests.kernels.triton.oracle import (
@@ -83,15 +85,15 @@ def test_offsets_that_are_none_reach_no_other_memory(
     """They cannot be refused without waiting for the device; what comes out is not defined."""
     inputs = draw(GROUPED)
     weight, x = stacked(GROUPED, inputs, device), on_device(inputs.x, device)
-    routing = launch_experts.Routing(offsets=torch.tensor(offsets, device=device))
+    routing = Routing(offsets=torch.tensor(offsets, device=device))
     config = replace(SMALL, SPLIT_K=split_k)
     with running(device), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch_experts, "conversion", lambda device, dtype: "subnormal")
-        schedule = launch_experts.schedule_of(routing.offsets, 8, 16)
+        patch.setattr(launch, "conversion", lambda device, dtype: "subnormal")
+        schedule = launch.schedule_of(routing.offsets, 8, 16)
         for expert, first, end in schedule.tolist():
             assert expert == -1 or (0 <= first <= 8 and end <= 8 and 0 <= expert < 3)
         if sorted(offsets) == list(offsets):  # else blocks share rows, which is a race
-            launch_experts.expert_gemm(x, weight, routing, None, "none", False, config, 2)
+            launch.expert_gemm(x, weight, routing, Epilogue(), config, 2)
 
 
 @on_every_device
@@ -170,7 +172,7 @@ def test_only_what_has_rows_is_read(
     weight, reads = stacked(case, inputs), []
     config = replace(SMALL, SPLIT_K=split_k)
     with running("cpu") as memory, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch_experts, "conversion", lambda device, dtype: "subnormal")
+        patch.setattr(launch, "conversion", lambda device, dtype: "subnormal")
         assert memory is not None
         touch = memory.touch
 
@@ -179,7 +181,7 @@ def test_only_what_has_rows_is_read(
             touch(access, addresses, *rest)
 
         patch.setattr(memory, "touch", noted)
-        launch_experts.expert_gemm(inputs.x, weight, case.routing(), None, "none", False, config, 2)
+        launch.expert_gemm(inputs.x, weight, case.routing(), Epilogue(), config, 2)
     words = [addresses for name, addresses in reads if name == "qweight_ptr"]
     assert len(words) == 2 * blocks
     of_expert = (np.concatenate(words) - weight.qweight.data_ptr()) // weight.qweight[0].nbytes

@@ -14,10 +14,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton.runtime import driver
 
 from bench.costs.stub_driver import StubDriver, install
-from fqcompile.kernels.routing import Routing
-from fqcompile.kernels.template import PackedLinear
-from fqcompile.kernels.tile_config import TileConfig
-from fqcompile.kernels.triton import experts as launch_experts
+from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.spec import TileConfig
+from fqcompile.kernels.template import PackedLinear, Routing
 from fqcompile.kernels.triton import launch
 from fqcompile.kernels.triton.layout import pack
 from tests.kernels.triton.oracle import quantized, random_codes
@@ -30,8 +29,7 @@ def stub() -> Iterator[StubDriver]:
     """One for all: a kernel that was compiled before keeps the launcher of its driver."""
     before = driver._active
     with pytest.MonkeyPatch.context() as patch:
-        for module in (launch, launch_experts):
-            patch.setattr(module, "conversion", lambda device, dtype: "subnormal_prmt")
+        patch.setattr(launch, "conversion", lambda device, dtype: "subnormal_prmt")
         yield install()
     driver._active = before
 
@@ -53,7 +51,7 @@ def test_every_shape_compiles(
     config = TileConfig(16, 128, 128, split)
     before = stub.launches
     for end in ((bias, torch.randn(m, n, dtype=BF16)), (None, None)):
-        y = launch.dequant_gemm(x, weight, *end, "silu", gated, config, 2)
+        y = launch.dequant_gemm(x, weight, Epilogue(*end, "silu", gated), config, 2)
         assert y.shape == (m, n)
     finished = split > 1 or (gated and n % 16)
     assert stub.launches - before == (4 if finished else 2)
@@ -83,8 +81,8 @@ def test_every_shape_of_experts_compiles(
         Routing(ids=torch.zeros(m, dtype=torch.int64)),
         Routing(torch.full((experts,), m, dtype=torch.int32)),
     ):
-        ends = (bias, "swiglu_oai", gated)
-        y = launch_experts.expert_gemm(x, weight, routing, *ends, config, 2)
+        epilogue = Epilogue(bias, None, "swiglu_oai", gated)
+        y = launch.expert_gemm(x, weight, routing, epilogue, config, 2)
         assert y.shape == (m, n)
     finished = split > 1 or (gated and n % 16)
     assert stub.launches - before == (5 if finished else 3)

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels.dequantize import DEQUANTIZE
-from fqcompile.kernels.gpu import gpu_of
-from fqcompile.kernels.launch_table import DENSE
+from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.registry import select_kernel
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import DENSE, GemmSpec, gpu_of
 from fqcompile.kernels.template import PLAIN, PackedLinear, Template
 from fqcompile.kernels.tuning import measure as measure_module
 from fqcompile.kernels.tuning.measure import (
@@ -95,7 +94,7 @@ def test_the_reference_is_the_formula() -> None:
 def _run(spec: GemmSpec, weight: QuantizedWeight, x: Tensor) -> Tensor:
     shape = (spec.bits, spec.group_size, spec.weight_rows, spec.k)
     packed = PackedLinear(weight.qweight, weight.scale, *shape)
-    return DEQUANTIZE.linear(x, packed, None, None, spec.activation, spec.gated, None)
+    return DEQUANTIZE.run(x, packed, None, Epilogue(None, None, spec.activation, spec.gated), None)
 
 
 FORMS = [("none", False), ("relu", False), ("gelu", False), ("silu", True), ("gelu_tanh", True)]
@@ -192,13 +191,13 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_each_trial_reads_all_copies_of_one_packed_weight(no_gpu: list[int]) -> None:
     seen: list[tuple[int, ...]] = []
 
-    def linear(x: Tensor, weight: PackedLinear, *rest: object) -> Tensor:
+    def run(x: Tensor, weight: PackedLinear, *rest: object) -> Tensor:
         seen.append((weight.qweight.data_ptr(), weight.scale.data_ptr()))
-        return DEQUANTIZE.linear(x, weight, *rest)  # type: ignore[arg-type]
+        return DEQUANTIZE.run(x, weight, *rest)  # type: ignore[arg-type]
 
     packs: list[QuantizedWeight] = []
     layout = replace(PLAIN, pack=lambda w: packs.append(w) or PLAIN.pack(w))
-    measure = measure_on_gpu(replace(DEQUANTIZE, layout=layout, linear=linear), BASE, 3)
+    measure = measure_on_gpu(replace(DEQUANTIZE, layout=layout, run=run), BASE, 3)
     for config in (DENSE, DENSE):
         assert measure(config) == Timing(1.0, 1.0, 1.0)
     copies = (1 << 20) // (packs[0].nbytes) + 1
@@ -240,18 +239,18 @@ def test_a_graph_is_replayed_between_marks(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def _raising(error: Exception) -> Template:
-    def linear(*_: object) -> Tensor:
+    def run(*_: object) -> Tensor:
         raise error
 
-    return replace(DEQUANTIZE, linear=linear)
+    return replace(DEQUANTIZE, run=run)
 
 
 def test_a_wrong_kernel_is_never_timed(no_gpu: list[int]) -> None:
-    def linear(x: Tensor, *rest: object) -> Tensor:
-        return 2 * DEQUANTIZE.linear(x, *rest)  # type: ignore[arg-type]
+    def run(x: Tensor, *rest: object) -> Tensor:
+        return 2 * DEQUANTIZE.run(x, *rest)  # type: ignore[arg-type]
 
     with pytest.raises(WrongResult, match="relative error 1, allowed"):
-        measure_on_gpu(replace(DEQUANTIZE, linear=linear), BASE, 3)(DENSE)
+        measure_on_gpu(replace(DEQUANTIZE, run=run), BASE, 3)(DENSE)
     assert not no_gpu
 
 

@@ -12,9 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fqcompile.kernels.gpu import A100, H200
-from fqcompile.kernels.launch_table import DENSE, Config
-from fqcompile.kernels.tile_config import TileConfig
+from fqcompile.kernels.spec import A100, DENSE, H200, Config, TileConfig
 from fqcompile.kernels.tuning import table as table_module
 from fqcompile.kernels.tuning.table import (
     Case,
@@ -241,7 +239,7 @@ import sys
 from pathlib import Path
 from tests.kernels.tuning.test_table import HERE, _trial
 from fqcompile.kernels.tuning.table import TunedTable
-from fqcompile.kernels.tile_config import TileConfig
+from fqcompile.kernels.spec import TileConfig
 
 path, own = Path(sys.argv[1]), int(sys.argv[2])
 table = TunedTable.load(path, HERE)
