@@ -1,4 +1,4 @@
-"""3 choose: bits and granularity for each site, or the reason why it stays as it is.
+"""4 choose: bits and granularity for each site, or the reason why it stays as it is.
 
 What depends on the graph and the options is decided once (`settle`); what depends on the weights'
 values is decided again for every instance that runs the graph (`decide`).
@@ -177,7 +177,7 @@ def _settled_reason(state: GraphState, site: WeightSite) -> str | None:
         return by_name
     if any(isinstance(state.args[state.constants[source]], FakeTensor) for source in site.sources):
         return NO_VALUES
-    if any(getattr(example(node), "is_nested", False) for node in (site.x, site.node)):
+    if any(getattr(example(node), "is_nested", False) for node in (site.contraction.x, site.node)):
         return (
             "its input is a nested tensor: multiply x.values(), the rows of all its parts, instead"
         )
