@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 import fqcompile
 from fqcompile.kernels import roofline
-from fqcompile.report.dump import trace_log
 from tests.helpers import Mlp, assert_close, finequant, frozen, oracle, quantized_names, report
 
 X = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
@@ -239,7 +238,6 @@ def test_a_compilation_does_not_measure_the_memory(monkeypatch: pytest.MonkeyPat
     """That takes 128 MiB and a tenth of a second: only for who asks, and once."""
     asked = []
     monkeypatch.setattr(roofline, "read_bandwidth", lambda: asked.append(None) or 10e9)
-    monkeypatch.setattr(trace_log, "handlers", [])  # pytest's listen, and so ask
     model = torch.compile(frozen(Mlp()), backend="finequant", options={"inner_backend": "eager"})
     with torch.no_grad():
         model(torch.randn(3, 128))

@@ -63,6 +63,7 @@ def is_close(actual: Tensor, expected: Tensor, k: int) -> bool:
     return bool(((actual - expected).abs() <= bound).all())
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("seed", range(20))
 def test_thirty_updates_while_three_threads_call(seed: int) -> None:
     """No codes of values that were written over stay in use, whenever the writes come."""

@@ -33,7 +33,7 @@ from bench.export import section
 from fqcompile.checkpoint.manifest import read_manifest
 from fqcompile.checkpoint.shards import MappedShards
 from fqcompile.kernels.tuning.search import WrongResult
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedTensor
 
 _SPACE = 4  # times the model in bf16: itself, quantised twice, exported twice
 _BYTES_PER_LAYER = 440_000_000
@@ -105,7 +105,7 @@ def _same_codes(words: Tensor, codes: Tensor) -> bool:
     return torch.equal(found, expected)
 
 
-def _same_scales(own: Tensor, weight: QuantizedWeight) -> bool:
+def _same_scales(own: Tensor, weight: QuantizedTensor) -> bool:
     return torch.equal(
         own, weight.scale.repeat_interleave(own.shape[1] // weight.scale.shape[1], 1)
     )

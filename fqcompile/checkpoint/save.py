@@ -36,7 +36,7 @@ from fqcompile.errors import CheckpointError, OptionError
 from fqcompile.files.json_text import check_name
 from fqcompile.files.safetensors_file import DTYPE_NAMES, DTYPES
 from fqcompile.report import CompileReport, Plan, Site
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 
 _ELSEWHERE = "give another directory, or move it away"
 
@@ -174,15 +174,7 @@ def _write_slots(found: Iterable[Slot], directory: Path, generation: str, team: 
                 continue
         weight = local_part(slot.tensor)
         if isinstance(weight, PackedWeight):
-            form = weight.form
-            packed[name] = target.add_packed(
-                name,
-                weight.quantized(),
-                dtype=weight.dtype,
-                experts=form.experts,
-                transposed=form.transposed,
-                scale_method=form.scale_method,
-            )
+            packed[name] = target.add_packed(name, weight.quantized(), weight.dtype)
         else:
             target.add({name: weight})
         if target.is_full:

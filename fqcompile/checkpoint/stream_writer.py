@@ -231,14 +231,8 @@ class StreamWriter:
         with plain_eager(weight.device.type):
             plan, codes = choose_and_quantize(found.matrix, options, scale_dtype)
         self.weights += weight.numel()
-        record = self._shards.add_packed(
-            name,
-            codes,
-            dtype=weight.dtype,
-            experts=weight.shape[0] if weight.dim() == 3 else 0,
-            transposed=found.transposed,
-            scale_method=plan.scale_method,
-        )
+        codes = codes.changed(transposed=found.transposed)
+        record = self._shards.add_packed(name, codes, weight.dtype)
         site = replace(
             site_of(found),
             status="quantized",

@@ -22,8 +22,8 @@ from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
 from fqcompile.report import Plan, Site
 from fqcompile.weights.disk_cache import find_or_quantize
 from fqcompile.weights.fingerprint import ATTEMPTS, fingerprint
-from fqcompile.weights.packed_matmul import kernel_for
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.kernel_layouts import kernel_for
+from fqcompile.weights.parameter import PackedWeight
 from fqcompile.weights.recipe import IDENTITY
 from fqcompile.weights.store import plain_eager
 
@@ -136,14 +136,8 @@ def _packed(found: ModuleWeight, options: SiteOptions) -> tuple[QuantPlan, Packe
     with plain_eager(weight.device.type):
         scale_dtype = scale_dtype_beside(weight.dtype)
         plan, codes = find_or_quantize(found.matrix, options, scale_dtype)
-        packed = PackedWeight.of(
-            codes,
-            dtype=weight.dtype,
-            experts=weight.shape[0] if weight.dim() == 3 else 0,
-            transposed=found.transposed,
-            scale_method=plan.scale_method,
-            name=found.name,
-        )
+        codes = codes.changed(transposed=found.transposed)
+        packed = PackedWeight.of(codes, weight.dtype, found.name)
     return plan, packed
 
 
@@ -162,7 +156,6 @@ def site_of(found: ModuleWeight) -> Site:
 
 def packed_site(found: ModuleWeight, plan: QuantPlan, packed: PackedWeight) -> Site:
     """The row of a plan for a weight that was packed."""
-    form = packed.form
     recipe = IDENTITY.then("transpose", -2, -1) if found.transposed else IDENTITY
     scale, device = packed.scale.dtype, packed.device
     return replace(
@@ -173,7 +166,7 @@ def packed_site(found: ModuleWeight, plan: QuantPlan, packed: PackedWeight) -> S
         bytes_after=packed.packed_bytes,
         relative_error=plan.relative_error,
         expert_errors=plan.expert_errors or None,
-        kernel=kernel_for(form, packed.dtype, scale, device, None),
+        kernel=kernel_for(packed.format, packed.dtype, scale, device, None),
         recipe=SiteRecipe(recipe, (found.name,), plan),
     )
 

@@ -15,9 +15,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from fqcompile.config import HEAD_NAMES, ROUTER, ROUTERS, FineQuantConfig
 from fqcompile.distributed.shards import local_part
-from fqcompile.quant.validate import WEIGHT_DTYPES
+from fqcompile.quant.checks import WEIGHT_DTYPES
 from fqcompile.torch_compat import Convolution
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _ROUTERS = ROUTERS | {"classifier"}  # beside experts alone

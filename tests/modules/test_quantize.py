@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="the demo extra is not installed")
 import fqcompile
 from fqcompile.errors import OptionError, UnquantizableWeight
 from fqcompile.modules import quantize as quantize_module
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 from tests import moe_models
 from tests.dense_models import CASES, build, run
 from tests.helpers import InnerGraphs, Mlp, assert_close, finequant, frozen, oracle, report
@@ -32,6 +32,7 @@ def _packed(model: nn.Module, **options: Any) -> tuple[nn.Module, fqcompile.Plan
     return packed, fqcompile.quantize_(packed, **SMALL, **options)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", CASES)
 def test_dense_model_equals_its_oracle_eagerly_and_compiled(name: str, dtype: torch.dtype) -> None:
@@ -65,6 +66,7 @@ FORMS = [
 ]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("implementation", "dtype"), FORMS, ids=lambda value: str(value))
 @pytest.mark.parametrize("name", moe_models.MODELS)
 def test_experts_equal_their_oracle_eagerly_and_compiled(
@@ -197,8 +199,8 @@ def test_options_say_what_is_packed_and_how() -> None:
         min_elements=128 * 128,
     )
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
-    assert mlp.down_proj.weight.form.group_size == 64 and mlp.down_proj.weight.form.bits == 4
-    assert mlp.up_proj.weight.form.bits == 8
+    assert mlp.down_proj.weight.format.group_size == 64 and mlp.down_proj.weight.format.bits == 4
+    assert mlp.up_proj.weight.format.bits == 8
     assert not isinstance(attention.o_proj.weight, PackedWeight)
     assert not isinstance(attention.k_proj.weight, PackedWeight)
     reasons = {site.name.split(".")[-2]: site.reason for site in plan.kept}
@@ -213,7 +215,7 @@ def test_a_tied_head_is_packed_and_the_embedding_stays() -> None:
     before = table.clone()
     plan = fqcompile.quantize_(model)
     head = model.get_output_embeddings().weight
-    assert isinstance(head, PackedWeight) and head.form.bits == 8
+    assert isinstance(head, PackedWeight) and head.format.bits == 8
     assert model.get_input_embeddings().weight is table and torch.equal(table, before)
     assert plan.site("lm_head.weight").bits == 8
 

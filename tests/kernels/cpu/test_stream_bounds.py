@@ -1,9 +1,8 @@
 """The x86 kernel touches nothing but its tensors: each lies against a page without access."""
 
-import subprocess
-import sys
+import faulthandler
+import signal
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from fqcompile.kernels.cpu import stream
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.template import PackedLinear
+from tests.children import FORK
 from tests.kernels.cpu.guarded import at_end_of_page, at_start_of_page
 from tests.kernels.cpu.paths import NAMES, path
 from tests.kernels.cpu.test_stream import DTYPES, packed
@@ -58,21 +58,19 @@ def test_nothing_beyond_the_tensors_is_touched(
 
 def test_the_guard_is_seen_to_stop_a_read() -> None:
     """A weight with fewer rows than it says ends the process."""
-    code = (
-        "import torch\n"
-        "from fqcompile.kernels.cpu import stream\n"
-        "from fqcompile.kernels.epilogue import Epilogue\n"
-        "from tests.kernels.cpu.guarded import at_end_of_page\n"
-        "from tests.kernels.cpu.test_stream import packed\n"
-        "from tests.strategies import make_problem\n"
-        "p = make_problem(n=64, k=1024)\n"
-        "weight = packed(p)\n"
-        "short = weight._replace(qweight=at_end_of_page(weight.qweight), rows=128)\n"
-        "stream._run(p.x, short, None, Epilogue(), None)\n"
-    )
-    root = Path(__file__).parents[3]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True)
-    assert done.returncode == -11, done.stderr.decode()
+    p = make_problem(n=64, k=1024)
+    short = packed(p)._replace(rows=128)
+    short = short._replace(qweight=at_end_of_page(short.qweight))
+
+    def read() -> None:
+        faulthandler.disable()  # the fault is meant
+        stream._run(p.x, short, None, Epilogue(), None)
+
+    with path(NAMES[0]):
+        child = FORK.Process(target=read)
+        child.start()
+        child.join(60)
+    assert child.exitcode == -signal.SIGSEGV
 
 
 def test_a_packed_weight_is_whole_cache_lines() -> None:

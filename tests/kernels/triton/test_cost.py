@@ -28,6 +28,7 @@ def test_the_model_is_near_the_machine_code(case: Case) -> None:
     assert 0.65 <= model.registers / code.registers <= 1.5
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("arch", GPUS)
 def test_what_is_chosen_for_few_rows_has_one_shape(arch: int) -> None:
     """128 weights a thread in a block: `make static` reads the machine code of all of them."""

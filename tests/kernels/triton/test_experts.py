@@ -18,7 +18,7 @@ from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import TileConfig
 from fqcompile.kernels.template import Routing
 from fqcompile.kernels.triton import launch
-from fqcompile.kernels.triton.gemm import scales_of_an_expert, words_of_an_expert
+from fqcompile.kernels.triton.fragments import scales_of_an_expert, words_of_an_expert
 from tests.kernels.triton.expert_oracle import ExpertCase, check, draw, run, stacked
 from tests.kernels.triton.oracle import (
     ACTIVATIONS,
@@ -50,6 +50,7 @@ SPREADS = [
 ]  # fmt: skip
 
 
+@pytest.mark.few(13)
 @on_every_device
 @pytest.mark.parametrize("tail", [0, 3])
 @pytest.mark.parametrize("offsets", SPREADS, ids=str)
@@ -61,6 +62,7 @@ def test_each_row_goes_to_its_expert(offsets: tuple[int, ...], tail: int, device
         check(replace(case, one=replace(case.one, config=replace(SMALL, SPLIT_K=2))), device)
 
 
+@pytest.mark.few(2)
 @on_every_device
 @pytest.mark.parametrize("split_k", [1, 2])
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
@@ -107,6 +109,7 @@ def test_experts_are_right_for_every_type(
     check(replace(case, one=replace(ONE, bits=bits, dtype=dtype, scale_dtype=scale_dtype)), device)
 
 
+@pytest.mark.few(8)
 @on_every_device
 @every_routing
 @pytest.mark.parametrize("group_size", (*GROUPS, *UNEVEN_GROUPS))
