@@ -1,24 +1,40 @@
-"""A dry run: what the backend would do to a model, without compiling it."""
+"""Dry runs: what the backend would do to a model, and its matmuls, without compiling it."""
 
+import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fqcompile.config import FineQuantConfig
 from fqcompile.distributed.shards import local_part
-from fqcompile.dry_run import dry_run
-from fqcompile.module_weights import module_weights
-from fqcompile.passes.base import placeholders
+from fqcompile.kernels.spec import GemmSpec
+from fqcompile.modules.weights import module_weights
+from fqcompile.passes.base import copy_module, placeholders
 from fqcompile.passes.choices import way_out
 from fqcompile.passes.pipeline import Recorder, analyse
+from fqcompile.passes.select import gemm_spec
 from fqcompile.passes.sharded import localize
 from fqcompile.passes.summary import RowKey, rows_of, with_other_readers
 from fqcompile.report import Plan, Site
-from fqcompile.torch_compat import Convolution, plain_module
+from fqcompile.torch_compat import (
+    Convolution,
+    compiled_call,
+    dynamo_config,
+    optimize,
+    plain_module,
+    set_compiled_call,
+)
 
+Visitor = Callable[[fx.GraphModule, Sequence[Any]], None]
+
+_visitor: ContextVar[Visitor | None] = ContextVar("fqcompile_dry_run", default=None)
 _PART = re.compile(r"\[\d+\]$")  # match numbers the parts of one parameter
 _NO_GRAPH = (
     "no captured graph reads it: these inputs do not reach it, or a loop over data broke the graph"
@@ -115,3 +131,88 @@ def _unseen(model: object, seen: Collection[int], config: FineQuantConfig) -> It
             bytes_before=weight.nbytes,
             bytes_after=weight.nbytes,
         )
+
+
+def gemm_specs(
+    model: Callable[..., Any], *example_inputs: Any, grad: bool = False, **options: object
+) -> list[GemmSpec]:
+    """The distinct matmuls that compiling `model` with these options would quantise.
+
+    The model runs once, eagerly, on the example inputs; its weights are not changed.
+    `grad`: as calls in grad mode, in which less is fused.
+    """
+    config = FineQuantConfig.from_options({**options, "autotune": "off"})
+    specs: dict[GemmSpec, None] = {}
+
+    def collect(module: fx.GraphModule, args: Sequence[Any]) -> None:
+        state = analyse(module, args, config, Recorder())
+        specs.update(dict.fromkeys(gemm_spec(state, op) for op in state.packed))
+
+    dry_run(model, example_inputs, {}, collect, grad=grad)
+    return list(specs)
+
+
+def _visiting_backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Visits when it runs, not when compiled: Dynamo may reuse the graph of an earlier call."""
+    module, _ = copy_module(gm)
+
+    def run(*args: Any) -> Any:
+        visit = _visitor.get()
+        if visit is not None:
+            visit(module, args)
+        return module(*args)
+
+    return run
+
+
+@cache
+def _captured() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Captures a function's graphs for a visit, counted apart from its real compilations.
+
+    torch before 2.13 counts both together: there many dry runs with unlike inputs leave fewer
+    recompilations to the model itself.
+    """
+    known = inspect.signature(torch.compile).parameters
+    apart = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
+    context: Callable[[Callable[..., Any]], Callable[..., Any]]
+    context = optimize(_visiting_backend, **apart)
+    return context
+
+
+@contextmanager
+def _not_in_place(model: object) -> Iterator[None]:
+    """Without what `compile()` has put before a model or its parts: it would really compile."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    compiled = [(m, compiled_call(m)) for m in modules if compiled_call(m) is not None]
+    try:
+        for module, _ in compiled:
+            set_compiled_call(module, None)
+        yield
+    finally:
+        for module, call in compiled:
+            set_compiled_call(module, call)
+
+
+def dry_run(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    visit: Visitor,
+    *,
+    grad: bool = False,
+) -> None:
+    """Run `model` once, eagerly, with `visit(graph, its inputs)` before each of its graphs.
+
+    `grad`: in grad mode, where a weight that requires grad stays as it is.
+    """
+    token = _visitor.set(visit)
+    try:
+        limits = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16}
+        with (
+            torch.set_grad_enabled(grad),
+            dynamo_config.patch(limits),
+            _not_in_place(model),
+        ):
+            _captured()(model)(*args, **kwargs)
+    finally:
+        _visitor.reset(token)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fqcompile
 from fqcompile.errors import FineQuantError
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 from tests.dense_models import build
 
 peft = pytest.importorskip("peft", reason="the dev extra is not installed")

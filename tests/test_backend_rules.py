@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 import fqcompile
 from fqcompile.backend import finequant as backend
 from fqcompile.weights import store
-from fqcompile.weights.packed import PackedPart
+from fqcompile.weights.node_weight import Part
 from fqcompile.weights.store import STORE
 from tests.helpers import (
     InnerGraphs,
@@ -213,7 +213,7 @@ def test_a_weight_of_two_sites_and_two_graphs_is_packed_once(
     monkeypatch: pytest.MonkeyPatch, inner_graphs: InnerGraphs
 ) -> None:
     quantized: list[object] = []
-    for owner, name in ((PackedPart, "quantize"), (store, "find_or_quantize")):
+    for owner, name in ((Part, "quantize"), (store, "find_or_quantize")):
         original = getattr(owner, name)
         monkeypatch.setattr(
             owner, name, lambda *args, f=original: quantized.append(args) or f(*args)

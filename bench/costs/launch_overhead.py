@@ -52,7 +52,7 @@ def ways(device: torch.device) -> dict[str, Callable[[], object]]:
     gpu = gpu_of(device) if device.type == "cuda" else H200
     spec = GemmSpec(M, N, K, 4, GROUP, torch.bfloat16, torch.bfloat16, "cuda", gpu=gpu)
     plain, x = random_problem(spec, M, device)
-    tensors = TRITON_GEMM.layout.pack(plain)
+    tensors = TRITON_GEMM.layout.pack(plain).tensors
     weight = PackedLinear(*tensors, spec.bits, GROUP, N, K)
     y = x.new_empty((M, N))
     grid = (triton.cdiv(M, CONFIG.BLOCK_M) * triton.cdiv(N, CONFIG.BLOCK_N), CONFIG.SPLIT_K)

@@ -22,7 +22,7 @@ from fqcompile.kernels.template import PackedLinear, Routing
 from fqcompile.kernels.tuning.launches import Mode, tuned_launches
 from fqcompile.kernels.tuning.measure import allowed_error, random_problem, rotation
 from fqcompile.kernels.tuning.routed_rows import experts_of, packed_stack
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedTensor
 
 GATHERED, GROUPED, DENSE_WAY = "fqcompile gathered", "fqcompile grouped", "fqcompile dense"
 _MOST_CALLS = 64
@@ -60,7 +60,7 @@ class ExpertLayer:
     def spec(self, matrix: Matrix, routing: RoutingName, tokens: int) -> GemmSpec:
         return expert_spec(self.shape, matrix, routing, tokens, *self._form)
 
-    def _random(self, matrix: Matrix) -> list[QuantizedWeight]:
+    def _random(self, matrix: Matrix) -> list[QuantizedTensor]:
         spec = self.spec(matrix, "grouped", 1)
         stack, _ = random_problem(replace(spec, n=spec.experts * spec.n), 1, self.device)
         return experts_of(stack, spec.experts)

@@ -36,8 +36,8 @@ from bench.models.phases import (
 )
 from bench.models.section import PLAIN
 from fqcompile.backend import finequant
-from fqcompile.fake_quantize import fake_quantize_
 from fqcompile.kernels.tuning.search import WrongResult
+from fqcompile.modules.fake_quantize import fake_quantize_
 from fqcompile.report import CompileReport, clear_reports, reports
 
 GROUP = 128

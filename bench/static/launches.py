@@ -19,8 +19,8 @@ from bench.static.machine_code import Launch, MachineCode, read
 from bench.static.plain import plain_kernel
 from fqcompile.kernels.spec import A100, H200, GemmSpec, Gpu, TileConfig
 from fqcompile.kernels.triton.configs import candidates
-from fqcompile.kernels.triton.dequantize import dequantize_kernel
-from fqcompile.kernels.triton.finish import finish_kernel
+from fqcompile.kernels.triton.epilogue import finish_kernel
+from fqcompile.kernels.triton.fragments import dequantize_kernel
 from fqcompile.kernels.triton.gemm import gemm_kernel
 from fqcompile.kernels.triton.launch import (
     DEQUANTIZE_ROWS,

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from fqcompile.checkpoint.blocks import Block, DenseBlock, PackedBlock, assemble
+from fqcompile.checkpoint.blocks import Block, assemble
 from fqcompile.checkpoint.directory import file_of
 from fqcompile.checkpoint.hugging_face import build_model, generation_config
 from fqcompile.checkpoint.manifest import (
@@ -19,12 +19,17 @@ from fqcompile.checkpoint.manifest import (
 )
 from fqcompile.checkpoint.shards import MappedShards
 from fqcompile.checkpoint.slots import Slot, check_fits, put, slots
-from fqcompile.distributed.layout import Layout, layout_of
-from fqcompile.distributed.shards import is_dtensor, local_part, team_of, with_part
+from fqcompile.distributed.shards import (
+    Layout,
+    is_dtensor,
+    layout_of,
+    local_part,
+    team_of,
+    with_part,
+)
 from fqcompile.errors import CheckpointError
 from fqcompile.files.safetensors_file import ALIGNMENT, DTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 
 # A value, and the part of it that is held here.
 Wanted = tuple[str, Layout | None]
@@ -154,7 +159,7 @@ class _Reader:
 
     def _packed(self, record: PackedRecord, device: torch.device | str) -> PackedWeight:
         weight = self.shards.packed(record)
-        packed = _as_kernels_want(weight, record, record.experts, device)
+        packed = PackedWeight.of(weight.to(device), DTYPES[record.dtype])
         if packed.qweight.data_ptr() != weight.qweight.data_ptr():
             self.shards.release(record.codes)
         return packed
@@ -179,16 +184,16 @@ class _Reader:
                 "many ranks as saved it, or quantise it again with a granularity that divides "
                 "what each rank holds"
             ) from error
-        if isinstance(block, DenseBlock):
-            return block.tensor.to(device).clone()
+        if isinstance(block, Tensor):
+            return block.to(device).clone()
         record = next(r for n in parts.parts if (r := self.manifest.packed.get(n)))
-        return _as_kernels_want(block.weight, record, block.experts, device)
+        return PackedWeight.of(block.to(device), DTYPES[record.dtype])
 
     def _block(self, name: str) -> Block:
         record = self.manifest.packed.get(name)
         if record is None:
-            return DenseBlock(self.shards.tensor(name))
-        return PackedBlock(self.shards.packed(record), record.experts, record.transposed)
+            return self.shards.tensor(name)
+        return self.shards.packed(record)
 
     def _rows(self, name: str) -> int:
         return next(iter(self.manifest.shape_of(name)), 0)
@@ -199,16 +204,3 @@ def _place(tensor: Tensor) -> torch.device | str | None:
     if is_dtensor(tensor):
         return tensor.device_mesh.device_type
     return None if tensor.is_meta else tensor.device
-
-
-def _as_kernels_want(
-    weight: QuantizedWeight, record: PackedRecord, experts: int, device: torch.device | str
-) -> PackedWeight:
-    moved = replace(weight, qweight=weight.qweight.to(device), scale=weight.scale.to(device))
-    return PackedWeight.of(
-        moved,
-        dtype=DTYPES[record.dtype],
-        experts=experts,
-        transposed=record.transposed,
-        scale_method=record.scale_method,
-    )

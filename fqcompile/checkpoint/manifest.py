@@ -16,14 +16,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-from fqcompile.distributed.layout import Layout
+from fqcompile.distributed.shards import Layout
 from fqcompile.errors import CheckpointError
 from fqcompile.files.json_text import check_name, checked, parse_json, shown
 from fqcompile.files.safetensors_file import DTYPES, byte_size, encode_header, is_shape
-from fqcompile.quant.granularity import num_groups
-from fqcompile.quant.packing import packed_columns
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.validate import WEIGHT_DTYPES
+from fqcompile.quant.checks import WEIGHT_DTYPES
+from fqcompile.tensor.format import QTYPES, Format, num_groups, packed_columns
 
 MANIFEST, JOURNAL = "fqcompile.json", "fqcompile.journal"
 # The second version has values in parts; what has none is written as the first.
@@ -74,10 +72,15 @@ class PackedRecord:
     scale_method: str
 
     @property
+    def format(self) -> Format:
+        """As the tensors are in the file."""
+        of_matrix = (self.bits, self.group_size, self.rows, self.k)
+        return Format(*of_matrix, self.experts, self.transposed, self.scale_method)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight that it stands for."""
-        matrix = (self.k, self.rows) if self.transposed else (self.rows, self.k)
-        return (self.experts, *matrix) if self.experts else matrix
+        return self.format.shape
 
     @property
     def all_rows(self) -> int:

@@ -30,14 +30,13 @@ from fqcompile.checkpoint.manifest import (
 )
 from fqcompile.checkpoint.shards import DigestWriter, ShardWriter
 from fqcompile.checkpoint.slots import Slot, slots
-from fqcompile.distributed.layout import Layout, layout_of
 from fqcompile.distributed.ranks import Team
-from fqcompile.distributed.shards import local_part, team_of
+from fqcompile.distributed.shards import Layout, layout_of, local_part, team_of
 from fqcompile.errors import CheckpointError, OptionError
 from fqcompile.files.json_text import check_name
 from fqcompile.files.safetensors_file import DTYPE_NAMES, DTYPES
 from fqcompile.report import CompileReport, Plan, Site
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 
 _ELSEWHERE = "give another directory, or move it away"
 
@@ -175,15 +174,7 @@ def _write_slots(found: Iterable[Slot], directory: Path, generation: str, team: 
                 continue
         weight = local_part(slot.tensor)
         if isinstance(weight, PackedWeight):
-            form = weight.form
-            packed[name] = target.add_packed(
-                name,
-                weight.quantized(),
-                dtype=weight.dtype,
-                experts=form.experts,
-                transposed=form.transposed,
-                scale_method=form.scale_method,
-            )
+            packed[name] = target.add_packed(name, weight.quantized(), weight.dtype)
         else:
             target.add({name: weight})
         if target.is_full:

@@ -20,7 +20,7 @@ from fqcompile.files.safetensors_file import (
     consecutive,
     encode_header,
 )
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedTensor
 
 # What is collected before it is written: a killed run loses no more work than that, and packed
 # tensors that wait take no more memory.
@@ -69,31 +69,22 @@ class ShardWriter:
                 )
             self._waiting[name] = tensor.detach().cpu().contiguous()
 
-    def add_packed(
-        self,
-        name: str,
-        weight: QuantizedWeight,
-        *,
-        dtype: torch.dtype,
-        experts: int,
-        transposed: bool,
-        scale_method: str,
-    ) -> PackedRecord:
-        """The same with rows [N, K], or [E * N, K] of a stack; returns how to read them."""
-        rows, k = weight.shape
+    def add_packed(self, name: str, weight: QuantizedTensor, dtype: torch.dtype) -> PackedRecord:
+        """The same with a weight of this type, experts one below the other; how to read it."""
+        form = weight.format
         record = PackedRecord(
             codes=f"{name}.codes",
             scale=f"{name}.scale",
             dtype=DTYPE_NAMES[dtype],
-            bits=weight.bits,
-            group_size=weight.group_size,
-            rows=rows // max(1, experts),
-            k=k,
-            experts=experts,
-            transposed=transposed,
-            scale_method=scale_method,
+            bits=form.bits,
+            group_size=form.group_size,
+            rows=form.rows,
+            k=form.k,
+            experts=form.experts,
+            transposed=form.transposed,
+            scale_method=form.scale_method,
         )
-        self.add({record.codes: weight.qweight, record.scale: weight.scale})
+        self.add(dict(zip((record.codes, record.scale), weight.as_rows(), strict=True)))
         return record
 
     @property
@@ -155,11 +146,10 @@ class MappedShards:
             self._maps.append(_mapped(directory / shard.file, shard, header))
             self._starts.append(len(header))
 
-    def packed(self, record: PackedRecord) -> QuantizedWeight:
-        """Codes and scales, rows [N, K] or [E * N, K]; views, as `tensor` gives."""
-        codes, scale = self.tensor(record.codes), self.tensor(record.scale)
-        shape = (record.all_rows, record.k)
-        return QuantizedWeight(codes, scale, record.bits, record.group_size, shape)
+    def packed(self, record: PackedRecord) -> QuantizedTensor:
+        """Codes and scales; views, as `tensor` gives."""
+        tensors = self.tensor(record.codes), self.tensor(record.scale)
+        return QuantizedTensor.of_rows(*tensors, record.format)
 
     def tensor(self, name: str) -> Tensor:
         """A view of the mapped file.

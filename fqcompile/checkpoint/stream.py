@@ -32,7 +32,7 @@ from fqcompile.checkpoint.source import open_source, other_files, will_read
 from fqcompile.checkpoint.stream_writer import Journal, Progress, StreamWriter, site_from
 from fqcompile.config import FineQuantConfig
 from fqcompile.errors import CheckpointError, OptionError
-from fqcompile.quantize_model import packing_config
+from fqcompile.modules.quantize import packing_config
 from fqcompile.report import Plan
 
 log = logging.getLogger("fqcompile")

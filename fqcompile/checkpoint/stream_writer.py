@@ -32,9 +32,9 @@ from fqcompile.errors import CheckpointError, UnquantizableWeight
 from fqcompile.files.json_text import check_name, checked, parse_json, shown
 from fqcompile.files.replace import append_to_file, remove, replace_durably, sync_directory
 from fqcompile.files.safetensors_file import bytes_of
-from fqcompile.module_weights import ModuleWeight, module_weights
+from fqcompile.modules.quantize import site_of
+from fqcompile.modules.weights import ModuleWeight, module_weights
 from fqcompile.quant.choose import choose_and_quantize, scale_dtype_beside
-from fqcompile.quantize_model import site_of
 from fqcompile.report import Site
 from fqcompile.weights.store import plain_eager
 
@@ -231,14 +231,8 @@ class StreamWriter:
         with plain_eager(weight.device.type):
             plan, codes = choose_and_quantize(found.matrix, options, scale_dtype)
         self.weights += weight.numel()
-        record = self._shards.add_packed(
-            name,
-            codes,
-            dtype=weight.dtype,
-            experts=weight.shape[0] if weight.dim() == 3 else 0,
-            transposed=found.transposed,
-            scale_method=plan.scale_method,
-        )
+        codes = codes.changed(transposed=found.transposed)
+        record = self._shards.add_packed(name, codes, weight.dtype)
         site = replace(
             site_of(found),
             status="quantized",

@@ -24,7 +24,7 @@ from fqcompile.interop.gptq import (
     layer_parts,
     nibbles,
 )
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedTensor
 
 _COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 # How codes lie in words; programs write it under any of these.
@@ -63,7 +63,7 @@ def read_awq(
 
 def _read(
     name: str, places: Mapping[str, TensorPlace], size: int, symmetric_by: str | None
-) -> QuantizedWeight:
+) -> QuantizedTensor:
     """`symmetric_by`: the config that says there are no zero points but the middle."""
     codes, zeros = (_columns(read_tensor(places[part])) for part in ("qweight", "qzeros"))
     scale = read_tensor(places["scales"]).t()

@@ -19,10 +19,10 @@ from fqcompile.interop.quantization_config import (
     configured_scheme,
     parse_quantization_config,
 )
-from fqcompile.quant.packing import unpack
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.quant.words import from_words, words_per_row
+from fqcompile.tensor.codes import unpack
+from fqcompile.tensor.format import QTYPES, Format
+from fqcompile.tensor.quantized import QuantizedTensor
+from fqcompile.tensor.words import from_words, words_per_row
 
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
@@ -95,12 +95,12 @@ def _check_zero_points(layer: Layer, places: Mapping[str, TensorPlace]) -> None:
         )
 
 
-def _read(layer: Layer, scheme: Scheme, places: Mapping[str, TensorPlace]) -> QuantizedWeight:
+def _read(layer: Layer, scheme: Scheme, places: Mapping[str, TensorPlace]) -> QuantizedTensor:
     words, scale = read_tensor(places["weight_packed"]), read_tensor(places["weight_scale"])
     qweight = from_words(words, scheme.bits, layer.k)
     size = min(layer.k, scheme.group_size or layer.k)
     if "weight_zero_point" not in places:
-        return QuantizedWeight(qweight, scale, scheme.bits, size, (layer.n, layer.k))
+        return QuantizedTensor(qweight, scale, Format(scheme.bits, size, layer.n, layer.k))
     qtype = QTYPES[scheme.bits]
     packed = read_tensor(places["weight_zero_point"]).t().contiguous()  # along N
     zeros = unpack(from_words(packed, scheme.bits, layer.n), qtype, layer.n).t()

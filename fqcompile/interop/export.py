@@ -39,7 +39,7 @@ from fqcompile.interop.export_directory import (
 )
 from fqcompile.interop.export_layout import Layout, Piece, Saved, lay_out
 from fqcompile.interop.layers import Layer, Scheme, is_embedding, stack_of
-from fqcompile.quantize_model import packing_config
+from fqcompile.modules.quantize import packing_config
 from fqcompile.report import Plan, Site
 
 # Which engines must load what a profile writes.

@@ -30,8 +30,8 @@ from fqcompile.interop.layers import (
     last,
     stack_of,
 )
-from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.quant.words import to_words, widen, words_per_row
+from fqcompile.tensor.quantized import QuantizedTensor
+from fqcompile.tensor.words import to_words, widen, words_per_row
 
 HEADS_STAY = "engines keep output heads dense"
 _CHANNEL_EXPERTS = 64  # what K per device must be a multiple of, for one scale per channel
@@ -230,12 +230,11 @@ def _dense_block(saved: Saved, piece: Piece) -> Block:
     return Block({name: (dtype, (piece.n, piece.k))}, make, partial(saved.release, piece.value))
 
 
-def _rows(saved: Saved, piece: Piece) -> QuantizedWeight:
+def _rows(saved: Saved, piece: Piece) -> QuantizedTensor:
     weight = saved.packed(piece.value)
-    rows = piece.rows
-    return replace(
-        weight, qweight=weight.qweight[rows], scale=weight.scale[rows], shape=(piece.n, piece.k)
-    )
+    codes, scale = weight.as_rows()
+    form = replace(weight.format.one, rows=piece.n, transposed=False)
+    return QuantizedTensor(codes[piece.rows], scale[piece.rows], form)
 
 
 def _whole_block(saved: Saved, whole: Whole) -> Block:
@@ -258,6 +257,5 @@ def _dense_value(saved: Saved, value: str) -> Tensor:
     record = saved.record(value)
     if record is None:
         return saved.shards.tensor(value)
-    w_hat = saved.packed(value).dequantize(DTYPES[record.dtype])
-    matrix = w_hat.view(*((record.experts,) if record.experts else ()), record.rows, record.k)
+    matrix = saved.packed(value).dequantize(DTYPES[record.dtype])
     return matrix.transpose(-2, -1) if record.transposed else matrix

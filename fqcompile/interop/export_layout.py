@@ -22,7 +22,7 @@ from fqcompile.checkpoint.manifest import Manifest, PackedRecord, read_manifest
 from fqcompile.checkpoint.shards import MappedShards
 from fqcompile.errors import CheckpointError
 from fqcompile.files.safetensors_file import DTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Saved:
         """Of a packed value."""
         return self.manifest.packed.get(value)
 
-    def packed(self, value: str) -> QuantizedWeight:
+    def packed(self, value: str) -> QuantizedTensor:
         """Codes and scales, rows [N, K] or [E * N, K]; mapped files."""
         return self.shards.packed(self.manifest.packed[value])
 

@@ -22,8 +22,8 @@ from fqcompile.files.json_text import shown
 from fqcompile.files.safetensors_file import TensorPlace, read_tensor
 from fqcompile.interop.assemble import PackedLayer, symmetric
 from fqcompile.interop.patterns import check_pattern, matches_pattern
-from fqcompile.quant.granularity import num_groups
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.format import num_groups
+from fqcompile.tensor.quantized import QuantizedTensor
 
 CODES_PER_WORD, BITS = 8, 4
 MIDDLE = 8  # the zero point of symmetric codes
@@ -135,7 +135,7 @@ def _read(
     shape: tuple[int, int],
     size: int,
     zero_points: partial[Tensor],
-) -> QuantizedWeight:
+) -> QuantizedTensor:
     n, k = shape
     scale = read_tensor(places["scales"]).t()
     codes = nibbles(read_tensor(places["qweight"]).t()).reshape(n, k)

@@ -23,8 +23,8 @@ from fqcompile.interop.assemble import PackedLayer, assemble
 from fqcompile.interop.awq import read_awq
 from fqcompile.interop.compressed_tensors import read_compressed_tensors
 from fqcompile.interop.gptq import read_gptq
-from fqcompile.quant.qtype import INT8
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.tensor.format import INT8
+from fqcompile.weights.parameter import PackedWeight
 
 log = logging.getLogger("fqcompile")
 
@@ -130,7 +130,9 @@ def _loaded(directory: Path, config: dict[str, Any], device: torch.device) -> nn
 
 def _tell_of_zero_points(layers: Mapping[str, PackedLayer], given: Mapping[str, Tensor]) -> None:
     """Four bits less a zero point need more: nobody should wonder where the memory went."""
-    wide = [n for n, v in given.items() if isinstance(v, PackedWeight) and v.form.bits == INT8.bits]
+    wide = [
+        n for n, v in given.items() if isinstance(v, PackedWeight) and v.format.bits == INT8.bits
+    ]
     zeros = any("zero" in part for layer in layers.values() for part in layer.places)
     if wide and zeros:
         log.warning(

@@ -18,7 +18,7 @@ from fqcompile.errors import OptionError
 
 aten = torch.ops.aten
 HAS_TRITON = find_spec("triton") is not None
-_forms: Any = import_module("fqcompile.kernels.triton.activations") if HAS_TRITON else None
+_forms: Any = import_module("fqcompile.kernels.triton.epilogue") if HAS_TRITON else None
 
 
 # Of GPT-OSS's gated unit: silu with a steeper sigmoid, both sides clamped, `up` off by one.

@@ -1,19 +1,19 @@
 """Template: one way to run a quantised matmul, as a value to ask and to call."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 
+from fqcompile.kernels.cpu.huge_pages import in_huge_pages
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import Config, GemmSpec, LaunchTable
-from fqcompile.quant.affine import dequantize_rows
-from fqcompile.quant.granularity import num_groups
-from fqcompile.quant.packing import packed_columns
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor import format as formats
+from fqcompile.tensor.codes import dequantize_rows
+from fqcompile.tensor.format import QTYPES, num_groups, packed_columns
+from fqcompile.tensor.quantized import QuantizedTensor
 
 PackedTensors = tuple[torch.Tensor, torch.Tensor]
 Shape = tuple[int, ...]
@@ -138,19 +138,48 @@ def one_by_one(multiply: Multiply) -> Run:
 class Layout:
     """How a kernel wants codes and scales in memory; `pack` makes it from the plain one.
 
-    `shapes(bits, group_size, rows, k)` are those of what `pack` makes; kernels read no others.
-    `unpack` gives the plain one back, bit for bit; `dequantize` gives ŵ [rows, K] in a dtype;
-    `narrow` gives some rows, in this layout, whose codes are a view, or None where these rows have
-    none. All take one matrix, and are None where nothing can. The name carries the layout's
-    version, since packed tensors and tuned tables are found by it.
+    `shapes(bits, group_size, rows, k)` are those of what `pack_matrix` makes; kernels read no
+    others. `unpack_matrix` gives the plain one back, bit for bit; `dequantize` gives ŵ [rows, K] in
+    a dtype; `rows` gives some rows, in this layout, whose codes are a view, or None where these
+    rows have none. All take one matrix, and are None where nothing can. The name carries the
+    layout's version, since packed tensors and tuned tables are found by it.
     """
 
     name: str
-    pack: Callable[[QuantizedWeight], PackedTensors]
+    pack_matrix: Callable[[QuantizedTensor], PackedTensors]
     shapes: Callable[[int, int, int, int], tuple[Shape, Shape]]
     dequantize: Callable[[PackedLinear, torch.dtype], torch.Tensor] | None = None
-    unpack: Callable[[PackedLinear], QuantizedWeight] | None = None
-    narrow: Callable[[PackedLinear, int, int], PackedTensors | None] | None = None
+    unpack_matrix: Callable[[QuantizedTensor], PackedTensors] | None = None
+    rows: Callable[[QuantizedTensor, int, int], PackedTensors | None] | None = None
+
+    def pack(self, weight: QuantizedTensor) -> QuantizedTensor:
+        """The weight, which is in the plain layout, in this one; a stack expert by expert."""
+        assert weight.format.layout == formats.PLAIN, f"packed as {weight.format.layout} already"
+        if self.name == formats.PLAIN:
+            return weight
+        experts = weight.unbind() if weight.format.experts else [weight]
+        # Into one tensor each from the start: a second copy of all experts would be large.
+        qweight, scale = first = self.pack_matrix(experts[0])
+        if weight.format.experts:
+            qweight, scale = (in_huge_pages(t.new_empty((len(experts), *t.shape))) for t in first)
+            for i, expert in enumerate(experts):
+                qweight[i], scale[i] = self.pack_matrix(expert)
+        return QuantizedTensor(qweight, scale, replace(weight.format, layout=self.name))
+
+    def unpack(self, weight: QuantizedTensor) -> QuantizedTensor:
+        """What `pack` was given, bit for bit."""
+        assert self.unpack_matrix is not None, f"layout {self.name} cannot be undone"
+        if self.name == formats.PLAIN:
+            return weight
+        if weight.format.experts:
+            return QuantizedTensor.stack([self.unpack(one) for one in weight.unbind()])
+        form = replace(weight.format, layout=formats.PLAIN)
+        return QuantizedTensor(*self.unpack_matrix(weight), form)
+
+    def narrow(self, weight: QuantizedTensor, start: int, rows: int) -> QuantizedTensor | None:
+        """Rows of a matrix in this layout, whose codes are a view; None where there is none."""
+        found = None if self.rows is None else self.rows(weight, start, rows)
+        return found and QuantizedTensor(*found, replace(weight.format, rows=rows))
 
 
 def plain_shapes(bits: int, group_size: int, rows: int, k: int) -> tuple[Shape, Shape]:
@@ -165,24 +194,17 @@ def dequantize_plain(weight: PackedLinear, dtype: torch.dtype) -> torch.Tensor:
     )
 
 
-def unpack_plain(weight: PackedLinear) -> QuantizedWeight:
-    """The same tensors."""
-    qweight, scale, bits, group_size, rows, k = weight
-    return QuantizedWeight(qweight, scale, bits, group_size, (rows, k))
-
-
-def narrow_plain(weight: PackedLinear, start: int, rows: int) -> PackedTensors:
-    """Rows from `start` on."""
-    return weight.qweight.narrow(0, start, rows), weight.scale.narrow(0, start, rows)
+def _same(weight: QuantizedTensor) -> PackedTensors:
+    return weight.tensors
 
 
 PLAIN = Layout(
-    "plain",
-    lambda w: (w.qweight, w.scale),
+    formats.PLAIN,
+    _same,
     plain_shapes,
     dequantize_plain,
-    unpack_plain,
-    narrow_plain,
+    _same,
+    lambda weight, start, rows: weight.narrow(start, rows).tensors,
 )
 
 

@@ -14,7 +14,7 @@ from fqcompile.passes.naming import InputName, name_inputs
 from fqcompile.passes.sites import KeptWeight, WeightSite
 from fqcompile.quant.choose import QuantPlan
 from fqcompile.torch_compat import copy_sources, is_erased
-from fqcompile.weights.packed import PackedPart, PackedSpec
+from fqcompile.weights.node_weight import NodeWeight, Part
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class PackedPair:
 
     qweight: fx.Node
     scale: fx.Node
-    spec: PackedSpec
+    spec: NodeWeight
 
 
 @dataclass
@@ -78,11 +78,11 @@ class GraphState:
                 site.op = fused
 
 
-def part_of(state: GraphState, site: WeightSite, plan: QuantPlan) -> PackedPart:
+def part_of(state: GraphState, site: WeightSite, plan: QuantPlan) -> Part:
     """The site's rows as quantised by this plan, whoever's weights come in."""
     *experts, rows, k = site.shape
     inputs = tuple(state.constants[source] for source in site.sources)
-    return PackedPart(site.recipe, inputs, plan, rows, k, *experts)
+    return Part(site.recipe, inputs, plan, rows, k, *experts)
 
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:

@@ -1,4 +1,4 @@
-"""3 choose: bits and granularity for each site, or the reason why it stays as it is.
+"""4 choose: bits and granularity for each site, or the reason why it stays as it is.
 
 What depends on the graph and the options is decided once (`settle`); what depends on the weights'
 values is decided again for every instance that runs the graph (`decide`).
@@ -18,11 +18,11 @@ from fqcompile.passes.base import GraphState, example
 from fqcompile.passes.choices import experts_outside, is_codebook, is_router
 from fqcompile.passes.naming import InputName, joined_name
 from fqcompile.passes.sites import WeightSite
+from fqcompile.quant.checks import WEIGHT_DTYPES
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
-from fqcompile.quant.validate import WEIGHT_DTYPES
 from fqcompile.torch_compat import FakeTensor
 from fqcompile.weights.disk_cache import use_logged
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 from fqcompile.weights.store import STORE
 
 Decision = QuantPlan | str
@@ -177,7 +177,7 @@ def _settled_reason(state: GraphState, site: WeightSite) -> str | None:
         return by_name
     if any(isinstance(state.args[state.constants[source]], FakeTensor) for source in site.sources):
         return NO_VALUES
-    if any(getattr(example(node), "is_nested", False) for node in (site.x, site.node)):
+    if any(getattr(example(node), "is_nested", False) for node in (site.contraction.x, site.node)):
         return (
             "its input is a nested tensor: multiply x.values(), the rows of all its parts, instead"
         )

@@ -22,7 +22,7 @@ from fqcompile.passes.base import (
 )
 from fqcompile.passes.effects import effects_between
 from fqcompile.torch_compat import schema_of
-from fqcompile.weights.packed import PackedSpec, common_group_size
+from fqcompile.weights.node_weight import NodeWeight, common_group_size
 from fqcompile.weights.recipe import target_name
 
 ADDS = ("add", "__add__", "iadd")
@@ -189,7 +189,7 @@ def stack(state: GraphState, ops: Sequence[fx.Node], place: fx.Node, **changes: 
     group_size = common_group_size([pair.spec for pair in pairs])
     assert group_size is not None
     parts = tuple(part for pair in pairs for part in pair.spec.parts)
-    pair = PackedPair(pairs[0].qweight, pairs[0].scale, PackedSpec(parts, group_size))
+    pair = PackedPair(pairs[0].qweight, pairs[0].scale, NodeWeight(parts, group_size))
     rows = [argument(op, "n") for op in ops]
     with state.graph.inserting_before(place):
         biases = [argument(op, "bias") for op in ops]

@@ -18,8 +18,8 @@ from fqcompile.passes.naming import InputName, joined_name
 from fqcompile.passes.op_nodes import argument
 from fqcompile.passes.sites import KeptWeight, WeightSite
 from fqcompile.quant.choose import QuantPlan
-from fqcompile.quant.granularity import num_groups
 from fqcompile.report import Site
+from fqcompile.tensor.format import num_groups
 from fqcompile.weights.recipe import WeightRecipe
 
 _NO_MORE_PLANS = (

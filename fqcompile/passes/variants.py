@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from fqcompile.config import FineQuantConfig
-from fqcompile.distributed.agreement import agree
+from fqcompile.distributed.ranks import agree
 from fqcompile.distributed.shards import rank_groups
 from fqcompile.errors import PlanDoesNotFit, RankError
 from fqcompile.locks import fork_safe

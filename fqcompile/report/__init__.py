@@ -2,6 +2,7 @@
 
 from fqcompile.report.compile_report import (
     CompileReport,
+    PassRecord,
     amend,
     clear_reports,
     record,
@@ -9,7 +10,6 @@ from fqcompile.report.compile_report import (
     reports,
 )
 from fqcompile.report.dump import dump_report, is_traced, trace_report
-from fqcompile.report.pass_record import PassRecord
 from fqcompile.report.plan import Plan, Totals
 from fqcompile.report.site import Site
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fqcompile.files.safetensors_file import bytes_of
-from fqcompile.quant.chunks import each_chunk
+from fqcompile.tensor.chunks import each_chunk
 
 _PIECE = 1 << 25  # bytes
 _FACTORS = (0xFF51AFD7ED558CCD - (1 << 64), 0xC4CEB9FE1A85EC53 - (1 << 64))

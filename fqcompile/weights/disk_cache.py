@@ -47,7 +47,7 @@ LEAST_WEIGHTS = 1 << 16
 # Another version of the quantizer may choose other codes, and does not find these.
 _PACKAGE = Path(__file__).parent.parent
 _SOURCES = (
-    *sorted((_PACKAGE / "quant").glob("*.py")),
+    *(p for name in ("tensor", "quant") for p in sorted((_PACKAGE / name).glob("*.py"))),
     _PACKAGE / "weights" / "entry_file.py",
     _PACKAGE / "files" / "safetensors_file.py",
 )

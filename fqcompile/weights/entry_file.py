@@ -25,10 +25,11 @@ from fqcompile.files.safetensors_file import (
 )
 from fqcompile.kernels.cpu.huge_pages import in_huge_pages
 from fqcompile.quant.choose import QuantPlan
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.weights.content_digest import content_digest
 
-Entry = tuple[QuantPlan, QuantizedWeight]
+Entry = tuple[QuantPlan, QuantizedTensor]
 
 _CORRUPT = (
     ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError, MemoryError
@@ -38,10 +39,11 @@ _CORRUPT = (
 def encoded(key: str, entry: Entry) -> list[Piece]:
     """The pieces of the file with this weight, which is on a CPU, for who asks for `key`."""
     plan, weight = entry
-    about = {**vars(plan), "scale_dtype": _name(plan.scale_dtype), "k": weight.shape[1]}
+    about = {**vars(plan), "scale_dtype": _name(plan.scale_dtype), "k": weight.k}
     text = json.dumps(about)
     # The wider type first, so that each value lies on a multiple of its size.
-    tensors = {"scale": weight.scale.contiguous(), "qweight": weight.qweight.contiguous()}
+    qweight, scale = weight.as_rows()
+    tensors = {"scale": scale.contiguous(), "qweight": qweight.contiguous()}
     digest = _digest(key, text, tensors["qweight"], tensors["scale"])
     forms = {name: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
     header = encode_header(consecutive(forms), {"plan": text, "digest": digest})
@@ -76,8 +78,10 @@ def _entry(about: dict[str, Any], qweight: Tensor, scale: Tensor) -> Entry:
     about["scale_dtype"] = getattr(torch, about["scale_dtype"])
     about["expert_errors"] = tuple(about["expert_errors"])
     plan = QuantPlan(**about)
-    shape = (qweight.shape[0], k)
-    return plan, QuantizedWeight(qweight, scale, plan.bits, plan.group_size, shape)
+    experts = len(plan.expert_errors)
+    rows = qweight.shape[0] // max(1, experts)
+    form = Format(plan.bits, plan.group_size, rows, k, experts, scale_method=plan.scale_method)
+    return plan, QuantizedTensor.of_rows(qweight, scale, form)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -14,8 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fqcompile.torch_compat import count_of_writes, is_expired
 from fqcompile.weights.content_digest import content_digest, mixed_sum
-from fqcompile.weights.no_memory import NoMemory
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.memory import NoMemory
+from fqcompile.weights.parameter import PackedWeight
 
 Fingerprint = tuple[tuple[int, ...], tuple[int, ...]]
 

@@ -22,7 +22,7 @@ from fqcompile.checkpoint import shards
 from fqcompile.checkpoint.manifest import read_manifest
 from fqcompile.cli import main
 from fqcompile.errors import CheckpointError, OptionError, UnquantizableWeight
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 from tests.checkpoint.crashes import count_operations, crash
 from tests.children import FORK
 
@@ -263,8 +263,8 @@ def test_options_and_types_reach_the_weights(source: Path, tmp_path: Path) -> No
     assert loaded.config.dtype == torch.float16
     layer: Any = loaded.model.layers[0]
     assert not isinstance(layer.self_attn.q_proj.weight, PackedWeight)
-    assert layer.mlp.experts.down_proj.form.bits == 8
-    assert layer.mlp.experts.down_proj.form.group_size == 32
+    assert layer.mlp.experts.down_proj.format.bits == 8
+    assert layer.mlp.experts.down_proj.format.group_size == 32
     reasons = {site.name: site.reason for site in plan.kept}
     assert "exclude" in str(reasons["model.layers.0.self_attn.q_proj.weight"])
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fqcompile.distributed.agreement import TIMEOUT
+from fqcompile.distributed.ranks import TIMEOUT
 from fqcompile.report import clear_reports
 
 SIZE = 2

@@ -14,7 +14,7 @@ import fqcompile
 from fqcompile.checkpoint.manifest import read_manifest
 from fqcompile.distributed.shards import local_part
 from fqcompile.errors import CheckpointError, RankError
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 from tests.distributed.pair import Pair
 from tests.distributed.sharded_models import Net, net, sharded, whole
 from tests.distributed.test_sharded_quantize import dense_values
@@ -108,7 +108,7 @@ def test_unlike_groups_of_the_parts_are_joined_at_the_finest(pair: Pair, tmp_pat
     (first, _), (second, _) = pair.run(save_unlike_groups, tmp_path)
     model = fqcompile.load(lambda: Net().eval().requires_grad_(False), tmp_path)
     loaded: Any = model.get_parameter("first.down.weight")
-    assert loaded.form.group_size == 32 and loaded.shape == (64, 128)
+    assert loaded.format.group_size == 32 and loaded.shape == (64, 128)
     assert torch.equal(loaded.dequantized(), torch.cat([first, second], 1))
 
 
@@ -120,7 +120,7 @@ def save_unlike_groups(folder: Path) -> tuple[Tensor, int]:
         fqcompile.quantize_(model, min_elements=0, granularity=64, overrides=overrides)
     fqcompile.save(model, folder)
     part: Any = local_part(model.first.down.weight)
-    return part.dequantized(), part.form.group_size
+    return part.dequantized(), part.format.group_size
 
 
 def test_unlike_whole_values_are_refused(pair: Pair, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fqcompile
 from fqcompile.distributed.shards import is_dtensor, local_part, with_part
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 from tests.dense_models import LAYERS
 from tests.distributed.pair import Pair
 from tests.distributed.sharded_models import filled, sharded, whole

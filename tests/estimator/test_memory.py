@@ -6,11 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fqcompile.estimator.costs import kv_bytes, memory_of, weight_memory
 from fqcompile.estimator.devices import DEVICES
-from fqcompile.estimator.matmuls import WeightFormat, formats
-from fqcompile.estimator.memory import kv_bytes, memory_of, weight_memory
+from fqcompile.estimator.matmuls import Matrix, Sharing, WeightFormat, Workload, formats
 from fqcompile.estimator.model_shapes import read_decoder
-from fqcompile.estimator.sharding import Matrix, Sharing, Workload
 from tests.estimator.shapes import MIXTRAL, PLAIN, decoder
 
 BF16, INT8, INT4 = formats(128, 8).values()

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from fqcompile.errors import EstimateError
 from fqcompile.estimator.decoder import Decoder
+from fqcompile.estimator.matmuls import Sharing, check, kv_heads_of_a_gpu, matrices
 from fqcompile.estimator.model_shapes import read_decoder
-from fqcompile.estimator.sharding import Sharing, check, kv_heads_of_a_gpu, matrices
 from tests.estimator.shapes import LLAMA, MIXTRAL, decoder
 
 QWEN = {**MIXTRAL, "model_type": "qwen2_moe", "num_experts": 8, "moe_intermediate_size": 64,

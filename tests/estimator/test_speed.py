@@ -6,17 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fqcompile.estimator.devices import (
-    DEVICES,
-    Cluster,
-    all_gather_seconds,
-    all_reduce_seconds,
-    all_to_all_seconds,
-)
-from fqcompile.estimator.matmuls import WeightFormat, formats, matmul_seconds, spec_of
-from fqcompile.estimator.model_shapes import read_decoder
-from fqcompile.estimator.sharding import Sharing, Workload, matrices
-from fqcompile.estimator.speed import (
+from fqcompile.estimator.costs import (
     Rows,
     Speed,
     decode_speed,
@@ -24,6 +14,23 @@ from fqcompile.estimator.speed import (
     matmul_parts,
     prefill_speed,
 )
+from fqcompile.estimator.devices import (
+    DEVICES,
+    Cluster,
+    all_gather_seconds,
+    all_reduce_seconds,
+    all_to_all_seconds,
+)
+from fqcompile.estimator.matmuls import (
+    Sharing,
+    WeightFormat,
+    Workload,
+    formats,
+    matmul_seconds,
+    matrices,
+    spec_of,
+)
+from fqcompile.estimator.model_shapes import read_decoder
 from fqcompile.kernels.roofline import ideal_seconds
 from tests.estimator.shapes import MIXTRAL, PLAIN, decoder
 from tests.tiers import examples

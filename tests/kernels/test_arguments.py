@@ -18,9 +18,8 @@ from fqcompile.errors import NoKernelError, OptionError
 from fqcompile.kernels.op import dequantize, matmul, matmul_backward, matmul_inference
 from fqcompile.kernels.registry import LAYOUTS, TEMPLATES
 from fqcompile.kernels.template import Layout
-from fqcompile.quant.granularity import num_groups
-from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.weights.stacks import pack_stack
+from fqcompile.tensor.format import Format, num_groups
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.cpu.guarded import at_end_of_page
 from tests.strategies import random_codes
 
@@ -30,10 +29,12 @@ BITS = {"aten_int8pack": 8}  # of other templates 4
 Change = dict[str, Any]
 
 
-def plain(rows: int, k: int, bits: int, group: int, dtype: torch.dtype = BF16) -> QuantizedWeight:
+def plain(rows: int, k: int, bits: int, group: int, dtype: torch.dtype = BF16) -> QuantizedTensor:
     generator = torch.Generator().manual_seed(0)
     scale = torch.ones(rows, num_groups(k, group), dtype=dtype)
-    return QuantizedWeight(random_codes(bits, rows, k, generator), scale, bits, group, (rows, k))
+    return QuantizedTensor(
+        random_codes(bits, rows, k, generator), scale, Format(bits, group, rows, k)
+    )
 
 
 # The operators, and the one by the ways in which its rows are told their experts.
@@ -51,7 +52,9 @@ def arguments(call: str, template: str) -> dict[str, Any]:
     group = K if bits == 8 else 64
     stack = EXPERTS if call in (GROUPED, GATHERED, BACKWARD) else 0
     weight = plain(max(1, stack) * N, K, bits, group)
-    qweight, scale = pack_stack(weight, stack, TEMPLATES[template].layout)
+    form = Format(bits, group, N, K, stack)
+    weight = TEMPLATES[template].layout.pack(QuantizedTensor.of_rows(*weight.tensors, form))
+    qweight, scale = weight.tensors
     rows = torch.tensor([1, 0, 1], dtype=torch.int32)
     ends = torch.tensor([1, 3], dtype=torch.int32)
     given = {
@@ -248,4 +251,4 @@ def test_a_layout_says_the_shapes_that_it_packs(
         rows, k, bits, group = rows * 64, k * 32, 4, 32
     group = min(group, k)
     packed = layout.pack(plain(rows, k, bits, group))
-    assert layout.shapes(bits, group, rows, k) == tuple(tuple(t.shape) for t in packed)
+    assert layout.shapes(bits, group, rows, k) == tuple(tuple(t.shape) for t in packed.tensors)

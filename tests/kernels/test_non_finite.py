@@ -13,7 +13,8 @@ from torch import Tensor
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.op import matmul
 from fqcompile.kernels.registry import TEMPLATES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.cpu.paths import NAMES, path
 from tests.kernels.test_op import oracle, unpacked
 from tests.strategies import Problem, make_problem
@@ -46,8 +47,8 @@ def takes(template: str, p: Problem) -> bool:
 
 def run(template: str, p: Problem) -> Tensor:
     rows = p.qweight.shape[0]
-    plain = QuantizedWeight(p.qweight, p.scale, p.bits, p.group_size, (rows, p.k))
-    return matmul(p.x, *TEMPLATES[template].layout.pack(plain), *p.arguments[3:], template)
+    plain = QuantizedTensor(p.qweight, p.scale, Format(p.bits, p.group_size, rows, p.k))
+    return matmul(p.x, *TEMPLATES[template].layout.pack(plain).tensors, *p.arguments[3:], template)
 
 
 def eager(p: Problem) -> Tensor:

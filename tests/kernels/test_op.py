@@ -12,8 +12,8 @@ from fqcompile.errors import NoKernelError, OptionError
 from fqcompile.kernels.epilogue import ACTIVATIONS
 from fqcompile.kernels.op import dequantize, matmul
 from fqcompile.quant.affine import choose_scale, quantize_affine
-from fqcompile.quant.packing import pack
-from fqcompile.quant.qtype import QTYPES
+from fqcompile.tensor.codes import pack
+from fqcompile.tensor.format import QTYPES
 from tests.strategies import Problem, make_problem, problems, weights
 
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}

@@ -12,7 +12,8 @@ from torch import Tensor
 from fqcompile.kernels.epilogue import ACTIVATIONS
 from fqcompile.kernels.op import matmul
 from fqcompile.kernels.registry import TEMPLATES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.test_op import exact_activation, exact_up, oracle, unpacked
 from tests.strategies import Problem, make_problem
 
@@ -168,10 +169,10 @@ def test_rows_of_no_expert_are_zeros_where_that_is_asked_for(
         x[len(of_row) :] = torch.nan
         bits, group_size, k = rest[1], rest[2], call.problems[0].k
         each = [
-            QuantizedWeight(*pair, bits, group_size, (pair[0].shape[0], k))
+            QuantizedTensor(*pair, Format(bits, group_size, pair[0].shape[0], k))
             for pair in zip(qweight, scale, strict=True)
         ]
-        pairs = [TEMPLATES[kernel].layout.pack(weight) for weight in each]
+        pairs = [TEMPLATES[kernel].layout.pack(weight).tensors for weight in each]
         packed = [torch.stack(tensors) for tensors in zip(*pairs, strict=True)]
         ends = call.routing(grouped)
         with monkeypatch.context() as patch:

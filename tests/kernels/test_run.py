@@ -13,8 +13,8 @@ from fqcompile.kernels import run as run_module
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.run import dequantize_weight, run_matmul
 from fqcompile.kernels.template import PLAIN, Layout, PackedLinear, Template
-from fqcompile.quant.packing import pack
-from fqcompile.quant.qtype import QTYPES
+from fqcompile.tensor.codes import pack
+from fqcompile.tensor.format import QTYPES
 
 CODES = torch.randint(-8, 8, (6, 10), dtype=torch.int8)
 WEIGHT = PackedLinear(pack(CODES, QTYPES[4]), torch.full((6, 1), 0.5), 4, 10, 6, 10)
@@ -76,7 +76,7 @@ def test_any_other_error_is_not_hidden(install: Any) -> None:
 
 
 def test_a_layout_that_cannot_be_dequantised_has_no_other_way(install: Any) -> None:
-    install(KernelBuildError("no compiler"), Layout("odd", PLAIN.pack, PLAIN.shapes))
+    install(KernelBuildError("no compiler"), Layout("odd", PLAIN.pack_matrix, PLAIN.shapes))
     with pytest.raises(KernelBuildError, match="no compiler"):
         run()
     with pytest.raises(KernelBuildError, match="layout 'odd' cannot be dequantised"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fqcompile.compiled import warm_up
 from fqcompile.config import FineQuantConfig
 from fqcompile.report import (
     CompileReport,
@@ -18,7 +19,6 @@ from fqcompile.report import (
     reports,
 )
 from fqcompile.report.compile_report import MOST_REPORTS
-from fqcompile.warm_up import warm_up
 from tests.report.page_parser import Page
 
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fqcompile.report.html import Cell, Table, details, filter_button, table_html, unordered
+from fqcompile.report.page import Cell, Table, details, filter_button, table_html, unordered
 from tests.report.page_parser import Page
 
 PRINTABLE = st.text(st.characters(codec="utf-8", exclude_categories=["C"]))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fqcompile.report import CompileReport
-from fqcompile.report.table import site_page_table
+from fqcompile.report.site import site_page_table
 from tests.browser import Browser, assert_quiet, assert_readable, find_chromium
 from tests.report import large_reports
 

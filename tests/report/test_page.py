@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from fqcompile.report import CompileReport, Plan
-from fqcompile.report.html import Section
-from fqcompile.report.page import render_page
-from fqcompile.report.table import site_page_table
+from fqcompile.report.page import Section, render_page
+from fqcompile.report.site import site_page_table
 from tests.report.page_parser import Page
 
 HOSTILE = "<script>alert(1)</script>"

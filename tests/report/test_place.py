@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fqcompile.report.place import place_of
+from fqcompile.report.granularity_map import place_of
 
 NAMES = [
     ("model.layers.3.self_attn.q_proj.weight", "model.layers", 3, "self_attn.q_proj"),

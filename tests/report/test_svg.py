@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fqcompile.report.svg import HEIGHT, Axis, Point, axis_over, points_svg
+from fqcompile.report.page import HEIGHT, Axis, Point, axis_over, points_svg
 from tests.report.page_parser import Page
 
 VALUES = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=20)

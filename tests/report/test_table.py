@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fqcompile.report import Plan, Site
-from fqcompile.report.table import PAGE_HEADERS, WIDTH, shorten, site_page_table, site_table
+from fqcompile.report.site import PAGE_HEADERS, WIDTH, shorten, site_page_table, site_table
 
 SITES = st.builds(
     Site,

@@ -49,8 +49,9 @@ def test_another_version_finds_nothing(
 
 
 def test_the_version_is_of_all_that_makes_codes_and_files() -> None:
-    quant = Path(module.__file__).parent.parent / "quant"
-    made = {path.name for path in quant.iterdir() if path.suffix == ".py"}
+    package = Path(module.__file__).parent.parent
+    folders = (package / "tensor", package / "quant")
+    made = {p.name for folder in folders for p in folder.iterdir() if p.suffix == ".py"}
     files = {"entry_file.py", "safetensors_file.py"}
     assert {path.name for path in module._SOURCES} == made | files
 

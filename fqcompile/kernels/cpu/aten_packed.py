@@ -20,9 +20,9 @@ from fqcompile.kernels.template import (
     Template,
     one_by_one,
 )
-from fqcompile.quant.packing import unpack
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.codes import unpack
+from fqcompile.tensor.format import QTYPES
+from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import int4pack_mm, int8pack_mm, pack_int4
 
 # Above these row counts dequantising once and multiplying densely is faster (table above).
@@ -75,9 +75,9 @@ def _int4_shapes(bits: int, group_size: int, rows: int, k: int) -> tuple[Shape, 
     return (rows, k * bits // 8), (k // group_size, rows, 2)
 
 
-def _pack_int4(weight: QuantizedWeight) -> PackedTensors:
+def _pack_int4(weight: QuantizedTensor) -> PackedTensors:
     """Codes offset to 0..15 in aten's order; scales [K/G, N, 2], each with aten's zero point."""
-    codes = unpack(weight.qweight, QTYPES[4], weight.shape[1]).to(torch.int32) + 8
+    codes = unpack(weight.qweight, QTYPES[4], weight.k).to(torch.int32) + 8
     qweight = pack_int4(codes, 1)
     scale = weight.scale.t().contiguous()
     return qweight, torch.stack((scale, torch.zeros_like(scale)), dim=-1)

@@ -28,7 +28,7 @@ from fqcompile.kernels.epilogue import ACTIVATIONS, Epilogue
 from fqcompile.kernels.spec import Config, GemmSpec
 from fqcompile.kernels.template import Layout, PackedLinear, Routing, Template
 from fqcompile.locks import in_forked_child
-from fqcompile.quant.qtype import QTYPES
+from fqcompile.tensor.format import QTYPES
 from fqcompile.torch_compat import has_amx
 
 

@@ -13,13 +13,9 @@ A stack is that of its experts' packed weights, one after the other.
 import triton
 import triton.language as tl
 
-from fqcompile.kernels.triton.finish import finish_row
-from fqcompile.kernels.triton.gemm import (
-    scaled_products,
-    scales_of_an_expert,
-    store,
-    words_of_an_expert,
-)
+from fqcompile.kernels.triton.epilogue import finish_row, store
+from fqcompile.kernels.triton.fragments import scales_of_an_expert, words_of_an_expert
+from fqcompile.kernels.triton.gemm import scaled_products
 
 
 @triton.jit

@@ -9,13 +9,13 @@ from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.epilogue import activation as activation_entry
 from fqcompile.kernels.spec import TileConfig
 from fqcompile.kernels.template import PackedLinear, Routing
-from fqcompile.kernels.triton.dequantize import dequantize_kernel
+from fqcompile.kernels.triton.epilogue import finish_kernel
 from fqcompile.kernels.triton.expert_gemm import (
     expert_gemm_kernel,
     finish_experts_kernel,
     schedule_kernel,
 )
-from fqcompile.kernels.triton.finish import finish_kernel
+from fqcompile.kernels.triton.fragments import dequantize_kernel
 from fqcompile.kernels.triton.gemm import gemm_kernel
 from fqcompile.kernels.triton.layout import (
     BLOCK_K,

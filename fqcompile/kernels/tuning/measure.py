@@ -19,12 +19,10 @@ from fqcompile.kernels.template import Layout, PackedLinear, Routing, Template
 from fqcompile.kernels.tuning.routed_rows import experts_of, packed_stack, routings
 from fqcompile.kernels.tuning.search import DeviceLost, Measure, WrongResult
 from fqcompile.kernels.tuning.table import Timing
-from fqcompile.quant.affine import dequantize_rows
-from fqcompile.quant.chunks import plain_tensors
-from fqcompile.quant.granularity import num_groups
-from fqcompile.quant.packing import pack
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.chunks import plain_tensors
+from fqcompile.tensor.codes import dequantize_rows, pack
+from fqcompile.tensor.format import QTYPES, Format, num_groups
+from fqcompile.tensor.quantized import QuantizedTensor
 
 Run = Callable[[Config], torch.Tensor]
 ROTATED_BYTES = 256 << 20
@@ -106,7 +104,7 @@ def _experts(
 
 
 def expert_reference(
-    x: torch.Tensor, weights: Sequence[QuantizedWeight], routing: Routing, spec: GemmSpec
+    x: torch.Tensor, weights: Sequence[QuantizedTensor], routing: Routing, spec: GemmSpec
 ) -> torch.Tensor:
     """`reference` of each expert on its rows; all rows have one."""
     y = x.new_empty((x.shape[0], spec.n), dtype=torch.float64)
@@ -115,9 +113,9 @@ def expert_reference(
     return y
 
 
-def packed_copies(weight: QuantizedWeight, layout: Layout) -> tuple[list[PackedLinear], int]:
+def packed_copies(weight: QuantizedTensor, layout: Layout) -> tuple[list[PackedLinear], int]:
     """As many copies of a packed weight as `rotation` says, and its rounds."""
-    tensors = layout.pack(weight)
+    tensors = layout.pack(weight).tensors
     copies, rounds = rotation(sum(t.nbytes for t in tensors))
     packed = [tensors] + [(tensors[0].clone(), tensors[1].clone()) for _ in range(copies - 1)]
     form = (weight.bits, weight.group_size, *weight.shape)
@@ -141,7 +139,7 @@ def rounds_of(copies: int) -> int:
 
 def random_problem(
     spec: GemmSpec, m: int, device: torch.device
-) -> tuple[QuantizedWeight, torch.Tensor]:
+) -> tuple[QuantizedTensor, torch.Tensor]:
     """Codes over their whole range, scales of about 1 / qmax, and x such that results are about 1.
 
     Nothing is zero by design and nothing overflows fp16, gated or not.
@@ -155,10 +153,11 @@ def random_problem(
     scale = torch.rand(rows, groups, device=device, generator=generator).add_(0.5).div_(qtype.qmax)
     x = torch.randn(m, k, device=device, generator=generator).mul_(k**-0.5).to(spec.dtype)
     scale = scale.to(spec.scale_dtype)
-    return QuantizedWeight(pack(codes, qtype), scale, spec.bits, spec.group_size, (rows, k)), x
+    form = Format(spec.bits, spec.group_size, rows, k)
+    return QuantizedTensor(pack(codes, qtype), scale, form), x
 
 
-def reference(x: torch.Tensor, weight: QuantizedWeight, spec: GemmSpec) -> torch.Tensor:
+def reference(x: torch.Tensor, weight: QuantizedTensor, spec: GemmSpec) -> torch.Tensor:
     """The layer in fp64 from the plain layout: no template's code, and no TF32."""
     step = max(1, _REFERENCE_CHUNK // spec.k)
     parts = []

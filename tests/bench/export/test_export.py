@@ -9,8 +9,7 @@ pytest.importorskip("transformers", reason="the bench extra is not installed")
 
 from safetensors.torch import load_file, save_file
 
-from bench.export.run import main
-from bench.export.ways import WAYS, compared, make
+from bench.export.run import WAYS, compared, main, make
 from fqcompile.interop.export import export
 
 

@@ -11,7 +11,7 @@ from bench.kernels import cpu_ways
 from bench.kernels import run as kernels
 from bench.kernels.cpu_ways import Way, ways
 from fqcompile.kernels.cpu import native_library
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.bench.made_up_results import cells
 
 pytestmark = pytest.mark.skipif(
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def few(weight: QuantizedWeight) -> Iterator[Way]:
+def few(weight: QuantizedTensor) -> Iterator[Way]:
     """Ours, the same gone wrong, and one that fails."""
     ours = next(ways(weight))
     yield ours

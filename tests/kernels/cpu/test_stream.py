@@ -15,7 +15,8 @@ from fqcompile.kernels.epilogue import ACTIVATIONS, Epilogue
 from fqcompile.kernels.op import matmul
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import PackedLinear
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.cpu.paths import NAMES, path
 from tests.kernels.test_op import oracle
 from tests.strategies import Problem, make_problem
@@ -47,8 +48,8 @@ problems = st.fixed_dictionaries(
 def packed(p: Problem) -> PackedLinear:
     rows = p.qweight.shape[0]
     group = min(p.group_size, p.k)
-    plain = QuantizedWeight(p.qweight, p.scale, p.bits, group, (rows, p.k))
-    return PackedLinear(*STREAM.pack(plain), p.bits, group, rows, p.k)
+    plain = QuantizedTensor(p.qweight, p.scale, Format(p.bits, group, rows, p.k))
+    return PackedLinear(*STREAM.pack(plain).tensors, p.bits, group, rows, p.k)
 
 
 def assert_is_oracle(p: Problem) -> None:
@@ -90,8 +91,8 @@ def test_the_weight_comes_back_as_it_was(
 ) -> None:
     p = make_problem(**options)
     weight = packed(p)
-    plain = QuantizedWeight(
-        p.qweight, p.scale, p.bits, weight.group_size, (weight.rows, p.k)
+    plain = QuantizedTensor(
+        p.qweight, p.scale, Format(p.bits, weight.group_size, weight.rows, p.k)
     ).dequantize(dtype)
     assert STREAM.dequantize is not None
     with path(name):

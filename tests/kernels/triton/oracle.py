@@ -15,9 +15,9 @@ from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import TileConfig
 from fqcompile.kernels.template import PackedLinear
 from fqcompile.kernels.triton import launch, layout
-from fqcompile.quant.packing import pack
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.codes import pack
+from fqcompile.tensor.format import QTYPES, Format
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.triton.interpreter import interpreted
 from tests.kernels.triton.interpreter_memory import Memory
 from tests.kernels.triton.ptx import emulated_ptx
@@ -91,9 +91,11 @@ def group_of(k: int, group_size: int) -> Tensor:
     return torch.arange(k) // group_size
 
 
-def quantized(codes: Tensor, scale: Tensor, bits: int, group_size: int) -> QuantizedWeight:
+def quantized(codes: Tensor, scale: Tensor, bits: int, group_size: int) -> QuantizedTensor:
     rows, k = codes.shape
-    return QuantizedWeight(pack(codes, QTYPES[bits]), scale, bits, min(group_size, k), (rows, k))
+    return QuantizedTensor(
+        pack(codes, QTYPES[bits]), scale, Format(bits, min(group_size, k), rows, k)
+    )
 
 
 def packed(

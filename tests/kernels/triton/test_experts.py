@@ -18,7 +18,7 @@ from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import TileConfig
 from fqcompile.kernels.template import Routing
 from fqcompile.kernels.triton import launch
-from fqcompile.kernels.triton.gemm import scales_of_an_expert, words_of_an_expert
+from fqcompile.kernels.triton.fragments import scales_of_an_expert, words_of_an_expert
 from tests.kernels.triton.expert_oracle import ExpertCase, check, draw, run, stacked
 from tests.kernels.triton.oracle import (
     ACTIVATIONS,

@@ -63,7 +63,7 @@ class Call:
 def call_of(case: Case, device: str = "cpu") -> Call:
     inputs = draw(case)
     weight = quantized(inputs.codes, inputs.scale, case.bits, case.group_size)
-    qweight, scale = (t.to(device) for t in TRITON_GEMM.layout.pack(weight))
+    qweight, scale = (t.to(device) for t in TRITON_GEMM.layout.pack(weight).tensors)
     x, bias, residual = (on_device(t, device) for t in (inputs.x, inputs.bias, inputs.residual))
     return Call(case, inputs, x, qweight, scale, bias, residual)
 

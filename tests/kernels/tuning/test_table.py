@@ -297,31 +297,6 @@ def test_a_narrow_search_does_not_undo_a_full_one(tmp_path: Path) -> None:
         assert table.case("k1", 16).searched == "max"
 
 
-def test_the_users_measurements_go_over_the_shipped_ones(tmp_path: Path) -> None:
-    shipped, own = tmp_path / "shipped.json", tmp_path / "own.json"
-    _filled(shipped)
-    before = shipped.read_bytes()
-    table = TunedTable.load(own, HERE, shipped)
-    assert table.case("k1", 16).best == Trial(A, TIMING)
-    table.add("k1", 16, _trial(A, 30.0))
-    table.add("k1", 16, _trial(DENSE, 25.0))
-    assert table.case("k1", 16).best == _trial(DENSE, 25.0)
-    assert shipped.read_bytes() == before
-    assert "OutOfResources" not in own.read_text()
-
-
-@pytest.mark.parametrize(
-    ("change", "used"),
-    [({"torch": "2.14.0"}, True), ({"triton": "3.8.0"}, False), ({"kernels": "d"}, False)],
-)
-def test_shipped_measurements_outlive_what_no_kernel_depends_on(
-    change: dict[str, str], used: bool, tmp_path: Path
-) -> None:
-    _filled(tmp_path / "shipped.json")
-    table = TunedTable.load(tmp_path / "own.json", {**HERE, **change}, tmp_path / "shipped.json")
-    assert (table.case("k1", 16) != Case()) is used
-
-
 def test_a_gpu_has_one_table_which_is_read_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
