@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fqcompile.errors import CheckpointError
-from fqcompile.hf_compat import conversion_mapping, loading
+from fqcompile.hf_compat import conversion_mapping, converted_name, loading, renamed
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Reversion:
         return {self._renamed(k): v[0] if isinstance(v, list) else v for k, v in found.items()}
 
     def _renamed(self, name: str) -> str:
-        return str(loading().apply_renamings(name, self.renamings))
+        return renamed(name, self.renamings)
 
 
 def reversions(model: Any, names: Iterable[str]) -> list[Reversion]:
@@ -67,9 +67,9 @@ def reversions(model: Any, names: Iterable[str]) -> list[Reversion]:
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     found: dict[str, Reversion] = {}
     for name in sorted(names, key=loading().dot_natural_key):
-        target, pattern = loading().apply_converters(name, converters)
+        target, pattern = converted_name(name, converters)
         if pattern is None:
-            target, pattern = loading().apply_renamings(name, renamings), name
+            target, pattern = renamed(name, renamings), name
         entry = found.setdefault(target, Reversion(target, by_pattern.get(pattern), renamings))
         entry.sources.setdefault(pattern, []).append(name)
     return list(found.values())
