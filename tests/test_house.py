@@ -35,10 +35,10 @@ LAYERS = [
 # What may import less than all that is below it.
 ONLY = {"estimator": {"errors", "kernels"}}
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
-PIPELINE = ("capture", "match", "choose", "quantize", "rewrite", "fuse", "select", "lower")
+PIPELINE = tuple("capture normalize match choose quantize rewrite fuse select lower".split())
 PASS_HELPERS = set(
-    """base choices effects einsum emit expert_einsum expert_forms expert_rewrite
-    fold fuse_patterns gather kept linear_forms naming op_nodes regions sites spelling""".split()
+    """base choices contraction effects emit fold fuse_patterns gather kept naming op_nodes products
+    regions sites""".split()
 )
 # What runs the passes, before them, after them or around them: each may import earlier ones.
 PASS_DRIVERS = tuple("pipeline sharded summary variants".split())

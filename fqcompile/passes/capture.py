@@ -17,7 +17,6 @@ from fqcompile.passes.base import GraphState, copy_module, example, placeholders
 from fqcompile.passes.effects import has_effects, memory_of, written_inputs
 from fqcompile.passes.naming import InputName, name_inputs
 from fqcompile.passes.regions import inline_regions
-from fqcompile.passes.spelling import spell
 from fqcompile.torch_compat import (
     STATIC_INPUT,
     AttrSource,
@@ -33,7 +32,6 @@ def capture(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig
     """The state that all other passes work on; Dynamo's own module is left untouched."""
     copied, _ = copy_module(module)
     inline_regions(copied, training=torch.is_grad_enabled() or enables_grad(copied.graph))
-    spell(copied.graph)
     inputs = placeholders(copied.graph)
     constants = {
         node: index

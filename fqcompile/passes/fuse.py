@@ -1,4 +1,4 @@
-"""6 fuse: what surrounds a quantized matmul moves into it, by the rules of RULES.
+"""7 fuse: what surrounds a quantized matmul moves into it, by the rules of RULES.
 
 A node moves only where nothing between the places writes to memory or switches a mode, and only if
 shape and dtype stay as they were. Where x needs a gradient only biases and siblings are fused. What

@@ -1,4 +1,4 @@
-"""8 lower: hand the rewritten graph, without the weights it no longer reads, to the inner compiler.
+"""9 lower: hand the rewritten graph, without the weights it no longer reads, to the inner compiler.
 
 (x, w_0, b_0, w_1, ...)  ->  inner(x, b_0, ..., qweight_0, scale_0, ...)
 """

@@ -17,6 +17,7 @@ from fqcompile.passes.choose import choose
 from fqcompile.passes.fuse import fuse
 from fqcompile.passes.lower import lower
 from fqcompile.passes.match import match
+from fqcompile.passes.normalize import normalize
 from fqcompile.passes.op_nodes import argument, is_linear, is_quantized
 from fqcompile.passes.quantize import quantize
 from fqcompile.passes.rewrite import rewrite
@@ -42,6 +43,7 @@ def analyse(
     """All that happens before compilation; what `explain` shows."""
     state = recorder.start("capture", lambda: capture(module, args, config))
     state.name, state.changing = name, changing
+    recorder.run("normalize", state, normalize)
     recorder.run("match", state, match)
     recorder.run("choose", state, choose)
     recorder.run("quantize", state, quantize)

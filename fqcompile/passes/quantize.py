@@ -1,4 +1,4 @@
-"""4 quantize: codes and scales of every chosen site, found or made in the store by weight identity.
+"""5 quantize: codes and scales of every chosen site, found or made in the store by weight identity.
 
 site: [N, K] bf16      ->   NodeWeight(recipe, plan): qweight uint8 [N, K/2], scale bf16 [N, K/G]
 site: [E, N, K] bf16   ->   the same of [E * N, K]

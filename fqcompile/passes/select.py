@@ -1,4 +1,4 @@
-"""7 select: one kernel for each quantised matmul, fixed on its node.
+"""8 select: one kernel for each quantised matmul, fixed on its node.
 
 The op's `kernel` argument names the template and its configurations by number of rows, from a table
 of measured ones, a search, or the closed form; so neither Inductor nor the op decides anything
