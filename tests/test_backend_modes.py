@@ -186,7 +186,7 @@ def test_inputs_of_any_layout(layout: str, dtype: torch.dtype) -> None:
     assert_close(actual, oracle(model)(x), k=256, depth=3)
 
 
-PASSES = "capture normalize match choose quantize rewrite fuse select lower".split()
+PASSES = "capture normalize match plan rewrite fuse select lower".split()
 
 
 def _fail(*args: object) -> int:

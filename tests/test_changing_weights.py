@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fqcompile
-from fqcompile.passes.choose import CHANGING
+from fqcompile.passes.plan import CHANGING
 from fqcompile.weights import dispatch
 from tests.helpers import Mlp, assert_close, finequant, frozen, oracle
 
@@ -75,7 +75,7 @@ def _counted(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     made: list[object] = []
     bind = dispatch.WeightDispatch.bind
     monkeypatch.setattr(
-        dispatch.WeightDispatch, "bind", lambda self, args: made.append(self) or bind(self, args)
+        dispatch.WeightDispatch, "bind", lambda self, *args: made.append(self) or bind(self, *args)
     )
     return made
 

@@ -14,8 +14,8 @@ from torch._inductor import config as inductor_config
 from torch.nn.parallel import DistributedDataParallel
 
 import fqcompile
-from fqcompile.passes.choose import NO_VALUES
 from fqcompile.passes.kept import IN_THE_GRAPH
+from fqcompile.passes.plan import NO_VALUES
 from tests.helpers import (
     Mlp,
     assert_close,

@@ -35,7 +35,7 @@ LAYERS = [
 # What may import less than all that is below it.
 ONLY = {"estimator": {"errors", "kernels"}}
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
-PIPELINE = tuple("capture normalize match choose quantize rewrite fuse select lower".split())
+PIPELINE = tuple("capture normalize match plan rewrite fuse select lower".split())
 PASS_HELPERS = set(
     """base choices contraction effects emit fold fuse_patterns gather kept naming op_nodes products
     regions sites""".split()

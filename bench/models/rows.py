@@ -203,7 +203,7 @@ def about(found: Sequence[CompileReport]) -> Row:
     seconds = {p.name: p.seconds for report in found for p in report.passes}
     totals = [report.plan.totals for report in found]
     return {
-        "quantize_s": sum(seconds.get(name, 0.0) for name in ("choose", "quantize")),
+        "quantize_s": seconds.get("plan", 0.0),
         "linear_bytes": sum(t.bytes_after for t in totals),
         "linear_bytes_before": sum(t.bytes_before for t in totals),
         "kernels": sorted({line for report in found for line in _kernels(report)}),

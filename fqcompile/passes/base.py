@@ -14,16 +14,8 @@ from fqcompile.passes.naming import InputName, name_inputs
 from fqcompile.passes.sites import KeptWeight, WeightSite
 from fqcompile.quant.choose import QuantPlan
 from fqcompile.torch_compat import copy_sources, is_erased
+from fqcompile.weights.fingerprint import Fingerprint
 from fqcompile.weights.node_weight import NodeWeight, Part
-
-
-@dataclass(frozen=True)
-class PackedPair:
-    """The two placeholders of one packed weight, and what fills them."""
-
-    qweight: fx.Node
-    scale: fx.Node
-    spec: NodeWeight
 
 
 @dataclass
@@ -38,6 +30,7 @@ class GraphState:
         known: what those of `named` are called, and tensors that are attributes of the graph.
         names: their names alone.
         changing: positions among `args` of weights that are others in every call.
+        decided_for: the state of the weights whose values the plans are for.
         name: the graph's, for messages.
     """
 
@@ -52,11 +45,12 @@ class GraphState:
     names: dict[fx.Node, str] = field(init=False)
     sites: list[WeightSite] = field(default_factory=list)
     kept: list[KeptWeight] = field(default_factory=list)
-    packed: dict[fx.Node, PackedPair] = field(default_factory=dict)
+    packed: dict[fx.Node, NodeWeight] = field(default_factory=dict)
     gemms: dict[fx.Node, GemmSpec] = field(default_factory=dict)
     matched: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     changing: frozenset[int] = frozenset()
+    decided_for: Fingerprint = ((), ())
     name: str = "the graph"
 
     def __post_init__(self) -> None:
@@ -70,9 +64,9 @@ class GraphState:
         """What `known` is where another instance runs the graph, whose weights are in `args`."""
         return self.known | name_inputs(self.named, args)
 
-    def replace_op(self, ops: Sequence[fx.Node], fused: fx.Node, pair: PackedPair) -> None:
-        """Record that `fused` now computes what `ops` computed, from `pair`."""
-        self.packed[fused] = pair
+    def replace_op(self, ops: Sequence[fx.Node], fused: fx.Node, weight: NodeWeight) -> None:
+        """Record that `fused` now computes what `ops` computed, from `weight`."""
+        self.packed[fused] = weight
         for site in self.sites:
             if site.op in ops:
                 site.op = fused

@@ -1,4 +1,4 @@
-"""7 fuse: what surrounds a quantized matmul moves into it, by the rules of RULES.
+"""6 fuse: what surrounds a quantized matmul moves into it, by the rules of RULES.
 
 A node moves only where nothing between the places writes to memory or switches a mode, and only if
 shape and dtype stay as they were. Where x needs a gradient only biases and siblings are fused. What
@@ -134,7 +134,7 @@ def _biases(state: GraphState, op: fx.Node, term: object, node: fx.Node) -> fx.N
     value, out = example(term), example(node)
     if not isinstance(term, fx.Node) or value is None or out is None or value.dtype != out.dtype:
         return None
-    experts, n = state.packed[op].spec.experts, argument(op, "n")
+    experts, n = state.packed[op].experts, argument(op, "n")
     if same_shape(value.shape, out.shape):
         return bias_per_expert(op, term, experts, state.written)
     # [E, 1, .., N] beside [E, C, .., N]: of fewer dimensions, E would meet another than the first
@@ -210,11 +210,11 @@ def _halves(state: GraphState, node: fx.Node) -> bool:
     value, out = example(node), None if unit is None else example(unit.value)
     if op is None or unit is None or value is None or out is None or not is_plain(op):
         return False
-    n, pair = argument(op, "n"), state.packed[op]
+    n, weight = argument(op, "n"), state.packed[op]
     halved = (*out.shape[:-1], n // 2)
     if value.dtype != out.dtype or not same_shape(value.shape, halved) or not value.is_contiguous():
         return False
-    if (unit.interleaved and len(pair.spec.parts) > 1) or effects_between(op, node):
+    if (unit.interleaved and len(weight.parts) > 1) or effects_between(op, node):
         return False
     bias = argument(op, "bias")
     with state.graph.inserting_before(node):
@@ -222,9 +222,8 @@ def _halves(state: GraphState, node: fx.Node) -> bool:
             bias = _gate_then_up(state.graph, bias)
         changes = {"n": n // 2, "activation": unit.activation, "gated": True, "bias": bias}
         fused = state.graph.call_function(*changed(op, **changes))
-    spec = replace(pair.spec, interleaved=unit.interleaved)
     del state.packed[op]
-    state.replace_op([op], fused, replace(pair, spec=spec))
+    state.replace_op([op], fused, replace(weight, interleaved=unit.interleaved))
     put_in_place(state, fused, view, node)
     return True
 

@@ -1,4 +1,4 @@
-"""9 lower: hand the rewritten graph, without the weights it no longer reads, to the inner compiler.
+"""8 lower: hand the rewritten graph, without the weights it no longer reads, to the inner compiler.
 
 (x, w_0, b_0, w_1, ...)  ->  inner(x, b_0, ..., qweight_0, scale_0, ...)
 """
@@ -11,7 +11,8 @@ from torch import Tensor, fx
 
 from fqcompile.config import FineQuantConfig
 from fqcompile.kernels.op import CACHE_TAG
-from fqcompile.passes.base import GraphState, PackedPair, placeholders
+from fqcompile.passes.base import GraphState, placeholders
+from fqcompile.passes.op_nodes import argument
 from fqcompile.torch_compat import (
     STATIC_INPUT,
     compile_fx,
@@ -21,6 +22,7 @@ from fqcompile.torch_compat import (
     set_source,
 )
 from fqcompile.weights.dispatch import Inner, Variant
+from fqcompile.weights.node_weight import NodeWeight
 from fqcompile.weights.store import STORE
 
 # What AOTAutograd requires of an input that Dynamo did not make, and what makes CUDA graphs treat
@@ -30,16 +32,17 @@ _STATIC_INPUT = {STATIC_INPUT: "unguarded"}
 
 def lower(state: GraphState, args: Sequence[Any]) -> Variant:
     """Compile the graph; the variant says which outer arguments it takes, and packs the rest."""
-    pairs = _pairs_in_input_order(state)
-    inputs = placeholders(state.graph)[: len(state.args)]
+    inputs, given = placeholders(state.graph), len(state.args)
+    inputs, packed_inputs = inputs[:given], inputs[given:]
     # A graph without packed weights keeps the arguments that it is called with.
-    dead = {node for node in inputs if not node.users and node in state.constants and pairs}
+    dead = {n for n in inputs if not n.users and n in state.constants and packed_inputs}
     kept = [i for i, node in enumerate(inputs) if node not in dead]
     for node in dead:
         state.graph.erase_node(node)
-    pack = _packer(pairs)
+    weight_at = {argument(op, "qweight"): weight for op, weight in state.packed.items()}
+    pack = _packer([weight_at[node] for node in packed_inputs[::2]])
     packed = pack(args)
-    _describe_inputs(state, pairs, packed)
+    _describe_inputs(inputs, packed_inputs, packed)
     state.graph.lint()
     state.module.recompile()
     inner = compile_inner(state.module, [*(args[i] for i in kept), *packed], state.config)
@@ -59,30 +62,23 @@ def compile_inner(module: fx.GraphModule, args: Sequence[Any], config: FineQuant
         return cast(Inner, compile_fx(module, list(args), config_patches=patches))
 
 
-def _pairs_in_input_order(state: GraphState) -> list[PackedPair]:
-    order = {node: i for i, node in enumerate(placeholders(state.graph))}
-    return sorted(state.packed.values(), key=lambda pair: order[pair.qweight])
-
-
-def _packer(pairs: list[PackedPair]) -> Callable[[Sequence[Any]], tuple[Tensor, ...]]:
+def _packer(weights: Sequence[NodeWeight]) -> Callable[[Sequence[Any]], tuple[Tensor, ...]]:
     """Packed tensors for any instance's arguments, in the order of the new inputs."""
-    specs = [pair.spec for pair in pairs]
 
     def pack(args: Sequence[Any]) -> tuple[Tensor, ...]:
-        sources = [tuple(args[i] for i in spec.inputs) for spec in specs]
-        packed = map(STORE.packed, specs, sources)
+        sources = [tuple(args[i] for i in weight.inputs) for weight in weights]
+        packed = map(STORE.packed, weights, sources)
         return tuple(tensor for weight in packed for tensor in weight.tensors)
 
     return pack
 
 
 def _describe_inputs(
-    state: GraphState, pairs: list[PackedPair], packed: tuple[Tensor, ...]
+    known: Sequence[fx.Node], new: Sequence[fx.Node], packed: tuple[Tensor, ...]
 ) -> None:
-    fakes = [node.meta.get("example_value") for node in placeholders(state.graph)]
+    fakes = [node.meta.get("example_value") for node in known]
     fake_mode = detect_fake_mode([fake for fake in fakes if fake is not None])
-    nodes = [node for pair in pairs for node in (pair.qweight, pair.scale)]
-    for node, tensor in zip(nodes, packed, strict=True):
+    for node, tensor in zip(new, packed, strict=True):
         set_source(node, None)
         fake = fake_mode.from_tensor(tensor, static_shapes=True) if fake_mode else tensor
         node.meta = {"example_value": fake, "tensor_dict": dict(_STATIC_INPUT)}

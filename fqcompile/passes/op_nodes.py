@@ -14,7 +14,6 @@ from torch import fx
 from fqcompile.kernels.op import matmul, matmul_inference
 from fqcompile.passes.base import (
     GraphState,
-    PackedPair,
     erase_dead,
     example,
     same_layout,
@@ -170,7 +169,7 @@ def can_stack(
     at_first: bool = False,
 ) -> bool:
     """Whether one op can serve all: equal formats, nothing written in between, biases at hand."""
-    specs = [state.packed[op].spec for op in ops]
+    specs = [state.packed[op] for op in ops]
     formats = {(spec.bits, spec.k, spec.scale_dtype, spec.experts) for spec in specs}
     if len(formats) > 1 or common_group_size(specs) is None or effects_between(first, last):
         return False
@@ -185,11 +184,11 @@ def stack(state: GraphState, ops: Sequence[fx.Node], place: fx.Node, **changes: 
     each former op becomes a slice of the result's columns, copied so that no two results share
     memory, as before.
     """
-    pairs = [state.packed.pop(op) for op in ops]
-    group_size = common_group_size([pair.spec for pair in pairs])
+    weights = [state.packed.pop(op) for op in ops]
+    group_size = common_group_size(weights)
     assert group_size is not None
-    parts = tuple(part for pair in pairs for part in pair.spec.parts)
-    pair = PackedPair(pairs[0].qweight, pairs[0].scale, NodeWeight(parts, group_size))
+    stacked = NodeWeight(tuple(part for weight in weights for part in weight.parts), group_size)
+    unread = [argument(op, name) for op in ops[1:] for name in ("qweight", "scale")]
     rows = [argument(op, "n") for op in ops]
     with state.graph.inserting_before(place):
         biases = [argument(op, "bias") for op in ops]
@@ -199,15 +198,14 @@ def stack(state: GraphState, ops: Sequence[fx.Node], place: fx.Node, **changes: 
             bias = state.graph.call_function(torch.cat, (biases, dim))
         settings = {"n": sum(rows), "bias": bias, "group_size": group_size, **changes}
         fused = state.graph.call_function(*changed(ops[0], **settings))
-        state.replace_op(ops, fused, pair)
+        state.replace_op(ops, fused, stacked)
         if not changes:
             _slice_columns(state.graph, ops, rows, fused)
     for op in ops:
         op.replace_all_uses_with(fused)
         state.graph.erase_node(op)
-    for old in pairs[1:]:
-        state.graph.erase_node(old.qweight)
-        state.graph.erase_node(old.scale)
+    for node in unread:
+        state.graph.erase_node(node)
     return fused
 
 

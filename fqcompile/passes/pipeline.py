@@ -13,13 +13,12 @@ from fqcompile.distributed.shards import is_part
 from fqcompile.errors import GraphInvariantError
 from fqcompile.passes.base import GraphState, example, placeholders
 from fqcompile.passes.capture import capture
-from fqcompile.passes.choose import choose
 from fqcompile.passes.fuse import fuse
 from fqcompile.passes.lower import lower
 from fqcompile.passes.match import match
 from fqcompile.passes.normalize import normalize
 from fqcompile.passes.op_nodes import argument, is_linear, is_quantized
-from fqcompile.passes.quantize import quantize
+from fqcompile.passes.plan import plan
 from fqcompile.passes.rewrite import rewrite
 from fqcompile.passes.select import select
 from fqcompile.passes.sites import WeightSite
@@ -45,8 +44,7 @@ def analyse(
     state.name, state.changing = name, changing
     recorder.run("normalize", state, normalize)
     recorder.run("match", state, match)
-    recorder.run("choose", state, choose)
-    recorder.run("quantize", state, quantize)
+    recorder.run("plan", state, plan)
     recorder.run("rewrite", state, rewrite)
     recorder.run("fuse", state, fuse)
     recorder.run("select", state, select)
@@ -118,13 +116,14 @@ def verify(state: GraphState, after: str) -> None:
         check(first_call is None or node < first_call, node, "inputs come before all calls")
     calls = [node for node in state.graph.nodes if is_quantized(node)]
     check(set(calls) == set(state.packed), calls, "each op has exactly one packed weight")
-    for op, pair in state.packed.items():
-        given = (argument(op, "qweight"), argument(op, "scale"))
-        check(given == (pair.qweight, pair.scale), op, "reads the inputs that its spec fills")
+    place = {node: index for index, node in enumerate(inputs)}
+    for op, weight in state.packed.items():
+        codes, scale = (place.get(argument(op, name), -2) for name in ("qweight", "scale"))
+        check(0 <= codes == scale - 1, op, "reads two inputs of its own, codes before scales")
         rows = argument(op, "n") * (2 if argument(op, "gated") else 1)
-        check(rows == pair.spec.rows, op, f"n and gated say {rows} rows, its spec {pair.spec.rows}")
-        check(is_linear(op) == (pair.spec.experts == 0), op, "one matrix or experts, as its spec")
-        check(argument(op, "group_size") == pair.spec.group_size, op, "group size as in its spec")
+        check(rows == weight.rows, op, f"n and gated say {rows} rows, its spec {weight.rows}")
+        check(is_linear(op) == (weight.experts == 0), op, "one matrix or experts, as its spec")
+        check(argument(op, "group_size") == weight.group_size, op, "group size as in its spec")
         out = example(op)
         check(out is not None and out.shape[-1] == argument(op, "n"), op, "result has N columns")
     for site in state.sites:

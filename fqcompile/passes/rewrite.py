@@ -1,4 +1,4 @@
-"""6 rewrite: each quantized matmul becomes one call of the operator on two new inputs.
+"""5 rewrite: each quantized matmul becomes one call of the operator on two new inputs.
 
 linear(x, w, b)              ->  matmul(x, qweight_i, scale_i, b, ...)        x [..., K] -> [..., N]
 w @ x                        ->  matmul(x.mT, ...).mT
@@ -18,10 +18,10 @@ from torch import Tensor, fx
 
 from fqcompile.passes.base import (
     GraphState,
-    PackedPair,
     erase_dead,
     erase_unused,
     example,
+    part_of,
     placeholders,
     same_layout,
     same_shape,
@@ -37,39 +37,40 @@ Sizes = dict[str, Size]
 
 
 def rewrite(state: GraphState) -> int:
-    """Replace every site that quantize packed; returns how many."""
-    chosen = [(site, site.packed) for site in state.sites if site.packed is not None]
+    """Replace every site that has a plan; returns how many."""
+    chosen = [(site, site.plan) for site in state.sites if site.plan is not None]
     folder = ConstantFolder(state)
     folded = [n for n in state.graph.nodes if n.op != "placeholder" and folder.is_constant(n)]
     emit = Emitter(state.graph)
     replaced: dict[fx.Node, fx.Node] = {}
-    for index, (site, spec) in enumerate(chosen):
-        pair = _add_inputs(state, spec, f"fq_{index}")
+    for index, (site, plan) in enumerate(chosen):
+        weight = NodeWeight((part_of(state, site, plan),), plan.group_size)
+        inputs = _add_inputs(state, f"fq_{index}")
         state.matched.append(f"{site.name}: {site.node.format_node()}")
-        _replace(state, site, pair, replaced, emit.at(site.node))
+        state.packed[_replace(site, weight, inputs, replaced, emit.at(site.node))] = weight
         state.matched[-1] = f"{site.name}: {site.node.name} -> {site.op}"
     erase_unused(state.graph, folded)
     erase_dead(state, [*replaced, *replaced.values(), *emit.made])
     return len(chosen)
 
 
-def _add_inputs(state: GraphState, spec: NodeWeight, prefix: str) -> PackedPair:
+def _add_inputs(state: GraphState, prefix: str) -> tuple[fx.Node, ...]:
     """New placeholders after the last one; `lower` gives them their tensors and metadata."""
     nodes = []
     for name in ("qweight", "scale"):
         with state.graph.inserting_after(placeholders(state.graph)[-1]):
             nodes.append(state.graph.placeholder(f"{prefix}_{name}"))
-    return PackedPair(nodes[0], nodes[1], spec)
+    return tuple(nodes)
 
 
 def _replace(
-    state: GraphState,
     site: WeightSite,
-    pair: PackedPair,
+    weight: NodeWeight,
+    inputs: tuple[fx.Node, ...],
     replaced: dict[fx.Node, fx.Node],
     emit: Emitter,
-) -> None:
-    """`replaced` knows what stands for the matmuls of earlier sites, and is told of this one.
+) -> fx.Node:
+    """The operator; `replaced` knows what stands for earlier matmuls, and is told of this one.
 
     What only the matmul read, and views that undo the arrangement, are erased in the end.
     """
@@ -81,33 +82,32 @@ def _replace(
     if roles.of_experts:  # autocast casts what matmuls read
         x = _cast(emit, x, out)
     row = bias if bias is not None and _is_row(site, bias) else None
-    op = _operator(emit, site, x, pair, row, _routing(emit, site, x, sizes))
+    op = _operator(emit, site, weight, (x, *inputs, row), _routing(emit, site, x, sizes))
     rows, y = arranged_back(emit, roles, op, None if row is bias else bias, sizes, out)
-    state.packed[op] = pair
     site.op = op
     y.meta = dict(site.node.meta)
     for view, value in [(site.node, y), *((v, rows) for v in _undoing(site.node, rows, y))]:
         view.replace_all_uses_with(value)
         replaced[view] = value
+    return op
 
 
 def _operator(
     emit: Emitter,
     site: WeightSite,
-    x: fx.Node,
-    pair: PackedPair,
-    bias: fx.Node | None,
+    weight: NodeWeight,
+    tensors: tuple[fx.Node | None, ...],
     routing: fx.Node | None,
 ) -> fx.Node:
     """The call for x [..., K], or [rows, K] where a routing says which expert a row belongs to."""
     *_, n, k = site.shape
-    roles, formats = site.contraction, (pair.spec.bits, pair.spec.group_size, n, k)
-    weight = (pair.qweight, pair.scale, bias, None, *formats)
+    roles, form = site.contraction, (weight.bits, weight.group_size, n, k, "none", False, "")
     routed = {} if routing is None else {"ids" if roles.ids else "offsets": routing}
-    arguments = matmul_arguments(x, *weight, "none", False, "", **routed, zero_rest=roles.zero_rest)
+    arguments = matmul_arguments(*tensors, None, *form, **routed, zero_rest=roles.zero_rest)
     with emit.graph.inserting_before(site.node):
         op = emit.graph.call_function(MATMUL, arguments)
-    value, out = x.meta["example_value"], site.node.meta["example_value"]
+    assert tensors[0] is not None
+    value, out = tensors[0].meta["example_value"], site.node.meta["example_value"]
     op.meta["example_value"] = value.new_empty((*value.shape[:-1], n), dtype=out.dtype)
     return op
 

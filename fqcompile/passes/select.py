@@ -1,4 +1,4 @@
-"""8 select: one kernel for each quantised matmul, fixed on its node.
+"""7 select: one kernel for each quantised matmul, fixed on its node.
 
 The op's `kernel` argument names the template and its configurations by number of rows, from a table
 of measured ones, a search, or the closed form; so neither Inductor nor the op decides anything
@@ -24,7 +24,7 @@ _NO_BOUND = 1 << 40  # what Dynamo writes for a size without a guard is larger
 
 def select(state: GraphState) -> int:
     """Set the kernel of every quantised matmul; returns how many there are."""
-    for op, pair in list(state.packed.items()):
+    for op, weight in list(state.packed.items()):
         spec = gemm_spec(state, op)
         choice = select_kernel(spec)
         with _current(example(op)):
@@ -35,7 +35,7 @@ def select(state: GraphState) -> int:
         if not state.grad_possible:
             op.target = INFERENCE
         state.gemms[op] = spec
-        state.packed[op] = replace(pair, spec=pair.spec.with_layout(choice.template.layout))
+        state.packed[op] = weight.with_layout(choice.template.layout)
         source = "" if chosen.launches is None else f" ({chosen.source})"
         state.matched.append(f"{op.name}: {choice}{source}")
     return len(state.packed)
@@ -45,7 +45,7 @@ def gemm_spec(state: GraphState, op: fx.Node) -> GemmSpec:
     """What the kernels need to know of one quantised matmul."""
     x, out = example(argument(op, "x")), example(op)
     assert x is not None and out is not None
-    spec = state.packed[op].spec
+    spec = state.packed[op]
     rows = x.shape[:-1]
     return GemmSpec(
         m=math.prod(_hint(size) for size in rows),

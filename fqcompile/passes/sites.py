@@ -11,7 +11,6 @@ from typing import Any, Literal
 from torch import fx
 
 from fqcompile.quant.choose import QuantPlan
-from fqcompile.weights.node_weight import NodeWeight
 from fqcompile.weights.recipe import WeightRecipe
 
 Step = tuple[str, tuple[Any, ...]]  # a tensor method, and its arguments
@@ -83,7 +82,7 @@ class WeightSite:
         tables: the sources single rows of which are read as well, by what keeps their values.
         reason: why the site stays as it is; None while it may be quantised.
         settled: the reason lies in the graph and the options, and holds whatever the weights are.
-        plan, packed: set by choose and by quantize.
+        plan: how it is quantized, once that is decided.
         op: the node that computes the site, kept current from rewrite on.
     """
 
@@ -100,7 +99,6 @@ class WeightSite:
     reason: str | None = None
     settled: bool = False
     plan: QuantPlan | None = None
-    packed: NodeWeight | None = None
     op: fx.Node | None = None
 
     @property

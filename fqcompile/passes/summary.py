@@ -13,9 +13,9 @@ from torch import fx
 from fqcompile.kernels.roofline import least_seconds
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.passes.base import GraphState
-from fqcompile.passes.choose import CHANGING, Decision, key_of
 from fqcompile.passes.naming import InputName, joined_name
 from fqcompile.passes.op_nodes import argument
+from fqcompile.passes.plan import CHANGING, Decision, key_of
 from fqcompile.passes.sites import KeptWeight, WeightSite
 from fqcompile.quant.choose import QuantPlan
 from fqcompile.report import Site
@@ -174,8 +174,8 @@ def _site(state: GraphState, site: WeightSite) -> Site:
         held=all(input.held for input in known),
         shared=frozenset(state.known[source].name for source in site.tables),
     )
-    assert site.packed is not None and site.op is not None
-    group_size = state.packed[site.op].spec.group_size
+    assert site.op is not None
+    group_size = state.packed[site.op].group_size
     return replace(
         kept,
         status="quantized",
@@ -202,9 +202,9 @@ def _least_us(state: GraphState, site: WeightSite) -> Callable[[], float | None]
 
     Later, where somebody asks: a CPU's bandwidth is measured on 128 MiB.
     """
-    assert site.op is not None and site.packed is not None
+    assert site.op is not None
     spec = state.gemms.get(site.op)
-    share = site.packed.rows / state.packed[site.op].spec.rows
+    share = site.shape[-2] / state.packed[site.op].rows
     return None if spec is None else partial(_share_of_least_us, spec, share)
 
 

@@ -24,10 +24,10 @@ from fqcompile.distributed.shards import rank_groups
 from fqcompile.errors import PlanDoesNotFit, RankError
 from fqcompile.locks import fork_safe
 from fqcompile.passes.base import GraphState, copy_module
-from fqcompile.passes.choose import Decision, Key, decide, distance, key_of, serves
 from fqcompile.passes.lower import compile_inner
 from fqcompile.passes.naming import InputName
 from fqcompile.passes.pipeline import Recorder, analyse, compile_state, shared_facts
+from fqcompile.passes.plan import Decision, Key, decide, distance, key_of, serves, weight_inputs
 from fqcompile.passes.sharded import localize, refuse_fsdp
 from fqcompile.passes.summary import (
     Row,
@@ -47,7 +47,7 @@ from fqcompile.report import (
 )
 from fqcompile.torch_compat import DYNAMO_REQUESTS, TracingContext, compile_lock, tracing
 from fqcompile.weights.dispatch import Inner, Variant, WeightDispatch, forget
-from fqcompile.weights.fingerprint import ATTEMPTS
+from fqcompile.weights.fingerprint import ATTEMPTS, fingerprint
 from fqcompile.weights.store import STORE
 
 _reporting = fork_safe(threading.RLock())  # weights that run one graph may come in at once
@@ -80,12 +80,12 @@ def _compiled(
     forget(STORE.changed(arg for arg in args if isinstance(arg, Tensor)))
     graph = GraphCompiler(module, config, name)
     first = graph.compile_variant(args)
-    weight_inputs = graph.weight_inputs()
-    if not weight_inputs:
+    inputs = graph.weight_inputs()
+    if not inputs:
         return first.variant.inner
     detect = config.weight_updates == "detect"
-    dispatch = WeightDispatch(weight_inputs, graph.variant_for, detect)
-    dispatch.bind(args)
+    dispatch = WeightDispatch(inputs, graph.variant_for, detect)
+    dispatch.bind(args, first.variant if graph.is_decided_for(args) else None)
     return dispatch
 
 
@@ -103,7 +103,7 @@ class GraphCompiler:
     """See the module's docstring. `variant_for` is what runs when unseen weights come in."""
 
     def __init__(self, module: fx.GraphModule, config: FineQuantConfig, name: str) -> None:
-        self._module, _ = copy_module(module)
+        self._module = module  # never edited: each variant is made of a copy
         self._config = config
         self._name = name
         self._context = TracingContext.try_get()
@@ -114,11 +114,13 @@ class GraphCompiler:
 
     def weight_inputs(self) -> tuple[int, ...]:
         """Arguments on which the choice of a variant depends."""
-        if self._analysed is None:
-            return ()
-        constants = self._analysed.constants
-        open_sites = [site for site in self._analysed.sites if not site.settled]
-        return tuple(sorted({constants[s] for site in open_sites for s in site.sources}))
+        return () if self._analysed is None else weight_inputs(self._analysed)
+
+    def is_decided_for(self, args: Sequence[Any]) -> bool:
+        """Whether the first variant's plans are for these weights as they are now."""
+        assert self._analysed is not None
+        weights = tuple(args[i] for i in self.weight_inputs())
+        return self._analysed.decided_for == fingerprint(weights)
 
     def variant_for(self, args: Sequence[Any], changing: frozenset[int]) -> Variant:
         """The variant whose plans fit the weights in `args`, compiled if there is none yet.

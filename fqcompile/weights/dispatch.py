@@ -170,8 +170,11 @@ class WeightDispatch(SerializableCallable):
         """Refuse: nothing of this class is ever written."""
         raise NotImplementedError("a graph compiled by backend 'finequant' cannot be saved")
 
-    def bind(self, args: Sequence[Any]) -> _Binding:
-        """Decide and pack for these weights; forget them when one of them dies."""
+    def bind(self, args: Sequence[Any], decided: Variant | None = None) -> _Binding:
+        """Decide and pack for these weights; forget them when one of them dies.
+
+        `decided` is the variant for their values, where that is known.
+        """
         table, changing = self._table, self._changing
         weights = table.weights(args)
         old = table.bindings.get(tuple(map(id, weights)))
@@ -182,7 +185,7 @@ class WeightDispatch(SerializableCallable):
             self._read_as_it_comes({i for i, n in pairs if n >= _MOST_CHANGES})
             return self.bind(args)
         forgotten, before, memory = _Forgotten.times, fingerprint(weights), Memory(weights)
-        variant, packed = self._packed(args, changing)
+        variant, packed = self._packed(args, changing, decided)
         new = _Binding(variant, packed, before, memory, table.watch(weights), changes)
         now = table.bindings.get(tuple(map(id, weights)))
         if now is not None and now is not old and now.state == before:
@@ -195,12 +198,13 @@ class WeightDispatch(SerializableCallable):
         return new
 
     def _packed(
-        self, args: Sequence[Any], changing: frozenset[int]
+        self, args: Sequence[Any], changing: frozenset[int], decided: Variant | None
     ) -> tuple[Variant, tuple[Tensor, ...]]:
         """The variant and what it reads, of weights that another thread may write to meanwhile."""
         for _ in range(ATTEMPTS):
             with suppress(PlanDoesNotFit):  # made for values that were written over
-                variant = self._variant_for(args, changing)
+                variant = decided or self._variant_for(args, changing)
+                decided = None
                 return variant, variant.pack(args)
         copies = list(args)
         for i in self._inputs:

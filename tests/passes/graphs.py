@@ -9,16 +9,15 @@ import torch
 from torch import Tensor, fx
 
 from fqcompile.config import FineQuantConfig
-from fqcompile.passes.base import GraphState
+from fqcompile.passes.base import GraphState, part_of
 from fqcompile.passes.capture import capture
-from fqcompile.passes.choose import choose
 from fqcompile.passes.fuse import fuse
 from fqcompile.passes.lower import lower
 from fqcompile.passes.match import match
 from fqcompile.passes.normalize import normalize
 from fqcompile.passes.op_nodes import is_quantized
 from fqcompile.passes.pipeline import verify
-from fqcompile.passes.quantize import quantize
+from fqcompile.passes.plan import plan
 from fqcompile.passes.rewrite import rewrite
 from fqcompile.passes.select import select
 from fqcompile.weights.dispatch import Variant
@@ -28,8 +27,7 @@ DEFAULTS: dict[str, object] = {"min_elements": 1, "granularity": 32, "inner_back
 PASSES: dict[str, Callable[[GraphState], int]] = {
     "normalize": normalize,
     "match": match,
-    "choose": choose,
-    "quantize": quantize,
+    "plan": plan,
     "rewrite": rewrite,
     "fuse": fuse,
     "select": select,
@@ -80,9 +78,9 @@ class Run:
         """Dynamo's graph, each quantised weight replaced by its dequantised value."""
         args = self._own_args()
         for site in self.state.sites:
-            if site.packed is None:
+            if site.plan is None:
                 continue
-            (part,) = site.packed.parts
+            part = part_of(self.state, site, site.plan)
             given = tuple(self.captured.args[i] for i in part.inputs)
             w_hat = part.quantize(given).dequantize(torch.float32)
             for i, source in zip(part.inputs, given, strict=True):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401  (defines the operator)
 from torch import Tensor
 
+from fqcompile.passes.base import part_of
 from fqcompile.passes.op_nodes import argument
 from fqcompile.passes.sites import WeightSite
 from tests.passes.graphs import Run, assert_same, dynamo_graph, run_passes
@@ -186,11 +187,13 @@ def test_gather_with_another_reader_stays() -> None:
 def test_grouped_and_gathered_forms_ask_for_one_packed_weight() -> None:
     """However the stack is transposed on its way, both name it by the same recipe."""
     forms = [GATHERED["bmm(w[i], x)"], GATHERED["mT"], GROUPED["fallback"], GROUPED["@"]]
-    specs = []
+    keys = set()
     for forward, x, routing in forms:
-        run = run_passes(lambda x, r, f=forward: f(x, r), x, routing, until="quantize")
-        specs.append(run.state.sites[0].packed)
-    assert len({spec.key for spec in specs}) == 1
+        run = run_passes(lambda x, r, f=forward: f(x, r), x, routing, until="plan")
+        (site,) = run.state.sites
+        assert site.plan is not None
+        keys.add((site.shape, part_of(run.state, site, site.plan).key))
+    assert len(keys) == 1
 
 
 def test_two_projections_of_the_same_rows_share_their_arrangement() -> None:

@@ -115,7 +115,7 @@ def test_gate_and_up_become_one_op(gate: Callable[[Tensor], Tensor]) -> None:
     assert set(run.ops) <= {"fq", "cat"}
     (op,) = run.linears
     assert (argument(op, "gated"), argument(op, "n")) == (True, 64)
-    assert run.state.packed[op].spec.rows == 128
+    assert run.state.packed[op].rows == 128
     assert len([n for n in run.state.graph.nodes if n.op == "placeholder" and "fq_" in n.name]) == 2
     assert_same(run)
 
@@ -148,7 +148,7 @@ def test_siblings_with_different_group_sizes_meet_at_the_finest() -> None:
         lambda x: (F.linear(x, a), F.linear(x, b), F.linear(x, c)), X, overrides=overrides
     )
     (op,) = run.linears
-    assert argument(op, "group_size") == run.state.packed[op].spec.group_size == 16
+    assert argument(op, "group_size") == run.state.packed[op].group_size == 16
     assert [site.plan.group_size for site in run.state.sites] == [64, 16, 32]
     assert_same(run)
 

@@ -74,7 +74,7 @@ def test_halves_of_experts_become_one_gated_op(name: str, bias: bool) -> None:
         return unit(y if end is None else y + end[i])
 
     run = run_passes(forward, X, IDS, granularity=16)
-    assert run.state.packed[run.linears[0]].spec.interleaved == interleaved
+    assert run.state.packed[run.linears[0]].interleaved == interleaved
     fused(run, activation=activation, gated=True, n=N, bias=bias)
 
 
@@ -240,7 +240,7 @@ def test_gate_and_up_of_their_own_stacks_are_one_op_in_the_end() -> None:
 
     run = run_passes(lambda x, i: F.silu(gathered(x, i, gate_w)) * gathered(x, i, up_w), X, IDS)
     (op,) = run.linears
-    assert len(run.state.packed[op].spec.parts) == 2
+    assert len(run.state.packed[op].parts) == 2
     fused(run, activation="silu", gated=True, n=N)
 
 

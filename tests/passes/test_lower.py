@@ -65,7 +65,7 @@ def test_pack_serves_any_instance() -> None:
     packed = run.variant.pack(args)
     assert packed[0] is not run.variant.pack(run.captured.args)[0]
     y = run.variant.inner(*[args[i] for i in run.variant.kept_args], *packed)[0]
-    part = run.state.sites[0].packed.parts[0]
+    (part,) = run.state.packed[run.linears[0]].parts
     # A kernel's own layout has taken the place of the plain one.
     quantized = STORE.quantized(part, (other,)) or part.quantize((other,))
     w_hat = quantized.dequantize(torch.float32)

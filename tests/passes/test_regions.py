@@ -96,7 +96,7 @@ def checkpoint_of_a_region(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("forward", [nested_regions, checkpointed, checkpoint_of_a_region])
 def test_body_that_is_only_run_is_part_of_the_graph(forward: Callable[[Tensor], Tensor]) -> None:
     run = run_passes(forward, X)
-    assert {site.name for site in run.state.sites if site.packed} == {"A", "B"}
+    assert {site.name for site in run.state.sites if site.plan} == {"A", "B"}
     assert run.ops["gelu"] == 0, "it is fused as elsewhere"
     assert_same(run)
 

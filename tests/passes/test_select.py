@@ -24,7 +24,7 @@ def test_our_kernel_reads_its_own_layout() -> None:
     run = run_passes(lambda x: F.linear(x, W[0]), X, until="select")
     (op,) = run.linears
     assert argument(op, "kernel") == "x86_stream"
-    assert run.state.packed[op].spec.layout.name == "x86_stream_1"
+    assert run.state.packed[op].layout.name == "x86_stream_1"
 
 
 @pytest.mark.usefixtures("without_our_kernel")
@@ -33,7 +33,7 @@ def test_kernel_and_layout_follow_the_spec() -> None:
     run = run_passes(layer, X.bfloat16(), until="select")
     (op,) = run.linears
     assert argument(op, "kernel") == "aten_int4pack"
-    assert run.state.packed[op].spec.layout.name == "aten_int4_cpu"
+    assert run.state.packed[op].layout.name == "aten_int4_cpu"
     assert run.state.matched == [f"{op.name}: aten_int4pack"]
     assert run.outputs()[0].dtype == torch.bfloat16
 
@@ -43,7 +43,7 @@ def test_fp32_reads_the_plain_layout() -> None:
     run = run_passes(lambda x: F.linear(x, W[0]), X, until="select")
     (op,) = run.linears
     assert argument(op, "kernel") == "dequantize"
-    assert run.state.packed[op].spec.layout.name == "plain"
+    assert run.state.packed[op].layout.name == "plain"
 
 
 def test_spec_is_what_the_graph_says() -> None:

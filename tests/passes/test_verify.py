@@ -1,7 +1,6 @@
 """verify: each rule is seen to fire on a graph broken by hand, and names the pass and the node."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 
 from fqcompile.errors import GraphInvariantError
 from fqcompile.passes.base import GraphState
-from fqcompile.passes.op_nodes import changed, is_linear
+from fqcompile.passes.op_nodes import argument, changed, is_linear
 from fqcompile.passes.pipeline import verify
 from tests.passes.graphs import run_passes, weight
 
@@ -29,18 +28,19 @@ def late_input(state: GraphState) -> None:
         state.graph.placeholder("late")
 
 
-def forgotten_pair(state: GraphState) -> None:
+def forgotten_weight(state: GraphState) -> None:
     state.packed.clear()
 
 
-def pair_of_no_op(state: GraphState) -> None:
+def weight_of_no_op(state: GraphState) -> None:
     other = next(n for n in state.graph.nodes if n.op == "output")
     state.packed[other] = state.packed[op_of(state)]
 
 
 def swapped_inputs(state: GraphState) -> None:
-    pair = state.packed[op_of(state)]
-    state.packed[op_of(state)] = replace(pair, qweight=pair.scale, scale=pair.qweight)
+    op = op_of(state)
+    codes, scale = argument(op, "qweight"), argument(op, "scale")
+    op.target, op.args = changed(op, qweight=scale, scale=codes)
 
 
 def wrong_rows(state: GraphState) -> None:
@@ -79,9 +79,9 @@ def plan_and_reason(state: GraphState) -> None:
 
 BREAKS: list[tuple[Callable[[GraphState], None], str]] = [
     (late_input, "inputs come before all calls"),
-    (forgotten_pair, "each op has exactly one packed weight"),
-    (pair_of_no_op, "each op has exactly one packed weight"),
-    (swapped_inputs, "reads the inputs that its spec fills"),
+    (forgotten_weight, "each op has exactly one packed weight"),
+    (weight_of_no_op, "each op has exactly one packed weight"),
+    (swapped_inputs, "reads two inputs of its own, codes before scales"),
     (wrong_rows, "n and gated say 63 rows, its spec 64"),
     (gated_alone, "n and gated say 128 rows, its spec 64"),
     (wrong_group, "group size as in its spec"),

@@ -65,7 +65,7 @@ def _report(sites: list[Site], options: dict[str, object]) -> CompileReport:
     after = before.replace("linear", "torch.ops.fqcompile.matmul")
     passes = (
         PassRecord("capture", 0.2, len(sites), tuple(s.name for s in sites), None, before),
-        PassRecord("choose", 3.25, len(sites), (), before, before),
+        PassRecord("plan", 3.25, len(sites), (), before, before),
         PassRecord("rewrite", 0.05, 1, ("linear",), before, after),
     )
     versions = {"fqcompile": "0.1.0", "torch": "2.13.0"}

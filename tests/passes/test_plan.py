@@ -1,4 +1,4 @@
-"""choose: every reason for which a site stays as it is, in words, and the plans of the rest."""
+"""plan: why a site stays as it is, in words; plans of the rest, and their codes in the store."""
 
 import re
 from collections.abc import Callable
@@ -9,7 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fqcompile.errors import UnquantizableWeight
-from fqcompile.passes.choose import apply_decisions, decide
+from fqcompile.passes.base import part_of
+from fqcompile.passes.plan import apply_decisions, decide
+from fqcompile.weights.node_weight import Part
+from fqcompile.weights.recipe import IDENTITY
+from fqcompile.weights.store import STORE
 from tests.passes.graphs import Run, run_passes, weight
 
 X = torch.randn(6, 64)
@@ -19,7 +23,7 @@ def linear(w: Tensor, **options: object) -> Run:
     layer = nn.Linear(w.shape[1], w.shape[0], bias=False)
     layer.weight = nn.Parameter(w, requires_grad=bool(options.pop("trainable", False)))
     x = torch.randn(6, w.shape[1], dtype=w.dtype)
-    return run_passes(layer, x, until="choose", **options)
+    return run_passes(layer, x, until="plan", **options)
 
 
 def with_value(value: float) -> Tensor:
@@ -61,7 +65,7 @@ REASONS: dict[str, tuple[Tensor, dict[str, object], str]] = {
 def test_reason_says_why_and_what_to_do(w: Tensor, options: dict[str, object], text: str) -> None:
     run = linear(w, **dict(options))
     (site,) = run.state.sites
-    assert run.counts["choose"] == 0
+    assert run.counts["plan"] == 0
     assert site.plan is None
     assert re.search(text, site.reason or ""), site.reason
 
@@ -83,7 +87,7 @@ ROUTERS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("score", ROUTERS.values(), ids=list(ROUTERS))
 def test_router_is_kept(score: Callable[[Tensor], Tensor]) -> None:
     w = weight(32, 64)
-    run = run_passes(lambda x: router(x, w, score), X, until="choose")
+    run = run_passes(lambda x: router(x, w, score), X, until="plan")
     assert (
         "router: its top-k decides which experts run; name it in overrides"
         in run.state.sites[0].reason
@@ -104,14 +108,14 @@ def test_top_one_is_a_router_beside_experts_alone(
         best = pick(F.linear(x, w).softmax(-1), -1)
         return torch.bmm(stack[best], x.unsqueeze(-1)) if experts else best
 
-    run = run_passes(forward, X, until="choose")
+    run = run_passes(forward, X, until="plan")
     assert (run.state.sites[0].plan is None) == experts
 
 
 def test_router_named_in_overrides_is_quantised() -> None:
     w = weight(32, 64)
     run = run_passes(
-        lambda x: router(x, w, torch.sigmoid), X, until="choose", overrides={"^w$": {"bits": 8}}
+        lambda x: router(x, w, torch.sigmoid), X, until="plan", overrides={"^w$": {"bits": 8}}
     )
     assert run.state.sites[0].plan.bits == 8
 
@@ -124,14 +128,14 @@ def test_what_lies_before_another_matmul_or_is_as_wide_as_a_vocabulary_is_no_rou
             *torch.topk(F.linear(x, head), 5),
         ),
         X,
-        until="choose",
+        until="plan",
     )
     assert [site.plan is not None for site in run.state.sites] == [True, False, True]
 
 
 def test_frozen_weight_is_quantised_where_gradients_are_possible() -> None:
-    assert linear(weight(64, 64), grad=True).counts["choose"] == 1
-    assert linear(weight(64, 64), trainable=True).counts["choose"] == 1
+    assert linear(weight(64, 64), grad=True).counts["plan"] == 1
+    assert linear(weight(64, 64), trainable=True).counts["plan"] == 1
 
 
 def test_options_of_the_site_reach_the_plan() -> None:
@@ -141,14 +145,14 @@ def test_options_of_the_site_reach_the_plan() -> None:
         return model["lm_head"](model["down"](model["up"](x)))
 
     overrides = {"down": {"bits": 8, "granularity": 16, "scale_method": "absmax"}}
-    run = run_passes(forward, X, until="choose", granularity="column", overrides=overrides)
+    run = run_passes(forward, X, until="plan", granularity="column", overrides=overrides)
     plans = [(s.plan.bits, s.plan.group_size, s.plan.scale_method) for s in run.state.sites]
     assert plans == [(4, 64, "mse"), (8, 16, "absmax"), (8, 64, "mse")]
 
 
 def test_scales_follow_the_activation_dtype() -> None:
     layer = nn.Linear(64, 64).bfloat16()
-    run = run_passes(layer, X.bfloat16(), until="choose")
+    run = run_passes(layer, X.bfloat16(), until="plan")
     assert run.state.sites[0].plan.scale_dtype == torch.bfloat16
 
 
@@ -157,7 +161,7 @@ def test_on_unsupported_error_names_the_parameter_and_the_way_out() -> None:
         UnquantizableWeight, match=r"^weight: 1 of 4096 values.*exclude the parameter, or"
     ):
         linear(with_value(float("nan")), on_unsupported="error")
-    assert linear(weight(64, 64), on_unsupported="error", exclude=["."]).counts["choose"] == 0
+    assert linear(weight(64, 64), on_unsupported="error", exclude=["."]).counts["plan"] == 0
 
 
 def test_decisions_for_other_weights_follow_their_values() -> None:
@@ -176,3 +180,54 @@ def test_settled_sites_are_not_decided_again() -> None:
     run = linear(weight(64, 64), exclude=["."])
     assert run.state.sites[0].settled
     assert decide(run.state, run.state.args, run.state.known) == ()
+
+
+def part(run: Run, index: int = 0) -> Part:
+    site = run.state.sites[index]
+    assert site.plan is not None
+    return part_of(run.state, site, site.plan)
+
+
+def test_a_planned_site_says_recipe_inputs_and_shape() -> None:
+    a, b = weight(48, 64), weight(64, 32, 1)
+    run = run_passes(lambda x: (F.linear(x, a), x @ b), torch.randn(4, 64), until="plan")
+    first, second = part(run), part(run, 1)
+    assert (first.rows, first.k, first.plan.group_size, first.plan.bits) == (48, 64, 32, 4)
+    assert (second.rows, second.k) == (32, 64)
+    assert first.recipe.key == IDENTITY.key
+    assert second.recipe.key == IDENTITY.then("transpose", -2, -1).key
+    given = [run.captured.args[i] for own in (first, second) for i in own.inputs]
+    assert given[0] is a
+    assert given[1] is b
+
+
+def test_codes_are_in_the_store_and_those_of_the_oriented_weight() -> None:
+    w = weight(64, 32)
+    run = run_passes(lambda x: x @ w, X, until="plan", bits=8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Part, "quantize", None)  # nothing is left to be made
+        stored = STORE.quantized(part(run), (w,))
+    # int8 with a searched scale: within one step of the weight.
+    error = (stored.dequantize(torch.float32) - w.t()).abs()
+    assert bool((error <= stored.scale.repeat_interleave(32, 1).abs()).all())
+
+
+def test_kept_sites_are_told_beside_planned_ones() -> None:
+    a, b = weight(64, 64), weight(64, 64, 1)
+    run = run_passes(lambda x: F.linear(x, a) + F.linear(x, b), X, until="plan", exclude=["^a$"])
+    assert run.counts["plan"] == 1
+    assert [site.plan is not None for site in run.state.sites] == [False, True]
+    assert run.state.matched == [
+        f"a: {run.state.sites[0].reason}",
+        "b: 4 bits, groups of 32",
+    ]
+
+
+def test_two_sites_of_one_weight_share_its_codes() -> None:
+    w = weight(64, 64)
+
+    def forward(x: Tensor) -> Tensor:
+        return F.linear(F.relu(F.linear(x, w)), w)
+
+    run = run_passes(forward, X, until="plan")
+    assert STORE.quantized(part(run), (w,)) is STORE.quantized(part(run, 1), (w,))

@@ -1,7 +1,11 @@
-"""4 choose: bits and granularity for each site, or the reason why it stays as it is.
+"""4 plan: bits, granularity, codes and scales of each site, or the reason why it stays as it is.
 
-What depends on the graph and the options is decided once (`settle`); what depends on the weights'
-values is decided again for every instance that runs the graph (`decide`).
+site: [N, K] bf16      ->   QuantPlan; in the store qweight uint8 [N, K/2], scale bf16 [N, K/G]
+site: [E, N, K] bf16   ->   the same with [E, ...]
+
+To know the error that a plan delivers is to quantize: the store keeps what that made, by the
+identity of the weight. What depends on the graph and the options is decided once (`settled`), what
+depends on the weights' values again for other instances that run the graph (`decide`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +26,7 @@ from fqcompile.quant.checks import OTHER_DTYPE, WEIGHT_DTYPES
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
 from fqcompile.torch_compat import FakeTensor
 from fqcompile.weights.disk_cache import use_logged
+from fqcompile.weights.fingerprint import fingerprint
 from fqcompile.weights.parameter import PackedWeight
 from fqcompile.weights.store import STORE
 
@@ -47,19 +52,31 @@ LATER_VALUES = (
 )
 
 
-def choose(state: GraphState) -> int:
+def plan(state: GraphState) -> int:
     """Settle every site, then decide for the weights at hand; returns how many have a plan."""
     for site in state.sites:
         site.reason = _settled_reason(state, site)
         site.settled = site.reason is not None
+    state.decided_for = fingerprint(tuple(state.args[i] for i in weight_inputs(state)))
     apply_decisions(state, decide(state, state.args, state.known, state.changing))
     state.warnings += experts_outside(state)
     hidden = [site.name for site in state.sites if site.reason == NO_VALUES]
     if hidden:
         kept = f"{len(hidden)} weights ({hidden[0]}, ...) are kept"
         state.warnings.append(f"{kept}: {NO_VALUES}; {LATER_VALUES}")
-    state.matched = [f"{s.name}: {s.plan or s.reason}" for s in state.sites]
+    state.matched = [f"{site.name}: {_told(site)}" for site in state.sites]
     return sum(site.plan is not None for site in state.sites)
+
+
+def _told(site: WeightSite) -> str | None:
+    found = site.plan
+    return site.reason if found is None else f"{found.bits} bits, groups of {found.group_size}"
+
+
+def weight_inputs(state: GraphState) -> tuple[int, ...]:
+    """The arguments whose values decide."""
+    open_sites = [site for site in state.sites if not site.settled]
+    return tuple(sorted({state.constants[s] for site in open_sites for s in site.sources}))
 
 
 def decide(
@@ -87,9 +104,9 @@ def key_of(decisions: Sequence[Decision]) -> Key:
     )
 
 
-def serves(plan: PlanKey, asked: PlanKey, bounded: bool) -> bool:
+def serves(offered: PlanKey, asked: PlanKey, bounded: bool) -> bool:
     """Whether a site whose weight asks for one plan may be quantised by another one."""
-    return plan is None or plan == asked or (asked is not None and not bounded)
+    return offered is None or offered == asked or (asked is not None and not bounded)
 
 
 def distance(plans: Key, asked: Key) -> tuple[int, int]:
