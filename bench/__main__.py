@@ -4,7 +4,6 @@ import sys
 from importlib import import_module
 
 BENCHMARKS = {
-    "quantize": "how fast weights are quantised and dequantised, and with how much memory",
     "accuracy": "what quantisation costs trained language models, ours and other libraries",
     "train_lm": "trains the small language models of the accuracy benchmark, once",
     "expert_decode": "a CPU: decoding through a layer of experts, against Inductor on it",
@@ -23,12 +22,10 @@ BENCHMARKS = {
 }
 # Below `bench`, where it is not the `run` of a folder of the benchmark's name.
 MODULES = {
-    "quantize": "costs.quantize",
     "train_lm": "accuracy.train_lm",
     "expert_decode": "experts.decode",
     "startup": "start.startup",
     "memory": "start.memory",
-    "launch_overhead": "costs.launch_overhead",
     "gpu": "gpu",
     "short": "short",
     "readme": "readme",

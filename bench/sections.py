@@ -5,15 +5,10 @@ from dataclasses import dataclass
 
 from bench.accuracy.section import accuracy, accuracy_short
 from bench.core.section import Content
-from bench.costs.section import (
-    launch_overhead,
-    launch_overhead_short,
-    quantize,
-    quantize_short,
-)
 from bench.experts.section import expert_decode, expert_decode_short
 from bench.export.section import export
 from bench.kernels.section import cpu_kernels, cpu_kernels_short, gpu_kernels
+from bench.launch_overhead.section import launch_overhead, launch_overhead_short
 from bench.models.section import models, models_short
 from bench.start.section import memory, startup
 from bench.static.section import static, static_short
@@ -61,7 +56,6 @@ SECTIONS = (
         launch_overhead,
         launch_overhead_short,
     ),
-    Section("quantize", "Speed of quantisation", "quantize", quantize, quantize_short),
     Section("export", "Export to serving engines", "export", export),
     Section("startup", "First and second start", "startup", startup),
 )

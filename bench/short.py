@@ -1,6 +1,6 @@
 """The short suite of `make bench`: each benchmark on a small case, 10 minutes on 2 cores.
 
-    python -m bench short [--out build/bench] [--steps quantize,models,...] [--time-budget 900]
+    python -m bench short [--out build/bench] [--steps kernels,models,...] [--time-budget 900]
 
 Each step is a process of its own; one that fails does not stop the next, and the suite then ends
 with status 1. Results (JSON) and output (STEP.log) lie in --out, which git ignores unless it
@@ -33,7 +33,6 @@ _LAYERS = ("--device", "cpu", "--shapes", "4096x4096", "1536x384", "--m", "1,16"
 _MODEL = ("--device", "cpu", "--model", "small", "--batch", "1", "--context", "64", "--phases",
           "decode", "--ways", "inductor", "int4")  # fmt: skip
 STEPS: dict[str, Step] = {
-    "quantize": _step("quantize", "--n", "2048", "--k", "2048", "--repeat", "2"),
     "kernels": _step("kernels", *_LAYERS, file="kernels-cpu"),
     "models": _step("models", *_MODEL, file="models-cpu", shown=3000),
     "startup": _step("startup", "--size", "tiny", "--rounds", "1"),

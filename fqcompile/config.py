@@ -38,6 +38,11 @@ ADAPTER = (
 )
 
 
+def excluded_by(pattern: str) -> str:
+    """The reason why a weight stays that the pattern of `exclude` names."""
+    return f"name matches exclude pattern {pattern!r}"
+
+
 def _debug_dir_from_environment() -> str | None:
     return os.environ.get("FQCOMPILE_DEBUG_DIR") or None
 
@@ -142,10 +147,15 @@ class FineQuantConfig(SiteOptions):
         """
         for pattern in self.exclude:
             if re.search(pattern, name):
-                return f"name matches exclude pattern {pattern!r}"
+                return excluded_by(pattern)
         if self.include and not any(re.search(pattern, name) for pattern in self.include):
             return "name matches no include pattern"
         return ADAPTER if self._has_unnamed_adapter(name) else None
+
+    def kept_by_size(self, elements: int) -> str | None:
+        """Why so few elements keep a weight as it is, or None."""
+        small = elements < self.min_elements
+        return f"fewer elements than min_elements={self.min_elements}" if small else None
 
     def _has_unnamed_adapter(self, name: str) -> bool:
         """Whether the name has a factor of an adapter in it that no pattern is about."""

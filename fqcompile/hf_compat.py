@@ -1,7 +1,7 @@
 """Every name of transformers without a promise that this package builds on; no other file uses one.
 
-All were seen to work in transformers 5.23.0 and 5.24.0; `tests/test_hf_compat.py` tries each.
-transformers is an extra, so it is imported when one of them is asked for.
+All were seen to work in transformers 5.17.0, 5.23.0 and 5.24.0; `tests/test_hf_compat.py` tries
+each. transformers is an extra, so it is imported when one of them is asked for.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,6 +22,22 @@ def conversion_mapping(model: Any, **options: Any) -> list[Any]:
     """How the checkpoint's tensors become the model's, as converters and renamings."""
     module = import_module("transformers.conversion_mapping")
     return list(module.get_model_conversion_mapping(model, **options))
+
+
+def renamed(name: str, renamings: Iterable[Any]) -> str:
+    """A tensor's name after all that match it, in their order."""
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    return str(name)
+
+
+def converted_name(name: str, converters: Iterable[Any]) -> tuple[str, str | None]:
+    """A tensor's name after the first converter that matches it, and the pattern that did."""
+    for converter in converters:
+        target, pattern = converter.rename_source_key(name)
+        if pattern is not None:
+            return target, pattern
+    return name, None
 
 
 def meta_safe() -> AbstractContextManager[object]:

@@ -21,6 +21,20 @@ def test_converters_and_renamings_of_a_model() -> None:
     assert names == ["a.9", "a.10"]
 
 
+def test_names_of_converters_and_renamings() -> None:
+    loading = compat.loading()
+    renamings = [loading.WeightRenaming("old", "new"), loading.WeightRenaming("new.a", "new.b")]
+    assert compat.renamed("x.old.a", renamings) == "x.new.b"
+    assert compat.renamed("x.other", renamings) == "x.other"
+    chunk = loading.Chunk(dim=0)
+    converters = [
+        loading.WeightConverter("up", ["u", "v"], [chunk]),
+        loading.WeightConverter("u", ["a", "b"], [chunk]),
+    ]
+    assert compat.converted_name("x.up", converters) == ("x.u", "up")
+    assert compat.converted_name("x.down", converters) == ("x.down", None)
+
+
 def test_a_model_is_built_without_values() -> None:
     config = dense_models.build("llama", torch.float32)[0].config.to_dict()
     with torch.device("meta"), compat.meta_safe():

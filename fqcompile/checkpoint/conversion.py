@@ -17,11 +17,13 @@ from fqcompile.checkpoint.hugging_face import BoundedComputing
 from fqcompile.errors import CheckpointError
 from fqcompile.hf_compat import (
     conversion_mapping,
+    converted_name,
     initialize_missing,
     kept_types,
     loading,
     mark_initialized,
     move_missing,
+    renamed,
 )
 
 Read = Callable[[str], Tensor]
@@ -209,7 +211,7 @@ class Reversion(_Step):
         return {self._renamed(name): tensor for name, tensor in found.items()}
 
     def _renamed(self, name: str) -> str:
-        return str(loading().apply_renamings(name, self.renamings))
+        return renamed(name, self.renamings)
 
 
 def reversions(model: Any, names: Iterable[str]) -> list[Reversion]:
@@ -225,9 +227,9 @@ def reversions(model: Any, names: Iterable[str]) -> list[Reversion]:
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     found: dict[str, Reversion] = {}
     for name in sorted(names, key=loading().dot_natural_key):
-        target, pattern = loading().apply_converters(name, converters)
+        target, pattern = converted_name(name, converters)
         if pattern is None:
-            target, pattern = loading().apply_renamings(name, renamings), name
+            target, pattern = renamed(name, renamings), name
         entry = found.setdefault(
             target, Reversion(target, by_pattern.get(pattern), renamings=renamings)
         )

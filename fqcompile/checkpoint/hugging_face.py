@@ -90,7 +90,9 @@ def build_model(
         modules = _MODULES + _MODULES_PER_TENSOR * tensors
         with meta_safe(), _at_most(modules, directory), BoundedComputing(directory):
             kind = {} if dtype is None else {"dtype": dtype}
-            return model_from_config(found, without_code(config), **kind)
+            # transformers 5.17 refuses the name of a class that stands in no list.
+            own = {**without_code(config), "architectures": [found.__name__]}
+            return model_from_config(found, own, **kind)
     except CheckpointError:
         raise
     except Exception as error:  # whatever constructors make of values that they do not expect

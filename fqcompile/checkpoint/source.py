@@ -16,7 +16,7 @@ from fqcompile.errors import CheckpointError
 from fqcompile.files.json_text import check_name, read_json, shown
 from fqcompile.files.safetensors_file import TensorPlace, read_header
 
-_SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The ends of tensors' names that only quantized layers have; FOREIGN: whatever a config says.
 FOREIGN = {
     "absmax": "bitsandbytes", "quant_map": "bitsandbytes", "SCB": "bitsandbytes", "W_q": "HQQ",
@@ -100,7 +100,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, or it is no JSON object; or a save of ours is there.
     """
-    names = {name for name in (MANIFEST, _SINGLE, INDEX) if (directory / name).is_file()}
+    names = {name for name in (MANIFEST, SINGLE, INDEX) if (directory / name).is_file()}
     if names == {MANIFEST}:  # beside weights of Hugging Face it says nothing of these
         raise CheckpointError(
             f"{directory} was saved by fqcompile and is quantized already; load it: "
@@ -119,15 +119,15 @@ def read_tensors(directory: Path) -> dict[str, TensorPlace]:
     tensors: dict[str, TensorPlace] = {}
     for path in _files(directory):
         tensors |= read_header(path).tensors
-    if (directory / INDEX).is_file() and not (directory / _SINGLE).is_file():
+    if (directory / INDEX).is_file() and not (directory / SINGLE).is_file():
         _check_index(directory / INDEX, tensors)
     return tensors
 
 
 def _files(directory: Path) -> list[Path]:
     """The files of weights, as `from_pretrained` finds them."""
-    if (directory / _SINGLE).is_file():
-        return [directory / _SINGLE]
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
     if (directory / INDEX).is_file():
         names = sorted(set(_weight_map(directory / INDEX).values()))
         missing = [name for name in names if not (directory / name).is_file()]
@@ -142,7 +142,7 @@ def _files(directory: Path) -> list[Path]:
             f"{directory} has its weights in pickles ({pickled[0]}), which may run any code and "
             "are never opened; convert them: from_pretrained(...).save_pretrained(new_directory)"
         )
-    raise CheckpointError(f"{directory} has neither {_SINGLE} nor {INDEX}{_other(directory)}")
+    raise CheckpointError(f"{directory} has neither {SINGLE} nor {INDEX}{_other(directory)}")
 
 
 def _other(directory: Path) -> str:
@@ -152,7 +152,7 @@ def _other(directory: Path) -> str:
         return ""
     own = next((text for start, text in _OTHERS.items() if names[0].startswith(start)), None)
     if own is None and len(names) == 1:
-        old, new = (shlex.quote(str(directory / name)) for name in (names[0], _SINGLE))
+        old, new = (shlex.quote(str(directory / name)) for name in (names[0], SINGLE))
         own = f"; if it holds all weights, rename it: mv {old} {new}"
     return f", but {shown(names[0])}{own or '; download the index that names all of them'}"
 

@@ -123,30 +123,20 @@ def _is_tied(config: Mapping[str, Any]) -> bool:
 
 def _checkpoint_rules(subject: Subject) -> Iterator[Finding]:
     """All findings that are about no layer alone."""
-    formats = {subject.config.format, *(group.format for group in subject.config.groups)}
-    names = [layer.name for layer in subject.packed]
-    if not names:
-        yield subject.finding(
-            "nothing-packed", "refused", ["config.json"], "no layer has a weight_packed",
-            "remove quantization_config from it",
-        )  # fmt: skip
-    elif formats != {FORMAT}:
-        yield subject.finding(
-            "format", "refused", names,
-            f"the format is {', '.join(sorted(formats))}, and packed weights load as {FORMAT}",
-            f"write the one format {FORMAT} for all groups",
-        )  # fmt: skip
-    if subject.engine == "transformers":
-        yield from _initialized(subject)
-
-
-def _initialized(subject: Subject) -> Iterator[Finding]:
-    read = _INITIALIZED_BY_NAME.get(subject.model_type, frozenset())
-    names = [layer.name for layer in subject.packed if last(layer.name) in read]
-    if names:
-        yield subject.finding(
-            "initialized-by-name", "refused", names,
-            f"_init_weights of {subject.model_type} reads {last(names[0])}.weight, which a packed "
-            "layer does not have: from_pretrained raises AttributeError",
-            "leave these layers dense (exclude), or use fqcompile.load",
-        )  # fmt: skip
+    formats = sorted({subject.config.format, *(group.format for group in subject.config.groups)})
+    names, kind = [layer.name for layer in subject.packed], subject.model_type
+    yield from subject.first_broken(names or ["config.json"], [
+        ("nothing-packed", "refused", not names,
+         "no layer has a weight_packed", "remove quantization_config from it"),
+        ("format", "refused", formats != [FORMAT],
+         f"the format is {', '.join(formats)}, and packed weights load as {FORMAT}",
+         f"write the one format {FORMAT} for all groups"),
+    ])  # fmt: skip
+    read = [name for name in names if last(name) in _INITIALIZED_BY_NAME.get(kind, ())]
+    own = last(read[0]) if read else ""
+    yield from subject.broken(read, [(
+        "initialized-by-name", "refused", read and not subject.serves,
+        f"_init_weights of {kind} reads {own}.weight, which a packed layer does not have: "
+        "from_pretrained raises AttributeError",
+        "leave these layers dense (exclude), or use fqcompile.load",
+    )])  # fmt: skip

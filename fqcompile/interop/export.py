@@ -18,7 +18,7 @@ from fqcompile.checkpoint.manifest import MANIFEST, read_manifest, versions
 from fqcompile.checkpoint.source import open_source, other_files
 from fqcompile.checkpoint.stream import quantize_checkpoint
 from fqcompile.checkpoint.stream_writer import site_from
-from fqcompile.config import HEAD_NAMES, FineQuantConfig
+from fqcompile.config import HEAD_NAMES, FineQuantConfig, excluded_by
 from fqcompile.errors import CheckpointError, OptionError, UnquantizableWeight
 from fqcompile.interop.check import find_problems
 from fqcompile.interop.export_blocks import (
@@ -244,7 +244,7 @@ def _check_loads(
 
 
 # What quantising says of heads that an export has told it to leave.
-_HEADS_EXCLUDED = f"name matches exclude pattern {HEAD_NAMES.pattern!r}"
+_HEADS_EXCLUDED = excluded_by(HEAD_NAMES.pattern)
 
 
 def _plan_of(saved: Saved, layout: Layout, choices: Mapping[str, Choice]) -> Plan:

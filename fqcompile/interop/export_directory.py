@@ -23,6 +23,7 @@ from fqcompile.checkpoint.directory import (
     remove_save,
     writing_to,
 )
+from fqcompile.checkpoint.source import INDEX, SINGLE
 from fqcompile.errors import CheckpointError, FineQuantError
 from fqcompile.files.json_text import parse_json, shown
 from fqcompile.files.replace import remove, replace_durably, sync_directory, write_file
@@ -31,7 +32,6 @@ from fqcompile.interop.export_blocks import Block
 
 SHARD_BYTES = 4 << 30
 _IDENTITY, _TEMPORARY = "export.json", "unfinished.tmp"
-_INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model(?:-\d{5}-of-\d{5})?\.safetensors")
 QUANTIZED = "quantised"  # a checkpoint of Hugging Face on its way
 
@@ -138,7 +138,7 @@ def _remove_own(partial: Path) -> None:
     for path in partial.iterdir():
         if path.name == QUANTIZED:
             remove_save(path)
-        elif path.name in (_TEMPORARY, _INDEX, "config.json") or _SHARD.fullmatch(path.name):
+        elif path.name in (_TEMPORARY, INDEX, "config.json") or _SHARD.fullmatch(path.name):
             remove(path)
     if {path.name for path in partial.iterdir()} <= {_IDENTITY, LOCK}:
         remove(partial / _IDENTITY)
@@ -162,7 +162,7 @@ def write_checkpoint(directory: Path, blocks: Sequence[Block], files: dict[str, 
             t: n for n, shard in zip(names, shards, strict=True) for b in shard for t in b.tensors
         }
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        write_file(directory / _INDEX, [json.dumps(index, indent=2, sort_keys=True).encode()])
+        write_file(directory / INDEX, [json.dumps(index, indent=2, sort_keys=True).encode()])
 
 
 def _shards(blocks: Sequence[Block]) -> list[list[Block]]:
@@ -179,7 +179,7 @@ def _shards(blocks: Sequence[Block]) -> list[list[Block]]:
 
 def _shard_name(index: int, count: int) -> str:
     if count == 1:
-        return "model.safetensors"
+        return SINGLE
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 

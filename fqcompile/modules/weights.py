@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from fqcompile.config import HEAD_NAMES, ROUTER, ROUTERS, FineQuantConfig
 from fqcompile.distributed.shards import local_part
-from fqcompile.quant.checks import WEIGHT_DTYPES
+from fqcompile.quant.checks import OTHER_DTYPE, WEIGHT_DTYPES
 from fqcompile.torch_compat import Convolution
 from fqcompile.weights.parameter import PackedWeight
 
@@ -227,14 +227,12 @@ def _reason(
     if type(weight) not in (nn.Parameter, Tensor) or weight.layout != torch.strided:
         return f"the weight is a {type(weight).__name__}, not a plain parameter"
     if weight.dtype not in WEIGHT_DTYPES:
-        return f"dtype {weight.dtype} is not supported; use fp32, fp16 or bf16"
+        return OTHER_DTYPE.format(weight.dtype)
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return _ONE_CALL.format("attention")
     if _is_router(name, modules) and not config.override_matches(name):
         return ROUTER
-    if weight.numel() < config.min_elements:
-        return f"fewer elements than min_elements={config.min_elements}"
-    return None
+    return config.kept_by_size(weight.numel())
 
 
 def _is_router(name: str, modules: dict[str, nn.Module]) -> bool:

@@ -18,7 +18,7 @@ from fqcompile.passes.base import GraphState, example
 from fqcompile.passes.choices import experts_outside, is_codebook, is_router
 from fqcompile.passes.naming import InputName, joined_name
 from fqcompile.passes.sites import WeightSite
-from fqcompile.quant.checks import WEIGHT_DTYPES
+from fqcompile.quant.checks import OTHER_DTYPE, WEIGHT_DTYPES
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
 from fqcompile.torch_compat import FakeTensor
 from fqcompile.weights.disk_cache import use_logged
@@ -140,7 +140,7 @@ def _decide_site(
     if not changing.isdisjoint(inputs):
         return CHANGING
     if out.dtype not in WEIGHT_DTYPES:
-        return f"dtype {out.dtype} is not supported; use fp32, fp16 or bf16"
+        return OTHER_DTYPE.format(out.dtype)
     refused = _trainable(state, sources) or _unsupported(sources)
     return refused or STORE.plan(site.recipe, sources, options, scale_dtype_beside(out.dtype))
 
@@ -158,7 +158,7 @@ def _unsupported(sources: tuple[Tensor, ...]) -> str | None:
         if type(weight) not in _PLAIN_TYPES:
             return f"the weight is a {type(weight).__name__}, not a plain tensor"
         if weight.dtype not in WEIGHT_DTYPES:
-            return f"dtype {weight.dtype} is not supported; use fp32, fp16 or bf16"
+            return OTHER_DTYPE.format(weight.dtype)
     return None
 
 
@@ -185,6 +185,4 @@ def _settled_reason(state: GraphState, site: WeightSite) -> str | None:
         return "codebook: its scores only choose an entry; name it in overrides to quantise it"
     if is_router(state, site) and not state.config.override_matches(site.name):
         return ROUTER
-    if site.num_weights < state.config.min_elements:
-        return f"fewer elements than min_elements={state.config.min_elements}"
-    return None
+    return state.config.kept_by_size(site.num_weights)

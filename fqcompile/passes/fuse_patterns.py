@@ -15,7 +15,6 @@ from fqcompile.weights.recipe import target_name
 MULTIPLIES = ("mul", "__mul__", "multiply")
 _ADDS = ("add", "__add__")
 _CLAMPS = ("clamp", "clip")
-_ITEMS = ("getitem", "__getitem__")
 _CASTS = ("to", "int", "long", "float", "type", "contiguous")
 _RESHAPES = ("reshape", "view", "flatten")
 
@@ -104,7 +103,7 @@ def _half(node: Any) -> Half | None:
     if name == "narrow" and isinstance(source, fx.Node) and len(node.args) == 4:
         dim, start, length = node.args[1:]
         return _range(node, source, start, length) if _is_last(source, dim) else None
-    if name not in _ITEMS or not isinstance(source, fx.Node):
+    if name != "getitem" or not isinstance(source, fx.Node):
         return None
     index = node.args[1]
     if target_name(source.target) in ("chunk", "split") and isinstance(index, int):
@@ -114,10 +113,8 @@ def _half(node: Any) -> Half | None:
 
 def _piece(node: fx.Node, pieces: fx.Node, index: int) -> Half | None:
     """v.chunk(2, -1)[i], or v.split(half, -1)[i]."""
-    by = "chunks" if is_call(pieces, ("chunk",)) else "split_size_or_sections"
-    value, _, dim = _bound(pieces, "input", by, "dim")
-    parts = pieces.meta.get("example_value")
-    if not isinstance(value, fx.Node) or not _is_last(value, 0 if dim is None else dim):
+    value, dim, parts = pieces.args[0], pieces.args[-1], pieces.meta.get("example_value")
+    if len(pieces.args) != 3 or not isinstance(value, fx.Node) or not _is_last(value, dim):
         return None
     if not isinstance(parts, list | tuple) or len(parts) != 2 or index not in (0, 1, -1, -2):
         return None
@@ -244,7 +241,7 @@ def _picked(term: Any) -> tuple[fx.Node, fx.Node] | None:
     if not isinstance(term, fx.Node) or len(term.args) < 2:
         return None
     by_select = is_call(term, ("index_select",)) and term.args[1] == 0
-    if not by_select and not is_call(term, _ITEMS):
+    if not by_select and not is_call(term, ("getitem",)):
         return None
     source, index = term.args[0], whole_rows(term.args[-1])
     both = isinstance(source, fx.Node) and isinstance(index, fx.Node)

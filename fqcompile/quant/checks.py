@@ -9,6 +9,7 @@ from fqcompile.tensor.chunks import each_chunk, plain_tensors, row_chunks
 
 FLOAT_DTYPES = torch.float32, torch.float16, torch.bfloat16, torch.float64
 WEIGHT_DTYPES = FLOAT_DTYPES[:3]  # what models are quantised in
+OTHER_DTYPE = "dtype {} is not supported; use fp32, fp16 or bf16"
 
 
 @plain_tensors()

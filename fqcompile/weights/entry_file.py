@@ -27,7 +27,7 @@ from fqcompile.kernels.cpu.huge_pages import in_huge_pages
 from fqcompile.quant.choose import QuantPlan
 from fqcompile.tensor.format import Format
 from fqcompile.tensor.quantized import QuantizedTensor
-from fqcompile.weights.content_digest import content_digest
+from fqcompile.weights.fingerprint import content_digest
 
 Entry = tuple[QuantPlan, QuantizedTensor]
 

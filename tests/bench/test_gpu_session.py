@@ -13,7 +13,7 @@ from bench.__main__ import BENCHMARKS
 from bench.core import results
 from bench.core.results import Budget, Results
 from bench.core.steps import Step, session
-from bench.costs.launch_overhead import host_microseconds
+from bench.launch_overhead.run import host_microseconds
 from fqcompile.kernels.tuning.search import DeviceLost
 
 ROOT = Path(__file__).parents[2]

@@ -3,14 +3,12 @@
 from typing import Any
 
 from bench.core.results import Row
-from bench.costs.section import (
-    launch_overhead,
-    launch_overhead_short,
-    quantize,
-    quantize_short,
-)
 from bench.experts.section import expert_decode, expert_decode_short
 from bench.kernels.section import cpu_kernels, cpu_kernels_short
+from bench.launch_overhead.section import (
+    launch_overhead,
+    launch_overhead_short,
+)
 from bench.models.section import models, models_short
 from bench.start.section import memory, startup
 from bench.static.section import static, static_short
@@ -141,18 +139,6 @@ def test_a_layer_of_experts_is_compared_in_its_own_form() -> None:
     assert cells(text, "1 | fp32")[5] == "0.5x"
     assert "at most 1.25 times the packed size (100 MiB)" in text
     assert "fp32" not in expert_decode_short(whole)
-
-
-def test_quantising_is_told_in_millions_of_weights() -> None:
-    rows = [
-        {"setting": f"int4 mse {name}", "weights_per_s": speed, "peak": 0.125, "error": 0.1}
-        for name, speed in (("g128", 60e6), ("adaptive", 18e6))
-    ]
-    rows += [{"dequantize": "int4 g64", "bfloat16": 2.5e9, "float32": 3e9}]
-    found = content(rows, n=8, k=16, dtype="float32", threads=2, repeat=5)
-    assert cells(quantize(found), "int4 mse g128")[1:] == ["60", "0.12", "0.1000"]
-    assert "int4 g64 2.5 (to bfloat16), int4 g64 3.0 (to float32)" in quantize(found)
-    assert "60 million weights a second at a fixed group and 18 with" in quantize_short(found)
 
 
 def test_the_operator_is_held_against_the_launcher() -> None:

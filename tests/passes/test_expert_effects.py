@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import transformers.integrations.moe  # noqa: F401  (defines the operator)
 from torch import Tensor
 
 from fqcompile.passes.op_nodes import argument
@@ -75,8 +76,6 @@ def test_ids_written_before_the_gather_name_the_experts_that_the_op_reads() -> N
 
 def with_offsets(x: Tensor, ids: Tensor, change: Callable[[Tensor, Tensor], object]) -> Tensor:
     """`change` of the counts and the offsets; the operator of transformers runs in fp32 too."""
-    import transformers.integrations.moe  # noqa: F401  (defines it)
-
     in_order, _ = torch.sort(ids)
     counts = torch.histc(in_order.float(), bins=E, min=0, max=E - 1)
     offsets = torch.cumsum(counts, dim=0, dtype=torch.int32)

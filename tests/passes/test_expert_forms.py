@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers.integrations.moe  # noqa: F401  (defines the operator)
 from torch import Tensor
 
 from fqcompile.passes.op_nodes import argument
@@ -119,8 +120,6 @@ def experts(run: Run) -> tuple[WeightSite, str]:
 
 @pytest.mark.parametrize("name", ALL)
 def test_form_becomes_one_op_and_computes_the_same(name: str) -> None:
-    import transformers.integrations.moe  # noqa: F401  (defines the fallback's operator)
-
     forward, x, routing = ALL[name]
     run = run_passes(lambda x, r: forward(x, r), x, routing, granularity=16)
     site, told = experts(run)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers.integrations.moe  # noqa: F401  (defines the operator)
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -88,8 +89,6 @@ def test_near_miss_computes_the_same(name: str, write: Callable[..., Any]) -> No
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("name", test_expert_forms.ALL)
 def test_form_of_experts_is_one_site(name: str, write: Callable[..., Any]) -> None:
-    import transformers.integrations.moe  # noqa: F401  (defines the fallback's operator)
-
     forward, x, routing = test_expert_forms.ALL[name]
     run = run_passes(write(forward, x, routing), x, routing, granularity=8)
     gone = write is not exported and name in OTHER_BATCH

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers.integrations.moe  # noqa: F401  (defines the operator)
 from torch import Tensor
 
 from fqcompile.passes.fuse_patterns import is_even_routing
@@ -133,8 +134,6 @@ def counted(ids: Tensor, low: int = 0) -> Tensor:
 
 
 def grouped(x: Tensor, offsets: Tensor) -> Tensor:
-    import transformers.integrations.moe  # noqa: F401  (defines the operator)
-
     return torch.ops.transformers.grouped_mm_fallback(x, STACK.mT, offs=offsets)
 
 

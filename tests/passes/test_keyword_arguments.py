@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers.integrations.moe  # noqa: F401  (defines the operator)
 from torch import Tensor
 
 from tests.passes.graphs import assert_same, run_passes
@@ -19,8 +20,6 @@ IDS, X = torch.tensor([3, 0, 3, 3, 1, 0, 2]), torch.randn(P, K)
 
 
 def offsets_by_keyword(x: Tensor, ids: Tensor) -> Tensor:
-    import transformers.integrations.moe  # noqa: F401  (defines the operator)
-
     in_order = torch.sort(input=ids)[0]
     counts = torch.histc(input=in_order.float(), bins=E, min=0, max=E - 1)
     offsets = torch.cumsum(input=counts, dim=0, dtype=torch.int32)
@@ -29,8 +28,6 @@ def offsets_by_keyword(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def multiplied_offsets(x: Tensor, ids: Tensor) -> Tensor:
-    import transformers.integrations.moe  # noqa: F401  (defines the operator)
-
     offsets = torch.mul(input=torch.ones(E, dtype=torch.int32), other=0)
     y = torch.ops.transformers.grouped_mm_fallback(x, STACK.mT, offs=offsets)
     return y + BIAS[ids]

@@ -12,8 +12,8 @@ from fqcompile.config import SiteOptions
 from fqcompile.errors import UnquantizableWeight
 from fqcompile.quant.choose import choose_and_quantize
 from fqcompile.weights import disk_cache as module
-from fqcompile.weights.content_digest import content_digest
 from fqcompile.weights.disk_cache import DiskCache, disk_cache, entry_key, find_or_quantize
+from fqcompile.weights.fingerprint import content_digest
 from fqcompile.weights.recipe import IDENTITY
 from fqcompile.weights.store import PackedStore
 from tests.weights.test_entry_file import assert_same

@@ -1,6 +1,6 @@
 """From packed words in memory to the weight operand of a dot, or to the weight itself.
 
-The conversion does not leave the registers:
+The conversion never leaves the registers.
 
 The bits 0-7 of a bf16, or 0-10 of an fp16, count in equal steps across the border of the subnormal
 numbers, so a masked word already is two small numbers, code * 2^-133 or code * 2^-24. One fma each

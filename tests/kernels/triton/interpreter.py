@@ -176,6 +176,11 @@ def _multiple_of(value: Any, divisors: Any) -> Any:
     return value
 
 
+def _index(scalar: Any) -> int:
+    """As upstream's from Triton 3.7 on: NumPy 2.4 refuses int() of an array of one element."""
+    return int(scalar.handle.data.item())
+
+
 def _run_programs(kernel: JITFunction, arguments: dict[str, Any], grid: Any) -> None:
     function = _as_python(kernel.fn)
     sizes = tuple(grid(arguments) if callable(grid) else grid)
@@ -211,18 +216,27 @@ def _launch(kernel: JITFunction, memory: Memory, *args: Any, **kwargs: Any) -> N
     named_tensors = (_tensors(name, value) for name, value in bound.arguments.items())
     memory.begin_launch(dict(pair for pairs in named_tensors for pair in pairs))
     _builder.memory = memory
-    # Functions of Triton's own library see `tl` under the name `core`.
-    language = upstream._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
-    try:
-        with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
-            patch.setattr(JITFunction, "__call__", _call)
-            patch.setattr(upstream, "interpreter_builder", _builder)
-            patch.setattr(upstream, "interpreter_semantic", _semantic)
-            patch.setattr(tl, "multiple_of", _multiple_of)
-            patch_reductions(patch)
+    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
+        patch.setattr(JITFunction, "__call__", _call)
+        patch.setattr(upstream, "interpreter_builder", _builder)
+        patch.setattr(upstream, "interpreter_semantic", _semantic)
+        with _language(), pytest.MonkeyPatch.context() as patch_language:
+            patch_language.setattr(tl, "multiple_of", _multiple_of)
+            patch_language.setattr(tl.tensor, "__index__", _index)
+            patch_reductions(patch_language)
             _run_programs(kernel, bound.arguments, grid)
+
+
+@contextmanager
+def _language() -> Iterator[None]:
+    """Inside, `tl` computes with the builder that the interpreter has on entry (Triton 3.6), or at
+    each call (3.7)."""
+    # Functions of Triton's own library see `tl` under the name `core`.
+    patched = upstream._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    try:
+        yield
     finally:
-        language.restore()
+        patched.restore()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton.runtime import driver
 
-from bench.costs.stub_driver import StubDriver, install
+from bench.launch_overhead.stub_driver import StubDriver, install
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import TileConfig
 from fqcompile.kernels.template import PackedLinear, Routing

@@ -6,7 +6,7 @@
 Outside of CUDA graphs each call of a kernel costs this much of the host, and a small model is bound
 by it. All ways are timed in turn: per-call medians over the repeats, with the fastest repeat, which
 other load on the machine disturbs least. Without a GPU the launch itself is a stub that does
-nothing (`bench.costs.stub_driver`), and the tensors lie in main memory: Triton's binding of
+nothing (`launch_overhead.stub_driver`), and the tensors lie in main memory: Triton's binding of
 arguments, its choice of the compiled kernel and all of ours are real; what the driver takes is
 missing.
 """
@@ -24,8 +24,8 @@ import triton
 
 from bench.core.results import Results, identity
 from bench.core.section import show
-from bench.costs import section
-from bench.costs.stub_driver import install
+from bench.launch_overhead import section
+from bench.launch_overhead.stub_driver import install
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels import op as operator
 from fqcompile.kernels.epilogue import Epilogue
