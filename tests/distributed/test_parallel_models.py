@@ -26,7 +26,7 @@ CASES = [
 ]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("name", "way", "dtype"), CASES, ids=lambda value: str(value))
 def test_equals_one_rank(
     pair: Pair, tmp_path: Path, name: str, way: str, dtype: torch.dtype
