@@ -12,7 +12,7 @@ demo: .venv/demo.installed
 
 # The quick tier: every kind of thing, ten minutes on two cores.
 test: .venv/dev.installed
-	$(BIN)/pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-all: .venv/dev.installed
 	$(BIN)/pytest -n $(WORKERS) --all $(ARGS)

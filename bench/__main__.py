@@ -4,19 +4,16 @@ import sys
 from importlib import import_module
 
 BENCHMARKS = {
-    "quantize": "how fast weights are quantised and dequantised, and with how much memory",
     "accuracy": "what quantisation costs trained language models, ours and other libraries",
     "train_lm": "trains the small language models of the accuracy benchmark, once",
     "expert_decode": "a CPU: decoding through a layer of experts, against Inductor on it",
-    "overhead": "share of fqcompile's passes in the whole compilation of a small Llama",
     "startup": "the first start of a model and the second, part by part",
     "memory": "peak and resident memory of each way to run a model in 4 bits, against bf16",
     "export": "speed and memory of exporting to compressed-tensors, codes compared",
     "static": "registers, copies and instructions of the Triton kernels, read from machine code",
     "experts": "a GPU: a layer of experts, routing included, against torch._grouped_mm in 16 bits",
     "kernels": "our kernels against dense ones, torch.compile and other libraries, by layer",
-    "tune": "every kernel configuration (a CPU: every kernel) with its time and its roofline share",
-    "models": "decoding and prefill of whole models, random weights: time, starts, memory, ideal",
+    "models": "decoding and prefill of whole models, random weights: time and ideal",
     "planner": "how far the planner's predictions are from all results",
     "launch_overhead": "Python's time in one call of the operator, against Triton's own launcher",
     "gpu": "a GPU: the tests marked gpu and the short benchmarks, into one folder",
@@ -25,13 +22,10 @@ BENCHMARKS = {
 }
 # Below `bench`, where it is not the `run` of a folder of the benchmark's name.
 MODULES = {
-    "quantize": "costs.quantize",
     "train_lm": "accuracy.train_lm",
     "expert_decode": "experts.decode",
-    "overhead": "costs.overhead",
     "startup": "start.startup",
     "memory": "start.memory",
-    "launch_overhead": "costs.launch_overhead",
     "gpu": "gpu",
     "short": "short",
     "readme": "readme",

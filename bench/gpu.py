@@ -10,16 +10,14 @@ too long does not stop the next, whose time is what is left of the budget:
     kernels       bench kernels --quick, also as kernels.json
     overhead      host time of one call
 
-Asked for by name: experts, models and tune, each a session of its own. A table of the steps comes
-last.
+Asked for by name: experts and models, each a session of its own. A table of the steps comes last.
 """
 
-import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench.core.steps import BENCH, Step, conclude, names_of, session
+from bench.core.steps import BENCH, Step, run_suite
 
 # Reads the card's state and changes none of it.
 _STATE = "nvidia-smi -q -d CLOCK,POWER,UTILIZATION,PERFORMANCE"
@@ -34,26 +32,20 @@ def _tests(out: Path, seconds: float) -> Sequence[str]:
     return (sys.executable, "-m", "pytest", *options)
 
 
-def _json(out: Path, name: str, seconds: float) -> tuple[str, ...]:
-    # A step needs a while to start and to end: it is stopped by its own budget, not by ours.
-    return ("--json", str(out / f"{name}.json"), "--time-budget", f"{max(20, seconds - 45):.0f}")
+def _measured(name: str, *flags: str) -> Callable[[Path, float], Sequence[str]]:
+    """A benchmark that is stopped by its own budget, not by ours: it needs a while to start and to
+    end."""
 
+    def command(out: Path, seconds: float) -> Sequence[str]:
+        kept = (
+            "--json",
+            str(out / f"{name}.json"),
+            "--time-budget",
+            f"{max(20, seconds - 45):.0f}",
+        )
+        return (*BENCH, name, "--device", "cuda", *flags, *kept)
 
-def _kernels(out: Path, seconds: float) -> Sequence[str]:
-    return (*BENCH, "kernels", "--device", "cuda", "--quick", *_json(out, "kernels", seconds))
-
-
-def _experts(out: Path, seconds: float) -> Sequence[str]:
-    return (*BENCH, "experts", "--device", "cuda", *_json(out, "experts", seconds))
-
-
-def _models(out: Path, seconds: float) -> Sequence[str]:
-    return (*BENCH, "models", "--device", "cuda", *_json(out, "models", seconds))
-
-
-def _tune(out: Path, seconds: float) -> Sequence[str]:
-    page = ("--html", str(out / "tune.html"))
-    return (*BENCH, "tune", "--device", "cuda", *page, *_json(out, "tune", seconds))
+    return command
 
 
 def _overhead(out: Path, seconds: float) -> Sequence[str]:
@@ -63,24 +55,16 @@ def _overhead(out: Path, seconds: float) -> Sequence[str]:
 STEPS = {
     "environment": Step(_environment, share=0.2),
     "tests": Step(_tests, share=0.45),
-    "kernels": Step(_kernels, share=0.85, shown=6000),
+    "kernels": Step(_measured("kernels", "--quick"), share=0.85, shown=6000),
     "overhead": Step(_overhead, shown=1500),
-    "experts": Step(_experts, shown=6000),
-    "models": Step(_models, shown=6000),
-    "tune": Step(_tune, shown=6000),
+    "experts": Step(_measured("experts"), shown=6000),
+    "models": Step(_measured("models"), shown=6000),
 }
 USUAL = ("environment", "tests", "kernels", "overhead")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="DIRECTORY")
-    parser.add_argument("--time-budget", type=float, default=570.0, metavar="SECONDS")
-    parser.add_argument("--steps", type=names_of(STEPS), default=list(USUAL), metavar="NAME,...")
-    arguments = parser.parse_args(argv)
-    out = arguments.out.resolve()
-    steps = {name: STEPS[name] for name in arguments.steps}
-    conclude(steps, session(steps, out, arguments.time_budget), out)
+    run_suite(STEPS, argv, usual=USUAL, seconds=570.0)
 
 
 if __name__ == "__main__":

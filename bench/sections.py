@@ -5,21 +5,13 @@ from dataclasses import dataclass
 
 from bench.accuracy.section import accuracy, accuracy_short
 from bench.core.section import Content
-from bench.costs.section import (
-    launch_overhead,
-    launch_overhead_short,
-    overhead,
-    overhead_short,
-    quantize,
-    quantize_short,
-)
 from bench.experts.section import expert_decode, expert_decode_short
 from bench.export.section import export
 from bench.kernels.section import cpu_kernels, cpu_kernels_short, gpu_kernels
+from bench.launch_overhead.section import launch_overhead, launch_overhead_short
 from bench.models.section import models, models_short
 from bench.start.section import memory, startup
 from bench.static.section import static, static_short
-from bench.tune.section import tune, tune_short
 
 Render = Callable[[Content], str]
 
@@ -55,7 +47,6 @@ SECTIONS = (
         expert_decode,
         expert_decode_short,
     ),
-    Section("tune", "Autotuning", "tune*", tune, tune_short),
     Section("memory", "Memory", "memory", memory),
     Section("static", "Machine code of the GPU kernels", "static*", static, static_short),
     Section(
@@ -65,8 +56,6 @@ SECTIONS = (
         launch_overhead,
         launch_overhead_short,
     ),
-    Section("quantize", "Speed of quantisation", "quantize", quantize, quantize_short),
-    Section("overhead", "Share of the passes", "overhead", overhead, overhead_short),
     Section("export", "Export to serving engines", "export", export),
     Section("startup", "First and second start", "startup", startup),
 )

@@ -1,6 +1,6 @@
 """The short suite of `make bench`: each benchmark on a small case, 10 minutes on 2 cores.
 
-    python -m bench short [--out build/bench] [--steps quantize,models,...] [--time-budget 900]
+    python -m bench short [--out build/bench] [--steps kernels,models,...] [--time-budget 900]
 
 Each step is a process of its own; one that fails does not stop the next, and the suite then ends
 with status 1. Results (JSON) and output (STEP.log) lie in --out, which git ignores unless it
@@ -8,11 +8,10 @@ is another one. Small cases say whether a benchmark works and where it stands; w
 from the whole ones.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.core.steps import BENCH, ROOT, Step, conclude, names_of, session
+from bench.core.steps import BENCH, ROOT, Step, run_suite
 
 OUT = ROOT / "build" / "bench"
 
@@ -30,20 +29,12 @@ def _accuracy(out: Path, seconds: float) -> Sequence[str]:
     return (*BENCH, "accuracy", "--quick", "--folder", str(out))
 
 
-def _tune(out: Path, seconds: float) -> Sequence[str]:
-    results = ("--json", str(out / "tune.json"), "--html", str(out / "tune.html"))
-    return (*BENCH, "tune", "--quick", "--device", "cpu", "--time-budget", "60", *results)
-
-
 _LAYERS = ("--device", "cpu", "--shapes", "4096x4096", "1536x384", "--m", "1,16")
 _MODEL = ("--device", "cpu", "--model", "small", "--batch", "1", "--context", "64", "--phases",
           "decode", "--ways", "inductor", "int4")  # fmt: skip
 STEPS: dict[str, Step] = {
-    "quantize": _step("quantize", "--n", "2048", "--k", "2048", "--repeat", "2"),
     "kernels": _step("kernels", *_LAYERS, file="kernels-cpu"),
-    "tune": Step(_tune, shown=2000),
     "models": _step("models", *_MODEL, file="models-cpu", shown=3000),
-    "overhead": _step("overhead", "--runs", "1"),
     "startup": _step("startup", "--size", "tiny", "--rounds", "1"),
     "launch_overhead": _step(
         "launch_overhead", "--calls", "50", "--repeat", "10", file="launch-overhead"
@@ -53,14 +44,7 @@ STEPS: dict[str, Step] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=OUT, metavar="DIRECTORY")
-    parser.add_argument("--steps", type=names_of(STEPS), default=list(STEPS), metavar="NAME,...")
-    parser.add_argument("--time-budget", type=float, default=900.0, metavar="SECONDS")
-    arguments = parser.parse_args(argv)
-    out = arguments.out.resolve()
-    steps = {name: STEPS[name] for name in arguments.steps}
-    conclude(steps, session(steps, out, arguments.time_budget), out)
+    run_suite(STEPS, argv, usual=list(STEPS), seconds=900.0, out=OUT)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ model = torch.compile(model, backend="finequant")
 
 from fqcompile.checkpoint.save import save
 from fqcompile.checkpoint.stream import quantize_checkpoint
+from fqcompile.compiled import finequant, refresh, warm_up
 from fqcompile.config import FineQuantConfig
-from fqcompile.decorator import finequant
 from fqcompile.errors import (
     CheckpointError,
     FineQuantError,
@@ -16,16 +16,13 @@ from fqcompile.errors import (
     UnquantizableWeight,
 )
 from fqcompile.explain import explain
-from fqcompile.fake_quantize import fake_quantize_
 from fqcompile.interop.check import check
 from fqcompile.interop.export import export
 from fqcompile.interop.findings import Finding
 from fqcompile.interop.load import load
-from fqcompile.quantize_model import quantize_
-from fqcompile.refresh import refresh
+from fqcompile.modules.fake_quantize import fake_quantize_
+from fqcompile.modules.quantize import quantize_, restore
 from fqcompile.report import CompileReport, Plan, Site, reports
-from fqcompile.restore import restore
-from fqcompile.warm_up import warm_up
 
 __all__ = [
     "CheckpointError",

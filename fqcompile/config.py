@@ -13,7 +13,12 @@ from fqcompile.options import RULES, FrozenMapping, check_names
 HEAD_BITS = 8
 # A head under its usual names; elsewhere a head is known by sharing its weight with an embedding.
 # Not under an embedding's names: "shared" is T5's table, and the expert that all tokens take.
-HEAD_NAMES = re.compile(r"(^|\.)(lm_head|embed_out)(\.|$)")
+HEADS = ("lm_head", "embed_out")
+HEAD_NAMES = re.compile(rf"(^|\.)({'|'.join(HEADS)})(\.|$)")
+
+# Routers of experts under their usual names, beside what graphs and modules tell of them.
+ROUTERS = frozenset("gate router wg shared_expert_gate".split())
+ROUTER = "router: its top-k decides which experts run; name it in overrides to quantise it"
 
 # A component of the name that begins as one tuner of peft calls its factors, or has LoRA's prefix
 # anywhere: they are switched, scaled and overwritten through `.data` while the model is in use.
@@ -31,6 +36,11 @@ ADAPTER = (
     "adapter factor: it is switched, scaled and overwritten while the model is in use; name it in "
     "overrides or include to quantise it"
 )
+
+
+def excluded_by(pattern: str) -> str:
+    """The reason why a weight stays that the pattern of `exclude` names."""
+    return f"name matches exclude pattern {pattern!r}"
 
 
 def _debug_dir_from_environment() -> str | None:
@@ -137,10 +147,15 @@ class FineQuantConfig(SiteOptions):
         """
         for pattern in self.exclude:
             if re.search(pattern, name):
-                return f"name matches exclude pattern {pattern!r}"
+                return excluded_by(pattern)
         if self.include and not any(re.search(pattern, name) for pattern in self.include):
             return "name matches no include pattern"
         return ADAPTER if self._has_unnamed_adapter(name) else None
+
+    def kept_by_size(self, elements: int) -> str | None:
+        """Why so few elements keep a weight as it is, or None."""
+        small = elements < self.min_elements
+        return f"fewer elements than min_elements={self.min_elements}" if small else None
 
     def _has_unnamed_adapter(self, name: str) -> bool:
         """Whether the name has a factor of an adapter in it that no pattern is about."""

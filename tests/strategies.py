@@ -39,7 +39,7 @@ def weights(draw: st.DrawFn, max_n: int = 40, max_k: int = 100) -> Tensor:
 
 @dataclass(frozen=True)
 class Problem:
-    """The arguments of one fqcompile::linear, by the schema's names."""
+    """The arguments of one fqcompile::matmul, by the schema's names."""
 
     x: Tensor
     qweight: Tensor

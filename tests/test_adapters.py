@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fqcompile
 from fqcompile.errors import FineQuantError
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 from tests.dense_models import build
 
 peft = pytest.importorskip("peft", reason="the dev extra is not installed")
@@ -37,7 +37,9 @@ def _losses(model: nn.Module, run: Any, ids: Tensor) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("backend", ["none", "finequant", "aot_eager"])
+@pytest.mark.parametrize(
+    "backend", ["none", "finequant", pytest.param("aot_eager", marks=pytest.mark.slow)]
+)
 def test_adapters_train_as_on_the_dequantised_base(backend: str) -> None:
     model, inputs = build("llama", torch.float32)
     packed = copy.deepcopy(model)

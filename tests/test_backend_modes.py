@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fqcompile
-from fqcompile.kernels.launch_table import LaunchTable
 from fqcompile.kernels.registry import TEMPLATES, KernelChoice
+from fqcompile.kernels.spec import LaunchTable
 from tests.helpers import (
     InnerGraphs,
     Mlp,
@@ -54,7 +54,9 @@ def _gradients(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> 
     return gradients
 
 
-@pytest.mark.parametrize("inner_backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "inner_backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 def test_adapters_train_on_a_quantised_base(inner_backend: str) -> None:
     model = Adapted()
     actual = _gradients(model, finequant(model, inner_backend=inner_backend), X)
@@ -184,7 +186,7 @@ def test_inputs_of_any_layout(layout: str, dtype: torch.dtype) -> None:
     assert_close(actual, oracle(model)(x), k=256, depth=3)
 
 
-PASSES = ["capture", "match", "choose", "quantize", "rewrite", "fuse", "select", "lower"]
+PASSES = "capture normalize match choose quantize rewrite fuse select lower".split()
 
 
 def _fail(*args: object) -> int:

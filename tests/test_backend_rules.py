@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 import fqcompile
 from fqcompile.backend import finequant as backend
 from fqcompile.weights import store
-from fqcompile.weights.packed import PackedPart
+from fqcompile.weights.node_weight import Part
 from fqcompile.weights.store import STORE
 from tests.helpers import (
     InnerGraphs,
@@ -213,7 +213,7 @@ def test_a_weight_of_two_sites_and_two_graphs_is_packed_once(
     monkeypatch: pytest.MonkeyPatch, inner_graphs: InnerGraphs
 ) -> None:
     quantized: list[object] = []
-    for owner, name in ((PackedPart, "quantize"), (store, "find_or_quantize")):
+    for owner, name in ((Part, "quantize"), (store, "find_or_quantize")):
         original = getattr(owner, name)
         monkeypatch.setattr(
             owner, name, lambda *args, f=original: quantized.append(args) or f(*args)
@@ -252,7 +252,10 @@ def test_calls_with_unchanged_weights_neither_decide_nor_pack(
     assert {"packed", "plan"} <= set(calls)
 
 
-@pytest.mark.parametrize("inner_backend", ["fqtest_spy", "aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "inner_backend",
+    ["fqtest_spy", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)],
+)
 def test_packed_weights_die_with_their_model(
     inner_backend: str, inner_graphs: InnerGraphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:

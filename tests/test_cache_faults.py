@@ -23,13 +23,13 @@ import torch
 from torch import nn
 
 import fqcompile
-from fqcompile.kernels import cache_directory as place
+from fqcompile.files import cache_directory as place
 from fqcompile.kernels.cpu import native_library as native
 from fqcompile.weights import disk_cache
 from fqcompile.weights.disk_cache import DiskCache
 from tests.children import NOBODY, in_child, needs_root, open_folder
 from tests.helpers import assert_close, finequant
-from tests.kernels.cpu.paths import NAMES
+from tests.kernels.cpu.paths import NAMES, copying_compiler
 from tests.weights.test_disk_cache import put, unwanted
 from tests.weights.test_entry_file import assert_same, entry
 
@@ -67,23 +67,21 @@ def start() -> Start:
     )
 
 
-@pytest.fixture
-def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """One for the cache, one for temporary files, and a compiler that takes no time."""
-    made = native.build(ISA, place.cache_directory() / "x86")
+@pytest.fixture(scope="module")
+def made() -> Path:
+    """The library that the stand-in for the compiler copies."""
     start()  # imports what a child of another user could not read
-    torch._dynamo.reset()
+    return native.build(ISA, place.cache_directory() / "x86")
+
+
+@pytest.fixture
+def folder(made: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """One for the cache, one for temporary files, and a compiler that takes no time."""
     with open_folder() as folder:
         (folder / "tmp").mkdir()
         (folder / "tmp").chmod(0o1777)
-        shutil.copy(made, folder / "made.so")
-        (folder / "made.so").chmod(0o644)
-        (folder / "g++").write_text(
-            '#!/bin/sh\n[ "$1" = --version ] && echo 1 && exit\n'
-            f'while [ "$1" != -o ]; do shift; done; exec cp {folder}/made.so "$2"\n'
-        )
-        (folder / "g++").chmod(0o755)
-        monkeypatch.setattr(native, "_compiler", lambda: str(folder / "g++"))
+        compiler = copying_compiler(folder, made)
+        monkeypatch.setattr(native, "_compiler", lambda: compiler)
         monkeypatch.setattr(tempfile, "tempdir", str(folder / "tmp"))
         monkeypatch.setenv("FQCOMPILE_CACHE_DIR", str(folder / "cache"))
         monkeypatch.setenv("FQCOMPILE_CACHE_SIZE", "1")
@@ -166,6 +164,7 @@ def test_a_cache_that_cannot_be_used_is_said_once(
     assert (folder / "tmp" / f"fqcompile-{user}").stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("code", "of"),
     [
@@ -251,6 +250,7 @@ def library(folder: Path) -> Path:
     return folder / "cache" / "x86" / f"{ISA.name}-{native._digest(command)}.so"
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "zeros", "text"])
 def test_a_damaged_library_is_built_anew(damage: str, folder: Path) -> None:
     """To load the first of them ends the process, with SIGBUS."""

@@ -40,7 +40,12 @@ def _run_all(compiled: Any, model: nn.Module) -> None:
     ("dynamic", "allowed", "inner_backend"),
     # None: the first call's sizes, then one graph per size that turned dynamic (batch, length) and
     # per size of one that PyTorch specialises. True: dynamic from the first call on, but for ones.
-    [(None, 6, "eager"), (None, 6, "aot_eager"), (True, 4, "eager"), (True, 4, "inductor")],
+    [
+        (None, 6, "eager"),
+        pytest.param(None, 6, "aot_eager", marks=pytest.mark.slow),
+        (True, 4, "eager"),
+        pytest.param(True, 4, "inductor", marks=pytest.mark.slow),
+    ],
 )
 def test_lengths_change_without_unbounded_recompiles(
     dynamic: bool | None, allowed: int, inner_backend: str
@@ -63,6 +68,7 @@ def test_dynamic_compiles_once_for_all_lengths_above_one() -> None:
     assert len(fqcompile.reports()) == 1
 
 
+@pytest.mark.slow
 def test_dynamic_adds_no_guard_beyond_those_of_eager() -> None:
     """As many graphs as torch.compile makes of the same calls without us."""
     model = frozen(Attention())
@@ -76,7 +82,9 @@ def test_dynamic_adds_no_guard_beyond_those_of_eager() -> None:
     assert ours == counter.frame_count
 
 
-@pytest.mark.parametrize("inner_backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "inner_backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_no_rows_and_one_row(dtype: torch.dtype, dynamic: bool | None, inner_backend: str) -> None:

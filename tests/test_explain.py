@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 import fqcompile
 from fqcompile.kernels import roofline
-from fqcompile.report.dump import trace_log
 from tests.helpers import Mlp, assert_close, finequant, frozen, oracle, quantized_names, report
 
 X = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
@@ -154,7 +153,7 @@ def test_matrices_that_no_graph_reads_are_listed() -> None:
     class Unread(Small):
         def __init__(self) -> None:
             super().__init__()
-            self.stack = nn.Parameter(torch.randn(4, 128, 128))
+            self.experts = nn.Parameter(torch.randn(4, 128, 128))
             self.other = nn.Linear(128, 256)
             self.tiny = nn.Linear(4, 4)
 
@@ -165,11 +164,47 @@ def test_matrices_that_no_graph_reads_are_listed() -> None:
     reasons = {s.name: (s.kind, str(s.reason)) for s in plan.kept}
     unread = {name: found for name, found in reasons.items() if "no captured graph" in found[1]}
     assert {name: kind for name, (kind, _) in unread.items()} == {
-        "stack": "experts",
+        "experts": "experts",
         "other.weight": "linear",
     }
-    assert unread["stack"][1].endswith("call model.set_experts_implementation('grouped_mm') first")
+    assert unread["experts"][1].endswith(
+        "call model.set_experts_implementation('grouped_mm') first"
+    )
     assert "set_experts" not in unread["other.weight"][1]
+
+
+@pytest.mark.parametrize(
+    ("conv", "name"),
+    [
+        (nn.Conv1d(64, 64, 4), "conv.weight"),
+        (nn.Conv2d(64, 64, 4), "conv.weight"),
+        (
+            torch.nn.utils.parametrizations.weight_norm(nn.Conv1d(64, 64, 4), dim=2),
+            "conv.parametrizations.weight.original1",
+        ),
+    ],
+    ids=["conv1d", "conv2d", "weight norm"],
+)
+def test_a_convolution_that_no_graph_reads_is_none_of_experts(conv: nn.Module, name: str) -> None:
+    class Unread(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = conv
+            self.relative = nn.Parameter(torch.randn(8, 64, 64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) + self.relative if len(x) > 99 else super().forward(x)
+
+    model = frozen(Unread())
+    plan = fqcompile.explain(model, X)
+    site, other = plan.site(name), plan.site("relative")
+    assert (site.kind, site.status) == ("other", "kept")
+    assert site.shape == tuple(model.get_parameter(name).shape)
+    reason = str(site.reason)
+    assert "no captured graph reads it" in reason and "a convolution" in reason
+    assert "quantize_" not in reason
+    assert (other.kind, other.status) == ("other", "kept")
+    assert "set_experts" not in str(other.reason)
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
@@ -203,7 +238,6 @@ def test_a_compilation_does_not_measure_the_memory(monkeypatch: pytest.MonkeyPat
     """That takes 128 MiB and a tenth of a second: only for who asks, and once."""
     asked = []
     monkeypatch.setattr(roofline, "read_bandwidth", lambda: asked.append(None) or 10e9)
-    monkeypatch.setattr(trace_log, "handlers", [])  # pytest's listen, and so ask
     model = torch.compile(frozen(Mlp()), backend="finequant", options={"inner_backend": "eager"})
     with torch.no_grad():
         model(torch.randn(3, 128))
@@ -249,6 +283,48 @@ def test_equal_layers_behind_graph_breaks_are_all_listed() -> None:
     assert str(plan.totals).startswith("quantised 6 of 6 sites")
     actual = finequant(model, fullgraph=False)(X)
     assert_close(actual, oracle(model, plan)(X), k=256, depth=6)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_graph_of_equal_layers_reports_all_that_run_it(dynamic: bool) -> None:
+    """With their own errors, plans and reasons, in the report of the variant that is theirs."""
+    model = frozen(Repeated())
+    model.layers[1].up.weight[0, 0] = torch.nan
+    options = {"overrides": {r"layers\.2\.down": {"bits": 8}}, "exclude": [r"layers\.0\.up"]}
+    plan = fqcompile.explain(model, X, inner_backend="eager", **options)
+    way = finequant(model, fullgraph=False, dynamic=dynamic, **options)
+    for _ in range(2):
+        way(X)
+        rows = [row for found in fqcompile.reports() for row in _sites(found.plan)]
+        assert sorted(rows) == _sites(plan)
+    by_layer = [{s.name.split(".")[1] for s in found.sites} for found in fqcompile.reports()]
+    assert by_layer == [{"0", "1"}, {"2"}]
+
+
+def test_dumps_hold_the_rows_of_all_equal_layers(tmp_path: Path) -> None:
+    finequant(frozen(Repeated()), fullgraph=False, debug_dir=str(tmp_path))(X)
+    (report,) = fqcompile.reports()
+    (folder,) = tmp_path.iterdir()
+    assert len(report.sites) == 6
+    assert json.loads((folder / "report.json").read_text()) == json.loads(report.to_json())
+    assert "layers.2.down.weight" in (folder / "sites.txt").read_text()
+
+
+def test_the_report_of_equal_layers_fake_quantizes_all_of_them() -> None:
+    model = frozen(Repeated())
+    actual = finequant(model, fullgraph=False)(X)
+    (report,) = fqcompile.reports()
+    assert_close(actual, oracle(model, report)(X), k=256, depth=6)
+
+
+def test_equal_layers_with_nothing_to_quantize_are_reported_by_the_first() -> None:
+    """They run its graph without a word to us; `explain` lists them all."""
+    model, options = frozen(Repeated()), {"min_elements": 1 << 20}
+    plan = fqcompile.explain(model, X, **options)
+    finequant(model, fullgraph=False, **options)(X)
+    (report,) = fqcompile.reports()
+    assert len(plan.kept) == 6
+    assert report.sites == plan.sites[:2]
 
 
 class Positions(nn.Module):

@@ -104,6 +104,7 @@ def test_a_compiled_model_follows_its_adapters(change: Any, tmp_path: Path) -> N
     assert difference > 0.02 or (change is _merge and difference > 1e-4)
 
 
+@pytest.mark.slow
 def test_merged_unmerged_and_merged_again_with_another() -> None:
     """Each time another graph of the two runs, and finds by content what it had bound changed."""
     model, ids = _adapted()
@@ -119,6 +120,7 @@ def test_merged_unmerged_and_merged_again_with_another() -> None:
         model.unmerge_adapter()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("reset", [False, True])
 def test_merged_and_unloaded_models_compile_anew_with_what_they_hold(reset: bool) -> None:
     """The base weights keep identity, address and version through the merge."""

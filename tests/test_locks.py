@@ -4,8 +4,6 @@ import ast
 import logging
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,14 +18,15 @@ from torch._dynamo.convert_frame import compile_lock
 import fqcompile
 import fqcompile.backend
 from fqcompile import locks
-from fqcompile.kernels import cache_directory
+from fqcompile.files import cache_directory
 from fqcompile.kernels.cpu import native_library as native
 from fqcompile.locks import fork_safe, locked
 from fqcompile.weights.disk_cache import DiskCache
 from fqcompile.weights.store import PackedStore
 from tests.children import FORK, NOBODY, in_child, needs_root, open_folder
 from tests.helpers import assert_close, finequant
-from tests.kernels.cpu.paths import NAMES
+from tests.kernels.cpu.paths import NAMES, copying_compiler
+from tests.tiers import examples
 from tests.weights.test_entry_file import assert_same, entry
 
 PACKAGE = Path(fqcompile.__file__).parent
@@ -66,27 +65,25 @@ def test_a_child_does_not_keep_the_lock_of_its_parent(tmp_path: Path) -> None:
 
 
 def test_a_child_does_not_keep_the_lock_of_a_dead_parent(tmp_path: Path) -> None:
-    code = (
-        "import os, sys, time\n"
-        "from pathlib import Path\n"
-        "from fqcompile.locks import locked\n"
-        "with locked(Path(sys.argv[1])):\n"
-        "    child = os.fork()\n"
-        "    os.write(1, f'{child}\\n'.encode())\n"
-        "    time.sleep(60)\n"
-    )
-    path = tmp_path / "lock"
-    command = [sys.executable, "-c", code, str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        child = max(int(parent.stdout.readline()) for _ in range(2))  # the other is 0, its own
-        parent.kill()
-        parent.wait()
-        try:
-            with locked(path, 5.0):
-                os.kill(child, 0)  # lives
-        finally:
-            os.kill(child, signal.SIGKILL)
+    path, (ours, theirs) = tmp_path / "lock", FORK.Pipe()
+
+    def fork_inside() -> None:
+        with locked(path):
+            if child := os.fork():
+                theirs.send(child)
+            time.sleep(60)
+
+    parent = FORK.Process(target=fork_inside, daemon=True)
+    parent.start()
+    assert ours.poll(60)
+    child = ours.recv()
+    parent.kill()
+    parent.join()
+    try:
+        with locked(path, 5.0):
+            os.kill(child, 0)  # lives
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def test_a_child_that_is_forked_inside_leaves_as_one_that_holds_nothing(tmp_path: Path) -> None:
@@ -221,7 +218,7 @@ def test_waiting_is_said_and_ends_when_the_holder_leaves(
     assert said == f"waiting for another process, which holds {tmp_path / 'lock'}, for up to 30 s"
 
 
-CHILDREN = 24
+CHILDREN = examples(48)
 
 
 def model(scale: float) -> nn.Module:
@@ -261,9 +258,13 @@ def test_children_of_a_busy_process_do_not_hang(
 
     Each child calls what its parent has compiled, compiles anew, and quantises.
     """
+    if NAMES:
+        made = native.build(native.ISAS[NAMES[0]], cache_directory.cache_directory() / "x86")
+        compiler = copying_compiler(tmp_path, made)
+        monkeypatch.setattr(native, "_compiler", lambda: compiler)
     monkeypatch.setenv("FQCOMPILE_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("FQCOMPILE_CACHE_SIZE", "1")
-    monkeypatch.setattr("fqcompile.weights.find_or_quantize.LEAST_WEIGHTS", 1)
+    monkeypatch.setattr("fqcompile.weights.disk_cache.LEAST_WEIGHTS", 1)
     monkeypatch.setattr(nn.Linear, "reset_parameters", lambda self: None)
     dense = [oracle(scale) for scale in (1, 2, 3)]
     torch._dynamo.reset()

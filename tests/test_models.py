@@ -53,6 +53,7 @@ def test_model_equals_its_fake_quantised_self(name: str, dtype: torch.dtype) -> 
     _compare(name, dtype)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_model_in_fp16(name: str) -> None:
     _compare(name, torch.float16)

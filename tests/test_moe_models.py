@@ -51,6 +51,7 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     return logits
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", MODELS)
@@ -68,6 +69,7 @@ def test_model_equals_its_fake_quantised_self(
     assert not report().warnings
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
 def test_projection_bias_and_unit_are_one_op(
@@ -85,6 +87,7 @@ def test_projection_bias_and_unit_are_one_op(
     assert all((op.args[4] is not None) == (name == "gpt-oss") for op in of_experts)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "olmoe"])
 def test_routing_is_the_oracles(name: str, implementation: str) -> None:
@@ -126,6 +129,7 @@ def test_generate_with_a_static_cache_gives_the_oracles_tokens(name: str) -> Non
     assert all(r.plan.quantized and not r.warnings for r in fqcompile.reports())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
 def test_prefill_and_decode_share_one_packed_copy(

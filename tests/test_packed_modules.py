@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fqcompile
 from fqcompile.errors import FineQuantError
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 from tests.helpers import Mlp, assert_close, frozen
 
 BACKENDS = ["none", "aot_eager", "finequant"]

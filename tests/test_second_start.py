@@ -13,7 +13,7 @@ SCRIPT = """
 import json, logging, sys
 import torch
 from torch import nn
-import fqcompile.weights.find_or_quantize as found
+import fqcompile.weights.disk_cache as found
 from fqcompile import reports
 
 seed, bits, on_disk, dtype = sys.argv[1:]

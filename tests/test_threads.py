@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import fqcompile
-from fqcompile import quantize_model
 from fqcompile.config import SiteOptions
+from fqcompile.modules import quantize as quantize_module
 from fqcompile.quant.choose import choose_and_quantize
 from fqcompile.weights.fingerprint import ATTEMPTS
 from tests.helpers import Mlp, assert_close, finequant, frozen, oracle, tolerance
@@ -63,6 +63,7 @@ def is_close(actual: Tensor, expected: Tensor, k: int) -> bool:
     return bool(((actual - expected).abs() <= bound).all())
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("seed", range(20))
 def test_thirty_updates_while_three_threads_call(seed: int) -> None:
     """No codes of values that were written over stay in use, whenever the writes come."""
@@ -130,7 +131,7 @@ def test_eight_threads_ask_for_plans_that_are_not_compiled(inner_backend: str) -
 def test_what_a_thread_writes_while_a_model_is_packed_is_not_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    make = quantize_model.find_or_quantize
+    make = quantize_module.find_or_quantize
     model = frozen(nn.Sequential(nn.Linear(128, 256, bias=False)))
     new = torch.randn(256, 128)
     writes = iter([True])
@@ -141,7 +142,7 @@ def test_what_a_thread_writes_while_a_model_is_packed_is_not_lost(
             model[0].weight.copy_(new)
         return entry
 
-    monkeypatch.setattr(quantize_model, "find_or_quantize", written_meanwhile)
+    monkeypatch.setattr(quantize_module, "find_or_quantize", written_meanwhile)
     fqcompile.quantize_(model, granularity=64)
     _, expected = choose_and_quantize(new, SiteOptions(granularity=64), torch.float16)
     assert torch.equal(model[0].weight.quantized().qweight, expected.qweight)
@@ -150,7 +151,7 @@ def test_what_a_thread_writes_while_a_model_is_packed_is_not_lost(
 def test_a_weight_that_is_written_all_the_time_is_not_packed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    make = quantize_model.find_or_quantize
+    make = quantize_module.find_or_quantize
     model = frozen(nn.Sequential(nn.Linear(128, 256, bias=False)))
     calls: list[object] = []
 
@@ -159,7 +160,7 @@ def test_a_weight_that_is_written_all_the_time_is_not_packed(
         calls.append(model[0].weight.mul_(2))
         return entry
 
-    monkeypatch.setattr(quantize_model, "find_or_quantize", written_meanwhile)
+    monkeypatch.setattr(quantize_module, "find_or_quantize", written_meanwhile)
     want = model[0].weight * 2**ATTEMPTS
     plan = fqcompile.quantize_(model, granularity=64)
     assert len(calls) == ATTEMPTS

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.tiers import cover, examples
+from tests.tiers import cover, examples, spread
 
 pytest_plugins = ["pytester"]
 CONFTEST = """
@@ -19,6 +19,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes")
+    config.addinivalue_line("markers", "few(n): n cases")
     tiers.configure(config)
 
 def pytest_collection_modifyitems(config, items):
@@ -40,7 +41,11 @@ def test_list(a): pass
 
 @pytest.mark.parametrize("a", range(2))
 @pytest.mark.parametrize("b", range(2))
-def test_few(a, b): pass
+def test_small_product(a, b): pass
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("a", range(30))
+def test_few(a): pass
 """
 
 
@@ -48,6 +53,7 @@ def test_few(a, b): pass
 def test_a_cover_has_every_pair_and_little_more(sizes: list[int], random: object) -> None:
     cases = [dict(enumerate(values)) for values in product(*(range(n) for n in sizes))]
     kept = cover(cases)
+    assert len(set(kept)) == len(kept)
     for a, b in combinations(range(len(sizes)), 2):
         wanted = {(case[a], case[b]) for case in cases}
         assert {(cases[i][a], cases[i][b]) for i in kept} == wanted
@@ -62,10 +68,22 @@ def test_values_alone() -> None:
 
 def test_a_pair_that_never_meets_is_not_missed() -> None:
     cases = [{"a": 0, "b": 0}, {"a": 1, "b": 1}, {"a": 1, "b": 1}]
-    assert cover(cases) == {0, 1}
+    assert cover(cases) == [0, 1]
 
 
-@pytest.mark.parametrize(("option", "passed"), [([], 12 + 30 + 4), (["--all"], 1 + 48 + 30 + 4)])
+def test_few_cases_are_far_apart_and_hold_every_value_where_they_can() -> None:
+    ends = spread([{"a": a} for a in range(30)], 3)
+    assert len({i // 10 for i in ends}) == 3
+    cases = [{"a": a, "b": b} for a in range(10) for b in range(3)]
+    kept = [cases[i] for i in spread(cases, 5)]
+    assert len({case["a"] for case in kept}) == 5
+    assert {case["b"] for case in kept} == {0, 1, 2}
+    assert sorted(spread(cases, 99)) == list(range(30))
+
+
+@pytest.mark.parametrize(
+    ("option", "passed"), [([], 12 + 30 + 4 + 3), (["--all"], 1 + 48 + 30 + 4 + 30)]
+)
 def test_the_tiers(
     pytester: pytest.Pytester,
     monkeypatch: pytest.MonkeyPatch,
@@ -82,6 +100,6 @@ def test_the_tiers(
 
 def test_examples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FQTEST_ALL", "0")
-    assert [examples(n) for n in (8, 20, 100)] == [5, 5, 25]
+    assert [examples(n) for n in (3, 20, 100)] == [3, 4, 12]
     monkeypatch.setenv("FQTEST_ALL", "1")
     assert examples(100) == 100

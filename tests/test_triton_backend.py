@@ -21,11 +21,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton import OutOfResources
 
 import fqcompile
-from fqcompile.kernels import execute
-from fqcompile.kernels.gpu import A100, H200, Gpu
-from fqcompile.kernels.launch_table import DENSE, LaunchTable
-from fqcompile.kernels.ops import linear
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels import run as run_module
+from fqcompile.kernels.op import matmul
+from fqcompile.kernels.spec import A100, DENSE, H200, GemmSpec, Gpu, LaunchTable
 from fqcompile.kernels.triton import template
 from fqcompile.kernels.triton.target import kwidth
 from fqcompile.kernels.tuning.launches import tuned_launches
@@ -125,7 +123,7 @@ def test_a_kernel_that_does_not_build_is_replaced_aloud(
         raise OutOfResources(300_000, 232_448, "shared memory")
 
     monkeypatch.setattr(template, "dequant_gemm", out_of_shared_memory)
-    monkeypatch.setattr(execute, "BROKEN", {})
+    monkeypatch.setattr(run_module, "BROKEN", {})
     model, x = frozen(nn.Linear(128, 128)).to(BF16), torch.randn(4, 128, dtype=BF16)
     compiled = finequant(model, min_elements=1)
     with caplog.at_level("WARNING", "fqcompile"):
@@ -134,7 +132,7 @@ def test_a_kernel_that_does_not_build_is_replaced_aloud(
     (record,) = caplog.records
     assert "triton_gemm:16x" in record.getMessage()
     assert "OutOfResources: out of resource: shared memory" in record.getMessage()
-    assert next(iter(execute.BROKEN.values())).startswith("OutOfResources")
+    assert next(iter(run_module.BROKEN.values())).startswith("OutOfResources")
 
 
 def test_autotune_measures_when_compiling_and_says_so(
@@ -197,12 +195,12 @@ def test_fake_cuda_tensors_trace_through_the_op_without_a_gpu() -> None:
 
         def call(x: torch.Tensor) -> torch.Tensor:
             formats = (4, 128, 320, 256, "silu", False, "triton_gemm:16x128x128x1w4s4")
-            return linear(x, packed, scale, None, None, *formats)
+            return matmul(x, packed, scale, None, None, *formats)
 
         traced = make_fx(call)(x)
         y = traced(x)
     assert (y.shape, y.dtype, y.device) == ((5, 320), BF16, torch.device("cuda:0"))
-    assert linear in {node.target for node in traced.graph.nodes}
+    assert matmul in {node.target for node in traced.graph.nodes}
 
 
 @pytest.mark.gpu

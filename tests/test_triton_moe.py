@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 
-from fqcompile.kernels.gpu import A100, H200, Gpu
+from fqcompile.kernels.spec import A100, H200, Gpu
 from tests.helpers import (
     InnerGraphs,
     assert_quantized_like_oracle,
@@ -23,6 +23,7 @@ BF16 = torch.bfloat16
 CHAIN = 15  # see tests.test_moe_models
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("gpu", [H200, A100], ids=lambda gpu: gpu.arch)
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])

@@ -26,6 +26,7 @@ def check(call: Callable[[Tensor], Tensor], model: nn.Module) -> None:
             assert_close(call(X), oracle(model, plan)(X), k=256, depth=2)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Adagrad"])
 def test_steps_of_fused_optimizers_are_seen(name: str) -> None:
     """Their kernels on a CPU do not count the parameters' versions up."""

@@ -81,6 +81,44 @@ def test_beyond_the_bound_what_no_plan_fits_runs_right(
     assert len(fqcompile.reports()) == 2
 
 
+class Blocks(nn.Sequential):
+    """Each behind a graph break."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self:
+            torch._dynamo.graph_break()
+            x = part(x)
+        return x
+
+
+def test_beyond_the_bound_rows_tell_of_the_plan_that_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fqcompile.passes.variants.MOST_VARIANTS", 1)
+    model = Blocks(block(32, 32), block(64, 64))
+    with torch.no_grad():
+        actual = finequant(model, fullgraph=False)(X)
+        (report,) = fqcompile.reports()
+        assert_close(actual, oracle(model, report)(X), k=512, depth=4)
+    assert [site.name for site in report.sites] == [
+        f"{i}.{part}.weight" for i in (0, 1) for part in ("up", "down")
+    ]
+    assert sizes_of(report.plan) == (32,) * 4
+    assert [site.relative_error is None for site in report.sites] == [False, False, True, True]
+
+
+def test_beyond_the_bound_rows_tell_what_their_graph_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fqcompile.passes.variants.MOST_VARIANTS", 1)
+    model = Blocks(block(32, 32), block(64, 64))
+    model[0].up.weight[3, 2] = torch.nan
+    with torch.no_grad():
+        finequant(model, fullgraph=False)(X)
+    (report,) = fqcompile.reports()
+    first, second = report.plan.site("0.up.weight"), report.plan.site("1.up.weight")
+    assert "NaN" in str(first.reason)
+    assert "as many sets of plans" in str(second.reason) and second.status == "kept"
+
+
 def test_beyond_the_bound_scales_of_another_type_are_no_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

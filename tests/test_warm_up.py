@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 import fqcompile
-from fqcompile.gemm_specs import gemm_specs
-from fqcompile.warm_up import warm_up
+from fqcompile.compiled import warm_up
+from fqcompile.explain import gemm_specs
 from tests.helpers import Mlp, finequant, frozen, report
 
 X = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import fqcompile
 from bench.core.results import Row
 from fqcompile.config import FineQuantConfig
-from fqcompile.module_weights import module_weights
+from fqcompile.modules.weights import module_weights
 from fqcompile.passes.summary import SiteRecipe
-from fqcompile.quant.fidelity import relative_error
+from fqcompile.quant.checks import relative_error
 from fqcompile.quant.granularity import bits_per_weight
 from fqcompile.report import Site
 

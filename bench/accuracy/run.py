@@ -20,7 +20,6 @@ from torch import nn
 from tqdm import tqdm
 
 from bench.accuracy import section
-from bench.accuracy.allocation import allocation_rows
 from bench.accuracy.corpus import stdlib_corpus
 from bench.accuracy.language_model import Trained, Windows, windows_of
 from bench.accuracy.others import BASELINES
@@ -95,7 +94,6 @@ def measure_family(family: str, arguments: argparse.Namespace, results: Results)
     _add(results, family, "ranges", range_rows(exact.model))
     if not arguments.quick:
         _add(results, family, "sensitivity", sensitivity_rows(brief))
-        _add(results, family, "allocation", iter(allocation_rows(brief)))
     changed = _with_outliers(brief)
     outlier_ways = [w for w in _OUTLIER_WAYS if w in ways]
     _add(results, family, "outliers", quality_rows(changed, outlier_ways, not arguments.quick))

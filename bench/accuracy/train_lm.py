@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from bench.accuracy.corpus import Corpus, Document, stdlib_corpus
 from bench.accuracy.language_model import Trained, evaluate, windows_of
+from fqcompile.files.replace import replace_text
 from fqcompile.kernels.tuning.table import cache_directory
-from fqcompile.report.files import replace_text
 
 BOS = "<s>"
 _WEIGHT_DECAY, _BETAS, _CLIP, _WARM_UP = 0.1, (0.9, 0.95), 1.0, 0.06

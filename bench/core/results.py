@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from fqcompile.kernels.gpu import gpu_of
+from fqcompile.files.replace import replace_text
+from fqcompile.kernels.spec import gpu_of
 from fqcompile.kernels.tuning.key import fingerprint, kernel_source_hash
 from fqcompile.kernels.tuning.measure import check_device
 from fqcompile.kernels.tuning.search import DeviceLost, WrongResult
-from fqcompile.report.files import replace_text
 
 COMMIT_VARIABLE = "BENCH_COMMIT"
 ROOT = Path(__file__).parents[2]

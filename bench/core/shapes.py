@@ -7,11 +7,10 @@ from importlib import import_module
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fqcompile.errors import OptionError
-from fqcompile.kernels.gpu import Gpu
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import GemmSpec, Gpu
 
 OURS = "fqcompile"  # what the names of our ways begin with
 # Of activations.
@@ -139,11 +138,15 @@ MODELS = {
     "llama-3-8b": Decoder("Llama", 32, 32, _llama(4096, 14336, 32, 8, 128256)),
     "opt-30b": Decoder("OPT", 48, 8, _opt(7168, 56)),
     "opt-175b": Decoder("OPT", 96, 4, _opt(12288, 96)),
+    "llama": Decoder("Llama", 32, 2, _llama(4096, 14336, 32, 8, 32000)),
     "small": Decoder("Llama", 4, 4, _llama(1024, 2816, 16, 4, 32000)),
     "tiny": Decoder("Llama", 4, 2, _llama(256, 512, 4, 2, 512)),
     "tiny-opt": Decoder("OPT", 4, 2, _opt(256, 4, 512)),
 }
-MADE_UP = ("small", "tiny", "tiny-opt")  # no well-known models: measured where asked for
+MADE_UP = ("llama", "small", "tiny", "tiny-opt")  # no well-known models: measured where asked for
+
+
+STARTED = ("llama", "tiny")  # of which whole starts and exports are measured
 
 
 def classes(name: str) -> tuple[Any, Any]:
@@ -152,8 +155,10 @@ def classes(name: str) -> tuple[Any, Any]:
     return getattr(library, f"{kind}Config"), getattr(library, f"{kind}ForCausalLM")
 
 
-def build(name: str, layers: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The model with its first `layers` layers, frozen.
+def build(
+    name: str, layers: int, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """The model with its first `layers` layers, frozen; on "meta" without any weights.
 
     A weight of K columns has a standard deviation of K**-1/2, as trained ones about have: values
     keep their size from layer to layer.
@@ -167,12 +172,18 @@ def build(name: str, layers: int, dtype: torch.dtype, device: torch.device) -> n
             model: nn.Module = model_type(config)
     finally:
         torch.set_default_dtype(before)
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+    if torch.device(device).type != "meta":
+        generator = torch.Generator(device).manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 2:
+                    parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
     return model.eval().requires_grad_(False)
+
+
+def prompt(name: str, tokens: int = 16) -> Tensor:
+    """Of one sequence, [1, tokens]."""
+    return torch.arange(tokens)[None] % MODELS[name].sizes["vocab_size"]
 
 
 def parameter_bytes(model: nn.Module) -> int:

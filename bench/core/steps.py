@@ -28,8 +28,24 @@ class Step:
     shown: int = 1000
 
 
-def names_of(steps: Mapping[str, Step]) -> Callable[[str], list[str]]:
-    """What argparse reads a list of these steps' names with."""
+def run_suite(
+    steps: Mapping[str, Step],
+    argv: Sequence[str] | None,
+    *,
+    usual: Sequence[str],
+    seconds: float,
+    out: Path | None = None,
+) -> None:
+    """The command line of a suite.
+
+    Args:
+        usual: the steps that run unless others are asked for.
+        seconds: that it takes at most unless told otherwise.
+        out: where results and logs go; without one it must be said.
+
+    Raises:
+        SystemExit: with status 1, where a step did not pass.
+    """
 
     def names(text: str) -> list[str]:
         given = text.split(",")
@@ -38,7 +54,13 @@ def names_of(steps: Mapping[str, Step]) -> Callable[[str], list[str]]:
             raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(steps)}")
         return given
 
-    return names
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=out, required=not out, metavar="DIRECTORY")
+    parser.add_argument("--time-budget", type=float, default=seconds, metavar="SECONDS")
+    parser.add_argument("--steps", type=names, default=list(usual), metavar="NAME,...")
+    arguments = parser.parse_args(argv)
+    chosen, folder = {name: steps[name] for name in arguments.steps}, arguments.out.resolve()
+    _conclude(chosen, session(chosen, folder, arguments.time_budget), folder)
 
 
 def session(steps: Mapping[str, Step], out: Path, budget: float) -> list[Ended]:
@@ -53,7 +75,7 @@ def session(steps: Mapping[str, Step], out: Path, budget: float) -> list[Ended]:
             continue
         log = out / f"{name}.log"
         ended, took = _run(name, step.command(out, seconds), log, seconds)
-        rows.append((name, ended, took, last_line(log)))
+        rows.append((name, ended, took, _last_line(log)))
     return rows
 
 
@@ -71,23 +93,23 @@ def _run(name: str, command: Sequence[str], log: Path, seconds: float) -> tuple[
     return end, time.monotonic() - start
 
 
-def last_line(path: Path) -> str:
-    return (text_of(path).strip().splitlines() or [""])[-1][:80]
+def _last_line(path: Path) -> str:
+    return (_text_of(path).strip().splitlines() or [""])[-1][:80]
 
 
-def text_of(path: Path) -> str:
+def _text_of(path: Path) -> str:
     """Of a log, which is not there where its step had no time."""
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
-def conclude(steps: Mapping[str, Step], rows: Sequence[Ended], out: Path) -> None:
+def _conclude(steps: Mapping[str, Step], rows: Sequence[Ended], out: Path) -> None:
     """Prints the end of each log and a table of the steps, which is also `out`/summary.txt.
 
     Raises:
         SystemExit: with status 1, where a step did not pass.
     """
     for name, *_ in rows:
-        print(f"\n-- {name}\n{text_of(out / f'{name}.log')[-steps[name].shown :]}")
+        print(f"\n-- {name}\n{_text_of(out / f'{name}.log')[-steps[name].shown :]}")
     table = tabulate(rows, ("step", "end", "seconds", "last line"), floatfmt=".0f")
     (out / "summary.txt").write_text(table + "\n", encoding="utf-8")
     print(f"\n{table}\n{sum(row[2] for row in rows):.0f} s; results and logs lie in {out}")

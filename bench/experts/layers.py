@@ -15,15 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.core.shapes import GROUPED_MM, MATRICES, ExpertShape, Matrix, RoutingName, expert_spec
-from fqcompile.kernels.gpu import Gpu
-from fqcompile.kernels.launch_table import DENSE, Config
+from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.registry import select_kernel
-from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.template import PackedLinear
+from fqcompile.kernels.spec import DENSE, Config, GemmSpec, Gpu
+from fqcompile.kernels.template import Routing
 from fqcompile.kernels.tuning.launches import Mode, tuned_launches
 from fqcompile.kernels.tuning.measure import allowed_error, random_problem, rotation
 from fqcompile.kernels.tuning.routed_rows import experts_of, packed_stack
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedTensor
 
 GATHERED, GROUPED, DENSE_WAY = "fqcompile gathered", "fqcompile grouped", "fqcompile dense"
 _MOST_CALLS = 64
@@ -61,7 +60,7 @@ class ExpertLayer:
     def spec(self, matrix: Matrix, routing: RoutingName, tokens: int) -> GemmSpec:
         return expert_spec(self.shape, matrix, routing, tokens, *self._form)
 
-    def _random(self, matrix: Matrix) -> list[QuantizedWeight]:
+    def _random(self, matrix: Matrix) -> list[QuantizedTensor]:
         spec = self.spec(matrix, "grouped", 1)
         stack, _ = random_problem(replace(spec, n=spec.experts * spec.n), 1, self.device)
         return experts_of(stack, spec.experts)
@@ -108,16 +107,10 @@ class ExpertLayer:
         return next(c for c in self._candidates(matrix, tokens) if c is not DENSE)
 
     @cached_property
-    def _packed(self) -> list[dict[Matrix, PackedLinear]]:
+    def _packed(self) -> list[dict[Matrix, QuantizedTensor]]:
         layout = select_kernel(self.spec("down", "grouped", 1)).template.layout
         first = {m: packed_stack(self._quantized[m], layout) for m in MATRICES}
-        clones = [
-            {
-                m: w._replace(qweight=w.qweight.clone(), scale=w.scale.clone())
-                for m, w in first.items()
-            }
-            for _ in range(self.copies - 1)
-        ]
+        clones = [{m: w.clone() for m, w in first.items()} for _ in range(self.copies - 1)]
         return [first, *clones]
 
     @cached_property
@@ -133,14 +126,13 @@ class ExpertLayer:
         self, name: str, configs: dict[Matrix, Config | None], routing: RoutingName, tokens: int
     ) -> Way:
         specs = {m: self.spec(m, routing, tokens) for m in MATRICES}
-        experts = {m: select_kernel(specs[m]).template.experts for m in MATRICES}
+        templates = {m: select_kernel(specs[m]).template for m in MATRICES}
 
         def matmul(copy: int, matrix: Matrix, x: Tensor, rows_of: Tensor) -> Tensor:
-            run, spec = experts[matrix], specs[matrix]
-            assert run is not None, "selected for experts"
-            routed = (rows_of, None) if routing == "grouped" else (None, rows_of)
-            weight, config = self._packed[copy][matrix], configs[matrix]
-            return run(x, weight, *routed, None, spec.activation, spec.gated, config)
+            spec, weight, config = specs[matrix], self._packed[copy][matrix], configs[matrix]
+            routed = Routing(rows_of) if routing == "grouped" else Routing(ids=rows_of)
+            epilogue = Epilogue(activation=spec.activation, gated=spec.gated)
+            return templates[matrix].run(x, weight, routed, epilogue, config)
 
         detail = ", ".join(f"{matrix} {config}" for matrix, config in configs.items())
         layer = by_grouping if routing == "grouped" else by_gathering

@@ -29,8 +29,8 @@ from bench.core.shapes import DTYPES, EXPERTS, GROUPED_MM, MATRICES
 from bench.experts.layers import DENSE_WAY, GATHERED, GROUPED, ExpertLayer, Way
 from fqcompile.commands.arguments import counts, group_size
 from fqcompile.errors import FineQuantError
-from fqcompile.kernels.gpu import Gpu, gpu_of
 from fqcompile.kernels.roofline import ideal_seconds
+from fqcompile.kernels.spec import Gpu, gpu_of
 from fqcompile.kernels.tuning.launches import Mode
 from fqcompile.kernels.tuning.search import WrongResult
 

@@ -22,8 +22,8 @@ from bench.kernels.contenders import Contender, Problem
 from fqcompile.kernels.roofline import weight_bytes
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.tuning.measure import rotation
-from fqcompile.quant.packing import unpack
-from fqcompile.quant.qtype import QTYPES
+from fqcompile.tensor.codes import unpack
+from fqcompile.tensor.format import QTYPES
 
 _INNER_K_TILES = 8
 _TINYGEMM_GROUPS = (32, 64, 128, 256)

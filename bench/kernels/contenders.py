@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fqcompile.kernels.launch_table import DENSE, Config
+from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.registry import select_kernel
-from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.template import PackedLinear, Template
+from fqcompile.kernels.spec import DENSE, Config, GemmSpec
+from fqcompile.kernels.template import Template
 from fqcompile.kernels.tuning.launches import CLOSED_FORM, Mode, tuned_launches
 from fqcompile.kernels.tuning.measure import (
     difference,
@@ -23,6 +23,7 @@ from fqcompile.kernels.tuning.measure import (
     reference,
     rotation,
 )
+from fqcompile.tensor.quantized import QuantizedTensor
 
 Run = Callable[[Tensor, Any], Tensor]
 
@@ -108,10 +109,10 @@ class Ours:
         yield self._contender("fqcompile dense", DENSE)
 
     def _contender(self, name: str, config: Config | None) -> Contender:
-        act, gated, linear = self.spec.activation, self.spec.gated, self.template.linear
+        epilogue = Epilogue(activation=self.spec.activation, gated=self.spec.gated)
 
-        def run(x: Tensor, weight: PackedLinear) -> Tensor:
-            return linear(x, weight, None, None, act, gated, config)
+        def run(x: Tensor, weight: QuantizedTensor) -> Tensor:
+            return self.template.run(x, weight, None, epilogue, config)
 
         kernel = self.template.name if config is None else f"{self.template.name}:{config}"
         return Contender(name, kernel, run, self.weights)

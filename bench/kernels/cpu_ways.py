@@ -24,11 +24,12 @@ from bench.core.shapes import OURS
 from fqcompile.kernels.cpu import native_library
 from fqcompile.kernels.cpu.aten_packed import INT4PACK, INT8PACK
 from fqcompile.kernels.cpu.stream import X86_STREAM
+from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.template import PackedLinear, Template
-from fqcompile.quant.packing import unpack
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.kernels.template import Template
+from fqcompile.tensor.codes import unpack
+from fqcompile.tensor.format import QTYPES, Format
+from fqcompile.tensor.quantized import QuantizedTensor
 
 # Calls on one copy of a weight lie so many bytes of other copies apart: three times this L3.
 APART = 96 << 20
@@ -57,7 +58,7 @@ def copies_of(nbytes: int) -> int:
     return max(2, -(-APART // nbytes) + 1)
 
 
-def ways(weight: QuantizedWeight) -> Iterator[Way]:
+def ways(weight: QuantizedTensor) -> Iterator[Way]:
     """All that take this weight and are installed. They compile and pack when asked for."""
     for dtype, name in ((BF16, "bf16"), (FP32, "fp32")):
         yield _template(
@@ -79,36 +80,36 @@ def ways(weight: QuantizedWeight) -> Iterator[Way]:
             yield _openvino(weight, quantized)
 
 
-def _spec(weight: QuantizedWeight, dtype: torch.dtype) -> GemmSpec:
+def _spec(weight: QuantizedTensor, dtype: torch.dtype) -> GemmSpec:
     n, k = weight.shape
     return GemmSpec(1, n, k, weight.bits, weight.group_size, dtype, weight.scale.dtype, "cpu")
 
 
 def _template(
-    weight: QuantizedWeight, template: Template, name: str, dtype: torch.dtype, detail: str
+    weight: QuantizedTensor, template: Template, name: str, dtype: torch.dtype, detail: str
 ) -> Way:
     # aten's kernels want scales of x's type.
     scale = weight.scale if template is X86_STREAM else weight.scale.to(dtype)
-    own = QuantizedWeight(weight.qweight, scale, weight.bits, weight.group_size, weight.shape)
+    own = QuantizedTensor(
+        weight.qweight, scale, Format(weight.bits, weight.group_size, *weight.shape)
+    )
     first = template.layout.pack(own)
-    form = (weight.bits, weight.group_size, *weight.shape)
-    count = copies_of(sum(t.nbytes for t in first))
-    packed = [PackedLinear(first[0].clone(), first[1].clone(), *form) for _ in range(count)]
+    packed = [first.clone() for _ in range(copies_of(first.nbytes))]
 
-    def run(x: Tensor, one: PackedLinear) -> Tensor:
-        return template.linear(x, one, None, None, "none", False, None)
+    def run(x: Tensor, one: QuantizedTensor) -> Tensor:
+        return template.run(x, one, None, Epilogue(), None)
 
     return Way(name, detail, dtype, run, packed)
 
 
-def _dense(weight: QuantizedWeight, name: str, dtype: torch.dtype) -> Way:
+def _dense(weight: QuantizedTensor, name: str, dtype: torch.dtype) -> Way:
     w_hat = weight.dequantize(dtype)
     run = torch.compile(lambda x, w: F.linear(x, w), dynamic=False)
     copies = [w_hat, *(w_hat.clone() for _ in range(copies_of(w_hat.nbytes) - 1))]
     return Way(name, torch.__version__, dtype, run, copies, compiles=True)
 
 
-def _onnxruntime(weight: QuantizedWeight, level: int) -> Way:
+def _onnxruntime(weight: QuantizedTensor, level: int) -> Way:
     runtime = import_module("onnxruntime")
     model = _matmul_nbits(weight, level)
     options = runtime.SessionOptions()
@@ -128,7 +129,7 @@ def _onnxruntime(weight: QuantizedWeight, level: int) -> Way:
     return Way(name, version("onnxruntime"), FP32, run, sessions, loose=level == 4)
 
 
-def _matmul_nbits(weight: QuantizedWeight, level: int) -> bytes:
+def _matmul_nbits(weight: QuantizedTensor, level: int) -> bytes:
     """A model of one MatMulNBits: codes plus 8, the even column in the low half, as ours."""
     onnx = import_module("onnx")
     helper, kinds, n, k = onnx.helper, onnx.TensorProto, *weight.shape
@@ -149,7 +150,7 @@ def _matmul_nbits(weight: QuantizedWeight, level: int) -> bytes:
     return model
 
 
-def _openvino(weight: QuantizedWeight, quantized: bool) -> Way:
+def _openvino(weight: QuantizedTensor, quantized: bool) -> Way:
     """bf16 inside; `quantized`: activations become int8 in groups of 128, its default."""
     ov = import_module("openvino")
     model = _compressed_matmul(weight)
@@ -172,7 +173,7 @@ def _openvino(weight: QuantizedWeight, quantized: bool) -> Way:
     return Way(name, version("openvino"), FP32, run, requests, loose=quantized)
 
 
-def _compressed_matmul(weight: QuantizedWeight) -> Any:
+def _compressed_matmul(weight: QuantizedTensor) -> Any:
     """(codes - 8) * scale as its plugin recognises compressed weights; codes as ours, unsigned."""
     ov, ops = import_module("openvino"), import_module("openvino.opset13")
     (n, k), group = weight.shape, weight.group_size

@@ -33,8 +33,7 @@ from bench.kernels.section import gpu_kernels
 from fqcompile.commands.arguments import counts as row_counts
 from fqcompile.commands.arguments import group_size
 from fqcompile.errors import FineQuantError
-from fqcompile.kernels.gpu import Gpu, gpu_of
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import GemmSpec, Gpu, gpu_of
 from fqcompile.kernels.tuning.launches import Mode
 
 ROWS = (1, 4, 16, 64, 128, 256, 512, 2048)

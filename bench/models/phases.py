@@ -10,8 +10,8 @@ The least time is what a phase must read and compute, over the device's rates:
     compute   2 for each token and weight of a linear layer, 4 for each token, token that it attends
               to and value of a head; at the rate of a dense product in 16 bits
 
-The longer of the two. On a GPU the rates are those that copies and cuBLAS reach (`kernels.gpu`); on
-a CPU they are measured: reading a large tensor, and F.linear in the model's type.
+The longer of the two. On a GPU the rates are those that copies and cuBLAS reach (`kernels.spec`);
+on a CPU they are measured: reading a large tensor, and F.linear in the model's type.
 """
 
 import time
@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fqcompile.kernels.cpu.bandwidth import read_bandwidth
-from fqcompile.kernels.gpu import gpu_of
+from fqcompile.kernels.roofline import read_bandwidth
+from fqcompile.kernels.spec import gpu_of
 from fqcompile.report import CompileReport
 
 _ROWS, _SIDE, _PRODUCTS = 1024, 2048, 5

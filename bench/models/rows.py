@@ -36,8 +36,8 @@ from bench.models.phases import (
 )
 from bench.models.section import PLAIN
 from fqcompile.backend import finequant
-from fqcompile.fake_quantize import fake_quantize_
 from fqcompile.kernels.tuning.search import WrongResult
+from fqcompile.modules.fake_quantize import fake_quantize_
 from fqcompile.report import CompileReport, clear_reports, reports
 
 GROUP = 128
@@ -46,7 +46,6 @@ GROUP = 128
 _ALLOWED_INT4 = 0.16
 _TRIED_ROWS = 4
 WARM_CALLS = 3  # the first compiles, the second is recorded as a CUDA graph, the third replays it
-_LOGITS = 256  # of the first sequence, kept for comparison with a start of the same way
 
 
 @dataclass(frozen=True)
@@ -142,10 +141,7 @@ class Ready:
 def measured_rows(
     model: nn.Module, phase: Phase, ways: Sequence[Way], layers: int, inner: str, rates: Rates
 ) -> Iterator[Row]:
-    """A row for each way: its timing, or why there is none.
-
-    A row with a timing has "logits", which are for `checked_logits` and no result.
-    """
+    """A row for each way: its timing, or why there is none."""
     ready: dict[str, Ready] = {}
     device = next(model.parameters()).device
 
@@ -166,12 +162,6 @@ def measured_rows(
         row["over_inductor"] = plain and plain.microseconds / t.microseconds
         ideal = ideal_ms(known["bytes_read"], flops_of(model, phase), rates)
         yield row | {"ideal_ms": ideal, "of_ideal": ideal / row["ms"]} | known
-
-
-def first_logits(logits: Tensor) -> list[float]:
-    """What is compared between processes, of logits [batch, vocabulary]."""
-    found: list[float] = logits[0, :_LOGITS].double().tolist()
-    return found
 
 
 def _prepared(model: nn.Module, phase: Phase, way: Way, layers: int, inner: str) -> Ready:
@@ -197,7 +187,7 @@ def _prepared(model: nn.Module, phase: Phase, way: Way, layers: int, inner: str)
     if way.options is not None:
         row |= about(found)
     held = weight_bytes_read(changed) - bytes_saved(found)
-    row |= {"bytes_read": held + phase.context_bytes, "logits": first_logits(logits)}
+    row["bytes_read"] = held + phase.context_bytes
     for _ in range(WARM_CALLS - 1):
         work()
     return Ready(work, row | {"cudagraph_skips": _cudagraph_skips() - skips})

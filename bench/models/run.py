@@ -2,8 +2,7 @@
 
     python -m bench models --device cuda [--model llama-3-8b opt-175b] [--layers N]
         [--batch 1,16,64] [--context 1024] [--prompt 1024] [--phases prefill decode]
-        [--ways inductor int4 ...] [--dtype bf16|fp16] [--no-starts] [--json FILE]
-        [--time-budget SECONDS]
+        [--ways inductor int4 ...] [--dtype bf16|fp16] [--json FILE] [--time-budget SECONDS]
     python -m bench models --device cpu --model llama-3-8b --layers 2 --batch 1 --context 64
     python -m bench models --device cpu --tiny     # whether it works, in 3 minutes
 
@@ -16,32 +15,20 @@ ideal" is the least time that reading its own weights and the context, or the pr
 
 A model with fewer layers than it has is measured with half as many too; what is said of all its
 layers is extrapolated from the two on a straight line, and marked so.
-
-Last come the starts of the first work timed, each in a process of its own: seconds from the model
-in 16 bits in memory to its first result, quantisation included, with empty caches and with those
-that this has filled; and memory in the second, of a model that `quantize_` packs in place first.
 """
 
 import argparse
 import gc
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from bench.core.measure import (
-    LEASE,
-    MANY_COMPILATIONS,
-    REPLAYS,
-    WARM_UPS,
-    allowed_error,
-    relative_error,
-)
-from bench.core.processes import caches_in, in_fresh_process
+from bench.core.measure import LEASE, MANY_COMPILATIONS, REPLAYS, WARM_UPS
 from bench.core.results import Budget, Results, Row, failure
 from bench.core.section import show as show_section
 from bench.core.shapes import DTYPES, MADE_UP, MODELS, build, parameter_bytes
@@ -50,12 +37,11 @@ from bench.models.phases import Decoding, Phase, Prefill, Rates, rates_of
 from bench.models.rows import WAYS, Way, measured_rows
 from fqcompile.commands.arguments import counts as row_counts
 from fqcompile.errors import FineQuantError
-from fqcompile.kernels.gpu import gpu_of
-from fqcompile.kernels.tuning.search import DeviceLost, WrongResult
+from fqcompile.kernels.spec import gpu_of
+from fqcompile.kernels.tuning.search import DeviceLost
 
 _STEPS = WARM_UPS + REPLAYS + 1
 PHASES = ("prefill", "decode")
-CACHES = ("cold", "warm")
 TINY = {"model": ["tiny", "tiny-opt"], "batch": [1, 2], "context": 32, "prompt": 16}
 
 
@@ -71,10 +57,7 @@ def phases(model: torch.nn.Module, arguments: argparse.Namespace) -> Iterator[tu
 
 @dataclass
 class Runner:
-    """Measures model after model into `results`, as long as there is time.
-
-    checked: of each model the first work that was timed, and the logits of each way.
-    """
+    """Measures model after model into `results`, as long as there is time."""
 
     arguments: argparse.Namespace
     device: torch.device
@@ -82,7 +65,6 @@ class Runner:
     rates: Rates
     results: Results
     budget: Budget
-    checked: dict[str, tuple[Row, dict[str, list[float]]]] = field(default_factory=dict)
 
     def run(self) -> None:
         try:
@@ -93,8 +75,6 @@ class Runner:
                 self.results.add(
                     *section.extrapolated(self.results.rows, name, MODELS[name].layers)
                 )
-            if self.arguments.starts:
-                self._starts()
         except DeviceLost as lost:
             self.results.leave_out(f"all after {name}: {lost}")
 
@@ -116,7 +96,6 @@ class Runner:
         model = build(name, layers, DTYPES[self.arguments.dtype], self.device)
         whole = {"model": name, "layers": layers, "of_layers": MODELS[name].layers}
         whole |= {"parameter_bytes": parameter_bytes(model)}
-        self.checked.pop(name, None)  # of fewer layers
         for about, phase in phases(model, self.arguments):
             if not self.budget.allows_a_step():
                 what = f"{name}, {layers} layers, {about['phase']} {about['batch']}"
@@ -124,61 +103,7 @@ class Runner:
                 continue
             work, inner = whole | about, self.arguments.inner
             rows = list(measured_rows(model, phase, self.ways, layers, inner, self.rates))
-            logits = {row["way"]: row.pop("logits") for row in rows if "logits" in row}
-            self.checked.setdefault(name, (work, logits))
             self.results.add(*(work | row for row in rows))
-
-    def _starts(self) -> None:
-        torch.compiler.reset()
-        _forget()
-        for name, (work, logits) in self.checked.items():
-            for way in tqdm(logits, f"{name}, starts", disable=None):
-                if not self.budget.allows_a_step():
-                    self.results.leave_out(f"{name}, starts of {way}")
-                    continue
-                one = {way: logits[way]}
-                self.results.add(*start_rows(work, one, _STEPS, self.arguments))
-
-
-def start_rows(
-    work: Row, ways: Mapping[str, Sequence[float]], steps: int, arguments: argparse.Namespace
-) -> Iterator[Row]:
-    """Both starts of each way.
-
-    work: what is run: model, layers, phase, batch, tokens. ways: the logits of each, as checked.
-    """
-    for way, expected in ways.items():
-        with tempfile.TemporaryDirectory() as folder:
-            for caches in CACHES:
-                row: Row = {"way": way, "start": caches}
-                try:
-                    found = _started(work, way, steps, arguments, Path(folder))
-                    row |= _checked(found, expected, DTYPES[arguments.dtype], work["layers"])
-                except Exception as error:
-                    row["failure"] = failure(error)
-                yield work | row
-
-
-def _started(work: Row, way: str, steps: int, arguments: argparse.Namespace, caches: Path) -> Row:
-    given = {name: work[name] for name in ("model", "layers", "phase", "batch", "tokens")}
-    given |= {name: getattr(arguments, name) for name in ("dtype", "device", "inner", "threads")}
-    given |= {"way": way, "steps": steps}
-    flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-    return in_fresh_process("bench.models.start", flags, caches_in(caches))
-
-
-def _checked(row: Row, expected: Sequence[float], dtype: torch.dtype, layers: int) -> Row:
-    """The row without its logits.
-
-    Raises:
-        WrongResult: they are not those that the way computed before.
-    """
-    logits = torch.tensor(row.pop("logits"), dtype=torch.float64)
-    error = relative_error(logits, torch.tensor(expected, dtype=torch.float64))
-    allowed = allowed_error(dtype, layers)
-    if not error <= allowed:
-        raise WrongResult(f"{error:.2g} from the way as it was timed, allowed {allowed:.2g}")
-    return row | {"error": error, "allowed": allowed}
 
 
 def _forget() -> None:
@@ -199,7 +124,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--tiny", action="store_true", help="made-up models: does it work?")
-    parser.add_argument("--no-starts", dest="starts", action="store_false", help="time steps alone")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="a CPU's")
     parser.add_argument("--inner", default="inductor", help="backend that compiles the graphs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and identity there")
@@ -231,7 +155,7 @@ def run(arguments: argparse.Namespace) -> Results:
 
 
 def show(results: Results) -> None:
-    """What to beware of, then the section: every row, the starts, what went wrong."""
+    """What to beware of, then the section: every row, what went wrong."""
     for row in results.rows:
         if row.get("cudagraph_skips") and torch.cuda.is_available():
             print(f"{row['model']} {row['phase']} {row['way']}: ran WITHOUT CUDA graphs")

@@ -134,7 +134,7 @@ def _ideal_words(rows: Sequence[Row]) -> str:
 
 
 def _starts(content: Content) -> list[str]:
-    """The table of starts, where they were measured."""
+    """The table of starts, which results of before `bench startup` and `memory` have."""
     lines = [_start_line(cold, warm) for cold, warm in starts(content["rows"])]
     if not lines:
         return []

@@ -10,14 +10,24 @@ from typing import Any
 
 from bench.core.results import Row
 from bench.core.shapes import EXPERTS, GROUPED_MM, MODELS, OURS, ExpertShape
-from fqcompile.estimator.config_fields import ConfigFields
-from fqcompile.estimator.decoder import Decoder
+from fqcompile.estimator.costs import (
+    FLOAT_BYTES,
+    decode_speed,
+    experts_read,
+    prefill_speed,
+    weight_memory,
+)
+from fqcompile.estimator.decoder import ConfigFields, Decoder
 from fqcompile.estimator.devices import DEVICES, PCIE_HOP, Cluster, Device, Link
-from fqcompile.estimator.matmuls import WeightFormat, matmul_seconds, spec_of
-from fqcompile.estimator.memory import FLOAT_BYTES, weight_memory
+from fqcompile.estimator.matmuls import (
+    Matrix,
+    Sharing,
+    WeightFormat,
+    Workload,
+    matmul_seconds,
+    spec_of,
+)
 from fqcompile.estimator.model_shapes import decoder_of
-from fqcompile.estimator.sharding import Matrix, Sharing, Workload
-from fqcompile.estimator.speed import decode_speed, experts_read, prefill_speed
 
 PLAIN = WeightFormat("bf16", 16, None, 16)
 GROUP = 128  # as the adaptive rule has it for random weights

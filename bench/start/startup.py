@@ -11,20 +11,95 @@ to rounding, with Inductor's to what 4 bits allow.
 """
 
 import argparse
+import json
+import os
 import tempfile
-from collections.abc import Sequence
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch._inductor import compile_fx
 from tqdm import tqdm
 
-from bench.core.llama_layers import SIZES
+import fqcompile
 from bench.core.measure import same_logits
 from bench.core.processes import caches_in, in_fresh_process
 from bench.core.results import Results, Row, failure
 from bench.core.section import show
+from bench.core.shapes import MODELS, STARTED, build, prompt
 from bench.start.section import startup as section
+from fqcompile.kernels.cpu import native_library
+from fqcompile.passes import lower
+from fqcompile.weights import disk_cache, fingerprint
+from fqcompile.weights.disk_cache import DiskCache
+from fqcompile.weights.node_weight import NodeWeight
+
+Seconds = dict[str, float]
+_LOGITS = 256  # of the last token, for comparison
+# What is timed by its name: (owner, function) -> part. None calls one of another part.
+TIMED = {
+    (fingerprint, "content_digest"): "digest",
+    (disk_cache, "choose_and_quantize"): "quantise",
+    (DiskCache, "_keep"): "write",
+    (disk_cache, "read_entry"): "read",
+    (NodeWeight, "pack"): "pack",
+    (native_library, "loaded"): "x86 build",
+    (lower, "compile_inner"): "compile",
+    (compile_fx, "compile_fx"): "compile",  # as the backend "inductor" finds it
+}
+
+
+def since_creation() -> float:
+    """Seconds that this process exists."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    begun = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - begun
+
+
+def timed(function: Callable[..., Any], part: str, seconds: Seconds) -> Callable[..., Any]:
+    active: list[str] = []
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if active:  # it calls itself
+            return function(*args, **kwargs)
+        active.append(part)
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            seconds[active.pop()] += time.perf_counter() - start
+
+    return run
+
+
+@torch.no_grad()
+def start(backend: str, size: str, imported: float) -> tuple[Seconds, list[float]]:
+    """The parts of this start, and logits; "dynamo" is what remains of the first call."""
+    seconds: Seconds = defaultdict(float)
+    for (owner, name), part in TIMED.items():
+        setattr(owner, name, timed(getattr(owner, name), part, seconds))
+    model, ids = build(size, MODELS[size].timed), prompt(size)
+    logits: list[float] = []
+    compiled: Any = torch.compile(model, backend=backend, dynamic=False)
+
+    def call() -> float:
+        begin = time.perf_counter()
+        output = compiled(ids, use_cache=False)
+        spent = time.perf_counter() - begin
+        logits[:] = output.logits[0, -1, :_LOGITS].tolist()
+        return spent
+
+    first = call()
+    parts = dict(seconds)
+    parts["run"] = call()
+    known = {part: parts.get(part, 0.0) for part in (*TIMED.values(), "run")}
+    whole = {"total": imported + first, "import": imported, "first call": first}
+    return {**whole, "dynamo": first - sum(known.values()), **known}, logits
 
 
 class Start(NamedTuple):
@@ -51,11 +126,10 @@ STARTS = (
 
 def started(start: Start, caches: Path, arguments: argparse.Namespace) -> Row:
     """One start with its caches in `caches`."""
-    flags = ["--backend", start.backend, "--size", arguments.size]
+    flags = ["--here", start.backend, "--size", arguments.size]
     flags += ["--threads", str(arguments.threads)]
-    return in_fresh_process(
-        "bench.start.one_start", flags, {**caches_in(caches), **start.environment}
-    )
+    environment = {**caches_in(caches), **start.environment}
+    return in_fresh_process("bench.start.startup", flags, environment)
 
 
 def one_round(arguments: argparse.Namespace, results: Results, number: int) -> None:
@@ -68,7 +142,7 @@ def one_round(arguments: argparse.Namespace, results: Results, number: int) -> N
                 ours = start.backend != STARTS[0].backend
                 row |= {"way": start.name, "ours": ours}
                 row |= started(start, Path(folder) / start.backend, arguments)
-                found.append(same_logits(row, found, SIZES[arguments.size].layers))
+                found.append(same_logits(row, found, MODELS[arguments.size].timed))
             except Exception as error:
                 row = {key: row[key] for key in ("backend", "caches", "round")}
                 row["failure"] = failure(error)
@@ -77,15 +151,23 @@ def one_round(arguments: argparse.Namespace, results: Results, number: int) -> N
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench startup", description=__doc__)
-    parser.add_argument("--size", choices=SIZES, default="llama")
+    parser.add_argument("--size", choices=STARTED, default="llama")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--here", metavar="BACKEND", help="start with it here, print the row")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    imported = since_creation()
     arguments = parse(argv)
+    if arguments.here:
+        torch.set_num_threads(arguments.threads)
+        seconds, logits = start(arguments.here, arguments.size, imported)
+        found = {"seconds": seconds, "graphs": len(fqcompile.reports()), "logits": logits}
+        print(json.dumps(found))
+        return
     results = Results.of(arguments, torch.device("cpu"))
     for number in range(arguments.rounds):
         one_round(arguments, results, number)

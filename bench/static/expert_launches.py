@@ -2,7 +2,7 @@
 
     case = routed(layer("qwen3-30b-a3b", "gate_up", "grouped"), TileConfig(16, 64, 128, 1, 4, 4))
 
-`tests/kernels/triton/test_expert_static.py` holds that `triton.experts` launches the same.
+`tests/kernels/triton/test_expert_static.py` holds that `triton.launch` launches the same.
 """
 
 from collections.abc import Iterator
@@ -22,15 +22,15 @@ from bench.static.launches import (
     format_of,
 )
 from bench.static.machine_code import Launch
-from fqcompile.kernels.gpu import H200, Gpu
-from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.tile_config import TileConfig
+from fqcompile.kernels.spec import H200, GemmSpec, Gpu, TileConfig
 from fqcompile.kernels.triton.configs import candidates
-from fqcompile.kernels.triton.expert_gemm import expert_gemm_kernel, finish_experts_kernel
-from fqcompile.kernels.triton.experts import SCHEDULE_TILE, filled_up
-from fqcompile.kernels.triton.launch import FINISH_BLOCK_N, has_two_sums
+from fqcompile.kernels.triton.expert_gemm import (
+    expert_gemm_kernel,
+    finish_experts_kernel,
+    schedule_kernel,
+)
+from fqcompile.kernels.triton.launch import FINISH_BLOCK_N, SCHEDULE_TILE, filled_up, has_two_sums
 from fqcompile.kernels.triton.layout import BLOCK_K
-from fqcompile.kernels.triton.schedule import schedule_kernel
 
 DECODED, PREFILLED = (1, 2, 4, 8, 16), (256, 4096)  # tokens
 IDS, OFFSETS = "*i64", "*i32"

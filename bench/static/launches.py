@@ -17,12 +17,10 @@ import torch
 from bench.core.shapes import SHAPES
 from bench.static.machine_code import Launch, MachineCode, read
 from bench.static.plain import plain_kernel
-from fqcompile.kernels.gpu import A100, H200, Gpu
-from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.tile_config import TileConfig
+from fqcompile.kernels.spec import A100, H200, GemmSpec, Gpu, TileConfig
 from fqcompile.kernels.triton.configs import candidates
-from fqcompile.kernels.triton.dequantize import dequantize_kernel
-from fqcompile.kernels.triton.finish import finish_kernel
+from fqcompile.kernels.triton.epilogue import finish_kernel
+from fqcompile.kernels.triton.fragments import dequantize_kernel
 from fqcompile.kernels.triton.gemm import gemm_kernel
 from fqcompile.kernels.triton.launch import (
     DEQUANTIZE_ROWS,

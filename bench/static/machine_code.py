@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.static import sass as reader
-from fqcompile.kernels.gpu import Gpu
+from fqcompile.kernels.spec import Gpu
 
 HAS_TRITON = find_spec("triton") is not None
 if HAS_TRITON:

@@ -7,14 +7,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fqcompile.checkpoint.conversion import Conversion, conversions
-from fqcompile.checkpoint.fit import shortened
 from fqcompile.checkpoint.hugging_face import build_model, hugging_face_files
-from fqcompile.checkpoint.safetensors_file import DTYPES
-from fqcompile.checkpoint.slots import slots
+from fqcompile.checkpoint.slots import shortened, slots
 from fqcompile.checkpoint.source import Source
 from fqcompile.errors import CheckpointError
+from fqcompile.files.safetensors_file import DTYPES, read_tensor
 from fqcompile.hf_compat import ignored_names
 
 
@@ -69,6 +69,15 @@ class CheckpointModel:
     def given(self) -> tuple[str, ...]:
         """The names in the model that the checkpoint has a value for."""
         return tuple(name for step in self.steps for name in step.targets)
+
+    def convert(self, step: Conversion, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The model's tensors that a step gives, of that type.
+
+        Raises:
+            CheckpointError: the checkpoint's are not of shapes that can be converted.
+        """
+        places = self.source.tensors
+        return step.run(self.model, lambda name: read_tensor(places[name]).to(dtype))
 
     @property
     def config_file(self) -> bytes:

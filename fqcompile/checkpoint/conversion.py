@@ -1,10 +1,11 @@
-"""From a checkpoint's tensors to a model's, by the converters of transformers.
+"""From a checkpoint's tensors to a model's and back, by the converters of transformers.
 
-experts.0.gate_proj.weight, experts.0.up_proj.weight, experts.1. ...  ->  experts.gate_up_proj
+experts.0.gate_proj.weight, experts.0.up_proj.weight, experts.1. ...  <->  experts.gate_up_proj
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,26 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fqcompile.checkpoint.computed import BoundedComputing
+from fqcompile.checkpoint.hugging_face import BoundedComputing
 from fqcompile.errors import CheckpointError
 from fqcompile.hf_compat import (
     conversion_mapping,
+    converted_name,
     initialize_missing,
     kept_types,
     loading,
     mark_initialized,
     move_missing,
+    renamed,
 )
 
 Read = Callable[[str], Tensor]
 
 
 @dataclass
-class Conversion:
-    """Some tensors of the checkpoint that become one of the model, or several.
+class _Step:
+    """Some tensors of one side that become one of the other, or several.
 
-    `sources` are the checkpoint's names by the pattern that they match; `target` is the first name
-    of the result.
+    `sources` are their names by the pattern that they match; `target` is the first name of the
+    result.
     """
 
     target: str
@@ -41,6 +44,29 @@ class Conversion:
     @property
     def names(self) -> list[str]:
         return [name for names in self.sources.values() for name in names]
+
+    def _convert(
+        self, model: Any, given: Callable[[str], Any], sources: dict[str, list[str]]
+    ) -> dict[str, Tensor]:
+        converter = copy.deepcopy(self.converter)
+        for pattern, names in sources.items():
+            for name in names:
+                converter.add_tensor(self.target, name, pattern, given(name))
+        results = converter.convert(self.target, model=model, config=model.config)
+        return {k: v[0] if isinstance(v, list) else v for k, v in results.items()}
+
+    @contextmanager
+    def _refusing(self, names: str) -> Iterator[None]:
+        """What converters raise of tensors that they do not expect, as a CheckpointError."""
+        try:
+            yield
+        except (RuntimeError, ValueError, KeyError, IndexError, StopIteration) as error:
+            raise CheckpointError(f"{names} cannot become {self.target}: {error}") from error
+
+
+@dataclass
+class Conversion(_Step):
+    """From the checkpoint's tensors to the model's."""
 
     @property
     def targets(self) -> list[str]:
@@ -54,21 +80,10 @@ class Conversion:
         Raises:
             CheckpointError: the tensors are not of shapes that can be converted.
         """
-        try:
+        with self._refusing(f"{', '.join(self.names[:3])}, ..."):
             if self._is_stack():
                 return {self.target: self._stack(model, read)}
-            return self._convert(model, read, self.sources)
-        except (RuntimeError, ValueError, KeyError, IndexError, StopIteration) as error:
-            names = ", ".join(self.names[:3])
-            raise CheckpointError(f"{names}, ... cannot become {self.target}: {error}") from error
-
-    def _convert(self, model: Any, read: Read, sources: dict[str, list[str]]) -> dict[str, Tensor]:
-        converter = copy.deepcopy(self.converter)
-        for pattern, names in sources.items():
-            for name in names:
-                converter.add_tensor(self.target, name, pattern, partial(read, name))
-        results = converter.convert(self.target, model=model, config=model.config)
-        return {k: v[0] if isinstance(v, list) else v for k, v in results.items()}
+            return self._convert(model, lambda name: partial(read, name), self.sources)
 
     def _is_stack(self) -> bool:
         """Whether each expert can be converted alone."""
@@ -86,7 +101,7 @@ class Conversion:
         result: Tensor | None = None
         for expert in range(experts):
             own = {pattern: [names[expert]] for pattern, names in self.sources.items()}
-            (matrix,) = self._convert(model, read, own).values()
+            (matrix,) = self._convert(model, lambda name: partial(read, name), own).values()
             if result is None:
                 result = matrix.new_empty((experts, *matrix.shape[1:]))
             result[expert] = matrix[0]
@@ -171,3 +186,52 @@ def _state(model: Any) -> Iterator[tuple[str, Any]]:
     yield from model.named_parameters(remove_duplicate=False)
     persistent = model.state_dict(keep_vars=True)
     yield from ((n, b) for n, b in model.named_buffers() if n in persistent)
+
+
+@dataclass
+class Reversion(_Step):
+    """From the model's tensors to a checkpoint's: as transformers saves models.
+
+    `converter` is None where a name alone changes, to `target`.
+    """
+
+    renamings: list[Any] = field(default_factory=list)
+
+    def run(self, model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The checkpoint's tensors by name.
+
+        Raises:
+            CheckpointError: the tensors are not of shapes that can be converted.
+        """
+        if self.converter is None:
+            (name,) = self.names
+            return {self.target: tensors[name]}
+        with self._refusing(", ".join(self.names[:3])):
+            found = self._convert(model, tensors.__getitem__, self.sources)
+        return {self._renamed(name): tensor for name, tensor in found.items()}
+
+    def _renamed(self, name: str) -> str:
+        return renamed(name, self.renamings)
+
+
+def reversions(model: Any, names: Iterable[str]) -> list[Reversion]:
+    """What becomes what when `save_pretrained` writes a model that was built from its config."""
+    mapping = conversion_mapping(model, add_legacy=False)
+    backwards = [
+        entry.reverse_transform()
+        for entry in reversed(mapping)
+        if not isinstance(entry, loading().PrefixChange)  # whether there was a prefix nobody knows
+    ]
+    renamings = [m for m in backwards if isinstance(m, loading().WeightRenaming)]
+    converters = [m for m in backwards if isinstance(m, loading().WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    found: dict[str, Reversion] = {}
+    for name in sorted(names, key=loading().dot_natural_key):
+        target, pattern = converted_name(name, converters)
+        if pattern is None:
+            target, pattern = renamed(name, renamings), name
+        entry = found.setdefault(
+            target, Reversion(target, by_pattern.get(pattern), renamings=renamings)
+        )
+        entry.sources.setdefault(pattern, []).append(name)
+    return list(found.values())

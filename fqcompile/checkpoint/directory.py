@@ -7,27 +7,83 @@
 Whoever writes next finishes step 3, or undoes step 1, of one that did not get so far.
 """
 
+import os
 import re
 import secrets
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from os.path import realpath, samestat
 from pathlib import Path
 
-from fqcompile.checkpoint.durable_files import (
-    locked,
-    make_directory,
-    remove,
-    rename,
-    sync_directory,
-    write_file,
-    writing_to,
-)
+from fqcompile import locks
 from fqcompile.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from fqcompile.errors import CheckpointError
+from fqcompile.files.replace import remove, rename, sync_directory, write_file
+
+LOCK = ".fqcompile.lock"
 
 _SHARD = re.compile(r"fqcompile-([0-9a-f]{8})-\d{5}\.safetensors")
 _RECORD = re.compile(r"fqcompile\.(json|journal)")
 _STAGED = re.compile(r"(.+)\.fqcompile-([0-9a-f]{8})")
+
+
+class NotWritten(CheckpointError):
+    """The system does not let it be written; what is there stays, to go on from."""
+
+
+@contextmanager
+def writing_to(directory: Path) -> Iterator[None]:
+    """Whatever the system refuses meanwhile names the directory, and what to do.
+
+    Raises:
+        NotWritten: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise NotWritten(
+            f"{directory} cannot be written ({error}); give a directory that can be made and that "
+            "you can write to, on a disk with room"
+        ) from error
+
+
+def make_directory(directory: Path) -> None:
+    """With all that leads to it; where it is a link, what that leads to.
+
+    Raises:
+        OSError: there can be none.
+    """
+    Path(realpath(directory)).mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """One writer at a time; the system releases the lock of a process that dies.
+
+    Its file is there meanwhile alone: what is written becomes a directory that others read.
+
+    Raises:
+        CheckpointError: another writer holds it, or the system has no such locks.
+    """
+    if sys.platform == "win32":
+        raise CheckpointError("writing a checkpoint needs the file locks of Linux or macOS")
+    path = directory / LOCK
+    with ExitStack() as held:
+        try:
+            descriptor = held.enter_context(locks.locked(path, seconds=0.0))
+            # Whoever held it before may have removed the file between its opening and its lock.
+            if not samestat(os.fstat(descriptor), os.stat(path)):
+                raise FileNotFoundError
+        except (TimeoutError, FileNotFoundError) as error:
+            raise CheckpointError(
+                f"{directory} is being written by another process; wait for it, or choose another "
+                "directory"
+            ) from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def new_generation() -> str:

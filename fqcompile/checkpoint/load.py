@@ -2,15 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from fqcompile.checkpoint.blocks import Block, DenseBlock, PackedBlock, assemble
+from fqcompile.checkpoint.blocks import Block, assemble
 from fqcompile.checkpoint.directory import file_of
-from fqcompile.checkpoint.fit import check_fits, put
 from fqcompile.checkpoint.hugging_face import build_model, generation_config
 from fqcompile.checkpoint.manifest import (
     Manifest,
@@ -18,14 +17,19 @@ from fqcompile.checkpoint.manifest import (
     PartsRecord,
     read_manifest,
 )
-from fqcompile.checkpoint.safetensors_file import ALIGNMENT, DTYPES
 from fqcompile.checkpoint.shards import MappedShards
-from fqcompile.checkpoint.slots import Slot, slots
-from fqcompile.distributed.layout import Layout, layout_of
-from fqcompile.distributed.shards import is_dtensor, local_part, team_of, with_part
+from fqcompile.checkpoint.slots import Slot, check_fits, put, slots
+from fqcompile.distributed.shards import (
+    Layout,
+    is_dtensor,
+    layout_of,
+    local_part,
+    team_of,
+    with_part,
+)
 from fqcompile.errors import CheckpointError
-from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.files.safetensors_file import ALIGNMENT, DTYPES
+from fqcompile.weights.parameter import PackedWeight
 
 # A value, and the part of it that is held here.
 Wanted = tuple[str, Layout | None]
@@ -48,14 +52,14 @@ def load_saved(
             or of another model; files and tensors are named, and a model that was given is as it
             was.
     """
-    manifest, shards = _open(directory)
+    manifest, shards = _open(directory, verify)
     model = _model(model_or_factory, manifest, directory)
     places = {slot.name: slot for slot in slots(model)}
     values: dict[str, Tensor] = {}
 
     def read() -> None:
         check_fits(manifest, places, model, directory)
-        values.update(_values(_Reader(manifest, shards, device, verify), places))
+        values.update(_values(_Reader(manifest, shards, device), places))
 
     # All are there and right before any is put: a refused directory leaves the model alone.
     team_of(slot.tensor for slot in places.values()).together(read)
@@ -81,12 +85,12 @@ def _layout(slot: Slot | None) -> Layout | None:
     return None if slot is None else layout_of(slot.tensor)
 
 
-def _open(directory: Path) -> tuple[Manifest, MappedShards]:
+def _open(directory: Path, verify: bool) -> tuple[Manifest, MappedShards]:
     """Again where a writer replaced the files between the manifest and them."""
     manifest = read_manifest(directory)
     while True:
         try:
-            return manifest, MappedShards(directory, manifest)
+            return manifest, MappedShards(directory, manifest, verify=verify)
         except CheckpointError:
             newer = read_manifest(directory)
             if newer.generation == manifest.generation:
@@ -124,7 +128,6 @@ class _Reader:
     manifest: Manifest
     shards: MappedShards
     device: torch.device | str | None
-    verify: bool
 
     def value(self, wanted: Wanted, holders: list[Slot]) -> Tensor:
         """One value, or what this rank holds of it; as a parameter where a module has it as one."""
@@ -150,22 +153,16 @@ class _Reader:
         return nn.Parameter(tensor, requires_grad=trains)
 
     def _dense(self, name: str, device: torch.device | str) -> Tensor:
-        tensor = self.shards.tensor(name, verify=self.verify).to(device)
+        tensor = self.shards.tensor(name).to(device)
         # Compiled graphs copy what lies askew, in every call.
         return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
     def _packed(self, record: PackedRecord, device: torch.device | str) -> PackedWeight:
-        weight = self._plain(record)
-        packed = _as_kernels_want(weight, record, record.experts, device)
+        weight = self.shards.packed(record)
+        packed = PackedWeight.of(weight.to(device), DTYPES[record.dtype])
         if packed.qweight.data_ptr() != weight.qweight.data_ptr():
             self.shards.release(record.codes)
         return packed
-
-    def _plain(self, record: PackedRecord) -> QuantizedWeight:
-        names = (record.codes, record.scale)
-        codes, scale = (self.shards.tensor(name, verify=self.verify) for name in names)
-        shape = (record.all_rows, record.k)
-        return QuantizedWeight(codes, scale, record.bits, record.group_size, shape)
 
     def _assembled(self, name: str, layout: Layout | None, device: torch.device | str) -> Tensor:
         """From what other ranks, or another number of them, have written."""
@@ -187,16 +184,16 @@ class _Reader:
                 "many ranks as saved it, or quantise it again with a granularity that divides "
                 "what each rank holds"
             ) from error
-        if isinstance(block, DenseBlock):
-            return block.tensor.to(device).clone()
+        if isinstance(block, Tensor):
+            return block.to(device).clone()
         record = next(r for n in parts.parts if (r := self.manifest.packed.get(n)))
-        return _as_kernels_want(block.weight, record, block.experts, device)
+        return PackedWeight.of(block.to(device), DTYPES[record.dtype])
 
     def _block(self, name: str) -> Block:
         record = self.manifest.packed.get(name)
         if record is None:
-            return DenseBlock(self.shards.tensor(name, verify=self.verify))
-        return PackedBlock(self._plain(record), record.experts, record.transposed)
+            return self.shards.tensor(name)
+        return self.shards.packed(record)
 
     def _rows(self, name: str) -> int:
         return next(iter(self.manifest.shape_of(name)), 0)
@@ -207,16 +204,3 @@ def _place(tensor: Tensor) -> torch.device | str | None:
     if is_dtensor(tensor):
         return tensor.device_mesh.device_type
     return None if tensor.is_meta else tensor.device
-
-
-def _as_kernels_want(
-    weight: QuantizedWeight, record: PackedRecord, experts: int, device: torch.device | str
-) -> PackedWeight:
-    moved = replace(weight, qweight=weight.qweight.to(device), scale=weight.scale.to(device))
-    return PackedWeight.of(
-        moved,
-        dtype=DTYPES[record.dtype],
-        experts=experts,
-        transposed=record.transposed,
-        scale_method=record.scale_method,
-    )

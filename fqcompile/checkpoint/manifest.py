@@ -11,20 +11,19 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-from fqcompile.checkpoint.checked_fields import checked
-from fqcompile.checkpoint.json_text import check_name, parse_json, shown
-from fqcompile.checkpoint.safetensors_file import DTYPES, byte_size, encode_header, is_shape
-from fqcompile.distributed.layout import Layout
+from fqcompile.distributed.shards import Layout
 from fqcompile.errors import CheckpointError
-from fqcompile.quant.granularity import num_groups
-from fqcompile.quant.packing import packed_columns
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.validate import WEIGHT_DTYPES
+from fqcompile.files.json_text import check_name, checked, parse_json, shown
+from fqcompile.files.safetensors_file import DTYPES, byte_size, encode_header, is_shape
+from fqcompile.quant.checks import WEIGHT_DTYPES
+from fqcompile.tensor.format import QTYPES, Format, num_groups, packed_columns
 
-MANIFEST = "fqcompile.json"
+MANIFEST, JOURNAL = "fqcompile.json", "fqcompile.journal"
 # The second version has values in parts; what has none is written as the first.
 FORMAT, VERSION, VERSION_OF_PARTS = "fqcompile", 1, 2
 KINDS = ("parameter", "buffer", "attribute")
@@ -73,10 +72,15 @@ class PackedRecord:
     scale_method: str
 
     @property
+    def format(self) -> Format:
+        """As the tensors are in the file."""
+        of_matrix = (self.bits, self.group_size, self.rows, self.k)
+        return Format(*of_matrix, self.experts, self.transposed, self.scale_method)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight that it stands for."""
-        matrix = (self.k, self.rows) if self.transposed else (self.rows, self.k)
-        return (self.experts, *matrix) if self.experts else matrix
+        return self.format.shape
 
     @property
     def all_rows(self) -> int:
@@ -146,12 +150,12 @@ class Manifest:
         return self.packed[value].shape if value in self.packed else self.tensors[value].shape
 
     def to_json(self) -> str:
-        content, version = asdict(self), VERSION_OF_PARTS
+        content, form = asdict(self), VERSION_OF_PARTS
         if not self.sharded:
             del content["sharded"]
-            version = VERSION
+            form = VERSION
         return json.dumps(
-            {"format": FORMAT, "version": version, "sha256": _digest(content), "content": content},
+            {"format": FORMAT, "version": form, "sha256": _digest(content), "content": content},
             indent=1,
         )
 
@@ -165,10 +169,10 @@ class Manifest:
         outer = parse_json(text, str(path), "it was cut short or changed: save the model again")
         if not isinstance(outer, dict) or outer.get("format") != FORMAT:
             raise CheckpointError(f"{path} is no manifest of fqcompile: save the model again")
-        version = outer.get("version")
-        if version not in (VERSION, VERSION_OF_PARTS):
+        form = outer.get("version")
+        if form not in (VERSION, VERSION_OF_PARTS):
             raise CheckpointError(
-                f"{path} has format version {shown(repr(version))}, and this fqcompile reads "
+                f"{path} has format version {shown(repr(form))}, and this fqcompile reads "
                 f"{VERSION} and {VERSION_OF_PARTS}: install the fqcompile that wrote it, or save "
                 "the model again"
             )
@@ -178,7 +182,7 @@ class Manifest:
                 f"{path} is not what was written: its checksum differs; copy it again or save the "
                 "model again"
             )
-        if version == VERSION and isinstance(content, dict):
+        if form == VERSION and isinstance(content, dict):
             content = {"sharded": {}, **content}
         manifest = checked(cls, content, f"{path}: content")
         for name in _names(manifest):
@@ -197,6 +201,12 @@ class Manifest:
 def _digest(content: object) -> str:
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of what writes a directory: fqcompile, torch and, where it is installed, transformers."""
+    names = [name for name in ("fqcompile", "torch", "transformers") if find_spec(name)]
+    return {name: version(name) for name in names}
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -1,8 +1,9 @@
-"""save: a quantised model to a directory that any machine reads back without quantising again."""
+"""save: a quantized model to a directory that any machine reads back without quantizing again."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,23 +16,53 @@ from fqcompile.checkpoint.directory import (
     readable_manifest,
     stage,
     writing,
+    writing_to,
 )
-from fqcompile.checkpoint.durable_files import writing_to
 from fqcompile.checkpoint.hugging_face import config_of, hugging_face_files
-from fqcompile.checkpoint.json_text import check_name
-from fqcompile.checkpoint.manifest import Manifest, PackedRecord, SlotRecord
-from fqcompile.checkpoint.packed_record import write_packed
-from fqcompile.checkpoint.safetensors_file import DTYPE_NAMES, DTYPES
+from fqcompile.checkpoint.manifest import (
+    Manifest,
+    PackedRecord,
+    PartsRecord,
+    ShardRecord,
+    SlotRecord,
+    TensorRecord,
+    versions,
+)
 from fqcompile.checkpoint.shards import DigestWriter, ShardWriter
 from fqcompile.checkpoint.slots import Slot, slots
-from fqcompile.checkpoint.versions import versions
-from fqcompile.checkpoint.written import Held, Written, merged, parts_record
-from fqcompile.distributed.layout import layout_of
 from fqcompile.distributed.ranks import Team
-from fqcompile.distributed.shards import local_part, team_of
+from fqcompile.distributed.shards import Layout, layout_of, local_part, team_of
 from fqcompile.errors import CheckpointError, OptionError
+from fqcompile.files.json_text import check_name
+from fqcompile.files.safetensors_file import DTYPE_NAMES, DTYPES
 from fqcompile.report import CompileReport, Plan, Site
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
+
+_ELSEWHERE = "give another directory, or move it away"
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A rank's part of a value: its name, the whole's shape, and which part it is."""
+
+    name: str
+    shape: tuple[int, ...]
+    layout: Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Written:
+    """As in the manifest; `held`: the parts by the value that is in parts.
+
+    `same`: what was not written, as the first rank must have written the same.
+    """
+
+    shards: tuple[ShardRecord, ...]
+    tensors: Mapping[str, TensorRecord]
+    packed: Mapping[str, PackedRecord]
+    slots: Mapping[str, SlotRecord]
+    held: Mapping[str, tuple[_Held, ...]]
+    same: Mapping[str, TensorRecord]
 
 
 def save(
@@ -62,21 +93,21 @@ def save(
         OptionError: `plan` is something else. RankError: another rank failed, or has ended.
         ShardingError: the model is spread in a way that is not known here.
     """
-    recorded, found = _recorded(plan), list(slots(model))
+    recorded, found, target = _recorded(plan), list(slots(model)), Path(directory)
+    inner: nn.Module = getattr(model, "_orig_mod", model)
     team = team_of(slot.tensor for slot in found)
-    target = Path(directory)
     with ExitStack() as owned:
 
         def begin() -> str:
             _check_savable(model, found)
             if not team.index:
-                check_not_replaced(target, _files(model), "give another directory, or move it away")
+                check_not_replaced(target, hugging_face_files(inner), _ELSEWHERE)
                 owned.enter_context(writing(target))
             return new_generation()
 
         def end() -> None:
             if not team.index:
-                _finish(target, generation, model, recorded, merged(written))
+                _finish(target, generation, inner, recorded, _merged(written))
 
         # What one rank does in the directory comes after all others have done what is before it.
         told = writing_to(target)  # to all, with the remedy, what the system refuses to one
@@ -98,10 +129,10 @@ def _recorded(plan: object) -> Plan | None:
 
 
 def _finish(
-    target: Path, generation: str, model: nn.Module, plan: Plan | None, written: Written
+    target: Path, generation: str, model: nn.Module, plan: Plan | None, written: _Written
 ) -> None:
     """Other files and the manifest, when all shards are there."""
-    inner, files = getattr(model, "_orig_mod", model), _files(model)
+    files = hugging_face_files(model)
     before = readable_manifest(target)
     stage(target, generation, files)
     names = dict.fromkeys([*files, *(before.files if before else ())])
@@ -109,7 +140,7 @@ def _finish(
     manifest = Manifest(
         generation=generation,
         versions=versions(),
-        model={"class": type(inner).__name__, "config": config_of(files)},
+        model={"class": type(model).__name__, "config": config_of(files)},
         options=dict(plan.options) if plan else {},
         sites=tuple(site.as_dict() for site in sites),
         shards=written.shards,
@@ -117,22 +148,18 @@ def _finish(
         packed=written.packed,
         slots=written.slots,
         files=tuple(names),
-        sharded={name: parts_record(held) for name, held in written.held.items()},
+        sharded={name: _parts_record(held) for name, held in written.held.items()},
     )
     commit(target, manifest)
 
 
-def _files(model: nn.Module) -> dict[str, bytes]:
-    return hugging_face_files(getattr(model, "_orig_mod", model))
-
-
-def _write_slots(found: Iterable[Slot], directory: Path, generation: str, team: Team) -> Written:
+def _write_slots(found: Iterable[Slot], directory: Path, generation: str, team: Team) -> _Written:
     """What this rank writes: its parts and, on the first, all that is the same on every rank."""
     writer = ShardWriter(directory, generation, first=team.index, step=team.size)
     shared = DigestWriter(directory, generation) if team.index else writer
     records: dict[str, SlotRecord] = {}
     packed: dict[str, PackedRecord] = {}
-    held: dict[str, Held] = {}
+    held: dict[str, _Held] = {}
     values: dict[int, str] = {}
     for slot in found:
         value = values.setdefault(id(slot.tensor), slot.name)
@@ -142,38 +169,25 @@ def _write_slots(found: Iterable[Slot], directory: Path, generation: str, team: 
         layout, name, target = layout_of(slot.tensor), value, shared
         if layout is not None:
             name, target = f"{value}.part{layout.own}", writer
-            held[value] = Held(name, tuple(slot.tensor.shape), layout)
+            held[value] = _Held(name, tuple(slot.tensor.shape), layout)
             if not layout.leads:
                 continue
         weight = local_part(slot.tensor)
         if isinstance(weight, PackedWeight):
-            packed[name] = _write_packed(target, name, weight)
+            packed[name] = target.add_packed(name, weight.quantized(), weight.dtype)
         else:
             target.add({name: weight})
         if target.is_full:
             target.flush()
     writer.flush()
     shared.flush()
-    return Written(
+    return _Written(
         shards=tuple(writer.shards),
         tensors=writer.tensors,
         packed=packed,
         slots=records,
         held={name: (own,) for name, own in held.items()},
         same={} if shared is writer else shared.tensors,
-    )
-
-
-def _write_packed(writer: ShardWriter, name: str, weight: PackedWeight) -> PackedRecord:
-    form = weight.form
-    return write_packed(
-        writer,
-        name,
-        weight.quantized(),
-        dtype=weight.dtype,
-        experts=form.experts,
-        transposed=form.transposed,
-        scale_method=form.scale_method,
     )
 
 
@@ -212,7 +226,7 @@ def _unsavable(tensor: Tensor) -> str | None:
     return None
 
 
-def _site(name: str, record: PackedRecord, written: Written) -> Site:
+def _site(name: str, record: PackedRecord, written: _Written) -> Site:
     """What the packed weight alone tells of its site."""
     matrix = (record.rows, record.k)
     tensors = (written.tensors[tensor] for tensor in (record.codes, record.scale))
@@ -226,3 +240,49 @@ def _site(name: str, record: PackedRecord, written: Written) -> Site:
         bytes_before=record.all_rows * record.k * DTYPES[record.dtype].itemsize,
         bytes_after=sum(tensor.nbytes for tensor in tensors),
     )
+
+
+def _merged(ranks: Sequence[_Written]) -> _Written:
+    """What all ranks have written; CheckpointError where their models are not the same."""
+    first, shards = ranks[0], 0
+    tensors: dict[str, TensorRecord] = {}
+    for number, own in enumerate(ranks):
+        if own.slots != first.slots or own.held.keys() != first.held.keys():
+            raise CheckpointError(
+                f"rank {number} has other parameters than rank 0: "
+                f"{sorted(own.slots.keys() ^ first.slots.keys()) or 'they are spread otherwise'}"
+            )
+        _check_same(number, own, first)
+        for name, record in own.tensors.items():
+            tensors[name] = replace(record, shard=record.shard + shards)
+        shards += len(own.shards)
+    return _Written(
+        shards=tuple(shard for own in ranks for shard in own.shards),
+        tensors=tensors,
+        packed={name: record for own in reversed(ranks) for name, record in own.packed.items()},
+        slots=first.slots,
+        held={name: tuple(part for own in ranks for part in own.held[name]) for name in first.held},
+        same={},
+    )
+
+
+def _parts_record(held: Sequence[_Held]) -> PartsRecord:
+    """How to read a value that is in parts; some ranks may hold the same one."""
+    names = {part.layout.own: part.name for part in held}
+    layout = held[0].layout
+    return PartsRecord(
+        shape=held[0].shape,
+        dim=layout.dim,
+        parts=tuple(names[number] for number in range(len(layout.runs))),
+        bounds=tuple(tuple(bound for run in runs for bound in run) for runs in layout.runs),
+    )
+
+
+def _check_same(number: int, own: _Written, first: _Written) -> None:
+    for name, record in own.same.items():
+        other = first.tensors.get(name)
+        if other is None or replace(record, shard=0, start=0) != replace(other, shard=0, start=0):
+            raise CheckpointError(
+                f"{name} is not the same on rank {number} and on rank 0, and is no DTensor that "
+                "says how they belong together: distribute it, or make it equal on all ranks"
+            )

@@ -9,16 +9,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fqcompile.checkpoint.durable_files import write_file
-from fqcompile.checkpoint.manifest import Manifest, ShardRecord, TensorRecord
-from fqcompile.checkpoint.safetensors_file import (
+from fqcompile.checkpoint.manifest import Manifest, PackedRecord, ShardRecord, TensorRecord
+from fqcompile.errors import CheckpointError
+from fqcompile.files.replace import Piece, write_file
+from fqcompile.files.safetensors_file import (
     ALIGNMENT,
     DTYPE_NAMES,
     DTYPES,
+    bytes_of,
+    consecutive,
     encode_header,
 )
-from fqcompile.errors import CheckpointError
-from fqcompile.weights.content_digest import bytes_of
+from fqcompile.tensor.quantized import QuantizedTensor
 
 # What is collected before it is written: a killed run loses no more work than that, and packed
 # tensors that wait take no more memory.
@@ -67,6 +69,24 @@ class ShardWriter:
                 )
             self._waiting[name] = tensor.detach().cpu().contiguous()
 
+    def add_packed(self, name: str, weight: QuantizedTensor, dtype: torch.dtype) -> PackedRecord:
+        """The same with a weight of this type, experts one below the other; how to read it."""
+        form = weight.format
+        record = PackedRecord(
+            codes=f"{name}.codes",
+            scale=f"{name}.scale",
+            dtype=DTYPE_NAMES[dtype],
+            bits=form.bits,
+            group_size=form.group_size,
+            rows=form.rows,
+            k=form.k,
+            experts=form.experts,
+            transposed=form.transposed,
+            scale_method=form.scale_method,
+        )
+        self.add(dict(zip((record.codes, record.scale), weight.as_rows(), strict=True)))
+        return record
+
     @property
     def is_full(self) -> bool:
         return sum(t.nbytes for t in self._waiting.values()) >= self._limit
@@ -79,45 +99,46 @@ class ShardWriter:
         ordered = dict(
             sorted(self._waiting.items(), key=lambda item: item[1].nbytes % ALIGNMENT != 0)
         )
-        records, start = {}, 0
-        for name, tensor in ordered.items():
-            records[name] = TensorRecord(
-                shard=len(self.shards),
-                dtype=DTYPE_NAMES[tensor.dtype],
-                shape=tuple(tensor.shape),
-                start=start,
-                sha256=hashlib.sha256(bytes_of(tensor)).hexdigest(),
-            )
-            start += tensor.nbytes
-        header = encode_header({name: (r.dtype, r.shape, r.start) for name, r in records.items()})
+        forms = {name: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in ordered.items()}
+        entries = consecutive(forms)
+        header = encode_header(entries)
+        pieces: list[Piece] = [header, *map(bytes_of, ordered.values())]
+        records = {
+            name: TensorRecord(len(self.shards), *entry, hashlib.sha256(piece).hexdigest())
+            for (name, entry), piece in zip(entries.items(), pieces[1:], strict=True)
+        }
         number = self._first + self._step * len(self.shards)
         file = shard_name(self._generation, number)
-        self._write(file, [header, *map(bytes_of, ordered.values())])
-        self.shards.append(ShardRecord(file, len(header) + start))
+        self._write(file, pieces)
+        self.shards.append(ShardRecord(file, sum(map(len, pieces))))
         self.tensors.update(records)
         self._waiting.clear()
         return records
 
-    def _write(self, file: str, pieces: Sequence[bytes | memoryview]) -> None:
+    def _write(self, file: str, pieces: Sequence[Piece]) -> None:
         write_file(self._directory / file, pieces)
 
 
 class DigestWriter(ShardWriter):
     """Writes nothing: only the tensors' records, to compare with those of who does."""
 
-    def _write(self, file: str, pieces: Sequence[bytes | memoryview]) -> None:
+    def _write(self, file: str, pieces: Sequence[Piece]) -> None:
         pass
 
 
 class MappedShards:
     """The tensors that a manifest names, in mapped files: privately, so nothing is written back.
 
+    Args:
+        verify: compare the checksum of each tensor when it is read first.
+
     Raises:
         CheckpointError: a file is missing, or has another size or header than was written.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
-        self._directory, self._manifest = directory, manifest
+    def __init__(self, directory: Path, manifest: Manifest, *, verify: bool = True) -> None:
+        self._directory, self._manifest, self._verify = directory, manifest, verify
+        self._verified: set[str] = set()
         self._maps: list[mmap.mmap] = []
         self._starts: list[int] = []
         for index, shard in enumerate(manifest.shards):
@@ -125,11 +146,16 @@ class MappedShards:
             self._maps.append(_mapped(directory / shard.file, shard, header))
             self._starts.append(len(header))
 
-    def tensor(self, name: str, *, verify: bool) -> Tensor:
+    def packed(self, record: PackedRecord) -> QuantizedTensor:
+        """Codes and scales; views, as `tensor` gives."""
+        tensors = self.tensor(record.codes), self.tensor(record.scale)
+        return QuantizedTensor.of_rows(*tensors, record.format)
+
+    def tensor(self, name: str) -> Tensor:
         """A view of the mapped file.
 
         Raises:
-            CheckpointError: its bytes are not those that were written (`verify`), or lie outside.
+            CheckpointError: its bytes are not those that were written, or lie outside.
         """
         record = self._manifest.tensors[name]
         file = self._directory / self._manifest.shards[record.shard].file
@@ -139,11 +165,13 @@ class MappedShards:
         if not record.nbytes:
             return torch.empty(record.shape, dtype=DTYPES[record.dtype])
         with memoryview(mapped) as whole, whole[start : start + record.nbytes] as part:
+            verify = self._verify and name not in self._verified
             if verify and hashlib.sha256(part).hexdigest() != record.sha256:
                 raise CheckpointError(
                     f"{file}: tensor {name} is not what was written: its checksum differs; copy "
                     "the file again"
                 )
+        self._verified.add(name)
         dtype = DTYPES[record.dtype]
         count = record.nbytes // dtype.itemsize
         flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start)

@@ -1,18 +1,22 @@
-"""A checkpoint of Hugging Face in a local directory: its config, and where each tensor lies."""
+"""A checkpoint of Hugging Face in a local directory: its config, and where each tensor lies.
+
+Also what lies where somebody expects a model, but none for `load`, and the command for it.
+"""
 
 import os
+import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fqcompile.checkpoint.json_text import check_name, read_json, shown
-from fqcompile.checkpoint.manifest import MANIFEST
-from fqcompile.checkpoint.safetensors_file import TensorPlace, read_header
+from fqcompile.checkpoint.manifest import JOURNAL, MANIFEST
 from fqcompile.errors import CheckpointError
+from fqcompile.files.json_text import check_name, read_json, shown
+from fqcompile.files.safetensors_file import TensorPlace, read_header
 
-_SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The ends of tensors' names that only quantized layers have; FOREIGN: whatever a config says.
 FOREIGN = {
     "absmax": "bitsandbytes", "quant_map": "bitsandbytes", "SCB": "bitsandbytes", "W_q": "HQQ",
@@ -51,10 +55,6 @@ class Source:
         stats = {path: path.stat() for path in {place.path for place in self.tensors.values()}}
         files = sorted((path.name, s.st_size, s.st_mtime_ns) for path, s in stats.items())
         return [str(self.directory.resolve()), self.config, files]
-
-    def other_files(self) -> dict[str, bytes]:
-        """What is to be copied: all that is no weight."""
-        return other_files(self.directory)
 
 
 def other_files(directory: Path) -> dict[str, bytes]:
@@ -100,7 +100,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, or it is no JSON object; or a save of ours is there.
     """
-    names = {name for name in (MANIFEST, _SINGLE, INDEX) if (directory / name).is_file()}
+    names = {name for name in (MANIFEST, SINGLE, INDEX) if (directory / name).is_file()}
     if names == {MANIFEST}:  # beside weights of Hugging Face it says nothing of these
         raise CheckpointError(
             f"{directory} was saved by fqcompile and is quantized already; load it: "
@@ -118,16 +118,16 @@ def read_tensors(directory: Path) -> dict[str, TensorPlace]:
     """
     tensors: dict[str, TensorPlace] = {}
     for path in _files(directory):
-        tensors |= read_header(path)
-    if (directory / INDEX).is_file() and not (directory / _SINGLE).is_file():
+        tensors |= read_header(path).tensors
+    if (directory / INDEX).is_file() and not (directory / SINGLE).is_file():
         _check_index(directory / INDEX, tensors)
     return tensors
 
 
 def _files(directory: Path) -> list[Path]:
     """The files of weights, as `from_pretrained` finds them."""
-    if (directory / _SINGLE).is_file():
-        return [directory / _SINGLE]
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
     if (directory / INDEX).is_file():
         names = sorted(set(_weight_map(directory / INDEX).values()))
         missing = [name for name in names if not (directory / name).is_file()]
@@ -142,7 +142,7 @@ def _files(directory: Path) -> list[Path]:
             f"{directory} has its weights in pickles ({pickled[0]}), which may run any code and "
             "are never opened; convert them: from_pretrained(...).save_pretrained(new_directory)"
         )
-    raise CheckpointError(f"{directory} has neither {_SINGLE} nor {INDEX}{_other(directory)}")
+    raise CheckpointError(f"{directory} has neither {SINGLE} nor {INDEX}{_other(directory)}")
 
 
 def _other(directory: Path) -> str:
@@ -152,7 +152,7 @@ def _other(directory: Path) -> str:
         return ""
     own = next((text for start, text in _OTHERS.items() if names[0].startswith(start)), None)
     if own is None and len(names) == 1:
-        old, new = (shlex.quote(str(directory / name)) for name in (names[0], _SINGLE))
+        old, new = (shlex.quote(str(directory / name)) for name in (names[0], SINGLE))
         own = f"; if it holds all weights, rename it: mv {old} {new}"
     return f", but {shown(names[0])}{own or '; download the index that names all of them'}"
 
@@ -204,3 +204,90 @@ def will_read(places: list[TensorPlace]) -> None:
             os.posix_fadvise(descriptor, place.start, place.nbytes, os.POSIX_FADV_WILLNEED)
         finally:
             os.close(descriptor)
+
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_BESIDE = ("quantize_config.json", "quant_config.json")
+_QUANTIZE = "fqcompile quantize CHECKPOINT OUT"
+_WRITERS = f"fqcompile.save(model, directory) and `{_QUANTIZE}` write such directories"
+
+_GGUF = (
+    "holds a GGUF file of llama.cpp ({0}), which only llama.cpp runs as it is; give the checkpoint "
+    f"that it was made from to: {_QUANTIZE}; or load it dense, transformers' "
+    "from_pretrained(directory, gguf_file=...), and call fqcompile.quantize_(model)"
+)
+_PICKLE = (
+    "holds weights in a pickle ({0}), which may run any code and is never opened; convert it with "
+    "transformers, from_pretrained(directory).save_pretrained(OTHER), then: fqcompile quantize "
+    "OTHER OUT"
+)
+_TENSORS = (
+    "holds tensors ({0}) and no config.json that names their model; load them into yours, "
+    "safetensors.torch.load_model(model, file), and call fqcompile.quantize_(model)"
+)
+_NOTHING = "holds no model that is known here ({0})"
+_PLAIN = (
+    "holds a plain checkpoint of Hugging Face ({0}), which is not quantized yet; run: fqcompile "
+    "quantize {1} OUT; then fqcompile.load(None, OUT)"
+)
+_OF_FILES = {".gguf": _GGUF, ".safetensors": _TENSORS, **dict.fromkeys(_PICKLES, _PICKLE)}
+_OF_DIRECTORIES = {
+    JOURNAL: "holds an unfinished run ({0}); repeat its command with --resume",
+    "export.json": "holds an unfinished export ({0}); repeat its command with --resume",
+    "model_index.json": "holds a pipeline of diffusers ({0}); load it there, and call "
+    "fqcompile.quantize_(pipeline.transformer)",
+    "adapter_config.json": "holds an adapter of peft ({0}), which is no model; load the base "
+    "model, quantize it, and give both to PeftModel.from_pretrained",
+    **_OF_FILES,
+}
+
+
+def recognized(path: Path) -> str:
+    """A sentence without its subject, the path, about what no `save` of ours has written.
+
+    Raises:
+        CheckpointError: its safetensors files are damaged.
+    """
+    if path.is_dir():
+        return _directory(path)
+    if path.is_file():
+        return _text(path, [path.name], _OF_FILES)
+    if _HUB_NAME.fullmatch(str(path)):
+        return (
+            "it is no directory here; if it is a name on the Hugging Face hub, download it first: "
+            f"hf download {path} --local-dir {path.name}; then: fqcompile quantize {path.name} OUT"
+        )
+    return f"it is not there; {_WRITERS}"
+
+
+def _directory(path: Path) -> str:
+    names = sorted(found.name for found in path.iterdir())
+    if not names:
+        return f"it is empty; {_WRITERS}"
+    weights = any(name.endswith(".safetensors") or name == INDEX for name in names)
+    if "config.json" not in names or not weights:
+        return _text(path, names, _OF_DIRECTORIES)
+    packed = packed_by(read_tensors(path))
+    if packed is None:
+        return _text(path, ["config.json"], {"config.json": _PLAIN})
+    program, tensor = packed
+    if program in FOREIGN.values():
+        return (
+            f"it holds {program} weights ({tensor}), which are not read here; give the checkpoint "
+            f"that it was made from to: {_QUANTIZE}"
+        )
+    lies = next((f"; it lies in {name}" for name in _BESIDE if name in names), "")
+    return (
+        f"it holds {program} weights ({tensor}) and a config.json without "
+        f"quantization_config, which says how they are packed{lies}; put it there, with its "
+        f"quant_method, and load again: fqcompile.load(None, {str(path)!r})"
+    )
+
+
+def _text(path: Path, names: Collection[str], known: Mapping[str, str]) -> str:
+    found = (
+        (text, name) for end, text in known.items() for name in names if name.lower().endswith(end)
+    )
+    text, name = next(found, (_NOTHING, ", ".join(sorted(names)[:3])))
+    return f"it {text.format(shown(name), shlex.quote(str(path)))}"

@@ -9,15 +9,13 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from fqcompile.checkpoint.checkpoint_model import CheckpointModel
-from fqcompile.checkpoint.conversion import Conversion, initialise, target_types
+from fqcompile.checkpoint.conversion import initialise, target_types
 from fqcompile.checkpoint.directory import (
     check_not_replaced,
     commit,
@@ -25,20 +23,16 @@ from fqcompile.checkpoint.directory import (
     readable_manifest,
     stage,
     writing,
+    writing_to,
 )
-from fqcompile.checkpoint.durable_files import writing_to
-from fqcompile.checkpoint.fit import shortened
 from fqcompile.checkpoint.hugging_face import config_of
-from fqcompile.checkpoint.journal import Journal, Progress
-from fqcompile.checkpoint.manifest import MANIFEST, Manifest
-from fqcompile.checkpoint.safetensors_file import read_tensor
-from fqcompile.checkpoint.slots import slots
-from fqcompile.checkpoint.source import Source, open_source, will_read
-from fqcompile.checkpoint.stream_writer import StreamWriter, site_from
-from fqcompile.checkpoint.versions import versions
+from fqcompile.checkpoint.manifest import MANIFEST, Manifest, versions
+from fqcompile.checkpoint.slots import shortened, slots
+from fqcompile.checkpoint.source import open_source, other_files, will_read
+from fqcompile.checkpoint.stream_writer import Journal, Progress, StreamWriter, site_from
 from fqcompile.config import FineQuantConfig
 from fqcompile.errors import CheckpointError, OptionError
-from fqcompile.quantize_model import packing_config
+from fqcompile.modules.quantize import packing_config
 from fqcompile.report import Plan
 
 log = logging.getLogger("fqcompile")
@@ -130,19 +124,13 @@ def _write_all(work: CheckpointModel, writer: StreamWriter) -> None:
         for i, step in enumerate(work.steps):
             if not writer.has(step.targets):
                 will_read(places[i + 1] if i + 1 < len(places) else [])
-                _write_step(work, step, types(step.target), writer)
+                results = work.convert(step, types(step.target))
+                while results:  # what was written is not held any longer
+                    name = next(iter(results))
+                    writer.write(name, results.pop(name))
             bar.update(sum(place.nbytes for place in places[i]))
     _write_the_rest(work, writer)
     writer.flush()
-
-
-def _write_step(
-    work: CheckpointModel, step: Conversion, dtype: torch.dtype, writer: StreamWriter
-) -> None:
-    results = step.run(work.model, partial(_read, work.source, dtype))
-    while results:  # what was written is not held any longer
-        name = next(iter(results))
-        writer.write(name, results.pop(name))
 
 
 def _write_the_rest(work: CheckpointModel, writer: StreamWriter) -> None:
@@ -184,17 +172,13 @@ def _manifest(
 
 def _files(work: CheckpointModel) -> dict[str, bytes]:
     """Beside the shards."""
-    return {**work.source.other_files(), "config.json": work.config_file}
+    return {**other_files(work.source.directory), "config.json": work.config_file}
 
 
 def _identity(work: CheckpointModel, config: FineQuantConfig) -> str:
     """Equal for runs that write the same."""
     parts = [work.source.identity, str(work.dtype), config.as_dict(), versions()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _read(source: Source, dtype: torch.dtype, name: str) -> Tensor:
-    return read_tensor(source.tensors[name]).to(dtype)
 
 
 def _check_unused(work: CheckpointModel, target: Path, resume: bool) -> None:

@@ -1,27 +1,131 @@
-"""What a run over a checkpoint writes: each tensor quantised or as it is, and the journal of it."""
+"""What a run over a checkpoint writes: each tensor quantized or as it is, and the journal of it.
+
+The journal tells which shards are finished, so that a killed run goes on from there:
+
+    {"identity": ..., "generation": ...}        of what, how
+    {"shards": [...], "tensors": {...}, ...}    one line per finished shard
+
+A line is appended when its shard is on the disk. A torn last line is a shard that is written again.
+"""
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from fqcompile.checkpoint.journal import Journal, Progress
-from fqcompile.checkpoint.json_text import check_name, shown
-from fqcompile.checkpoint.manifest import PackedRecord, SlotRecord
-from fqcompile.checkpoint.packed_record import write_packed
+from fqcompile.checkpoint.directory import staged
+from fqcompile.checkpoint.manifest import (
+    JOURNAL,
+    PackedRecord,
+    ShardRecord,
+    SlotRecord,
+    TensorRecord,
+)
 from fqcompile.checkpoint.shards import ShardWriter
 from fqcompile.checkpoint.slots import slots
 from fqcompile.config import FineQuantConfig
 from fqcompile.errors import CheckpointError, UnquantizableWeight
-from fqcompile.module_weights import ModuleWeight, module_weights
+from fqcompile.files.json_text import check_name, checked, parse_json, shown
+from fqcompile.files.replace import append_to_file, remove, replace_durably, sync_directory
+from fqcompile.files.safetensors_file import bytes_of
+from fqcompile.modules.quantize import site_of
+from fqcompile.modules.weights import ModuleWeight, module_weights
 from fqcompile.quant.choose import choose_and_quantize, scale_dtype_beside
-from fqcompile.quantize_model import site_of
 from fqcompile.report import Site
-from fqcompile.weights.content_digest import bytes_of
 from fqcompile.weights.store import plain_eager
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Head:
+    identity: str
+    generation: str
+
+
+@dataclass
+class Progress:
+    """What one shard holds, or all up to now; `sites` are rows of the plan by name."""
+
+    shards: tuple[ShardRecord, ...] = ()
+    tensors: Mapping[str, TensorRecord] = field(default_factory=dict)
+    packed: Mapping[str, PackedRecord] = field(default_factory=dict)
+    slots: Mapping[str, SlotRecord] = field(default_factory=dict)
+    sites: Mapping[str, Any] = field(default_factory=dict)
+
+    def __add__(self, later: "Progress") -> "Progress":
+        return Progress(
+            (*self.shards, *later.shards),
+            {**self.tensors, **later.tensors},
+            {**self.packed, **later.packed},
+            {**self.slots, **later.slots},
+            {**self.sites, **later.sites},
+        )
+
+
+class Journal:
+    """The journal of a directory; at most one."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / JOURNAL
+
+    def start(self, identity: str, generation: str, progress: Progress) -> None:
+        """In place of any other, and of one whose last line is torn."""
+        waiting = staged(self.path.parent, JOURNAL, generation)
+        replace_durably(self.path, [_line(_Head(identity, generation)), _line(progress)], waiting)
+
+    def note(self, progress: Progress) -> None:
+        """One more shard is on the disk, and its name in the directory."""
+        sync_directory(self.path.parent)
+        append_to_file(self.path, _line(progress))
+
+    def close(self) -> None:
+        remove(self.path)
+
+    def read(self, identity: str) -> tuple[str, Progress] | None:
+        """Generation and progress of a run that was not finished; None where there is none.
+
+        Raises:
+            CheckpointError: it was a run of something else.
+        """
+        if not self.path.is_file():
+            return None
+        lines = self.path.read_bytes().split(b"\n")[:-1]  # what has no end was not written whole
+        if not lines:
+            return None
+        head = _parsed(_Head, lines[0], f"{self.path}: line 1")
+        if head.identity != identity:
+            raise CheckpointError(
+                f"{self.path} is of another run: another checkpoint, or other options or versions; "
+                "repeat those to resume it, or give overwrite=True (--overwrite) to start anew"
+            )
+        progress = Progress()
+        for number, line in enumerate(lines[1:], 2):
+            progress += _parsed(Progress, line, f"{self.path}: line {number}")
+        self._check_shards(progress)
+        return head.generation, progress
+
+    def _check_shards(self, progress: Progress) -> None:
+        for shard in progress.shards:
+            path = self.path.parent / shard.file
+            if not path.is_file() or path.stat().st_size != shard.bytes:
+                raise CheckpointError(
+                    f"{path} is not as {self.path.name} says; give overwrite=True (--overwrite) to "
+                    "start anew"
+                )
+
+
+def _line(record: Any) -> bytes:
+    return json.dumps(asdict(record), separators=(",", ":")).encode() + b"\n"
+
+
+def _parsed(kind: type[T], line: bytes, where: str) -> T:
+    found = parse_json(line, where, "give overwrite=True (--overwrite) to start anew")
+    return checked(kind, found, where)
 
 
 class StreamWriter:
@@ -45,8 +149,7 @@ class StreamWriter:
     ) -> None:
         self._config, self._journal = config, journal
         self._found = module_weights(model, config)
-        places = {slot.name: slot for slot in slots(model)}
-        self._places = places
+        self._places = places = {slot.name: slot for slot in slots(model)}
         self._identities = {name: id(slot.tensor) for name, slot in places.items()}
         self._groups: dict[int, list[str]] = {}
         for name, identity in self._identities.items():
@@ -77,19 +180,10 @@ class StreamWriter:
         return name in self.done.slots or name in self._waiting.slots
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """A parameter or buffer, and what is tied to it.
-
-        Raises:
-            CheckpointError: it has another shape than the model's.
-        """
+        """A tensor, and what is tied to it; CheckpointError if the model's has another shape."""
         if self.wrote(name):
             return
-        expected = self._places[name].tensor.shape
-        if tensor.shape != expected:
-            raise CheckpointError(
-                f"{name} is {list(tensor.shape)} in the checkpoint and {list(expected)} in the "
-                "model; is config.json that of another model?"
-            )
+        self._places[name].check_shape(tensor)
         names = self._receivers.get(name, [name])
         packed = [n for n in names if n in self._packable]
         if packed and not self._write_packed(packed, tensor):
@@ -102,9 +196,8 @@ class StreamWriter:
         """Finish a shard, and note that it is."""
         tensors = self._shards.flush()
         if tensors:
-            written = replace(
-                self._waiting, shards=tuple(self._shards.shards[-1:]), tensors=tensors
-            )
+            own = tuple(self._shards.shards[-1:])
+            written = replace(self._waiting, shards=own, tensors=tensors)
             self._journal.note(written)
             self.done, self._waiting = self.done + written, Progress()
 
@@ -125,28 +218,21 @@ class StreamWriter:
             if self._config.on_unsupported == "error":
                 raise UnquantizableWeight(f"{found.name}: {error}") from error
             site, record = replace(site_of(found), reason=str(error)), None
-        packed = {names[0]: record} if record is not None else {}
-        targets = {n: SlotRecord("parameter", names[0]) for n in names if record is not None}
-        self._waiting += Progress(packed=packed, slots=targets, sites={found.name: site.as_dict()})
+        self._waiting += Progress(sites={found.name: site.as_dict()})
+        if record is not None:
+            targets = {name: SlotRecord("parameter", names[0]) for name in names}
+            self._waiting += Progress(packed={names[0]: record}, slots=targets)
         return record is not None
 
     def _quantized(self, found: ModuleWeight, name: str) -> tuple[Site, PackedRecord]:
         weight = found.weight
         options = self._config.site_options(found.name, head=found.head)
+        scale_dtype = scale_dtype_beside(weight.dtype)
         with plain_eager(weight.device.type):
-            plan, codes = choose_and_quantize(
-                found.matrix, options, scale_dtype_beside(weight.dtype)
-            )
+            plan, codes = choose_and_quantize(found.matrix, options, scale_dtype)
         self.weights += weight.numel()
-        record = write_packed(
-            self._shards,
-            name,
-            codes,
-            dtype=weight.dtype,
-            experts=weight.shape[0] if weight.dim() == 3 else 0,
-            transposed=found.transposed,
-            scale_method=plan.scale_method,
-        )
+        codes = codes.changed(transposed=found.transposed)
+        record = self._shards.add_packed(name, codes, weight.dtype)
         site = replace(
             site_of(found),
             status="quantized",

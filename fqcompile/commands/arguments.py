@@ -1,15 +1,22 @@
-"""What commands share of their arguments: types that argparse calls, and FineQuant's options.
+"""What commands share: types that argparse calls, FineQuant's options, and models by their name.
 
-The options have the same names as everywhere, values as JSON or plain words.
+The options have the same names as everywhere, values as JSON or plain words. A model is a local
+Hugging Face checkpoint, or a function that makes one.
 """
 
 import argparse
 import json
 from dataclasses import fields
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from fqcompile.config import FineQuantConfig
+from fqcompile.errors import FineQuantError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What `--help` says of each option.
@@ -32,6 +39,8 @@ _HELP = {
     "inductor": "config patches for Inductor, as a JSON object",
     "mode": "Inductor's mode, such as max-autotune",
 }
+
+_EXAMPLE_TOKENS = 8
 
 
 def add_option_flags(parser: argparse.ArgumentParser) -> None:
@@ -72,3 +81,45 @@ def counts(text: str) -> list[int]:
     if all(part.isdecimal() and int(part) > 0 for part in parts):
         return [int(part) for part in parts]
     raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers from 1 up, such as 1,16,64")
+
+
+def require(*packages: str) -> None:
+    """Raise, naming the extra, where a package of the demo is not installed."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise FineQuantError(
+            f"{', '.join(missing)} not installed; run: pip install 'fqcompile[demo]'"
+        )
+
+
+def load_model(name: str, dtype: torch.dtype) -> tuple[nn.Module, tuple[Any, ...]]:
+    """A model in eval mode, and example inputs for it.
+
+    Args:
+        name: a directory with a Hugging Face checkpoint, or "module:function" where the function
+            returns (model, example inputs).
+
+    Raises:
+        FineQuantError: `name` is neither.
+    """
+    if Path(name).is_dir():
+        return _load_checkpoint(Path(name), dtype)
+    module, _, function = name.partition(":")
+    if not function or find_spec(module) is None:
+        raise FineQuantError(
+            f"{name!r} is neither a directory with a checkpoint nor 'module:function' of a module "
+            "that can be imported"
+        )
+    model, inputs = getattr(import_module(module), function)()
+    return model.eval(), tuple(inputs)
+
+
+def _load_checkpoint(directory: Path, dtype: torch.dtype) -> tuple[nn.Module, tuple[Any, ...]]:
+    require("transformers")
+    transformers = import_module("transformers")
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    generative = any("LM" in name for name in config.architectures or ())
+    auto = transformers.AutoModelForCausalLM if generative else transformers.AutoModel
+    model: nn.Module = auto.from_pretrained(directory, dtype=dtype, local_files_only=True).eval()
+    tokens = torch.arange(_EXAMPLE_TOKENS).remainder(config.vocab_size)
+    return model, (tokens[None],)

@@ -1,16 +1,30 @@
 """fqcompile doctor: what this machine has, and what that means for the kernels."""
 
 import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import indent
 
 import torch
+from tabulate import tabulate
 
-from fqcompile.doctor import diagnose
 from fqcompile.kernels.cpu import native_library
 from fqcompile.kernels.cpu.stream import X86_STREAM
-from fqcompile.kernels.gpu import gpu_of
 from fqcompile.kernels.registry import TEMPLATES
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import GemmSpec, gpu_of
 from fqcompile.kernels.template import Template
+from fqcompile.weights.disk_cache import SIZE, disk_cache
+
+DISTRIBUTIONS = ("fqcompile", "torch", "triton", "transformers", "numpy", "safetensors")
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+
+Line = tuple[str, str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,3 +57,104 @@ def _decode_spec(device_type: str, bits: int) -> GemmSpec:
     bf16 = torch.bfloat16
     gpu = gpu_of(torch.device("cuda")) if device_type == "cuda" else None
     return GemmSpec(1, 4096, 4096, bits, group_size, bf16, bf16, device_type, gpu=gpu)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _versions() -> list[Line]:
+    return [("python", platform.python_version()), *((d, _version(d)) for d in DISTRIBUTIONS)]
+
+
+def _cuda_devices() -> list[Line]:
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        text = (
+            f"{device.name}, capability {device.major}.{device.minor}, "
+            f"{device.multi_processor_count} SMs, {device.total_memory / 2**30:.0f} GiB"
+        )
+        lines.append((f"cuda:{index}", text))
+    return lines
+
+
+def _driver() -> str:
+    if not NVIDIA_DRIVER.exists():
+        return "no NVIDIA driver on this machine"
+    return NVIDIA_DRIVER.read_text().splitlines()[0].removeprefix("NVRM version: ").strip()
+
+
+def _devices() -> list[Line]:
+    cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return [
+        ("cpu", f"{platform.machine()}, {cpu}"),
+        ("build", f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPU alone"),
+        ("driver", _driver()),
+        *(_cuda_devices() or [("cuda", "no device visible to torch")]),
+    ]
+
+
+def _triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "not installed: NVIDIA kernels need it"
+    if not torch.cuda.is_available():
+        return "installed; no GPU to run its kernels on"
+    return "installed, with a GPU"
+
+
+def _compilers() -> list[Line]:
+    # Inductor takes CXX at its word, so a wrong one is not made good by a g++ on the path.
+    chosen = shlex.split(os.environ.get("CXX", ""))[:1]
+    names = chosen or ["g++", "clang++"]
+    found = [path for path in map(shutil.which, names) if path]
+    where = "as CXX says" if chosen else "on the path"
+    missing = f"no {' or '.join(names)} {where}: x86 kernels and Inductor on CPU need one"
+    return [("C++", found[0] if found else missing), ("Triton", _triton())]
+
+
+def _entry_point() -> str:
+    found = importlib.metadata.entry_points(group="torch_dynamo_backends", name="finequant")
+    targets = sorted({point.value for point in found})
+    if not targets:
+        return "not registered: install the package (pip install -e .)"
+    return ", ".join(targets)
+
+
+def _kernel(refusal: str | None) -> str:
+    return "available" if refusal is None else f"unavailable: {refusal}"
+
+
+def _weight_cache() -> str:
+    found = disk_cache()
+    if found is None:
+        return f"off, as {SIZE} says"
+    entries, nbytes = found.usage()
+    return (
+        f"{entries} weights, {nbytes / 2**30:.2f} of at most {found.limit / 2**30:g} GiB ({SIZE}), "
+        f"in {found.directory}: delete it to clear"
+    )
+
+
+def _section(title: str, lines: Sequence[Line]) -> str:
+    body = tabulate(lines, tablefmt="plain", disable_numparse=True)
+    return f"{title}\n{indent(body, '  ')}"
+
+
+def diagnose(kernels: Sequence[tuple[str, str | None]] = ()) -> str:
+    """The report of `fqcompile doctor`.
+
+    `kernels` names each template, with the reason why this machine cannot run it, or None.
+    """
+    sections = {
+        "versions": _versions(),
+        "devices": _devices(),
+        "compilers": _compilers(),
+        "backend": [("finequant", _entry_point())],
+        "cache": [("quantised", _weight_cache())],
+        "kernels": [(name, _kernel(refusal)) for name, refusal in kernels],
+    }
+    return "\n\n".join(_section(title, lines) for title, lines in sections.items() if lines)

@@ -12,17 +12,33 @@ from tqdm import tqdm
 from fqcompile.commands.arguments import counts, group_size
 from fqcompile.errors import EstimateError, nearest
 from fqcompile.estimator.assumptions import assumptions, formulas_text, general_text
+from fqcompile.estimator.costs import Speed
 from fqcompile.estimator.devices import DEVICES, Cluster, device_called
-from fqcompile.estimator.estimate import Estimate, Question, count_of, estimates
-from fqcompile.estimator.matmuls import formats
+from fqcompile.estimator.estimate import (
+    Estimate,
+    Question,
+    count_of,
+    estimates,
+    estimates_as_dict,
+    estimates_text,
+    seconds_of_a_token,
+)
+from fqcompile.estimator.matmuls import Sharing, Workload, formats
 from fqcompile.estimator.model_shapes import named_models, read_decoder
-from fqcompile.estimator.sharding import Sharing, Workload
-from fqcompile.estimator.speed import Speed
-from fqcompile.estimator.table import estimates_as_dict, estimates_text, seconds_of_a_token
-from fqcompile.report.files import replace_text
-from fqcompile.report.html import Cell, Section, Table, paragraph, table_html, unordered
-from fqcompile.report.page import render_page
-from fqcompile.report.svg import Axis, Point, axis_over, points_svg
+from fqcompile.files.replace import replace_text
+from fqcompile.report.page import (
+    Axis,
+    Cell,
+    Point,
+    Section,
+    Table,
+    axis_over,
+    paragraph,
+    points_svg,
+    render_page,
+    table_html,
+    unordered,
+)
 
 _FORMATS = ("bf16", "int8", "int4")
 

@@ -9,13 +9,11 @@ from typing import Literal, NamedTuple
 import torch
 from tqdm import tqdm
 
-from fqcompile.commands.arguments import counts, group_size
-from fqcompile.commands.checkpoints import load_model
+from fqcompile.commands.arguments import counts, group_size, load_model
 from fqcompile.errors import FineQuantError, OptionError
-from fqcompile.gemm_specs import gemm_specs
-from fqcompile.kernels.gpu import Gpu, gpu_of
+from fqcompile.explain import gemm_specs
 from fqcompile.kernels.registry import select_kernel
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import GemmSpec, Gpu, gpu_of
 from fqcompile.kernels.template import SearchMode, Template
 from fqcompile.kernels.tuning.key import Bucket, bucket_of, tuning_key
 from fqcompile.kernels.tuning.launches import buckets_of_a_model

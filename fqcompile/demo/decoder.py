@@ -12,7 +12,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from fqcompile.demo.timing import tell, telling
-from fqcompile.fake_quantize import fake_quantize_
+from fqcompile.modules.fake_quantize import fake_quantize_
 from fqcompile.report import reports
 
 PROMPT_TOKENS = 16

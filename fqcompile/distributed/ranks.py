@@ -1,15 +1,38 @@
-"""Which rank of torch.distributed this process is; one process alone is rank 0 of 1."""
+"""Which rank of torch.distributed this process is; one process alone is rank 0 of 1.
 
-from collections.abc import Callable, Iterable, Sequence
+`agree`: all ranks of one model say what they compile before they run it. Ranks whose graphs have
+unlike collectives wait for each other for ever; ranks that compute what all of them hold with
+unlike kernels part in the last bit, and then in a token or in an expert. Either is said here. What
+ranks tell each other goes through the store of their process group and not through a collective, so
+that one that never comes is noticed, and named.
+
+FQCOMPILE_RANK_TIMEOUT is how many seconds to wait for the others; the default is half an hour, as
+one rank may quantise or tune while others find all of it done.
+"""
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 from tqdm import tqdm
 
-from fqcompile.errors import FineQuantError, RankError
+from fqcompile.errors import FineQuantError, OptionError, RankError
+from fqcompile.torch_compat import default_store
 
 T = TypeVar("T")
+
+TIMEOUT = "FQCOMPILE_RANK_TIMEOUT"
+_DEFAULT_SECONDS = "1800"
+_LONGEST = 200
+_times: Counter[tuple[int, ...]] = Counter()
+_written: defaultdict[tuple[int, ...], list[str]] = defaultdict(list)  # and not deleted yet
 
 
 def rank() -> int:
@@ -73,3 +96,71 @@ def progress(things: Iterable[T] = (), desc: str | None = None, **options: Any) 
 
 def _together() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def agree(what: str, facts: Mapping[str, str], groups: Sequence[tuple[int, ...]]) -> None:
+    """Return when all ranks of each group have come here with these facts.
+
+    Raises:
+        RankError: one has other facts, or none came in time.
+        OptionError: FQCOMPILE_RANK_TIMEOUT is no number of seconds.
+    """
+    own = json.dumps(dict(facts))
+    digest = sha256(own.encode()).hexdigest()
+    for ranks in groups:
+        store, seconds = default_store(), _seconds()
+        place = f"fqcompile/{'-'.join(map(str, ranks))}/{_times[ranks]}"
+        _times[ranks] += 1
+        for key, value in ((f"{place}/{rank()}/facts", own), (f"{place}/{rank()}", digest)):
+            store.set(key, value)
+            _written[ranks].append(key)
+        answers = {r: _wait(store, f"{place}/{r}", what, r, seconds) for r in ranks}
+        _forget(store, ranks)
+        for other, answer in answers.items():
+            if answer != digest.encode():
+                theirs = json.loads(store.get(f"{place}/{other}/facts"))
+                raise RankError(_difference(what, facts, theirs, other))
+
+
+def _forget(store: Store, ranks: tuple[int, ...]) -> None:
+    """Delete what this rank wrote in earlier rounds: who is in this one has read all of it."""
+    earlier, _written[ranks] = _written[ranks][:-2], _written[ranks][-2:]
+    for key in earlier:
+        try:
+            store.delete_key(key)
+        except RuntimeError:  # a kind of store that cannot; it grows by two keys a graph
+            return
+
+
+def _wait(store: Store, key: str, what: str, other: int, seconds: float) -> bytes:
+    try:
+        store.wait([key], timedelta(seconds=seconds))
+        return bytes(store.get(key))
+    except RuntimeError as error:  # each kind of store has its own
+        raise RankError(
+            f"rank {rank()} has compiled {what}, and rank {other} has not come that far in "
+            f"{seconds:g} s: it has ended, or runs another graph; see its output. Raise {TIMEOUT} "
+            f"(seconds) if it only needs longer ({type(error).__name__})"
+        ) from error
+
+
+def _difference(what: str, own: Mapping[str, str], theirs: Mapping[str, str], other: int) -> str:
+    names = [n for n in dict.fromkeys([*own, *theirs]) if own.get(n) != theirs.get(n)]
+    name = names[0] if names else "the order of its sites"
+    mine, his = ((facts.get(name) or "nothing")[:_LONGEST] for facts in (own, theirs))
+    return (
+        f"{what} is not the same on all ranks: for {name!r} rank {rank()} has {mine}, and rank "
+        f"{other} has {his}. Give all ranks the same options and inputs; if only the kernels "
+        "differ, let all share one FQCOMPILE_CACHE_DIR, or compile with autotune='off'"
+    )
+
+
+def _seconds() -> float:
+    text = os.environ.get(TIMEOUT) or _DEFAULT_SECONDS
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e9:
+        raise OptionError(f"{TIMEOUT} is {text!r}; allowed: a number of seconds above 0")
+    return seconds

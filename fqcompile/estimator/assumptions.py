@@ -1,12 +1,21 @@
 """What an estimate takes for granted: in words with its numbers, and as the formulas themselves.
 
-The formulas are the same functions that `memory`, `speed` and `devices` use, called with symbols.
+The formulas are the same functions that `costs` and `devices` use, called with symbols.
 """
 
 from collections.abc import Iterable
 
 from sympy import Expr, Symbol
 
+from fqcompile.estimator.costs import (
+    ATTENTION_SHARE,
+    EXPERT_KERNELS,
+    OTHER_KERNELS,
+    USABLE_SHARE,
+    attention_flops,
+    experts_read,
+    kv_bytes,
+)
 from fqcompile.estimator.decoder import Decoder
 from fqcompile.estimator.devices import (
     LINK_SHARE,
@@ -19,18 +28,16 @@ from fqcompile.estimator.devices import (
     ring_seconds,
 )
 from fqcompile.estimator.estimate import token_cost
-from fqcompile.estimator.matmuls import PLAIN_BITS, WeightFormat, spec_of
-from fqcompile.estimator.memory import USABLE_SHARE, kv_bytes
-from fqcompile.estimator.sharding import Sharing, Workload, matrices
-from fqcompile.estimator.speed import (
-    ATTENTION_SHARE,
-    EXPERT_KERNELS,
-    OTHER_KERNELS,
-    attention_flops,
-    experts_read,
+from fqcompile.estimator.matmuls import (
+    PLAIN_BITS,
+    Sharing,
+    WeightFormat,
+    Workload,
+    matrices,
+    spec_of,
 )
-from fqcompile.kernels.gpu import COPY_SHARE, MATRIX_SHARE
 from fqcompile.kernels.roofline import M, dense, ideal, weight_bytes
+from fqcompile.kernels.spec import COPY_SHARE, MATRIX_SHARE
 
 _MICRO = 1e6
 

@@ -1,17 +1,17 @@
 """What a device has and reaches, and the links between devices with the seconds of their exchanges.
 
 Memory is the vendor's decimal gigabytes. Rates of memory and matrix units are dense bf16 figures of
-the vendor's data sheets times `gpu.COPY_SHARE` and `gpu.MATRIX_SHARE`, but for the GPUs that
-`kernels.gpu` knows itself. A link's rate is one direction's. Exchanges are rings as NCCL runs them,
-over one or several machines; functions of plain numbers take symbols as well, for `assumptions`.
+the vendor's data sheets times `COPY_SHARE` and `MATRIX_SHARE`, but for the GPUs that `kernels.spec`
+knows itself. A link's rate is one direction's. Exchanges are rings as NCCL runs them, over one or
+several machines; functions of plain numbers take symbols as well, for `assumptions`.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 from fqcompile.errors import EstimateError, nearest
-from fqcompile.kernels.gpu import A100, COPY_SHARE, H200, MATRIX_SHARE, Gpu
 from fqcompile.kernels.roofline import LAUNCH_SECONDS
+from fqcompile.kernels.spec import A100, COPY_SHARE, H200, MATRIX_SHARE, Gpu
 
 # What a ring of NCCL reaches of a link's nominal rate: NCCL's own model has 235 of the A100's 300
 # GB/s (src/graph/tuning.cc).
@@ -83,7 +83,7 @@ _A10 = _gpu("NVIDIA A10", 86, 72, 1.695e9, (600e9, 125e12), 99)
 _RTX_4090 = _gpu("NVIDIA GeForce RTX 4090", 89, 128, 2.52e9, (1.008e12, 165e12), 99)
 
 DEVICES = {
-    "h200": _of(H200, 141e9, _nvlink(900e9), "NVIDIA H200 data sheet; rates as kernels.gpu has"),
+    "h200": _of(H200, 141e9, _nvlink(900e9), "NVIDIA H200 data sheet; rates as kernels.spec has"),
     "h100": _of(_H100, 80e9, _nvlink(900e9), "NVIDIA H100 data sheet, SXM"),
     "b200": _of(_B200, 180e9, _nvlink(1800e9), "NVIDIA HGX B200 data sheet, one of eight"),
     "a100-80": _of(A100, 80e9, _nvlink(600e9), "NVIDIA A100 data sheet, SXM 80 GB"),

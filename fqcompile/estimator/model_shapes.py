@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fqcompile.errors import EstimateError, nearest
-from fqcompile.estimator.config_fields import ConfigFields, read_fields
-from fqcompile.estimator.decoder import Decoder, Experts
+from fqcompile.estimator.decoder import ConfigFields, Decoder, Experts, read_fields
 
 NAMED_MODELS = Path(__file__).with_name("named_models")
 _OPT_OFFSET = 2  # rows that OPT's table of positions begins with

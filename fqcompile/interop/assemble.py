@@ -5,8 +5,8 @@ known; rows of codes and scales are then put there. Scales are repeated to the f
 among the layers, and int4 codes widened beside int8 ones, as far as these differ.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,13 +14,56 @@ from torch import Tensor
 
 from fqcompile.checkpoint.conversion import Conversion
 from fqcompile.errors import CheckpointError
-from fqcompile.interop.packed_layer import PackedLayer
-from fqcompile.quant.granularity import group_size_candidates, num_groups
-from fqcompile.quant.packing import pack, packed_columns, unpack
-from fqcompile.quant.qtype import INT4, INT8, QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.quant.words import widen
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.files.safetensors_file import TensorPlace
+from fqcompile.quant.granularity import group_size_candidates
+from fqcompile.tensor.codes import pack, unpack
+from fqcompile.tensor.format import INT4, INT8, QTYPES, Format, num_groups, packed_columns
+from fqcompile.tensor.quantized import QuantizedTensor
+from fqcompile.tensor.words import widen
+from fqcompile.weights.parameter import PackedWeight
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """`read` gives rows [N, K]; `places` are the files' tensors that it is made of."""
+
+    name: str
+    n: int
+    k: int
+    places: Mapping[str, TensorPlace]
+    read: Callable[[], QuantizedTensor]
+
+    @property
+    def scale_dtype(self) -> str:
+        """By its name in safetensors."""
+        return next(p.dtype for part, p in self.places.items() if "scale" in part)
+
+
+def symmetric(
+    codes: Tensor, zeros: Tensor, scale: Tensor, group_size: int, where: str
+) -> QuantizedTensor:
+    """(q - z) * s as codes q - z: as int4 where all fit, else as int8, which is exact too.
+
+    Args:
+        codes: q, int8 or int16 [N, K]. zeros: z [N, groups] of the same convention. scale: s.
+        where: file and layer, for errors.
+
+    Raises:
+        CheckpointError: a difference fits no int8.
+    """
+    n, k = codes.shape
+    spread = zeros.to(torch.int16).repeat_interleave(group_size, 1)[:, :k]
+    difference = codes.to(torch.int16) - spread
+    low, high = int(difference.min()), int(difference.max())
+    qtype = next((q for q in QTYPES.values() if q.qmin <= low and high <= q.qmax), None)
+    if qtype is None:
+        raise CheckpointError(
+            f"{where}: codes less zero points reach from {low} to {high}, which no int8 holds: it "
+            "cannot be converted exactly; quantise it symmetrically"
+        )
+    qweight = pack(difference.to(torch.int8), qtype)
+    form = Format(qtype.bits, min(group_size, k), n, k)
+    return QuantizedTensor(qweight, scale.contiguous(), form)
 
 
 def assemble(
@@ -37,8 +80,10 @@ def assemble(
     """
     own = [layers[name] for name in step.names]
     order, experts, transposed = _row_order(step, model, own)
-    weight = restored(_gathered(own, order))
-    return PackedWeight.of(weight, dtype=dtype, experts=experts, transposed=transposed)
+    whole = restored(_gathered(own, order))
+    rows = whole.rows // max(1, experts)
+    form = replace(whole.format, rows=rows, experts=experts, transposed=transposed)
+    return PackedWeight.of(QuantizedTensor.of_rows(*whole.tensors, form), dtype)
 
 
 def _row_order(
@@ -72,7 +117,7 @@ def _is_conv1d(model: Any, name: str) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
-def _gathered(own: Sequence[PackedLayer], order: Tensor) -> QuantizedWeight:
+def _gathered(own: Sequence[PackedLayer], order: Tensor) -> QuantizedTensor:
     """The layers' rows in that order."""
     waiting = [layer.read() for layer in own]
     if len(waiting) == 1 and torch.equal(order, torch.arange(len(order), dtype=order.dtype)):
@@ -88,11 +133,11 @@ def _gathered(own: Sequence[PackedLayer], order: Tensor) -> QuantizedWeight:
         weight = waiting.pop(0)
         weight = (weight if weight.bits == bits else widen(weight)).regroup(size)
         qweight[target], scale[target] = weight.qweight, weight.scale.to(dtype)
-    return QuantizedWeight(qweight, scale, bits, size, (rows, k))
+    return QuantizedTensor(qweight, scale, Format(bits, size, rows, k))
 
 
 def _common(
-    own: Sequence[PackedLayer], weights: Sequence[QuantizedWeight]
+    own: Sequence[PackedLayer], weights: Sequence[QuantizedTensor]
 ) -> tuple[int, int, torch.dtype]:
     """Bits, group size and type of scales that hold all of them."""
     k, names = {layer.k for layer in own}, f"{own[0].name} ... {own[-1].name}"
@@ -109,9 +154,9 @@ def _common(
     return max(weight.bits for weight in weights), sizes[0], dtype
 
 
-def restored(weight: QuantizedWeight) -> QuantizedWeight:
+def restored(weight: QuantizedTensor) -> QuantizedTensor:
     """In the coarsest groups and fewest bits that hold its values: export may have repeated."""
-    k, own = weight.shape[1], weight.group_size
+    k, own = weight.k, weight.group_size
     for size in group_size_candidates(k, own):
         if size > own and (size == k or size % own == 0):
             coarse = weight.coarsen(size)
@@ -122,5 +167,5 @@ def restored(weight: QuantizedWeight) -> QuantizedWeight:
         low, high = weight.qweight.aminmax()
         if low >= INT4.qmin and high <= INT4.qmax:
             codes = pack(unpack(weight.qweight, INT8, k), INT4)
-            weight = replace(weight, qweight=codes, bits=INT4.bits)
+            weight = replace(weight, qweight=codes).changed(bits=INT4.bits)
     return weight

@@ -11,21 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fqcompile.checkpoint.safetensors_file import TensorPlace, read_tensor
 from fqcompile.errors import CheckpointError
-from fqcompile.interop.packed_layer import (
+from fqcompile.files.safetensors_file import TensorPlace, read_tensor
+from fqcompile.interop.assemble import PackedLayer, symmetric
+from fqcompile.interop.gptq import (
     BITS,
     CODES_PER_WORD,
     MIDDLE,
-    PackedLayer,
     check_groups,
     check_options,
     check_part,
     layer_parts,
     nibbles,
-    symmetric,
 )
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedTensor
 
 _COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 # How codes lie in words; programs write it under any of these.
@@ -64,7 +63,7 @@ def read_awq(
 
 def _read(
     name: str, places: Mapping[str, TensorPlace], size: int, symmetric_by: str | None
-) -> QuantizedWeight:
+) -> QuantizedTensor:
     """`symmetric_by`: the config that says there are no zero points but the middle."""
     codes, zeros = (_columns(read_tensor(places[part])) for part in ("qweight", "qzeros"))
     scale = read_tensor(places["scales"]).t()

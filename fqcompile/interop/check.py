@@ -1,28 +1,37 @@
 """check: what an engine would refuse, mis-load or run slowly, told without the engine."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fqcompile.checkpoint.safetensors_file import TensorPlace, read_tensor
 from fqcompile.checkpoint.source import read_config, read_tensors
 from fqcompile.errors import CheckpointError, OptionError
-from fqcompile.interop.checkpoint_rules import checkpoint_rules
-from fqcompile.interop.cpu_rules import cpu_rules
+from fqcompile.interop.compressed_tensors import read_layers
 from fqcompile.interop.expert_rules import expert_rules
 from fqcompile.interop.findings import Finding, Subject, merged
-from fqcompile.interop.layer_rules import engine_layers, layer_rules
-from fqcompile.interop.layers import Layer, find_layers
+from fqcompile.interop.layer_rules import cpu_rules, layer_rules
+from fqcompile.interop.layers import Layer, last
 from fqcompile.interop.quantization_config import (
     ENGINES,
+    FORMAT,
     QuantizationConfig,
     configured_scheme,
     parse_quantization_config,
 )
 
 DEVICES = ("cuda", "cpu")
+# Whose `_init_weights` in transformers 5.23 (models/<family>/modeling_<family>.py) reads the weight
+# of a linear by the name of its child; from_pretrained calls it also for what is packed, and a
+# packed linear has no attribute "weight". T5 and Mamba2 were seen to fail there.
+_T5 = frozenset({"q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"})
+_MAMBA = frozenset({"out_proj"})
+_INITIALIZED_BY_NAME = {
+    **dict.fromkeys(("t5", "mt5", "umt5", "longt5", "udop", "pop2piano"), _T5),
+    "switch_transformers": _T5,
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba"), _MAMBA),
+}
 
 
 def check(
@@ -91,22 +100,12 @@ def find_problems(
     )
     return merged(
         [
-            *checkpoint_rules(subject),
+            *_checkpoint_rules(subject),
             *layer_rules(subject),
             *expert_rules(subject),
-            *cpu_rules(subject, engine_layers(subject)),
+            *cpu_rules(subject),
         ]
     )
-
-
-def read_layers(tensors: Mapping[str, TensorPlace]) -> list[Layer]:
-    """The layers that files hold."""
-
-    def shape_of(name: str) -> tuple[int, int]:
-        n, k = read_tensor(tensors[name]).tolist()
-        return int(n), int(k)
-
-    return find_layers(tensors, shape_of, lambda name: str(tensors[name].path))
 
 
 def _as_configured(config: QuantizationConfig, layer: Layer) -> Layer:
@@ -120,3 +119,24 @@ def _is_tied(config: Mapping[str, Any]) -> bool:
     text = config.get("text_config")
     inner = text.get("tie_word_embeddings") if isinstance(text, Mapping) else None
     return bool(config.get("tie_word_embeddings", inner))
+
+
+def _checkpoint_rules(subject: Subject) -> Iterator[Finding]:
+    """All findings that are about no layer alone."""
+    formats = sorted({subject.config.format, *(group.format for group in subject.config.groups)})
+    names, kind = [layer.name for layer in subject.packed], subject.model_type
+    yield from subject.first_broken(names or ["config.json"], [
+        ("nothing-packed", "refused", not names,
+         "no layer has a weight_packed", "remove quantization_config from it"),
+        ("format", "refused", formats != [FORMAT],
+         f"the format is {', '.join(formats)}, and packed weights load as {FORMAT}",
+         f"write the one format {FORMAT} for all groups"),
+    ])  # fmt: skip
+    read = [name for name in names if last(name) in _INITIALIZED_BY_NAME.get(kind, ())]
+    own = last(read[0]) if read else ""
+    yield from subject.broken(read, [(
+        "initialized-by-name", "refused", read and not subject.serves,
+        f"_init_weights of {kind} reads {own}.weight, which a packed layer does not have: "
+        "from_pretrained raises AttributeError",
+        "leave these layers dense (exclude), or use fqcompile.load",
+    )])  # fmt: skip

@@ -4,8 +4,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,21 @@ import torch
 
 from fqcompile.checkpoint.directory import remove_save
 from fqcompile.checkpoint.hugging_face import without_code
-from fqcompile.checkpoint.manifest import MANIFEST, read_manifest
+from fqcompile.checkpoint.manifest import MANIFEST, read_manifest, versions
 from fqcompile.checkpoint.source import open_source, other_files
 from fqcompile.checkpoint.stream import quantize_checkpoint
-from fqcompile.checkpoint.versions import versions
-from fqcompile.config import HEAD_NAMES, FineQuantConfig
-from fqcompile.errors import CheckpointError, OptionError
+from fqcompile.checkpoint.stream_writer import site_from
+from fqcompile.config import HEAD_NAMES, FineQuantConfig, excluded_by
+from fqcompile.errors import CheckpointError, OptionError, UnquantizableWeight
 from fqcompile.interop.check import find_problems
-from fqcompile.interop.export_blocks import blocks, check_unsupported, export_plan, layers
+from fqcompile.interop.export_blocks import (
+    HEADS_STAY,
+    Choice,
+    blocks,
+    harmonize,
+    layers,
+    packed_bytes,
+)
 from fqcompile.interop.export_config import model_config, quantization_config
 from fqcompile.interop.export_directory import (
     QUANTIZED,
@@ -30,11 +37,10 @@ from fqcompile.interop.export_directory import (
     real_path,
     write_checkpoint,
 )
-from fqcompile.interop.export_layout import Layout, Saved, lay_out
-from fqcompile.interop.harmonize import harmonize
+from fqcompile.interop.export_layout import Layout, Piece, Saved, lay_out
 from fqcompile.interop.layers import Layer, Scheme, is_embedding, stack_of
-from fqcompile.quantize_model import packing_config
-from fqcompile.report import Plan
+from fqcompile.modules.quantize import packing_config
+from fqcompile.report import Plan, Site
 
 # Which engines must load what a profile writes.
 PROFILES: dict[str, tuple[str, ...]] = {
@@ -172,9 +178,9 @@ def _write(saved: Saved, directory: Path, request: Request) -> Plan:
     layout = lay_out(saved)
     dense = _dense_layers(layout)
     choices = harmonize(saved, layout.pieces, dense, request.profile, request.tp)
-    plan = export_plan(saved, layout, choices)
+    plan = _plan_of(saved, layout, choices)
     if request.config.on_unsupported == "error":
-        check_unsupported(plan, saved)
+        _check_unsupported(plan, saved)
     schemes = {name: c.scheme for name, c in choices.items() if c.scheme is not None}
     if not schemes:
         lines = "\n".join(plan.kept_lines())
@@ -235,3 +241,50 @@ def _check_loads(
             f"profile {request.profile!r} promises what these engines would not load:\n"
             + "\n".join(lines)
         )
+
+
+# What quantising says of heads that an export has told it to leave.
+_HEADS_EXCLUDED = excluded_by(HEAD_NAMES.pattern)
+
+
+def _plan_of(saved: Saved, layout: Layout, choices: Mapping[str, Choice]) -> Plan:
+    """That of the saved model, with what became of each weight in the checkpoint."""
+    pieces: dict[str, list[Piece]] = {}
+    for piece in layout.pieces:
+        pieces.setdefault(piece.source, []).append(piece)
+    sites = []
+    for site in map(site_from, saved.manifest.sites):
+        own = pieces.get(site.name, [])
+        reason = layout.reasons.get(site.name) or next(
+            (r for piece in own if (r := choices[piece.name].reason)), None
+        )
+        if site.reason == _HEADS_EXCLUDED:
+            site = replace(site, reason=HEADS_STAY)
+        if site.status == "quantized":
+            site = _kept_site(site, reason) if reason else _packed_site(site, own, choices)
+        sites.append(site)
+    return Plan(tuple(sites), saved.manifest.options)
+
+
+def _kept_site(site: Site, reason: str) -> Site:
+    return replace(
+        site, status="kept", reason=f"written dense, as its int{site.bits} codes say: {reason}",
+        bits=None, group_size=None, bytes_after=site.bytes_before, relative_error=None,
+        expert_errors=None,
+    )  # fmt: skip
+
+
+def _packed_site(site: Site, pieces: Sequence[Piece], choices: Mapping[str, Choice]) -> Site:
+    scheme = choices[pieces[0].name].scheme
+    assert scheme is not None
+    nbytes = sum(packed_bytes(piece, scheme) for piece in pieces)
+    size = pieces[0].k if scheme.group_size is None else scheme.group_size
+    return replace(site, bits=scheme.bits, group_size=size, bytes_after=nbytes)
+
+
+def _check_unsupported(plan: Plan, saved: Saved) -> None:
+    """Raise UnquantizableWeight for the first packed weight that is written dense."""
+    packed = {row["name"] for row in saved.manifest.sites if row["status"] == "quantized"}
+    for site in plan.kept:
+        if site.name in packed:
+            raise UnquantizableWeight(f"{site.name}: {site.reason}")

@@ -1,25 +1,153 @@
-"""What the files hold, in their order, and the plan that tells it.
+"""What each layer becomes in the files, in their order: packed in an engine's scheme, or dense.
+
+`harmonize` gives one scheme to what an engine holds in one tensor, without changing a value: a
+scale per group of 256 is the same scale for two groups of 128, and a code of int4 is a code of
+int8. So a unit of layers takes the coarsest group size that all of them reach, and the most bits.
+
+    q column, k group 64, v group 256  ->  group 64 for all          gate int4, up int8  ->  int8
 
 Shapes are known before, values are made when written.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from fqcompile.checkpoint.safetensors_file import DTYPE_NAMES, DTYPES, byte_size
-from fqcompile.checkpoint.stream_writer import site_from
-from fqcompile.config import HEAD_NAMES
-from fqcompile.errors import UnquantizableWeight
+from fqcompile.files.safetensors_file import DTYPE_NAMES, DTYPES, byte_size
 from fqcompile.interop.export_layout import Layout, Piece, Saved, Whole
-from fqcompile.interop.harmonize import HEADS_STAY, Choice
-from fqcompile.interop.layers import Layer, Scheme
-from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.quant.words import to_words, widen, words_per_row
-from fqcompile.report import Plan, Site
+from fqcompile.interop.layers import (
+    BITS,
+    GROUP_SIZES,
+    Layer,
+    Scheme,
+    fused_name,
+    is_head,
+    is_router,
+    is_split_along_k,
+    last,
+    stack_of,
+)
+from fqcompile.tensor.quantized import QuantizedTensor
+from fqcompile.tensor.words import to_words, widen, words_per_row
+
+HEADS_STAY = "engines keep output heads dense"
+_CHANNEL_EXPERTS = 64  # what K per device must be a multiple of, for one scale per channel
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The scheme of a layer, or the reason why its values are written dense."""
+
+    scheme: Scheme | None
+    reason: str | None = None
+
+
+def harmonize(
+    saved: Saved, pieces: Sequence[Piece], dense: Iterable[str], profile: str, tp: int
+) -> dict[str, Choice]:
+    """For each piece by name.
+
+    Args:
+        dense: names of other layers of the checkpoint.
+        profile: "serve": experts of one layer are alike; "portable": all experts of the model.
+        tp: degree of tensor parallelism whose shards groups must not cross.
+    """
+    dense = set(dense)
+    names = dense | {piece.name for piece in pieces}
+    units: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        units.setdefault(_unit(piece.name, names, profile), []).append(piece)
+    partners: dict[str, list[str]] = {}
+    for name in sorted(dense):
+        partners.setdefault(_unit(name, names, profile), []).append(name)
+    inexact = {value: _type_problem(saved, value) for value in {p.value for p in pieces}}
+    return {
+        piece.name: choice
+        for unit, members in units.items()
+        for choice in [_choose(saved, members, partners.get(unit, []), inexact, tp)]
+        for piece in members
+    }
+
+
+def _unit(name: str, names: set[str], profile: str) -> str:
+    stack = stack_of(name)
+    if stack is None:
+        return fused_name(name, names)
+    return "experts" if profile == "portable" else stack
+
+
+def _choose(
+    saved: Saved,
+    members: Sequence[Piece],
+    partners: Sequence[str],
+    inexact: Mapping[str, str | None],
+    tp: int,
+) -> Choice:
+    if partners:
+        what = "the experts" if stack_of(partners[0]) else "one fused layer"
+        return Choice(None, f"{last(partners[0])} of {what} is not quantised")
+    sizes: set[int | None] = {None, *GROUP_SIZES}
+    for piece in {(m.value, m.k, last(m.name)): m for m in members}.values():
+        own = group_sizes(saved, piece, tp)
+        reason = _built_dense(saved, piece) or inexact[piece.value]
+        if reason is None and not own:
+            size = saved.manifest.packed[piece.value].group_size
+            reason = (
+                f"no group size of {GROUP_SIZES} divides both K = {piece.k}"
+                f"{f' on each of {tp} devices' if tp > 1 else ''} and its own group size {size}"
+            )
+        if reason is not None:
+            other = f"{last(piece.name)} beside it: " if len(members) > 1 else ""
+            return Choice(None, other + reason)
+        sizes &= own
+    if not sizes:
+        return Choice(None, "no group size suits all parts of the fused layer")
+    bits = max(saved.manifest.packed[m.value].bits for m in members)
+    if None in sizes:
+        return Choice(Scheme(bits, None))
+    return Choice(Scheme(bits, max(s for s in sizes if s is not None)))
+
+
+def group_sizes(saved: Saved, piece: Piece, tp: int) -> set[int | None]:
+    """Those that a layer's own groups can be cut into; None: one scale per channel."""
+    own, k = saved.manifest.packed[piece.value].group_size, piece.k
+    shard, rest = divmod(k, tp) if is_split_along_k(piece.name) else (k, 0)
+    column = own >= k
+    found: set[int | None] = {
+        size
+        for size in GROUP_SIZES
+        if not rest and shard % size == 0 and (column or own % size == 0)
+    }
+    multiple = _CHANNEL_EXPERTS if stack_of(piece.name) else Scheme(min(BITS), None).codes_per_word
+    if column and not rest and shard % multiple == 0:
+        found.add(None)
+    return found
+
+
+def _built_dense(saved: Saved, piece: Piece) -> str | None:
+    if is_head(piece.name) or piece.source in saved.ties:
+        return HEADS_STAY
+    if is_router(piece.name):
+        return "engines keep routers of experts dense"
+    return None
+
+
+def _type_problem(saved: Saved, value: str) -> str | None:
+    """Engines keep scales in the model's type; None where that holds these exactly."""
+    record = saved.manifest.packed[value]
+    if record.dtype != saved.dtype:
+        return f"it is {record.dtype} in a model of {saved.dtype}"
+    stored, dtype = saved.manifest.tensors[record.scale].dtype, DTYPES[saved.dtype]
+    if stored == saved.dtype or saved.dtype == "F32":
+        return None
+    scale = saved.packed(value).scale
+    if bool((scale.to(dtype).double() == scale.double()).all()):
+        return None
+    return f"its scales are not exact in the model's {saved.dtype}"
+
 
 _PART = 1 << 25  # weights that are dequantised at once, and not a whole output head
 
@@ -102,12 +230,11 @@ def _dense_block(saved: Saved, piece: Piece) -> Block:
     return Block({name: (dtype, (piece.n, piece.k))}, make, partial(saved.release, piece.value))
 
 
-def _rows(saved: Saved, piece: Piece) -> QuantizedWeight:
+def _rows(saved: Saved, piece: Piece) -> QuantizedTensor:
     weight = saved.packed(piece.value)
-    rows = piece.rows
-    return replace(
-        weight, qweight=weight.qweight[rows], scale=weight.scale[rows], shape=(piece.n, piece.k)
-    )
+    codes, scale = weight.as_rows()
+    form = replace(weight.format.one, rows=piece.n, transposed=False)
+    return QuantizedTensor(codes[piece.rows], scale[piece.rows], form)
 
 
 def _whole_block(saved: Saved, whole: Whole) -> Block:
@@ -129,54 +256,6 @@ def _whole_block(saved: Saved, whole: Whole) -> Block:
 def _dense_value(saved: Saved, value: str) -> Tensor:
     record = saved.record(value)
     if record is None:
-        return saved.dense(value)
-    w_hat = saved.packed(value).dequantize(DTYPES[record.dtype])
-    matrix = w_hat.view(*((record.experts,) if record.experts else ()), record.rows, record.k)
+        return saved.shards.tensor(value)
+    matrix = saved.packed(value).dequantize(DTYPES[record.dtype])
     return matrix.transpose(-2, -1) if record.transposed else matrix
-
-
-# What quantising says of heads that an export has told it to leave.
-_HEADS_EXCLUDED = f"name matches exclude pattern {HEAD_NAMES.pattern!r}"
-
-
-def export_plan(saved: Saved, layout: Layout, choices: Mapping[str, Choice]) -> Plan:
-    """That of the saved model, with what became of each weight in the checkpoint."""
-    pieces: dict[str, list[Piece]] = {}
-    for piece in layout.pieces:
-        pieces.setdefault(piece.source, []).append(piece)
-    sites = []
-    for site in map(site_from, saved.manifest.sites):
-        own = pieces.get(site.name, [])
-        reason = layout.reasons.get(site.name) or next(
-            (r for piece in own if (r := choices[piece.name].reason)), None
-        )
-        if site.reason == _HEADS_EXCLUDED:
-            site = replace(site, reason=HEADS_STAY)
-        if site.status == "quantized":
-            site = _kept_site(site, reason) if reason else _packed_site(site, own, choices)
-        sites.append(site)
-    return Plan(tuple(sites), saved.manifest.options)
-
-
-def _kept_site(site: Site, reason: str) -> Site:
-    return replace(
-        site, status="kept", reason=f"written dense, as its int{site.bits} codes say: {reason}",
-        bits=None, group_size=None, bytes_after=site.bytes_before, relative_error=None,
-        expert_errors=None,
-    )  # fmt: skip
-
-
-def _packed_site(site: Site, pieces: Sequence[Piece], choices: Mapping[str, Choice]) -> Site:
-    scheme = choices[pieces[0].name].scheme
-    assert scheme is not None
-    nbytes = sum(packed_bytes(piece, scheme) for piece in pieces)
-    size = pieces[0].k if scheme.group_size is None else scheme.group_size
-    return replace(site, bits=scheme.bits, group_size=size, bytes_after=nbytes)
-
-
-def check_unsupported(plan: Plan, saved: Saved) -> None:
-    """Raise UnquantizableWeight for the first packed weight that is written dense."""
-    packed = {row["name"] for row in saved.manifest.sites if row["status"] == "quantized"}
-    for site in plan.kept:
-        if site.name in packed:
-            raise UnquantizableWeight(f"{site.name}: {site.reason}")

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fqcompile.checkpoint.versions import versions
+from fqcompile.checkpoint.manifest import versions
 from fqcompile.interop.expert_rules import EXPERTS_NEED
 from fqcompile.interop.layers import Scheme, fused_name, stack_of
 from fqcompile.interop.quantization_config import FORMAT, METHOD

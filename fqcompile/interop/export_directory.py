@@ -15,27 +15,23 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fqcompile.checkpoint.directory import remove_save
-from fqcompile.checkpoint.durable_files import (
+from fqcompile.checkpoint.directory import (
     LOCK,
     NotWritten,
     locked,
     make_directory,
-    remove,
-    rename,
-    sync_directory,
-    write_file,
+    remove_save,
     writing_to,
 )
-from fqcompile.checkpoint.json_text import parse_json, shown
-from fqcompile.checkpoint.safetensors_file import byte_size, encode_header
+from fqcompile.checkpoint.source import INDEX, SINGLE
 from fqcompile.errors import CheckpointError, FineQuantError
+from fqcompile.files.json_text import parse_json, shown
+from fqcompile.files.replace import remove, replace_durably, sync_directory, write_file
+from fqcompile.files.safetensors_file import bytes_of, consecutive, encode_header
 from fqcompile.interop.export_blocks import Block
-from fqcompile.weights.content_digest import bytes_of
 
 SHARD_BYTES = 4 << 30
 _IDENTITY, _TEMPORARY = "export.json", "unfinished.tmp"
-_INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model(?:-\d{5}-of-\d{5})?\.safetensors")
 QUANTIZED = "quantised"  # a checkpoint of Hugging Face on its way
 
@@ -115,9 +111,8 @@ def _finishing(out: Path, partial: Path, identity: str) -> Iterator[None]:
                 f"{partial} is of another export: another source, or other options; repeat those "
                 "to resume it, or remove it"
             )
-        write_file(partial / _TEMPORARY, [json.dumps(identity).encode()])
-        rename(partial / _TEMPORARY, path)
-        sync_directory(partial)  # before anything that it vouches for
+        # Before anything that it vouches for.
+        replace_durably(path, [json.dumps(identity).encode()], partial / _TEMPORARY)
         try:
             yield
         except (_NotOurs, NotWritten):
@@ -143,7 +138,7 @@ def _remove_own(partial: Path) -> None:
     for path in partial.iterdir():
         if path.name == QUANTIZED:
             remove_save(path)
-        elif path.name in (_TEMPORARY, _INDEX, "config.json") or _SHARD.fullmatch(path.name):
+        elif path.name in (_TEMPORARY, INDEX, "config.json") or _SHARD.fullmatch(path.name):
             remove(path)
     if {path.name for path in partial.iterdir()} <= {_IDENTITY, LOCK}:
         remove(partial / _IDENTITY)
@@ -167,7 +162,7 @@ def write_checkpoint(directory: Path, blocks: Sequence[Block], files: dict[str, 
             t: n for n, shard in zip(names, shards, strict=True) for b in shard for t in b.tensors
         }
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        write_file(directory / _INDEX, [json.dumps(index, indent=2, sort_keys=True).encode()])
+        write_file(directory / INDEX, [json.dumps(index, indent=2, sort_keys=True).encode()])
 
 
 def _shards(blocks: Sequence[Block]) -> list[list[Block]]:
@@ -184,25 +179,20 @@ def _shards(blocks: Sequence[Block]) -> list[list[Block]]:
 
 def _shard_name(index: int, count: int) -> str:
     if count == 1:
-        return "model.safetensors"
+        return SINGLE
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 def _write_shard(directory: Path, name: str, blocks: Sequence[Block], progress: tqdm) -> None:  # type: ignore[type-arg]
-    places, start = {}, 0
-    for block in blocks:
-        for tensor, (dtype, shape) in block.tensors.items():
-            places[tensor] = (dtype, shape, start)
-            start += byte_size(dtype, shape)
-    header = encode_header(places)
+    forms = {name: form for block in blocks for name, form in block.tensors.items()}
+    header = encode_header(consecutive(forms))
+    size = sum(block.nbytes for block in blocks)
     path = directory / name
     if path.is_file():  # it got its name when it was on the disk
-        _check_shard(path, header, len(header) + start)
-        progress.update(start)
+        _check_shard(path, header, len(header) + size)
+        progress.update(size)
         return
-    write_file(directory / _TEMPORARY, _pieces(header, blocks, progress))
-    rename(directory / _TEMPORARY, path)
-    sync_directory(directory)
+    replace_durably(path, _pieces(header, blocks, progress), directory / _TEMPORARY)
 
 
 def _check_shard(path: Path, header: bytes, size: int) -> None:

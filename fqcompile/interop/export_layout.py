@@ -16,13 +16,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from fqcompile.checkpoint.conversion import Reversion, reversions
 from fqcompile.checkpoint.hugging_face import build_model
 from fqcompile.checkpoint.manifest import Manifest, PackedRecord, read_manifest
-from fqcompile.checkpoint.reversion import Reversion, reversions
-from fqcompile.checkpoint.safetensors_file import DTYPES
 from fqcompile.checkpoint.shards import MappedShards
 from fqcompile.errors import CheckpointError
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.files.safetensors_file import DTYPES
+from fqcompile.tensor.quantized import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class Saved:
     directory: Path
     manifest: Manifest
     model: Any
-    _shards: MappedShards = field(repr=False)
-    _verified: set[str] = field(default_factory=set, repr=False)
+    shards: MappedShards = field(repr=False)
 
     @classmethod
     def open(cls, directory: Path) -> Self:
@@ -96,27 +95,15 @@ class Saved:
         """Of a packed value."""
         return self.manifest.packed.get(value)
 
-    def packed(self, value: str) -> QuantizedWeight:
+    def packed(self, value: str) -> QuantizedTensor:
         """Codes and scales, rows [N, K] or [E * N, K]; mapped files."""
-        record = self.manifest.packed[value]
-        codes, scale = self._tensor(record.codes), self._tensor(record.scale)
-        shape = (record.all_rows, record.k)
-        return QuantizedWeight(codes, scale, record.bits, record.group_size, shape)
-
-    def dense(self, value: str) -> Tensor:
-        """A tensor that was not packed; a mapped file."""
-        return self._tensor(value)
+        return self.shards.packed(self.manifest.packed[value])
 
     def release(self, value: str) -> None:
         """The memory of what was read of a value."""
         record = self.record(value)
         for name in (value,) if record is None else (record.codes, record.scale):
-            self._shards.release(name)
-
-    def _tensor(self, name: str) -> Tensor:
-        tensor = self._shards.tensor(name, verify=name not in self._verified)
-        self._verified.add(name)
-        return tensor
+            self.shards.release(name)
 
 
 Rows = slice | Tensor  # a slice where they follow each other

@@ -1,7 +1,8 @@
 """Findings: what an engine would make of some layers, and what to do about it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal
 
 from tabulate import tabulate
@@ -12,6 +13,8 @@ from fqcompile.interop.quantization_config import QuantizationConfig
 # The engine stops; or loads it and computes something else; or does not use its fastest kernels; or
 # loads it beside versions that are not installed here.
 Effect = Literal["refused", "wrong", "slow", "needs"]
+# Its name, what becomes of layers that break it, whether some do, the problem and its remedy.
+Rule = tuple[str, Effect, object, str, str]
 
 
 @dataclass(frozen=True)
@@ -58,18 +61,27 @@ class Subject:
     model_type: str = ""
 
     @property
+    def serves(self) -> bool:
+        """Whether it fuses layers, splits them and has kernels for packed ones."""
+        return self.engine != "transformers"
+
+    @property
     def has_gpu_kernels(self) -> bool:
-        """Whether the layers meet kernels for packed weights on a GPU: transformers has none."""
-        return self.engine != "transformers" and self.device != "cpu"
+        return self.serves and self.device != "cpu"
 
     @property
     def packed(self) -> list[Layer]:
         return [layer for layer in self.layers if layer.scheme is not None]
 
-    def finding(
-        self, rule: str, effect: Effect, layers: Sequence[str], problem: str, remedy: str
-    ) -> Finding:
-        return Finding(rule, self.engine, effect, tuple(layers), problem, remedy)
+    def broken(self, layers: Sequence[str], rules: Iterable[Rule]) -> Iterator[Finding]:
+        """What is to be said of some layers."""
+        for name, effect, is_broken, problem, remedy in rules:
+            if is_broken:
+                yield Finding(name, self.engine, effect, tuple(layers), problem, remedy)
+
+    def first_broken(self, layers: Sequence[str], rules: Iterable[Rule]) -> Iterator[Finding]:
+        """The same of the first rule that is broken, as the others follow from it."""
+        return islice(self.broken(layers, rules), 1)
 
 
 def findings_table(findings: Sequence[Finding]) -> str:

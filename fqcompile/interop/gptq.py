@@ -6,33 +6,27 @@ M.scales  [G, N]             M.g_idx int32 [K] = k // group_size
 
 The config decides what the tensors leave open: `group_size`, and with `sym` the zero point, which
 then is 8 whichever way it was stored (some programs write the one way and name the other).
+
+AWQ has such matrices too, and shares the checks of config keys, of a layer's tensors and groups.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fqcompile.checkpoint.json_text import shown
-from fqcompile.checkpoint.safetensors_file import TensorPlace, read_tensor
 from fqcompile.errors import CheckpointError
-from fqcompile.interop.packed_layer import (
-    BITS,
-    CODES_PER_WORD,
-    MIDDLE,
-    PackedLayer,
-    check_groups,
-    check_options,
-    check_part,
-    layer_parts,
-    nibbles,
-    symmetric,
-)
+from fqcompile.files.json_text import shown
+from fqcompile.files.safetensors_file import TensorPlace, read_tensor
+from fqcompile.interop.assemble import PackedLayer, symmetric
 from fqcompile.interop.patterns import check_pattern, matches_pattern
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.format import num_groups
+from fqcompile.tensor.quantized import QuantizedTensor
 
+CODES_PER_WORD, BITS = 8, 4
+MIDDLE = 8  # the zero point of symmetric codes
 _FORMATS = {"gptq": 1, "gptq_v2": 0}  # and what is added to stored zero points
 _LARGEST = (1 << BITS) - 1
 _EITHER = (True, False, None)
@@ -141,7 +135,7 @@ def _read(
     shape: tuple[int, int],
     size: int,
     zero_points: partial[Tensor],
-) -> QuantizedWeight:
+) -> QuantizedTensor:
     n, k = shape
     scale = read_tensor(places["scales"]).t()
     codes = nibbles(read_tensor(places["qweight"]).t()).reshape(n, k)
@@ -183,3 +177,118 @@ def _zero_points(
             "be converted exactly; save it with checkpoint_format gptq_v2"
         )
     return stored + added
+
+
+def nibbles(words: Tensor) -> Tensor:
+    """int32 [..., W] -> uint8 [..., W, 8], the lowest bits first."""
+    shifts = torch.arange(0, CODES_PER_WORD * BITS, BITS, dtype=torch.int32)
+    return ((words[..., None] >> shifts) & 0xF).to(torch.uint8)
+
+
+def check_options(
+    options: Mapping[str, Any],
+    where: str,
+    *,
+    bits: tuple[str, int],
+    allowed: Mapping[str, Sequence[object]],
+) -> None:
+    """The values of `quantization_config` are among those allowed.
+
+    Args:
+        bits: the key of the width, and the only one.
+        allowed: values by key; None among them: the key may be missing.
+
+    Raises:
+        CheckpointError: a value is another; file and key are named.
+    """
+    for key, values in {**allowed, bits[0]: (bits[1],)}.items():
+        value = options.get(key)
+        if not any(type(value) is type(v) and value == v for v in values):  # 0 is not False
+            raise CheckpointError(
+                f"{where}: quantization_config.{key} is {shown(repr(value))}, and only "
+                f"{' or '.join(repr(v) for v in values if v is not None)} can be converted exactly"
+            )
+
+
+def check_groups(
+    layer: str, place: TensorPlace, k: int, options: Mapping[str, Any], key: str, where: str
+) -> int:
+    """Columns in a group, as the config says: the number of scales alone leaves several open.
+
+    Args:
+        place: of the scales [groups, N].
+        key: of the size among the options; -1 there is one group of all K columns.
+
+    Raises:
+        CheckpointError: the config has no such size, or the scales are of another; file, key and
+            tensor are named.
+    """
+    size = options.get(key)
+    if type(size) is not int or (size < 1 and size != -1):
+        raise CheckpointError(
+            f"{where}: quantization_config.{key} is {shown(repr(size))}; it must be the "
+            "number of columns that share a scale, or -1 for all"
+        )
+    groups = 1 if size == -1 else num_groups(k, size)
+    if place.shape[0] != groups:
+        raise CheckpointError(
+            f"{place.path}: {layer}.scales has {place.shape[0]} groups, and K = {k} in groups of "
+            f"{size} makes {groups}: quantization_config.{key} in {where} contradicts it; give it "
+            "the value that the file was quantized with"
+        )
+    return k if size == -1 else min(size, k)
+
+
+def layer_parts(
+    tensors: Mapping[str, TensorPlace], needed: Sequence[str], optional: Sequence[str], where: str
+) -> dict[str, dict[str, TensorPlace]]:
+    """The tensors of each packed layer by part.
+
+    Raises:
+        CheckpointError: one is there without the others, it is named with its file; or there is
+            none at all, which a config of such layers contradicts.
+    """
+    found: dict[str, dict[str, TensorPlace]] = {}
+    for name, place in tensors.items():
+        layer, _, part = name.rpartition(".")
+        if part in (*needed, *optional):
+            found.setdefault(layer, {})[part] = place
+    if not found:
+        raise CheckpointError(
+            f"{where} has a quantization_config, and no tensor beside it is a {needed[0]}: its "
+            "weights are not packed; remove quantization_config and run: fqcompile quantize "
+            "CHECKPOINT OUT, or give the directory that it was written for"
+        )
+    for layer, places in found.items():
+        missing = [part for part in needed if part not in places]
+        if missing:
+            part, place = next(iter(places.items()))
+            raise CheckpointError(
+                f"{place.path}: {layer}.{part} is there, {layer}.{missing[0]} is not"
+            )
+    return found
+
+
+def check_part(
+    layer: str,
+    places: Mapping[str, TensorPlace],
+    part: str,
+    dtypes: Sequence[str],
+    shape: tuple[int | None, int] | None = None,
+) -> tuple[int, int]:
+    """The shape of a matrix, which must be as expected; None: any size.
+
+    Raises:
+        CheckpointError: type or shape differ; file and tensor are named.
+    """
+    place = places[part]
+    fits = len(place.shape) == 2 and min(place.shape) > 0 and place.dtype in dtypes
+    if fits and shape is not None:
+        fits = all(b in (None, a) for a, b in zip(place.shape, shape, strict=True))
+    if not fits:
+        wanted = "a matrix" if shape is None else f"{list(shape)}"
+        raise CheckpointError(
+            f"{place.path}: {layer}.{part} is {place.dtype} {list(place.shape)}; it must be "
+            f"{' or '.join(dtypes)} {wanted}"
+        )
+    return place.shape[0], place.shape[1]

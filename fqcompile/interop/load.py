@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,20 @@ from torch import Tensor, nn
 
 from fqcompile.checkpoint.checkpoint_model import CheckpointModel
 from fqcompile.checkpoint.conversion import Conversion, initialise, target_types
-from fqcompile.checkpoint.fit import shortened
 from fqcompile.checkpoint.hugging_face import generation_config
-from fqcompile.checkpoint.json_text import shown
 from fqcompile.checkpoint.load import load_saved
 from fqcompile.checkpoint.manifest import MANIFEST
-from fqcompile.checkpoint.recognize import recognized
-from fqcompile.checkpoint.safetensors_file import TensorPlace, read_tensor
-from fqcompile.checkpoint.slots import Slot, slots
-from fqcompile.checkpoint.source import Source, read_config, read_tensors
+from fqcompile.checkpoint.slots import Slot, shortened, slots
+from fqcompile.checkpoint.source import Source, read_config, read_tensors, recognized
 from fqcompile.errors import CheckpointError
-from fqcompile.interop.assemble import assemble
+from fqcompile.files.json_text import shown
+from fqcompile.files.safetensors_file import TensorPlace
+from fqcompile.interop.assemble import PackedLayer, assemble
 from fqcompile.interop.awq import read_awq
 from fqcompile.interop.compressed_tensors import read_compressed_tensors
 from fqcompile.interop.gptq import read_gptq
-from fqcompile.interop.packed_layer import PackedLayer
-from fqcompile.quant.qtype import INT8
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.tensor.format import INT8
+from fqcompile.weights.parameter import PackedWeight
 
 log = logging.getLogger("fqcompile")
 
@@ -134,7 +130,9 @@ def _loaded(directory: Path, config: dict[str, Any], device: torch.device) -> nn
 
 def _tell_of_zero_points(layers: Mapping[str, PackedLayer], given: Mapping[str, Tensor]) -> None:
     """Four bits less a zero point need more: nobody should wonder where the memory went."""
-    wide = [n for n, v in given.items() if isinstance(v, PackedWeight) and v.form.bits == INT8.bits]
+    wide = [
+        n for n, v in given.items() if isinstance(v, PackedWeight) and v.format.bits == INT8.bits
+    ]
     zeros = any("zero" in part for layer in layers.values() for part in layer.places)
     if wide and zeros:
         log.warning(
@@ -181,17 +179,13 @@ def _values(
     """The model's tensors that a step gives."""
     packed = [name for name in step.names if name in weights]
     if not packed:
-        return step.run(work.model, partial(_read, work.source, dtype))
+        return work.convert(step, dtype)
     if len(packed) < len(step.names):
         dense = next(name for name in step.names if name not in weights)
         raise CheckpointError(
             f"{packed[0]} is packed and {dense} is not, and both are {step.target} in the model"
         )
     return {step.target: assemble(step, work.model, weights, dtype)}
-
-
-def _read(source: Source, dtype: torch.dtype, name: str) -> Tensor:
-    return read_tensor(source.tensors[name]).to(dtype)
 
 
 def _put_all(places: Mapping[str, Slot], given: Mapping[str, Tensor], device: torch.device) -> None:
@@ -201,11 +195,7 @@ def _put_all(places: Mapping[str, Slot], given: Mapping[str, Tensor], device: to
         tied.setdefault(id(slot.tensor), []).append(slot)
     for name, value in given.items():
         slot = places[name]
-        if value.shape != slot.tensor.shape:
-            raise CheckpointError(
-                f"{name} is {list(value.shape)} in the checkpoint and {list(slot.tensor.shape)} in "
-                "the model; is config.json that of another model?"
-            )
+        slot.check_shape(value)
         moved = value.to(device)
         if isinstance(moved, PackedWeight):
             moved.memory.root.name = name

@@ -14,8 +14,8 @@ from importlib import import_module
 from math import prod
 from typing import Any
 
-from fqcompile.checkpoint.json_text import shown
 from fqcompile.errors import CheckpointError
+from fqcompile.files.json_text import shown
 
 _parser, _compiler = import_module("re._parser"), import_module("re._compiler")
 

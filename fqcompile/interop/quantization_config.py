@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from fqcompile.checkpoint.json_text import check_name, shown
 from fqcompile.errors import CheckpointError
+from fqcompile.files.json_text import check_name, shown
 from fqcompile.interop.layers import Layer, Scheme
 from fqcompile.interop.patterns import check_pattern, matches_pattern
 

@@ -14,163 +14,124 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.epilogue import activation as activation_entry
 from fqcompile.kernels.registry import parse_kernel
-from fqcompile.kernels.template import Shape
+from fqcompile.kernels.template import Routing, Shape
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
 
 Holds = Callable[[Any], bool]
 Run = TypeVar("Run", bound=Callable[..., Any])
 _MOST_FORMS = 4096  # forms of layers whose shapes are remembered
 
 
-def check_linear(
-    x: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    bits: int,
-    group_size: int,
-    n: int,
-    k: int,
+def checked_weight(
+    kernel: str,
     activation: str,
-    gated: bool,
-    kernel: str,
-    *,
-    holds: Holds = bool,
-) -> None:
-    """x [..., K], bias [rows of the weight] and residual [..., N] of one type, and the weight.
-
-    Raises:
-        RuntimeError: one of them has another shape or type.
-        OptionError: there is no such activation.
-        NoKernelError: the kernel is not installed here.
-    """
-    rows = 2 * n if gated else n
-    codes, scales = _shapes(kernel, activation, bits, group_size, rows, k)
-    if qweight.shape != codes or scale.shape != scales:
-        raise _other_form(qweight, scale, kernel, bits, group_size, rows, k, "")
-    shape = x.shape
-    if not shape or not holds(shape[-1] == k):
-        raise RuntimeError(
-            f"x has {shape[-1] if shape else 'no'} columns; the weight has K={k}: a layer of "
-            f"N={n} takes x of shape [..., {k}], not {tuple(shape)}"
-        )
-    if bias is not None and (bias.shape != (rows,) or bias.dtype != x.dtype):
-        raise _other_values(bias, (rows,), x, "bias")
-    if residual is not None:
-        added = (*shape[:-1], n)
-        if residual.shape != added or residual.dtype != x.dtype:
-            raise _other_values(residual, added, x, "residual")
-
-
-def check_experts(
-    x: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    offsets: Tensor | None,
-    ids: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    n: int,
-    k: int,
-    activation: str,
-    gated: bool,
-    kernel: str,
-    *,
-    holds: Holds = bool,
-) -> None:
-    """x [M, K], one offset for each expert or one id for each row, bias [E, rows of one].
-
-    Raises:
-        RuntimeError: one of them has another shape or type.
-        OptionError: there is no such activation.
-        NoKernelError: the kernel is not installed here.
-    """
-    rows = 2 * n if gated else n
-    _check_routed(x, "x", k, qweight, offsets, ids, holds)
-    check_weight(qweight, scale, bits, group_size, rows, k, kernel, activation, stacked=True)
-    each = (qweight.shape[0], rows)
-    if bias is not None and (bias.shape != each or bias.dtype != x.dtype):
-        raise _other_values(bias, each, x, "bias")
-
-
-def check_experts_backward(
-    dz: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    offsets: Tensor | None,
-    ids: Tensor | None,
-    bits: int,
-    group_size: int,
-    rows: int,
-    k: int,
-    kernel: str,
-    *,
-    holds: Holds = bool,
-) -> None:
-    """dz [M, rows of one expert], routed as x was.
-
-    Raises:
-        RuntimeError: one of them has another shape or type.
-        NoKernelError: the kernel is not installed here.
-    """
-    _check_routed(dz, "dz", rows, qweight, offsets, ids, holds)
-    check_weight(qweight, scale, bits, group_size, rows, k, kernel, stacked=True)
-
-
-def check_weight(
+    experts: int | None,
     qweight: Tensor,
     scale: Tensor,
     bits: int,
     group_size: int,
     rows: int,
     k: int,
-    kernel: str,
-    activation: str = "none",
-    *,
-    stacked: bool = False,
-) -> None:
-    """qweight and scale as the kernel's layout has them, of a stack with [E, ...] in front.
+) -> QuantizedTensor:
+    """Codes and scales in the layout of the kernel; with `experts`, those of a stack [E, ...].
+
+    Every eager call of a layer comes this way, so what is known of its form is looked up once.
 
     Raises:
         RuntimeError: they are of another layer, or of another layout.
         OptionError: there is no such activation.
         NoKernelError: the kernel is not installed here.
     """
-    codes, scales = _shapes(kernel, activation, bits, group_size, rows, k)
-    stack = qweight.shape[:1] if stacked else ()
-    if qweight.shape != (*stack, *codes) or scale.shape != (*stack, *scales):
-        each = ", of each expert" if stacked else ""
-        raise _other_form(qweight, scale, kernel, bits, group_size, rows, k, each)
+    # Symbolic numbers of experts, which fakes may have, cannot be looked up.
+    find = _expected if experts is None or type(experts) is int else _expected.__wrapped__
+    form, codes, scales = find(kernel, activation, bits, group_size, rows, k, experts)
+    if qweight.shape != codes or scale.shape != scales:
+        raise _other_form(qweight, scale, form, kernel)
+    return QuantizedTensor(qweight, scale, form)
 
 
 @lru_cache(_MOST_FORMS)
-def _shapes(
-    kernel: str, activation: str, bits: int, group_size: int, rows: int, k: int
-) -> tuple[Shape, Shape]:
-    """Of qweight and scale, of one matrix."""
+def _expected(
+    kernel: str, activation: str, bits: int, group_size: int, rows: int, k: int, experts: int | None
+) -> tuple[Format, Shape, Shape]:
+    """The format, and the shapes of qweight and scale."""
     activation_entry(activation)
-    return parse_kernel(kernel).template.layout.shapes(bits, group_size, rows, k)
+    layout = parse_kernel(kernel).template.layout
+    form = Format(bits, group_size, rows, k, experts or 0, layout=layout.name)
+    stack = () if experts is None else (experts,)
+    codes, scales = layout.shapes(bits, group_size, rows, k)
+    return form, (*stack, *codes), (*stack, *scales)
 
 
-def _other_form(
-    qweight: Tensor,
-    scale: Tensor,
-    kernel: str,
-    bits: int,
-    group_size: int,
-    rows: int,
-    k: int,
-    each: str,
-) -> RuntimeError:
-    codes, scales = _shapes(kernel, "none", bits, group_size, rows, k)
+def experts_in(qweight: Tensor) -> int:
+    """How many a stack has, whatever its shape is."""
+    return qweight.shape[0] if qweight.dim() else 0
+
+
+def _other_form(qweight: Tensor, scale: Tensor, form: Format, kernel: str) -> RuntimeError:
+    layout = parse_kernel(kernel).template.layout
+    codes, scales = layout.shapes(form.bits, form.group_size, form.rows, form.k)
     return RuntimeError(
         f"qweight and scale have the shapes {tuple(qweight.shape)} and {tuple(scale.shape)}; "
-        f"{kernel} reads {codes} and {scales} for {bits} bits, groups of {group_size}, {rows} rows "
-        f"and K={k}{each}"
+        f"{kernel} reads {codes} and {scales} for {form.bits} bits, groups of {form.group_size}, "
+        f"{form.rows} rows and K={form.k}{', of each expert' if form.experts else ''}"
     )
+
+
+def check_matmul(
+    x: Tensor,
+    weight: QuantizedTensor,
+    routing: Routing | None,
+    epilogue: Epilogue,
+    zero_rest: bool = False,
+    *,
+    holds: Holds = bool,
+) -> None:
+    """x [..., K], bias [rows of the weight] and residual [..., N] of one type.
+
+    With a routing x [M, K], one offset for each expert or one id for each row, and bias [E, rows].
+
+    Raises:
+        RuntimeError: one of them has another shape or type, or does not go with the routing.
+    """
+    rows, k = weight.format.rows, weight.format.k
+    bias, residual, _, _ = epilogue
+    if routing is None:
+        shape = x.shape
+        if not shape or not holds(shape[-1] == k):
+            raise _other_columns(x, k, epilogue.columns(rows))
+    else:
+        _check_routed(x, "x", k, weight.qweight, routing, holds)
+    if zero_rest and (routing is None or routing.offsets is None):
+        raise RuntimeError("zero_rest=True is about rows past the last offset; it needs offsets")
+    if bias is not None:
+        biases = (rows,) if routing is None else (weight.qweight.shape[0], rows)
+        if bias.shape != biases or bias.dtype != x.dtype:
+            raise _other_values(bias, biases, x, "bias")
+    if residual is not None:
+        if routing is not None:
+            raise RuntimeError(
+                f"residual of shape {tuple(residual.shape)} beside offsets or ids: rows of experts "
+                "take no residual; add it to the result"
+            )
+        added = (*x.shape[:-1], epilogue.columns(rows))
+        if residual.shape != added or residual.dtype != x.dtype:
+            raise _other_values(residual, added, x, "residual")
+
+
+def check_backward(
+    dz: Tensor, weight: QuantizedTensor, routing: Routing, *, holds: Holds = bool
+) -> None:
+    """dz [M, rows of one expert], routed as x was.
+
+    Raises:
+        RuntimeError: one of them has another shape or type.
+    """
+    _check_routed(dz, "dz", weight.format.rows, weight.qweight, routing, holds)
 
 
 def _check_routed(
@@ -178,8 +139,7 @@ def _check_routed(
     name: str,
     columns: int,
     qweight: Tensor,
-    offsets: Tensor | None,
-    ids: Tensor | None,
+    routing: Routing,
     holds: Holds,
 ) -> None:
     if x.dim() != 2:
@@ -187,17 +147,25 @@ def _check_routed(
     if not holds(x.shape[1] == columns):
         kind = "K" if name == "x" else "rows"
         raise RuntimeError(f"{name} has {x.shape[1]} columns; the weight has {kind}={columns}")
-    routing = offsets if ids is None else ids
-    if routing is None or (offsets is not None and ids is not None):
+    offsets, ids = routing
+    given = offsets if ids is None else ids
+    if given is None or (offsets is not None and ids is not None):
         raise RuntimeError("rows are told their experts by offsets or by ids, by one of the two")
-    if routing.dim() != 1:
-        raise RuntimeError(f"routing has {routing.dim()} dimensions; it has 1")
-    if routing.dtype not in (torch.int32, torch.int64):
-        raise RuntimeError(f"routing is {routing.dtype}; it must be int32 or int64")
-    if ids is None and not holds(routing.shape[0] == qweight.shape[0]):
-        raise RuntimeError(f"{routing.shape[0]} offsets for {qweight.shape[0]} experts")
+    if given.dim() != 1:
+        raise RuntimeError(f"routing has {given.dim()} dimensions; it has 1")
+    if given.dtype not in (torch.int32, torch.int64):
+        raise RuntimeError(f"routing is {given.dtype}; it must be int32 or int64")
+    if ids is None and not holds(given.shape[0] == qweight.shape[0]):
+        raise RuntimeError(f"{given.shape[0]} offsets for {qweight.shape[0]} experts")
     if ids is not None and not holds(ids.shape[0] == x.shape[0]):
         raise RuntimeError(f"{ids.shape[0]} ids for {x.shape[0]} rows of {name}")
+
+
+def _other_columns(x: Tensor, k: int, n: int) -> RuntimeError:
+    return RuntimeError(
+        f"x has {x.shape[-1] if x.shape else 'no'} columns; the weight has K={k}: a layer of "
+        f"N={n} takes x of shape [..., {k}], not {tuple(x.shape)}"
+    )
 
 
 def _other_values(values: Tensor, shape: Shape, x: Tensor, name: str) -> RuntimeError:

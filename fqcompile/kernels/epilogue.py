@@ -1,13 +1,14 @@
-"""The activations a kernel may apply: one table of PyTorch form, its derivative, and Triton form.
+"""What a kernel does to a product: the Epilogue, and the table of activations that it may name.
 
-The reference, the fuse pass, the ops' backward and the Triton kernels all read this table.
+An activation is a PyTorch form, its derivative, and a Triton form: the fuse pass, the operator's
+backward and the Triton kernels all read this table.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from fqcompile.errors import OptionError
 
 aten = torch.ops.aten
 HAS_TRITON = find_spec("triton") is not None
-_forms: Any = import_module("fqcompile.kernels.triton.activations") if HAS_TRITON else None
+_forms: Any = import_module("fqcompile.kernels.triton.epilogue") if HAS_TRITON else None
 
 
 # Of GPT-OSS's gated unit: silu with a steeper sigmoid, both sides clamped, `up` off by one.
@@ -114,30 +115,44 @@ def activation(name: str) -> Activation:
     return ACTIVATIONS[name]
 
 
-def apply_epilogue(
-    z: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    act: str,
-    gated: bool,
-) -> torch.Tensor:
-    """Bias, activation, gate x up, residual, in z's dtype. z: [..., rows of the weight]."""
-    if bias is not None:
-        z = z + bias.to(z.dtype)
-    table = activation(act)
-    if gated:
+class Epilogue(NamedTuple):
+    """What follows the product z = x @ ŵᵀ [..., rows of the weight]: `act(z + bias) + residual`.
+
+    Gated, z is gate beside up, and it is `act(gate + b_gate) * up(up + b_up) + residual`.
+
+    Attributes:
+        bias: [rows of the weight], of experts [E, rows of one].
+        residual: [..., N]; rows of experts have none.
+    """
+
+    bias: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    activation: str = "none"
+    gated: bool = False
+
+    def columns(self, rows: int) -> int:
+        """N: the columns of the result, of a weight with so many rows."""
+        return rows // 2 if self.gated else rows
+
+    def apply(self, z: torch.Tensor) -> torch.Tensor:
+        """[..., N] in z's dtype."""
+        return self.apply_to_biased(z if self.bias is None else z + self.bias.to(z.dtype))
+
+    def apply_to_biased(self, z: torch.Tensor) -> torch.Tensor:
+        """The same for a product that has its bias already."""
+        table = activation(self.activation)
+        if self.gated:
+            gate, up = z.chunk(2, dim=-1)
+            z = table.forward(gate) * table.up(up)
+        else:
+            z = table.forward(z)
+        return z if self.residual is None else z + self.residual.to(z.dtype)
+
+    def backward(self, dy: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """dz from dy [..., N], for z with its bias."""
+        table = activation(self.activation)
+        if not self.gated:
+            return table.backward(dy, z)
         gate, up = z.chunk(2, dim=-1)
-        z = table.forward(gate) * table.up(up)
-    else:
-        z = table.forward(z)
-    return z if residual is None else z + residual.to(z.dtype)
-
-
-def epilogue_backward(dy: torch.Tensor, z: torch.Tensor, act: str, gated: bool) -> torch.Tensor:
-    """dz from dy [..., N], for z [..., rows of the weight] with its bias."""
-    table = activation(act)
-    if not gated:
-        return table.backward(dy, z)
-    gate, up = z.chunk(2, dim=-1)
-    through_gate = table.backward(dy * table.up(up), gate)
-    return torch.cat((through_gate, table.up_backward(dy * table.forward(gate), up)), dim=-1)
+        through_gate = table.backward(dy * table.up(up), gate)
+        return torch.cat((through_gate, table.up_backward(dy * table.forward(gate), up)), dim=-1)

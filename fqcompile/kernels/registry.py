@@ -5,17 +5,15 @@ To add a template: write its file, add it to TEMPLATES.
 
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 
 from fqcompile.errors import NoKernelError
 from fqcompile.kernels.cpu.aten_packed import INT4PACK, INT8PACK
 from fqcompile.kernels.cpu.stream import X86_STREAM
 from fqcompile.kernels.dequantize import DEQUANTIZE
-from fqcompile.kernels.launch_table import LaunchTable
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.epilogue import HAS_TRITON
+from fqcompile.kernels.spec import GemmSpec, LaunchTable
 from fqcompile.kernels.template import Layout, Template
 
-HAS_TRITON = find_spec("triton") is not None
 if HAS_TRITON:
     from fqcompile.kernels.triton.template import TRITON_GEMMS
 
@@ -50,20 +48,13 @@ def select_kernel(spec: GemmSpec, layout: str | None = None) -> KernelChoice:
     """
     refusals = []
     for template in TEMPLATES.values():
-        reason = refusal(template, spec)
+        reason = template.refuse(spec)
         if reason is None and layout not in (None, template.layout.name):
             reason = f"reads the layout {template.layout.name!r}, not {layout!r}"
         if reason is None:
             return KernelChoice(template, template.launches(spec))
         refusals.append(f"{template.name}: {reason}")
     raise NoKernelError(f"no kernel for {spec}:\n  " + "\n  ".join(refusals))
-
-
-def refusal(template: Template, spec: GemmSpec) -> str | None:
-    """Why `template` cannot run `spec`; None where it can."""
-    if spec.experts and template.experts is None:
-        return "runs one matrix, not a stack of experts"
-    return template.refuse(spec)
 
 
 @cache

@@ -3,19 +3,22 @@
 Expressions in M, the rows of x, in seconds. A kernel's own model is beside the kernel.
 """
 
+import time
 from collections.abc import Callable
+from functools import cache
 from typing import Protocol
 
 import sympy
+import torch
 from sympy import Expr, Max, Symbol
 
-from fqcompile.kernels.cpu.bandwidth import read_bandwidth
-from fqcompile.kernels.gpu import Gpu
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import GemmSpec, Gpu
 
 M: Symbol = Symbol("M", positive=True)
 LAUNCH_SECONDS = 2e-6  # until a kernel's programs run at full rate, and the last of them ends
 _FLOAT_BYTES = 2
+_READ_BYTES = 128 << 20  # more than the caches of most processors
+_READS = 4
 _PLAIN_BITS = 16  # of a weight that is not quantised, and so has no scales
 
 
@@ -84,6 +87,23 @@ def least_seconds(spec: GemmSpec) -> float | None:
         return None
     moved = experts_hit(spec) * weight_bytes(spec) + activation_bytes(spec)
     return float(moved.subs(M, spec.m)) / read_bandwidth()
+
+
+def read_bandwidth() -> float:
+    """Bytes a second at which PyTorch's threads read memory; measured once, in 0.1 s."""
+    return _measured(torch.get_num_threads())
+
+
+@cache
+def _measured(threads: int) -> float:
+    """The best of a few sums, the fastest reader in PyTorch, over a tensor that no cache holds."""
+    numbers = torch.ones(_READ_BYTES // 4)
+    seconds = []
+    for _ in range(_READS):
+        start = time.perf_counter()
+        numbers.sum()
+        seconds.append(time.perf_counter() - start)
+    return _READ_BYTES / min(seconds)
 
 
 def dense(spec: GemmSpec, gpu: Gpu) -> Expr:

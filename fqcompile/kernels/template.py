@@ -1,93 +1,166 @@
 """Template: one way to run a quantised matmul, as a value to ask and to call."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 
-from fqcompile.kernels.launch_table import Config, LaunchTable
-from fqcompile.kernels.spec import GemmSpec
-from fqcompile.quant.affine import dequantize_rows
-from fqcompile.quant.granularity import num_groups
-from fqcompile.quant.packing import packed_columns
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.kernels.cpu.huge_pages import in_huge_pages
+from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.spec import Config, GemmSpec, LaunchTable
+from fqcompile.tensor import format as formats
+from fqcompile.tensor.codes import dequantize_rows
+from fqcompile.tensor.format import QTYPES, num_groups, packed_columns
+from fqcompile.tensor.quantized import QuantizedTensor
 
 PackedTensors = tuple[torch.Tensor, torch.Tensor]
 Shape = tuple[int, ...]
 SearchMode = Literal["fast", "max"]
 
 
-class PackedLinear(NamedTuple):
-    """A packed weight with its format, as the op received it. qweight and scale follow `layout`.
+class Routing(NamedTuple):
+    """Which rows of x go to which expert: exactly one of the two is given, of int32 or int64.
 
-    Of a stack of experts, both have one more dimension in front, and `rows` are those of one.
+    offsets [E]   x is sorted by expert: expert e has the rows offsets[e-1] to offsets[e]; those
+                  from the last offset on belong to no expert and are neither read nor written
+    ids [M]       row m goes to expert ids[m]; a negative id counts from the last one, as in W[ids]
     """
 
-    qweight: torch.Tensor
-    scale: torch.Tensor
-    bits: int
-    group_size: int
-    rows: int
-    k: int
+    offsets: torch.Tensor | None = None
+    ids: torch.Tensor | None = None
+
+    def rows_of_experts(self, experts: int, m: int) -> Iterator[tuple[int, slice | torch.Tensor]]:
+        """Each expert that has rows, with them. Reads the routing on the host.
+
+        Raises:
+            IndexError: an id names no expert, or offsets fall or pass the rows there are.
+        """
+        if self.offsets is not None:
+            yield from _runs(self.offsets.tolist(), m)
+            return
+        assert self.ids is not None
+        rows: dict[int, list[int]] = {}
+        for row, index in enumerate(self.ids.tolist()):
+            if not -experts <= index < experts:
+                raise IndexError(
+                    f"ids[{row}] is {index}; the weight has {experts} experts, so ids must be from "
+                    f"{-experts} to {experts - 1}"
+                )
+            rows.setdefault(index % experts, []).append(row)
+        for expert, own in sorted(rows.items()):
+            yield expert, _as_rows(own)
 
 
-class LinearFn(Protocol):
+def _runs(ends: list[int], m: int) -> Iterator[tuple[int, slice]]:
+    bounds = [0, *ends]
+    falls = next((i for i, (a, b) in enumerate(pairwise(bounds)) if b < a), None)
+    if falls is not None or bounds[-1] > m:
+        where = f"offsets[{falls}] falls" if falls is not None else f"the last is over {m}"
+        raise IndexError(
+            f"offsets must rise from 0 to at most the {m} rows of x; {where} in {ends}"
+        )
+    for expert, (start, end) in enumerate(pairwise(bounds)):
+        if end > start:
+            yield expert, slice(start, end)
+
+
+def _as_rows(rows: list[int]) -> slice | torch.Tensor:
+    """A slice where the rows are neighbours: reading one makes no copy."""
+    first, last = rows[0], rows[-1]
+    return slice(first, last + 1) if last - first + 1 == len(rows) else torch.tensor(rows)
+
+
+class Run(Protocol):
     """`act(x @ ŵᵀ + bias) + residual` for x [M, K] with M >= 1; returns [M, N] in x's dtype.
 
-    The residual [M, N] has x's dtype too; the operator sees to it (see `arguments`).
+    With a routing the weight is a stack of experts, the bias [E, rows of one], and there is no
+    residual: `act(x[m] @ ŵ[e(m)]ᵀ + bias[e(m)])`. Experts without rows are not read, rows without
+    an expert are not written. The operator has checked all sizes and types (see `arguments`).
     """
 
     def __call__(
         self,
         x: torch.Tensor,
-        weight: PackedLinear,
-        bias: torch.Tensor | None,
-        residual: torch.Tensor | None,
-        activation: str,
-        gated: bool,
+        weight: QuantizedTensor,
+        routing: Routing | None,
+        epilogue: Epilogue,
         config: Config | None,
     ) -> torch.Tensor: ...
 
 
-class ExpertsFn(Protocol):
-    """`act(x[m] @ ŵ[e(m)]ᵀ + bias[e(m)])` for x [M, K] with M >= 1; returns [M, N] in x's dtype.
+Multiply = Callable[[torch.Tensor, QuantizedTensor, Epilogue], torch.Tensor]
 
-    Row m's expert e(m) is told by offsets or by ids, see `routing`; bias is [E, rows of one].
-    Experts without rows are not read; rows without an expert are not written.
-    """
 
-    def __call__(
-        self,
+def one_by_one(multiply: Multiply) -> Run:
+    """Runs experts too by a kernel for one matrix, which has no configuration: each with rows."""
+
+    def run(
         x: torch.Tensor,
-        weight: PackedLinear,
-        offsets: torch.Tensor | None,
-        ids: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        activation: str,
-        gated: bool,
+        weight: QuantizedTensor,
+        routing: Routing | None,
+        epilogue: Epilogue,
         config: Config | None,
-    ) -> torch.Tensor: ...
+    ) -> torch.Tensor:
+        if routing is None:
+            return multiply(x, weight, epilogue)
+        bias = epilogue.bias
+        y = x.new_empty(x.shape[0], epilogue.columns(weight.format.rows))
+        for expert, rows in routing.rows_of_experts(weight.qweight.shape[0], x.shape[0]):
+            own = epilogue._replace(bias=None if bias is None else bias[expert])
+            y[rows] = multiply(x[rows], weight.expert(expert), own)
+        return y
+
+    return run
 
 
 @dataclass(frozen=True)
 class Layout:
     """How a kernel wants codes and scales in memory; `pack` makes it from the plain one.
 
-    `shapes(bits, group_size, rows, k)` are those of what `pack` makes; kernels read no others.
-    `unpack` gives the plain one back, bit for bit; `dequantize` gives ŵ [rows, K] in a dtype;
-    `narrow` gives some rows, in this layout, whose codes are a view, or None where these rows have
-    none. All take one matrix, and are None where nothing can. The name carries the layout's
-    version, since packed tensors and tuned tables are found by it.
+    `shapes(bits, group_size, rows, k)` are those of what `pack_matrix` makes; kernels read no
+    others. `unpack_matrix` gives the plain one back, bit for bit; `dequantize` gives ŵ [rows, K] in
+    a dtype; `rows` gives some rows, in this layout, whose codes are a view, or None where these
+    rows have none. All take one matrix, and are None where nothing can. The name carries the
+    layout's version, since packed tensors and tuned tables are found by it.
     """
 
     name: str
-    pack: Callable[[QuantizedWeight], PackedTensors]
+    pack_matrix: Callable[[QuantizedTensor], PackedTensors]
     shapes: Callable[[int, int, int, int], tuple[Shape, Shape]]
-    dequantize: Callable[[PackedLinear, torch.dtype], torch.Tensor] | None = None
-    unpack: Callable[[PackedLinear], QuantizedWeight] | None = None
-    narrow: Callable[[PackedLinear, int, int], PackedTensors | None] | None = None
+    dequantize: Callable[[QuantizedTensor, torch.dtype], torch.Tensor] | None = None
+    unpack_matrix: Callable[[QuantizedTensor], PackedTensors] | None = None
+    rows: Callable[[QuantizedTensor, int, int], PackedTensors | None] | None = None
+
+    def pack(self, weight: QuantizedTensor) -> QuantizedTensor:
+        """The weight, which is in the plain layout, in this one; a stack expert by expert."""
+        assert weight.format.layout == formats.PLAIN, f"packed as {weight.format.layout} already"
+        if self.name == formats.PLAIN:
+            return weight
+        experts = weight.unbind() if weight.format.experts else [weight]
+        # Into one tensor each from the start: a second copy of all experts would be large.
+        qweight, scale = first = self.pack_matrix(experts[0])
+        if weight.format.experts:
+            qweight, scale = (in_huge_pages(t.new_empty((len(experts), *t.shape))) for t in first)
+            for i, expert in enumerate(experts):
+                qweight[i], scale[i] = self.pack_matrix(expert)
+        return QuantizedTensor(qweight, scale, replace(weight.format, layout=self.name))
+
+    def unpack(self, weight: QuantizedTensor) -> QuantizedTensor:
+        """What `pack` was given, bit for bit."""
+        assert self.unpack_matrix is not None, f"layout {self.name} cannot be undone"
+        if self.name == formats.PLAIN:
+            return weight
+        if weight.format.experts:
+            return QuantizedTensor.stack([self.unpack(one) for one in weight.unbind()])
+        form = replace(weight.format, layout=formats.PLAIN)
+        return QuantizedTensor(*self.unpack_matrix(weight), form)
+
+    def narrow(self, weight: QuantizedTensor, start: int, rows: int) -> QuantizedTensor | None:
+        """Rows of a matrix in this layout, whose codes are a view; None where there is none."""
+        found = None if self.rows is None else self.rows(weight, start, rows)
+        return found and QuantizedTensor(*found, replace(weight.format, rows=rows))
 
 
 def plain_shapes(bits: int, group_size: int, rows: int, k: int) -> tuple[Shape, Shape]:
@@ -95,31 +168,23 @@ def plain_shapes(bits: int, group_size: int, rows: int, k: int) -> tuple[Shape, 
     return (rows, packed_columns(QTYPES[bits], k)), (rows, num_groups(k, group_size))
 
 
-def dequantize_plain(weight: PackedLinear, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_plain(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
     """ŵ [rows, K] in `dtype`, from the plain layout."""
-    return dequantize_rows(
-        weight.qweight, weight.scale, weight.bits, weight.group_size, weight.k, dtype
-    )
+    f = weight.format
+    return dequantize_rows(weight.qweight, weight.scale, f.bits, f.group_size, f.k, dtype)
 
 
-def unpack_plain(weight: PackedLinear) -> QuantizedWeight:
-    """The same tensors."""
-    qweight, scale, bits, group_size, rows, k = weight
-    return QuantizedWeight(qweight, scale, bits, group_size, (rows, k))
-
-
-def narrow_plain(weight: PackedLinear, start: int, rows: int) -> PackedTensors:
-    """Rows from `start` on."""
-    return weight.qweight.narrow(0, start, rows), weight.scale.narrow(0, start, rows)
+def _same(weight: QuantizedTensor) -> PackedTensors:
+    return weight.tensors
 
 
 PLAIN = Layout(
-    "plain",
-    lambda w: (w.qweight, w.scale),
+    formats.PLAIN,
+    _same,
     plain_shapes,
     dequantize_plain,
-    unpack_plain,
-    narrow_plain,
+    _same,
+    lambda weight, start, rows: weight.narrow(start, rows).tensors,
 )
 
 
@@ -135,16 +200,14 @@ class Template:
     Attributes:
         refuse: pure and total: None where the template can run the spec, else the reason it cannot.
         launches: the configurations without measuring (None: nothing to configure).
-        linear: runs it.
+        run: runs it, for one matrix or for experts; `one_by_one` makes it of a kernel for one.
         candidates: configurations worth measuring for M rows, the one of `launches` first; at most
             12 in mode "fast".
-        experts: runs it for experts; None where the template has one matrix alone.
     """
 
     name: str
     layout: Layout
     refuse: Callable[[GemmSpec], str | None]
     launches: Callable[[GemmSpec], LaunchTable | None]
-    linear: LinearFn
+    run: Run
     candidates: Callable[[GemmSpec, int, SearchMode], Sequence[Config]] = nothing_to_search
-    experts: ExpertsFn | None = None

@@ -1,1 +1,1 @@
-"""capture → match → choose → quantize → rewrite → fuse → select → lower, one file each."""
+"""From capture to lower, one file each; `pipeline` has their order."""

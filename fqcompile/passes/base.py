@@ -10,11 +10,11 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fqcompile.config import FineQuantConfig
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.passes.effects import has_effects
-from fqcompile.passes.naming import InputName
+from fqcompile.passes.naming import InputName, name_inputs
 from fqcompile.passes.sites import KeptWeight, WeightSite
 from fqcompile.quant.choose import QuantPlan
 from fqcompile.torch_compat import copy_sources, is_erased
-from fqcompile.weights.packed import PackedPart, PackedSpec
+from fqcompile.weights.node_weight import NodeWeight, Part
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class PackedPair:
 
     qweight: fx.Node
     scale: fx.Node
-    spec: PackedSpec
+    spec: NodeWeight
 
 
 @dataclass
@@ -32,10 +32,10 @@ class GraphState:
 
     Attributes:
         constants: the constant inputs, with their positions among `args`.
+        named: these, and inputs that would be constant if not written, and parameters passed in.
         written: nodes whose memory the named call of the graph may write to.
         gemms: what the kernels were told of each quantised matmul.
-        known: what the inputs are called that are constant, or would be if not written, parameters
-            passed in, and tensors that are attributes of the graph.
+        known: what those of `named` are called, and tensors that are attributes of the graph.
         names: their names alone.
         changing: positions among `args` of weights that are others in every call.
         name: the graph's, for messages.
@@ -45,6 +45,7 @@ class GraphState:
     args: Sequence[Any]
     config: FineQuantConfig
     constants: dict[fx.Node, int]
+    named: dict[fx.Node, int]
     written: dict[fx.Node, str]
     known: dict[fx.Node, InputName]
     grad_possible: bool
@@ -65,6 +66,10 @@ class GraphState:
     def graph(self) -> fx.Graph:
         return self.module.graph
 
+    def known_in(self, args: Sequence[Any]) -> dict[fx.Node, InputName]:
+        """What `known` is where another instance runs the graph, whose weights are in `args`."""
+        return self.known | name_inputs(self.named, args)
+
     def replace_op(self, ops: Sequence[fx.Node], fused: fx.Node, pair: PackedPair) -> None:
         """Record that `fused` now computes what `ops` computed, from `pair`."""
         self.packed[fused] = pair
@@ -73,11 +78,11 @@ class GraphState:
                 site.op = fused
 
 
-def part_of(state: GraphState, site: WeightSite, plan: QuantPlan) -> PackedPart:
+def part_of(state: GraphState, site: WeightSite, plan: QuantPlan) -> Part:
     """The site's rows as quantised by this plan, whoever's weights come in."""
     *experts, rows, k = site.shape
     inputs = tuple(state.constants[source] for source in site.sources)
-    return PackedPart(site.recipe, inputs, plan, rows, k, *experts)
+    return Part(site.recipe, inputs, plan, rows, k, *experts)
 
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:

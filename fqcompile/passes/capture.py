@@ -17,7 +17,6 @@ from fqcompile.passes.base import GraphState, copy_module, example, placeholders
 from fqcompile.passes.effects import has_effects, memory_of, written_inputs
 from fqcompile.passes.naming import InputName, name_inputs
 from fqcompile.passes.regions import inline_regions
-from fqcompile.passes.spelling import spell
 from fqcompile.torch_compat import (
     STATIC_INPUT,
     AttrSource,
@@ -33,7 +32,6 @@ def capture(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig
     """The state that all other passes work on; Dynamo's own module is left untouched."""
     copied, _ = copy_module(module)
     inline_regions(copied, training=torch.is_grad_enabled() or enables_grad(copied.graph))
-    spell(copied.graph)
     inputs = placeholders(copied.graph)
     constants = {
         node: index
@@ -45,7 +43,8 @@ def capture(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig
         for index, (node, value) in enumerate(zip(inputs, args, strict=True))
         if isinstance(value, nn.Parameter) and node not in constants
     }
-    known = name_inputs(constants | passed, args) | _names_inside(copied)
+    named = constants | passed
+    known = name_inputs(named, args) | _names_inside(copied)
     # What a model carries over a graph break arrives as an argument, and is its own all the same.
     constants |= {node: index for node, index in passed.items() if known[node].held}
     written = _writers(copied.graph, inputs, args)
@@ -54,6 +53,7 @@ def capture(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig
         args=args,
         config=config,
         constants={node: i for node, i in constants.items() if node not in written},
+        named=named,
         written=written,
         known=known,
         grad_possible=torch.is_grad_enabled() or enables_grad(copied.graph),

@@ -122,7 +122,7 @@ def is_codebook(state: GraphState, site: WeightSite) -> bool:
             return False
         return not {*site.sources}.isdisjoint(folder.recipe(node)[1])
 
-    operands = (site.bias, *(arg for node in computed for arg in node.all_input_nodes))
+    operands = (site.contraction.bias, *(arg for node in computed for arg in node.all_input_nodes))
     nearest = not names.isdisjoint(_LEAST) or any(map(of_weight, operands))
     return nearest or any(_looks_up(choice, of_weight) for choice in choices)
 

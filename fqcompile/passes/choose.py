@@ -1,4 +1,4 @@
-"""3 choose: bits and granularity for each site, or the reason why it stays as it is.
+"""4 choose: bits and granularity for each site, or the reason why it stays as it is.
 
 What depends on the graph and the options is decided once (`settle`); what depends on the weights'
 values is decided again for every instance that runs the graph (`decide`).
@@ -10,21 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fqcompile.config import ROUTER
 from fqcompile.distributed.ranks import progress
 from fqcompile.distributed.shards import NOT_LOCAL, is_dtensor
 from fqcompile.errors import UnquantizableWeight
 from fqcompile.passes.base import GraphState, example
 from fqcompile.passes.choices import experts_outside, is_codebook, is_router
-from fqcompile.passes.naming import InputName, joined_name, name_inputs
+from fqcompile.passes.naming import InputName, joined_name
 from fqcompile.passes.sites import WeightSite
+from fqcompile.quant.checks import OTHER_DTYPE, WEIGHT_DTYPES
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
-from fqcompile.quant.validate import WEIGHT_DTYPES
 from fqcompile.torch_compat import FakeTensor
-from fqcompile.weights.find_or_quantize import use_logged
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.disk_cache import use_logged
+from fqcompile.weights.parameter import PackedWeight
 from fqcompile.weights.store import STORE
 
 Decision = QuantPlan | str
+PlanKey = tuple[int, int, str, torch.dtype] | None
+Key = tuple[PlanKey, ...]
 
 
 class Asked(str):
@@ -49,7 +52,7 @@ def choose(state: GraphState) -> int:
     for site in state.sites:
         site.reason = _settled_reason(state, site)
         site.settled = site.reason is not None
-    apply_decisions(state, decide(state, state.args, state.changing))
+    apply_decisions(state, decide(state, state.args, state.known, state.changing))
     state.warnings += experts_outside(state)
     hidden = [site.name for site in state.sites if site.reason == NO_VALUES]
     if hidden:
@@ -60,18 +63,40 @@ def choose(state: GraphState) -> int:
 
 
 def decide(
-    state: GraphState, args: Sequence[Any], changing: frozenset[int] = frozenset()
+    state: GraphState,
+    args: Sequence[Any],
+    known: Mapping[fx.Node, InputName],
+    changing: frozenset[int] = frozenset(),
 ) -> tuple[Decision, ...]:
     """For each site that is not settled: its plan for these weights, or why there is none.
 
-    `changing` are the inputs that hold other weights in every call.
+    `known` are their names: a sibling's weights have others than those that the graph was captured
+    with. `changing` are the inputs that hold other weights in every call.
     """
     open_sites = [site for site in state.sites if not site.settled]
-    # A sibling's weights have other names than those that the graph was captured with.
-    known = name_inputs(state.constants, args)
     bar = progress(open_sites, "fqcompile: quantising", unit="weight", delay=2)
     with use_logged():
         return tuple([_decide_site(state, site, args, known, changing) for site in bar])
+
+
+def key_of(decisions: Sequence[Decision]) -> Key:
+    """Equal where the rewritten graphs are equal."""
+    return tuple(
+        None if isinstance(d, str) else (d.bits, d.group_size, d.scale_method, d.scale_dtype)
+        for d in decisions
+    )
+
+
+def serves(plan: PlanKey, asked: PlanKey, bounded: bool) -> bool:
+    """Whether a site whose weight asks for one plan may be quantised by another one."""
+    return plan is None or plan == asked or (asked is not None and not bounded)
+
+
+def distance(plans: Key, asked: Key) -> tuple[int, int]:
+    """Sites that would be coarser than they ask for; then how coarse or large all are."""
+    pairs = [(p, a) for p, a in zip(plans, asked, strict=True) if a is not None]
+    coarser = [p is not None and (p[0] < a[0] or p[1] > a[1]) for p, a in pairs]
+    return sum(coarser), sum(1 << 20 if p is None else p[1] for p, _ in pairs)
 
 
 def apply_decisions(state: GraphState, decisions: tuple[Decision, ...]) -> None:
@@ -115,7 +140,7 @@ def _decide_site(
     if not changing.isdisjoint(inputs):
         return CHANGING
     if out.dtype not in WEIGHT_DTYPES:
-        return f"dtype {out.dtype} is not supported; use fp32, fp16 or bf16"
+        return OTHER_DTYPE.format(out.dtype)
     refused = _trainable(state, sources) or _unsupported(sources)
     return refused or STORE.plan(site.recipe, sources, options, scale_dtype_beside(out.dtype))
 
@@ -133,7 +158,7 @@ def _unsupported(sources: tuple[Tensor, ...]) -> str | None:
         if type(weight) not in _PLAIN_TYPES:
             return f"the weight is a {type(weight).__name__}, not a plain tensor"
         if weight.dtype not in WEIGHT_DTYPES:
-            return f"dtype {weight.dtype} is not supported; use fp32, fp16 or bf16"
+            return OTHER_DTYPE.format(weight.dtype)
     return None
 
 
@@ -152,14 +177,12 @@ def _settled_reason(state: GraphState, site: WeightSite) -> str | None:
         return by_name
     if any(isinstance(state.args[state.constants[source]], FakeTensor) for source in site.sources):
         return NO_VALUES
-    if any(getattr(example(node), "is_nested", False) for node in (site.x, site.node)):
+    if any(getattr(example(node), "is_nested", False) for node in (site.contraction.x, site.node)):
         return (
             "its input is a nested tensor: multiply x.values(), the rows of all its parts, instead"
         )
     if is_codebook(state, site) and not state.config.override_matches(site.name):
         return "codebook: its scores only choose an entry; name it in overrides to quantise it"
     if is_router(state, site) and not state.config.override_matches(site.name):
-        return "router: its top-k decides which experts run; name it in overrides to quantise it"
-    if site.num_weights < state.config.min_elements:
-        return f"fewer elements than min_elements={state.config.min_elements}"
-    return None
+        return ROUTER
+    return state.config.kept_by_size(site.num_weights)

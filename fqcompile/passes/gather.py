@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from fqcompile.passes.base import example, same_shape
 from fqcompile.passes.effects import has_effects
-from fqcompile.passes.expert_einsum import Step
+from fqcompile.passes.sites import Step
 from fqcompile.weights.recipe import target_name
 
 IsConstant = Callable[[object], bool]
@@ -54,8 +54,8 @@ def gathered(node: object, is_constant: IsConstant) -> Gathered | None:
 def _read(node: fx.Node, is_constant: IsConstant) -> Gathered | None:
     name = target_name(node.target)
     source = node.args[0] if node.args else None
-    if name in ("getitem", "__getitem__", "index_select"):
-        return _gather(node, name, is_constant) or _part(node, is_constant)
+    if name in ("getitem", "index_select"):
+        return _gather(node, is_constant) or _part(node, is_constant)
     if name in ("contiguous", "clone", "alias") or _is_same_view(node, name, source):
         return gathered(source, is_constant)
     if name in ("to", "type", "float", "half", "bfloat16", "type_as"):
@@ -64,7 +64,7 @@ def _read(node: fx.Node, is_constant: IsConstant) -> Gathered | None:
         if before is None or before.device != value.device:
             return None  # offloaded: the packed stack would be where the op is not
         return found and replace(found, steps=(*found.steps, ("to", (value.dtype,))))
-    if name in ("transpose", "swapaxes", "swapdims", "mT", "permute", "getattr", "narrow"):
+    if name in ("transpose", "mT", "permute", "getattr", "narrow"):
         found = gathered(source, is_constant)
         return None if found is None else _moved(node, name, found)
     return None
@@ -78,19 +78,18 @@ def _is_same_view(node: fx.Node, name: str, source: object) -> bool:
     return before.dtype == after.dtype and same_shape(before.shape, after.shape)
 
 
-def _gather(node: fx.Node, name: str, is_constant: IsConstant) -> Gathered | None:
+def _gather(node: fx.Node, is_constant: IsConstant) -> Gathered | None:
     """w[ids] itself, by whichever call."""
-    names = ("input", "dim", "index") if name == "index_select" else ("input", "index")
-    call = {"dim": 0} | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    stack, ids = call["input"], whole_rows(call["index"])
-    if call["dim"] != 0:
-        return None
+    match node.args:
+        case (fx.Node() as stack, 0, ids) | (fx.Node() as stack, ids):
+            ids = whole_rows(ids)
+        case _:
+            return None
     index, value = example(ids), example(stack)
     if index is None or value is None or not is_constant(stack) or is_constant(ids):
         return None
     if index.is_floating_point() or index.dtype.itemsize < 4 or index.dim() < 1 or value.dim() < 3:
         return None  # a mask picks a number of experts that depends on its values
-    assert isinstance(stack, fx.Node) and isinstance(ids, fx.Node)
     dims = tuple(range(index.dim() + value.dim() - 1))
     return Gathered(stack, ids, index.dim(), dims, tuple(map(int, value.shape)), ())
 
@@ -107,10 +106,10 @@ def _moved(node: fx.Node, name: str, found: Gathered) -> Gathered | None:
     """After a call that moves dimensions, or takes a part of one."""
     rank = len(found.dims)
     args: list[Any] = list(node.args[1:])
-    if name == "narrow":
-        return _narrowed(found, *args) if len(args) == 3 and not node.kwargs else None
     if node.kwargs or (name == "getattr" and args != ["mT"]):
         return None
+    if name == "narrow":
+        return _narrowed(found, *args)
     if name in ("mT", "getattr"):
         args = [-2, -1]
     if name == "permute":
@@ -138,11 +137,11 @@ def _part(node: fx.Node, is_constant: IsConstant) -> Gathered | None:
     if len(node.args) != 2:
         return None
     source, index = node.args
-    if isinstance(source, fx.Node) and target_name(source.target) in ("chunk", "split", "unbind"):
+    if isinstance(source, fx.Node) and target_name(source.target) in ("chunk", "split"):
         pieces = source.meta.get("example_value")
-        if target_name(source.target) == "unbind" or not isinstance(index, int):
+        if not isinstance(index, int):
             return None
-        return _piece(gathered(source.all_input_nodes[0], is_constant), pieces, index)
+        return _piece(gathered(source.args[0], is_constant), pieces, index)
     found = gathered(source, is_constant)
     if found is None or not isinstance(index, tuple):
         return None

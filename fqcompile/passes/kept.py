@@ -12,10 +12,10 @@ from torch import Tensor, fx
 from fqcompile.distributed.shards import NOT_LOCAL, is_dtensor, local_part
 from fqcompile.passes.base import GraphState, example, placeholders
 from fqcompile.passes.effects import bodies, has_effects, in_transforms
-from fqcompile.passes.expert_forms import PRODUCTS
 from fqcompile.passes.fold import ConstantFolder
 from fqcompile.passes.naming import note_table
-from fqcompile.passes.sites import ExpertSite, KeptWeight
+from fqcompile.passes.products import PRODUCTS
+from fqcompile.passes.sites import KeptWeight
 from fqcompile.weights.recipe import CASTS, MOVING, target_name
 
 IN_A_BODY = "the bodies of higher-order operators stay as they are"
@@ -79,6 +79,7 @@ def kept_matrices(state: GraphState) -> list[KeptWeight]:
     for node in state.names:
         known, readers = state.known[node], _readers(node, to_sites)
         table = _reads_rows(node) and not (node in used and known.embedded)
+        as_table = table or node in used
         if node in used:
             readers = [reader for reader in readers if reads_values(reader, known.embedded)]
         elif all(reader.op == "output" for reader in readers):
@@ -94,7 +95,9 @@ def kept_matrices(state: GraphState) -> list[KeptWeight]:
         kept.append(
             KeptWeight(
                 identity=id(weight),
-                name=known.table if table or node in used else known.name,
+                input=state.named.get(node),
+                name=known.table if as_table else known.name,
+                table=as_table,
                 kind=_kind(weight, readers),
                 shape=tuple(weight.shape),
                 nbytes=weight.numel() * weight.element_size(),
@@ -139,17 +142,16 @@ def _edges_to_sites(state: GraphState) -> dict[Edge, bool]:
     folder = ConstantFolder(state)
     edges: dict[Edge, bool] = {}
     for site in state.sites:
-        gather = site.gather if isinstance(site, ExpertSite) else ()
-        waiting = [site.weight]
+        gather, waiting = site.contraction.gather, [site.contraction.weight]
         while waiting:
             node = waiting.pop()
             found = [n for n in node.all_input_nodes if n in gather or folder.is_constant(n)]
             waiting += [n for n in found if (n, node) not in edges]
             edges |= {(n, node): False for n in found}
     for site in state.sites:  # the product may read a view of the weight, as bmm(x, w.expand(...))
-        others = (site.x, site.bias)
+        others = (site.contraction.x, site.contraction.bias)
         edges |= {(n, site.node): True for n in site.node.all_input_nodes if n not in others}
-        edges[site.weight, site.node] = True
+        edges[site.contraction.weight, site.node] = True
     return edges
 
 

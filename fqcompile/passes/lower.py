@@ -1,4 +1,4 @@
-"""8 lower: hand the rewritten graph, without the weights it no longer reads, to the inner compiler.
+"""9 lower: hand the rewritten graph, without the weights it no longer reads, to the inner compiler.
 
 (x, w_0, b_0, w_1, ...)  ->  inner(x, b_0, ..., qweight_0, scale_0, ...)
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fqcompile.config import FineQuantConfig
-from fqcompile.kernels.ops import CACHE_TAG
+from fqcompile.kernels.op import CACHE_TAG
 from fqcompile.passes.base import GraphState, PackedPair, placeholders
 from fqcompile.torch_compat import (
     STATIC_INPUT,
@@ -71,7 +71,7 @@ def _packer(pairs: list[PackedPair]) -> Callable[[Sequence[Any]], tuple[Tensor, 
     def pack(args: Sequence[Any]) -> tuple[Tensor, ...]:
         sources = [tuple(args[i] for i in spec.inputs) for spec in specs]
         packed = map(STORE.packed, specs, sources)
-        return tuple(tensor for pair in packed for tensor in pair)
+        return tuple(tensor for weight in packed for tensor in weight.tensors)
 
     return pack
 

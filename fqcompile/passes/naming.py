@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import CellType, MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
@@ -22,6 +22,7 @@ from fqcompile.config import HEAD_NAMES
 from fqcompile.distributed.shards import local_part
 from fqcompile.torch_compat import OptimizeContext, Source, plain_module, source_of, wrap_inline
 
+Input = TypeVar("Input", fx.Node, int)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 # `_local_tensor` is a sharded parameter's part on this rank, which `localize` made an input.
 _CONTAINERS = ("_modules", "_parameters", "_buffers", "__dict__", "_local_tensor")
@@ -122,8 +123,8 @@ def name_inputs(nodes: Mapping[fx.Node, int], args: Sequence[Any]) -> dict[fx.No
     return named
 
 
-def joined_name(known: Mapping[fx.Node, InputName], sources: Sequence[fx.Node]) -> str:
-    """Of what is computed from these inputs: q.weight+k.weight."""
+def joined_name(known: Mapping[Input, InputName], sources: Sequence[Input]) -> str:
+    """Of what is computed from these inputs, be they nodes or positions: q.weight+k.weight."""
     return "+".join(dict.fromkeys(known[source].name for source in sources))
 
 

@@ -1,61 +1,225 @@
-"""The nodes that stand for quantised matmuls: which they are, and their arguments by name."""
+"""The nodes that stand for quantized matmuls: their arguments by name, and how they take over more.
 
+An op that takes over what follows it stands in that node's place; several that read one x become
+one, whose weights are stacked row block under row block.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import fx
 
-from fqcompile.kernels import expert_ops as _expert_ops  # noqa: F401  (defines the operators)
-from fqcompile.kernels import ops as _ops  # noqa: F401
+from fqcompile.kernels.op import matmul, matmul_inference
+from fqcompile.passes.base import (
+    GraphState,
+    PackedPair,
+    erase_dead,
+    example,
+    same_layout,
+    same_shape,
+)
+from fqcompile.passes.effects import effects_between
 from fqcompile.torch_compat import schema_of
+from fqcompile.weights.node_weight import NodeWeight, common_group_size
+from fqcompile.weights.recipe import target_name
 
-_fqcompile = torch.ops.fqcompile
-LINEAR = _fqcompile.linear.default
-GROUPED = _fqcompile.grouped_linear.default
-GATHERED = _fqcompile.gathered_linear.default
-# What graphs call where no gradient can flow.
-INFERENCE = {
-    LINEAR: _fqcompile.linear.inference,
-    GROUPED: _fqcompile.grouped_linear.inference,
-    GATHERED: _fqcompile.gathered_linear.inference,
-}
-_TRAINING: dict[Any, Any] = {inference: default for default, inference in INFERENCE.items()}
-_OPS = INFERENCE.keys() | _TRAINING.keys()
-_NAMES: dict[Any, tuple[str, ...]] = {
-    op: tuple(argument.name for argument in schema_of(op).arguments) for op in _OPS
-}
+ADDS = ("add", "__add__", "iadd")
+MATMUL, INFERENCE = matmul, matmul_inference  # the second where no gradient can flow
+_DEFAULTS = {argument.name: argument.default_value for argument in schema_of(matmul).arguments}
 
 
 def is_quantized(node: object) -> bool:
-    """Whether the node is a call of one of the operators, for one matrix or for experts."""
-    return isinstance(node, fx.Node) and node.target in _OPS
+    """Whether the node is a call of the operator, for one matrix or for experts."""
+    return isinstance(node, fx.Node) and node.target in (MATMUL, INFERENCE)
 
 
 def is_linear(node: object) -> bool:
-    """Whether it is the operator for one matrix."""
-    return is_quantized(node) and training_op(node) is LINEAR  # type: ignore[arg-type]
-
-
-def training_op(node: fx.Node) -> Any:
-    """The node's operator in the form that has a backward."""
-    return _TRAINING.get(node.target, node.target)
+    """Whether it is a call for one matrix."""
+    return is_quantized(node) and argument(node, "routing") is None  # type: ignore[arg-type]
 
 
 def argument(node: fx.Node, name: str) -> Any:
-    """An argument by its schema name; None where the operator has no such argument.
-
-    All are positional. `routing` is the offsets or ids of experts.
-    """
-    names = _NAMES[node.target]
+    """An argument by its schema name; `routing` is the offsets or ids of experts."""
+    given = _arguments(node)
     if name == "routing":
-        return None if training_op(node) is LINEAR else node.args[3]
-    return node.args[names.index(name)] if name in names else None
+        return given["ids"] if given["offsets"] is None else given["offsets"]
+    return given[name]
 
 
 def changed(node: fx.Node, **changes: Any) -> tuple[Any, tuple[Any, ...]]:
     """(operator, arguments) of a node with some arguments changed."""
-    names = _NAMES[node.target]
-    unknown = changes.keys() - set(names)
-    assert not unknown, f"{node.target} has no {unknown}"
-    values = zip(names, node.args, strict=True)
-    return node.target, tuple(changes.get(name, value) for name, value in values)
+    return node.target, matmul_arguments(*node.args, **changes)
+
+
+def matmul_arguments(*given: Any, **named: Any) -> tuple[Any, ...]:
+    """All by position, as the nodes have them, without defaults at the end."""
+    unknown = named.keys() - _DEFAULTS.keys()
+    assert not unknown, f"the operator has no {unknown}"
+    values = list((_DEFAULTS | dict(zip(_DEFAULTS, given, strict=False)) | named).values())
+    for default in reversed(_DEFAULTS.values()):
+        if values[-1] is not default:
+            break
+        values.pop()
+    return tuple(values)
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    return _DEFAULTS | dict(zip(_DEFAULTS, node.args, strict=False))
+
+
+def is_plain(op: fx.Node) -> bool:
+    """Nothing but a bias follows the matmul yet."""
+    return (
+        argument(op, "activation") == "none"
+        and not argument(op, "gated")
+        and argument(op, "residual") is None
+    )
+
+
+def sole_user(op: object, user: fx.Node) -> bool:
+    return isinstance(op, fx.Node) and list(op.users) == [user]
+
+
+def same_value(a: fx.Node, b: fx.Node) -> bool:
+    left, right = example(a), example(b)
+    if left is None or right is None or left.dtype != right.dtype:
+        return False
+    return same_shape(left.shape, right.shape) and same_layout(left, right)
+
+
+def op_under(value: object, sole: bool = True) -> tuple[fx.Node | None, fx.Node | None]:
+    """(op, view) where the value is an op's result, or a reshaping of an op's rows that is its
+    only user. `sole`: the value is read once."""
+    if not isinstance(value, fx.Node) or (sole and len(value.users) != 1):
+        return None, None
+    if is_quantized(value):
+        return value, None
+    inner = value.args[0] if target_name(value.target) == "reshape" and value.args else None
+    if not is_quantized(inner) or is_linear(inner) or not sole_user(inner, value):
+        return None, None
+    assert isinstance(inner, fx.Node)
+    rows, shaped = example(inner), example(value)
+    if rows is None or shaped is None or not same_shape(rows.shape[-1:], shaped.shape[-1:]):
+        return None, None
+    return (inner, value) if isinstance(value.args[1], list | tuple) else (None, None)
+
+
+def sum_with_op(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """(op, other) of a plain sum `op + other`, else (None, None)."""
+    name = target_name(node.target)
+    if name not in ADDS or len(node.args) != 2 or node.kwargs:
+        return None, None
+    # The later linear is the one that can absorb a sum of two.
+    first, second = node.args
+    if not (isinstance(first, fx.Node) and isinstance(second, fx.Node)) or first is second:
+        return None, None
+    ordered = [(first, second), (second, first)]
+    if name == "iadd":
+        ordered.pop()  # it writes to `first`, which others may read
+    elif first < second:
+        ordered.reverse()
+    pairs = [(op, other) for op, other in ordered if is_linear(op) and sole_user(op, node)]
+    return pairs[0] if pairs else (None, None)
+
+
+def absorb(
+    state: GraphState, op: fx.Node, view: fx.Node | None, node: fx.Node, **changes: object
+) -> bool:
+    """Let `op`, whose only user is `view` or `node`, compute node's value in node's place."""
+    value = op if view is None else view
+    if not (sole_user(value, node) and same_value(node, value)) or effects_between(op, node):
+        return False
+    replace_by(state, op, view, node, **changes)
+    return True
+
+
+def replace_by(
+    state: GraphState, op: fx.Node, view: fx.Node | None, node: fx.Node, **changes: object
+) -> None:
+    with state.graph.inserting_before(node):
+        fused = state.graph.call_function(*changed(op, **changes))
+    state.replace_op([op], fused, state.packed.pop(op))
+    put_in_place(state, fused, view, node)
+
+
+def put_in_place(state: GraphState, fused: fx.Node, view: fx.Node | None, node: fx.Node) -> None:
+    """`fused`, or its rows in the shape of `view`, in place of `node`; then nobody reads those."""
+    value = fused
+    if view is not None:
+        shape, n = view.args[1], argument(fused, "n")
+        rows, out = example(argument(fused, "x")), example(node)
+        assert isinstance(shape, list | tuple) and rows is not None and out is not None
+        fused.meta["example_value"] = out.new_empty((rows.shape[0], n))
+        with state.graph.inserting_before(node):
+            value = state.graph.call_method("reshape", (fused, (*shape[:-1], n)))
+    value.meta = dict(node.meta)
+    inputs = node.all_input_nodes
+    node.replace_all_uses_with(value)
+    state.graph.erase_node(node)
+    erase_dead(state, inputs)
+
+
+def can_stack(
+    state: GraphState,
+    ops: Sequence[fx.Node],
+    first: fx.Node,
+    last: fx.Node,
+    *,
+    at_first: bool = False,
+) -> bool:
+    """Whether one op can serve all: equal formats, nothing written in between, biases at hand."""
+    specs = [state.packed[op].spec for op in ops]
+    formats = {(spec.bits, spec.k, spec.scale_dtype, spec.experts) for spec in specs}
+    if len(formats) > 1 or common_group_size(specs) is None or effects_between(first, last):
+        return False
+    biases = [bias for op in ops if (bias := argument(op, "bias")) is not None]
+    return not at_first or all(bias < first for bias in biases)
+
+
+def stack(state: GraphState, ops: Sequence[fx.Node], place: fx.Node, **changes: Any) -> fx.Node:
+    """Replace `ops` by one op standing before `place`; of experts, rows of each are stacked.
+
+    With `changes` (a gated pair) the caller puts the op in place of what it computes; otherwise
+    each former op becomes a slice of the result's columns, copied so that no two results share
+    memory, as before.
+    """
+    pairs = [state.packed.pop(op) for op in ops]
+    group_size = common_group_size([pair.spec for pair in pairs])
+    assert group_size is not None
+    parts = tuple(part for pair in pairs for part in pair.spec.parts)
+    pair = PackedPair(pairs[0].qweight, pairs[0].scale, NodeWeight(parts, group_size))
+    rows = [argument(op, "n") for op in ops]
+    with state.graph.inserting_before(place):
+        biases = [argument(op, "bias") for op in ops]
+        dim = 0 if is_linear(ops[0]) else 1
+        bias = None
+        if biases[0] is not None:
+            bias = state.graph.call_function(torch.cat, (biases, dim))
+        settings = {"n": sum(rows), "bias": bias, "group_size": group_size, **changes}
+        fused = state.graph.call_function(*changed(ops[0], **settings))
+        state.replace_op(ops, fused, pair)
+        if not changes:
+            _slice_columns(state.graph, ops, rows, fused)
+    for op in ops:
+        op.replace_all_uses_with(fused)
+        state.graph.erase_node(op)
+    for old in pairs[1:]:
+        state.graph.erase_node(old.qweight)
+        state.graph.erase_node(old.scale)
+    return fused
+
+
+def _slice_columns(
+    graph: fx.Graph, ops: Sequence[fx.Node], rows: list[int], fused: fx.Node
+) -> None:
+    value = example(ops[0])
+    assert value is not None
+    fused.meta["example_value"] = value.new_empty((*value.shape[:-1], sum(rows)))
+    starts = [0, *accumulate(rows)]
+    for op, start, n in zip(ops, starts, rows, strict=False):
+        part = graph.call_method("narrow", (fused, -1, start, n))
+        own = graph.call_method("clone", (part,), {"memory_format": torch.contiguous_format})
+        own.meta = dict(op.meta)
+        op.replace_all_uses_with(own)

@@ -2,25 +2,31 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
 from fqcompile.config import FineQuantConfig
-from fqcompile.passes.base import GraphState
+from fqcompile.distributed.shards import is_part
+from fqcompile.errors import GraphInvariantError
+from fqcompile.passes.base import GraphState, example, placeholders
 from fqcompile.passes.capture import capture
 from fqcompile.passes.choose import choose
 from fqcompile.passes.fuse import fuse
 from fqcompile.passes.lower import lower
 from fqcompile.passes.match import match
+from fqcompile.passes.normalize import normalize
+from fqcompile.passes.op_nodes import argument, is_linear, is_quantized
 from fqcompile.passes.quantize import quantize
 from fqcompile.passes.rewrite import rewrite
 from fqcompile.passes.select import select
-from fqcompile.passes.verify import verify
+from fqcompile.passes.sites import WeightSite
 from fqcompile.report import PassRecord
+from fqcompile.torch_compat import is_erased
 from fqcompile.weights.dispatch import Variant
+from fqcompile.weights.recipe import target_name
 
 VERIFY = os.environ.get("FQCOMPILE_VERIFY") == "1"
 
@@ -37,6 +43,7 @@ def analyse(
     """All that happens before compilation; what `explain` shows."""
     state = recorder.start("capture", lambda: capture(module, args, config))
     state.name, state.changing = name, changing
+    recorder.run("normalize", state, normalize)
     recorder.run("match", state, match)
     recorder.run("choose", state, choose)
     recorder.run("quantize", state, quantize)
@@ -93,3 +100,71 @@ class Recorder:
 
     def _text(self, state: GraphState) -> str | None:
         return state.module.print_readable(print_output=False) if self.keep_graphs else None
+
+
+def verify(state: GraphState, after: str) -> None:
+    """Raise GraphInvariantError, naming the pass and the node, where a rule is broken."""
+
+    def check(condition: bool, node: object, rule: str) -> None:
+        if not condition:
+            raise GraphInvariantError(f"after {after}: {node}: {rule}")
+
+    state.graph.lint()
+    inputs = placeholders(state.graph)
+    first_call = next(
+        (n for n in state.graph.nodes if n.op not in ("placeholder", "get_attr")), None
+    )
+    for node in inputs:
+        check(first_call is None or node < first_call, node, "inputs come before all calls")
+    calls = [node for node in state.graph.nodes if is_quantized(node)]
+    check(set(calls) == set(state.packed), calls, "each op has exactly one packed weight")
+    for op, pair in state.packed.items():
+        given = (argument(op, "qweight"), argument(op, "scale"))
+        check(given == (pair.qweight, pair.scale), op, "reads the inputs that its spec fills")
+        rows = argument(op, "n") * (2 if argument(op, "gated") else 1)
+        check(rows == pair.spec.rows, op, f"n and gated say {rows} rows, its spec {pair.spec.rows}")
+        check(is_linear(op) == (pair.spec.experts == 0), op, "one matrix or experts, as its spec")
+        check(argument(op, "group_size") == pair.spec.group_size, op, "group size as in its spec")
+        out = example(op)
+        check(out is not None and out.shape[-1] == argument(op, "n"), op, "result has N columns")
+    for site in state.sites:
+        done = site.op is not None and not is_erased(site.op)
+        check(site.op is None or done, site.name, "a rewritten site names a live op")
+        check(site.plan is None or site.reason is None, site.name, "a plan or a reason, not both")
+
+
+def shared_facts(state: GraphState) -> Mapping[str, str]:
+    """What must be the same on all ranks of a sharded model, by name, in the order of the graph.
+
+    Collectives and sites in their order, and the options. Of a weight that every rank holds whole
+    also the plan and the kernel; of a part each rank chooses its own.
+    """
+    facts = {"outcome": "quantised"}
+    facts |= {f"option {name}": str(value) for name, value in state.config.as_dict().items()}
+    del facts["option debug_dir"]  # each rank may have its own
+    facts["collectives"] = ", ".join(_collectives(state.graph))
+    # the inputs of packed weights come after those of the graph's own arguments
+    inputs = zip(placeholders(state.graph), state.args, strict=False)
+    parts = {state.names[n] for n, arg in inputs if is_part(arg)}
+    for number, site in enumerate(state.sites):
+        facts[f"site {number}"] = f"{site.kind} {site.name}"
+        if not parts & {state.names[source] for source in site.sources}:
+            facts[site.name] = _choice(site)
+    return facts
+
+
+def _collectives(graph: fx.Graph) -> Iterator[str]:
+    for node in graph.nodes:
+        name = target_name(node.target) if node.op.startswith("call") else ""
+        if "c10d" in name:
+            yield name
+        elif name.removeprefix("prim_") in ("redistribute", "full_tensor"):
+            yield f"{name} to {node.kwargs.get('placements', node.args[1:])}"
+
+
+def _choice(site: WeightSite) -> str:
+    if site.plan is None:
+        return f"kept: {site.reason}"
+    plan, kernel = site.plan, None if site.op is None else argument(site.op, "kernel")
+    chosen = (plan.bits, plan.group_size, plan.scale_method, str(plan.scale_dtype))
+    return f"{chosen}, kernel {kernel}"

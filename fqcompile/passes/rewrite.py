@@ -1,12 +1,20 @@
-"""5 rewrite: each quantised matmul becomes one call of an operator on two new inputs.
+"""6 rewrite: each quantized matmul becomes one call of the operator on two new inputs.
 
-linear(x, w, b)  ->  fqcompile.linear(x, qweight_i, scale_i, b, ...)        x [..., K] -> [..., N]
-addmm(b, x, w)   ->  the same; other forms put views around it, and a bias that is no row last
-experts          ->  fqcompile.grouped_linear or gathered_linear, see `expert_rewrite`
+linear(x, w, b)              ->  matmul(x, qweight_i, scale_i, b, ...)        x [..., K] -> [..., N]
+w @ x                        ->  matmul(x.mT, ...).mT
+einsum("bsd,dhk->bshk", ..)  ->  matmul(x, ...).unflatten(-1, (h, k))
+_grouped_mm(x, w, offs=o)    ->  matmul(x, .., offsets=o)
+bmm(x [E, C, K], w)          ->  matmul(x.reshape(-1, K), .., offsets=arange(1, E + 1) * C)
+bmm(w[ids], x.unsqueeze(-1)) ->  matmul(x, .., ids=ids).unsqueeze(-1)
+einsum("ti,taoi->tao", ..)   ->  matmul(x repeated [t * a, i], .., ids=ids.reshape(-1))
+
+A bias that is a row is an argument of the operator; another is added behind it.
 """
 
+from itertools import permutations
+
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fqcompile.passes.base import (
     GraphState,
@@ -15,13 +23,17 @@ from fqcompile.passes.base import (
     erase_unused,
     example,
     placeholders,
+    same_layout,
+    same_shape,
 )
-from fqcompile.passes.emit import Emitter
-from fqcompile.passes.expert_rewrite import emit_experts, views_of_result
+from fqcompile.passes.emit import VIEWS, Emitter, Size
 from fqcompile.passes.fold import ConstantFolder
-from fqcompile.passes.op_nodes import LINEAR
-from fqcompile.passes.sites import ExpertSite, GraphStep, LinearSite
-from fqcompile.weights.packed import PackedSpec
+from fqcompile.passes.op_nodes import MATMUL, matmul_arguments
+from fqcompile.passes.sites import Contraction, WeightSite
+from fqcompile.weights.node_weight import NodeWeight
+from fqcompile.weights.recipe import target_name
+
+Sizes = dict[str, Size]
 
 
 def rewrite(state: GraphState) -> int:
@@ -34,39 +46,14 @@ def rewrite(state: GraphState) -> int:
     for index, (site, spec) in enumerate(chosen):
         pair = _add_inputs(state, spec, f"fq_{index}")
         state.matched.append(f"{site.name}: {site.node.format_node()}")
-        if isinstance(site, ExpertSite):
-            _replace_experts(state, site, pair, replaced, emit.at(site.node))
-        else:
-            assert isinstance(site, LinearSite)
-            replaced[site.node] = _replace(state, site, pair, replaced)
+        _replace(state, site, pair, replaced, emit.at(site.node))
         state.matched[-1] = f"{site.name}: {site.node.name} -> {site.op}"
     erase_unused(state.graph, folded)
     erase_dead(state, [*replaced, *replaced.values(), *emit.made])
     return len(chosen)
 
 
-def _replace_experts(
-    state: GraphState,
-    site: ExpertSite,
-    pair: PackedPair,
-    replaced: dict[fx.Node, fx.Node],
-    emit: Emitter,
-) -> None:
-    """Also without the gather of dense weights, and without views that undo each other."""
-    node = site.node
-    bias = site.bias and replaced.get(site.bias, site.bias)
-    op, rows, y = emit_experts(emit, site, replaced.get(site.x, site.x), bias, pair)
-    state.packed[op] = pair
-    site.op = op
-    y.meta = dict(node.meta)
-    node.replace_all_uses_with(y)
-    replaced[node] = y
-    for view in views_of_result(rows, y):  # they, and the gather, are erased in the end
-        view.replace_all_uses_with(rows)
-        replaced[view] = rows
-
-
-def _add_inputs(state: GraphState, spec: PackedSpec, prefix: str) -> PackedPair:
+def _add_inputs(state: GraphState, spec: NodeWeight, prefix: str) -> PackedPair:
     """New placeholders after the last one; `lower` gives them their tensors and metadata."""
     nodes = []
     for name in ("qweight", "scale"):
@@ -76,53 +63,199 @@ def _add_inputs(state: GraphState, spec: PackedSpec, prefix: str) -> PackedPair:
 
 
 def _replace(
-    state: GraphState, site: LinearSite, pair: PackedPair, replaced: dict[fx.Node, fx.Node]
-) -> fx.Node:
-    """The node that stands for the site's matmul now; `replaced` knows those of earlier sites."""
-    graph, node = state.graph, site.node
-    bias = site.bias and replaced.get(site.bias, site.bias)
-    row_bias = bias if _is_row(site) else None
-    with graph.inserting_before(node):
-        x = _apply(graph, replaced.get(site.x, site.x), site.x_steps)
-        op = _linear(graph, x, pair, row_bias, site)
-        y = _apply(graph, op, site.out_steps)
-        if bias is not None and row_bias is None:
-            dtype = node.meta["example_value"].dtype
-            if bias.meta["example_value"].dtype != dtype:  # autocast casts addmm's bias, not add's
-                bias = _apply(graph, bias, (GraphStep("to", (dtype,)),))
-            y = graph.call_function(torch.add, (y, bias))
-    y.meta = dict(node.meta)
+    state: GraphState,
+    site: WeightSite,
+    pair: PackedPair,
+    replaced: dict[fx.Node, fx.Node],
+    emit: Emitter,
+) -> None:
+    """`replaced` knows what stands for the matmuls of earlier sites, and is told of this one.
+
+    What only the matmul read, and views that undo the arrangement, are erased in the end.
+    """
+    roles, out = site.contraction, site.node.meta["example_value"]
+    x = replaced.get(roles.x, roles.x)
+    bias = roles.bias and replaced.get(roles.bias, roles.bias)
+    sizes = sizes_of(emit, roles, x, out)
+    x = arranged(emit, roles, x, sizes, site.shape[-1])
+    if roles.of_experts:  # autocast casts what matmuls read
+        x = _cast(emit, x, out)
+    row = bias if bias is not None and _is_row(site, bias) else None
+    op = _operator(emit, site, x, pair, row, _routing(emit, site, x, sizes))
+    rows, y = arranged_back(emit, roles, op, None if row is bias else bias, sizes, out)
     state.packed[op] = pair
     site.op = op
-    node.replace_all_uses_with(y)
-    graph.erase_node(node)
-    return y
+    y.meta = dict(site.node.meta)
+    for view, value in [(site.node, y), *((v, rows) for v in _undoing(site.node, rows, y))]:
+        view.replace_all_uses_with(value)
+        replaced[view] = value
 
 
-def _linear(
-    graph: fx.Graph, x: fx.Node, pair: PackedPair, bias: fx.Node | None, site: LinearSite
+def _operator(
+    emit: Emitter,
+    site: WeightSite,
+    x: fx.Node,
+    pair: PackedPair,
+    bias: fx.Node | None,
+    routing: fx.Node | None,
 ) -> fx.Node:
-    (n, k), spec = site.shape, pair.spec
-    weight = (pair.qweight, pair.scale)
-    formats = (spec.bits, spec.group_size, n, k)
-    op = graph.call_function(LINEAR, (x, *weight, bias, None, *formats, "none", False, ""))
-    fake_x, fake_out = example(x), example(site.node)
-    assert fake_x is not None and fake_out is not None
-    shape = (*fake_x.shape[:-1], n)
-    op.meta["example_value"] = fake_x.new_empty(shape, dtype=fake_out.dtype)
+    """The call for x [..., K], or [rows, K] where a routing says which expert a row belongs to."""
+    *_, n, k = site.shape
+    roles, formats = site.contraction, (pair.spec.bits, pair.spec.group_size, n, k)
+    weight = (pair.qweight, pair.scale, bias, None, *formats)
+    routed = {} if routing is None else {"ids" if roles.ids else "offsets": routing}
+    arguments = matmul_arguments(x, *weight, "none", False, "", **routed, zero_rest=roles.zero_rest)
+    with emit.graph.inserting_before(site.node):
+        op = emit.graph.call_function(MATMUL, arguments)
+    value, out = x.meta["example_value"], site.node.meta["example_value"]
+    op.meta["example_value"] = value.new_empty((*value.shape[:-1], n), dtype=out.dtype)
     return op
 
 
-def _is_row(site: LinearSite) -> bool:
+def _is_row(site: WeightSite, bias: fx.Node) -> bool:
     """Whether the bias is one value per output column, which the op itself adds."""
-    bias = example(site.bias)
-    return bias is not None and tuple(bias.shape) == site.shape[:1] and not site.out_steps
+    roles = site.contraction
+    natural = not roles.of_experts and roles.out_dims == (*roles.rows, *roles.free[:1])
+    return natural and tuple(bias.meta["example_value"].shape) == site.shape[:1]
 
 
-def _apply(graph: fx.Graph, value: fx.Node, steps: tuple[GraphStep, ...]) -> fx.Node:
-    for step in steps:
-        fake = example(value)
-        assert fake is not None
-        value = graph.call_method(step.method, (value, *step.args))
-        value.meta["example_value"] = getattr(fake, step.method)(*step.args)
-    return value
+def _cast(emit: Emitter, value: fx.Node, like: Tensor) -> fx.Node:
+    cast = value.meta["example_value"].dtype != like.dtype
+    return emit("to", value, like.dtype) if cast else value
+
+
+def sizes_of(emit: Emitter, roles: Contraction, x: fx.Node, out: Tensor) -> Sizes:
+    """Of the free indices, and of all but the contracted ones where there is a batch."""
+    free: Sizes = {i: int(out.shape[roles.out_dims.index(i)]) for i in roles.free}
+    if not roles.batch:
+        return free
+    ndim = len(roles.x_dims) + len(roles.x_singles)
+    dims = [d for d in range(ndim) if d not in roles.x_singles]
+    sizes = {
+        name: emit.size(x, dim)
+        for name, dim in zip(roles.x_dims, dims, strict=True)
+        if name not in roles.contracted
+    }
+    for dim, name in enumerate(roles.batch):
+        if name not in sizes:
+            assert roles.ids is not None, "every expert has rows of x"
+            sizes[name] = emit.size(roles.ids, dim)
+    return sizes | free
+
+
+def arranged(emit: Emitter, roles: Contraction, x: fx.Node, sizes: Sizes, k: int) -> fx.Node:
+    """x as [batch * rows, K], repeated along those of the batch's indices that it lacks.
+
+    Without a batch the rows keep their dimensions.
+    """
+    for dim in sorted(roles.x_singles, reverse=True):
+        x = emit("squeeze", x, dim)
+    present = [i for i in roles.batch if i in roles.x_dims]
+    order = (*present, *roles.rows, *roles.contracted)
+    x = _permuted(emit, x, roles.x_dims, order)
+    if not roles.batch:
+        return x if len(roles.contracted) == 1 else emit("flatten", x, -len(roles.contracted), -1)
+    if len(present) < len(roles.batch):
+        for dim, name in enumerate(roles.batch):
+            if name not in present:
+                x = emit("unsqueeze", x, dim)
+        repeats = [sizes[name] for name in roles.batch]
+        x = emit("expand", x, (*repeats, *(-1,) * (len(order) - len(present))))
+    return emit("reshape", x, (-1, k))
+
+
+def _permuted(
+    emit: Emitter, value: fx.Node, have: tuple[str, ...], want: tuple[str, ...]
+) -> fx.Node:
+    return value if have == want else emit("permute", value, tuple(map(have.index, want)))
+
+
+def _routing(emit: Emitter, site: WeightSite, x: fx.Node, sizes: Sizes) -> fx.Node | None:
+    """One id for each row of the op, or the ends of the experts' rows; None: one matrix."""
+    roles = site.contraction
+    if not roles.batch:
+        return roles.offsets
+    per_id = emit.product([sizes[name] for name in roles.rows])
+    if roles.ids is None:
+        fake = x.meta["example_value"]
+        with fake.fake_mode:
+            counted = {"dtype": torch.int32, "device": fake.device}
+            numbers = emit(torch.arange, 1, site.shape[0] + 1, **counted)
+            return emit(torch.mul, numbers, per_id)
+    ids = emit("reshape", roles.ids, (-1,))
+    if per_id == 1:
+        return ids
+    return emit("reshape", emit("expand", emit("unsqueeze", ids, 1), (-1, per_id)), (-1,))
+
+
+def arranged_back(
+    emit: Emitter,
+    roles: Contraction,
+    op: fx.Node,
+    bias: fx.Node | None,
+    sizes: Sizes,
+    out: Tensor,
+) -> tuple[fx.Node, fx.Node]:
+    """The op's rows, with the bias where it fits them, and what has the matmul's value."""
+    order = _order(roles, sizes)
+    rows = op
+    if bias is not None and roles.batch and order == roles.out_dims:
+        # ahead of the reshaping, where fuse finds it
+        every = emit("expand", _cast(emit, bias, out), tuple(sizes[name] for name in order))
+        rows = emit(torch.add, op, emit("reshape", every, (-1, op.meta["example_value"].shape[-1])))
+        bias = None
+    y = rows
+    if roles.batch:
+        y = emit("reshape", rows, tuple(sizes[name] for name in order))
+    elif len(roles.free) > 1:
+        y = emit("unflatten", rows, -1, tuple(sizes[name] for name in roles.free))
+    y = _permuted(emit, y, order, roles.out_dims)
+    y = y if y is op else _laid_out(emit, y, out)
+    if bias is not None:
+        y = emit(torch.add, y, _cast(emit, bias, out))
+    return rows, y
+
+
+def _order(roles: Contraction, sizes: Sizes) -> tuple[str, ...]:
+    """The op's rows and columns as indices; those of size one are where the result has them."""
+    natural = (*roles.batch, *roles.rows, *roles.free)
+    if not roles.batch:
+        return natural
+    real, wanted = ([i for i in order if sizes[i] != 1] for order in (natural, roles.out_dims))
+    return roles.out_dims if real == wanted else natural
+
+
+def _laid_out(emit: Emitter, y: fx.Node, like: Tensor) -> fx.Node:
+    """With the strides of the matmul's result: a view of it that eager allows must be possible."""
+    layout = None if same_layout(y.meta["example_value"], like) else _layout(like)
+    if layout is not None:
+        y = emit("contiguous", emit("permute", y, layout))
+        y = emit("permute", y, tuple(layout.index(dim) for dim in range(len(layout))))
+    return y
+
+
+def _layout(value: Tensor) -> tuple[int, ...] | None:
+    """The dimensions as they follow each other in memory; None where that has gaps."""
+    for dims in permutations(range(value.dim())):
+        moved = value.permute(dims)
+        if same_layout(moved, moved.new_empty(moved.shape)):
+            return dims
+    return None
+
+
+def _undoing(node: fx.Node, rows: fx.Node, y: fx.Node) -> list[fx.Node]:
+    """Users of the site's value that undo its arrangement: they are the op's rows themselves."""
+    if y.target != "reshape" or y.args[0] is not rows:
+        return []
+    result = rows.meta["example_value"]
+
+    def undoes(user: fx.Node) -> bool:
+        value = example(user)
+        return (
+            target_name(user.target) in VIEWS - {"transpose", "permute", "t", "mT", "expand"}
+            and value is not None
+            and value.dtype == result.dtype
+            and same_shape(value.shape, result.shape)
+        )
+
+    return [user for user in node.users if undoes(user)]

@@ -1,4 +1,4 @@
-"""7 select: one kernel for each quantised matmul, fixed on its node.
+"""8 select: one kernel for each quantised matmul, fixed on its node.
 
 The op's `kernel` argument names the template and its configurations by number of rows, from a table
 of measured ones, a search, or the closed form; so neither Inductor nor the op decides anything
@@ -8,26 +8,17 @@ later. The template's layout decides how `lower` packs the weight.
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Final, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import fx
 
-from fqcompile.kernels.gpu import gpu_of
 from fqcompile.kernels.registry import select_kernel
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import GemmSpec, gpu_of
 from fqcompile.kernels.tuning.launches import Mode, tuned_launches
 from fqcompile.passes.base import GraphState, example
-from fqcompile.passes.op_nodes import (
-    GROUPED,
-    INFERENCE,
-    argument,
-    changed,
-    is_linear,
-    training_op,
-)
+from fqcompile.passes.op_nodes import INFERENCE, argument, changed
 
-_ROUTING: Final[dict[bool, Literal["grouped", "gathered"]]] = {True: "grouped", False: "gathered"}
 _NO_BOUND = 1 << 40  # what Dynamo writes for a size without a guard is larger
 
 
@@ -42,7 +33,7 @@ def select(state: GraphState) -> int:
         state.warnings += [f"{op.name}: {note}" for note in chosen.notes]
         op.target, op.args = changed(op, kernel=str(choice))
         if not state.grad_possible:
-            op.target = INFERENCE[training_op(op)]
+            op.target = INFERENCE
         state.gemms[op] = spec
         state.packed[op] = replace(pair, spec=pair.spec.with_layout(choice.template.layout))
         source = "" if chosen.launches is None else f" ({chosen.source})"
@@ -73,8 +64,14 @@ def gemm_spec(state: GraphState, op: fx.Node) -> GemmSpec:
         m_range=_range(math.prod(rows)),
         gpu=gpu_of(out.device) if out.is_cuda and torch.cuda.is_available() else None,
         experts=spec.experts,
-        routing=None if is_linear(op) else _ROUTING[training_op(op) is GROUPED],
+        routing=_routing(op),
     )
+
+
+def _routing(op: fx.Node) -> Literal["grouped", "gathered"] | None:
+    if argument(op, "offsets") is not None:
+        return "grouped"
+    return None if argument(op, "ids") is None else "gathered"
 
 
 def _current(out: torch.Tensor | None) -> AbstractContextManager[object]:

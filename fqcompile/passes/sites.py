@@ -1,7 +1,7 @@
 """Sites: the matmuls with constant weights that match finds, and what later passes decide of them.
 
-LinearSite    y = x @ wᵀ + bias               w [N, K]
-ExpertSite    y[p] = x[p] @ w[e(p)]ᵀ + bias   w [E, N, K], each row of x with its expert
+linear     y = x @ wᵀ + bias               w [N, K]
+experts    y[p] = x[p] @ w[e(p)]ᵀ + bias   w [E, N, K], each row of x with its expert
 """
 
 import math
@@ -10,31 +10,73 @@ from typing import Any, Literal
 
 from torch import fx
 
-from fqcompile.passes.expert_einsum import ExpertEinsum
 from fqcompile.quant.choose import QuantPlan
-from fqcompile.weights.packed import PackedSpec
+from fqcompile.weights.node_weight import NodeWeight
 from fqcompile.weights.recipe import WeightRecipe
 
+Step = tuple[str, tuple[Any, ...]]  # a tensor method, and its arguments
+Kind = Literal["linear", "experts", "other"]
 
-@dataclass(frozen=True)
-class GraphStep:
-    """A tensor method that rewriting puts before or after the op: `value.method(*args)`."""
 
-    method: str
-    args: tuple[Any, ...] = ()
+@dataclass(frozen=True, kw_only=True)
+class Contraction:
+    """A matmul as the roles of its indices:
+
+    y[batch, rows, free] = Σ x[batch, rows, contracted] * w[batch, free, contracted]
+
+    The dimensions of the tensors have any order; x may lack indices of the batch, along which it is
+    repeated. A linear layer has no batch, nor have rows that are sorted by expert (`offsets`).
+
+    Attributes:
+        weight: the node that is multiplied with.
+        stack: the constant that the weight is, or was picked from; `weight_steps` make of it
+            [N, K], or [E, N, K] where there are experts.
+        x_dims, out_dims: the indices in the order of the dimensions of x and of the result.
+        x_singles: dimensions of x, of size one, that broadcasting made and that are none of these.
+        bias: added to the result where the form has one; may be any shape that `add` accepts.
+        ids: the expert of each element of the batch.
+        offsets: the ends of the experts' rows. Without either, the batch numbers the experts.
+        gather: the nodes from stack[ids] to the weight.
+        zero_rest: rows that belong to no expert are zeros in y; else whatever was in memory.
+    """
+
+    x: fx.Node
+    weight: fx.Node
+    stack: fx.Node
+    weight_steps: tuple[Step, ...]
+    x_dims: tuple[str, ...]
+    out_dims: tuple[str, ...]
+    batch: tuple[str, ...]
+    rows: tuple[str, ...]
+    contracted: tuple[str, ...]
+    free: tuple[str, ...]
+    x_singles: tuple[int, ...] = ()
+    bias: fx.Node | None = None
+    ids: fx.Node | None = None
+    offsets: fx.Node | None = None
+    gather: tuple[fx.Node, ...] = ()
+    zero_rest: bool = False
+
+    @property
+    def routing(self) -> fx.Node | None:
+        """What says which expert a row belongs to."""
+        return self.ids or self.offsets
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether there is a matrix for each expert, rather than one."""
+        return bool(self.batch) or self.offsets is not None
 
 
 @dataclass(eq=False, kw_only=True)
 class WeightSite:
-    """What sites of both kinds have.
+    """A matmul with a constant weight.
 
     Attributes:
-        kind: what a plan calls it.
+        kind: what a plan calls it; "other" has the form of experts alone, a matrix for each head.
         node: the matmul in the captured graph.
-        x: the activation.
-        bias: added to the result where the form has one; may be any shape that `add` accepts.
-        weight: the node that is multiplied with.
-        recipe, sources: how it comes from the graph's constant inputs.
+        contraction: what it multiplies, and how.
+        recipe, sources: how the weight comes from the graph's constant inputs.
         shape: (N, K) or (E, N, K) of what the recipe computes.
         part: "[0]", "[1]" where several sites read one parameter in different ways; ends the name.
         head: an output head: of a usual name, or one whose weight is an embedding's table too.
@@ -45,14 +87,12 @@ class WeightSite:
         op: the node that computes the site, kept current from rewrite on.
     """
 
-    kind: str
+    kind: Kind
     node: fx.Node
-    x: fx.Node
-    weight: fx.Node
+    contraction: Contraction
     recipe: WeightRecipe
     sources: tuple[fx.Node, ...]
     shape: tuple[int, ...]
-    bias: fx.Node | None = None
     name: str = ""
     part: str = ""
     head: bool = False
@@ -60,7 +100,7 @@ class WeightSite:
     reason: str | None = None
     settled: bool = False
     plan: QuantPlan | None = None
-    packed: PackedSpec | None = None
+    packed: NodeWeight | None = None
     op: fx.Node | None = None
 
     @property
@@ -68,42 +108,18 @@ class WeightSite:
         return math.prod(self.shape)
 
 
-@dataclass(eq=False, kw_only=True)
-class LinearSite(WeightSite):
-    """One matrix; `x_steps` bring x to [..., K], `out_steps` the result to node's shape."""
-
-    kind: str = "linear"
-    x_steps: tuple[GraphStep, ...] = ()
-    out_steps: tuple[GraphStep, ...] = ()
-
-
-@dataclass(eq=False, kw_only=True)
-class ExpertSite(WeightSite):
-    """A stack of experts; of kind "other" where it only has their form, a matrix for each head.
-
-    `indices` arrange x and the result around [rows, K] -> [rows, N]; None: they have these shapes.
-    `routing` is the node of the offsets or ids; None where every expert has equally many rows.
-    `gather` are the nodes from stack[routing] to the weight. `zero_rest`: rows that belong to no
-    expert are zeros in the result; else whatever was in memory.
-    """
-
-    kind: str = "experts"
-    form: Literal["grouped", "gathered"]
-    routing: fx.Node | None
-    indices: ExpertEinsum | None
-    gather: tuple[fx.Node, ...] = ()
-    zero_rest: bool = False
-
-
 @dataclass(frozen=True)
 class KeptWeight:
     """A constant matrix that no form reads, with what reads it; listed, never quantised.
 
-    `identity` is the `id` of the tensor, which the graph must not keep alive.
+    `identity` is the `id` of the tensor, which the graph must not keep alive; `input` its position
+    among the inputs, if it is one; `table` whether it is called after who reads its rows.
     """
 
     identity: int
+    input: int | None
     name: str
+    table: bool
     kind: str
     shape: tuple[int, ...]
     nbytes: int

@@ -1,9 +1,11 @@
 """What the passes did to each weight, as the rows of a plan."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
+from typing import Any
 
 import torch
 from torch import fx
@@ -11,13 +13,19 @@ from torch import fx
 from fqcompile.kernels.roofline import least_seconds
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.passes.base import GraphState
-from fqcompile.passes.choose import CHANGING
+from fqcompile.passes.choose import CHANGING, Decision, key_of
+from fqcompile.passes.naming import InputName, joined_name
 from fqcompile.passes.op_nodes import argument
 from fqcompile.passes.sites import KeptWeight, WeightSite
 from fqcompile.quant.choose import QuantPlan
-from fqcompile.quant.granularity import num_groups
-from fqcompile.report import Plan, Site
+from fqcompile.report import Site
+from fqcompile.tensor.format import num_groups
 from fqcompile.weights.recipe import WeightRecipe
+
+_NO_MORE_PLANS = (
+    "its graph is compiled for as many sets of plans as may be, and the one that serves this "
+    "weight keeps it"
+)
 
 
 @dataclass(frozen=True)
@@ -48,21 +56,64 @@ class Read:
 RowKey = tuple[tuple[int, ...], Read | None]
 
 
-def rows_of(state: GraphState) -> dict[RowKey, Site]:
+@dataclass(frozen=True)
+class Row:
+    """The row of a weight, and what it takes to say it of another that comes in at its place.
+
+    Attributes:
+        inputs: the positions of the tensors that it is named after.
+        part: ends the name.
+        table: whether it is called after who reads its rows.
+        decision: the place of its site among those that are not settled.
+    """
+
+    site: Site
+    inputs: tuple[int, ...]
+    part: str = ""
+    table: bool = False
+    decision: int | None = None
+
+    def of(self, known: Mapping[int, InputName], decisions: Sequence[Decision]) -> Site:
+        """The row of the weights with these names and plans, by position and place."""
+        site, names = self.site, tuple(known[i].name for i in self.inputs)
+        name = known[self.inputs[0]].table if self.table else joined_name(known, self.inputs)
+        site = site.but(name=name + self.part)
+        decision = None if self.decision is None else decisions[self.decision]
+        if decision is None:
+            return site
+        if site.status == "kept":
+            return site.but(reason=decision if isinstance(decision, str) else _NO_MORE_PLANS)
+        recipe = site.recipe
+        assert isinstance(recipe, SiteRecipe) and isinstance(decision, QuantPlan)
+        if key_of([decision]) != key_of([recipe.plan]):  # what it would deliver nobody has asked
+            decision = replace(recipe.plan, relative_error=math.nan, expert_errors=())
+        pairs = zip(recipe.names, names, strict=True)
+        shared = frozenset(new for old, new in pairs if old in recipe.shared)
+        recipe = replace(recipe, names=names, plan=decision, shared=shared)
+        return site.but(recipe=recipe, **_errors(decision))
+
+
+def rows_of(state: GraphState) -> dict[RowKey, Row]:
     """One row per weight: a weight that several nodes read in the same way is one site."""
-    rows: dict[RowKey, Site] = {}
+    rows: dict[RowKey, Row] = {}
+    places = count()
     for site in state.sites:
         read = Read(site.recipe.key, site.plan.scale_dtype if site.plan else None)
-        weights = tuple(id(state.args[state.constants[source]]) for source in site.sources)
-        rows.setdefault((weights, read), _site(state, site))
+        inputs = tuple(state.constants[source] for source in site.sources)
+        weights = tuple(id(state.args[i]) for i in inputs)
+        place = None if site.settled else next(places)
+        row = Row(_site(state, site), inputs, site.part, decision=place)
+        rows.setdefault((weights, read), row)
     by_status: dict[str, set[int]] = {"kept": set(), "quantized": set()}
     for (weights, _), row in rows.items():
-        by_status[row.status].update(weights)
+        by_status[row.site.status].update(weights)
     # A weight all of whose sites are kept has a row already.
     told = by_status["kept"] - by_status["quantized"]
     for weight in (w for w in state.kept if w.identity not in told):
-        rows[(weight.identity,), None] = _kept(weight)
-    return with_other_readers(rows)
+        inputs = () if weight.input is None else (weight.input,)
+        rows[(weight.identity,), None] = Row(_kept(weight), inputs, table=weight.table)
+    sites = with_other_readers({key: row.site for key, row in rows.items()})
+    return {key: replace(row, site=sites[key]) for key, row in rows.items()}
 
 
 def with_other_readers(rows: Mapping[RowKey, Site]) -> dict[RowKey, Site]:
@@ -81,13 +132,23 @@ def with_other_readers(rows: Mapping[RowKey, Site]) -> dict[RowKey, Site]:
         names = {n for n, w in zip(site.recipe.names, weights, strict=True) if w in kept}
         if names:
             recipe = replace(site.recipe, shared=site.recipe.shared | names)
-            found[weights, read] = replace(site, recipe=recipe)
+            found[weights, read] = site.but(recipe=recipe)
     return found
 
 
-def plan_of(state: GraphState) -> Plan:
-    """The rows, sites before what no form reads."""
-    return Plan(tuple(rows_of(state).values()), state.config.as_dict())
+def rows_beside(
+    rows: Sequence[Row],
+    told: Collection[str],
+    known: Mapping[int, InputName],
+    decisions: Sequence[Decision],
+) -> tuple[Site, ...]:
+    """The rows of weights that run the graph of `rows`, and whose names are not among those told.
+
+    None of what no module holds: it has the name of its path, whoever runs the graph.
+    """
+    held = [row for row in rows if any(known[i].held for i in row.inputs)]
+    found = (row.of(known, decisions) for row in held)
+    return tuple(site for site in found if site.name not in told)
 
 
 def _site(state: GraphState, site: WeightSite) -> Site:
@@ -115,19 +176,25 @@ def _site(state: GraphState, site: WeightSite) -> Site:
     )
     assert site.packed is not None and site.op is not None
     group_size = state.packed[site.op].spec.group_size
-    error = site.plan.relative_error  # not a number where the weight came packed
     return replace(
         kept,
         status="quantized",
         bits=site.plan.bits,
         group_size=group_size,
         bytes_after=_packed_bytes(site, group_size),
-        relative_error=None if math.isnan(error) else error,
-        expert_errors=site.plan.expert_errors or None,
+        **_errors(site.plan),
         kernel=str(argument(site.op, "kernel")),
         least_us=_least_us(state, site),
         recipe=recipe,
     )
+
+
+def _errors(plan: QuantPlan) -> dict[str, Any]:
+    error = plan.relative_error  # not a number where the weight came packed
+    return {
+        "relative_error": None if math.isnan(error) else error,
+        "expert_errors": plan.expert_errors or None,
+    }
 
 
 def _least_us(state: GraphState, site: WeightSite) -> Callable[[], float | None] | None:

@@ -8,49 +8,54 @@ the model: the graph is compiled as it was, and a warning says which pass failed
 
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from fqcompile.config import FineQuantConfig
-from fqcompile.distributed.agreement import agree
+from fqcompile.distributed.ranks import agree
 from fqcompile.distributed.shards import rank_groups
 from fqcompile.errors import PlanDoesNotFit, RankError
-from fqcompile.passes.agreement import shared_facts
+from fqcompile.locks import fork_safe
 from fqcompile.passes.base import GraphState, copy_module
-from fqcompile.passes.choose import Decision, decide
-from fqcompile.passes.localize import localize, refuse_fsdp
+from fqcompile.passes.choose import Decision, Key, decide, distance, key_of, serves
 from fqcompile.passes.lower import compile_inner
-from fqcompile.passes.pipeline import Recorder, analyse, compile_state
-from fqcompile.passes.summary import plan_of, read_as_it_comes, warnings_of
+from fqcompile.passes.naming import InputName
+from fqcompile.passes.pipeline import Recorder, analyse, compile_state, shared_facts
+from fqcompile.passes.sharded import localize, refuse_fsdp
+from fqcompile.passes.summary import (
+    Row,
+    read_as_it_comes,
+    rows_beside,
+    rows_of,
+    warnings_of,
+)
 from fqcompile.report import (
     CompileReport,
     Plan,
+    amend,
     dump_report,
     is_traced,
     record,
     trace_report,
-    with_warning,
 )
 from fqcompile.torch_compat import DYNAMO_REQUESTS, TracingContext, compile_lock, tracing
 from fqcompile.weights.dispatch import Inner, Variant, WeightDispatch, forget
 from fqcompile.weights.fingerprint import ATTEMPTS
 from fqcompile.weights.store import STORE
 
+_reporting = fork_safe(threading.RLock())  # weights that run one graph may come in at once
 log = logging.getLogger("fqcompile")
 _graph_numbers = itertools.count()
 # More than this many sets of plans are not compiled for one graph; Dynamo's own limit of
 # recompilations does not see them.
 MOST_VARIANTS = 8
-PlanKey = tuple[int, int, str, torch.dtype] | None
-Key = tuple[PlanKey, ...]
 _VERSIONS = {name: version(name) for name in ("fqcompile", "torch")}
 
 
@@ -86,10 +91,11 @@ def _compiled(
 
 @dataclass
 class _Compiled:
-    """A variant, the key of the plans it is for, and its report."""
+    """A variant, the key of the plans it is for, the rows of its first weights, and its report."""
 
     key: Key
     variant: Variant
+    rows: Sequence[Row]
     report: CompileReport
 
 
@@ -122,13 +128,16 @@ class GraphCompiler:
         """
         state = self._analysed
         assert state is not None
-        key = _key(decide(state, args, changing))
+        known = state.known_in(args)
+        decisions = decide(state, args, known, changing)
+        key = key_of(decisions)
         found = self._compiled.get(key)
         if found is None:
             with compile_lock, tracing(self._context):
                 found = self._compiled.get(key) or self._add(args, key, changing)
         if changing:
             self._say_once(found, read_as_it_comes(state, changing))
+        self._tell(found, {i: known[node] for node, i in state.named.items()}, decisions)
         return found.variant
 
     def _add(self, args: Sequence[Any], key: Key, changing: frozenset[int]) -> _Compiled:
@@ -171,9 +180,9 @@ class GraphCompiler:
         possible = [
             found
             for found in list(self._compiled.values())
-            if all(map(_serves, found.key, key, bounded))
+            if all(map(serves, found.key, key, bounded))
         ]
-        for found in sorted(possible, key=partial(_distance, key)):
+        for found in sorted(possible, key=lambda found: distance(found.key, key)):
             with suppress(PlanDoesNotFit):
                 found.variant.pack(args)
                 return found
@@ -189,7 +198,7 @@ class GraphCompiler:
         start = time.perf_counter()
         recorder = self._recorder()
         try:
-            state, plan, variant = self._run(args, changing, recorder)
+            state, rows, variant = self._run(args, changing, recorder)
         except Exception as error:
             self._agree(args, {"outcome": f"pass {recorder.running!r} failed with {error!r}"})
             strict = self._config.on_unsupported == "error"
@@ -203,16 +212,16 @@ class GraphCompiler:
             return self._unquantized(args, recorder, text, key)
         state.args = ()  # the example weights must not outlive their model
         self._analysed = self._analysed or state
-        key = _key(tuple(s.plan or str(s.reason) for s in state.sites if not s.settled))
+        key = key_of(tuple(s.plan or str(s.reason) for s in state.sites if not s.settled))
         seconds = time.perf_counter() - start
         warnings = warnings_of(state)
         for text in warnings:
             log.warning(text)
-        return self._keep(key, variant, recorder, plan, warnings, seconds)
+        return self._keep(key, variant, recorder, rows, warnings, seconds)
 
     def _run(
         self, args: Sequence[Any], changing: frozenset[int], recorder: Recorder
-    ) -> tuple[GraphState, Plan, Variant]:
+    ) -> tuple[GraphState, Sequence[Row], Variant]:
         """All passes; again where another thread has written to a weight between two of them."""
         for attempt in range(ATTEMPTS):
             recorder.records.clear()
@@ -220,9 +229,9 @@ class GraphCompiler:
                 state = analyse(
                     self._module, args, self._config, recorder, name=self._name, changing=changing
                 )
-                plan = plan_of(state)
+                rows = list(rows_of(state).values())  # sites before what no form reads
                 self._agree(args, shared_facts(state))
-                return state, plan, compile_state(state, args, recorder)
+                return state, rows, compile_state(state, args, recorder)
             except PlanDoesNotFit:
                 if attempt == ATTEMPTS - 1:
                     raise
@@ -243,19 +252,20 @@ class GraphCompiler:
         module, _ = copy_module(self._module)
         inner = compile_inner(module, args, self._config)
         variant = Variant(inner, tuple(range(len(args))), lambda args: ())
-        return self._keep(key, variant, recorder, Plan((), self._config.as_dict()), (text,), 0.0)
+        return self._keep(key, variant, recorder, (), (text,), 0.0)
 
     def _keep(
         self,
         key: Key,
         variant: Variant,
         recorder: Recorder,
-        plan: Plan,
+        rows: Sequence[Row],
         warnings: tuple[str, ...],
         seconds: float,
     ) -> _Compiled:
         number = len(self._compiled)
         name = f"{self._name}_variant_{number}" if number else self._name
+        plan = Plan(tuple(row.site for row in rows), self._config.as_dict())
         passes = tuple(recorder.records)
         report = CompileReport(name, plan, passes, warnings, _VERSIONS, seconds)
         log.info("%s: %s", name, plan.totals)
@@ -264,7 +274,7 @@ class GraphCompiler:
         trace_report(report)
         if self._config.debug_dir is not None:
             dump_report(report, self._config.debug_dir)
-        self._compiled[key] = found = _Compiled(key, variant, report)
+        self._compiled[key] = found = _Compiled(key, variant, rows, report)
         return found
 
     def _say_once(self, found: _Compiled, text: str) -> None:
@@ -272,24 +282,17 @@ class GraphCompiler:
         if text not in self._said:
             self._said.add(text)
             log.warning(text)
-            found.report = with_warning(found.report, text)
+            with _reporting:
+                found.report = amend(found.report, warnings=(*found.report.warnings, text))
 
-
-def _serves(plan: PlanKey, asked: PlanKey, bounded: bool) -> bool:
-    """Whether a site whose weight asks for one plan may be quantised by another one."""
-    return plan is None or plan == asked or (asked is not None and not bounded)
-
-
-def _distance(asked: Key, found: _Compiled) -> tuple[int, int]:
-    """Sites that would be coarser than they ask for; then how coarse or large all are."""
-    pairs = [(p, a) for p, a in zip(found.key, asked, strict=True) if a is not None]
-    coarser = [p is not None and (p[0] < a[0] or p[1] > a[1]) for p, a in pairs]
-    return sum(coarser), sum(1 << 20 if p is None else p[1] for p, _ in pairs)
-
-
-def _key(decisions: Sequence[Decision]) -> Key:
-    """Equal where the rewritten graphs are equal."""
-    return tuple(
-        None if isinstance(d, str) else (d.bits, d.group_size, d.scale_method, d.scale_dtype)
-        for d in decisions
-    )
+    def _tell(
+        self, found: _Compiled, known: Mapping[int, InputName], decisions: Sequence[Decision]
+    ) -> None:
+        """In the report, of weights that it has not named: those of a layer like the first."""
+        with _reporting:
+            plan = found.report.plan
+            new = rows_beside(found.rows, {s.name for s in plan.sites}, known, decisions)
+            if new:
+                found.report = amend(found.report, plan=replace(plan, sites=plan.sites + new))
+                if self._config.debug_dir is not None:
+                    dump_report(found.report, self._config.debug_dir)

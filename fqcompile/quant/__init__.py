@@ -1,1 +1,1 @@
-"""From a weight matrix to codes and scales: formats, granularity, packing, choice."""
+"""From a weight matrix to codes and scales: granularity, scales, checks, choice."""

@@ -10,14 +10,9 @@ from collections.abc import Callable
 
 import torch
 
-from fqcompile.quant.chunks import each_chunk, group_parts, grouped, plain_tensors, row_chunks
-from fqcompile.quant.granularity import num_groups
-from fqcompile.quant.packing import unpack
-from fqcompile.quant.qtype import QTYPES, QType
 from fqcompile.quant.scale_search import search_scale, search_share, signed_extremes
-
-# Dequantising keeps few copies of a piece, so longer ones fit the cache.
-_DEQUANTIZE_SHARE = 4.0
+from fqcompile.tensor.chunks import each_chunk, group_parts, grouped, plain_tensors
+from fqcompile.tensor.format import QType, num_groups
 
 
 def _absmax_scale(groups: torch.Tensor, extremes: torch.Tensor, qtype: QType) -> torch.Tensor:
@@ -77,38 +72,3 @@ def quantize_affine(
 
     each_chunk(fill, w)
     return codes
-
-
-def dequantize_affine(
-    codes: torch.Tensor, scale: torch.Tensor, group_size: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """q * scale [N, K], rounded once to `dtype`."""
-    values = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    for rows in row_chunks(codes, _DEQUANTIZE_SHARE):
-        _write_values(values[rows], codes[rows], scale[rows], group_size)
-    return values
-
-
-def dequantize_rows(
-    qweight: torch.Tensor,
-    scale: torch.Tensor,
-    bits: int,
-    group_size: int,
-    k: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The same from packed codes: [rows of qweight, K]."""
-    values = torch.empty(qweight.shape[0], k, dtype=dtype, device=qweight.device)
-    for rows in row_chunks(values, _DEQUANTIZE_SHARE):
-        codes = unpack(qweight[rows], QTYPES[bits], k)
-        _write_values(values[rows], codes, scale[rows], group_size)
-    return values
-
-
-def _write_values(
-    out: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, group_size: int
-) -> None:
-    """out = codes * scale; a product of two types is formed in the wider one and rounded once."""
-    out.copy_(codes)
-    for part, s in group_parts(out, scale, group_size):
-        part.mul_(s)

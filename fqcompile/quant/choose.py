@@ -12,15 +12,13 @@ import torch
 
 from fqcompile.config import SiteOptions
 from fqcompile.errors import UnquantizableWeight
-from fqcompile.quant.affine import choose_scale, dequantize_affine, quantize_affine
-from fqcompile.quant.chunks import each_chunk, plain_tensors
-from fqcompile.quant.fidelity import relative_error_from, squared_norms
-from fqcompile.quant.granularity import group_size_candidates
-from fqcompile.quant.packing import pack, packed_columns
-from fqcompile.quant.qtype import INT8, QTYPES, QType
-from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.quant.rules import RULES
-from fqcompile.quant.validate import check_quantizable
+from fqcompile.quant.affine import choose_scale, quantize_affine
+from fqcompile.quant.checks import check_quantizable, relative_error_from, squared_norms
+from fqcompile.quant.granularity import RULES, group_size_candidates
+from fqcompile.tensor.chunks import each_chunk, plain_tensors
+from fqcompile.tensor.codes import dequantize_affine, pack
+from fqcompile.tensor.format import INT8, QTYPES, Format, QType, packed_columns
+from fqcompile.tensor.quantized import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,10 @@ class QuantPlan:
 @plain_tensors()
 def choose_and_quantize(
     w: torch.Tensor, options: SiteOptions, scale_dtype: torch.dtype
-) -> tuple[QuantPlan, QuantizedWeight]:
+) -> tuple[QuantPlan, QuantizedTensor]:
     """Bits, group size and scale type of w [N, K] or [E, N, K], and w quantised so; deterministic.
 
-    A stack is quantised as the matrix [E * N, K] of its experts' rows. Raises UnquantizableWeight,
-    whose text is the reason for the report.
+    Raises UnquantizableWeight, whose text is the reason for the report.
     """
     matrices = _checked_matrices(w)
     group_size = min(
@@ -106,7 +103,7 @@ def choose_plan(w: torch.Tensor, options: SiteOptions, scale_dtype: torch.dtype)
 
 
 @plain_tensors()
-def quantize_weight(w: torch.Tensor, plan: QuantPlan) -> QuantizedWeight:
+def quantize_weight(w: torch.Tensor, plan: QuantPlan) -> QuantizedTensor:
     """w [N, K] or [E, N, K] quantised as planned, in fresh ordinary tensors on the device of w."""
     _checked_matrices(w)
     qtype = QTYPES[plan.bits]
@@ -141,24 +138,28 @@ def _attempts(options: SiteOptions, group_size: int, k: int) -> Iterator[tuple[i
 
 def _deliver(
     w: torch.Tensor, qtype: QType, group_size: int, method: str, scale_dtype: torch.dtype
-) -> tuple[QuantPlan, QuantizedWeight]:
+) -> tuple[QuantPlan, QuantizedTensor]:
     """w quantised at this group size, and the plan with the errors that this has."""
     n, k = w.shape[-2:]
     matrices = [w] if w.dim() == 2 else w.unbind()
-    columns, rows = packed_columns(qtype, k), n * len(matrices)
-    qweight = torch.empty(rows, columns, dtype=qtype.storage_dtype, device=w.device)
+    shape = (*w.shape[:-1], packed_columns(qtype, k))
+    qweight = torch.empty(shape, dtype=qtype.storage_dtype, device=w.device)
     scales = [choose_scale(m, qtype, group_size, method, scale_dtype) for m in matrices]
     if len({scale.dtype for scale in scales}) > 1:  # 16 bits cannot hold those of some expert
         scales = [choose_scale(m, qtype, group_size, method, torch.float32) for m in matrices]
     norms = [
         _encode(matrix, scale, part, qtype, group_size)
-        for matrix, scale, part in zip(matrices, scales, qweight.split(n), strict=True)
+        for matrix, scale, part in zip(
+            matrices, scales, qweight.view(-1, n, shape[-1]), strict=True
+        )
     ]
     errors = tuple(map(relative_error_from, norms)) if w.dim() == 3 else ()
     whole = relative_error_from([piece for pieces in norms for piece in pieces])
     plan = QuantPlan(qtype.bits, group_size, method, scales[0].dtype, whole, errors)
-    scale = scales[0] if w.dim() == 2 else torch.cat(scales)
-    return plan, QuantizedWeight(qweight, scale, qtype.bits, group_size, (rows, k))
+    scale = scales[0] if w.dim() == 2 else torch.stack(scales)
+    experts = len(matrices) if w.dim() == 3 else 0
+    form = Format(qtype.bits, group_size, n, k, experts, scale_method=method)
+    return plan, QuantizedTensor(qweight, scale, form)
 
 
 def _encode(

@@ -15,8 +15,8 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import embedding_bag
 
-from fqcompile.quant.chunks import plain_tensors
-from fqcompile.quant.qtype import QType
+from fqcompile.tensor.chunks import plain_tensors
+from fqcompile.tensor.format import QType
 
 # Steps that put the extreme on the negative side, which has one code more, and on the other side.
 _CANDIDATES = 33, 14

@@ -2,14 +2,14 @@
 
 from fqcompile.report.compile_report import (
     CompileReport,
+    PassRecord,
+    amend,
     clear_reports,
     record,
     recorded,
     reports,
-    with_warning,
 )
 from fqcompile.report.dump import dump_report, is_traced, trace_report
-from fqcompile.report.pass_record import PassRecord
 from fqcompile.report.plan import Plan, Totals
 from fqcompile.report.site import Site
 
@@ -19,6 +19,7 @@ __all__ = [
     "Plan",
     "Site",
     "Totals",
+    "amend",
     "clear_reports",
     "dump_report",
     "is_traced",
@@ -26,5 +27,4 @@ __all__ = [
     "recorded",
     "reports",
     "trace_report",
-    "with_warning",
 ]

@@ -3,28 +3,127 @@
 The newest reports of the process are kept in order, for `fqcompile.reports()`.
 """
 
+import difflib
 import json
 import logging
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from html import escape
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
-from fqcompile.report.files import replace_text
-from fqcompile.report.html import Section
-from fqcompile.report.page import render_page
-from fqcompile.report.pass_record import PassRecord, passes_html
-from fqcompile.report.plan import Plan
-from fqcompile.report.plan_page import options_html, plan_sections
-from fqcompile.report.site import Site
+from fqcompile.files.replace import replace_text
+from fqcompile.report.page import (
+    Cell,
+    Section,
+    Table,
+    details,
+    paragraph,
+    render_page,
+    table_html,
+    unordered,
+)
+from fqcompile.report.plan import Plan, options_html, plan_sections
+from fqcompile.report.site import Site, shorten
+
+# A graph's signature is one line of many kilobytes, beside which nothing else could be read.
+LONGEST_LINE = 240
+_DIFF_CSS = {"+": "added", "-": "removed", "@": "place"}
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One pass over the graph: what it matched, how many changes, and the graph on both sides.
+
+    `before` and `after` are the readable graph, or None where no dump was asked for.
+    """
+
+    name: str
+    seconds: float
+    count: int
+    matched: tuple[str, ...] = ()
+    before: str | None = field(default=None, repr=False)
+    after: str | None = field(default=None, repr=False)
+
+    @cached_property
+    def diff(self) -> tuple[str, ...]:
+        """The lines of a unified diff of the graph, without its header; none without both sides."""
+        if self.before is None or self.after is None:
+            return ()
+        sides = self.before.splitlines(), self.after.splitlines()
+        return tuple(difflib.unified_diff(*sides, lineterm=""))[2:]
+
+    def as_dict(self) -> dict[str, object]:
+        """Without the graphs, which are files of the dump."""
+        return {
+            "name": self.name,
+            "seconds": self.seconds,
+            "count": self.count,
+            "matched": list(self.matched),
+        }
+
+
+def passes_html(passes: Sequence[PassRecord], total_seconds: float) -> str:
+    """Times and changes of all passes, then what each matched and changed, folded away."""
+    longest = max((p.seconds for p in passes), default=0.0) or 1.0
+    rows = tuple(
+        (
+            Cell(p.name),
+            Cell(str(p.count), p.count),
+            Cell(f"{p.seconds:.3f}", p.seconds),
+            Cell("", p.seconds, shares=(1.0, p.seconds / longest)),
+        )
+        for p in passes
+    )
+    spent = sum(p.seconds for p in passes)
+    return "\n".join(
+        [
+            table_html(Table("passes", ("pass", "count", "seconds", "of the longest"), rows)),
+            paragraph(f"the passes took {spent:.2f} of {total_seconds:.2f} s", "quiet"),
+            *(part for p in passes for part in _pass_details(p)),
+        ]
+    )
+
+
+def _pass_details(record: PassRecord) -> list[str]:
+    parts = []
+    if record.matched:
+        summary = f"{record.name} matched {len(record.matched)}"
+        parts.append(details(summary, unordered(record.matched)))
+    if record.diff:
+        added, removed = (sum(line.startswith(sign) for line in record.diff) for sign in "+-")
+        summary = f"{record.name} changed the graph: +{added} −{removed} lines"
+        parts.append(details(summary, _diff_html(record)))
+    return parts
+
+
+def _diff_html(record: PassRecord) -> str:
+    lines = "\n".join(map(_diff_line, record.diff))
+    name = escape(f"graph diff of {record.name}")
+    cut = any(len(line) > LONGEST_LINE for line in record.diff)
+    note = paragraph("lines cut at … are whole in the dump's .diff file", "quiet") if cut else ""
+    return f'<pre class="diff" tabindex="0" role="region" aria-label="{name}">{lines}</pre>{note}'
+
+
+def _diff_line(line: str) -> str:
+    text = escape(shorten(line, LONGEST_LINE))
+    css = _DIFF_CSS.get(line[:1])
+    return f'<span class="{css}">{text}</span>' if css else text
 
 
 @dataclass(frozen=True)
 class CompileReport:
-    """One graph, from capture to the call that compiled what was left of it."""
+    """One graph, from capture to the call that compiled what was left of it.
+
+    Equal layers may run one graph. Its plan has a row for each weight that came in at a place where
+    it may be quantised, as soon as a call has brought it, under its own name. Where a graph has no
+    such place its rows are those of the weights that it was compiled with.
+    """
 
     graph: str
     plan: Plan
@@ -104,13 +203,13 @@ def record(report: CompileReport) -> None:
     _REPORTS.append(report)
 
 
-def with_warning(report: CompileReport, text: str) -> CompileReport:
-    """The report with one more warning, which takes its place among those of this process."""
-    changed = replace(report, warnings=(*report.warnings, text))
+def amend(report: CompileReport, **changes: Any) -> CompileReport:
+    """The report with these changes, which takes its place among those of this process."""
+    new = replace(report, **changes)
     for index, known in enumerate(list(_REPORTS)):
         if known is report and _REPORTS[index] is report:
-            _REPORTS[index] = changed
-    return changed
+            _REPORTS[index] = new
+    return new
 
 
 def recorded() -> list[CompileReport]:
@@ -121,6 +220,7 @@ def recorded() -> list[CompileReport]:
 def reports() -> list[CompileReport]:
     """The reports of the graphs that were compiled in this process last, 256 at most, newest last.
 
+    Each is as of now: rows of further layers that run its graph are in one that is asked for later.
     With `debug_dir` or TORCH_TRACE each holds its graph before and after every pass, as text. Where
     there is none, a warning says why that may be.
     """

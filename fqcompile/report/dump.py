@@ -8,9 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from fqcompile.distributed.ranks import own_folder
-from fqcompile.report.compile_report import CompileReport
-from fqcompile.report.files import replace_text
-from fqcompile.report.pass_record import PassRecord
+from fqcompile.files.replace import replace_text
+from fqcompile.report.compile_report import CompileReport, PassRecord
 from fqcompile.torch_compat import trace_log, trace_structured
 
 log = logging.getLogger("fqcompile")

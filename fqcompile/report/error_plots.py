@@ -4,11 +4,9 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from fqcompile.report.html import Cell, Table, table_html
-from fqcompile.report.place import place_of
-from fqcompile.report.site import Site
-from fqcompile.report.svg import Axis, Point, axis_over, points_svg
-from fqcompile.report.table import format_error, format_group, format_status
+from fqcompile.report.granularity_map import place_of
+from fqcompile.report.page import Axis, Cell, Point, Table, axis_over, points_svg, table_html
+from fqcompile.report.site import Site, format_error, format_group, format_status
 
 WORST = 10
 _MOST_LABELS = 8

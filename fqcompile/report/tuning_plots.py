@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from html import escape
 
 from fqcompile.kernels.tuning.table import Timing
-from fqcompile.report.html import paragraph
-from fqcompile.report.svg import Axis, Point, axis_over, points_svg
+from fqcompile.report.page import Axis, Point, axis_over, paragraph, points_svg
 from fqcompile.report.tuning_case import Candidate, TuningCase
 
 _MOST_LABELS = 12

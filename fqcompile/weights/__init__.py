@@ -1,1 +1,4 @@
-"""Constant weights: how a site computes its matrix, and the packed copies found by identity."""
+"""Weights and graphs: recipes, the store of packed weights, and tensors that stand for them."""
+
+# Fills the table of what a packed weight answers itself, whichever of these modules is imported.
+from fqcompile.weights import parameter_matmuls as _parameter_matmuls  # noqa: F401

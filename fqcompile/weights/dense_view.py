@@ -20,9 +20,16 @@ from fqcompile.torch_compat import (
     tree_leaves,
     tree_map_only,
 )
-from fqcompile.weights.no_memory import Lifetime, NoMemory, never_compiled, no_memory
-from fqcompile.weights.packed_memory import PackedMemory, Place, values
-from fqcompile.weights.packed_weight import HANDLERS, PackedWeight
+from fqcompile.weights.memory import (
+    Lifetime,
+    Memory,
+    NoMemory,
+    Place,
+    never_compiled,
+    no_memory,
+    values,
+)
+from fqcompile.weights.parameter import HANDLERS, PackedWeight
 
 log = logging.getLogger("fqcompile")
 _said: set[str] = set()
@@ -42,13 +49,13 @@ class DenseView(NoMemory):
             returned, or bits read as another type.
     """
 
-    memory: PackedMemory | None
+    memory: Memory | None
     _shown: Tensor
     _number: int
 
     @staticmethod
     def __new__(
-        cls: type["DenseView"], shown: Tensor, memory: PackedMemory | None, offset: int | SymInt
+        cls: type["DenseView"], shown: Tensor, memory: Memory | None, offset: int | SymInt
     ) -> "DenseView":
         place = Place(shown.size(), shown.stride(), offset)
         self = cls.shaped(place, shown.dtype, shown.device)

@@ -1,5 +1,8 @@
-"""DiskCache: quantised weights on disk, so that the next start of the same model finds them.
+"""The cache of quantized weights on disk, so that the next start of the same model finds them.
 
+A weight is found by its content and all else that its codes depend on, never by its name:
+
+    w, options, scale type, versions of the quantizer and of torch  ──►  key
     key  ──►  <cache directory>/weights/<key>.safetensors
 
 Files are replaced in one step under a lock, so processes may share them. Those used longest ago go
@@ -10,29 +13,45 @@ nothing is kept.
 FQCOMPILE_CACHE_SIZE is the bound in GiB; 0 switches the cache off.
 """
 
+import json
 import logging
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from functools import cache
+from contextlib import contextmanager, suppress
+from dataclasses import fields
+from functools import cache, partial
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+from fqcompile.config import SiteOptions
 from fqcompile.errors import CorruptEntry
-from fqcompile.kernels.cache_directory import (
-    cache_directory,
-    check_trusted,
-    replace_file,
-    warn_unusable,
-    writing,
-)
+from fqcompile.files.cache_directory import cache_directory, check_trusted, warn_unusable, writing
+from fqcompile.files.replace import replace_file
+from fqcompile.quant.choose import choose_and_quantize
 from fqcompile.weights.entry_file import Entry, encoded, read_entry
+from fqcompile.weights.fingerprint import Values, values_of
 
 log = logging.getLogger("fqcompile")
 
 SIZE = "FQCOMPILE_CACHE_SIZE"
 _DEFAULT_GIB = 16.0
+# So many are named, found, read and checked in .4 ms, and quantized in 1.3 (int8) or 7 (int4); for
+# fewer there is little to gain from a file.
+LEAST_WEIGHTS = 1 << 16
+
+# Another version of the quantizer may choose other codes, and does not find these.
+_PACKAGE = Path(__file__).parent.parent
+_SOURCES = (
+    *(p for name in ("tensor", "quant") for p in sorted((_PACKAGE / name).glob("*.py"))),
+    _PACKAGE / "weights" / "entry_file.py",
+    _PACKAGE / "files" / "safetensors_file.py",
+)
+VERSION = sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()
 
 
 class Usage(NamedTuple):
@@ -43,7 +62,7 @@ class Usage(NamedTuple):
 
 
 class DiskCache:
-    """The quantised weights in `directory`, of at most `limit` bytes in all.
+    """The quantized weights in `directory`, of at most `limit` bytes in all.
 
     What this process itself has used is not removed for the sake of more: a model larger than the
     bound finds a part of itself at the next start instead of nothing.
@@ -163,3 +182,46 @@ def _limit(gib: str) -> int:
         )
         return 0
     return int(size * 2**30)
+
+
+def find_or_quantize(
+    w: Tensor, options: SiteOptions, scale_dtype: torch.dtype, values: Values | None = None
+) -> Entry:
+    """`choose_and_quantize` where its result is not on disk; w is [N, K] or [E, N, K].
+
+    `values` are those of w where the caller knows them. What is made of w is kept only if w still
+    has them: another thread may write to it meanwhile, and codes of its values must not be found
+    under the name of the old ones.
+
+    Weights on a GPU are quantized there each time: to name them, all their bytes would go to the
+    host and through its cores first.
+    """
+    make = partial(choose_and_quantize, w, options, scale_dtype)
+    found = disk_cache()
+    worth_it = w.device.type == "cpu" and w.dim() in (2, 3) and w.numel() >= LEAST_WEIGHTS
+    if found is None or not worth_it:
+        return make()
+    before = values or values_of(w)
+    key = entry_key(before.digest, options, scale_dtype)
+    return found.get_or_make(key, make, lambda: values_of(w) == before)
+
+
+def entry_key(digest: str, options: SiteOptions, scale_dtype: torch.dtype) -> str:
+    """Equal where the same version makes the same codes and scales of weights of this digest."""
+    chosen = {f.name: getattr(options, f.name) for f in fields(SiteOptions)}
+    parts = [VERSION, torch.__version__, chosen, str(scale_dtype), digest]
+    return sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@contextmanager
+def use_logged() -> Iterator[None]:
+    """Says afterwards how many weights were found on disk."""
+    found = disk_cache()
+    before = (found.hits, found.misses) if found else (0, 0)
+    yield
+    if found:
+        hits, misses = found.hits - before[0], found.misses - before[1]
+        if hits or misses:
+            log.info(
+                "%d of %d weights were found quantised in %s", hits, hits + misses, found.directory
+            )

@@ -27,7 +27,7 @@ from torch import Tensor
 from fqcompile.errors import PlanDoesNotFit
 from fqcompile.torch_compat import SerializableCallable
 from fqcompile.weights.fingerprint import ATTEMPTS, Fingerprint, Memory, fingerprint
-from fqcompile.weights.no_memory import Lifetime, NoMemory, lifetime
+from fqcompile.weights.memory import Lifetime, NoMemory, lifetime
 from fqcompile.weights.store import STORE
 
 Inner = Callable[..., Any]

@@ -20,23 +20,22 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 from fqcompile.config import SiteOptions
 from fqcompile.errors import UnquantizableWeight
-from fqcompile.kernels.template import PackedTensors
 from fqcompile.locks import fork_safe
 from fqcompile.quant.choose import QuantPlan, choose_and_quantize
-from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.weights.find_or_quantize import find_or_quantize
+from fqcompile.tensor.quantized import QuantizedTensor
+from fqcompile.weights.disk_cache import find_or_quantize
 from fqcompile.weights.fingerprint import ATTEMPTS, Memory, Values, fingerprint, values_of
-from fqcompile.weights.no_memory import Lifetime, lifetime
-from fqcompile.weights.packed import (
-    PackedPart,
-    PackedSpec,
+from fqcompile.weights.memory import Lifetime, lifetime
+from fqcompile.weights.node_weight import (
+    NodeWeight,
+    Part,
     Tensors,
+    any_packed,
     packed_already,
     part_key,
     plan_of_packed,
     share_memory,
 )
-from fqcompile.weights.packed_weight import PackedWeight
 from fqcompile.weights.recipe import WeightRecipe
 
 Numbers = tuple[int, ...]
@@ -87,15 +86,15 @@ def _key(weight: Tensor, callback: Callable[[object], None] | None = None) -> We
 class _InPacked:
     """A part that is held in a kernel's layout alone, from which it can be recovered."""
 
-    spec: PackedSpec
+    spec: NodeWeight
     index: int
-    packed: PackedTensors
+    packed: QuantizedTensor
 
-    def recover(self) -> QuantizedWeight:
+    def recover(self) -> QuantizedTensor:
         return self.spec.recover(self.packed, self.index)
 
 
-_Held = QuantizedWeight | _InPacked | None
+_Held = QuantizedTensor | _InPacked | None
 
 
 class _Made(NamedTuple):
@@ -134,7 +133,7 @@ class PackedStore:
 
         def choose(weights: Tensors) -> _Made:
             w = recipe(*weights)
-            if _any_packed(weights):
+            if any_packed(weights):
                 return _Made(plan_of_packed(w))
             try:
                 if (request, tuple(map(id, sources))) in self._entries.get(sources[0], {}):
@@ -153,7 +152,7 @@ class PackedStore:
         result: QuantPlan | str = self._get(sources, request, choose)
         return result
 
-    def quantized(self, part: PackedPart, sources: Tensors) -> QuantizedWeight:
+    def quantized(self, part: Part, sources: Tensors) -> QuantizedTensor:
         """One site's codes and scales in the plain layout, made on the first request.
 
         Where a kernel's layout holds them alone they are recovered from it, bit for bit; only where
@@ -165,7 +164,7 @@ class PackedStore:
                 return part.quantize(sources)
         return held.recover() if isinstance(held, _InPacked) else held
 
-    def hold(self, part: PackedPart, sources: Tensors) -> _Held:
+    def hold(self, part: Part, sources: Tensors) -> _Held:
         """Quantise on the first request; what is held of it from then on. None: nothing."""
 
         def quantize(weights: Tensors) -> _Made:
@@ -174,27 +173,28 @@ class PackedStore:
         held: _Held = self._get(sources, ("part", part.key), quantize)
         return held
 
-    def packed(self, spec: PackedSpec, sources: Tensors) -> PackedTensors:
+    def packed(self, spec: NodeWeight, sources: Tensors) -> QuantizedTensor:
         """What a node reads: the parts stacked, in its kernel's layout; one copy for all."""
-        packed: PackedTensors = self._get(sources, ("packed", spec.key), partial(self._pack, spec))
+        packed: QuantizedTensor = self._get(
+            sources, ("packed", spec.key), partial(self._pack, spec)
+        )
         return packed
 
-    def _pack(self, spec: PackedSpec, sources: Tensors) -> _Made:
+    def _pack(self, spec: NodeWeight, sources: Tensors) -> _Made:
         own_memory = packed_already(spec, sources)
         if own_memory is not None:
             return _Made(own_memory)
         parts = list(spec.part_sources(sources))
         stacked = spec.stack([self.quantized(part, own) for part, own in parts])
-        packed = spec.pack(stacked)
-        plain = packed[0].data_ptr() == stacked.qweight.data_ptr()
-        views = list(spec.slices(stacked)) if plain else [None] * len(parts)
+        packed = spec.layout.pack(stacked)
+        views = list(spec.slices(stacked)) if packed is stacked else [None] * len(parts)
         holds: list[tuple[Tensors, object, object]] = []
         for index, ((part, own), view) in enumerate(zip(parts, views, strict=True)):
             held: _Held = None
             # scales repeated for a finer group size would not serve a coarser request
             if view is not None and view.group_size == part.plan.group_size:
                 held = view
-            elif spec.layout.unpack is not None and not _any_packed(own):
+            elif spec.layout.unpack_matrix is not None and not any_packed(own):
                 held = _InPacked(spec, index, packed)
             holds.append((own, ("part", part.key), held))
         share_memory(spec, packed, sources)
@@ -273,19 +273,12 @@ class PackedStore:
         """Every tensor that is held for these weights, packed or plain; some share memory."""
         with self._lock:
             results = [e.result for w in sources for e in self._entries.get(w, {}).values()]
-        plain = [r for r in results if isinstance(r, QuantizedWeight)]
-        packed = [t for r in results if isinstance(r, tuple) for t in r]
-        return [*packed, *(t for weight in plain for t in (weight.qweight, weight.scale))]
+        return [t for r in results if isinstance(r, QuantizedTensor) for t in r.tensors]
 
     def clear(self) -> None:
         """Forget everything; it is made again where it is asked for."""
         with self._lock:
             self._entries.clear()
-
-
-def _any_packed(sources: Tensors) -> bool:
-    """Whether some have codes of their own, which nothing else need hold."""
-    return any(isinstance(source, PackedWeight) for source in sources)
 
 
 STORE = PackedStore()

@@ -7,8 +7,7 @@ from bench.core.measure import recorded_on_gpu
 from bench.experts import run as experts
 from bench.kernels import run as kernels
 from bench.models import run as models
-from bench.tune import run as tune
-from fqcompile.kernels.gpu import gpu_of
+from fqcompile.kernels.spec import gpu_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,23 +32,13 @@ def test_every_contender_that_is_there_is_right_and_no_faster_than_memory(bits: 
 
 
 def test_models_run_as_cuda_graphs() -> None:
-    options = ["--model", "tiny", "--layers", "1", "--batch", "2", "--no-starts"]
+    options = ["--model", "tiny", "--layers", "1", "--batch", "2"]
     rows = models.run(models.parse(options)).rows
     assert {"inductor", "int8", "int4", "int4 head"} <= {row["way"] for row in rows}
     for row in rows:
         assert "failure" not in row, row
         assert row["cudagraph_skips"] == 0, row
         assert row["ideal_ms"] < row["ms"], row
-
-
-def test_a_start_on_a_gpu_tells_the_memory_of_tensors() -> None:
-    options = ["--model", "tiny", "--layers", "1", "--batch", "2", "--phases", "decode"]
-    rows = models.run(models.parse([*options, "--ways", "int4"])).rows
-    starts = [row for row in rows if "start" in row]
-    assert [row["start"] for row in starts] == ["cold", "warm"]
-    for row in starts:
-        assert "failure" not in row, row
-        assert 0 < row["loaded"] <= row["peak"] >= row["after"] > 0
 
 
 @pytest.mark.parametrize("bits", ["4", "8"])
@@ -61,15 +50,3 @@ def test_every_way_to_run_experts_is_right_and_no_faster_than_memory(bits: str) 
     assert {"fqcompile gathered", "fqcompile grouped"} < {r["contender"] for r in results.rows}
     for row in results.rows:
         assert row["ideal_us"] < row["us"] < 100 * row["ideal_us"], row
-
-
-def test_a_tuned_case_has_its_candidates_and_the_closed_form_again() -> None:
-    arguments = tune.parse(["--shapes", "4096x4096", "--m", "1,128"])
-    report = tune.run(arguments, DEVICE, gpu_of(DEVICE), recorded_on_gpu)
-    assert not report.left_out
-    for case in report.cases:
-        assert len(case.timed) > 6, case.refused
-        assert case.problem is None
-        assert case.choice == case.best or set(case.final) == {case.choice, case.best}
-        for timing in case.timed.values():
-            assert case.ideal_us < timing.microseconds < 100 * case.ideal_us

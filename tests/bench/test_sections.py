@@ -3,20 +3,15 @@
 from typing import Any
 
 from bench.core.results import Row
-from bench.costs.section import (
-    launch_overhead,
-    launch_overhead_short,
-    overhead,
-    overhead_short,
-    quantize,
-    quantize_short,
-)
 from bench.experts.section import expert_decode, expert_decode_short
 from bench.kernels.section import cpu_kernels, cpu_kernels_short
+from bench.launch_overhead.section import (
+    launch_overhead,
+    launch_overhead_short,
+)
 from bench.models.section import models, models_short
 from bench.start.section import memory, startup
 from bench.static.section import static, static_short
-from bench.tune.section import tune, tune_short
 from tests.bench.made_up_results import cells, content
 
 MIB, GIB = 2**20, 2**30
@@ -144,62 +139,6 @@ def test_a_layer_of_experts_is_compared_in_its_own_form() -> None:
     assert cells(text, "1 | fp32")[5] == "0.5x"
     assert "at most 1.25 times the packed size (100 MiB)" in text
     assert "fp32" not in expert_decode_short(whole)
-
-
-def case(n: int, best: str, ratio: float | None, verdict: str) -> Row:
-    trials: list[Row] = [
-        {"config": "a", "microseconds": 10.0, "low": 9.0, "high": 11.0},
-        {"config": "b", "microseconds": 12.0, "low": 11.0, "high": 14.0},
-        {"config": "c", "refusal": "wrong"},
-    ]
-    about = {"n": n, "k": 5, "bits": 4, "group_size": 128, "dtype": "bfloat16", "gated": False}
-    about |= {"experts": 0, "routing": None, "rows": 16, "ideal_us": 5.0, "choice": "a"}
-    result = {"best": best, "choice_over_best": ratio, "verdict": verdict, "problem": None}
-    return about | result | {"final": {}, "trials": trials}
-
-
-def test_tuning_counts_where_the_choice_loses() -> None:
-    ratios = [1.0, 1.1, 1.3, 1.3, 1.4, 1.5, 2.5]
-    rows = [case(n, "b", r, "slower" if r > 1.25 else "best") for n, r in enumerate(ratios)]
-    rows[3]["final"] = {"b": {"microseconds": 20.0, "low": 19.0, "high": 22.0}}
-    refused = case(99, "a", None, "best") | {"best": None, "verdict": None}
-    refused["trials"] = [{"config": "a", "refusal": "wrong"}]
-    whole = content([*rows, refused])
-    text = tune(whole)
-    words = "7 cases: the best or within the spread in 2, in the median 1.30 times the best's time"
-    assert words in text
-    assert "at worst 2.50" in text
-    assert cells(text, "0 x 5")[2:] == [
-        "b", "12.0 [11.0, 14.0]", "42%", "a", "1.00x", "1 of 3"
-    ]  # fmt: skip
-    assert cells(text, "3 x 5")[3:5] == ["20.0 [19.0, 22.0]", "25%"]  # measured once more
-    assert cells(text, "99 x 5")[2:] == ["none", "", "", "a", "", "1 of 1"]
-    short = tune_short(whole)
-    assert cells(short, "6 x 5")[6] == "2.50x"
-    assert "| 0 x 5" not in short
-
-
-def test_quantising_is_told_in_millions_of_weights() -> None:
-    rows = [
-        {"setting": f"int4 mse {name}", "weights_per_s": speed, "peak": 0.125, "error": 0.1}
-        for name, speed in (("g128", 60e6), ("adaptive", 18e6))
-    ]
-    rows += [{"dequantize": "int4 g64", "bfloat16": 2.5e9, "float32": 3e9}]
-    found = content(rows, n=8, k=16, dtype="float32", threads=2, repeat=5)
-    assert cells(quantize(found), "int4 mse g128")[1:] == ["60", "0.12", "0.1000"]
-    assert "int4 g64 2.5 (to bfloat16), int4 g64 3.0 (to float32)" in quantize(found)
-    assert "60 million weights a second at a fixed group and 18 with" in quantize_short(found)
-
-
-def test_the_share_of_the_passes_is_the_median_of_the_runs() -> None:
-    rows = [
-        {"run": n, "inductor": 20.0, "finequant": 10.0 * n, "ours": 1.0, "share": 1 / (10 * n)}
-        for n in (1, 2, 4)
-    ]
-    found = content(rows, num_hidden_layers=2, hidden_size=64)
-    assert "take 5% of the first call" in overhead_short(found)
-    assert "(20.0 s; Inductor alone 20.0 s)" in overhead_short(found)
-    assert cells(overhead(found), "4 |")[2:] == ["40.0", "1.0", "2.5%"]
 
 
 def test_the_operator_is_held_against_the_launcher() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fqcompile
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 
 
 class Config:
@@ -60,6 +60,6 @@ def contents(model: nn.Module) -> dict[str, Any]:
 def _content(tensor: Tensor) -> Any:
     if isinstance(tensor, PackedWeight):
         plain = tensor.quantized()
-        return (tensor.form, tensor.dtype, _content(plain.qweight), _content(plain.scale))
+        return (tensor.format, tensor.dtype, _content(plain.qweight), _content(plain.scale))
     data = tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
     return (tensor.dtype, tuple(tensor.shape), data)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import fqcompile
 from fqcompile.checkpoint import source
-from fqcompile.checkpoint.computed import BoundedComputing
-from fqcompile.checkpoint.json_text import read_json
+from fqcompile.checkpoint.hugging_face import BoundedComputing
 from fqcompile.errors import CheckpointError
+from fqcompile.files.json_text import read_json
 from tests.checkpoint.test_hostile_files import _llama, _refused
 
 transformers: Any = pytest.importorskip("transformers", reason="the demo extra is not installed")

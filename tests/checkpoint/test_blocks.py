@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fqcompile.checkpoint.blocks import DenseBlock, PackedBlock, assemble
-from fqcompile.distributed.layout import Layout, _chunks
+from fqcompile.checkpoint.blocks import Block, assemble, join, narrow
+from fqcompile.distributed.shards import Layout, _chunks
 from fqcompile.errors import CheckpointError
 from fqcompile.quant.choose import QuantPlan, quantize_weight
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.tiers import examples
 
 
@@ -26,21 +26,17 @@ def _cut(dense: torch.Tensor, layout: Layout, own: int) -> torch.Tensor:
     return torch.cat(runs, layout.dim)
 
 
-def _packed(dense: torch.Tensor, transposed: bool, bits: int, group: int) -> PackedBlock:
+def _packed(dense: torch.Tensor, transposed: bool, bits: int, group: int) -> QuantizedTensor:
     matrix = dense.mT if transposed else dense
     plan = QuantPlan(bits, min(group, matrix.shape[-1]), "mse", torch.float32, 0.0)
-    return PackedBlock(
-        quantize_weight(matrix.contiguous(), plan),
-        len(dense) if dense.dim() == 3 else 0,
-        transposed,
-    )
+    return quantize_weight(matrix.contiguous(), plan).changed(transposed=transposed)
 
 
-def _dense(block: PackedBlock) -> torch.Tensor:
-    w_hat = block.weight.dequantize(torch.float32)
-    if block.experts:
-        w_hat = w_hat.view(block.experts, -1, w_hat.shape[1])
-    return w_hat.mT if block.transposed else w_hat
+def _dense(weight: Block) -> torch.Tensor:
+    assert isinstance(weight, QuantizedTensor)
+    w_hat = weight.dequantize(torch.float32)
+    assert w_hat.shape == weight.shape
+    return w_hat.mT if weight.format.transposed else w_hat
 
 
 @pytest.mark.parametrize("factor", [1, 2])
@@ -76,10 +72,10 @@ def test_any_number_of_ranks_gets_what_any_other_saved(data: Any) -> None:
     whole = _put_together(saved, [_dense(part) for part in parts], dense.shape)
     wanted = _layout(wanted_dim, dense.shape[wanted_dim], wanted_by, draw([1, 2]), wanted_by - 1)
     block = assemble(parts.__getitem__, saved, wanted)
-    assert isinstance(block, PackedBlock)
+    assert isinstance(block, QuantizedTensor)
     assert torch.equal(_dense(block), _cut(whole, wanted, wanted.own))
-    block = assemble(lambda i: DenseBlock(_dense(parts[i])), saved, None)
-    assert isinstance(block, DenseBlock) and torch.equal(block.tensor, whole)
+    block = assemble(lambda i: _dense(parts[i]), saved, None)
+    assert isinstance(block, torch.Tensor) and torch.equal(block, whole)
 
 
 def _put_together(saved: Layout, parts: list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
@@ -95,22 +91,22 @@ def test_what_cannot_be_cut_or_joined_is_said() -> None:
     dense = torch.randn(8, 120)
     block = _packed(dense, False, 4, 32)
     with pytest.raises(CheckpointError, match="column 60 is inside a group of 32"):
-        block.narrow(1, 60, 120)
+        narrow(block, 1, 60, 120)
     with pytest.raises(CheckpointError, match="none of it"):
-        block.narrow(0, 8, 8)
+        narrow(block, 0, 8, 8)
     with pytest.raises(CheckpointError, match=r"groups of \[8, 64\]"):
-        PackedBlock.join([_packed(dense[:, :64], False, 4, 8), _packed(dense, False, 4, 64)], 1)
+        join([_packed(dense[:, :64], False, 4, 8), _packed(dense, False, 4, 64)], 1)
     with pytest.raises(CheckpointError, match=r"\[4, 8\] bits"):
-        PackedBlock.join([block, _packed(dense, False, 8, 32)], 0)
+        join([block, _packed(dense, False, 8, 32)], 0)
     layout = Layout(0, (((0, 8),), ((8, 16),)), 0)
     with pytest.raises(CheckpointError, match="some are not"):
-        assemble(lambda i: DenseBlock(dense) if i else block, layout, None)
+        assemble(lambda i: dense if i else block, layout, None)
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_more_ranks_than_experts_leave_one_with_nothing(packed: bool) -> None:
     dense = torch.randn(2, 32, 64)
-    block = _packed(dense, False, 4, 32) if packed else DenseBlock(dense)
+    block = _packed(dense, False, 4, 32) if packed else dense
     saved = _layout(0, 2, 1, 1, 0)
     first, last = (_layout(0, 2, 4, 1, own) for own in (0, 3))
     assert isinstance(assemble(lambda i: block, saved, first), type(block))
@@ -119,11 +115,11 @@ def test_more_ranks_than_experts_leave_one_with_nothing(packed: bool) -> None:
             assemble(lambda i: block, saved, last)
     else:
         none = assemble(lambda i: block, saved, last)
-        assert isinstance(none, DenseBlock) and none.tensor.shape == (0, 32, 64)
+        assert isinstance(none, torch.Tensor) and none.shape == (0, 32, 64)
 
 
 def test_a_slice_inside_one_group_is_a_column() -> None:
     block = _packed(torch.randn(8, 120), False, 4, 120)
-    part = block.narrow(1, 60, 120)
-    assert isinstance(part.weight, QuantizedWeight) and part.weight.group_size == 60
+    part = narrow(block, 1, 60, 120)
+    assert isinstance(part, QuantizedTensor) and part.group_size == 60
     assert torch.equal(_dense(part), _dense(block)[:, 60:])

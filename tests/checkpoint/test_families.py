@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="the demo extra is not installed")
 import transformers as hf
 
 import fqcompile
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 from tests.dense_models import CASES
 from tests.dense_models import build as build_dense
 from tests.moe_models import MODELS as MOE_MODELS
@@ -103,7 +103,7 @@ def assert_same_tensors(actual: nn.Module, expected: nn.Module) -> None:
         other = found[name]
         assert isinstance(other, PackedWeight) == isinstance(tensor, PackedWeight), name
         if isinstance(tensor, PackedWeight):
-            assert other.form == tensor.form, name
+            assert other.format == tensor.format, name
             assert torch.equal(other.qweight, tensor.qweight), name
             assert torch.equal(other.scale, tensor.scale), name
         else:
@@ -129,6 +129,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_computes_the_same(tmp_path: Path) -> None:
     model, inputs = make("qwen3-moe", torch.bfloat16)
     fqcompile.quantize_(model, **OPTIONS)

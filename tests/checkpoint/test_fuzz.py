@@ -14,8 +14,9 @@ import torch
 import fqcompile
 from fqcompile.errors import CheckpointError
 from tests.checkpoint.small_models import Small, contents, small
+from tests.tiers import examples
 
-RUNS = 1000
+RUNS = examples(1000)
 JUNK: list[Any] = [
     *(None, True, -1, 0, 1, 3, 2**63, 10**30, 0.5, float("nan"), "", "x", "../x", "F32", "buffer"),
     *(

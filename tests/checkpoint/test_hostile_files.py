@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 import fqcompile
 from fqcompile.checkpoint import hugging_face
-from fqcompile.checkpoint.json_text import LARGEST
-from fqcompile.checkpoint.safetensors_file import read_header
 from fqcompile.errors import CheckpointError
+from fqcompile.files.json_text import LARGEST
+from fqcompile.files.safetensors_file import read_header
 from tests.checkpoint.small_models import small
 
 transformers: Any = pytest.importorskip("transformers", reason="the demo extra is not installed")
@@ -301,7 +301,7 @@ def test_names_that_could_not_be_read_again_are_not_saved(tmp_path: Path) -> Non
 
 def test_tensors_may_have_names_of_other_languages(tmp_path: Path) -> None:
     save_file({"größe.重み": torch.zeros(2)}, tmp_path / "model.safetensors")
-    assert list(read_header(tmp_path / "model.safetensors")) == ["größe.重み"]
+    assert list(read_header(tmp_path / "model.safetensors").tensors) == ["größe.重み"]
 
 
 def test_the_class_may_be_named_without_a_list(tmp_path: Path) -> None:

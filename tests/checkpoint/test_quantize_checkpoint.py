@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -23,8 +22,9 @@ from fqcompile.checkpoint import shards
 from fqcompile.checkpoint.manifest import read_manifest
 from fqcompile.cli import main
 from fqcompile.errors import CheckpointError, OptionError, UnquantizableWeight
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 from tests.checkpoint.crashes import count_operations, crash
+from tests.children import FORK
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -120,41 +120,35 @@ def test_a_resumed_run_quantises_nothing_twice(
     noted = {name for line in journal[1:] for name in json.loads(line)["packed"]}
     assert noted
     quantised = []
-    module = "fqcompile.checkpoint.stream_writer"
-    original = sys.modules[module].write_packed  # type: ignore[attr-defined]
+    original = shards.ShardWriter.add_packed
 
     def spy(writer: Any, name: str, *rest: Any, **named: Any) -> Any:
         quantised.append(name)
         return original(writer, name, *rest, **named)
 
-    monkeypatch.setattr(f"{module}.write_packed", spy)
+    monkeypatch.setattr(shards.ShardWriter, "add_packed", spy)
     plan = fqcompile.quantize_checkpoint(source, out, resume=True, **OPTIONS)
     assert not noted & set(quantised)
     assert noted | set(quantised) == {site.name for site in plan.quantized}
     assert not (out / "fqcompile.journal").exists()
 
 
-KILLED = """
-import sys, fqcompile
-from fqcompile.checkpoint import shards
-shards.SHARD_BYTES = 20_000
-print("ready", flush=True)
-fqcompile.quantize_checkpoint(sys.argv[1], sys.argv[2], resume=True, min_elements=2048)
-"""
-
-
 def test_a_process_that_is_killed_resumes(
     source: Path, finished: dict[str, Any], tmp_path: Path
 ) -> None:
-    for delay in (0.0, 0.5):
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLED, str(source), str(tmp_path)], stdout=subprocess.PIPE
-        )
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+    for _ in range(2):
+        begun = FORK.Event()
+
+        def work(begun: Any = begun) -> None:
+            begun.set()
+            fqcompile.quantize_checkpoint(source, tmp_path, resume=True, **OPTIONS)
+
+        process = FORK.Process(target=work, daemon=True)
+        process.start()
+        assert begun.wait(60)
+        time.sleep(0.02)  # of about 0.1 s of work
+        process.kill()
+        process.join()
     fqcompile.quantize_checkpoint(source, tmp_path, resume=True, **OPTIONS)
     assert state_of(tmp_path) == finished
 
@@ -269,8 +263,8 @@ def test_options_and_types_reach_the_weights(source: Path, tmp_path: Path) -> No
     assert loaded.config.dtype == torch.float16
     layer: Any = loaded.model.layers[0]
     assert not isinstance(layer.self_attn.q_proj.weight, PackedWeight)
-    assert layer.mlp.experts.down_proj.form.bits == 8
-    assert layer.mlp.experts.down_proj.form.group_size == 32
+    assert layer.mlp.experts.down_proj.format.bits == 8
+    assert layer.mlp.experts.down_proj.format.group_size == 32
     reasons = {site.name: site.reason for site in plan.kept}
     assert "exclude" in str(reasons["model.layers.0.self_attn.q_proj.weight"])
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import fqcompile
 from fqcompile import locks
 from fqcompile.checkpoint import shards
-from fqcompile.checkpoint.durable_files import locked
+from fqcompile.checkpoint.directory import locked
 from fqcompile.checkpoint.manifest import read_manifest
 from fqcompile.errors import CheckpointError, OptionError
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 from tests.checkpoint.small_models import Small, contents, small
 
 fcntl = pytest.importorskip("fcntl")

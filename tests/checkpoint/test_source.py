@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import fqcompile
-from fqcompile.checkpoint.source import open_source
+from fqcompile.checkpoint.source import open_source, other_files
 from fqcompile.errors import CheckpointError
 
 CONFIG: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
@@ -121,7 +121,7 @@ def test_tensors_and_other_files_are_found(tmp_path: Path) -> None:
     source = open_source(directory)
     assert sorted(source.tensors) == ["a.weight", "b.weight"]
     assert source.nbytes == 2 * 2 * 3 * 4
-    assert source.other_files().keys() == {
+    assert other_files(source.directory).keys() == {
         "config.json", "tokenizer.json", "LICENSE.txt", "chat_template.jinja", "tokenizer.model"
     }  # fmt: skip
 

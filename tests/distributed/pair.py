@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fqcompile.distributed.agreement import TIMEOUT
+from fqcompile.distributed.ranks import TIMEOUT
 from fqcompile.report import clear_reports
 
 SIZE = 2
@@ -34,7 +34,9 @@ class Pair:
     """`run(function, *args)` calls it on both ranks; functions must be importable by name."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        # Ranks are forked from a process that has imported what they need, once for all of them.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["tests.distributed.sharded_models"])
         self._ranks: list[tuple[Any, Connection]] = []
 
     def run(self, function: Function, *args: Any, seconds: float = 120.0) -> list[Any]:

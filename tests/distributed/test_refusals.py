@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import fqcompile
-from fqcompile.distributed import agreement
+from fqcompile.distributed import ranks
 from fqcompile.errors import FineQuantError, OptionError, RankError, ShardingError
 from tests.distributed.pair import Pair
 from tests.distributed.sharded_models import Net, net
@@ -133,11 +133,11 @@ def compile_alone() -> str | None:
     if dist.get_rank():
         return None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(agreement.TIMEOUT, "2")
+        patch.setenv(ranks.TIMEOUT, "2")
         return _message(finequant(model, min_elements=0), RankError)
 
 
-@pytest.mark.parametrize("kind", ["file", "tcp"])
+@pytest.mark.parametrize("kind", [pytest.param("file", marks=pytest.mark.slow), "tcp"])
 def test_what_ranks_tell_each_other_does_not_pile_up(pair: Pair, kind: str, tmp_path: Path) -> None:
     """However many graphs there are, the store holds two rounds of each rank at the most."""
     for counts in pair.run(agree_often, kind, str(tmp_path / "store"), _free_port()):
@@ -161,14 +161,14 @@ def agree_often(kind: str, path: str, port: int) -> list[int]:
     )
     counts = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(agreement, "default_store", lambda: dist.PrefixStore("x", store))
+        patch.setattr(ranks, "default_store", lambda: dist.PrefixStore("x", store))
         for number in range(40):
             facts = {"some": "x" * 1000, "number": str(number + own * (number % 5 == 4))}
             if number % 5 == 4:
                 with pytest.raises(RankError, match="'number' rank"):
-                    agreement.agree("a graph", facts, [(0, 1)])
+                    ranks.agree("a graph", facts, [(0, 1)])
             else:
-                agreement.agree("a graph", facts, [(0, 1)])
+                ranks.agree("a graph", facts, [(0, 1)])
             counts.append(store.num_keys())
         dist.barrier()  # the one that has the store ends last
     return counts
@@ -176,29 +176,29 @@ def agree_often(kind: str, path: str, port: int) -> list[int]:
 
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "nan"])
 def test_a_wrong_time_limit_is_named(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(agreement.TIMEOUT, text)
-    with pytest.raises(OptionError, match=agreement.TIMEOUT):
-        agreement._seconds()
+    monkeypatch.setenv(ranks.TIMEOUT, text)
+    with pytest.raises(OptionError, match=ranks.TIMEOUT):
+        ranks._seconds()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["before it compiles", "while it runs"])
 def test_the_others_end_when_one_is_killed(when: str) -> None:
-    ranks = Pair()
+    both = Pair()
     try:
-        (good, text), (lives, _) = ranks.outcomes(outlive, when, seconds=2 * LIMIT)
+        (good, text), (lives, _) = both.outcomes(outlive, when, seconds=2 * LIMIT)
         assert good and not lives, text
         assert ("rank 1 has not come" if when == "before it compiles" else "onnection") in text, (
             text
         )
     finally:
-        ranks.close()
+        both.close()
 
 
 def outlive(when: str) -> str:
     """Rank 1 kills itself; rank 0 says what it then gets."""
     model = finequant(net(), min_elements=0)
-    os.environ[agreement.TIMEOUT] = "2"
+    os.environ[ranks.TIMEOUT] = "2"
     if when == "while it runs":
         with torch.no_grad():
             model(torch.randn(3, 64))

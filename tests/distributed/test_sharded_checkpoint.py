@@ -14,7 +14,7 @@ import fqcompile
 from fqcompile.checkpoint.manifest import read_manifest
 from fqcompile.distributed.shards import local_part
 from fqcompile.errors import CheckpointError, RankError
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 from tests.distributed.pair import Pair
 from tests.distributed.sharded_models import Net, net, sharded, whole
 from tests.distributed.test_sharded_quantize import dense_values
@@ -23,6 +23,7 @@ from tests.helpers import assert_close
 CASES = [("llama", "tp"), ("mixtral", "tp"), ("qwen3-moe", "ep")]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("name", "way"), CASES)
 def test_what_two_ranks_saved_loads_on_two_and_on_one(
     pair: Pair, tmp_path: Path, name: str, way: str
@@ -49,6 +50,7 @@ def save_and_load(name: str, way: str, folder: Path) -> None:
     assert len(packed) == len(plan.quantized)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("name", "way"), CASES)
 def test_what_one_rank_saved_loads_on_two(pair: Pair, tmp_path: Path, name: str, way: str) -> None:
     model = whole(name, torch.float32)
@@ -108,7 +110,7 @@ def test_unlike_groups_of_the_parts_are_joined_at_the_finest(pair: Pair, tmp_pat
     (first, _), (second, _) = pair.run(save_unlike_groups, tmp_path)
     model = fqcompile.load(lambda: Net().eval().requires_grad_(False), tmp_path)
     loaded: Any = model.get_parameter("first.down.weight")
-    assert loaded.form.group_size == 32 and loaded.shape == (64, 128)
+    assert loaded.format.group_size == 32 and loaded.shape == (64, 128)
     assert torch.equal(loaded.dequantized(), torch.cat([first, second], 1))
 
 
@@ -120,7 +122,7 @@ def save_unlike_groups(folder: Path) -> tuple[Tensor, int]:
         fqcompile.quantize_(model, min_elements=0, granularity=64, overrides=overrides)
     fqcompile.save(model, folder)
     part: Any = local_part(model.first.down.weight)
-    return part.dequantized(), part.form.group_size
+    return part.dequantized(), part.format.group_size
 
 
 def test_unlike_whole_values_are_refused(pair: Pair, tmp_path: Path) -> None:
@@ -194,12 +196,12 @@ def save_and_die(folder: Path) -> str:
     generation = read_manifest(folder).generation
     dist.barrier()
     if dist.get_rank():
-        from fqcompile.checkpoint import save as saving
+        from fqcompile.checkpoint.shards import ShardWriter
 
-        def die(*_: object) -> None:
+        def die(*_: object, **__: object) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
-        saving._write_packed = die  # type: ignore[assignment]
+        ShardWriter.add_packed = die  # type: ignore[method-assign, assignment]
     with pytest.raises(RankError, match="has ended"):
         fqcompile.save(model, folder)
     return generation

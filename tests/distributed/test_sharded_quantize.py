@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fqcompile
 from fqcompile.distributed.shards import is_dtensor, local_part, with_part
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 from tests.dense_models import LAYERS
 from tests.distributed.pair import Pair
 from tests.distributed.sharded_models import filled, sharded, whole
@@ -18,6 +18,7 @@ from tests.test_models import CHAIN
 CASES = [("opt", "tp"), ("llama", "tp"), ("mixtral", "tp"), ("qwen3-moe", "ep")]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("name", "way"), CASES)
 def test_packed_parts_run(pair: Pair, tmp_path: Path, name: str, way: str) -> None:
     pair.run(run_packed, name, way, tmp_path)

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from fqcompile.estimator.config_fields import ConfigFields
-from fqcompile.estimator.decoder import Decoder
+from fqcompile.estimator.decoder import ConfigFields, Decoder
 from fqcompile.estimator.devices import Device, Link
 from fqcompile.estimator.model_shapes import decoder_of
 

@@ -10,7 +10,7 @@ pytest.importorskip("transformers", reason="the demo extra is not installed")
 pytest.importorskip("compressed_tensors", reason="the dev extra is not installed")
 
 import fqcompile
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 from tests.interop.models import (
     OPTIONS,
     assert_same_tensors,

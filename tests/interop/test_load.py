@@ -15,7 +15,7 @@ pytest.importorskip("compressed_tensors", reason="the dev extra is not installed
 import fqcompile
 from fqcompile.errors import CheckpointError
 from fqcompile.interop.layers import Scheme
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 from tests.helpers import assert_close, finequant, report
 from tests.interop.checkpoints import config
 from tests.interop.models import library_dense, make, tensors_of
@@ -68,7 +68,7 @@ def test_models_that_the_library_saved(
         oracle = type(model).from_pretrained(tmp_path / "dense").eval()
     expected = logits(oracle, inputs)  # by its dense weights
     loaded: Any = fqcompile.load(None, tmp_path / "packed")
-    bits_found = {p.form.bits for p in loaded.parameters() if isinstance(p, PackedWeight)}
+    bits_found = {p.format.bits for p in loaded.parameters() if isinstance(p, PackedWeight)}
     assert bits_found == {bits} if symmetric else {8}  # 4 bits less a zero point reach further
     assert_close(logits(loaded, inputs), expected, depth=14)
     assert torch.equal(logits(fqcompile.restore(loaded), inputs), expected)
@@ -134,7 +134,7 @@ def test_gptq_and_awq(
     oracle = type(model).from_pretrained(write_dense(tmp_path / "plain", tmp_path / "dense", dense))
     loaded = fqcompile.load(None, tmp_path / "packed")
     assert_same_values(loaded, oracle, packed=14 if name == "llama" else 12)
-    found = {p.form.bits for p in loaded.parameters() if isinstance(p, PackedWeight)}
+    found = {p.format.bits for p in loaded.parameters() if isinstance(p, PackedWeight)}
     assert found == {bits}
     assert ("weights are held as int8 codes" in caplog.text) == (bits == 8)
 
@@ -253,7 +253,7 @@ def test_the_zero_point_of_symmetric_gptq_is_8_however_it_was_stored(
     quantization = {**GPTQ, "sym": True, "checkpoint_format": stored_format}
     loaded = loads_as_written(tmp_path, quantization, partial(gptq_parts, less=less))
     packed = [p for p in loaded.parameters() if isinstance(p, PackedWeight)]
-    assert {p.form.bits for p in packed} == {4}
+    assert {p.format.bits for p in packed} == {4}
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fqcompile.errors import OptionError
-from fqcompile.kernels.epilogue import ACTIVATIONS, activation, apply_epilogue
-from tests.kernels.test_ops import exact_activation, exact_up
+from fqcompile.kernels.epilogue import ACTIVATIONS, Epilogue, activation
+from tests.kernels.test_op import exact_activation, exact_up
 
 Z = torch.cat([torch.linspace(-9, 9, 181), torch.tensor([-100.0, 100.0, -1e-30, 1e-30])])
 
@@ -55,11 +55,11 @@ def test_order_is_bias_activation_gate_residual() -> None:
     bias = torch.tensor([1.0, 1.0, 10.0, 10.0])
     residual = torch.tensor([[100.0, 200.0]])
     # relu(-3 + 1) * (2 + 10) + 100, relu(1 + 1) * (5 + 10) + 200
-    assert apply_epilogue(z, bias, residual, "relu", True).tolist() == [[100.0, 230.0]]
-    assert apply_epilogue(z, bias, None, "relu", False).tolist() == [[0.0, 2.0, 12.0, 15.0]]
+    assert Epilogue(bias, residual, "relu", True).apply(z).tolist() == [[100.0, 230.0]]
+    assert Epilogue(bias, None, "relu").apply(z).tolist() == [[0.0, 2.0, 12.0, 15.0]]
 
 
 def test_bias_and_residual_follow_the_dtype_of_z() -> None:
     z = torch.zeros(2, 3, dtype=torch.bfloat16)
-    y = apply_epilogue(z, torch.ones(3), torch.ones(2, 3), "none", False)
+    y = Epilogue(torch.ones(3), torch.ones(2, 3)).apply(z)
     assert y.dtype == torch.bfloat16

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fqcompile.kernels.epilogue import apply_epilogue
-from fqcompile.kernels.ops import linear
+from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.op import matmul
 from fqcompile.kernels.registry import TEMPLATES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.cpu.paths import NAMES, path
-from tests.kernels.test_ops import oracle, unpacked
+from tests.kernels.test_op import oracle, unpacked
 from tests.strategies import Problem, make_problem
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -46,14 +47,14 @@ def takes(template: str, p: Problem) -> bool:
 
 def run(template: str, p: Problem) -> Tensor:
     rows = p.qweight.shape[0]
-    plain = QuantizedWeight(p.qweight, p.scale, p.bits, p.group_size, (rows, p.k))
-    return linear(p.x, *TEMPLATES[template].layout.pack(plain), *p.arguments[3:], template)
+    plain = QuantizedTensor(p.qweight, p.scale, Format(p.bits, p.group_size, rows, p.k))
+    return matmul(p.x, *TEMPLATES[template].layout.pack(plain).tensors, *p.arguments[3:], template)
 
 
 def eager(p: Problem) -> Tensor:
     w_hat = unpacked(p.qweight, p.scale, p.bits, p.group_size, p.k).float()
     z = p.x.float() @ w_hat.t()
-    return apply_epilogue(z, p.bias, p.residual, p.activation, p.gated).to(p.x.dtype)
+    return Epilogue(p.bias, p.residual, p.activation, p.gated).apply(z).to(p.x.dtype)
 
 
 def with_values(p: Problem, *values: float) -> Problem:

@@ -8,11 +8,9 @@ import torch
 from fqcompile.errors import NoKernelError
 from fqcompile.kernels import registry
 from fqcompile.kernels.cpu import native_library
-from fqcompile.kernels.gpu import H200
-from fqcompile.kernels.launch_table import DENSE, LaunchTable
+from fqcompile.kernels.epilogue import HAS_TRITON
 from fqcompile.kernels.registry import TEMPLATES, KernelChoice, parse_kernel, select_kernel
-from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.tile_config import TileConfig
+from fqcompile.kernels.spec import DENSE, H200, GemmSpec, LaunchTable, TileConfig
 
 BF16 = torch.bfloat16
 SPEC = GemmSpec(4, 64, 128, 4, 64, BF16, BF16, "cpu")
@@ -45,7 +43,7 @@ def test_our_own_kernel_is_preferred_on_a_cpu(changes: dict[str, object]) -> Non
     assert str(select_kernel(replace(SPEC, needs_backward=True, **changes))) == "x86_stream"
 
 
-@pytest.mark.skipif(not registry.HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_cuda_goes_to_triton_with_a_configuration_for_its_rows() -> None:
     spec = replace(SPEC, device_type="cuda", gpu=H200)
     choice = select_kernel(spec)
@@ -57,7 +55,7 @@ def test_cuda_goes_to_triton_with_a_configuration_for_its_rows() -> None:
     assert len(opened.steps) == 3
 
 
-@pytest.mark.skipif(not registry.HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_cuda_without_a_gpu_dequantises() -> None:
     assert str(select_kernel(replace(SPEC, device_type="cuda"))) == "dequantize"
 

@@ -9,10 +9,15 @@ from hypothesis import strategies as st
 from sympy import Expr, Max, lambdify
 
 from fqcompile.kernels import roofline
-from fqcompile.kernels.cpu.bandwidth import read_bandwidth
-from fqcompile.kernels.gpu import H200
-from fqcompile.kernels.roofline import M, crossover, ideal_seconds, least_seconds, weight_bytes
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.roofline import (
+    M,
+    crossover,
+    ideal_seconds,
+    least_seconds,
+    read_bandwidth,
+    weight_bytes,
+)
+from fqcompile.kernels.spec import H200, GemmSpec
 
 BF16 = torch.bfloat16
 SPEC = GemmSpec(1, 1000, 400, 4, 128, BF16, BF16, "cuda", gpu=H200)

@@ -6,12 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fqcompile.kernels.registry import TEMPLATES
-from fqcompile.kernels.template import Layout, PackedLinear
-from fqcompile.quant.granularity import num_groups
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.kernels.template import Layout
+from fqcompile.tensor.format import Format, num_groups
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.strategies import random_codes
 
-LAYOUTS = {t.layout.name: t.layout for t in TEMPLATES.values() if t.layout.unpack is not None}
+LAYOUTS = {
+    t.layout.name: t.layout for t in TEMPLATES.values() if t.layout.unpack_matrix is not None
+}
 
 
 def test_all_layouts_are_there_but_atens_whose_order_is_not_documented() -> None:
@@ -44,9 +46,8 @@ def test_what_was_packed_comes_back(
         codes[:, -1] = (codes[:, -1] & 0x0F) | 0x80
     group = min(group, k)
     scale = torch.randn(n, num_groups(k, group), generator=generator).to(scale_dtype)
-    weight = QuantizedWeight(codes, scale, bits, group, (n, k))
-    assert layout.unpack is not None
-    back = layout.unpack(PackedLinear(*layout.pack(weight), bits, group, n, k))
+    weight = QuantizedTensor(codes, scale, Format(bits, group, n, k))
+    back = layout.unpack(layout.pack(weight))
     assert torch.equal(back.qweight, codes) and back.qweight.dtype == codes.dtype
     assert torch.equal(back.scale, scale) and back.scale.dtype == scale_dtype
     assert (back.bits, back.group_size, back.shape) == (bits, group, (n, k))
@@ -69,28 +70,28 @@ def test_rows_of_what_was_packed_are_views_and_what_packing_them_gives(
     n, group, generator = sum(sizes), min(group, k), torch.Generator().manual_seed(seed)
     codes = random_codes(bits, n, k, generator)
     scale = torch.randn(n, num_groups(k, group), generator=generator).half()
-    whole = QuantizedWeight(codes, scale, bits, group, (n, k))
-    packed = PackedLinear(*layout.pack(whole), bits, group, n, k)
-    assert layout.narrow is not None
+    whole = QuantizedTensor(codes, scale, Format(bits, group, n, k))
+    packed = layout.pack(whole)
     start = 0
     for rows in sizes:
         found = layout.narrow(packed, start, rows)
         expected = layout.pack(whole.narrow(start, rows))
         assert found is not None
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-        assert found[0].untyped_storage().data_ptr() == packed.qweight.untyped_storage().data_ptr()
-        assert all(tensor.is_contiguous() for tensor in found)
+        pairs = zip(found.tensors, expected.tensors, strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs) and found.format == expected.format
+        codes, whole_codes = found.qweight, packed.qweight
+        assert codes.untyped_storage().data_ptr() == whole_codes.untyped_storage().data_ptr()
+        assert all(tensor.is_contiguous() for tensor in found.tensors)
         start += rows
 
 
 def test_rows_that_cut_a_block_have_no_view() -> None:
-    weight = QuantizedWeight(
-        torch.zeros(128, 8, dtype=torch.uint8), torch.ones(128, 1), 4, 16, (128, 16)
+    weight = QuantizedTensor(
+        torch.zeros(128, 8, dtype=torch.uint8), torch.ones(128, 1), Format(4, 16, 128, 16)
     )
     for name in LAYOUTS.keys() - {"plain"}:
         layout = LAYOUTS[name]
-        assert layout.narrow is not None
-        packed = PackedLinear(*layout.pack(weight), 4, 16, 128, 16)
+        packed = layout.pack(weight)
         assert layout.narrow(packed, 8, 64) is None
         assert layout.narrow(packed, 64, 8) is None
         assert layout.narrow(packed, 64, 64) is not None

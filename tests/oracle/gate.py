@@ -134,7 +134,7 @@ def _compiled(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, str]:
         facts = {"compiled.txt": _said(lambda: _digest(_first(call, inputs)))}
         dumps = sorted(Path(folder).rglob("report.json"), key=lambda p: p.stat().st_mtime_ns)
         plans = [_stable(json.loads(path.read_text())) for path in dumps]
-        texts = [(path.parent / "08_lower.after.py").read_text() for path in dumps]
+        texts = [next(path.parent.glob("*_lower.after.py")).read_text() for path in dumps]
         graphs = [_PLACE.sub("", text) for text in texts]
     facts["plan.json"] = json.dumps(plans, indent=1)
     facts["graph.py"] = "\n".join(graphs)

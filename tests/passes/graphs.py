@@ -15,16 +15,18 @@ from fqcompile.passes.choose import choose
 from fqcompile.passes.fuse import fuse
 from fqcompile.passes.lower import lower
 from fqcompile.passes.match import match
+from fqcompile.passes.normalize import normalize
 from fqcompile.passes.op_nodes import is_quantized
+from fqcompile.passes.pipeline import verify
 from fqcompile.passes.quantize import quantize
 from fqcompile.passes.rewrite import rewrite
 from fqcompile.passes.select import select
-from fqcompile.passes.verify import verify
 from fqcompile.weights.dispatch import Variant
 from fqcompile.weights.recipe import target_name
 
 DEFAULTS: dict[str, object] = {"min_elements": 1, "granularity": 32, "inner_backend": "eager"}
 PASSES: dict[str, Callable[[GraphState], int]] = {
+    "normalize": normalize,
     "match": match,
     "choose": choose,
     "quantize": quantize,

@@ -164,7 +164,7 @@ def test_decisions_for_other_weights_follow_their_values() -> None:
     """What another instance of the same graph gets: its own plan, or its own reason."""
     run = linear(weight(64, 64))
     args = [with_value(float("nan")) if a.shape == (64, 64) else a for a in run.state.args]
-    (decision,) = decide(run.state, args)
+    (decision,) = decide(run.state, args, run.state.known)
     assert isinstance(decision, str)
     assert "NaN" in decision
     run.state.sites[0].plan = None
@@ -175,4 +175,4 @@ def test_decisions_for_other_weights_follow_their_values() -> None:
 def test_settled_sites_are_not_decided_again() -> None:
     run = linear(weight(64, 64), exclude=["."])
     assert run.state.sites[0].settled
-    assert decide(run.state, run.state.args) == ()
+    assert decide(run.state, run.state.args, run.state.known) == ()

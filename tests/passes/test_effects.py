@@ -80,7 +80,7 @@ PURE: dict[str, fx.Node] = {
     "custom overload": call(torch.ops.fqcompile_tests.twice.default),
     "custom packet": call(torch.ops.fqcompile_tests.twice),
     "out=None": call(torch.add, out=None),
-    "our own op": call(torch.ops.fqcompile.linear.default),
+    "our own op": call(torch.ops.fqcompile.matmul.default),
 }
 
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401  (defines the operator)
 from torch import Tensor
 
-from fqcompile.passes.op_nodes import argument, training_op
-from fqcompile.passes.sites import ExpertSite
+from fqcompile.passes.op_nodes import argument
+from fqcompile.passes.sites import WeightSite
 from tests.passes.graphs import Run, assert_same, dynamo_graph, run_passes
 
 E, N, K, P = 5, 24, 40, 7
@@ -112,28 +112,24 @@ ALL = {f"gathered, {k}": v for k, v in GATHERED.items()} | {
 }
 
 
-def experts(run: Run) -> tuple[ExpertSite, str]:
-    """The one site, and the name of the one operator."""
+def experts(run: Run) -> tuple[WeightSite, str]:
+    """The one site, and how the one operator's rows are told their experts."""
     (site,), (op,) = run.state.sites, run.linears
-    assert isinstance(site, ExpertSite)
-    return site, training_op(op)._schema.name.removeprefix("fqcompile::")
+    return site, "ids" if argument(op, "offsets") is None else "offsets"
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_form_becomes_one_op_and_computes_the_same(name: str) -> None:
     forward, x, routing = ALL[name]
     run = run_passes(lambda x, r: forward(x, r), x, routing, granularity=16)
-    site, op = experts(run)
-    assert (site.form, op) == (
-        ("gathered", "gathered_linear")
-        if name in {f"gathered, {k}" for k in GATHERED}
-        else ("grouped", "grouped_linear")
-    )
-    assert site.shape[0] == E and site.plan is not None
+    site, told = experts(run)
+    assert told == ("ids" if name.startswith("gathered") else "offsets")
+    assert site.kind == "experts" and site.shape[0] == E and site.plan is not None
     assert not {"bmm", "matmul", "einsum", "baddbmm", "_grouped_mm", "index_select"} & set(run.ops)
     assert_same(run)
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("name", ALL)
 def test_form_with_symbolic_sizes_computes_the_same(name: str) -> None:
     forward, x, routing = ALL[name]
@@ -164,7 +160,7 @@ BF16: dict[str, Form] = {
 def test_grouped_mm_of_bf16(name: str) -> None:
     forward, x, offsets = BF16[name]
     run = run_passes(lambda x, o: forward(x, o), x.bfloat16(), offsets, granularity=16)
-    assert experts(run)[1] == "grouped_linear"
+    assert experts(run)[1] == "offsets"
     (got,), (want,) = run.outputs(), run.expected()
     assert (got.dtype, got.shape) == (want.dtype, want.shape)
     # Both sum in fp32 or better and round once to bf16: a unit of the result, and one for its sum.

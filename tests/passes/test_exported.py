@@ -62,6 +62,7 @@ OTHER_BATCH = {
 }
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("name", test_match.FORMS)
 def test_form_of_a_linear_is_one_site(name: str, write: Callable[..., Any]) -> None:
@@ -71,6 +72,7 @@ def test_form_of_a_linear_is_one_site(name: str, write: Callable[..., Any]) -> N
     assert_same(run)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("name", test_match.NEAR_MISSES)
 def test_near_miss_computes_the_same(name: str, write: Callable[..., Any]) -> None:
@@ -83,6 +85,7 @@ def test_near_miss_computes_the_same(name: str, write: Callable[..., Any]) -> No
         assert_same(run)
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("name", test_expert_forms.ALL)
 def test_form_of_experts_is_one_site(name: str, write: Callable[..., Any]) -> None:
@@ -103,6 +106,7 @@ def test_grouped_mm_is_one_site(name: str, write: Callable[..., Any]) -> None:
     assert_close(run.outputs()[0], run.expected()[0])
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize(("activation", "name"), ACTIVATIONS.values(), ids=list(ACTIVATIONS))
 def test_activation_and_sum_move_into_the_op(

@@ -120,8 +120,8 @@ def test_site_knows_shape_bias_name_and_head() -> None:
     run = run_passes(lambda x: model["lm_head"](x) + model["up"](x), X2, until="match")
     head, up = run.state.sites
     assert (head.name, head.shape, head.head) == ("lm_head.weight", (N, K), True)
-    assert (up.name, up.bias, up.head) == ("up.weight", None, False)
-    assert head.bias is not None
+    assert (up.name, up.contraction.bias, up.head) == ("up.weight", None, False)
+    assert head.contraction.bias is not None
 
 
 def test_a_shared_expert_is_no_head() -> None:

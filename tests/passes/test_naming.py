@@ -124,6 +124,7 @@ def test_explain_names_every_block() -> None:
     assert len(plan.sites) == len(_matrices(model))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("way", WAYS)
 def test_options_by_name_reach_each_block_that_shares_a_graph(way: Any) -> None:
     """Against the plan of explain, in a dense model: other options would give other values."""
@@ -230,6 +231,7 @@ def test_names_behind_a_callable_are_those_of_its_model(
     assert_close(actual, wrap(oracle(model, plan))(X), k=64, depth=2)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("broken", [False, True], ids=["whole", "broken"])
 def test_names_of_an_adapted_model(broken: bool) -> None:
     """peft's wrappers pass attributes on by __getattr__."""

@@ -95,5 +95,29 @@ def test_left_matmul_is_transposed_around_the_op() -> None:
     run = run_passes(lambda x: (NK @ x.mT).view(-1), X, until="rewrite")
     ops = run.ops
     assert ops.pop("getattr", 0) + ops.pop("mT", 0) == 1  # x.mT, as this release captures it
-    assert ops == {"fq": 1, "transpose": 2, "contiguous": 1, "view": 1}
+    assert ops == {"fq": 1, "permute": 2, "contiguous": 1, "view": 1}
+    assert_same(run)
+
+
+def test_result_of_einsum_has_the_layout_that_views_of_it_rely_on() -> None:
+    """Of a weight that comes first, einsum leaves the free indices outermost in memory."""
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.einsum("hkd,bsd->hbsk", NK.view(4, 12, 64), x)
+        return y, y.permute(0, 3, 1, 2).view(-1)
+
+    run = run_passes(forward, torch.randn(2, 3, 64), until="rewrite")
+    assert not MATMULS & set(run.ops)
+    assert_same(run)
+
+
+def test_two_einsums_of_the_same_rows_share_their_arrangement() -> None:
+    other = weight(48, 64, 1)
+
+    def forward(x: Tensor) -> Tensor:
+        first = torch.einsum("bhsd,hdn->bsn", x, KN.view(4, 16, 48))
+        return first + torch.einsum("bhsd,hdn->bsn", x, other.t().view(4, 16, 48))
+
+    run = run_passes(forward, torch.randn(2, 4, 3, 16), until="rewrite")
+    assert (run.ops["fq"], run.ops["permute"], run.ops["flatten"]) == (2, 1, 1)
     assert_same(run)

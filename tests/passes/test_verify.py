@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fqcompile.errors import GraphInvariantError
 from fqcompile.passes.base import GraphState
 from fqcompile.passes.op_nodes import changed, is_linear
-from fqcompile.passes.verify import verify
+from fqcompile.passes.pipeline import verify
 from tests.passes.graphs import run_passes, weight
 
 W = weight(64, 64)

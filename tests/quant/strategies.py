@@ -3,7 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
-from fqcompile.quant.qtype import QTYPES, QType
+from fqcompile.tensor.format import QTYPES, QType
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 SCALE_DTYPES = [torch.float16, torch.bfloat16, torch.float32]

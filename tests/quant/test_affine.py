@@ -6,14 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fqcompile.quant.affine import (
-    choose_scale,
-    dequantize_affine,
-    dequantize_rows,
-    quantize_affine,
-)
-from fqcompile.quant.packing import pack
-from fqcompile.quant.qtype import INT4, INT8, QTYPES
+from fqcompile.quant.affine import choose_scale, quantize_affine
+from fqcompile.tensor.codes import dequantize_affine, dequantize_rows, pack
+from fqcompile.tensor.format import INT4, INT8, QTYPES
 from tests.quant.strategies import METHODS, SCALE_DTYPES, group_sizes, matrices, matrix, qtypes
 
 methods = st.sampled_from(METHODS)

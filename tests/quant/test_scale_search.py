@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fqcompile.quant.chunks import grouped
-from fqcompile.quant.qtype import INT4, INT8, QTYPES
 from fqcompile.quant.scale_search import estimate_squared_error, search_scale, signed_extremes
+from fqcompile.tensor.chunks import grouped
+from fqcompile.tensor.format import INT4, INT8, QTYPES
 from tests.quant.strategies import KINDS, group_sizes, matrix, qtypes
 
 

@@ -62,7 +62,7 @@ def kept(name: str, shape: tuple[int, ...], reason: str) -> Site:
 
 def _report(sites: list[Site], options: dict[str, object]) -> CompileReport:
     before = "def forward(self, x, w):\n    y = linear(x, w)\n    return y\n"
-    after = before.replace("linear", "torch.ops.fqcompile.linear")
+    after = before.replace("linear", "torch.ops.fqcompile.matmul")
     passes = (
         PassRecord("capture", 0.2, len(sites), tuple(s.name for s in sites), None, before),
         PassRecord("choose", 3.25, len(sites), (), before, before),

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from fqcompile.compiled import warm_up
 from fqcompile.config import FineQuantConfig
 from fqcompile.report import (
     CompileReport,
     PassRecord,
     Plan,
+    amend,
     clear_reports,
     record,
     reports,
-    with_warning,
 )
 from fqcompile.report.compile_report import MOST_REPORTS
-from fqcompile.warm_up import warm_up
 from tests.report.page_parser import Page
 
 
@@ -145,6 +145,6 @@ def test_a_warning_that_comes_later_is_in_the_report_that_is_kept() -> None:
     reports_before = [CompileReport(name, Plan(())) for name in "ab"]
     for report in reports_before:
         record(report)
-    changed = with_warning(reports_before[0], "said later")
-    assert reports() == [changed, reports_before[1]]
-    assert changed.warnings == ("said later",)
+    later = amend(reports_before[0], warnings=("said later",))
+    assert reports() == [later, reports_before[1]]
+    assert later.warnings == ("said later",)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fqcompile.report import CompileReport
-from fqcompile.report.table import site_page_table
+from fqcompile.report.site import site_page_table
 from tests.browser import Browser, assert_quiet, assert_readable, find_chromium
 from tests.report import large_reports
 
@@ -155,7 +155,7 @@ def test_keys_open_a_diff(browser: Browser, pages: dict[str, Path]) -> None:
     browser.press("Enter")
     browser.wait("document.querySelector('.diff').checkVisibility()")
     text = browser.evaluate("document.querySelector('.diff').textContent")
-    assert "+    y = torch.ops.fqcompile.linear(x, w)" in text.splitlines()
+    assert "+    y = torch.ops.fqcompile.matmul(x, w)" in text.splitlines()
 
 
 def test_tab_goes_from_control_to_control(browser: Browser, pages: dict[str, Path]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fqcompile
-from fqcompile.kernels.cpu.bandwidth import read_bandwidth
+from fqcompile.kernels.roofline import read_bandwidth
 from tests.helpers import finequant
 from tests.report.page_parser import Page
 

@@ -2,8 +2,7 @@
 
 import torch
 
-from fqcompile.kernels.gpu import H200
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import H200, GemmSpec
 from fqcompile.kernels.tuning.table import Timing
 from fqcompile.report.tuning_case import Candidate, TuningCase
 from fqcompile.report.tuning_report import TuningReport

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fqcompile.quant import chunks
-from fqcompile.weights import content_digest as module
-from fqcompile.weights.content_digest import content_digest, mixed_sum
+from fqcompile.tensor import chunks
+from fqcompile.weights import fingerprint as module
+from fqcompile.weights.fingerprint import content_digest, mixed_sum
 from tests.quant.strategies import matrices
 
 

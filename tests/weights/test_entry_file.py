@@ -13,8 +13,9 @@ from safetensors import safe_open
 
 from fqcompile.errors import CorruptEntry
 from fqcompile.quant.choose import QuantPlan
-from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.weights.entry_file import HEADER_BYTES, Entry, encoded, read_entry
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
+from fqcompile.weights.entry_file import Entry, encoded, read_entry
 from tests.strategies import random_codes
 
 KEY = "0123abcd"
@@ -23,13 +24,14 @@ KEY = "0123abcd"
 def entry(
     bits: int = 4, rows: int = 6, k: int = 33, group_size: int = 16, experts: int = 0, seed: int = 0
 ) -> Entry:
-    """Any codes and scales: nothing is quantised here."""
+    """Any codes and scales, of `rows` for each expert: nothing is quantised here."""
     generator = torch.Generator().manual_seed(seed)
-    codes = random_codes(bits, rows, k, generator)
-    scale = torch.randn(rows, -(-k // group_size), generator=generator).bfloat16()
+    every = rows * max(1, experts)
+    codes = random_codes(bits, every, k, generator)
+    scale = torch.randn(every, -(-k // group_size), generator=generator).bfloat16()
     errors = tuple(0.1 + i / 3 for i in range(experts))
     plan = QuantPlan(bits, group_size, "mse", torch.bfloat16, 1 / 3, errors)
-    return plan, QuantizedWeight(codes, scale, bits, group_size, (rows, k))
+    return plan, QuantizedTensor.of_rows(codes, scale, Format(bits, group_size, rows, k, experts))
 
 
 def write_entry(path: Path, key: str, written: Entry) -> None:
@@ -71,7 +73,7 @@ def test_scales_keep_their_type(scale_dtype: torch.dtype, tmp_path: Path) -> Non
     plan, weight = entry()
     scale = weight.scale.to(scale_dtype)
     plan = QuantPlan(4, 16, "absmax", scale_dtype, float("inf"))
-    written = plan, QuantizedWeight(weight.qweight, scale, 4, 16, weight.shape)
+    written = plan, QuantizedTensor(weight.qweight, scale, Format(4, 16, *weight.shape))
     write_entry(tmp_path / "e", KEY, written)
     assert_same(read_entry(tmp_path / "e", KEY), written)
 
@@ -81,8 +83,8 @@ def test_the_file_is_safetensors_and_says_how_the_weight_was_quantised(tmp_path:
     write_entry(tmp_path / "e", KEY, (plan, weight))
     with safe_open(tmp_path / "e", framework="pt") as file:
         assert set(file.keys()) == {"qweight", "scale"}
-        assert file.get_tensor("qweight").equal(weight.qweight)
-        assert file.get_tensor("scale").equal(weight.scale)
+        assert file.get_tensor("qweight").equal(weight.as_rows()[0])
+        assert file.get_tensor("scale").equal(weight.as_rows()[1])
         about = json.loads(file.metadata()["plan"])
     assert (about["bits"], about["k"], about["scale_dtype"]) == (4, 33, "bfloat16")
     assert about["expert_errors"] == list(plan.expert_errors)
@@ -104,8 +106,8 @@ def test_values_lie_on_multiples_of_their_size(experts: int) -> None:
 def test_views_are_written_as_they_read(tmp_path: Path) -> None:
     plan, weight = entry(rows=12)
     part = weight.narrow(4, 5)
-    strided = QuantizedWeight(
-        part.qweight.t().contiguous().t(), part.scale, 4, part.group_size, part.shape
+    strided = QuantizedTensor(
+        part.qweight.t().contiguous().t(), part.scale, Format(4, part.group_size, *part.shape)
     )
     write_entry(tmp_path / "e", KEY, (plan, strided))
     assert_same(read_entry(tmp_path / "e", KEY), (plan, part))
@@ -195,5 +197,5 @@ def test_a_header_of_anything_is_refused(header: bytes, tmp_path: Path) -> None:
 def test_a_header_that_claims_to_be_huge_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "e"
     path.write_bytes((2**62).to_bytes(8, "little"))
-    with pytest.raises(CorruptEntry, match=f"at most {HEADER_BYTES} are written"):
+    with pytest.raises(CorruptEntry, match=f"a header of {2**62}"):
         read_entry(path, KEY)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fqcompile
 from fqcompile.errors import FineQuantError
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 from tests.weights.test_packed_writes import make
 
 SHAPE = (4, 8)

@@ -20,8 +20,9 @@ import fqcompile
 from fqcompile.errors import FineQuantError, UnquantizableWeight
 from fqcompile.kernels.registry import TEMPLATES
 from fqcompile.quant.choose import QuantPlan, quantize_weight
-from fqcompile.quant.quantized_weight import QuantizedWeight
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
+from fqcompile.weights.parameter import PackedWeight
 from tests.helpers import UNIT
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -38,21 +39,20 @@ def make(
     """Of a random matrix [N, K] or stack [E, N, K]; transposed, it is shown as [..., K, N]."""
     w = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
     plan = QuantPlan(bits, min(group, shape[-1]), "mse", torch.float16, 0.0)
-    experts = shape[0] if len(shape) == 3 else 0
     weight = quantize_weight(w, plan)
-    return PackedWeight.of(weight, dtype=dtype, experts=experts, transposed=transposed)
+    return PackedWeight.of(weight.changed(transposed=transposed), dtype)
 
 
 def dense(w: Tensor) -> Tensor:
     """The oracle: from the plain codes, by nothing that the tensor does itself."""
     assert isinstance(w, PackedWeight)
-    weight, form = w.quantized(), w.form
-    codes = weight.qweight
+    weight, form = w.quantized(), w.format
+    codes, scale = weight.as_rows()
     if weight.bits == 4:
         low, high = (codes & 15).to(torch.int16) - 8, (codes >> 4).to(torch.int16) - 8
         codes = torch.stack((low, high), -1).flatten(1)[:, : form.k]
     columns = torch.arange(form.k) // weight.group_size
-    matrix = (codes.float() * weight.scale.float()[:, columns]).to(w.dtype)
+    matrix = (codes.float() * scale.float()[:, columns]).to(w.dtype)
     stack = matrix.view(form.experts, form.rows, form.k) if form.experts else matrix
     stack = stack if w.ids is None else stack[w.ids]
     return stack.transpose(-2, -1) if form.transposed else stack
@@ -93,7 +93,7 @@ def test_parts_and_wholes() -> None:
     halves = torch.cat([dense(part) for part in w.chunk(3)])
     assert torch.equal(halves, dense(w))
     both = torch.cat([w, v])
-    assert isinstance(both, PackedWeight) and both.form.group_size == 16
+    assert isinstance(both, PackedWeight) and both.format.group_size == 16
     assert torch.equal(dense(both), torch.cat([dense(w), dense(v)]))
 
 
@@ -329,7 +329,7 @@ def test_files_are_in_the_plain_layout(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(TEMPLATES, name, raising=False)
     file.seek(0)
     loaded = torch.load(file)
-    assert loaded.form.layout == "plain"
+    assert loaded.format.layout == "plain"
     assert torch.equal(dense(loaded), dense(w))
 
 
@@ -364,8 +364,8 @@ def test_nothing_is_copied_to_make_a_parameter_of_it() -> None:
 
 
 def test_scales_of_another_type_than_the_weight_survive() -> None:
-    weight = QuantizedWeight(
-        torch.zeros(64, 40, dtype=torch.uint8), torch.full((64, 1), 1e-30), 4, 80, (64, 80)
+    weight = QuantizedTensor(
+        torch.zeros(64, 40, dtype=torch.uint8), torch.full((64, 1), 1e-30), Format(4, 80, 64, 80)
     )
     w = PackedWeight.of(weight, dtype=torch.bfloat16)
     assert w.scale.dtype == torch.float32

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fqcompile.errors import FineQuantError
 from fqcompile.quant.choose import QuantPlan, quantize_weight
 from fqcompile.weights.dense_view import DenseView
-from fqcompile.weights.packed_weight import PackedWeight
+from fqcompile.weights.parameter import PackedWeight
 
 View = Callable[[Tensor], Tensor]
 # Rounding moves a value by half a step at most, and clamps what lies opposite to the extreme of its
@@ -27,14 +27,8 @@ STEPS = 1.01
 def make(shape: tuple[int, ...], *, transposed: bool = False, bits: int = 4) -> PackedWeight:
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     plan = QuantPlan(bits, 8, "absmax", torch.float16, 0.0)
-    return PackedWeight.of(
-        quantize_weight(w, plan),
-        dtype=torch.float32,
-        experts=shape[0] if len(shape) == 3 else 0,
-        transposed=transposed,
-        scale_method="absmax",
-        name="layer.weight",
-    )
+    weight = quantize_weight(w, plan).changed(transposed=transposed)
+    return PackedWeight.of(weight, torch.float32, "layer.weight")
 
 
 def plain(w: Tensor) -> Tensor:
@@ -45,7 +39,8 @@ def plain(w: Tensor) -> Tensor:
 def codes(w: PackedWeight) -> tuple[Tensor, Tensor]:
     """Plain codes and scales [rows, ...], copied."""
     weight = w.quantized()
-    return weight.qweight.clone(), weight.scale.clone()
+    qweight, scale = weight.as_rows()
+    return qweight.clone(), scale.clone()
 
 
 @st.composite
@@ -213,14 +208,14 @@ def _place(shown: Tensor) -> tuple[Any, ...]:
 
 def assert_near(w: PackedWeight, expected: Tensor, old: tuple[Tensor, Tensor]) -> None:
     """Rows that were written to within their steps of what was written, all others as before."""
-    rows = (expected.mT if w.form.transposed else expected).reshape(-1, w.form.k)
+    rows = (expected.mT if w.format.transposed else expected).reshape(-1, w.format.k)
     before = decoded(*old)
     kept = (rows == before).all(1)
     new = codes(w)
     for now, then in zip(new, old, strict=True):
         assert torch.equal(now[kept].float(), then[kept].float())
     steps = new[1].float().abs().repeat_interleave(8, 1)
-    values = (w.dequantized().mT if w.form.transposed else w.dequantized()).reshape(rows.shape)
+    values = (w.dequantized().mT if w.format.transposed else w.dequantized()).reshape(rows.shape)
     assert bool(((values - rows).abs() <= STEPS * steps).all())
 
 

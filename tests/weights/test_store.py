@@ -13,7 +13,7 @@ from fqcompile.kernels.cpu.aten_packed import ATEN_INT4_CPU
 from fqcompile.quant.choose import QuantPlan
 from fqcompile.weights import store as module
 from fqcompile.weights.fingerprint import ATTEMPTS, fingerprint
-from fqcompile.weights.packed import PackedPart, PackedSpec
+from fqcompile.weights.node_weight import NodeWeight, Part
 from fqcompile.weights.recipe import IDENTITY, WeightRecipe
 from fqcompile.weights.store import PackedStore
 
@@ -28,15 +28,15 @@ def plan(bits: int = 4) -> QuantPlan:
     return QuantPlan(bits, 32, "mse", torch.bfloat16, 0.0)
 
 
-def part(bits: int = 4, recipe: WeightRecipe = IDENTITY, index: int = 0) -> PackedPart:
-    return PackedPart(recipe, (index,), plan(bits), 64, 64)
+def part(bits: int = 4, recipe: WeightRecipe = IDENTITY, index: int = 0) -> Part:
+    return Part(recipe, (index,), plan(bits), 64, 64)
 
 
-def spec(bits: int = 4) -> PackedSpec:
-    return PackedSpec((part(bits),), 32)
+def spec(bits: int = 4) -> NodeWeight:
+    return NodeWeight((part(bits),), 32)
 
 
-PAIR = PackedSpec((part(), part(index=1)), 32)
+PAIR = NodeWeight((part(), part(index=1)), 32)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def store() -> PackedStore:
 def test_same_weight_gets_the_same_tensors(store: PackedStore) -> None:
     w = weight()
     first = store.packed(spec(), (w,))
-    assert all(a is b for a, b in zip(first, store.packed(spec(), (w,)), strict=True))
+    assert store.packed(spec(), (w,)) is first
     assert store.plan(IDENTITY, (w,), OPTIONS, torch.float32) is store.plan(
         IDENTITY, (w,), OPTIONS, torch.float32
     )
@@ -56,30 +56,30 @@ def test_same_weight_gets_the_same_tensors(store: PackedStore) -> None:
 def test_equal_weights_of_different_identity_do_not_share(store: PackedStore) -> None:
     a, b = weight(), weight()
     packed_a, packed_b = store.packed(spec(), (a,)), store.packed(spec(), (b,))
-    assert packed_a[0] is not packed_b[0]
-    assert torch.equal(packed_a[0], packed_b[0])
+    assert packed_a.qweight is not packed_b.qweight
+    assert torch.equal(packed_a.qweight, packed_b.qweight)
 
 
 def test_two_requests_of_one_weight_live_side_by_side(store: PackedStore) -> None:
     w = weight()
     four, eight = store.packed(spec(4), (w,)), store.packed(spec(8), (w,))
-    assert (four[0].dtype, eight[0].dtype) == (torch.uint8, torch.int8)
-    assert store.packed(spec(4), (w,))[0] is four[0]
-    transposed = PackedSpec((part(recipe=IDENTITY.then("t")),), 32)
-    assert not torch.equal(store.packed(transposed, (w,))[0], four[0])
+    assert (four.qweight.dtype, eight.qweight.dtype) == (torch.uint8, torch.int8)
+    assert store.packed(spec(4), (w,)).qweight is four.qweight
+    transposed = NodeWeight((part(recipe=IDENTITY.then("t")),), 32)
+    assert not torch.equal(store.packed(transposed, (w,)).qweight, four.qweight)
 
 
 @pytest.mark.parametrize("change", ["version", "storage"])
 def test_changed_weight_is_packed_again(store: PackedStore, change: str) -> None:
     w = weight()
-    before = store.packed(spec(), (w,))[0].clone()
+    before = store.packed(spec(), (w,)).qweight.clone()
     if change == "version":
         w.copy_(weight(1))
     else:
         w.data = weight(1)
-    after = store.packed(spec(), (w,))[0]
+    after = store.packed(spec(), (w,)).qweight
     assert not torch.equal(before, after)
-    assert torch.equal(after, store.packed(spec(), (weight(1),))[0])
+    assert torch.equal(after, store.packed(spec(), (weight(1),)).qweight)
 
 
 def test_fingerprint_sees_version_and_storage() -> None:
@@ -96,12 +96,12 @@ def test_fingerprint_sees_version_and_storage() -> None:
 def test_weight_made_in_inference_mode_has_a_fingerprint(store: PackedStore) -> None:
     with torch.inference_mode():
         w = weight()
-    assert store.packed(spec(), (w,))[0].shape == (64, 32)
+    assert store.packed(spec(), (w,)).qweight.shape == (64, 32)
 
 
 def test_packed_tensors_die_with_their_weight(store: PackedStore) -> None:
     w = weight()
-    gone = weakref.ref(store.packed(spec(), (w,))[0])
+    gone = weakref.ref(store.packed(spec(), (w,)).qweight)
     del w
     gc.collect()
     assert gone() is None
@@ -120,7 +120,7 @@ def test_store_keeps_no_weight_alive(store: PackedStore) -> None:
 def test_packed_pair_dies_with_its_second_weight(store: PackedStore) -> None:
     """A replaced k of a stacked q, k, v must not leave its old stack behind while q lives."""
     w, other = weight(), weight(1)
-    gone = weakref.ref(store.packed(PAIR, (w, other))[0])
+    gone = weakref.ref(store.packed(PAIR, (w, other)).qweight)
     del other
     gc.collect()
     store.packed(PAIR, (w, weight(2)))
@@ -137,8 +137,8 @@ def test_reused_id_is_not_taken_for_the_dead_weight(store: PackedStore) -> None:
         other = weight(2)
         if id(other) == old_id:
             break
-    got = store.packed(PAIR, (w, other))[0]
-    assert torch.equal(got[64:], store.packed(spec(), (weight(2),))[0])
+    got = store.packed(PAIR, (w, other)).qweight
+    assert torch.equal(got[64:], store.packed(spec(), (weight(2),)).qweight)
 
 
 def test_stacking_leaves_one_copy_of_the_codes(store: PackedStore) -> None:
@@ -149,7 +149,7 @@ def test_stacking_leaves_one_copy_of_the_codes(store: PackedStore) -> None:
     assert plain() is None
     for own, source in zip(PAIR.parts, (w, other), strict=True):
         view = store.quantized(own, (source,))
-        for tensor, whole in zip((view.qweight, view.scale), stacked, strict=True):
+        for tensor, whole in zip(view.tensors, stacked.tensors, strict=True):
             assert tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 
@@ -157,15 +157,18 @@ def test_stack_at_a_finer_group_size_serves_no_coarser_request(store: PackedStor
     """One graph stacks a weight with a finer sibling, another reads it alone."""
     w, other = weight(), weight(1)
     want = PackedStore().packed(spec(), (weight(),))
-    fine = PackedSpec((part(), part(index=1)), 16)
-    assert store.packed(fine, (w, other))[1].shape == (128, 4)
-    assert all(torch.equal(a, b) for a, b in zip(store.packed(spec(), (w,)), want, strict=True))
+    fine = NodeWeight((part(), part(index=1)), 16)
+    assert store.packed(fine, (w, other)).scale.shape == (128, 4)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(store.packed(spec(), (w,)).tensors, want.tensors, strict=True)
+    )
 
 
 def test_one_site_shares_its_codes_with_what_the_node_reads(store: PackedStore) -> None:
     w = weight()
     quantized = store.quantized(part(), (w,))
-    qweight, _ = store.packed(spec(), (w,))
+    qweight = store.packed(spec(), (w,)).qweight
     assert qweight.untyped_storage().data_ptr() == quantized.qweight.untyped_storage().data_ptr()
 
 
@@ -176,7 +179,9 @@ def test_kernel_layout_replaces_the_plain_copy_and_plain_can_be_made_again(
     plain = weakref.ref(store.quantized(part(), (w,)).qweight)
     store.packed(spec().with_layout(ATEN_INT4_CPU), (w,))
     assert plain() is None
-    assert torch.equal(store.packed(spec(), (w,))[0], PackedStore().packed(spec(), (weight(),))[0])
+    assert torch.equal(
+        store.packed(spec(), (w,)).qweight, PackedStore().packed(spec(), (weight(),)).qweight
+    )
 
 
 def test_reason_is_remembered_like_a_plan(store: PackedStore) -> None:
@@ -194,22 +199,22 @@ def test_packing_ignores_the_modes_of_the_caller(store: PackedStore) -> None:
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         w = weight()
         got = store.packed(spec(), (w,))
-    assert not any(t.is_inference() or t.requires_grad for t in got)
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert not any(t.is_inference() or t.requires_grad for t in got.tensors)
+    assert all(torch.equal(a, b) for a, b in zip(got.tensors, want.tensors, strict=True))
     parameter = torch.nn.Parameter(weight())
-    assert not any(t.requires_grad for t in store.packed(spec(), (parameter,)))
+    assert not any(t.requires_grad for t in store.packed(spec(), (parameter,)).tensors)
 
 
 def test_clear_forgets_everything(store: PackedStore) -> None:
     w = weight()
-    before = store.packed(spec(), (w,))[0]
+    before = store.packed(spec(), (w,)).qweight
     store.clear()
-    assert store.packed(spec(), (w,))[0] is not before
+    assert store.packed(spec(), (w,)).qweight is not before
 
 
-def expert_spec(rows: int = 8, interleaved: bool = False) -> PackedSpec:
-    stack = PackedPart(IDENTITY, (0,), plan(), rows, 64, 4)
-    return PackedSpec((stack,), 32, interleaved=interleaved)
+def expert_spec(rows: int = 8, interleaved: bool = False) -> NodeWeight:
+    stack = Part(IDENTITY, (0,), plan(), rows, 64, 4)
+    return NodeWeight((stack,), 32, interleaved=interleaved)
 
 
 def test_experts_keep_one_copy_that_plain_requests_view(store: PackedStore) -> None:
@@ -217,7 +222,7 @@ def test_experts_keep_one_copy_that_plain_requests_view(store: PackedStore) -> N
     packed = store.packed(expert_spec(), (w,))
     part = expert_spec().parts[0]
     plain = store.quantized(part, (w,))
-    assert plain is not None and plain.qweight.data_ptr() == packed[0].data_ptr()
+    assert plain is not None and plain.qweight.data_ptr() == packed.qweight.data_ptr()
 
 
 def test_experts_with_moved_rows_drop_the_plain_copy(store: PackedStore) -> None:
@@ -227,7 +232,7 @@ def test_experts_with_moved_rows_drop_the_plain_copy(store: PackedStore) -> None
     recovered = store.quantized(expert_spec().parts[0], (w,))
     assert torch.equal(recovered.qweight, plain.qweight)
     straight = store.packed(expert_spec(), (w,))
-    assert torch.equal(packed[0][:, :4], straight[0][:, ::2]), "made again on request"
+    assert torch.equal(packed.qweight[:, :4], straight.qweight[:, ::2]), "made again on request"
 
 
 class Writer:
@@ -235,7 +240,7 @@ class Writer:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, w: Tensor, new: list[Tensor]) -> None:
         self.new = iter(new)
-        for owner, name in ((module, "find_or_quantize"), (PackedPart, "quantize")):
+        for owner, name in ((module, "find_or_quantize"), (Part, "quantize")):
             self._patch(monkeypatch, owner, name, w)
 
     def _patch(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, w: Tensor) -> None:
@@ -252,7 +257,7 @@ class Writer:
 
 
 def quantized(w: Tensor) -> Tensor:
-    return PackedStore().packed(spec(), (w.clone(),))[0]
+    return PackedStore().packed(spec(), (w.clone(),)).qweight
 
 
 @pytest.mark.parametrize("writes", [1, 2, ATTEMPTS - 1])
@@ -264,7 +269,7 @@ def test_a_weight_written_while_it_is_quantised_leaves_nothing_stale(
     plan = store.plan(IDENTITY, (w,), OPTIONS, torch.bfloat16)
     assert isinstance(plan, QuantPlan)
     for _ in range(2):
-        assert torch.equal(store.packed(spec(), (w,))[0], quantized(weight(writes)))
+        assert torch.equal(store.packed(spec(), (w,)).qweight, quantized(weight(writes)))
 
 
 def test_a_part_written_while_it_is_packed_leaves_nothing_stale(
@@ -273,7 +278,7 @@ def test_a_part_written_while_it_is_packed_leaves_nothing_stale(
     w, other = weight(), weight(9)
     Writer(monkeypatch, w, [weight(1)])
     for _ in range(2):
-        codes = store.packed(PAIR, (w, other))[0]
+        codes = store.packed(PAIR, (w, other)).qweight
         assert torch.equal(codes, torch.cat([quantized(weight(1)), quantized(other)]))
         assert torch.equal(store.quantized(part(), (w,)).qweight, quantized(weight(1)))
 
@@ -283,23 +288,23 @@ def test_of_a_weight_that_is_written_each_time_a_copy_is_quantised(
 ) -> None:
     w = weight()
     Writer(monkeypatch, w, [weight(seed) for seed in range(1, 40)])
-    codes = store.packed(spec(), (w,))[0]
+    codes = store.packed(spec(), (w,)).qweight
     monkeypatch.undo()
     assert any(torch.equal(codes, quantized(weight(seed))) for seed in range(1, 40))
     w.copy_(weight(50))
-    assert torch.equal(store.packed(spec(), (w,))[0], quantized(weight(50)))
+    assert torch.equal(store.packed(spec(), (w,)).qweight, quantized(weight(50)))
 
 
 def test_content_decides_where_it_is_compared(store: PackedStore) -> None:
     """A write through .data leaves identity, address and version as they were."""
     w, other = weight(), weight(2)
-    before = store.packed(spec(), (w,))[0]
+    before = store.packed(spec(), (w,)).qweight
     assert store.changed([w, other]) == []
-    assert store.packed(spec(), (w,))[0] is before
+    assert store.packed(spec(), (w,)).qweight is before
     w.data.copy_(weight(1))
-    assert store.packed(spec(), (w,))[0] is before
+    assert store.packed(spec(), (w,)).qweight is before
     assert [t is w for t in store.changed([other, w])] == [True]
-    assert torch.equal(store.packed(spec(), (w,))[0], quantized(weight(1)))
+    assert torch.equal(store.packed(spec(), (w,)).qweight, quantized(weight(1)))
 
 
 def test_what_is_forgotten_is_made_again(store: PackedStore) -> None:
@@ -307,4 +312,4 @@ def test_what_is_forgotten_is_made_again(store: PackedStore) -> None:
     store.packed(spec(), (w,))
     w.data.copy_(weight(1))
     store.forget([w])
-    assert torch.equal(store.packed(spec(), (w,))[0], quantized(weight(1)))
+    assert torch.equal(store.packed(spec(), (w,)).qweight, quantized(weight(1)))

@@ -34,8 +34,7 @@ class Architecture:
         inputs: by name ["normal" or "ids", dimensions], "batch" among them; or a value.
         depth: how many layers follow each other.
         grouped: its experts have implementations to choose from.
-        looped: experts run in a loop over data: a graph made for one runs for others as well, so
-            that reports tell of the one, and other batches choose others.
+        looped: experts run in a loop over data, and other batches choose others.
         tables: parameters that are a table and a linear's matrix at once, which has no place for
             dequantised values: excluded where results are compared with those.
         kept: by a part of a parameter's name, a part of the only reason for which a linear so

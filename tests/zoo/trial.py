@@ -117,8 +117,15 @@ class Trial:
 
     @cached_property
     def named(self) -> dict[str, Tensor]:
-        """What a site may be called after: parameters and buffers."""
-        return {**self.parameters, **dict(self.model.named_buffers(remove_duplicate=False))}
+        """What a site may be called after: parameters, buffers, plain attributes of a module."""
+        attributes = {
+            f"{prefix}.{name}".lstrip("."): value
+            for prefix, module in self.model.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, Tensor)
+        }
+        buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        return {**attributes, **buffers, **self.parameters}
 
     def sources(self, site: Site) -> list[str]:
         """The parameters that a site's name is made of."""

@@ -8,22 +8,20 @@ Measured on two AVX-512 BF16 cores, N = K = 4096, bf16, milliseconds at M = 1, 1
 
 import torch
 
-from fqcompile.kernels.dequantize import DEQUANTIZE
-from fqcompile.kernels.epilogue import apply_epilogue
-from fqcompile.kernels.launch_table import Config
-from fqcompile.kernels.routing import one_by_one
+from fqcompile.kernels import dequantize
+from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import (
     PLAIN,
     Layout,
-    PackedLinear,
     PackedTensors,
     Shape,
     Template,
+    one_by_one,
 )
-from fqcompile.quant.packing import unpack
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.codes import unpack
+from fqcompile.tensor.format import QTYPES
+from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import int4pack_mm, int8pack_mm, pack_int4
 
 # Above these row counts dequantising once and multiplying densely is faster (table above).
@@ -52,19 +50,11 @@ def _refuse_int8(spec: GemmSpec) -> str | None:
     return _refuse_common(spec, 8)
 
 
-def _linear_int8(
-    x: torch.Tensor,
-    weight: PackedLinear,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    activation: str,
-    gated: bool,
-    config: Config | None,
-) -> torch.Tensor:
+def _multiply_int8(x: torch.Tensor, weight: QuantizedTensor, epilogue: Epilogue) -> torch.Tensor:
     if x.shape[0] > INT8_MAX_ROWS:
-        return DEQUANTIZE.linear(x, weight, bias, residual, activation, gated, config)
+        return dequantize.multiply(x, weight, epilogue)
     z = int8pack_mm(x.contiguous(), weight.qweight, weight.scale.view(-1))
-    return apply_epilogue(z, bias, residual, activation, gated)
+    return epilogue.apply(z)
 
 
 def _refuse_int4(spec: GemmSpec) -> str | None:
@@ -84,41 +74,23 @@ def _int4_shapes(bits: int, group_size: int, rows: int, k: int) -> tuple[Shape, 
     return (rows, k * bits // 8), (k // group_size, rows, 2)
 
 
-def _pack_int4(weight: QuantizedWeight) -> PackedTensors:
+def _pack_int4(weight: QuantizedTensor) -> PackedTensors:
     """Codes offset to 0..15 in aten's order; scales [K/G, N, 2], each with aten's zero point."""
-    codes = unpack(weight.qweight, QTYPES[4], weight.shape[1]).to(torch.int32) + 8
+    codes = unpack(weight.qweight, QTYPES[4], weight.format.k).to(torch.int32) + 8
     qweight = pack_int4(codes, 1)
     scale = weight.scale.t().contiguous()
     return qweight, torch.stack((scale, torch.zeros_like(scale)), dim=-1)
 
 
-def _linear_int4(
-    x: torch.Tensor,
-    weight: PackedLinear,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    activation: str,
-    gated: bool,
-    config: Config | None,
-) -> torch.Tensor:
-    z = int4pack_mm(x.contiguous(), weight.qweight, weight.group_size, weight.scale)
-    return apply_epilogue(z, bias, residual, activation, gated)
+def _multiply_int4(x: torch.Tensor, weight: QuantizedTensor, epilogue: Epilogue) -> torch.Tensor:
+    z = int4pack_mm(x.contiguous(), weight.qweight, weight.format.group_size, weight.scale)
+    return epilogue.apply(z)
 
 
 ATEN_INT4_CPU = Layout("aten_int4_cpu", _pack_int4, _int4_shapes)
 INT8PACK = Template(
-    "aten_int8pack",
-    PLAIN,
-    _refuse_int8,
-    lambda spec: None,
-    _linear_int8,
-    experts=one_by_one(_linear_int8),
+    "aten_int8pack", PLAIN, _refuse_int8, lambda spec: None, one_by_one(_multiply_int8)
 )
 INT4PACK = Template(
-    "aten_int4pack",
-    ATEN_INT4_CPU,
-    _refuse_int4,
-    lambda spec: None,
-    _linear_int4,
-    experts=one_by_one(_linear_int4),
+    "aten_int4pack", ATEN_INT4_CPU, _refuse_int4, lambda spec: None, one_by_one(_multiply_int4)
 )

@@ -24,13 +24,12 @@ from fqcompile.kernels.cpu.stream_layout import (
     shapes,
     unpack,
 )
-from fqcompile.kernels.epilogue import ACTIVATIONS, apply_epilogue
-from fqcompile.kernels.launch_table import Config
-from fqcompile.kernels.routing import Routing
-from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.template import Layout, PackedLinear, Template
+from fqcompile.kernels.epilogue import ACTIVATIONS, Epilogue
+from fqcompile.kernels.spec import Config, GemmSpec
+from fqcompile.kernels.template import Layout, Routing, Template
 from fqcompile.locks import in_forked_child
-from fqcompile.quant.qtype import QTYPES
+from fqcompile.tensor.format import QTYPES
+from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import has_amx
 
 
@@ -62,35 +61,20 @@ def _refuse(spec: GemmSpec) -> str | None:
     return native.refusal()
 
 
-def _linear(
+def _run(
     x: Tensor,
-    weight: PackedLinear,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    gated: bool,
+    weight: QuantizedTensor,
+    routing: Routing | None,
+    epilogue: Epilogue,
     config: Config | None,
 ) -> Tensor:
-    if _has_amx() and x.shape[0] >= AMX_ROWS and x.dtype == torch.bfloat16:
-        return _linear_of_many(x, weight, bias, residual, activation, gated)
-    y, _ = _multiply(x, weight, None, bias, residual, activation, gated)
-    return y
-
-
-def _experts(
-    x: Tensor,
-    weight: PackedLinear,
-    offsets: Tensor | None,
-    ids: Tensor | None,
-    bias: Tensor | None,
-    activation: str,
-    gated: bool,
-    config: Config | None,
-) -> Tensor:
-    routing = offsets if ids is None else ids
-    y, known = _multiply(x, weight, routing, bias, None, activation, gated, ids is not None)
+    if routing is None:
+        if _has_amx() and x.shape[0] >= AMX_ROWS and x.dtype == torch.bfloat16:
+            return _multiply_many(x, weight, epilogue)
+        return _multiply(x, weight, None, epilogue)[0]
+    y, known = _multiply(x, weight, routing, epilogue)
     if not known:  # tells which entry is wrong
-        list(Routing(offsets, ids).rows_of_experts(weight.qweight.shape[0], x.shape[0]))
+        list(routing.rows_of_experts(weight.qweight.shape[0], x.shape[0]))
         raise AssertionError("the routing was refused by the kernel alone")
     return y
 
@@ -101,89 +85,71 @@ def _has_amx() -> bool:
 
 
 def _multiply(
-    x: Tensor,
-    weight: PackedLinear,
-    routing: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    gated: bool,
-    ids: bool = False,
+    x: Tensor, weight: QuantizedTensor, routing: Routing | None, epilogue: Epilogue
 ) -> tuple[Tensor, bool]:
     """One C++ call, of little Python; False where the routing names what is not there."""
-    qweight, scale, bits, group_size, rows, k = weight
+    qweight, scale, f = weight.qweight, weight.scale, weight.format
+    rows, k = f.rows, f.k
+    bias, residual, activation, gated = epilogue
     if not (qweight.is_contiguous() and scale.is_contiguous()):
         qweight, scale = qweight.contiguous(), scale.contiguous()
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x_rows, x_columns = x.stride()
+    if x_columns != 1:
+        x, x_rows = x.contiguous(), k
     m = x.shape[0]
     y = x.new_empty(m, rows // 2 if gated else rows)
-    bias_fields, residual_fields, routing_fields = (0, 0), (0, 0), (1, 0, 0, 0)
+    bias_at = bias_type = residual_at = residual_rows = told_at = told_bytes = 0
+    experts = 1
     if bias is not None:
         bias = bias.contiguous()
-        bias_fields = bias.data_ptr(), DTYPES[bias.dtype]
+        bias_at, bias_type = bias.data_ptr(), DTYPES[bias.dtype]
     if residual is not None:
         residual = residual.contiguous()
-        residual_fields = residual.data_ptr(), residual.stride(0)
+        residual_at, residual_rows = residual.data_ptr(), residual.stride(0)
+    by_id = False
     if routing is not None:
-        routing = routing.contiguous()
-        routing_fields = qweight.shape[0], routing.data_ptr(), ids, routing.element_size()
-    status = native.native_library().matmul(
-        _MATMUL.pack(
-            qweight.data_ptr(),
-            scale.data_ptr(),
-            DTYPES[scale.dtype],
-            bits,
-            group_size if group_size < k else k,
-            rows,
-            k,
-            x.data_ptr(),
-            x.stride(0),
-            DTYPES[x.dtype],
-            m,
-            *bias_fields,
-            *residual_fields,
-            y.data_ptr(),
-            _ACTIVATIONS[activation],
-            gated,
-            *routing_fields,
-            in_forked_child(),
-        )
-    )
+        offsets, ids = routing
+        by_id = ids is not None
+        told = ids if ids is not None else offsets
+        assert told is not None
+        told = told.contiguous()
+        experts, told_at, told_bytes = qweight.shape[0], told.data_ptr(), told.element_size()
+    fields = _MATMUL.pack(
+        qweight.data_ptr(), scale.data_ptr(), DTYPES[scale.dtype],
+        f.bits, f.group_size if f.group_size < k else k, rows, k,
+        x.data_ptr(), x_rows, DTYPES[x.dtype], m,
+        bias_at, bias_type, residual_at, residual_rows,
+        y.data_ptr(), _ACTIVATIONS[activation], gated,
+        experts, told_at, by_id, told_bytes, in_forked_child(),
+    )  # fmt: skip
+    status = native.native_library().matmul(fields)
     return y, status == 0
 
 
-def _linear_of_many(
-    x: Tensor,
-    weight: PackedLinear,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    gated: bool,
-) -> Tensor:
+def _multiply_many(x: Tensor, weight: QuantizedTensor, epilogue: Epilogue) -> Tensor:
     """A panel of the weight at a time is dequantised, and multiplied by PyTorch's GEMM."""
-    z = x.new_empty(x.shape[0], weight.rows)
-    blocks = max(1, _PANEL // (weight.k * OUTPUTS))
-    for first in range(0, weight.rows, blocks * OUTPUTS):
-        last = min(first + blocks * OUTPUTS, weight.rows)
+    z = x.new_empty(x.shape[0], weight.format.rows)
+    blocks = max(1, _PANEL // (weight.format.k * OUTPUTS))
+    for first in range(0, weight.format.rows, blocks * OUTPUTS):
+        last = min(first + blocks * OUTPUTS, weight.format.rows)
         torch.mm(x, _transposed(weight, first, last, x.dtype), out=z[:, first:last])
-    return apply_epilogue(z, bias, residual, activation, gated)
+    return epilogue.apply(z)
 
 
-def _transposed(weight: PackedLinear, first: int, last: int, dtype: torch.dtype) -> Tensor:
+def _transposed(weight: QuantizedTensor, first: int, last: int, dtype: torch.dtype) -> Tensor:
     """ŵᵀ [K, last - first] of those rows; `first` is a multiple of 64."""
     library = native.native_library()
-    qweight, scale, bits, group_size, rows, k = weight
-    qweight, scale = qweight.contiguous(), scale.contiguous()
-    panel = torch.empty(k, last - first, dtype=dtype)
+    qweight, scale, f = weight.qweight.contiguous(), weight.scale.contiguous(), weight.format
+    panel = torch.empty(f.k, last - first, dtype=dtype)
     library.dequantize(
         _DEQUANTIZE.pack(
             qweight.data_ptr(),
             scale.data_ptr(),
             DTYPES[scale.dtype],
-            bits,
-            min(group_size, k),
-            rows,
-            k,
+            f.bits,
+            min(f.group_size, f.k),
+            f.rows,
+            f.k,
             first // OUTPUTS,
             -(-(last - first) // OUTPUTS),
             DTYPES[dtype],
@@ -195,12 +161,12 @@ def _transposed(weight: PackedLinear, first: int, last: int, dtype: torch.dtype)
     return panel
 
 
-def _dequantize(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
+def _dequantize(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """ŵ [rows, K]: by the kernel where there is one, which another machine's file may lack."""
     if weight.qweight.device.type != "cpu" or dtype not in DTYPES or native.refusal() is not None:
         return dequantize(weight, dtype)
-    return _transposed(weight, 0, weight.rows, dtype).t().contiguous()
+    return _transposed(weight, 0, weight.format.rows, dtype).t().contiguous()
 
 
 STREAM = Layout("x86_stream_1", pack, shapes, _dequantize, unpack, narrow)
-X86_STREAM = Template("x86_stream", STREAM, _refuse, lambda spec: None, _linear, experts=_experts)
+X86_STREAM = Template("x86_stream", STREAM, _refuse, lambda spec: None, _run)

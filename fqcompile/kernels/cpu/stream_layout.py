@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fqcompile.kernels.cpu.huge_pages import in_huge_pages
-from fqcompile.kernels.template import PackedLinear, PackedTensors, Shape
-from fqcompile.quant.chunks import each_chunk
-from fqcompile.quant.granularity import num_groups
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.kernels.template import PackedTensors, Shape
+from fqcompile.tensor.chunks import each_chunk
+from fqcompile.tensor.codes import dequantize_rows
+from fqcompile.tensor.format import num_groups
+from fqcompile.tensor.quantized import QuantizedTensor
 
 OUTPUTS = 64
 STEP = 8  # K is rounded up to a multiple of it
@@ -32,9 +32,9 @@ def shapes(bits: int, group_size: int, rows: int, k: int) -> tuple[Shape, Shape]
     return (blocks, words, OUTPUTS), (blocks, num_groups(k, group_size), OUTPUTS)
 
 
-def pack(weight: QuantizedWeight) -> PackedTensors:
+def pack(weight: QuantizedTensor) -> PackedTensors:
     """qweight and scale in this layout."""
-    n, k = weight.shape
+    n, k = weight.rows, weight.k
     shape, _ = shapes(weight.bits, weight.group_size, n, k)
     blocks = shape[0]
     words = torch.empty(shape, dtype=torch.int32, device=weight.qweight.device)
@@ -55,19 +55,18 @@ def pack(weight: QuantizedWeight) -> PackedTensors:
     return words, scale.transpose(1, 2).contiguous()
 
 
-def unpack(weight: PackedLinear) -> QuantizedWeight:
+def unpack(weight: QuantizedTensor) -> PackedTensors:
     """The plain layout again: what `pack` was given."""
-    storage = QTYPES[weight.bits].storage_dtype
+    storage = weight.format.qtype.storage_dtype
     words = weight.qweight.transpose(1, 2).flatten(0, 1).contiguous()
     plain = _move(words, weight.bits, to_pairs=False) ^ _PLAIN_OFFSET[weight.bits]
     columns = -(-weight.k * weight.bits // 8)
     qweight = plain.view(storage)[: weight.rows, :columns].contiguous()
     scale = weight.scale.transpose(1, 2).reshape(-1, weight.scale.shape[1])[: weight.rows]
-    shape = (weight.rows, weight.k)
-    return QuantizedWeight(qweight, scale.contiguous(), weight.bits, weight.group_size, shape)
+    return qweight, scale.contiguous()
 
 
-def narrow(weight: PackedLinear, start: int, rows: int) -> PackedTensors | None:
+def narrow(weight: QuantizedTensor, start: int, rows: int) -> PackedTensors | None:
     """Whole blocks from row `start` on; None where blocks would be cut."""
     if start % OUTPUTS or (rows % OUTPUTS and start + rows < weight.rows):
         return None
@@ -75,9 +74,10 @@ def narrow(weight: PackedLinear, start: int, rows: int) -> PackedTensors | None:
     return weight.qweight[some], weight.scale[some]
 
 
-def dequantize(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """ŵ [rows, K] in `dtype` by PyTorch's operations alone; where the kernel runs it is faster."""
-    return unpack(weight).dequantize(dtype)
+    f = weight.format
+    return dequantize_rows(*unpack(weight), f.bits, f.group_size, f.k, dtype)
 
 
 def _move(words: Tensor, bits: int, *, to_pairs: bool) -> Tensor:

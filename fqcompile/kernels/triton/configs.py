@@ -7,20 +7,16 @@ from math import ceil
 
 import torch
 
-from fqcompile.kernels.gpu import Gpu
-from fqcompile.kernels.launch_table import DENSE, Config, LaunchTable, Step
 from fqcompile.kernels.roofline import M, crossover, dense
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import DENSE, Config, GemmSpec, Gpu, LaunchTable, Step, TileConfig
 from fqcompile.kernels.template import SearchMode
-from fqcompile.kernels.tile_config import TileConfig
 from fqcompile.kernels.triton.cost import (
     MAX_REGISTERS,
     cost,
     mean_experts_hit,
     steady_seconds,
 )
-from fqcompile.kernels.triton.experts import GROUPED_MM_ALIGNED
-from fqcompile.kernels.triton.launch import has_two_sums
+from fqcompile.kernels.triton.launch import GROUPED_MM_ALIGNED, has_two_sums
 from fqcompile.kernels.triton.layout import BLOCK_K
 
 FAST_CANDIDATES = 12

@@ -13,10 +13,8 @@ from typing import Any
 
 from sympy import Expr, Max, Min, Symbol, ceiling, floor, lambdify
 
-from fqcompile.kernels.gpu import Gpu
 from fqcompile.kernels.roofline import LAUNCH_SECONDS, M
-from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.tile_config import TileConfig
+from fqcompile.kernels.spec import GemmSpec, Gpu, TileConfig
 from fqcompile.kernels.triton.launch import has_two_sums
 from fqcompile.kernels.triton.layout import BLOCK_K, blocks_per_group, dot_width
 

@@ -1,4 +1,6 @@
-"""From packed words to the weight operand of a dot, without leaving the registers.
+"""From packed words in memory to the weight operand of a dot, or to the weight itself.
+
+The conversion never leaves the registers.
 
 The bits 0-7 of a bf16, or 0-10 of an fp16, count in equal steps across the border of the subnormal
 numbers, so a masked word already is two small numbers, code * 2^-133 or code * 2^-24. One fma each
@@ -18,6 +20,56 @@ registers; other spellings send the weight through shared memory.
 
 import triton
 import triton.language as tl
+
+from fqcompile.kernels.triton import layout
+
+MICRO_ROWS = tl.constexpr(layout.MICRO_ROWS)
+SCALE_ROWS = tl.constexpr(layout.SCALE_ROWS)
+
+
+@triton.jit
+def word_offsets(offs_n, rows, num_blocks, WORDS: tl.constexpr):
+    """int32 [BLOCK_N, WORDS] into a K block's words; rows past the end read the last one."""
+    row = tl.minimum(offs_n, rows - 1)
+    start = (row // MICRO_ROWS) * (num_blocks * (MICRO_ROWS * WORDS)) + (row % MICRO_ROWS) * WORDS
+    return start[:, None] + tl.arange(0, WORDS)[None, :]
+
+
+@triton.jit
+def load_words(ptrs, BLOCK_N: tl.constexpr, BITS: tl.constexpr):
+    """[BLOCK_N, 4, chunks]: the words that one thread of an mma reads are neighbours."""
+    words = tl.load(ptrs)
+    if BITS == 4:
+        chunks = tl.reshape(words, (BLOCK_N, 4, 4))
+    else:
+        blocks = tl.reshape(words, (BLOCK_N, 2, 4, 4))
+        chunks = tl.reshape(tl.permute(blocks, (0, 2, 1, 3)), (BLOCK_N, 4, 8))
+    return chunks
+
+
+@triton.jit
+def load_scales(scale_ptr, offs_n, rows, group, BLOCK_N: tl.constexpr, DOTS: tl.constexpr):
+    """[BLOCK_N, DOTS]. Rows of scales are filled up to whole tiles, so there is no mask."""
+    start = scale_ptr + group * (tl.cdiv(rows, SCALE_ROWS) * SCALE_ROWS * DOTS)
+    return tl.load(start + offs_n[:, None] * DOTS + tl.arange(0, DOTS)[None, :])
+
+
+@triton.jit
+def words_of_an_expert(rows, K, BITS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """int64, so that the product with an expert may be beyond 2^31."""
+    WORDS: tl.constexpr = BLOCK_K * BITS // 32
+    micro_tiles = tl.cdiv(rows, MICRO_ROWS) * tl.cdiv(K, BLOCK_K)
+    return micro_tiles.to(tl.int64) * (MICRO_ROWS * WORDS)
+
+
+@triton.jit
+def scales_of_an_expert(
+    rows, K, BLOCKS_PER_GROUP: tl.constexpr, DOT_K: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """int64: groups or blocks of K, times rows, times dots."""
+    groups = tl.cdiv(tl.cdiv(K, BLOCK_K), BLOCKS_PER_GROUP) if BLOCKS_PER_GROUP > 0 else 1
+    tiles = groups * tl.cdiv(rows, SCALE_ROWS)
+    return tiles.to(tl.int64) * (SCALE_ROWS * (BLOCK_K // DOT_K))
 
 
 @triton.jit
@@ -147,3 +199,45 @@ def first_and_second_half(words, WIDTH: tl.constexpr, BITS: tl.constexpr):
         pairs = tl.reshape(words, (ROWS, 4, 2, CHUNKS // 2))
         first, second = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
     return first, second
+
+
+@triton.jit
+def dequantize_kernel(
+    qweight_ptr,
+    scale_ptr,
+    w_ptr,
+    rows,
+    K,
+    STACK: tl.constexpr,
+    BLOCKS_PER_GROUP: tl.constexpr,
+    DOT_K: tl.constexpr,
+    BITS: tl.constexpr,
+    KWIDTH: tl.constexpr,
+    CONVERSION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """w [rows, K], or of a stack expert program_id(1); the format as in `gemm_kernel`."""
+    num_blocks = tl.cdiv(K, BLOCK_K)
+    if STACK:
+        expert = tl.program_id(1).to(tl.int64)
+        qweight_ptr += expert * words_of_an_expert(rows, K, BITS, BLOCK_K)
+        scale_ptr += expert * scales_of_an_expert(rows, K, BLOCKS_PER_GROUP, DOT_K, BLOCK_K)
+        w_ptr += expert * rows * K
+    block = tl.program_id(0) % num_blocks
+    offs_n = (tl.program_id(0) // num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    WORDS: tl.constexpr = BLOCK_K * BITS // 32
+    DOTS: tl.constexpr = BLOCK_K // DOT_K
+    q_ptrs = qweight_ptr + word_offsets(offs_n, rows, num_blocks, WORDS)
+    words = load_words(q_ptrs + block * (MICRO_ROWS * WORDS), BLOCK_N, BITS)
+    # fp16 holds every code exactly, whatever the output is.
+    codes = operand(words, BLOCK_K, BITS, KWIDTH, tl.float16, CONVERSION).to(tl.float32)
+    group = block // BLOCKS_PER_GROUP if BLOCKS_PER_GROUP > 0 else 0
+    scales = load_scales(scale_ptr, offs_n, rows, group, BLOCK_N, DOTS).to(tl.float32)
+    scales = tl.broadcast_to(scales[:, :, None], (BLOCK_N, DOTS, DOT_K))
+    FACTOR: tl.constexpr = code_factor(tl.float16, CONVERSION)
+    w = (codes * FACTOR) * tl.reshape(scales, (BLOCK_N, BLOCK_K))
+    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
+    mask = (offs_n < rows)[:, None] & (offs_k < K)[None, :]
+    tl.store(w_ptrs, w.to(w_ptr.dtype.element_ty), mask=mask)

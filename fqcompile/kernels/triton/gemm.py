@@ -6,7 +6,7 @@ The weight is the left operand, the only one that tensor cores read from registe
 comes in fragment order for free (mma.sync). Products are taken with the codes, which fp16 and bf16
 hold exactly; a group's scale meets its fp32 sum, so a dot never crosses a group.
 
-With SPLIT_K > 1 each program sums one share of K, and `finish` adds the shares in order.
+With SPLIT_K > 1 each program sums one share of K, and `epilogue` adds the shares in order.
 """
 
 # mypy: allow-incomplete-defs, allow-untyped-defs
@@ -14,56 +14,16 @@ With SPLIT_K > 1 each program sums one share of K, and `finish` adds the shares 
 import triton
 import triton.language as tl
 
-from fqcompile.kernels.triton import layout
-from fqcompile.kernels.triton.fragments import code_factor, first_and_second_half, operand
-
-MICRO_ROWS = tl.constexpr(layout.MICRO_ROWS)
-SCALE_ROWS = tl.constexpr(layout.SCALE_ROWS)
-
-
-@triton.jit
-def word_offsets(offs_n, rows, num_blocks, WORDS: tl.constexpr):
-    """int32 [BLOCK_N, WORDS] into a K block's words; rows past the end read the last one."""
-    row = tl.minimum(offs_n, rows - 1)
-    start = (row // MICRO_ROWS) * (num_blocks * (MICRO_ROWS * WORDS)) + (row % MICRO_ROWS) * WORDS
-    return start[:, None] + tl.arange(0, WORDS)[None, :]
-
-
-@triton.jit
-def load_words(ptrs, BLOCK_N: tl.constexpr, BITS: tl.constexpr):
-    """[BLOCK_N, 4, chunks]: the words that one thread of an mma reads are neighbours."""
-    words = tl.load(ptrs)
-    if BITS == 4:
-        chunks = tl.reshape(words, (BLOCK_N, 4, 4))
-    else:
-        blocks = tl.reshape(words, (BLOCK_N, 2, 4, 4))
-        chunks = tl.reshape(tl.permute(blocks, (0, 2, 1, 3)), (BLOCK_N, 4, 8))
-    return chunks
-
-
-@triton.jit
-def load_scales(scale_ptr, offs_n, rows, group, BLOCK_N: tl.constexpr, DOTS: tl.constexpr):
-    """[BLOCK_N, DOTS]. Rows of scales are filled up to whole tiles, so there is no mask."""
-    start = scale_ptr + group * (tl.cdiv(rows, SCALE_ROWS) * SCALE_ROWS * DOTS)
-    return tl.load(start + offs_n[:, None] * DOTS + tl.arange(0, DOTS)[None, :])
-
-
-@triton.jit
-def words_of_an_expert(rows, K, BITS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """int64, so that the product with an expert may be beyond 2^31."""
-    WORDS: tl.constexpr = BLOCK_K * BITS // 32
-    micro_tiles = tl.cdiv(rows, MICRO_ROWS) * tl.cdiv(K, BLOCK_K)
-    return micro_tiles.to(tl.int64) * (MICRO_ROWS * WORDS)
-
-
-@triton.jit
-def scales_of_an_expert(
-    rows, K, BLOCKS_PER_GROUP: tl.constexpr, DOT_K: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """int64: groups or blocks of K, times rows, times dots."""
-    groups = tl.cdiv(tl.cdiv(K, BLOCK_K), BLOCKS_PER_GROUP) if BLOCKS_PER_GROUP > 0 else 1
-    tiles = groups * tl.cdiv(rows, SCALE_ROWS)
-    return tiles.to(tl.int64) * (SCALE_ROWS * (BLOCK_K // DOT_K))
+from fqcompile.kernels.triton.epilogue import store
+from fqcompile.kernels.triton.fragments import (
+    MICRO_ROWS,
+    code_factor,
+    first_and_second_half,
+    load_scales,
+    load_words,
+    operand,
+    word_offsets,
+)
 
 
 @triton.jit
@@ -198,36 +158,6 @@ def scaled_products(
         acc *= scales.to(tl.float32)
         acc_up *= scales_up.to(tl.float32)
     return acc, acc_up
-
-
-@triton.jit
-def store(
-    acc, acc_up, bias_ptr, residual_ptr, y_ptr, offs_m, offs_n, mask, M, N, stride_rm,
-    ACTIVATION: tl.constexpr, UP: tl.constexpr, GATED: tl.constexpr, SPLIT_K: tl.constexpr,
-):  # fmt: skip
-    """Epilogue and output; of a share of K, the share."""
-    rows = offs_m[None, :].to(tl.int64)
-    columns = offs_n[:, None]
-    mask_n = offs_n < N
-    if SPLIT_K > 1:
-        share = tl.program_id(1).to(tl.int64) * M * N
-        tl.store(y_ptr + share + rows * N + columns, acc, mask=mask)
-    else:
-        if bias_ptr is not None:
-            # [BLOCK_N]
-            acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
-        y = ACTIVATION(acc)
-        if GATED:
-            if bias_ptr is not None:
-                # [BLOCK_N]
-                bias = tl.load(bias_ptr + N + offs_n, mask=mask_n, other=0.0)
-                acc_up += bias.to(tl.float32)[:, None]
-            y *= UP(acc_up)
-        if residual_ptr is not None:
-            # [BLOCK_N, BLOCK_M]
-            residual = tl.load(residual_ptr + rows * stride_rm + columns, mask=mask, other=0.0)
-            y += residual.to(tl.float32)
-        tl.store(y_ptr + rows * N + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -1,15 +1,21 @@
-"""Launches the kernels of the family on tensors."""
+"""Launches the kernels of the family on tensors. Nothing here waits for the device."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
 
+from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.epilogue import activation as activation_entry
-from fqcompile.kernels.template import PackedLinear
-from fqcompile.kernels.tile_config import TileConfig
-from fqcompile.kernels.triton.dequantize import dequantize_kernel
-from fqcompile.kernels.triton.finish import finish_kernel
+from fqcompile.kernels.spec import TileConfig
+from fqcompile.kernels.template import Routing
+from fqcompile.kernels.triton.epilogue import finish_kernel
+from fqcompile.kernels.triton.expert_gemm import (
+    expert_gemm_kernel,
+    finish_experts_kernel,
+    schedule_kernel,
+)
+from fqcompile.kernels.triton.fragments import dequantize_kernel
 from fqcompile.kernels.triton.gemm import gemm_kernel
 from fqcompile.kernels.triton.layout import (
     BLOCK_K,
@@ -19,9 +25,14 @@ from fqcompile.kernels.triton.layout import (
     dot_width,
 )
 from fqcompile.kernels.triton.target import conversion
+from fqcompile.tensor.quantized import QuantizedTensor
+from fqcompile.torch_compat import grouped_mm
 
 FINISH_BLOCK_N = 256
 DEQUANTIZE_ROWS = 32
+SCHEDULE_TILE = 2048  # experts times blocks that a program of the schedule compares
+GROUPED_MM_ALIGNED = 8  # `torch._grouped_mm` takes rows of multiples of 16 bytes
+PRODUCT = Epilogue()  # of a split K, whose epilogue is the finishing kernel's
 
 
 def cdiv(a: int, b: int) -> int:
@@ -52,14 +63,7 @@ def device_of(t: torch.Tensor) -> AbstractContextManager[object]:
 
 
 def dequant_gemm(
-    x: torch.Tensor,
-    weight: PackedLinear,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    activation: str,
-    gated: bool,
-    config: TileConfig,
-    kwidth: int,
+    x: torch.Tensor, weight: QuantizedTensor, epilogue: Epilogue, config: TileConfig, kwidth: int
 ) -> torch.Tensor:
     """`act(x @ ŵᵀ + bias) + residual` [M, N] in x's dtype, for x [M, K] and residual [M, N].
 
@@ -67,50 +71,52 @@ def dequant_gemm(
     as the activation has it. Where they cannot have an accumulator each, they are columns of one
     product and meet in the finishing kernel.
     """
-    m, n = x.shape[0], weight.rows // 2 if gated else weight.rows
+    m, n = x.shape[0], epilogue.columns(weight.format.rows)
     if x.stride(1) != 1:
         x = x.contiguous()
-    if residual is not None and residual.stride(1) != 1:
-        residual = residual.contiguous()
+    epilogue = with_whole_rows(epilogue)
     y = x.new_empty((m, n))
-    direct = has_two_sums(n, config) if gated else config.SPLIT_K == 1
-    forms = forms_of(activation)
-    end = (None if bias is None else bias.contiguous(), residual)
+    direct = has_two_sums(n, config) if epilogue.gated else config.SPLIT_K == 1
     with device_of(x):
         if direct:
-            _gemm(x, weight, *end, y, n, forms, gated, config, kwidth)
+            _gemm(x, weight, y, n, epilogue, config, kwidth)
             return y
-        shares = x.new_empty((config.SPLIT_K, m, weight.rows), dtype=torch.float32)
-        none = forms_of("none")
-        _gemm(x, weight, None, None, shares, weight.rows, none, False, config, kwidth)
-        grid = (m * cdiv(n, FINISH_BLOCK_N),)
-        stride_rm = 0 if residual is None else residual.stride(0)
-        finish_kernel[grid](
-            shares, *end, y, m, n, stride_rm, *forms, gated, config.SPLIT_K, FINISH_BLOCK_N,
+        shares = x.new_empty((config.SPLIT_K, m, weight.format.rows), dtype=torch.float32)
+        _gemm(x, weight, shares, weight.format.rows, PRODUCT, config, kwidth)
+        bias, residual, activation, gated = epilogue
+        finish_kernel[(m * cdiv(n, FINISH_BLOCK_N),)](
+            shares, bias, residual, y, m, n, 0 if residual is None else residual.stride(0),
+            *forms_of(activation), gated, config.SPLIT_K, FINISH_BLOCK_N,
             num_warps=2,
         )  # fmt: skip
     return y
 
 
+def with_whole_rows(epilogue: Epilogue) -> Epilogue:
+    """The bias contiguous, the residual with neighbouring columns, as the kernels read them."""
+    bias, residual, activation, gated = epilogue
+    if residual is not None and residual.stride(1) != 1:
+        residual = residual.contiguous()
+    return Epilogue(None if bias is None else bias.contiguous(), residual, activation, gated)
+
+
 def _gemm(
     x: torch.Tensor,
-    weight: PackedLinear,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
+    weight: QuantizedTensor,
     y: torch.Tensor,
     n: int,
-    forms: tuple[object, object],
-    gated: bool,
+    epilogue: Epilogue,
     config: TileConfig,
     kwidth: int,
 ) -> None:
-    m, k = x.shape
+    (m, k), f = x.shape, weight.format
+    bias, residual, activation, gated = epilogue
     tiles = -(-m // config.BLOCK_M) * -(-n // config.BLOCK_N)
     gemm_kernel[(tiles, config.SPLIT_K)](
         x, weight.qweight, weight.scale, bias, residual, y,
         m, n, k, x.stride(0), 0 if residual is None else residual.stride(0),
-        *format_of(weight.group_size, k), weight.bits, kwidth, conversion(x.device, x.dtype),
-        *forms, gated, k % BLOCK_K == 0,
+        *format_of(f.group_size, k), f.bits, kwidth, conversion(x.device, x.dtype),
+        *forms_of(activation), gated, k % BLOCK_K == 0,
         config.BLOCK_M, config.BLOCK_N, BLOCK_K, config.SPLIT_K,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -122,17 +128,124 @@ def format_of(group_size: int, k: int) -> tuple[int, int]:
     return blocks_per_group(group_size, k), dot_width(group_size, k)
 
 
-def dequantize(weight: PackedLinear, dtype: torch.dtype, kwidth: int) -> torch.Tensor:
+def dequantize(weight: QuantizedTensor, dtype: torch.dtype, kwidth: int) -> torch.Tensor:
     """ŵ [rows, k] in `dtype`, of a stack [E, rows, k]: code times scale in fp32, rounded once."""
     stack = weight.qweight.shape[:-4]
-    w = torch.empty((*stack, weight.rows, weight.k), dtype=dtype, device=weight.qweight.device)
+    w = torch.empty(
+        (*stack, weight.format.rows, weight.format.k), dtype=dtype, device=weight.qweight.device
+    )
     if w.numel() == 0:
         return w
-    tiles = cdiv(weight.rows, DEQUANTIZE_ROWS) * cdiv(weight.k, BLOCK_K)
+    tiles = cdiv(weight.format.rows, DEQUANTIZE_ROWS) * cdiv(weight.format.k, BLOCK_K)
     with device_of(w):
         dequantize_kernel[(tiles, *stack)](
-            weight.qweight, weight.scale, w, weight.rows, weight.k, bool(stack),
-            *format_of(weight.group_size, weight.k), weight.bits, kwidth,
+            weight.qweight, weight.scale, w, weight.format.rows, weight.format.k, bool(stack),
+            *format_of(weight.format.group_size, weight.format.k), weight.format.bits, kwidth,
             conversion(w.device, torch.float16), DEQUANTIZE_ROWS, BLOCK_K,
         )  # fmt: skip
     return w
+
+
+def most_blocks(m: int, experts: int, block_m: int) -> int:
+    """The most blocks that m rows can fall into: each expert with rows has one that is not full."""
+    with_rows = min(m, experts)
+    return with_rows + (m - with_rows) // block_m
+
+
+def filled_up(experts: int) -> int:
+    """The power of two that holds them."""
+    return 1 << max(0, experts - 1).bit_length()
+
+
+def schedule_of(offsets: torch.Tensor, m: int, block_m: int) -> torch.Tensor:
+    """int32 [blocks, 3]: expert or -1, first row, end; of a length that offsets do not change."""
+    experts = offsets.shape[0]
+    blocks = most_blocks(m, experts, block_m)
+    schedule = torch.empty((blocks, 3), dtype=torch.int32, device=offsets.device)
+    wide = filled_up(experts)
+    each = max(1, min(filled_up(blocks), SCHEDULE_TILE // wide))
+    schedule_kernel[(cdiv(blocks, each),)](
+        offsets.contiguous(), schedule, m, experts, blocks, block_m, wide, each
+    )
+    return schedule
+
+
+def expert_gemm(
+    x: torch.Tensor,
+    weight: QuantizedTensor,
+    routing: Routing,
+    epilogue: Epilogue,
+    config: TileConfig,
+    kwidth: int,
+) -> torch.Tensor:
+    """`act(x[m] @ ŵ[e(m)]ᵀ + bias[e(m)])` [M, N] in x's dtype; gated as in `dequant_gemm`.
+
+    Rows beyond the last offset keep what was in memory; a row whose id names no expert is NaN.
+    """
+    m, n = x.shape[0], epilogue.columns(weight.format.rows)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    epilogue = with_whole_rows(epilogue)
+    y = x.new_empty((m, n))
+    direct = has_two_sums(n, config) if epilogue.gated else config.SPLIT_K == 1
+    with device_of(x):
+        if direct:
+            _expert_gemm(x, weight, routing, y, n, epilogue, config, kwidth)
+            return y
+        shares = x.new_empty((config.SPLIT_K, m, weight.format.rows), dtype=torch.float32)
+        _expert_gemm(x, weight, routing, shares, weight.format.rows, PRODUCT, config, kwidth)
+        grouped = routing.offsets is not None
+        rows_of = routing.offsets if grouped else routing.ids
+        assert rows_of is not None
+        bias, _, activation, gated = epilogue
+        experts = weight.qweight.shape[0]
+        finish_experts_kernel[(m * cdiv(n, FINISH_BLOCK_N),)](
+            shares, rows_of.contiguous(), bias, y, m, n, experts,
+            grouped, filled_up(experts), *forms_of(activation), gated, config.SPLIT_K,
+            FINISH_BLOCK_N, num_warps=2,
+        )  # fmt: skip
+    return y
+
+
+def _expert_gemm(
+    x: torch.Tensor,
+    weight: QuantizedTensor,
+    routing: Routing,
+    y: torch.Tensor,
+    n: int,
+    epilogue: Epilogue,
+    config: TileConfig,
+    kwidth: int,
+) -> None:
+    (m, k), f = x.shape, weight.format
+    grouped = routing.offsets is not None
+    if routing.offsets is not None:
+        rows_of_blocks = schedule_of(routing.offsets, m, config.BLOCK_M)
+        blocks = rows_of_blocks.shape[0]
+    else:
+        assert routing.ids is not None
+        rows_of_blocks, blocks = routing.ids.contiguous(), m
+    expert_gemm_kernel[(blocks * cdiv(n, config.BLOCK_N), config.SPLIT_K)](
+        x, weight.qweight, weight.scale, rows_of_blocks, epilogue.bias, y,
+        m, n, k, weight.qweight.shape[0], blocks, x.stride(0), grouped,
+        *format_of(f.group_size, k), f.bits, kwidth, conversion(x.device, x.dtype),
+        *forms_of(epilogue.activation), epilogue.gated, k % BLOCK_K == 0,
+        config.BLOCK_M, config.BLOCK_N, BLOCK_K, config.SPLIT_K,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def dense_experts(
+    x: torch.Tensor, weight: QuantizedTensor, offsets: torch.Tensor, epilogue: Epilogue, kwidth: int
+) -> torch.Tensor:
+    """The same by way of ŵ [E, rows, K] and PyTorch's grouped matmul, which takes bf16."""
+    if x.stride(1) != 1 or x.stride(0) % GROUPED_MM_ALIGNED or x.data_ptr() % 16:
+        x = x.contiguous()
+    w_hat = dequantize(weight, x.dtype, kwidth)
+    z = grouped_mm(x, w_hat.transpose(1, 2), offs=offsets.to(torch.int32))
+    if epilogue.bias is not None:
+        rows = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
+        expert = torch.searchsorted(offsets, rows, right=True)
+        # Rows beyond the last offset have none; what they get does not matter.
+        z = z + epilogue.bias[expert.clamp_(max=offsets.shape[0] - 1)]
+    return epilogue.apply_to_biased(z)

@@ -23,12 +23,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from fqcompile.kernels.template import PackedLinear, PackedTensors, Shape
-from fqcompile.quant.granularity import num_groups
-from fqcompile.quant.packing import pack as pack_plain
-from fqcompile.quant.packing import unpack as unpack_plain
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.kernels.template import PackedTensors, Shape
+from fqcompile.tensor.codes import pack as pack_plain
+from fqcompile.tensor.codes import unpack as unpack_plain
+from fqcompile.tensor.format import QTYPES, num_groups
+from fqcompile.tensor.quantized import QuantizedTensor
 
 VERSION = 1
 MICRO_ROWS = 16
@@ -62,9 +61,9 @@ def shapes(bits: int, group_size: int, rows: int, k: int) -> tuple[Shape, Shape]
     return codes, (steps, rows + -rows % SCALE_ROWS, BLOCK_K // width)
 
 
-def pack(weight: QuantizedWeight, kwidth: int) -> PackedTensors:
+def pack(weight: QuantizedTensor, kwidth: int) -> PackedTensors:
     """qweight and scale as above; rows and K are filled up with zeros."""
-    rows, k = weight.shape
+    rows, k = weight.rows, weight.k
     codes = unpack_plain(weight.qweight, QTYPES[weight.bits], k)
     codes = F.pad(codes, (0, -k % BLOCK_K, 0, -rows % MICRO_ROWS))
     order = column_order(weight.bits, kwidth, codes.device)
@@ -76,7 +75,7 @@ def pack(weight: QuantizedWeight, kwidth: int) -> PackedTensors:
     return words, _pack_scales(weight)
 
 
-def unpack(weight: PackedLinear, kwidth: int) -> QuantizedWeight:
+def unpack(weight: QuantizedTensor, kwidth: int) -> PackedTensors:
     """The plain layout again: what `pack` was given."""
     words, bits, k = weight.qweight, weight.bits, weight.k
     order = column_order(bits, kwidth, words.device)
@@ -85,11 +84,10 @@ def unpack(weight: PackedLinear, kwidth: int) -> QuantizedWeight:
         unsigned = (words >> (bits * place)) & ((1 << bits) - 1)
         codes[..., order[:, place]] = (unsigned - (1 << (bits - 1))).to(torch.int8)
     rows = codes.transpose(1, 2).reshape(-1, words.shape[1] * BLOCK_K)[: weight.rows, :k]
-    qweight = pack_plain(rows, QTYPES[bits])
-    return QuantizedWeight(qweight, _unpack_scales(weight), bits, weight.group_size, (len(rows), k))
+    return pack_plain(rows, QTYPES[bits]), _unpack_scales(weight)
 
 
-def narrow(weight: PackedLinear, start: int, rows: int) -> PackedTensors | None:
+def narrow(weight: QuantizedTensor, start: int, rows: int) -> PackedTensors | None:
     """Whole micro-tiles from row `start` on; their scales are copied, for rows are inside there."""
     if start % MICRO_ROWS or (rows % MICRO_ROWS and start + rows < weight.rows):
         return None
@@ -110,8 +108,8 @@ def dot_width(group_size: int, k: int) -> int:
     return BLOCK_K if group_size >= k else min(BLOCK_K, group_size & -group_size)
 
 
-def _pack_scales(weight: QuantizedWeight) -> torch.Tensor:
-    rows, k = weight.shape
+def _pack_scales(weight: QuantizedTensor) -> torch.Tensor:
+    rows, k = weight.rows, weight.k
     width = dot_width(weight.group_size, k)
     if width == BLOCK_K:
         groups = torch.arange(weight.scale.shape[1], device=weight.scale.device)
@@ -125,7 +123,7 @@ def _pack_scales(weight: QuantizedWeight) -> torch.Tensor:
     return blocks.transpose(0, 1).contiguous()
 
 
-def _unpack_scales(weight: PackedLinear) -> torch.Tensor:
+def _unpack_scales(weight: QuantizedTensor) -> torch.Tensor:
     """[rows, groups]: each group's first dot has its scale."""
     dots = weight.scale.transpose(0, 1).flatten(1)[: weight.rows]
     width = dot_width(weight.group_size, weight.k)

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fqcompile.kernels.gpu import Gpu
+from fqcompile.kernels.spec import Gpu
 from fqcompile.kernels.triton.fragments import code_factor, operand
 
 log = logging.getLogger("fqcompile")

@@ -8,18 +8,20 @@ from triton import CompilationError, OutOfResources
 from triton.runtime.errors import PTXASError
 
 from fqcompile.errors import KernelBuildError
-from fqcompile.kernels.epilogue import apply_epilogue
-from fqcompile.kernels.launch_table import DENSE, Config
-from fqcompile.kernels.routing import Routing
-from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.template import Layout, PackedLinear, Template
-from fqcompile.kernels.tile_config import TileConfig
+from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.spec import DENSE, Config, GemmSpec, TileConfig
+from fqcompile.kernels.template import Layout, Routing, Template
 from fqcompile.kernels.triton import layout
 from fqcompile.kernels.triton.configs import candidates, launches
-from fqcompile.kernels.triton.experts import dense_experts, expert_gemm
-from fqcompile.kernels.triton.launch import dequant_gemm, dequantize
+from fqcompile.kernels.triton.launch import (
+    dense_experts,
+    dequant_gemm,
+    dequantize,
+    expert_gemm,
+)
 from fqcompile.kernels.triton.layout import BLOCK_K
 from fqcompile.kernels.triton.target import kwidth as kwidth_of
+from fqcompile.tensor.quantized import QuantizedTensor
 
 # What compiling or loading a kernel raises; errors of a launch that ran are not among them.
 _BUILD_ERRORS = (CompilationError, OutOfResources, PTXASError)
@@ -49,49 +51,40 @@ def _refuse(spec: GemmSpec, kwidth: int) -> str | None:
     return None
 
 
-def _linear(
+def _run(
     x: torch.Tensor,
-    weight: PackedLinear,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    activation: str,
-    gated: bool,
+    weight: QuantizedTensor,
+    routing: Routing | None,
+    epilogue: Epilogue,
     config: Config | None,
     kwidth: int,
 ) -> torch.Tensor:
     try:
+        if routing is not None:
+            return _run_experts(x, weight, routing, epilogue, config, kwidth)
         if config is None or config is DENSE:
-            z = F.linear(x, dequantize(weight, x.dtype, kwidth), bias)
-            return apply_epilogue(z, None, residual, activation, gated)
-        return dequant_gemm(x, weight, bias, residual, activation, gated, config, kwidth)
+            z = F.linear(x, dequantize(weight, x.dtype, kwidth), epilogue.bias)
+            return epilogue.apply_to_biased(z)
+        return dequant_gemm(x, weight, epilogue, config, kwidth)
     except _MAY_BE_OF_THE_BUILD as error:
         if not _is_of_the_build(error):
             raise
         raise KernelBuildError(f"{type(error).__name__}: {error}") from error
 
 
-def _experts(
+def _run_experts(
     x: torch.Tensor,
-    weight: PackedLinear,
-    offsets: torch.Tensor | None,
-    ids: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    activation: str,
-    gated: bool,
+    weight: QuantizedTensor,
+    routing: Routing,
+    epilogue: Epilogue,
     config: Config | None,
     kwidth: int,
 ) -> torch.Tensor:
-    try:
-        if config is DENSE:
-            if offsets is None:
-                raise KernelBuildError("dense experts take rows that are grouped, not gathered")
-            return dense_experts(x, weight, offsets, bias, activation, gated, kwidth)
-        routing = Routing(offsets, ids)
-        return expert_gemm(x, weight, routing, bias, activation, gated, config or _ANY_ROWS, kwidth)
-    except _MAY_BE_OF_THE_BUILD as error:
-        if not _is_of_the_build(error):
-            raise
-        raise KernelBuildError(f"{type(error).__name__}: {error}") from error
+    if config is not DENSE:
+        return expert_gemm(x, weight, routing, epilogue, config or _ANY_ROWS, kwidth)
+    if routing.offsets is None:
+        raise KernelBuildError("dense experts take rows that are grouped, not gathered")
+    return dense_experts(x, weight, routing.offsets, epilogue, kwidth)
 
 
 def _is_of_the_build(error: Exception) -> bool:
@@ -102,7 +95,7 @@ def _is_of_the_build(error: Exception) -> bool:
     return "PassManager::run failed" in text or "device kernel image is invalid" in text
 
 
-def _dequantize(weight: PackedLinear, dtype: torch.dtype, kwidth: int) -> torch.Tensor:
+def _dequantize(weight: QuantizedTensor, dtype: torch.dtype, kwidth: int) -> torch.Tensor:
     try:
         return dequantize(weight, dtype, kwidth)
     except _BUILD_ERRORS as error:
@@ -123,9 +116,8 @@ def _family(name: str, kwidth: int) -> Template:
         fragments,
         partial(_refuse, kwidth=kwidth),
         launches,
-        partial(_linear, kwidth=kwidth),
+        partial(_run, kwidth=kwidth),
         candidates,
-        partial(_experts, kwidth=kwidth),
     )
 
 

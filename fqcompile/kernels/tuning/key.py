@@ -7,13 +7,12 @@ import re
 from functools import cache
 from hashlib import sha256
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from fqcompile.kernels.gpu import Gpu
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.epilogue import HAS_TRITON
+from fqcompile.kernels.spec import GemmSpec, Gpu
 
 # A bucket is named by its largest M; the last one, None, is open.
 Bucket = int | None
@@ -98,7 +97,7 @@ def _name(dtype: torch.dtype) -> str:
 
 @cache
 def _triton_version() -> str:
-    if find_spec("triton") is None:
+    if not HAS_TRITON:
         return "none"
     return str(import_module("triton").__version__)
 

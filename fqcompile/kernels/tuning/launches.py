@@ -3,8 +3,7 @@
 from dataclasses import replace
 from typing import Final, Literal, NamedTuple
 
-from fqcompile.kernels.launch_table import Config, LaunchTable, Step
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import Config, GemmSpec, LaunchTable, Step
 from fqcompile.kernels.template import SearchMode, Template
 from fqcompile.kernels.tuning.key import Bucket, bucket_name, bucket_of, tuning_key
 from fqcompile.kernels.tuning.measure import measure_on_gpu

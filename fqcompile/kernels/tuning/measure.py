@@ -13,20 +13,16 @@ from statistics import median, quantiles
 import torch
 
 from fqcompile.errors import FineQuantError
-from fqcompile.kernels.epilogue import apply_epilogue
-from fqcompile.kernels.launch_table import Config
-from fqcompile.kernels.routing import Routing
-from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.template import Layout, PackedLinear, Template
+from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.spec import Config, GemmSpec
+from fqcompile.kernels.template import Layout, Routing, Template
 from fqcompile.kernels.tuning.routed_rows import experts_of, packed_stack, routings
 from fqcompile.kernels.tuning.search import DeviceLost, Measure, WrongResult
 from fqcompile.kernels.tuning.table import Timing
-from fqcompile.quant.affine import dequantize_rows
-from fqcompile.quant.chunks import plain_tensors
-from fqcompile.quant.granularity import num_groups
-from fqcompile.quant.packing import pack
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.chunks import plain_tensors
+from fqcompile.tensor.codes import dequantize_rows, pack
+from fqcompile.tensor.format import QTYPES, Format, num_groups
+from fqcompile.tensor.quantized import QuantizedTensor
 
 Run = Callable[[Config], torch.Tensor]
 ROTATED_BYTES = 256 << 20
@@ -77,9 +73,10 @@ def _linear(
 ) -> tuple[list[Run], torch.Tensor]:
     weight, x = random_problem(spec, m, device)
     weights, _ = packed_copies(weight, template.layout)
+    epilogue = Epilogue(activation=spec.activation, gated=spec.gated)
 
-    def run(packed: PackedLinear, config: Config) -> torch.Tensor:
-        return template.linear(x, packed, None, None, spec.activation, spec.gated, config)
+    def run(packed: QuantizedTensor, config: Config) -> torch.Tensor:
+        return template.run(x, packed, None, epilogue, config)
 
     runs: list[Run] = [partial(run, packed) for packed in weights]
     return runs, reference(x, weight, spec)
@@ -88,28 +85,23 @@ def _linear(
 def _experts(
     template: Template, spec: GemmSpec, m: int, device: torch.device
 ) -> tuple[list[Run], torch.Tensor]:
-    assert template.experts is not None, "select takes no other for experts"
-    experts = template.experts
     stack, x = random_problem(replace(spec, n=spec.experts * spec.n), m, device)
     weights = experts_of(stack, spec.experts)
     packed = packed_stack(weights, template.layout)
     in_turn = routings(spec, m, device)
+    epilogue = Epilogue(activation=spec.activation, gated=spec.gated)
 
-    def run(weight: PackedLinear, routing: Routing, config: Config) -> torch.Tensor:
-        ends = (None, spec.activation, spec.gated, config)
-        return experts(x, weight, routing.offsets, routing.ids, *ends)
+    def run(weight: QuantizedTensor, routing: Routing, config: Config) -> torch.Tensor:
+        return template.run(x, weight, routing, epilogue, config)
 
     copies = min(rotation(packed.qweight.nbytes)[0], -(-_MOST_COPIES // len(in_turn)))
-    clones = (
-        packed._replace(qweight=packed.qweight.clone(), scale=packed.scale.clone())
-        for _ in range(copies - 1)
-    )
+    clones = (packed.clone() for _ in range(copies - 1))
     runs: list[Run] = [partial(run, w, routing) for w in (packed, *clones) for routing in in_turn]
     return runs, expert_reference(x, weights, in_turn[0], spec)
 
 
 def expert_reference(
-    x: torch.Tensor, weights: Sequence[QuantizedWeight], routing: Routing, spec: GemmSpec
+    x: torch.Tensor, weights: Sequence[QuantizedTensor], routing: Routing, spec: GemmSpec
 ) -> torch.Tensor:
     """`reference` of each expert on its rows; all rows have one."""
     y = x.new_empty((x.shape[0], spec.n), dtype=torch.float64)
@@ -118,13 +110,11 @@ def expert_reference(
     return y
 
 
-def packed_copies(weight: QuantizedWeight, layout: Layout) -> tuple[list[PackedLinear], int]:
+def packed_copies(weight: QuantizedTensor, layout: Layout) -> tuple[list[QuantizedTensor], int]:
     """As many copies of a packed weight as `rotation` says, and its rounds."""
-    tensors = layout.pack(weight)
-    copies, rounds = rotation(sum(t.nbytes for t in tensors))
-    packed = [tensors] + [(tensors[0].clone(), tensors[1].clone()) for _ in range(copies - 1)]
-    form = (weight.bits, weight.group_size, *weight.shape)
-    return [PackedLinear(*pair, *form) for pair in packed], rounds
+    packed = layout.pack(weight)
+    copies, rounds = rotation(packed.nbytes)
+    return [packed, *(packed.clone() for _ in range(copies - 1))], rounds
 
 
 def rotation(nbytes: int) -> tuple[int, int]:
@@ -144,7 +134,7 @@ def rounds_of(copies: int) -> int:
 
 def random_problem(
     spec: GemmSpec, m: int, device: torch.device
-) -> tuple[QuantizedWeight, torch.Tensor]:
+) -> tuple[QuantizedTensor, torch.Tensor]:
     """Codes over their whole range, scales of about 1 / qmax, and x such that results are about 1.
 
     Nothing is zero by design and nothing overflows fp16, gated or not.
@@ -158,10 +148,11 @@ def random_problem(
     scale = torch.rand(rows, groups, device=device, generator=generator).add_(0.5).div_(qtype.qmax)
     x = torch.randn(m, k, device=device, generator=generator).mul_(k**-0.5).to(spec.dtype)
     scale = scale.to(spec.scale_dtype)
-    return QuantizedWeight(pack(codes, qtype), scale, spec.bits, spec.group_size, (rows, k)), x
+    form = Format(spec.bits, spec.group_size, rows, k)
+    return QuantizedTensor(pack(codes, qtype), scale, form), x
 
 
-def reference(x: torch.Tensor, weight: QuantizedWeight, spec: GemmSpec) -> torch.Tensor:
+def reference(x: torch.Tensor, weight: QuantizedTensor, spec: GemmSpec) -> torch.Tensor:
     """The layer in fp64 from the plain layout: no template's code, and no TF32."""
     step = max(1, _REFERENCE_CHUNK // spec.k)
     parts = []
@@ -170,7 +161,7 @@ def reference(x: torch.Tensor, weight: QuantizedWeight, spec: GemmSpec) -> torch
         codes, scale = weight.qweight[rows], weight.scale[rows]
         w_hat = dequantize_rows(codes, scale, spec.bits, spec.group_size, spec.k, torch.float64)
         parts.append(x.double() @ w_hat.t())
-    return apply_epilogue(torch.cat(parts, 1), None, None, spec.activation, spec.gated)
+    return Epilogue(activation=spec.activation, gated=spec.gated).apply(torch.cat(parts, 1))
 
 
 def allowed_error(dtype: torch.dtype, k: int) -> float:

@@ -5,32 +5,25 @@ measurement hit other experts in turn until all were: what one reads has left th
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fqcompile.kernels.routing import Routing
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.template import Layout, PackedLinear
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.kernels.template import Layout, Routing
+from fqcompile.tensor.quantized import QuantizedTensor
 
 
-def experts_of(stack: QuantizedWeight, experts: int) -> list[QuantizedWeight]:
+def experts_of(stack: QuantizedTensor, experts: int) -> list[QuantizedTensor]:
     """The experts whose rows lie one after the other in one matrix; views."""
-    rows, k = stack.shape[0] // experts, stack.shape[1]
-    parts = zip(stack.qweight.split(rows), stack.scale.split(rows), strict=True)
-    return [
-        QuantizedWeight(codes, scale, stack.bits, stack.group_size, (rows, k))
-        for codes, scale in parts
-    ]
+    form = replace(stack.format, rows=stack.rows // experts, experts=experts)
+    return QuantizedTensor.of_rows(*stack.tensors, form).unbind()
 
 
-def packed_stack(weights: Sequence[QuantizedWeight], layout: Layout) -> PackedLinear:
+def packed_stack(weights: Sequence[QuantizedTensor], layout: Layout) -> QuantizedTensor:
     """qweight and scale [E, ...], as the operators of experts take them."""
-    one = weights[0]
-    qweight, scale = zip(*(layout.pack(weight) for weight in weights), strict=True)
-    form = (one.bits, one.group_size, *one.shape)
-    return PackedLinear(torch.stack(qweight), torch.stack(scale), *form)
+    return layout.pack(QuantizedTensor.stack(weights))
 
 
 def routings(spec: GemmSpec, m: int, device: torch.device) -> list[Routing]:

@@ -12,8 +12,7 @@ import torch
 
 from fqcompile.distributed.ranks import progress
 from fqcompile.errors import FineQuantError
-from fqcompile.kernels.launch_table import Config
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import Config, GemmSpec
 from fqcompile.kernels.template import SearchMode, Template
 from fqcompile.kernels.tuning.key import Bucket, rows_of, tuning_key
 from fqcompile.kernels.tuning.table import Case, Timing, Trial, TunedTable

@@ -1,8 +1,8 @@
 """TunedTable: what was measured on one machine, kept in a JSON file that many processes may share.
 
-Two layers: measurements shipped with the package (read-only), and the user's own over them. A file
-that cannot be used (missing, cut off, of another machine or version) counts as empty, and the log
-says why. Every change is merged into what the file holds by then, and replaces it in one step.
+A file that cannot be used (missing, cut off, of another machine or version) counts as empty, and
+the log says why. Every change is merged into what the file holds by then, and replaces it in one
+step.
 """
 
 import json
@@ -17,30 +17,20 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self, cast, get_args
 
-from fqcompile.kernels.cache_directory import (
-    cache_directory,
-    check_trusted,
-    replace_file,
-    warn_unusable,
-    writing,
-)
-from fqcompile.kernels.gpu import Gpu
-from fqcompile.kernels.launch_table import Config, parse_config
+from fqcompile.files.cache_directory import cache_directory, check_trusted, warn_unusable, writing
+from fqcompile.files.replace import replace_file
+from fqcompile.kernels.spec import Config, Gpu, parse_config
 from fqcompile.kernels.template import SearchMode
 from fqcompile.kernels.tuning.key import Bucket, fingerprint, kernel_source_hash
 
 log = logging.getLogger("fqcompile")
 
 SCHEMA = 1
-# What the generated code depends on; a driver or a torch of another version moves all
-# configurations alike, so shipped measurements outlive those.
-SHIPPED_FOR = ("gpu", "sms", "triton", "kernels")
 Fingerprint = Mapping[str, str]
 _UNUSABLE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError
 )  # fmt: skip
 _LONGEST_SEARCH = 1800.0  # seconds; who has waited so long searches too
-_SHIPPED = Path(__file__).parent.parent / "tuned"
 
 
 @dataclass(frozen=True)
@@ -117,26 +107,22 @@ Cases = dict[tuple[str, Bucket], Case]
 
 
 class TunedTable:
-    """The measurements for one fingerprint: `cases`, kept in the file `path`, over `shipped`."""
+    """The measurements for one fingerprint: `cases`, kept in the file `path`."""
 
-    def __init__(self, path: Path, fingerprint: Fingerprint, cases: Cases, shipped: Cases) -> None:
+    def __init__(self, path: Path, fingerprint: Fingerprint, cases: Cases) -> None:
         self.path = path
         self.fingerprint = dict(fingerprint)
         self._cases = cases
-        self._shipped = shipped
         self._in_memory = False
 
     @classmethod
-    def load(cls, path: Path, fingerprint: Fingerprint, shipped: Path | None = None) -> Self:
-        """The table in `path`, over the shipped one; of either, what cannot be used is empty."""
-        own = _own_cases(path, fingerprint)
-        below = {} if shipped is None else read_cases(shipped, fingerprint, SHIPPED_FOR)
-        return cls(path, fingerprint, own, below)
+    def load(cls, path: Path, fingerprint: Fingerprint) -> Self:
+        """The table in `path`, empty where that cannot be used."""
+        return cls(path, fingerprint, _own_cases(path, fingerprint))
 
     def case(self, key: str, bucket: Bucket) -> Case:
-        """What is known; of one configuration the user's own measurement."""
-        own, shipped = (cases.get((key, bucket), Case()) for cases in (self._cases, self._shipped))
-        return shipped.merged(own)
+        """What is known."""
+        return self._cases.get((key, bucket), Case())
 
     def add(self, key: str, bucket: Bucket, trial: Trial) -> None:
         """Keep one more trial, in the file too."""
@@ -185,7 +171,7 @@ def _table(gpu: Gpu, directory: Path) -> TunedTable:
     here = fingerprint(gpu, kernel_source_hash())
     digest = sha256(json.dumps(here, sort_keys=True).encode()).hexdigest()[:12]
     slug = re.sub("[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
-    return TunedTable.load(directory / f"{slug}-{digest}.json", here, _SHIPPED / f"{slug}.json")
+    return TunedTable.load(directory / f"{slug}-{digest}.json", here)
 
 
 def merged(cases: Cases, news: Cases) -> Cases:
@@ -205,17 +191,14 @@ def _own_cases(path: Path, fingerprint: Fingerprint) -> Cases:
     return read_cases(path, fingerprint)
 
 
-def read_cases(path: Path, fingerprint: Fingerprint, agree: tuple[str, ...] = ()) -> Cases:
-    """The file's cases, or none where it cannot be used here.
-
-    `agree` names what of the fingerprint must be equal; without it, all.
-    """
+def read_cases(path: Path, fingerprint: Fingerprint) -> Cases:
+    """The file's cases, or none where it cannot be used here."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["schema"] != SCHEMA:
             raise ValueError(f"schema {content['schema']!r}, this version reads {SCHEMA}")
         theirs = content["fingerprint"]
-        other = [n for n in agree or fingerprint if theirs[n] != fingerprint[n]]
+        other = [n for n in fingerprint if theirs[n] != fingerprint[n]]
         if other:
             name = other[0]
             raise ValueError(f"for {name} {theirs[name]!r}, here it is {fingerprint[name]!r}")

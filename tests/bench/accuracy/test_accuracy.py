@@ -2,8 +2,6 @@
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ pytest.importorskip("transformers", reason="the bench extra is not installed")
 from bench.accuracy import rows as accuracy_rows
 from bench.accuracy import run as accuracy
 from bench.accuracy import train_lm
-from bench.accuracy.allocation import Sensitivities, allocation_rows
 from bench.accuracy.corpus import Corpus, Document
 from bench.accuracy.language_model import windows_of
 from bench.accuracy.others import BASELINES
@@ -231,37 +228,6 @@ def test_targets_with_outliers() -> None:
 
 def weight(name: str, bits: float, error: float, elements: int = 100) -> QuantisedWeight:
     return QuantisedWeight(name, elements, bits, error)
-
-
-def test_the_best_assignment_is_that_of_all_that_fit() -> None:
-    """Against every assignment of three sizes to four matrices, where the hull is what counts."""
-    elements, sensitivity = (100, 400, 100, 200), (5.0, 1.0, 0.1, 2.0)
-    choices = [
-        [weight(f"w{i}", bits, error * (1 + i / 9), n) for i, n in enumerate(elements)]
-        for bits, error in ((4.0, 0.12), (4.25, 0.09), (4.5, 0.08))
-    ]
-    known = Sensitivities(choices[1], sensitivity)
-    assert known.predicted(choices[1]) == pytest.approx(sum(sensitivity))
-    doubled = [replace(w, error=2 * w.error) for w in choices[1]]
-    assert known.predicted(doubled) == pytest.approx(4 * sum(sensitivity))
-    for budget in (4.05, 4.2, 4.4):
-        best = known.best(choices, budget)
-        spent = sum(w.bits * w.elements for w in best) / 800
-        assert spent <= budget
-        rivals = list(product(*zip(*choices, strict=True)))
-        cheaper = [r for r in rivals if sum(w.bits * w.elements for w in r) / 800 <= spent]
-        assert known.predicted(best) <= min(map(known.predicted, cheaper)) * (1 + 1e-12)
-
-
-def test_sensitivities_are_those_of_each_matrix_alone(exact: Exact) -> None:
-    adaptive, best = allocation_rows(exact)
-    known = Sensitivities.of(exact)
-    assert all(value > 0 for value in known.divergence)
-    # Second order: what all together cost is near the sum of what each costs.
-    together = our_row(exact, "int4 g128 mse").row["divergence"]
-    assert sum(known.divergence) == pytest.approx(together, rel=0.5)
-    assert best["bits_per_weight"] <= adaptive["bits_per_weight"]
-    assert set(adaptive["group_sizes"]) == {w.name for w in known.alone}
 
 
 def test_the_pareto_front_against_all_pairs() -> None:

@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from bench.accuracy.allocation import KNOWN
-from bench.accuracy.section import accuracy, accuracy_short
+from bench.accuracy.section import KNOWN, accuracy, accuracy_short
 from bench.accuracy.targets import ADAPTIVE
 from bench.core.results import Row
 from tests.bench.made_up_results import cells, content

@@ -24,10 +24,8 @@ from bench.experts.layers import (
     by_grouping,
 )
 from bench.experts.run import crossovers, table
-from fqcompile.kernels.dequantize import DEQUANTIZE
-from fqcompile.kernels.gpu import H200
-from fqcompile.kernels.launch_table import DENSE
 from fqcompile.kernels.registry import KernelChoice
+from fqcompile.kernels.spec import DENSE, H200
 from fqcompile.kernels.tuning import measure as measure_module
 from fqcompile.kernels.tuning.launches import CLOSED_FORM, Chosen
 from fqcompile.kernels.tuning.search import DeviceLost
@@ -45,7 +43,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     def candidates(spec: Any, m: int, mode: str) -> Sequence[Any]:
         return (CLOSED.at(1), DENSE)
 
-    template = replace(TEMPLATE, experts=DEQUANTIZE.experts, candidates=candidates)
+    template = replace(TEMPLATE, candidates=candidates)
     monkeypatch.setattr(expert_layers, "select_kernel", lambda spec: KernelChoice(template))
     monkeypatch.setattr(
         expert_layers,

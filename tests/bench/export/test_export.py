@@ -9,9 +9,7 @@ pytest.importorskip("transformers", reason="the bench extra is not installed")
 
 from safetensors.torch import load_file, save_file
 
-from bench.core.llama_layers import SIZES
-from bench.export.run import main
-from bench.export.ways import WAYS, compared, make
+from bench.export.run import WAYS, compared, main, make
 from fqcompile.interop.export import export
 
 
@@ -29,7 +27,7 @@ def test_ways_have_rows_and_equal_codes(tmp_path: Path) -> None:
 
 
 def test_a_changed_code_is_seen(tmp_path: Path) -> None:
-    make(tmp_path, SIZES["tiny"])
+    make(tmp_path, "tiny", 2)
     export(tmp_path / "saved", tmp_path / "way")
     assert compared("way", tmp_path) == {"equal": 14, "different": 0}
     path = tmp_path / "way" / "model.safetensors"

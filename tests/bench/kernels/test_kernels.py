@@ -20,10 +20,9 @@ from bench.kernels.baselines import BASELINES
 from bench.kernels.contenders import Contender, wrong_result
 from bench.kernels.section import gpu_kernels
 from fqcompile.errors import OptionError
-from fqcompile.kernels.gpu import H200
-from fqcompile.kernels.launch_table import DENSE, LaunchTable
 from fqcompile.kernels.registry import KernelChoice
 from fqcompile.kernels.roofline import ideal_seconds
+from fqcompile.kernels.spec import DENSE, H200, LaunchTable
 from fqcompile.kernels.tuning import measure as measure_module
 from fqcompile.kernels.tuning.launches import SEARCHED, Chosen
 from fqcompile.kernels.tuning.search import DeviceLost
@@ -121,9 +120,9 @@ def test_what_is_not_there_is_in_the_table() -> None:
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def twice(*arguments: Any) -> torch.Tensor:
         factor = 1 if arguments[-1] is DENSE else 2
-        return factor * TEMPLATE.linear(*arguments)
+        return factor * TEMPLATE.run(*arguments)
 
-    wrong = KernelChoice(replace(TEMPLATE, linear=twice))
+    wrong = KernelChoice(replace(TEMPLATE, run=twice))
     monkeypatch.setattr(contenders, "select_kernel", lambda spec: wrong)
     rows = named(run("cuBLAS"))
     assert rows["fqcompile closed form"]["failure"].startswith("wrong result: relative error 1,")
@@ -135,7 +134,7 @@ def test_one_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> No
     def broken(*arguments: Any) -> torch.Tensor:
         raise RuntimeError("out of resource\nmore")
 
-    failing = KernelChoice(replace(TEMPLATE, linear=broken))
+    failing = KernelChoice(replace(TEMPLATE, run=broken))
     monkeypatch.setattr(contenders, "select_kernel", lambda spec: failing)
     results = run("cuBLAS")
     assert named(results)["fqcompile dense"]["failure"] == "RuntimeError: out of resource"

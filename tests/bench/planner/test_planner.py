@@ -8,8 +8,8 @@ import pytest
 
 from bench.planner import run as planner
 from bench.planner.rows import CPU_FLOPS_OF_A_THREAD, CPU_LAUNCH_SECONDS
-from fqcompile.kernels.gpu import H200
 from fqcompile.kernels.roofline import LAUNCH_SECONDS
+from fqcompile.kernels.spec import H200
 
 
 def write(root: Path, device: str, name: str, rows: list[Any], **settings: Any) -> None:

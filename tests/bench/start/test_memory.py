@@ -10,14 +10,14 @@ import torch
 pytest.importorskip("transformers", reason="the bench extra is not installed")
 
 from bench.core import processes
-from bench.core.llama_layers import SIZES, build, on_meta, prompt
 from bench.core.processes import ChildFailed
 from bench.core.results import Row
-from bench.start import memory, memory_ways
+from bench.core.shapes import build, prompt
+from bench.start import memory
 from fqcompile.kernels.tuning.search import WrongResult
 from tests.bench.made_up_results import cells
 
-TINY = SIZES["tiny"]
+TINY, LAYERS = "tiny", 2
 MIB = 2**20
 
 
@@ -45,7 +45,7 @@ def test_rows_come_from_second_processes_and_failures_are_named(
     ran: list[str] = []
 
     def run(module: str, flags: list[str], environment: dict[str, str]) -> Row:
-        assert module == "bench.start.memory_ways"
+        assert module == "bench.start.memory"
         assert environment["FQCOMPILE_CACHE_SIZE"] == "0"
         way = flags[-1]
         ran.append(way)
@@ -63,9 +63,9 @@ def test_rows_come_from_second_processes_and_failures_are_named(
 
 def test_every_way_has_a_name_of_its_own_and_is_measured_by_default() -> None:
     arguments = memory.parse([])
-    assert arguments.way == list(memory_ways.WAYS)
+    assert arguments.way == list(memory.WAYS)
     assert len(set(arguments.way)) == len(arguments.way)
-    assert arguments.way[0] == memory_ways.PLAIN  # the others are compared with it
+    assert arguments.way[0] == memory.PLAIN  # the others are compared with it
 
 
 def test_a_way_takes_what_it_allocates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -76,8 +76,8 @@ def test_a_way_takes_what_it_allocates(monkeypatch: pytest.MonkeyPatch, tmp_path
         torch.ones(128 * MIB, dtype=torch.uint8)
         return model
 
-    monkeypatch.setitem(memory_ways.OF_A_MODEL, memory_ways.PLAIN, greedy)
-    found = memory_ways.took(memory_ways.PLAIN, TINY, tmp_path)
+    monkeypatch.setitem(memory.OF_A_MODEL, memory.PLAIN, greedy)
+    found = memory.took(memory.PLAIN, TINY, LAYERS, tmp_path)
     assert found["peak"] - found["loaded"] > 150 * MIB
     assert 50 * MIB < found["own"] < found["peak"]
     assert len(found["logits"]) == 256
@@ -100,7 +100,7 @@ def test_peaks_are_of_what_follows_the_reset() -> None:
 
 
 def test_the_model_is_the_same_each_time_and_no_two_matrices_are_alike() -> None:
-    model, again = build(TINY), build(TINY)
+    model, again = build(TINY, LAYERS), build(TINY, LAYERS)
     assert all(a.equal(b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     matrices = [p for p in model.parameters() if p.dim() == 2]
@@ -111,11 +111,9 @@ def test_the_model_is_the_same_each_time_and_no_two_matrices_are_alike() -> None
     assert 0.1 < float(logits.std()) < 10
 
 
-def test_rotary_positions_survive_the_way_through_meta() -> None:
-    model = build(TINY)
-    fresh = type(model.model.rotary_emb)(model.config)
-    assert model.model.rotary_emb.inv_freq.equal(fresh.inv_freq)
-    assert all(p.device.type == "meta" for p in on_meta(TINY).parameters())
+def test_a_model_to_load_into_has_no_weights() -> None:
+    empty = build(TINY, LAYERS, device="meta")
+    assert all(p.device.type == "meta" for p in empty.parameters())
 
 
 def test_sizes_and_layers_reach_the_process() -> None:

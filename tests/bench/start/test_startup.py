@@ -9,12 +9,12 @@ pytest.importorskip("transformers", reason="the bench extra is not installed")
 
 from bench.core.processes import ChildFailed, in_fresh_process
 from bench.core.results import Results, Row
-from bench.start import one_start, startup
+from bench.start import startup
 from bench.start.section import medians
 from bench.start.section import startup as section
 from tests.bench.made_up_results import cells, content
 
-SPENT = ("dynamo", *dict.fromkeys(one_start.TIMED.values()), "run")  # of the first call
+SPENT = ("dynamo", *dict.fromkeys(startup.TIMED.values()), "run")  # of the first call
 PARTS = ("total", "import", "first call", *SPENT)
 
 
@@ -42,12 +42,12 @@ def test_starts_run_in_turn_and_share_the_caches_of_their_backend(
     seen: list[tuple[str, str, str | None]] = []
 
     def run(module: str, flags: list[str], environment: dict[str, str]) -> Row:
-        assert module == "bench.start.one_start"
+        assert module == "bench.start.startup"
         folder = Path(environment["TORCHINDUCTOR_CACHE_DIR"]).parent
         new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         size = environment.get("FQCOMPILE_CACHE_SIZE")
-        seen.append((flags[flags.index("--backend") + 1], "new" if new else "old", size))
+        seen.append((flags[flags.index("--here") + 1], "new" if new else "old", size))
         if size == "0":
             raise ChildFailed("it ended")
         return {"seconds": {}, "graphs": 1, "logits": [1.0]}
@@ -89,13 +89,13 @@ def test_a_start_that_computes_something_else_is_not_timed(
 
 @pytest.fixture
 def as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    for owner, name in one_start.TIMED:
+    for owner, name in startup.TIMED:
         monkeypatch.setattr(owner, name, getattr(owner, name))
 
 
 @pytest.mark.usefixtures("as_it_was")
 def test_the_parts_of_a_start_add_up() -> None:
-    seconds, logits = one_start.start("eager", "tiny", 2.0)
+    seconds, logits = startup.start("eager", "tiny", 2.0)
     assert len(logits) == 256
     assert set(seconds) == set(PARTS)
     assert seconds["total"] == pytest.approx(2.0 + seconds["first call"])
@@ -111,19 +111,19 @@ def test_a_function_that_calls_itself_is_timed_once() -> None:
     def down(depth: int) -> int:
         return depth and run(depth - 1)
 
-    run: Any = one_start.timed(down, "part", seconds)
+    run: Any = startup.timed(down, "part", seconds)
     ticks = iter(range(100))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(one_start.time, "perf_counter", lambda: next(ticks))
+        patch.setattr(startup.time, "perf_counter", lambda: next(ticks))
         assert run(3) == 0
         assert run(0) == 0
     assert seconds["part"] == 2  # a tick for each of the two outer calls
 
 
 def test_a_process_is_as_old_as_it_is() -> None:
-    age = one_start.since_creation()
+    age = startup.since_creation()
     assert 0 < age < 10_000
-    assert age < one_start.since_creation() + 1
+    assert age < startup.since_creation() + 1
 
 
 def test_a_fresh_process_gives_its_last_line_or_why_it_failed(

@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fqcompile.kernels.cpu.aten_packed import ATEN_INT4_CPU, INT4PACK, INT8PACK
-from fqcompile.kernels.ops import linear
+from fqcompile.kernels.op import matmul
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.quant.quantized_weight import QuantizedWeight
-from tests.kernels.test_ops import assert_matches_oracle, oracle
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
+from tests.kernels.test_op import assert_matches_oracle, oracle
 from tests.strategies import make_problem
 
 BF16 = torch.bfloat16
@@ -105,8 +106,8 @@ def test_int4_in_its_own_layout_is_the_oracle(
 ) -> None:
     p = make_problem(n=n, k=k, group_size=group_size, dtype=BF16, **options)
     rows = p.qweight.shape[0]
-    packed = ATEN_INT4_CPU.pack(QuantizedWeight(p.qweight, p.scale, 4, group_size, (rows, k)))
-    got = linear(p.x, *packed, *p.arguments[3:], "aten_int4pack")
+    packed = ATEN_INT4_CPU.pack(QuantizedTensor(p.qweight, p.scale, Format(4, group_size, rows, k)))
+    got = matmul(p.x, *packed.tensors, *p.arguments[3:], "aten_int4pack")
     want, bound = oracle(p)
     assert got.shape == want.shape
     error = (got.double() - want).abs()

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from fqcompile.errors import KernelBuildError
-from fqcompile.kernels.cache_directory import cache_directory
+from fqcompile.files.cache_directory import cache_directory
 from fqcompile.kernels.cpu import native_library as native
 from fqcompile.kernels.cpu import stream
 from fqcompile.kernels.cpu.native_library import ISAS, build, chosen_isa, load
+from fqcompile.kernels.epilogue import Epilogue
 from tests.kernels.cpu.paths import NAMES, library, path
 from tests.kernels.cpu.test_stream import SPEC, packed
 from tests.strategies import make_problem
@@ -163,13 +164,13 @@ def test_there_is_one_openmp_runtime() -> None:
     assert len({Path(name).resolve() for name in loaded}) == 1
 
 
-def problem() -> tuple[torch.Tensor, stream.PackedLinear]:
+def problem() -> tuple[torch.Tensor, stream.QuantizedTensor]:
     p = make_problem(leading=(3,), n=640, k=256, dtype=torch.bfloat16)
     return p.x, packed(p)
 
 
-def multiply(x: torch.Tensor, weight: stream.PackedLinear) -> torch.Tensor:
-    return stream._linear(x, weight, None, None, "none", False, None)
+def multiply(x: torch.Tensor, weight: stream.QuantizedTensor) -> torch.Tensor:
+    return stream._run(x, weight, None, Epilogue(), None)
 
 
 def test_a_forked_child_computes_after_its_parent_used_threads() -> None:

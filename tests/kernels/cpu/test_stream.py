@@ -11,13 +11,13 @@ from torch import Tensor
 
 from fqcompile.kernels.cpu.stream import STREAM, X86_STREAM
 from fqcompile.kernels.cpu.stream_layout import dequantize as dequantize_by_torch
-from fqcompile.kernels.epilogue import ACTIVATIONS
-from fqcompile.kernels.ops import linear
+from fqcompile.kernels.epilogue import ACTIVATIONS, Epilogue
+from fqcompile.kernels.op import matmul
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.template import PackedLinear
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.cpu.paths import NAMES, path
-from tests.kernels.test_ops import oracle
+from tests.kernels.test_op import oracle
 from tests.strategies import Problem, make_problem
 
 if not NAMES:
@@ -44,16 +44,16 @@ problems = st.fixed_dictionaries(
 )
 
 
-def packed(p: Problem) -> PackedLinear:
+def packed(p: Problem) -> QuantizedTensor:
     rows = p.qweight.shape[0]
     group = min(p.group_size, p.k)
-    plain = QuantizedWeight(p.qweight, p.scale, p.bits, group, (rows, p.k))
-    return PackedLinear(*STREAM.pack(plain), p.bits, group, rows, p.k)
+    plain = QuantizedTensor(p.qweight, p.scale, Format(p.bits, group, rows, p.k))
+    return STREAM.pack(plain)
 
 
 def assert_is_oracle(p: Problem) -> None:
     weight = packed(p)
-    got = linear(p.x, weight.qweight, weight.scale, *p.arguments[3:], "x86_stream")
+    got = matmul(p.x, weight.qweight, weight.scale, *p.arguments[3:], "x86_stream")
     want, bound = oracle(p)
     assert (got.shape, got.dtype) == (want.shape, p.x.dtype)
     error = (got.double() - want).abs()
@@ -90,8 +90,8 @@ def test_the_weight_comes_back_as_it_was(
 ) -> None:
     p = make_problem(**options)
     weight = packed(p)
-    plain = QuantizedWeight(
-        p.qweight, p.scale, p.bits, weight.group_size, (weight.rows, p.k)
+    plain = QuantizedTensor(
+        p.qweight, p.scale, Format(p.bits, weight.group_size, weight.rows, p.k)
     ).dequantize(dtype)
     assert STREAM.dequantize is not None
     with path(name):
@@ -134,7 +134,7 @@ def test_what_is_not_finite_stays_in_its_row(name: str) -> None:
     x = p.x.clone()
     x[4, 7], x[6, 3] = torch.nan, torch.inf
     with path(name):
-        got = linear(x, *packed(p)[:2], *p.arguments[3:], "x86_stream")
+        got = matmul(x, *packed(p).tensors, *p.arguments[3:], "x86_stream")
     others = [i for i in range(9) if i not in (4, 6)]
     assert bool(got[4].isnan().all())
     assert bool(got[others].isfinite().all())
@@ -147,11 +147,11 @@ def test_bias_of_another_type_and_strided() -> None:
     wide = torch.stack((p.bias.float(), torch.zeros(70)), 1)
     for bias in (wide[:, 0], p.bias.float(), p.bias.half()):
         with path(NAMES[-1]):
-            got = X86_STREAM.linear(p.x, packed(p), bias, None, "none", False, None)
+            got = X86_STREAM.run(p.x, packed(p), None, Epilogue(bias), None)
         want, bound = oracle(replace(p, bias=bias))
         assert bool(((got.double() - want).abs() <= bound).all())
     with pytest.raises(RuntimeError, match=r"fp32, bf16 and fp16, not torch\.float64"):
-        X86_STREAM.linear(p.x, packed(p), p.bias.double(), None, "none", False, None)
+        X86_STREAM.run(p.x, packed(p), None, Epilogue(p.bias.double()), None)
 
 
 SPEC = GemmSpec(4, 64, 128, 4, 64, torch.bfloat16, torch.bfloat16, "cpu")
@@ -189,8 +189,8 @@ def test_unaligned_weights_are_only_slower() -> None:
 
     weight = packed(p)
     with path(NAMES[0]):
-        a = linear(p.x, weight.qweight, weight.scale, *p.arguments[3:], "x86_stream")
-        b = linear(p.x, moved(weight.qweight), moved(weight.scale), *p.arguments[3:], "x86_stream")
+        a = matmul(p.x, weight.qweight, weight.scale, *p.arguments[3:], "x86_stream")
+        b = matmul(p.x, moved(weight.qweight), moved(weight.scale), *p.arguments[3:], "x86_stream")
     assert torch.equal(a, b)
 
 
@@ -198,8 +198,8 @@ def test_strided_weights_are_copied_and_held_while_they_are_read() -> None:
     """The C++ gets addresses alone: a copy that nobody holds would be written over."""
     p = make_problem(n=70, k=4096, leading=(3,), dtype=torch.bfloat16)
     weight = packed(p)
-    strided = [torch.stack((t, torch.zeros_like(t)), -1)[..., 0] for t in weight[:2]]
+    strided = [torch.stack((t, torch.zeros_like(t)), -1)[..., 0] for t in weight.tensors]
     with path(NAMES[0]):
-        a = linear(p.x, weight.qweight, weight.scale, *p.arguments[3:], "x86_stream")
-        b = linear(p.x, *strided, *p.arguments[3:], "x86_stream")
+        a = matmul(p.x, weight.qweight, weight.scale, *p.arguments[3:], "x86_stream")
+        b = matmul(p.x, *strided, *p.arguments[3:], "x86_stream")
     assert torch.equal(a, b)

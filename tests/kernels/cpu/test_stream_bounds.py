@@ -1,20 +1,22 @@
 """The x86 kernel touches nothing but its tensors: each lies against a page without access."""
 
-import subprocess
-import sys
+import faulthandler
+import signal
+from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from fqcompile.kernels.cpu import stream
-from fqcompile.kernels.template import PackedLinear
+from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.tensor.quantized import QuantizedTensor
+from tests.children import FORK
 from tests.kernels.cpu.guarded import at_end_of_page, at_start_of_page
 from tests.kernels.cpu.paths import NAMES, path
 from tests.kernels.cpu.test_stream import DTYPES, packed
-from tests.kernels.test_ops import oracle
+from tests.kernels.test_op import oracle
 from tests.strategies import make_problem
 
 if not NAMES:
@@ -41,11 +43,12 @@ def test_nothing_beyond_the_tensors_is_touched(
             bias=True, residual=True, activation="silu",
         )  # fmt: skip
         weight = packed(p)
-        weight = weight._replace(qweight=side(weight.qweight), scale=side(weight.scale))
+        weight = QuantizedTensor(side(weight.qweight), side(weight.scale), weight.format)
         tensors = [side(t) for t in (p.x, p.bias, p.residual)]
         with path(name), monkeypatch.context() as patch:
             patch.setattr(Tensor, "new_empty", new_empty_at(side))
-            got = stream._linear(tensors[0], weight, *tensors[1:], p.activation, gated, None)
+            epilogue = Epilogue(*tensors[1:], p.activation, gated)
+            got = stream._run(tensors[0], weight, None, epilogue, None)
         want, bound = oracle(p)
         assert bool(((got.double() - want).abs() <= bound).all())
         with path(name), monkeypatch.context() as patch:
@@ -56,25 +59,24 @@ def test_nothing_beyond_the_tensors_is_touched(
 
 def test_the_guard_is_seen_to_stop_a_read() -> None:
     """A weight with fewer rows than it says ends the process."""
-    code = (
-        "import torch\n"
-        "from fqcompile.kernels.cpu import stream\n"
-        "from tests.kernels.cpu.guarded import at_end_of_page\n"
-        "from tests.kernels.cpu.test_stream import packed\n"
-        "from tests.strategies import make_problem\n"
-        "p = make_problem(n=64, k=1024)\n"
-        "weight = packed(p)\n"
-        "short = weight._replace(qweight=at_end_of_page(weight.qweight), rows=128)\n"
-        "stream._linear(p.x, short, None, None, 'none', False, None)\n"
-    )
-    root = Path(__file__).parents[3]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True)
-    assert done.returncode == -11, done.stderr.decode()
+    p = make_problem(n=64, k=1024)
+    short = packed(p).changed(rows=128)
+    short = replace(short, qweight=at_end_of_page(short.qweight))
+
+    def read() -> None:
+        faulthandler.disable()  # the fault is meant
+        stream._run(p.x, short, None, Epilogue(), None)
+
+    with path(NAMES[0]):
+        child = FORK.Process(target=read)
+        child.start()
+        child.join(60)
+    assert child.exitcode == -signal.SIGSEGV
 
 
 def test_a_packed_weight_is_whole_cache_lines() -> None:
     """So that experts of a stack begin on a line as the stack does."""
     for bits, n, k, group in product((4, 8), (1, 65), (1, 9, 40), (5, 32)):
-        weight: PackedLinear = packed(make_problem(n=n, k=k, bits=bits, group_size=group))
+        weight: QuantizedTensor = packed(make_problem(n=n, k=k, bits=bits, group_size=group))
         assert weight.qweight.nbytes % 64 == 0
         assert weight.scale.nbytes % 64 == 0

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fqcompile.kernels.epilogue import ACTIVATIONS
-from fqcompile.kernels.expert_ops import gathered_linear, grouped_linear
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.cpu.paths import NAMES, path
 from tests.kernels.cpu.test_stream import DTYPES, packed
-from tests.kernels.test_ops import oracle
+from tests.kernels.test_op import oracle
+from tests.kernels.test_op_experts import gathered, grouped
 from tests.strategies import Problem, make_problem
 
 if not NAMES:
@@ -41,7 +42,7 @@ def stack_of(experts: int, options: dict[str, Any], rows: int) -> tuple[list[Pro
     weights = [packed(p) for p in problems]
     first = problems[0]
     bias = None if first.bias is None else torch.stack([p.bias for p in problems])
-    tensors = [torch.stack([w[i] for w in weights]) for i in (0, 1)]
+    tensors = QuantizedTensor.stack(weights).tensors
     form = [first.bits, weights[0].group_size, first.n, first.k, first.activation, first.gated]
     return problems, [*tensors, bias, *form, "x86_stream"]
 
@@ -73,7 +74,7 @@ def test_grouped(
     problems, arguments = stack_of(len(counts), options, sum(counts) + beyond)
     offsets = torch.tensor(counts).cumsum(0).to(index)
     with path(name, threads):
-        got = grouped_linear(problems[0].x, arguments[0], arguments[1], offsets, *arguments[2:])
+        got = grouped(problems[0].x, arguments[0], arguments[1], offsets, *arguments[2:])
     assert_rows_are_of(problems, got, [e for e, count in enumerate(counts) for _ in range(count)])
 
 
@@ -89,7 +90,7 @@ def test_gathered(
 ) -> None:
     problems, arguments = stack_of(5, options, len(ids))
     with path(name, threads):
-        got = gathered_linear(
+        got = gathered(
             problems[0].x, *arguments[:2], torch.tensor(ids, dtype=index), *arguments[2:]
         )
     assert_rows_are_of(problems, got, [i % 5 for i in ids])
@@ -99,14 +100,14 @@ def test_gathered(
 def test_an_expert_that_there_is_not(ids: list[int]) -> None:
     problems, arguments = stack_of(5, {"n": 4, "k": 8}, 2)
     with path(NAMES[0]), pytest.raises(IndexError, match=r"the weight has 5 experts"):
-        gathered_linear(problems[0].x, *arguments[:2], torch.tensor(ids), *arguments[2:])
+        gathered(problems[0].x, *arguments[:2], torch.tensor(ids), *arguments[2:])
 
 
 @pytest.mark.parametrize("ends", [[2, 1], [0, 5], [-1, 3]], ids=str)
 def test_offsets_that_fall_or_pass_the_rows(ends: list[int]) -> None:
     problems, arguments = stack_of(2, {"n": 4, "k": 8}, 4)
     with path(NAMES[0]), pytest.raises(IndexError, match="offsets must rise from 0"):
-        grouped_linear(problems[0].x, *arguments[:2], torch.tensor(ends), *arguments[2:])
+        grouped(problems[0].x, *arguments[:2], torch.tensor(ends), *arguments[2:])
 
 
 def test_experts_without_rows_are_not_read() -> None:
@@ -116,5 +117,5 @@ def test_experts_without_rows_are_not_read() -> None:
     scale[[0, 3]] = torch.nan
     offsets = torch.tensor([0, 2, 4, 4])
     with path(NAMES[0]):
-        got = grouped_linear(problems[0].x, arguments[0], scale, offsets, *arguments[2:])
+        got = grouped(problems[0].x, arguments[0], scale, offsets, *arguments[2:])
     assert_rows_are_of(problems, got[:4], [1, 1, 2, 2])

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fqcompile.kernels.routing import Routing
-from fqcompile.kernels.template import PackedLinear
-from fqcompile.kernels.triton import experts as launch_experts
+from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.template import Routing
+from fqcompile.kernels.triton import launch
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.triton.oracle import (
     Case,
     Inputs,
@@ -100,14 +101,13 @@ def draw(case: ExpertCase) -> ExpertInputs:
     )
 
 
-def stacked(case: ExpertCase, inputs: ExpertInputs, device: str = "cpu") -> PackedLinear:
+def stacked(case: ExpertCase, inputs: ExpertInputs, device: str = "cpu") -> QuantizedTensor:
     one = case.one
     each = [
         packed(c, s, one.bits, one.group_size, one.kwidth, device)
         for c, s in zip(inputs.codes, inputs.scale, strict=True)
     ]
-    tensors = zip(*(weight[:2] for weight in each), strict=True)
-    return PackedLinear(*map(torch.stack, map(list, tensors)), *each[0][2:])
+    return QuantizedTensor.stack(each)
 
 
 def run(case: ExpertCase, inputs: ExpertInputs, device: str = "cpu") -> Tensor:
@@ -115,10 +115,9 @@ def run(case: ExpertCase, inputs: ExpertInputs, device: str = "cpu") -> Tensor:
     one, weight = case.one, stacked(case, inputs, device)
     x, bias = (on_device(t, device) for t in (inputs.x, inputs.bias))
     with pytest.MonkeyPatch.context() as patch, running(device) as memory:
-        patch.setattr(launch_experts, "conversion", lambda device, dtype: one.conversion)
-        y = launch_experts.expert_gemm(
-            x, weight, case.routing(device), bias, one.activation, one.gated, one.config, one.kwidth
-        )
+        patch.setattr(launch, "conversion", lambda device, dtype: one.conversion)
+        epilogue = Epilogue(bias, None, one.activation, one.gated)
+        y = launch.expert_gemm(x, weight, case.routing(device), epilogue, one.config, one.kwidth)
         if memory is not None:
             without = case.tail if case.ids is None else 0
             assert memory.unwritten(y) == without * one.n

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fqcompile.kernels.template import PackedLinear
-from fqcompile.kernels.tile_config import TileConfig
+from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.spec import TileConfig
 from fqcompile.kernels.triton import launch, layout
-from fqcompile.quant.packing import pack
-from fqcompile.quant.qtype import QTYPES
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.codes import pack
+from fqcompile.tensor.format import QTYPES, Format
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.triton.interpreter import interpreted
 from tests.kernels.triton.interpreter_memory import Memory
 from tests.kernels.triton.ptx import emulated_ptx
@@ -90,17 +90,21 @@ def group_of(k: int, group_size: int) -> Tensor:
     return torch.arange(k) // group_size
 
 
-def quantized(codes: Tensor, scale: Tensor, bits: int, group_size: int) -> QuantizedWeight:
+def quantized(codes: Tensor, scale: Tensor, bits: int, group_size: int) -> QuantizedTensor:
     rows, k = codes.shape
-    return QuantizedWeight(pack(codes, QTYPES[bits]), scale, bits, min(group_size, k), (rows, k))
+    return QuantizedTensor(
+        pack(codes, QTYPES[bits]), scale, Format(bits, min(group_size, k), rows, k)
+    )
 
 
 def packed(
     codes: Tensor, scale: Tensor, bits: int, group_size: int, kwidth: int = 2, device: str = "cpu"
-) -> PackedLinear:
+) -> QuantizedTensor:
     qweight, scales = layout.pack(quantized(codes, scale, bits, group_size), kwidth)
     rows, k = codes.shape
-    return PackedLinear(qweight.to(device), scales.to(device), bits, min(group_size, k), rows, k)
+    return QuantizedTensor(
+        qweight.to(device), scales.to(device), Format(bits, min(group_size, k), rows, k)
+    )
 
 
 def random_codes(bits: int, rows: int, k: int) -> Tensor:
@@ -154,9 +158,8 @@ def run(case: Case, inputs: Inputs, device: str = "cpu") -> Tensor:
     x, bias, residual = (on_device(t, device) for t in (inputs.x, inputs.bias, inputs.residual))
     with pytest.MonkeyPatch.context() as patch, running(device) as memory:
         patch.setattr(launch, "conversion", lambda device, dtype: case.conversion)
-        y = launch.dequant_gemm(
-            x, weight, bias, residual, case.activation, case.gated, case.config, case.kwidth
-        )
+        epilogue = Epilogue(bias, residual, case.activation, case.gated)
+        y = launch.dequant_gemm(x, weight, epilogue, case.config, case.kwidth)
         assert memory is None or memory.unwritten(y) == 0
     assert (y.dtype, y.shape) == (case.dtype, (case.m, case.n))
     return y.cpu()

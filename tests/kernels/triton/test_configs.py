@@ -11,11 +11,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fqcompile.kernels.gpu import A100, H200
-from fqcompile.kernels.launch_table import DENSE
 from fqcompile.kernels.roofline import M, dense, ideal_seconds
-from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.tile_config import TileConfig
+from fqcompile.kernels.spec import A100, DENSE, H200, GemmSpec, TileConfig
 from fqcompile.kernels.triton.configs import _is_unshapely, candidates, launches
 from fqcompile.kernels.triton.cost import cost
 from tests.tiers import examples

@@ -6,7 +6,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from bench.static.launches import GPUS, Case, chosen, selection
 from bench.static.machine_code import toolchain_missing
-from fqcompile.kernels.tile_config import TileConfig
+from fqcompile.kernels.spec import TileConfig
 from fqcompile.kernels.triton.cost import cost
 from tests.kernels.triton.test_static import BUDGETS, VERSION
 
@@ -28,6 +28,7 @@ def test_the_model_is_near_the_machine_code(case: Case) -> None:
     assert 0.65 <= model.registers / code.registers <= 1.5
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("arch", GPUS)
 def test_what_is_chosen_for_few_rows_has_one_shape(arch: int) -> None:
     """128 weights a thread in a block: `make static` reads the machine code of all of them."""

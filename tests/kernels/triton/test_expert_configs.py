@@ -9,11 +9,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fqcompile.kernels.gpu import A100, H200
-from fqcompile.kernels.launch_table import DENSE
 from fqcompile.kernels.roofline import M, dense, experts_hit, ideal_seconds, weight_bytes
-from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.tile_config import TileConfig
+from fqcompile.kernels.spec import A100, DENSE, H200, GemmSpec, TileConfig
 from fqcompile.kernels.triton.configs import candidates, launches, offers_dense
 from fqcompile.kernels.triton.cost import _tiles, cost, mean_experts_hit
 from fqcompile.kernels.tuning.launches import MAX_KERNELS, steps_in_range

@@ -10,15 +10,16 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from fqcompile.errors import KernelBuildError
-from fqcompile.kernels import execute
-from fqcompile.kernels.expert_ops import gathered_linear, grouped_linear
-from fqcompile.kernels.gpu import A100, H200
-from fqcompile.kernels.launch_table import DENSE
+from fqcompile.kernels import run as run_module
+from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.op import matmul
 from fqcompile.kernels.registry import parse_kernel, select_kernel
-from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.triton import experts as launch_experts
+from fqcompile.kernels.spec import A100, DENSE, H200, GemmSpec
+from fqcompile.kernels.template import Routing
 from fqcompile.kernels.triton import template as template_module
 from fqcompile.kernels.triton.template import TRITON_GEMM
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.triton.expert_oracle import (
     ExpertCase,
     ExpertInputs,
@@ -45,12 +46,7 @@ def arguments(
     x, bias = (on_device(t, device) for t in (inputs.x, inputs.bias))
     routing = case.routing(device)
     form = (one.bits, min(one.group_size, one.k), one.n, one.k, one.activation, one.gated, kernel)
-    rows_of = routing.ids if routing.offsets is None else routing.offsets
-    return (x, weight.qweight, weight.scale, rows_of, bias, *form)
-
-
-def op_of(case: ExpertCase) -> Any:
-    return grouped_linear if case.ids is None else gathered_linear
+    return (x, weight.qweight, weight.scale, bias, None, *form, *routing)
 
 
 @on_every_device
@@ -62,7 +58,7 @@ def test_experts_run_the_configuration_that_their_kernel_names(
     """And some tile where none is named, as the backward pass asks for."""
     inputs = draw(case)
     with running(device):
-        y = op_of(case)(*arguments(case, inputs, kernel, device))
+        y = matmul(*arguments(case, inputs, kernel, device))
     assert_close(case, inputs, y.cpu())
 
 
@@ -90,7 +86,7 @@ def test_dense_is_the_stack_dequantised_and_multiplied_by_pytorch(
     case = replace(GROUPED, one=one, tail=2, index_dtype=index_dtype)
     inputs = draw(case)
     with running(device):
-        y = grouped_linear(*arguments(case, inputs, TABLE, device)).cpu().double()
+        y = matmul(*arguments(case, inputs, TABLE, device)).cpu().double()
     want, tolerance = dense_bound(case, inputs)
     has_expert = case.of_rows >= 0
     assert ((y - want).abs() <= tolerance)[has_expert].all()
@@ -101,8 +97,8 @@ def test_dense_applies_the_gate() -> None:
     case = replace(GROUPED, one=one)
     inputs = draw(case)
     with running("cpu"):
-        dense = grouped_linear(*arguments(case, inputs, TABLE))
-        fused = grouped_linear(*arguments(case, inputs, SPLIT))
+        dense = matmul(*arguments(case, inputs, TABLE))
+        fused = matmul(*arguments(case, inputs, SPLIT))
     torch.testing.assert_close(dense.float(), fused.float(), rtol=0.1, atol=0.3)
 
 
@@ -121,7 +117,7 @@ def test_the_table_decides_by_the_number_of_routed_rows(monkeypatch: pytest.Monk
     monkeypatch.setattr(template_module, "dense_experts", dense)
     for offsets in ((1, 2, 4), (1, 4, 5)):
         case = replace(GROUPED, offsets=offsets)
-        grouped_linear(*arguments(case, draw(case), TABLE))
+        matmul(*arguments(case, draw(case), TABLE))
     launches = parse_kernel(TABLE).launches
     assert launches is not None
     assert seen == [launches.at(4), DENSE]
@@ -131,11 +127,11 @@ def test_dense_for_gathered_rows_is_told_and_computed_another_way(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """No selection writes that; a table is a file."""
-    monkeypatch.setattr(execute, "BROKEN", {})
+    monkeypatch.setattr(run_module, "BROKEN", {})
     case = replace(GATHERED, ids=(0, 1, 2, 0, 1), one=ONE)
     inputs = draw(case)
     with running("cpu"):
-        y = gathered_linear(*arguments(case, inputs, TABLE))
+        y = matmul(*arguments(case, inputs, TABLE))
     assert "take rows that are grouped" in caplog.text
     want, tolerance = dense_bound(case, inputs)
     assert ((y.double() - want).abs() <= tolerance).all()
@@ -151,25 +147,25 @@ def test_what_does_not_build_is_named(
 
     monkeypatch.setattr(template_module, "expert_gemm", fails)
     inputs = draw(case)
-    routing, one = case.routing(), case.one
-    assert TRITON_GEMM.experts is not None
-    ends = (routing.offsets, routing.ids, inputs.bias, one.activation, one.gated, one.config)
+    one = case.one
+    epilogue = Epilogue(inputs.bias, None, one.activation, one.gated)
+    ends = (case.routing(), epilogue, one.config)
     with pytest.raises(KernelBuildError, match="OutOfResources"):
-        TRITON_GEMM.experts(inputs.x, stacked(case, inputs), *ends)
+        TRITON_GEMM.run(inputs.x, stacked(case, inputs), *ends)
     monkeypatch.setattr(template_module, "expert_gemm", lambda *rest: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        TRITON_GEMM.experts(inputs.x, stacked(case, inputs), *ends)
+        TRITON_GEMM.run(inputs.x, stacked(case, inputs), *ends)
 
 
 @every_routing
 def test_experts_pass_opcheck(case: ExpertCase) -> None:
     case = replace(case, one=replace(case.one, n=3, k=20))
-    x, qweight, scale, rows_of, bias, *form = arguments(case, draw(case), SPLIT)
+    x, qweight, scale, bias, *form = arguments(case, draw(case), SPLIT)
     with running("cpu"):
-        torch.library.opcheck(op_of(case), (x, qweight, scale, rows_of, bias, *form))
+        torch.library.opcheck(matmul, (x, qweight, scale, bias, *form))
         leaves = [t.detach().clone().requires_grad_() for t in (x, bias) if t is not None]
         x, bias = (*leaves, None)[:2]
-        torch.library.opcheck(op_of(case), (x, qweight, scale, rows_of, bias, *form))
+        torch.library.opcheck(matmul, (x, qweight, scale, bias, *form))
 
 
 @on_every_device
@@ -180,7 +176,7 @@ def test_backward_is_each_experts_own(case: ExpertCase, device: str) -> None:
     x, *rest = arguments(case, inputs, SPLIT, device)
     leaf = x.detach().clone().requires_grad_()
     with running(device):
-        op_of(case)(leaf, *rest).sum().backward()
+        matmul(leaf, *rest).sum().backward()
     exact = inputs.x.double().requires_grad_()
     total = torch.zeros((), dtype=torch.float64)
     for row, expert in enumerate(case.of_rows.tolist()):
@@ -220,11 +216,10 @@ def test_a_stack_of_more_than_2_gib_is_read_at_its_end() -> None:
     codes = torch.zeros(experts, n // 16, k // 128, 16, 16, dtype=torch.int32, device="cuda")
     codes[-1] = 0x11111111 * 9 - (1 << 32)  # code 9, so 1
     scale = torch.ones(experts, k // 128, 4096, 1, dtype=BF16, device="cuda")
-    weight = launch_experts.PackedLinear(codes, scale, 4, 128, n, k)
+    weight = QuantizedTensor(codes, scale, Format(4, 128, n, k))
     x = torch.ones(3, k, dtype=BF16, device="cuda")
     offsets = torch.zeros(experts, dtype=torch.int32, device="cuda")
     offsets[-1] = 3
-    assert template.experts is not None
-    for routing in ((offsets, None), (None, torch.full((3,), -1, device="cuda"))):
-        y = template.experts(x, weight, *routing, None, "none", False, None)
+    for routing in (Routing(offsets), Routing(ids=torch.full((3,), -1, device="cuda"))):
+        y = template.run(x, weight, routing, Epilogue(), None)
         assert torch.equal(y, torch.full_like(y, float(k)))

@@ -1,6 +1,6 @@
 """The machine code of the kernels of experts keeps the budgets that those of one matrix have.
 
-And `bench.static.expert_launches` launches what `triton.experts` does.
+And `bench.static.expert_launches` launches what `triton.launch` does.
 """
 
 from collections.abc import Iterator
@@ -19,13 +19,15 @@ from bench.static.expert_launches import layer, routed
 from bench.static.faults import faults, most_instructions
 from bench.static.launches import CONVERSION, GPUS, Case
 from bench.static.machine_code import Launch, toolchain_missing
-from fqcompile.kernels.routing import Routing
-from fqcompile.kernels.template import PackedLinear
-from fqcompile.kernels.tile_config import TileConfig
-from fqcompile.kernels.triton import experts, launch
+from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.spec import TileConfig
+from fqcompile.kernels.template import Routing
+from fqcompile.kernels.triton import launch
 from fqcompile.kernels.triton.configs import candidates
 from fqcompile.kernels.triton.cost import cost
 from fqcompile.kernels.triton.target import kwidth
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.triton.test_static import BUDGETS as OF_ONE
 from tests.kernels.triton.test_static import (
     SLACK,
@@ -138,8 +140,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
         made.append(launched(self, args, options))
 
     monkeypatch.setattr(JITFunction, "run", run)
-    for module in (launch, experts):
-        monkeypatch.setattr(module, "conversion", lambda device, dtype: CONVERSION)
+    monkeypatch.setattr(launch, "conversion", lambda device, dtype: CONVERSION)
     yield made
 
 
@@ -150,7 +151,7 @@ def test_the_cases_are_what_is_launched(case: Case, calls: list[Launch]) -> None
     with torch.device("meta"):
         codes = empty(s.experts, 1, 1, 1, 1, dtype=torch.int32)
         scales = empty(s.experts, 1, dtype=s.scale_dtype)
-        weight = PackedLinear(codes, scales, s.bits, s.group_size, s.weight_rows, s.k)
+        weight = QuantizedTensor(codes, scales, Format(s.bits, s.group_size, s.weight_rows, s.k))
         rows = many if case.kind == "schedule" else s.m
         x = empty(rows, s.k, dtype=s.dtype)
         bias = empty(s.experts, s.weight_rows, dtype=s.dtype) if s.has_bias else None
@@ -161,7 +162,7 @@ def test_the_cases_are_what_is_launched(case: Case, calls: list[Launch]) -> None
             routing = Routing(offsets) if s.routing == "grouped" else Routing(ids=ids)
             shares = launches.FINISHED_SHARES
             config = case.config or TileConfig(16, 128, 128, shares if rows == s.m else 1, 4, 4)
-            ends = (bias, s.activation, s.gated)
-            experts.expert_gemm(x, weight, routing, *ends, config, kwidth(case.gpu))
+            epilogue = Epilogue(bias, None, s.activation, s.gated)
+            launch.expert_gemm(x, weight, routing, epilogue, config, kwidth(case.gpu))
     (made,) = (call for call in calls if call.kernel is case.launch.kernel)
     assert made == replace(case.launch, divisible=set(case.launch.divisible))

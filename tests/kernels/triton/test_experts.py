@@ -14,9 +14,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 import triton.language as tl
 
-from fqcompile.kernels.tile_config import TileConfig
-from fqcompile.kernels.triton import experts as launch_experts
-from fqcompile.kernels.triton.gemm import scales_of_an_expert, words_of_an_expert
+from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.spec import TileConfig
+from fqcompile.kernels.template import Routing
+from fqcompile.kernels.triton import launch
+from fqcompile.kernels.triton.fragments import scales_of_an_expert, words_of_an_expert
 from tests.kernels.triton.expert_oracle import ExpertCase, check, draw, run, stacked
 from tests.kernels.triton.oracle import (
     ACTIVATIONS,
@@ -48,6 +50,7 @@ SPREADS = [
 ]  # fmt: skip
 
 
+@pytest.mark.few(13)
 @on_every_device
 @pytest.mark.parametrize("tail", [0, 3])
 @pytest.mark.parametrize("offsets", SPREADS, ids=str)
@@ -59,6 +62,7 @@ def test_each_row_goes_to_its_expert(offsets: tuple[int, ...], tail: int, device
         check(replace(case, one=replace(case.one, config=replace(SMALL, SPLIT_K=2))), device)
 
 
+@pytest.mark.few(2)
 @on_every_device
 @pytest.mark.parametrize("split_k", [1, 2])
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
@@ -83,15 +87,15 @@ def test_offsets_that_are_none_reach_no_other_memory(
     """They cannot be refused without waiting for the device; what comes out is not defined."""
     inputs = draw(GROUPED)
     weight, x = stacked(GROUPED, inputs, device), on_device(inputs.x, device)
-    routing = launch_experts.Routing(offsets=torch.tensor(offsets, device=device))
+    routing = Routing(offsets=torch.tensor(offsets, device=device))
     config = replace(SMALL, SPLIT_K=split_k)
     with running(device), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch_experts, "conversion", lambda device, dtype: "subnormal")
-        schedule = launch_experts.schedule_of(routing.offsets, 8, 16)
+        patch.setattr(launch, "conversion", lambda device, dtype: "subnormal")
+        schedule = launch.schedule_of(routing.offsets, 8, 16)
         for expert, first, end in schedule.tolist():
             assert expert == -1 or (0 <= first <= 8 and end <= 8 and 0 <= expert < 3)
         if sorted(offsets) == list(offsets):  # else blocks share rows, which is a race
-            launch_experts.expert_gemm(x, weight, routing, None, "none", False, config, 2)
+            launch.expert_gemm(x, weight, routing, Epilogue(), config, 2)
 
 
 @on_every_device
@@ -105,6 +109,7 @@ def test_experts_are_right_for_every_type(
     check(replace(case, one=replace(ONE, bits=bits, dtype=dtype, scale_dtype=scale_dtype)), device)
 
 
+@pytest.mark.few(8)
 @on_every_device
 @every_routing
 @pytest.mark.parametrize("group_size", (*GROUPS, *UNEVEN_GROUPS))
@@ -170,7 +175,7 @@ def test_only_what_has_rows_is_read(
     weight, reads = stacked(case, inputs), []
     config = replace(SMALL, SPLIT_K=split_k)
     with running("cpu") as memory, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch_experts, "conversion", lambda device, dtype: "subnormal")
+        patch.setattr(launch, "conversion", lambda device, dtype: "subnormal")
         assert memory is not None
         touch = memory.touch
 
@@ -179,7 +184,7 @@ def test_only_what_has_rows_is_read(
             touch(access, addresses, *rest)
 
         patch.setattr(memory, "touch", noted)
-        launch_experts.expert_gemm(inputs.x, weight, case.routing(), None, "none", False, config, 2)
+        launch.expert_gemm(inputs.x, weight, case.routing(), Epilogue(), config, 2)
     words = [addresses for name, addresses in reads if name == "qweight_ptr"]
     assert len(words) == 2 * blocks
     of_expert = (np.concatenate(words) - weight.qweight.data_ptr()) // weight.qweight[0].nbytes

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fqcompile.kernels.tile_config import TileConfig
+from fqcompile.kernels.spec import TileConfig
 from tests.kernels.triton.oracle import (
     ACTIVATIONS,
     BF16,

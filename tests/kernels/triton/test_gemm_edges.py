@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.triton import launch
 from tests.kernels.triton.oracle import (
     ACTIVATIONS,
@@ -197,5 +198,5 @@ def test_rows_of_x_may_be_further_apart_than_int32() -> None:
     far = torch.empty(2 * stride + case.k, dtype=case.dtype, device="cuda")
     far = far.as_strided(inputs.x.shape, (stride, 1)).copy_(inputs.x)
     weight = packed(inputs.codes, inputs.scale, 4, case.group_size, device="cuda")
-    got = launch.dequant_gemm(far, weight, None, None, "none", False, SMALL, 2)
+    got = launch.dequant_gemm(far, weight, Epilogue(), SMALL, 2)
     assert torch.equal(got.cpu(), want)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fqcompile.kernels.ops import dequantize, linear
+from fqcompile.kernels.op import dequantize, matmul
 from fqcompile.kernels.triton import launch
 from fqcompile.kernels.triton.template import TRITON_GEMM
 from tests.kernels.triton.oracle import (
@@ -39,7 +39,7 @@ UNIT = {FP16: 2.0**-11, BF16: 2.0**-8}
 
 @dataclass(frozen=True)
 class Call:
-    """A call of fqcompile::linear; `x`, `bias` and `residual` may be replaced."""
+    """A call of fqcompile::matmul; `x`, `bias` and `residual` may be replaced."""
 
     case: Case
     inputs: Inputs
@@ -56,14 +56,14 @@ class Call:
         return (*tensors, c.bits, group_size, c.n, c.k, c.activation, c.gated, kernel)
 
     def __call__(self, kernel: str) -> Tensor:
-        y: Tensor = linear(*self.arguments(kernel))
+        y: Tensor = matmul(*self.arguments(kernel))
         return y
 
 
 def call_of(case: Case, device: str = "cpu") -> Call:
     inputs = draw(case)
     weight = quantized(inputs.codes, inputs.scale, case.bits, case.group_size)
-    qweight, scale = (t.to(device) for t in TRITON_GEMM.layout.pack(weight))
+    qweight, scale = (t.to(device) for t in TRITON_GEMM.layout.pack(weight).tensors)
     x, bias, residual = (on_device(t, device) for t in (inputs.x, inputs.bias, inputs.residual))
     return Call(case, inputs, x, qweight, scale, bias, residual)
 
@@ -181,8 +181,8 @@ def with_grad(call: Call) -> Call:
 def test_linear_passes_opcheck(case: Case) -> None:
     call = call_of(replace(case, m=2, n=3, k=20))
     with running("cpu"):
-        torch.library.opcheck(linear, call.arguments(SPLIT))
-        torch.library.opcheck(linear, with_grad(call).arguments(TABLE))
+        torch.library.opcheck(matmul, call.arguments(SPLIT))
+        torch.library.opcheck(matmul, with_grad(call).arguments(TABLE))
 
 
 def test_dequantize_passes_opcheck() -> None:

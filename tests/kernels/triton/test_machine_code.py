@@ -14,7 +14,7 @@ import triton.language as tl
 
 from bench.static import machine_code
 from bench.static.machine_code import Launch, read, toolchain_missing
-from fqcompile.kernels.gpu import A100
+from fqcompile.kernels.spec import A100
 
 MISSING = toolchain_missing()
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))

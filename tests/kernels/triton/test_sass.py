@@ -8,7 +8,7 @@ import pytest
 from bench.static import sass
 from bench.static.machine_code import MachineCode
 from bench.static.sass import hot_loop
-from fqcompile.kernels.gpu import A100, H200
+from fqcompile.kernels.spec import A100, H200
 
 
 def listing(*lines: str) -> str:

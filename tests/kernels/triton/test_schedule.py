@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fqcompile.kernels.triton.experts import most_blocks, schedule_of
+from fqcompile.kernels.triton.launch import most_blocks, schedule_of
 from tests.kernels.triton.oracle import on_every_device, running
 
 

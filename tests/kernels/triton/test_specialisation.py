@@ -13,13 +13,14 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton.runtime import driver
 
-from bench.costs.stub_driver import StubDriver, install
-from fqcompile.kernels.routing import Routing
-from fqcompile.kernels.template import PackedLinear
-from fqcompile.kernels.tile_config import TileConfig
-from fqcompile.kernels.triton import experts as launch_experts
+from bench.launch_overhead.stub_driver import StubDriver, install
+from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.spec import TileConfig
+from fqcompile.kernels.template import Routing
 from fqcompile.kernels.triton import launch
 from fqcompile.kernels.triton.layout import pack
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.triton.oracle import quantized, random_codes
 
 BF16 = torch.bfloat16
@@ -30,8 +31,7 @@ def stub() -> Iterator[StubDriver]:
     """One for all: a kernel that was compiled before keeps the launcher of its driver."""
     before = driver._active
     with pytest.MonkeyPatch.context() as patch:
-        for module in (launch, launch_experts):
-            patch.setattr(module, "conversion", lambda device, dtype: "subnormal_prmt")
+        patch.setattr(launch, "conversion", lambda device, dtype: "subnormal_prmt")
         yield install()
     driver._active = before
 
@@ -48,12 +48,12 @@ def test_every_shape_compiles(
     rows = 2 * n if gated else n
     scale = torch.ones(rows, -(-k // group_size), dtype=BF16)
     plain = quantized(random_codes(bits, rows, k), scale, bits, group_size)
-    weight = PackedLinear(*pack(plain, 2), bits, group_size, rows, k)
+    weight = QuantizedTensor(*pack(plain, 2), Format(bits, group_size, rows, k))
     x, bias = torch.randn(m, k, dtype=BF16), torch.randn(rows, dtype=BF16)
     config = TileConfig(16, 128, 128, split)
     before = stub.launches
     for end in ((bias, torch.randn(m, n, dtype=BF16)), (None, None)):
-        y = launch.dequant_gemm(x, weight, *end, "silu", gated, config, 2)
+        y = launch.dequant_gemm(x, weight, Epilogue(*end, "silu", gated), config, 2)
         assert y.shape == (m, n)
     finished = split > 1 or (gated and n % 16)
     assert stub.launches - before == (4 if finished else 2)
@@ -75,7 +75,7 @@ def test_every_shape_of_experts_compiles(
     scale = torch.ones(rows, -(-k // group_size), dtype=BF16)
     tensors = pack(quantized(random_codes(bits, rows, k), scale, bits, group_size), 2)
     stacks = (torch.stack([t] * experts) for t in tensors)
-    weight = PackedLinear(*stacks, bits, min(group_size, k), rows, k)
+    weight = QuantizedTensor(*stacks, Format(bits, min(group_size, k), rows, k))
     x, bias = torch.randn(m, k, dtype=BF16), torch.randn(experts, rows, dtype=BF16)
     config = TileConfig(16, 128, 128, split)
     before = stub.launches
@@ -83,8 +83,8 @@ def test_every_shape_of_experts_compiles(
         Routing(ids=torch.zeros(m, dtype=torch.int64)),
         Routing(torch.full((experts,), m, dtype=torch.int32)),
     ):
-        ends = (bias, "swiglu_oai", gated)
-        y = launch_experts.expert_gemm(x, weight, routing, *ends, config, 2)
+        epilogue = Epilogue(bias, None, "swiglu_oai", gated)
+        y = launch.expert_gemm(x, weight, routing, epilogue, config, 2)
         assert y.shape == (m, n)
     finished = split > 1 or (gated and n % 16)
     assert stub.launches - before == (5 if finished else 3)

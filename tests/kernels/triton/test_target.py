@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton.language as tl
 
-from fqcompile.kernels.gpu import H200
+from fqcompile.kernels.spec import H200
 from fqcompile.kernels.triton import target
 from tests.kernels.triton.interpreter import CheckedBuilder, interpreted
 from tests.kernels.triton.interpreter_numbers import Handle, rounded, values

@@ -7,11 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from fqcompile.kernels.dequantize import DEQUANTIZE
-from fqcompile.kernels.gpu import H200
-from fqcompile.kernels.launch_table import DENSE, Config, LaunchTable
-from fqcompile.kernels.spec import GemmSpec
+from fqcompile.kernels.spec import DENSE, H200, Config, GemmSpec, LaunchTable, TileConfig
 from fqcompile.kernels.template import SearchMode, Template
-from fqcompile.kernels.tile_config import TileConfig
 from fqcompile.kernels.tuning.search import Measure
 from fqcompile.kernels.tuning.table import Timing
 
@@ -34,7 +31,7 @@ def launches(spec: GemmSpec) -> LaunchTable:
 
 
 TEMPLATE = Template(
-    "fake", DEQUANTIZE.layout, lambda spec: None, launches, DEQUANTIZE.linear, candidates
+    "fake", DEQUANTIZE.layout, lambda spec: None, launches, DEQUANTIZE.run, candidates
 )
 FAST, MAX = candidates(SPEC, 16, "fast"), candidates(SPEC, 16, "max")
 

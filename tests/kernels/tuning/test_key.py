@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fqcompile.kernels.gpu import A100, H200
+from fqcompile.kernels.spec import A100, H200
 from fqcompile.kernels.tuning import key
 from fqcompile.kernels.tuning.key import (
     M_BUCKETS,

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fqcompile.kernels.dequantize import DEQUANTIZE
-from fqcompile.kernels.launch_table import DENSE, LaunchTable
-from fqcompile.kernels.tile_config import TileConfig
+from fqcompile.kernels.spec import DENSE, LaunchTable, TileConfig
 from fqcompile.kernels.tuning import launches as launches_module
 from fqcompile.kernels.tuning.key import bucket_of, tuning_key
 from fqcompile.kernels.tuning.launches import (

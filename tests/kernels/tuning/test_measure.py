@@ -12,11 +12,10 @@ from torch import Tensor
 
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels.dequantize import DEQUANTIZE
-from fqcompile.kernels.gpu import gpu_of
-from fqcompile.kernels.launch_table import DENSE
+from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.registry import select_kernel
-from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.template import PLAIN, PackedLinear, Template
+from fqcompile.kernels.spec import DENSE, GemmSpec, gpu_of
+from fqcompile.kernels.template import PLAIN, Template
 from fqcompile.kernels.tuning import measure as measure_module
 from fqcompile.kernels.tuning.measure import (
     allowed_error,
@@ -31,7 +30,8 @@ from fqcompile.kernels.tuning.measure import (
 )
 from fqcompile.kernels.tuning.search import DeviceLost, WrongResult
 from fqcompile.kernels.tuning.table import Timing
-from fqcompile.quant.quantized_weight import QuantizedWeight
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float16, torch.bfloat16)
@@ -92,10 +92,10 @@ def test_the_reference_is_the_formula() -> None:
     torch.testing.assert_close(reference(x, weight, spec), expected, rtol=1e-12, atol=1e-12)
 
 
-def _run(spec: GemmSpec, weight: QuantizedWeight, x: Tensor) -> Tensor:
+def _run(spec: GemmSpec, weight: QuantizedTensor, x: Tensor) -> Tensor:
     shape = (spec.bits, spec.group_size, spec.weight_rows, spec.k)
-    packed = PackedLinear(weight.qweight, weight.scale, *shape)
-    return DEQUANTIZE.linear(x, packed, None, None, spec.activation, spec.gated, None)
+    packed = QuantizedTensor(weight.qweight, weight.scale, Format(*shape))
+    return DEQUANTIZE.run(x, packed, None, Epilogue(None, None, spec.activation, spec.gated), None)
 
 
 FORMS = [("none", False), ("relu", False), ("gelu", False), ("silu", True), ("gelu_tanh", True)]
@@ -115,23 +115,23 @@ def test_a_right_kernel_is_let_through(
     assert difference(_run(spec, weight, x), reference(x, weight, spec), spec.k) is None
 
 
-def _wrong_group(weight: QuantizedWeight, x: Tensor) -> None:
+def _wrong_group(weight: QuantizedTensor, x: Tensor) -> None:
     weight.scale[:, 1] = weight.scale[:, 0]
 
 
-def _wrong_row(weight: QuantizedWeight, x: Tensor) -> None:
+def _wrong_row(weight: QuantizedTensor, x: Tensor) -> None:
     weight.qweight[7] = weight.qweight[8]
 
 
-def _swapped_nibbles(weight: QuantizedWeight, x: Tensor) -> None:
+def _swapped_nibbles(weight: QuantizedTensor, x: Tensor) -> None:
     weight.qweight[:, 3] = weight.qweight[:, 3] >> 4 | weight.qweight[:, 3] << 4
 
 
-def _last_columns_unread(weight: QuantizedWeight, x: Tensor) -> None:
+def _last_columns_unread(weight: QuantizedTensor, x: Tensor) -> None:
     x[:, -8:] = 0
 
 
-def _wrong_x(weight: QuantizedWeight, x: Tensor) -> None:
+def _wrong_x(weight: QuantizedTensor, x: Tensor) -> None:
     x[23] = x[22]
 
 
@@ -141,7 +141,7 @@ BUGS = [_wrong_group, _wrong_row, _swapped_nibbles, _last_columns_unread, _wrong
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
 def test_a_wrong_kernel_is_refused(
-    bug: Callable[[QuantizedWeight, Tensor], None], dtype: torch.dtype
+    bug: Callable[[QuantizedTensor, Tensor], None], dtype: torch.dtype
 ) -> None:
     spec = replace(BASE, dtype=dtype, scale_dtype=dtype)
     weight, x = random_problem(spec, 24, CPU)
@@ -192,13 +192,13 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_each_trial_reads_all_copies_of_one_packed_weight(no_gpu: list[int]) -> None:
     seen: list[tuple[int, ...]] = []
 
-    def linear(x: Tensor, weight: PackedLinear, *rest: object) -> Tensor:
+    def run(x: Tensor, weight: QuantizedTensor, *rest: object) -> Tensor:
         seen.append((weight.qweight.data_ptr(), weight.scale.data_ptr()))
-        return DEQUANTIZE.linear(x, weight, *rest)  # type: ignore[arg-type]
+        return DEQUANTIZE.run(x, weight, *rest)  # type: ignore[arg-type]
 
-    packs: list[QuantizedWeight] = []
-    layout = replace(PLAIN, pack=lambda w: packs.append(w) or PLAIN.pack(w))
-    measure = measure_on_gpu(replace(DEQUANTIZE, layout=layout, linear=linear), BASE, 3)
+    packs: list[QuantizedTensor] = []
+    layout = replace(PLAIN, name="other", pack_matrix=lambda w: packs.append(w) or w.tensors)
+    measure = measure_on_gpu(replace(DEQUANTIZE, layout=layout, run=run), BASE, 3)
     for config in (DENSE, DENSE):
         assert measure(config) == Timing(1.0, 1.0, 1.0)
     copies = (1 << 20) // (packs[0].nbytes) + 1
@@ -240,18 +240,18 @@ def test_a_graph_is_replayed_between_marks(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def _raising(error: Exception) -> Template:
-    def linear(*_: object) -> Tensor:
+    def run(*_: object) -> Tensor:
         raise error
 
-    return replace(DEQUANTIZE, linear=linear)
+    return replace(DEQUANTIZE, run=run)
 
 
 def test_a_wrong_kernel_is_never_timed(no_gpu: list[int]) -> None:
-    def linear(x: Tensor, *rest: object) -> Tensor:
-        return 2 * DEQUANTIZE.linear(x, *rest)  # type: ignore[arg-type]
+    def run(x: Tensor, *rest: object) -> Tensor:
+        return 2 * DEQUANTIZE.run(x, *rest)  # type: ignore[arg-type]
 
     with pytest.raises(WrongResult, match="relative error 1, allowed"):
-        measure_on_gpu(replace(DEQUANTIZE, linear=linear), BASE, 3)(DENSE)
+        measure_on_gpu(replace(DEQUANTIZE, run=run), BASE, 3)(DENSE)
     assert not no_gpu
 
 

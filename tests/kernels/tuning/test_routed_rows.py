@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from fqcompile.kernels.dequantize import DEQUANTIZE
-from fqcompile.kernels.epilogue import apply_epilogue
-from fqcompile.kernels.launch_table import DENSE
-from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.template import PLAIN, PackedLinear
+from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.spec import DENSE, GemmSpec
+from fqcompile.kernels.template import PLAIN
 from fqcompile.kernels.tuning import measure as measure_module
 from fqcompile.kernels.tuning.measure import expert_reference, measure_on_gpu, random_problem
 from fqcompile.kernels.tuning.routed_rows import experts_of, packed_stack, routings
 from fqcompile.kernels.tuning.search import WrongResult
 from fqcompile.kernels.tuning.table import Timing
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
 
 CPU = torch.device("cpu")
 BASE = GemmSpec(
@@ -50,7 +51,7 @@ def test_a_stack_is_that_of_its_experts_packed() -> None:
     weights, _ = stacked(BASE, 1)
     packed = packed_stack(weights, PLAIN)
     assert packed.qweight.shape == (12, *weights[0].qweight.shape)
-    assert packed[2:] == (4, 32, 48, 70)
+    assert packed.format == Format(4, 32, 48, 70, 12)
     for e, weight in enumerate(weights):
         assert torch.equal(packed.qweight[e], weight.qweight)
         assert torch.equal(packed.scale[e], weight.scale)
@@ -68,7 +69,7 @@ def test_the_reference_is_each_rows_own_expert(routing: str) -> None:
         own = torch.repeat_interleave(torch.arange(12), counts)
     w_hat = torch.stack([weight.dequantize(torch.float64) for weight in weights])
     z = torch.einsum("mk,mnk->mn", x.double(), w_hat[own])
-    want = apply_epilogue(z, None, None, "silu", True)
+    want = Epilogue(activation="silu", gated=True).apply(z)
     torch.testing.assert_close(expert_reference(x, weights, one, spec), want)
 
 
@@ -94,15 +95,15 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_trial_reads_every_expert_of_every_copy_in_turn(routing: str, no_gpu: list[int]) -> None:
     seen: list[tuple[int, tuple[int, ...]]] = []
 
-    def experts(x: Tensor, weight: PackedLinear, offsets: Any, ids: Any, *rest: Any) -> Tensor:
+    def run(x: Tensor, weight: QuantizedTensor, told: Any, *rest: Any) -> Tensor:
+        offsets, ids = told
         assert (offsets is None) == (routing == "gathered")
         seen.append(
             (weight.qweight.data_ptr(), tuple((ids if offsets is None else offsets).tolist()))
         )
-        assert DEQUANTIZE.experts is not None
-        return DEQUANTIZE.experts(x, weight, offsets, ids, *rest)
+        return DEQUANTIZE.run(x, weight, told, *rest)
 
-    template = replace(DEQUANTIZE, experts=experts)
+    template = replace(DEQUANTIZE, run=run)
     measure = measure_on_gpu(template, replace(BASE, routing=routing), 3)
     assert measure(DENSE) == Timing(1.0, 1.0, 1.0)
     runs = seen[1:]  # after the one that was held against the reference
@@ -114,11 +115,10 @@ def test_a_trial_reads_every_expert_of_every_copy_in_turn(routing: str, no_gpu: 
 
 
 def test_a_kernel_that_mixes_experts_up_is_never_timed(no_gpu: list[int]) -> None:
-    def experts(x: Tensor, weight: PackedLinear, *rest: Any) -> Tensor:
-        assert DEQUANTIZE.experts is not None
-        return DEQUANTIZE.experts(x, weight._replace(qweight=weight.qweight.roll(1, 0)), *rest)
+    def run(x: Tensor, weight: QuantizedTensor, *rest: Any) -> Tensor:
+        return DEQUANTIZE.run(x, replace(weight, qweight=weight.qweight.roll(1, 0)), *rest)
 
-    measure = measure_on_gpu(replace(DEQUANTIZE, experts=experts), replace(BASE, m=30), 30)
+    measure = measure_on_gpu(replace(DEQUANTIZE, run=run), replace(BASE, m=30), 30)
     with pytest.raises(WrongResult):
         measure(DENSE)
     assert not no_gpu

@@ -2,7 +2,7 @@
 
 import io
 import logging
-import subprocess
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from fqcompile.kernels.tuning import search as search_module
 from fqcompile.kernels.tuning.key import tuning_key
 from fqcompile.kernels.tuning.search import DeviceLost, Searched, WrongResult, search
 from fqcompile.kernels.tuning.table import Case, TunedTable
+from tests.children import FORK
 from tests.kernels.tuning.fake import FAST, MAX, SPEC, TEMPLATE, FakeMeasure
 
 HERE = {"gpu": "NVIDIA H200"}
@@ -149,24 +150,21 @@ def test_a_search_stopped_by_hand_resumes(tmp_path: Path) -> None:
     assert (case.searched, problem) == ("fast", None)
 
 
-VICTIM = """
-import sys
-from pathlib import Path
-from tests.kernels.tuning.fake import FakeMeasure
-from tests.kernels.tuning.test_search import _search
-
-_search(Path(sys.argv[1]), FakeMeasure(seconds=0.05, announce=True))
-"""
-
-
 def test_a_killed_search_loses_at_most_the_trial_at_work(tmp_path: Path) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", VICTIM, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    ) as victim:
-        assert victim.stdout is not None
-        begun = [victim.stdout.readline().strip() for _ in range(4)]
+    ours, theirs = os.pipe()
+
+    def search() -> None:
+        sys.stdout = os.fdopen(theirs, "w")
+        _search(tmp_path, FakeMeasure(seconds=0.05, announce=True))
+
+    victim = FORK.Process(target=search, daemon=True)
+    victim.start()
+    os.close(theirs)
+    with os.fdopen(ours) as announced:
+        begun = [announced.readline().strip() for _ in range(4)]
         victim.kill()
-        begun += victim.stdout.read().split()
+        begun += announced.read().split()
+    victim.join()
     assert begun == [str(config) for config in FAST[: len(begun)]]
     kept = [str(trial.config) for trial in _table(tmp_path).case(KEY, 16).trials]
     assert kept == begun[: len(kept)]

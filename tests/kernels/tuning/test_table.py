@@ -12,9 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fqcompile.kernels.gpu import A100, H200
-from fqcompile.kernels.launch_table import DENSE, Config
-from fqcompile.kernels.tile_config import TileConfig
+from fqcompile.kernels.spec import A100, DENSE, H200, Config, TileConfig
 from fqcompile.kernels.tuning import table as table_module
 from fqcompile.kernels.tuning.table import (
     Case,
@@ -241,7 +239,7 @@ import sys
 from pathlib import Path
 from tests.kernels.tuning.test_table import HERE, _trial
 from fqcompile.kernels.tuning.table import TunedTable
-from fqcompile.kernels.tile_config import TileConfig
+from fqcompile.kernels.spec import TileConfig
 
 path, own = Path(sys.argv[1]), int(sys.argv[2])
 table = TunedTable.load(path, HERE)
@@ -297,31 +295,6 @@ def test_a_narrow_search_does_not_undo_a_full_one(tmp_path: Path) -> None:
         for mode in modes:
             table.finish("k1", 16, mode)
         assert table.case("k1", 16).searched == "max"
-
-
-def test_the_users_measurements_go_over_the_shipped_ones(tmp_path: Path) -> None:
-    shipped, own = tmp_path / "shipped.json", tmp_path / "own.json"
-    _filled(shipped)
-    before = shipped.read_bytes()
-    table = TunedTable.load(own, HERE, shipped)
-    assert table.case("k1", 16).best == Trial(A, TIMING)
-    table.add("k1", 16, _trial(A, 30.0))
-    table.add("k1", 16, _trial(DENSE, 25.0))
-    assert table.case("k1", 16).best == _trial(DENSE, 25.0)
-    assert shipped.read_bytes() == before
-    assert "OutOfResources" not in own.read_text()
-
-
-@pytest.mark.parametrize(
-    ("change", "used"),
-    [({"torch": "2.14.0"}, True), ({"triton": "3.8.0"}, False), ({"kernels": "d"}, False)],
-)
-def test_shipped_measurements_outlive_what_no_kernel_depends_on(
-    change: dict[str, str], used: bool, tmp_path: Path
-) -> None:
-    _filled(tmp_path / "shipped.json")
-    table = TunedTable.load(tmp_path / "own.json", {**HERE, **change}, tmp_path / "shipped.json")
-    assert (table.case("k1", 16) != Case()) is used
 
 
 def test_a_gpu_has_one_table_which_is_read_once(

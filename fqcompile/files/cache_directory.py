@@ -1,0 +1,151 @@
+"""The directory of what fqcompile keeps between processes: where it is, who may write, and how.
+
+What lies there is loaded as code, or computed with: nothing is believed that anybody but this user
+and root could have put there.
+"""
+
+import logging
+import os
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from fqcompile.locks import locked
+
+if sys.platform != "win32":
+    import grp
+    import pwd
+
+log = logging.getLogger("fqcompile")
+
+_warned: set[Path] = set()
+
+
+def cache_directory() -> Path:
+    """$FQCOMPILE_CACHE_DIR, else "fqcompile" in $XDG_CACHE_HOME or ~/.cache."""
+    own, shared = os.environ.get("FQCOMPILE_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
+    if own:
+        return Path(own)
+    home = os.path.expanduser("~")
+    if not shared and home == "~":  # a user whom the system does not know
+        return fallback_directory()
+    return Path(shared or os.path.join(home, ".cache")) / "fqcompile"
+
+
+def fallback_directory() -> Path:
+    """This user's own below the folder for temporary files, for what cannot be done without."""
+    user = "" if sys.platform == "win32" else f"-{os.geteuid()}"
+    try:
+        return Path(tempfile.gettempdir()) / f"fqcompile{user}"
+    except FileNotFoundError:  # all are full
+        return Path("/tmp") / f"fqcompile{user}"
+
+
+@contextmanager
+def writing(directory: Path, lock: str = ".lock", seconds: float = 60.0) -> Iterator[None]:
+    """One process at a time in a directory of the cache, which is made where it is not there.
+
+    Raises:
+        OSError: it cannot be written, others may write there, or one of them holds the lock.
+    """
+    directory = directory.absolute()
+    for path in [p for p in (*reversed(directory.parents), directory) if not p.exists()]:
+        if sys.platform != "win32":
+            _check(str(path.parent), is_passed=True)
+        # What lies below the folder for temporary files has no parent that keeps others out.
+        path.mkdir(0o700 if path == fallback_directory() else 0o755, exist_ok=True)
+    check_trusted(directory)
+    with locked(directory / lock, seconds):
+        yield
+
+
+def check_trusted(path: Path) -> None:
+    """Return where only this user and root can change the file or directory, or the way to it.
+
+    Raises:
+        PermissionError: others can; the text says where, and what to do.
+        OSError: it is not there, cannot be reached, or is something else, such as a pipe, which
+            would be waited for.
+    """
+    if sys.platform != "win32":
+        mode = os.stat(path).st_mode  # whatever is wrong with the way, such as a loop of links
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise OSError(f"{path} is neither a file nor a directory")
+        _check(str(path.absolute()))
+
+
+def _check(path: str, is_passed: bool = False) -> None:
+    """All places from the root to `path`, with what links lead to; it may be only passed too."""
+    steps = path.rstrip("/").split("/")
+    for end in range(1, len(steps) + 1):
+        place = "/".join(steps[:end]) or "/"
+        passed = is_passed or end < len(steps)
+        about = os.lstat(place)
+        _check_place(place, about, passed)
+        if stat.S_ISLNK(about.st_mode):
+            _check(os.path.join(os.path.dirname(place), os.readlink(place)), passed)
+
+
+def _check_place(place: str, about: os.stat_result, passed: bool) -> None:
+    is_ours = about.st_uid in (0, os.geteuid())
+    # A namespace may show root as nobody; who owns "/" can change anything anyway.
+    if not is_ours and not (passed and about.st_uid == os.lstat("/").st_uid):
+        raise PermissionError(
+            f"{place} belongs to user {about.st_uid}, who could change what is loaded from it"
+        )
+    # Of a folder such as /tmp each may change what is his own, and nothing else.
+    is_shared = passed and about.st_mode & stat.S_ISVTX
+    if not is_shared and not stat.S_ISLNK(about.st_mode) and _others_may_write(about):
+        raise PermissionError(
+            f"others may write to {place} (mode {stat.S_IMODE(about.st_mode):o}), and so change "
+            f"what is loaded from it: chmod go-w {place}"
+        )
+
+
+def _others_may_write(about: os.stat_result) -> bool:
+    if about.st_mode & stat.S_IWOTH:
+        return True
+    return bool(about.st_mode & stat.S_IWGRP) and not _is_own_group(os.geteuid(), about.st_gid)
+
+
+@cache
+def _is_own_group(user: int, group: int) -> bool:
+    """Many systems make a group for each user alone, to which his umask then lets him write."""
+    try:
+        his, members = pwd.getpwuid(user), grp.getgrgid(group)
+    except KeyError:
+        return False
+    own = his.pw_gid == group and his.pw_name == members.gr_name
+    return own and set(members.gr_mem) <= {his.pw_name}
+
+
+def warn_unusable(directory: Path, error: BaseException) -> None:
+    """Once in a process for all parts of one cache: nothing can be kept there, and why."""
+    level = logging.INFO if directory.parent in _warned else logging.WARNING
+    _warned.add(directory.parent)
+    log.log(
+        level,
+        "kernels and quantized weights cannot be kept in %s (%s)%s: the next start makes them "
+        "again; set FQCOMPILE_CACHE_DIR to a directory that you alone can write to, with room",
+        directory,
+        error,
+        _fallback_trouble(directory),
+    )
+
+
+def _fallback_trouble(directory: Path) -> str:
+    """Why the directory that stands in cannot be used either, where somebody was there before."""
+    fallback = fallback_directory()
+    if fallback == directory.parent:
+        return ""
+    try:
+        check_trusted(fallback)
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return f", nor in {fallback} ({error})"
+    return ""

@@ -1,0 +1,258 @@
+"""The operators that rewritten graphs and eager packed weights call, in the namespace `fqcompile`.
+
+    fqcompile::matmul      act(x @ ŵᵀ + bias) + residual       x [..., K] -> [..., N]
+      with offsets [E]     x [S, K] is sorted by expert; these are the ends of the experts' rows
+      with ids [P]         x [P, K], and each row's expert
+                           act(x[p] @ ŵ[e(p)]ᵀ + bias[e(p)])   -> [S or P, N], no residual
+    fqcompile::matmul.inference  the same without a backward, which is 7 us of every call outside of
+                           CUDA graphs: what is called where no gradient can flow
+    fqcompile::matmul_backward   dx = dz @ ŵ[e(p)] of routed rows
+    fqcompile::dequantize  ŵ [rows, K]: for the backward of one matrix, which a second derivative
+                           must see as a matmul, and for whoever wants the dense weight
+
+Rows of x past the last offset belong to no expert: their results, like those of
+`torch._grouped_mm`, are whatever was in memory, with `zero_rest` zeros; their gradients are zeros.
+The routing comes last in the schema, because the dispatcher hands on no trailing defaults: a call
+for one matrix does not pay for it.
+
+Under autocast x, bias and residual are cast as `F.linear` casts them, to the type that is set, and
+the packed weight is not; `torch.library.register_autocast` would cast scales too, and to a type
+fixed at import. Routed rows are not cast, as grouped matmuls have no autocast rule: where one under
+autocast is rewritten, the casts are in the graph. The packed weight itself is constant.
+"""
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import expect_true
+
+from fqcompile.kernels.arguments import (
+    check_backward,
+    check_matmul,
+    checked_weight,
+    experts_in,
+    on_one_device,
+)
+from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.run import dequantize_weight, run_backward, run_matmul
+from fqcompile.kernels.template import Routing
+from fqcompile.tensor.quantized import QuantizedTensor
+from fqcompile.torch_compat import key_set, without_keys
+
+MATMUL_SCHEMA = (
+    "(Tensor x, Tensor qweight, Tensor scale, Tensor? bias, Tensor? residual, int bits, "
+    "int group_size, int n, int k, str activation, bool gated, str kernel, "
+    "Tensor? offsets=None, Tensor? ids=None, bool zero_rest=False) -> Tensor"
+)
+BACKWARD_SCHEMA = (
+    "(Tensor dz, Tensor qweight, Tensor scale, int bits, int group_size, int rows, int k, "
+    "str kernel, Tensor? offsets, Tensor? ids) -> Tensor"
+)
+DEQUANTIZE_SCHEMA = (
+    "(Tensor qweight, Tensor scale, int bits, int group_size, int rows, int k, "
+    "ScalarType dtype, str kernel) -> Tensor"
+)
+
+# Compiled graphs are cached on disk by the graph and this: another version of the operators, whose
+# calls or backward graphs differ, does not find them.
+CACHE_TAG = f"fqcompile:{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}"
+
+
+def _matmul_impl(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+    activation: str,
+    gated: bool,
+    kernel: str,
+    offsets: Tensor | None = None,
+    ids: Tensor | None = None,
+    zero_rest: bool = False,
+) -> Tensor:
+    routing = None if offsets is None and ids is None else Routing(offsets, ids)
+    experts, rows = None if routing is None else experts_in(qweight), 2 * n if gated else n
+    weight = checked_weight(kernel, activation, experts, qweight, scale, bits, group_size, rows, k)
+    epilogue = Epilogue(bias, residual, activation, gated)
+    check_matmul(x, weight, routing, epilogue, zero_rest)
+    if x.dim() == 2 and x.numel() and n:
+        y = run_matmul(x, weight, routing, epilogue, kernel)
+        if zero_rest:
+            _zero_rest(y, offsets)
+        return y
+    leading = x.shape[:-1]
+    m = math.prod(leading)
+    if m * n == 0:
+        return x.new_empty((*leading, n))
+    if residual is not None:
+        epilogue = epilogue._replace(residual=residual.reshape(m, n))
+    return run_matmul(x.reshape(m, k), weight, None, epilogue, kernel).view(*leading, n)
+
+
+def _zero_rest(y: Tensor, offsets: Tensor | None) -> None:
+    """Rows beyond the last offset, on a GPU without waiting for it."""
+    assert offsets is not None, "checked before"
+    if y.is_cpu:
+        y[int(offsets[-1]) :].zero_()
+    else:
+        rows = torch.arange(y.shape[0], device=y.device)
+        y.masked_fill_((rows >= offsets[-1]).unsqueeze(1), 0)
+
+
+def _matmul_fake(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+    activation: str,
+    gated: bool,
+    kernel: str,
+    offsets: Tensor | None = None,
+    ids: Tensor | None = None,
+    zero_rest: bool = False,
+) -> Tensor:
+    routing = None if offsets is None and ids is None else Routing(offsets, ids)
+    experts, rows = None if routing is None else experts_in(qweight), 2 * n if gated else n
+    weight = checked_weight(kernel, activation, experts, qweight, scale, bits, group_size, rows, k)
+    epilogue = Epilogue(bias, residual, activation, gated)
+    check_matmul(x, weight, routing, epilogue, zero_rest, holds=expect_true)
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _stack(kernel: str, qweight: Tensor, *form: Any) -> QuantizedTensor:
+    return checked_weight(kernel, "none", experts_in(qweight), qweight, *form)
+
+
+def _backward_impl(dz: Tensor, *arguments: Any) -> Tensor:
+    *form, kernel, offsets, ids = arguments
+    weight, routing = _stack(kernel, *form), Routing(offsets, ids)
+    check_backward(dz, weight, routing)
+    return run_backward(dz, weight, routing, kernel)
+
+
+def _backward_fake(dz: Tensor, *arguments: Any) -> Tensor:
+    *form, kernel, offsets, ids = arguments
+    weight = _stack(kernel, *form)
+    check_backward(dz, weight, Routing(offsets, ids), holds=expect_true)
+    return dz.new_empty((dz.shape[0], weight.k))
+
+
+def _dequantize_impl(*arguments: Any) -> Tensor:
+    *form, dtype, kernel = arguments
+    return dequantize_weight(checked_weight(kernel, "none", None, *form), dtype, kernel)
+
+
+def _dequantize_fake(*arguments: Any) -> Tensor:
+    *form, dtype, kernel = arguments
+    weight = checked_weight(kernel, "none", None, *form)
+    return weight.qweight.new_empty(weight.shape, dtype=dtype)
+
+
+_library = torch.library.Library("fqcompile", "DEF")
+for _name, _schema, _impl, _fake in (
+    ("matmul", MATMUL_SCHEMA, _matmul_impl, _matmul_fake),
+    ("matmul.inference", MATMUL_SCHEMA, _matmul_impl, _matmul_fake),
+    ("matmul_backward", BACKWARD_SCHEMA, _backward_impl, _backward_fake),
+    ("dequantize", DEQUANTIZE_SCHEMA, _dequantize_impl, _dequantize_fake),
+):
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _impl, "CPU")
+    _library.impl(_name, on_one_device(_impl), "CUDA")
+    torch.library.register_fake(f"fqcompile::{_name}", on_one_device(_fake), lib=_library)
+
+matmul = torch.ops.fqcompile.matmul.default
+matmul_inference = torch.ops.fqcompile.matmul.inference
+matmul_backward = torch.ops.fqcompile.matmul_backward.default
+dequantize = torch.ops.fqcompile.dequantize.default
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, qweight, scale, bias, _, *form, offsets, ids, _ = inputs
+    ctx.save_for_backward(x, qweight, scale, bias, offsets, ids)
+    ctx.form = form
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """dz through the activation (its pre-activation recomputed), then dx = dz @ ŵ."""
+    x, qweight, scale, bias, offsets, ids = ctx.saved_tensors
+    bits, group_size, n, k, activation, gated, kernel = ctx.form
+    form = (bits, group_size, 2 * n if gated else n, k)
+    dz = dy
+    if gated or activation != "none":
+        template = kernel.partition(":")[0]  # a configuration tuned for the fused form stays there
+        plain = ("none", False, template, offsets, ids)
+        z = matmul(x, qweight, scale, bias, None, *form, *plain)
+        dz = Epilogue(activation=activation, gated=gated).backward(dy, z)
+    dx = dbias = None
+    routed = offsets is not None or ids is not None
+    if ctx.needs_input_grad[0]:
+        wide = dz.to(x.dtype)
+        if routed:
+            dx = matmul_backward(wide, qweight, scale, *form, kernel, offsets, ids)
+        else:
+            dx = wide @ dequantize(qweight, scale, *form, x.dtype, kernel)
+    if bias is not None and ctx.needs_input_grad[3]:
+        dbias = _bias_gradient(dz, bias, offsets, ids)
+    dresidual = dy if ctx.needs_input_grad[4] else None
+    return (dx, None, None, dbias, dresidual, *(None,) * 10)
+
+
+def _bias_gradient(dz: Tensor, bias: Tensor, offsets: Tensor | None, ids: Tensor | None) -> Tensor:
+    """The sum over all rows, or each expert's over its own [E, rows of one]."""
+    if offsets is not None:
+        rows = torch.arange(dz.shape[0], device=dz.device, dtype=offsets.dtype)
+        ids = torch.searchsorted(offsets, rows, right=True)
+        dz = torch.where((ids < bias.shape[0]).unsqueeze(1), dz, 0)
+        ids = ids.clamp(max=bias.shape[0] - 1)
+    if ids is None:
+        return dz.reshape(-1, bias.shape[0]).sum(0).to(bias.dtype)
+    zeros = dz.new_zeros(bias.shape)
+    return zeros.index_add(0, ids.remainder(bias.shape[0]), dz).to(bias.dtype)
+
+
+torch.library.register_autograd(matmul, _backward, setup_context=_setup_context, lib=_library)
+
+
+def _register_autocast(device_type: str, op: Any, name: str) -> None:
+    key = f"Autocast{device_type.upper()}"
+    excluded = key_set(key)
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+            return tensor
+        return tensor.to(torch.get_autocast_dtype(device_type))
+
+    def autocast_matmul(
+        x: Tensor,
+        qweight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        *rest: Any,
+    ) -> Tensor:
+        routed = any(isinstance(value, Tensor) for value in rest)
+        values = (x, bias, residual) if routed else tuple(map(cast, (x, bias, residual)))
+        with without_keys(excluded):
+            y: Tensor = op(values[0], qweight, scale, *values[1:], *rest)
+            return y
+
+    _library.impl(name, autocast_matmul, key)
+
+
+for _device in ("cpu", "cuda"):
+    _register_autocast(_device, matmul, "matmul")
+    _register_autocast(_device, matmul_inference, "matmul.inference")

@@ -1,0 +1,156 @@
+"""What follows the product in Triton: activations, bias, gate x up, residual, and split-K partials.
+
+The activations are the forms of the table `fqcompile.kernels.epilogue.ACTIVATIONS`: fp32 in and
+out. With a split K the shares are added in their order, then comes the epilogue.
+"""
+
+# mypy: allow-incomplete-defs, allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def none(z):
+    return z
+
+
+@triton.jit
+def relu(z):
+    # `tl.maximum` would turn NaN into 0.
+    return tl.where(z < 0.0, 0.0, z)
+
+
+@triton.jit
+def gelu(z):
+    return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_tanh(z):
+    # (1 + tanh(u)) / 2 = sigmoid(2u), with u = sqrt(2 / pi) * (z + 0.044715 z^3).
+    return z * tl.sigmoid(1.5957691216057308 * tl.fma(0.044715 * z * z, z, z))
+
+
+@triton.jit
+def silu(z):
+    return z * tl.sigmoid(z)
+
+
+@triton.jit
+def swiglu_oai(z):
+    # `tl.minimum` would turn NaN into 7.
+    z = tl.where(z > 7.0, 7.0, z)
+    return z * tl.sigmoid(1.702 * z)
+
+
+@triton.jit
+def swiglu_oai_up(z):
+    z = tl.where(z > 7.0, 7.0, z)
+    return tl.where(z < -7.0, -7.0, z) + 1.0
+
+
+@triton.jit
+def store(
+    acc, acc_up, bias_ptr, residual_ptr, y_ptr, offs_m, offs_n, mask, M, N, stride_rm,
+    ACTIVATION: tl.constexpr, UP: tl.constexpr, GATED: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """Epilogue and output; of a share of K, the share."""
+    rows = offs_m[None, :].to(tl.int64)
+    columns = offs_n[:, None]
+    mask_n = offs_n < N
+    if SPLIT_K > 1:
+        share = tl.program_id(1).to(tl.int64) * M * N
+        tl.store(y_ptr + share + rows * N + columns, acc, mask=mask)
+    else:
+        if bias_ptr is not None:
+            # [BLOCK_N]
+            acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+        y = ACTIVATION(acc)
+        if GATED:
+            if bias_ptr is not None:
+                # [BLOCK_N]
+                bias = tl.load(bias_ptr + N + offs_n, mask=mask_n, other=0.0)
+                acc_up += bias.to(tl.float32)[:, None]
+            y *= UP(acc_up)
+        if residual_ptr is not None:
+            # [BLOCK_N, BLOCK_M]
+            residual = tl.load(residual_ptr + rows * stride_rm + columns, mask=mask, other=0.0)
+            y += residual.to(tl.float32)
+        tl.store(y_ptr + rows * N + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_of_shares(
+    shares_ptr, offs, mask, stride, SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for share in tl.static_range(SPLIT_K):
+        # [BLOCK_N]
+        total += tl.load(shares_ptr + share * stride + offs, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
+def finish_row(
+    shares_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    m,
+    offs_n,
+    M,
+    N,
+    stride_rm,
+    ACTIVATION: tl.constexpr,
+    UP: tl.constexpr,
+    GATED: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Row m (int64) of y at the columns offs_n."""
+    mask = offs_n < N
+    columns = 2 * N if GATED else N
+    stride = M.to(tl.int64) * columns
+    offs = m * columns + offs_n
+    y = _sum_of_shares(shares_ptr, offs, mask, stride, SPLIT_K, BLOCK_N)
+    if bias_ptr is not None:
+        # [BLOCK_N]
+        y += tl.load(bias_ptr + offs_n, mask=mask, other=0.0).to(tl.float32)
+    y = ACTIVATION(y)
+    if GATED:
+        up = _sum_of_shares(shares_ptr, offs + N, mask, stride, SPLIT_K, BLOCK_N)
+        if bias_ptr is not None:
+            # [BLOCK_N]
+            up += tl.load(bias_ptr + N + offs_n, mask=mask, other=0.0).to(tl.float32)
+        y *= UP(up)
+    if residual_ptr is not None:
+        # [BLOCK_N]
+        residual = tl.load(residual_ptr + m * stride_rm + offs_n, mask=mask, other=0.0)
+        y += residual.to(tl.float32)
+    tl.store(y_ptr + m * N + offs_n, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def finish_kernel(
+    shares_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    M,
+    N,
+    stride_rm,
+    ACTIVATION: tl.constexpr,
+    UP: tl.constexpr,
+    GATED: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y [M, N] from shares [SPLIT_K, M, N], or [SPLIT_K, M, 2 N] with gate before up."""
+    num_pid_n = tl.cdiv(N, BLOCK_N)
+    m = (tl.program_id(0) // num_pid_n).to(tl.int64)
+    offs_n = (tl.program_id(0) % num_pid_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    finish_row(
+        shares_ptr, bias_ptr, residual_ptr, y_ptr, m, offs_n, M, N, stride_rm,
+        ACTIVATION, UP, GATED, SPLIT_K, BLOCK_N,
+    )  # fmt: skip

@@ -1,0 +1,188 @@
+"""Packed weights in a model, in place and without compiling it: `quantize_`, and `restore`."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fqcompile.config import FineQuantConfig, SiteOptions
+from fqcompile.distributed.ranks import agree, progress
+from fqcompile.distributed.shards import (
+    is_part,
+    local_part,
+    rank_groups,
+    refuse_fsdp_modules,
+    with_part,
+)
+from fqcompile.errors import OptionError, UnquantizableWeight
+from fqcompile.modules.weights import ModuleWeight, module_weights
+from fqcompile.passes.summary import SiteRecipe
+from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
+from fqcompile.report import Plan, Site
+from fqcompile.weights.disk_cache import find_or_quantize
+from fqcompile.weights.fingerprint import ATTEMPTS, fingerprint
+from fqcompile.weights.kernel_layouts import kernel_for
+from fqcompile.weights.parameter import PackedWeight
+from fqcompile.weights.recipe import IDENTITY
+from fqcompile.weights.store import plain_eager
+
+# What is decided when a model is compiled has no meaning where nothing is.
+_OF_COMPILING = "weight_updates autotune debug_dir inner_backend inductor mode".split()
+
+
+def quantize_(model: nn.Module, **options: object) -> Plan:
+    """Replace the weights of linears, Conv1Ds and stacks of experts by packed ones, in place.
+
+    The model then runs eagerly, under every torch.compile backend and under "finequant", which
+    finds the weights packed. A weight that an embedding shares, or another module that may read it
+    as a table, is packed for the linear alone.
+    Packed weights do not train; adapters on top of them do. Weights go one by one, so the peak of
+    memory is the model and one weight. Of a sharded model each rank packs the parts that it holds;
+    all ranks must call this.
+
+    Args:
+        options: those of `FineQuantConfig` that say which weights are quantised, and how.
+
+    Returns:
+        What was done to each weight, and why others stay.
+
+    Raises:
+        OptionError: an option is unknown, its value is not allowed, or it is one of compiling.
+        UnquantizableWeight: a weight must stay and `on_unsupported="error"`.
+        ShardingError: FSDP wraps the model or a part of it.
+        RankError: other ranks of a sharded model have packed with other options or plans.
+    """
+    config = packing_config(options)
+    refuse_fsdp_modules(model)
+    waiting = module_weights(model, config)[::-1]
+    whole = {w.name for w in waiting if not is_part(w.parameter)}
+    groups = rank_groups(weight.parameter for weight in waiting)
+    sites = []
+    size = len(waiting)
+    bar: tqdm[object] = progress(desc="fqcompile: packing", total=size, unit="weight", delay=2)
+    with bar:
+        while waiting:  # a list of them all would hold every original until the end
+            sites.append(_pack(waiting.pop(), config))
+            bar.update()
+    agree("what quantize_ packs", _shared_facts(sites, whole, config), groups)
+    return Plan(tuple(sites), config.as_dict())
+
+
+def _shared_facts(
+    sites: Sequence[Site], whole: Collection[str], config: FineQuantConfig
+) -> dict[str, str]:
+    """What must be the same on all ranks; of a part each rank chooses its own plan."""
+    facts = {f"option {name}": str(value) for name, value in config.as_dict().items()}
+    for site in sites:
+        chosen = (site.status, site.reason, site.bits, site.group_size)
+        facts[site.name] = str(chosen) if site.name in whole else site.kind
+    return facts
+
+
+def packing_config(options: Mapping[str, object]) -> FineQuantConfig:
+    """The options of `quantize_` as a config.
+
+    Raises:
+        OptionError: one is unknown, its value is not allowed, or it is one of compiling.
+    """
+    config = FineQuantConfig.from_options(options)
+    given = [name for name in _OF_COMPILING if name in options]
+    if given:
+        raise OptionError(
+            f"option {given[0]} is one of compiling, which this does not: give it to "
+            "torch.compile(model, backend='finequant', options=...)"
+        )
+    return config
+
+
+def _pack(found: ModuleWeight, config: FineQuantConfig) -> Site:
+    reason = found.reason
+    if reason is None:
+        try:
+            plan, packed = pack_weight(found, config.site_options(found.name, head=found.head))
+        except UnquantizableWeight as error:
+            reason = str(error)
+            if config.on_unsupported == "error":
+                raise UnquantizableWeight(f"{found.name}: {error}") from error
+    if reason is not None:
+        return replace(site_of(found), reason=reason)
+    for module, attribute in found.holders:
+        parameter = nn.Parameter(with_part(found.parameter, packed), requires_grad=False)
+        module._parameters[attribute] = parameter
+    return packed_site(found, plan, packed)
+
+
+def pack_weight(found: ModuleWeight, options: SiteOptions) -> tuple[QuantPlan, PackedWeight]:
+    """Chosen and quantised on the weight's device.
+
+    Raises:
+        UnquantizableWeight: its values or the options do not allow it; the text says why.
+    """
+    for _ in range(ATTEMPTS):
+        before = fingerprint((found.weight,))
+        result = _packed(found, options)
+        if fingerprint((found.weight,)) == before:
+            return result
+    # Codes of a copy would take the place of a weight that is written to: the writes would be lost.
+    raise UnquantizableWeight(
+        f"another thread changed the weight {ATTEMPTS} times while it was quantised; let it finish "
+        "first"
+    )
+
+
+def _packed(found: ModuleWeight, options: SiteOptions) -> tuple[QuantPlan, PackedWeight]:
+    weight = found.weight
+    with plain_eager(weight.device.type):
+        scale_dtype = scale_dtype_beside(weight.dtype)
+        plan, codes = find_or_quantize(found.matrix, options, scale_dtype)
+        codes = codes.changed(transposed=found.transposed)
+        packed = PackedWeight.of(codes, weight.dtype, found.name)
+    return plan, packed
+
+
+def site_of(found: ModuleWeight) -> Site:
+    """The row of a plan for a weight that stays."""
+    nbytes = found.weight.numel() * found.weight.element_size()
+    return Site(
+        name=found.name,
+        kind=found.kind,
+        shape=tuple(found.matrix.shape),
+        status="kept",
+        bytes_before=nbytes,
+        bytes_after=nbytes,
+    )
+
+
+def packed_site(found: ModuleWeight, plan: QuantPlan, packed: PackedWeight) -> Site:
+    """The row of a plan for a weight that was packed."""
+    recipe = IDENTITY.then("transpose", -2, -1) if found.transposed else IDENTITY
+    scale, device = packed.scale.dtype, packed.device
+    return replace(
+        site_of(found),
+        status="quantized",
+        bits=plan.bits,
+        group_size=plan.group_size,
+        bytes_after=packed.packed_bytes,
+        relative_error=plan.relative_error,
+        expert_errors=plan.expert_errors or None,
+        kernel=kernel_for(packed.format, packed.dtype, scale, device, None),
+        recipe=SiteRecipe(recipe, (found.name,), plan),
+    )
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Replace each packed parameter by an ordinary one with its dequantized values; return `model`.
+
+    The model then runs, is saved and copied as any other. Needs the memory that packing saved.
+    """
+    dense: dict[Tensor, nn.Parameter] = {}  # a tied weight stays tied
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            packed = local_part(weight)
+            if isinstance(packed, PackedWeight):
+                if weight not in dense:
+                    values = with_part(weight, packed.dequantized().contiguous())
+                    dense[weight] = nn.Parameter(values, False)
+                setattr(module, name, dense[weight])
+    return model

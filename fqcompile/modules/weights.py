@@ -1,0 +1,250 @@
+"""Which parameters of a model are weights that can be packed, told from its modules alone.
+
+The `weight` of Linear and of Conv1D [K, N], and stacks of experts [E, N, K] or [E, K, N]. Other
+parameters that are large are told with the reason why they stay. Works on meta devices.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
+
+from fqcompile.config import HEAD_NAMES, ROUTER, ROUTERS, FineQuantConfig
+from fqcompile.distributed.shards import local_part
+from fqcompile.quant.checks import OTHER_DTYPE, WEIGHT_DTYPES
+from fqcompile.torch_compat import Convolution
+from fqcompile.weights.parameter import PackedWeight
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_ROUTERS = ROUTERS | {"classifier"}  # beside experts alone
+_ONE_CALL = "PyTorch's own {} reads it in one call, which takes no packed weight"
+_NO_WEIGHT = "only weights of linears and stacks of experts are packed, and this is "
+_ORIENTATION = (
+    "stack of experts whose module does not say by is_transposed if its matrices are [N, K] "
+    "or [K, N]"
+)
+
+
+@dataclass(frozen=True)
+class ModuleWeight:
+    """A parameter that linears or experts multiply with, or another that is large.
+
+    Of a sharded one the part that lies here.
+
+    Attributes:
+        parameter: as the module has it.
+        name: qualified, of the first that multiplies with it.
+        holders: (module, attribute) of all that share it and multiply with it.
+        transposed: its matrices are [K, N].
+        head: an output head, which gets 8 bits unless options say otherwise.
+        tied: an embedding, or whatever else reads it as a table, shares it and keeps it.
+        reason: why it stays as it is; None: it may be packed.
+    """
+
+    name: str
+    parameter: Tensor
+    holders: tuple[tuple[nn.Module, str], ...]
+    kind: str
+    transposed: bool = False
+    head: bool = False
+    tied: bool = False
+    reason: str | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The values that are packed."""
+        return local_part(self.parameter)
+
+    @property
+    def matrix(self) -> Tensor:
+        """[N, K] or [E, N, K]; a view."""
+        return self.weight.transpose(-2, -1) if self.transposed else self.weight
+
+
+Held = tuple[str, nn.Module, str]  # qualified name, module, attribute
+
+
+def module_weights(model: nn.Module, config: FineQuantConfig) -> list[ModuleWeight]:
+    """All matrices of linears and experts, and what else is large; those that stay with the reason.
+
+    Embeddings are not told of.
+    """
+    sharing: dict[int, list[Held]] = {}
+    for prefix, module in model.named_modules():
+        for attribute, weight in module.named_parameters(recurse=False):
+            name = f"{prefix}.{attribute}".lstrip(".")
+            sharing.setdefault(id(weight), []).append((name, module, attribute))
+    modules = dict(model.named_modules())
+    found: list[ModuleWeight] = []
+    for holders in sharing.values():
+        multiply = [held for held in holders if _multiplies(*held)]
+        others = [held for held in holders if held not in multiply]
+        if multiply:
+            found.append(_weight(multiply, bool(others), modules, config))
+        rest = [held for held in others if not isinstance(held[1], _EMBEDDINGS)]
+        found.extend(
+            _stays(*held, multiply, modules, config) for held in rest[:1] if _counts(*held, config)
+        )
+    return found
+
+
+def _multiplies(name: str, module: nn.Module, attribute: str) -> bool:
+    """Whether the module is known to multiply with it, be it in an orientation that is not."""
+    dims = _parameter(module, attribute).dim()
+    if dims == 2:
+        return attribute == "weight" and (_is_linear(module) or _is_conv1d(module))
+    return dims == 3 and _holds_experts(name, module, attribute)
+
+
+def _parameter(module: nn.Module, attribute: str) -> Tensor:
+    """An empty one for what a lazy module has not made yet."""
+    parameter = module.get_parameter(attribute)
+    return torch.empty(0, 0) if is_lazy(parameter) else parameter
+
+
+def _weight(
+    holders: list[Held], tied: bool, modules: dict[str, nn.Module], config: FineQuantConfig
+) -> ModuleWeight:
+    name, module, attribute = holders[0]
+    parameter = _parameter(module, attribute)
+    stacked = parameter.dim() == 3
+    transposed = _is_transposed(module, attribute) if stacked else _is_conv1d(module)
+    reason = _reason(name, module, local_part(parameter), modules, config)
+    if transposed is None:
+        reason = reason or _ORIENTATION
+    if is_lazy(module.get_parameter(attribute)):
+        reason = "it is not initialized yet: run the model once, then call quantize_"
+    return ModuleWeight(
+        name=name,
+        parameter=parameter,
+        holders=tuple((module, attribute) for _, module, attribute in holders),
+        kind="experts" if stacked else "linear",
+        transposed=bool(transposed),
+        head=tied or HEAD_NAMES.search(name) is not None,
+        tied=tied,
+        reason=reason,
+    )
+
+
+def _counts(name: str, module: nn.Module, attribute: str, config: FineQuantConfig) -> bool:
+    """Whether somebody may ask why it stays: what is large, and matrices of linears."""
+    parameter = _parameter(module, attribute)
+    large = parameter.numel() >= config.min_elements or _is_linear(module)
+    return large and parameter.dim() > 1 and parameter.numel() > max(parameter.shape)
+
+
+def _stays(
+    name: str,
+    module: nn.Module,
+    attribute: str,
+    multiply: list[Held],
+    modules: dict[str, nn.Module],
+    config: FineQuantConfig,
+) -> ModuleWeight:
+    computed = isinstance(module, ParametrizationList)
+    owner = modules[f".{name}".rpartition(".parametrizations.")[0][1:]] if computed else module
+    reason = config.kept_by_name(name) or _why_no_weight(owner, attribute, computed=computed)
+    if multiply:
+        of = type(module).__name__
+        reason = f"{multiply[0][0]} shares it; {of} may read it as a table, and keeps it"
+    return ModuleWeight(name, _parameter(module, attribute), (), "other", reason=reason)
+
+
+def _why_no_weight(module: nn.Module, attribute: str, *, computed: bool) -> str:
+    """`computed`: parametrizations compute the module's parameter from it."""
+    of = type(module).__name__
+    if computed and _is_linear(module):
+        return (
+            "the weight is computed from it in each call: call torch.nn.utils.parametrize."
+            "remove_parametrizations to have a weight that can be packed"
+        )
+    if _is_linear(module) and attribute in ("weight_v", "weight_g", "weight_orig"):
+        return (
+            "the weight is computed from it in each call: call torch.nn.utils.remove_weight_norm, "
+            "remove_spectral_norm or prune.remove to have a weight that can be packed"
+        )
+    if isinstance(module, Convolution):
+        return f"{_NO_WEIGHT}a convolution's"
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return _ONE_CALL.format(of)
+    if isinstance(module, nn.MultiheadAttention):
+        return _ONE_CALL.format("attention")
+    if _is_linear(module):
+        return f"{_NO_WEIGHT}another parameter of a {of}"
+    return f"{_NO_WEIGHT}a parameter of {of}, whose use is not known without a graph: see explain()"
+
+
+def _holds_experts(name: str, module: nn.Module, attribute: str) -> bool:
+    """Whether a parameter of three dimensions is a stack of experts, and no table or filter."""
+    if _is_transposed(module, attribute) is not None:
+        return True
+    if isinstance(module, Convolution | ParametrizationList):
+        return False
+    return "expert" in f"{name} {type(module).__name__}".lower()
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Hugging Face's linear of GPT-2, whose weight is [K, N]."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and isinstance(module, library.Conv1D)
+
+
+def _is_transposed(module: nn.Module, attribute: str) -> bool | None:
+    """As the module says, or as gate x up and down fit together; None where neither tells."""
+    said = getattr(module, "is_transposed", None)
+    if isinstance(said, bool):
+        return said
+    gate_up, down = (module._parameters.get(name) for name in ("gate_up_proj", "down_proj"))
+    if gate_up is None or down is None or attribute not in ("gate_up_proj", "down_proj"):
+        return None
+    _, a, b = gate_up.shape
+    _, c, d = down.shape
+    if (a, b) == (2 * d, c):
+        return False
+    return True if (a, b) == (d, 2 * c) else None
+
+
+def _reason(
+    name: str,
+    module: nn.Module,
+    weight: Tensor,
+    modules: dict[str, nn.Module],
+    config: FineQuantConfig,
+) -> str | None:
+    by_name = config.kept_by_name(name)
+    if by_name is not None:
+        return by_name
+    if isinstance(weight, PackedWeight):
+        return "the weight is packed already"
+    if type(weight) not in (nn.Parameter, Tensor) or weight.layout != torch.strided:
+        return f"the weight is a {type(weight).__name__}, not a plain parameter"
+    if weight.dtype not in WEIGHT_DTYPES:
+        return OTHER_DTYPE.format(weight.dtype)
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return _ONE_CALL.format("attention")
+    if _is_router(name, modules) and not config.override_matches(name):
+        return ROUTER
+    return config.kept_by_size(weight.numel())
+
+
+def _is_router(name: str, modules: dict[str, nn.Module]) -> bool:
+    """A linear named as routers are, or inside of a module that is, beside experts.
+
+    gate.weight, router.layer.weight, gate.wg.weight; experts are told by their name or class.
+    """
+    path = name.split(".")[:-1]
+    for at, part in enumerate(path):
+        parent = modules.get(".".join(path[:at]))
+        if part in _ROUTERS and parent is not None:
+            others = [(n, type(m).__name__) for n, m in parent.named_children() if n != part]
+            if any("expert" in text.lower() for pair in others for text in pair):
+                return True
+    return False

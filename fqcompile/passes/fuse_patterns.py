@@ -1,0 +1,285 @@
+"""What fuse recognizes around a quantized matmul: activations, gated units, biases of experts."""
+
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from fqcompile.kernels.epilogue import SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT
+from fqcompile.passes.base import example, same_shape
+from fqcompile.passes.gather import whole_rows
+from fqcompile.passes.op_nodes import argument
+from fqcompile.weights.recipe import target_name
+
+MULTIPLIES = ("mul", "__mul__", "multiply")
+_ADDS = ("add", "__add__")
+_CLAMPS = ("clamp", "clip")
+_CASTS = ("to", "int", "long", "float", "type", "contiguous")
+_RESHAPES = ("reshape", "view", "flatten")
+
+
+def is_call(node: Any, names: tuple[str, ...], count: int | None = None) -> bool:
+    """A call of one of these names; `count`: of so many arguments, all by position."""
+    if not isinstance(node, fx.Node) or target_name(node.target) not in names:
+        return False
+    return count is None or (len(node.args) == count and not node.kwargs)
+
+
+@dataclass(frozen=True)
+class Half:
+    """One half of the last dimension of `value`: `second` or not, of neighbours or interleaved."""
+
+    value: fx.Node
+    second: bool
+    interleaved: bool
+    nodes: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class GatedUnit:
+    """The value whose halves are gate and up."""
+
+    value: fx.Node
+    activation: str
+    interleaved: bool
+
+
+def activation_name(node: object) -> str | None:
+    """The name in the table of activations, where the node is one of them."""
+    if not isinstance(node, fx.Node):
+        return None
+    name = target_name(node.target)
+    if name == "gelu":
+        approximate = node.kwargs.get("approximate", "none")
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(str(approximate))
+    known = name in ("relu", "silu", "relu_", "silu_") and not node.args[1:]
+    return name.removesuffix("_") if known else None
+
+
+def gated_unit(node: fx.Node) -> GatedUnit | None:
+    """The product `node` as a gated unit whose parts nobody else reads, or None.
+
+    gate, up = v.chunk(2, -1); act(gate) * up                       halves side by side
+    gate, up = v[..., ::2], v[..., 1::2]                            every other column
+    g = gate.clamp(max=7); (up.clamp(-7, 7) + 1) * (g * sigmoid(1.702 * g))    "swiglu_oai"
+    """
+    if not is_call(node, MULTIPLIES, 2):
+        return None
+    for gate_side, up_side in (node.args, node.args[::-1]):
+        for name, gate, up, between in _readings(gate_side, up_side):
+            alike = gate.value is up.value and gate.interleaved == up.interleaved
+            if alike and not gate.second and up.second and gate.value is not node:
+                inside = {*gate.nodes, *up.nodes, *between}
+                if _closed(inside, node, gate.value):
+                    return GatedUnit(gate.value, name, gate.interleaved)
+    return None
+
+
+def _readings(
+    gate_side: Any, up_side: Any
+) -> Iterator[tuple[str, Half, Half, tuple[fx.Node, ...]]]:
+    name = activation_name(gate_side)
+    if name is not None:
+        gate, up = _half(gate_side.args[0]), _half(up_side)
+        if gate is not None and up is not None:
+            yield name, gate, up, (gate_side,)
+    found = _oai_gate(gate_side), _oai_up(up_side)
+    if found[0] is not None and found[1] is not None:
+        gate, up = _half(found[0][0]), _half(found[1][0])
+        if gate is not None and up is not None:
+            yield "swiglu_oai", gate, up, (*found[0][1], *found[1][1])
+
+
+def _closed(inside: set[fx.Node], end: fx.Node, start: fx.Node) -> bool:
+    """Whether the start and what lies inside is read inside, or at the end, alone."""
+    return all(set(node.users) <= {*inside, end} for node in {*inside, start})
+
+
+def _half(node: Any) -> Half | None:
+    if not isinstance(node, fx.Node) or not node.args:
+        return None
+    name, source = target_name(node.target), node.args[0]
+    if name == "narrow" and isinstance(source, fx.Node) and len(node.args) == 4:
+        dim, start, length = node.args[1:]
+        return _range(node, source, start, length) if _is_last(source, dim) else None
+    if name != "getitem" or not isinstance(source, fx.Node):
+        return None
+    index = node.args[1]
+    if target_name(source.target) in ("chunk", "split") and isinstance(index, int):
+        return _piece(node, source, index)
+    return _slice(node, source, index) if isinstance(index, tuple) else None
+
+
+def _piece(node: fx.Node, pieces: fx.Node, index: int) -> Half | None:
+    """v.chunk(2, -1)[i], or v.split(half, -1)[i]."""
+    value, dim, parts = pieces.args[0], pieces.args[-1], pieces.meta.get("example_value")
+    if len(pieces.args) != 3 or not isinstance(value, fx.Node) or not _is_last(value, dim):
+        return None
+    if not isinstance(parts, list | tuple) or len(parts) != 2 or index not in (0, 1, -1, -2):
+        return None
+    if parts[0].shape[-1] != parts[1].shape[-1]:
+        return None
+    return Half(value, index in (1, -1), False, (node, pieces))
+
+
+def _slice(node: fx.Node, value: fx.Node, index: tuple[Any, ...]) -> Half | None:
+    """v[..., ::2], v[..., 1::2], v[..., :half] or v[..., half:]."""
+    *others, last = index
+    if not isinstance(last, slice) or any(o is not Ellipsis and o != slice(None) for o in others):
+        return None
+    if Ellipsis not in others and len(index) != _ndim(value):
+        return None
+    begins, even = last.start in (None, 0, 1), _width(value) % 2 == 0
+    if last.step == 2 and begins and last.stop is None and even:
+        return Half(value, last.start == 1, True, (node,))
+    numbers = all(isinstance(i, int | None) for i in (last.start, last.stop))
+    if last.step not in (None, 1) or not numbers:
+        return None
+    start, stop, _ = last.indices(_width(value))
+    return _range(node, value, start, stop - start)
+
+
+def _range(node: fx.Node, value: fx.Node, start: Any, length: Any) -> Half | None:
+    width = _width(value)
+    if width % 2 or length != width // 2 or start not in (0, width // 2):
+        return None
+    return Half(value, start > 0, False, (node,))
+
+
+def _oai_gate(node: Any) -> tuple[Any, tuple[fx.Node, ...]] | None:
+    """g * sigmoid(g * alpha) with g = gate.clamp(max=limit): the gate, and the nodes between."""
+    if not is_call(node, MULTIPLIES, 2):
+        return None
+    for clamped, sigmoid in (node.args, node.args[::-1]):
+        if not is_call(sigmoid, ("sigmoid",), 1) or not is_call(sigmoid.args[0], MULTIPLIES, 2):
+            continue
+        steep = sigmoid.args[0]
+        if set(steep.args) == {clamped, SWIGLU_OAI_ALPHA}:
+            gate = _clamped(clamped, None, SWIGLU_OAI_LIMIT)
+            return None if gate is None else (gate, (node, sigmoid, steep, clamped))
+    return None
+
+
+def _oai_up(node: Any) -> tuple[Any, tuple[fx.Node, ...]] | None:
+    """up.clamp(-limit, limit) + 1: up, and the nodes between."""
+    if not is_call(node, _ADDS, 2) or 1 not in node.args:
+        return None
+    clamped = next(arg for arg in node.args if arg != 1)
+    up = _clamped(clamped, -SWIGLU_OAI_LIMIT, SWIGLU_OAI_LIMIT)
+    return None if up is None else (up, (node, clamped))
+
+
+def _clamped(node: Any, low: float | None, high: float) -> Any | None:
+    """What the node clamps to these bounds."""
+    if not is_call(node, _CLAMPS):
+        return None
+    value, *bounds = _bound(node, "input", "min", "max")
+    return value if bounds == [low, high] else None
+
+
+def _bound(call: fx.Node, *names: str) -> list[Any]:
+    """The call's arguments of these names, which are the first ones; None where left out."""
+    given = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
+    return [given.get(name) for name in names]
+
+
+def _is_last(value: fx.Node, dim: Any) -> bool:
+    return isinstance(dim, int) and dim in (-1, _ndim(value) - 1)
+
+
+def _ndim(node: fx.Node) -> int:
+    value = example(node)
+    return -1 if value is None else value.dim()
+
+
+def _width(node: fx.Node) -> int:
+    """Of the last dimension; 1 where it is not a number."""
+    value = example(node)
+    size = 1 if value is None or not value.dim() else value.shape[-1]
+    return size if isinstance(size, int) else 1
+
+
+def bias_per_expert(
+    op: fx.Node, term: fx.Node, experts: int, written: Container[fx.Node]
+) -> fx.Node | None:
+    """The node of the biases [E, N], or None where `term` is no bias of the rows' experts.
+
+    matmul(x, .., ids=ids) + b[ids]              ->  b
+    matmul(x, .., offsets=o) + b[sorted_ids]     ->  b, if o counts those ids
+
+    Nor where something between the routing and the sum may be `written` to: the op reads biases and
+    routing in its own place.
+    """
+    picked = _picked(_without(term, _RESHAPES))
+    if picked is None:
+        return None
+    bias, ids = picked
+    read = {*_between(term, bias), *_between(argument(op, "routing"), ids), bias, ids}
+    if any(node in written for node in read):
+        return None
+    value = example(bias)
+    if value is None or not same_shape(value.shape, (experts, argument(op, "n"))):
+        return None
+    routing = argument(op, "routing")
+    if argument(op, "ids") is not None:
+        return bias if ids is _without(routing, _RESHAPES) or ids is routing else None
+    return bias if _is_sorted(ids) and ids is _counted(routing, experts) else None
+
+
+def is_even_routing(op: fx.Node, experts: int) -> bool:
+    """Whether every expert has equally many rows: offsets 1, 2, ..., E times one number."""
+    routing = argument(op, "routing")
+    if not is_call(routing, ("mul",)) or not routing.args:
+        return False
+    counts = routing.args[0]
+    return is_call(counts, ("arange",)) and counts.args == (1, experts + 1)
+
+
+def _picked(term: Any) -> tuple[fx.Node, fx.Node] | None:
+    """(b, ids) of b[ids]."""
+    if not isinstance(term, fx.Node) or len(term.args) < 2:
+        return None
+    by_select = is_call(term, ("index_select",)) and term.args[1] == 0
+    if not by_select and not is_call(term, ("getitem",)):
+        return None
+    source, index = term.args[0], whole_rows(term.args[-1])
+    both = isinstance(source, fx.Node) and isinstance(index, fx.Node)
+    return (source, index) if both else None  # type: ignore[return-value]
+
+
+def _counted(offsets: Any, experts: int) -> fx.Node | None:
+    """The ids of which `offsets` are the running counts: cumsum(histc(ids))."""
+    total = _without(offsets, _CASTS)
+    if not is_call(total, ("cumsum",)):
+        return None
+    counts = _without(total.args[0] if total.args else None, _CASTS)
+    if not is_call(counts, ("histc",)) or not counts.args:
+        return None
+    if _bound(counts, "input", "bins", "min", "max")[1:] != [experts, 0, experts - 1]:
+        return None
+    ids = _without(counts.args[0], _CASTS)
+    return ids if isinstance(ids, fx.Node) else None
+
+
+def _is_sorted(ids: fx.Node) -> bool:
+    """Whether these are the values that an ascending sort gave."""
+    if not is_call(ids, ("getitem",)) or ids.args[1] != 0 or not is_call(ids.args[0], ("sort",)):
+        return False
+    sort = ids.args[0]
+    assert isinstance(sort, fx.Node)
+    return not sort.kwargs.get("descending") and True not in sort.args
+
+
+def _between(node: Any, source: fx.Node) -> Iterator[fx.Node]:
+    """The node and what leads from it to `source` by first arguments."""
+    while isinstance(node, fx.Node) and node is not source:
+        yield node
+        node = node.args[0] if node.args else None
+
+
+def _without(node: Any, names: tuple[str, ...]) -> Any:
+    """What the node was before calls of these names."""
+    while isinstance(node, fx.Node) and target_name(node.target) in names and node.args:
+        node = node.args[0]
+    return node

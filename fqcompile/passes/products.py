@@ -1,0 +1,209 @@
+"""Products: how a matmul is written, as two operands and a result with named dimensions.
+
+F.linear(x, w, b)                 b k   , n k     -> b n
+x @ w, matmul, mm, bmm            b m k , b k n   -> b m n     the last ones of a batch meet
+addmm(b, x, w), baddbmm           the same, plus b
+mv(w, x)                          n k   , k       -> n
+_grouped_mm(x, w, offs=o)         m k   , E k n   -> m n       rows sorted by expert
+transformers::grouped_mm_fallback the same, with zeros for rows beyond the last offset
+einsum                            as it says
+
+The only reader of calls of matmuls; `normalize` has put their arguments in one order.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from fqcompile.passes.base import example
+from fqcompile.passes.effects import has_effects
+from fqcompile.weights.recipe import target_name
+
+Names = list[str]
+Call = tuple[Any, ...]  # the arguments of a call, those by keyword last
+STACK = "expert"  # the first index of a stack from which ids or offsets pick
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor with the names of its dimensions, but for those of size one in `singles`."""
+
+    node: fx.Node
+    dims: Names
+    singles: tuple[int, ...] = ()
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        kept = [size for dim, size in enumerate(shape_of(self.node)) if dim not in self.singles]
+        return dict(zip(self.dims, kept, strict=True))
+
+
+@dataclass(frozen=True)
+class Product:
+    """left @ right + bias.
+
+    Attributes:
+        out: the names of the result's dimensions.
+        offsets: the ends of each expert's rows, where they are sorted by expert.
+        zero_rest: rows behind the last of them are zeros.
+        of_layer: the right operand is a weight whatever x is; else the constant one of the two.
+        broadcasts: a batch of equal matrices is one matrix; an einsum says what it means.
+    """
+
+    left: Operand
+    right: Operand
+    out: Names
+    bias: fx.Node | None = None
+    offsets: fx.Node | None = None
+    zero_rest: bool = False
+    of_layer: bool = False
+    broadcasts: bool = False
+
+    @property
+    def sides(self) -> list[tuple[Operand, Operand]]:
+        """(weight, x) as they may be, in the order in which they are asked."""
+        both = [(self.right, self.left), (self.left, self.right)]
+        return both[:1] if self.of_layer else both
+
+
+def product(node: fx.Node) -> Product | None:
+    """The node as a product of two tensors, or None where it is not one."""
+    read = _READERS.get(target_name(node.target))
+    if read is None or has_effects(node):
+        return None
+    return read(node, (*node.args, *node.kwargs.values()))
+
+
+def _linear(node: fx.Node, call: Call) -> Product | None:
+    match call:
+        case (fx.Node() as x, fx.Node() as weight, bias) if _ndim(weight) == 2:
+            rows = [f"d{i}" for i in range(_ndim(x) - 1)]
+            left, right = Operand(x, [*rows, "k"]), Operand(weight, ["n", "k"])
+            return Product(left, right, [*rows, "n"], bias, of_layer=True)
+    return None
+
+
+def _matmul(node: fx.Node, call: Call, bias: fx.Node | None = None) -> Product | None:
+    match call:
+        case (fx.Node() as left, fx.Node() as right) if min(_ndim(left), _ndim(right)) >= 1:
+            batch = [f"b{i}" for i in range(max(_ndim(left), _ndim(right)) - 2)]
+            rows, columns = ["m", "k"][-_ndim(left) :], ["k", "n"][: _ndim(right)]
+            out = [*batch, *rows[:-1], *columns[1:]]
+            if len(out) == _ndim(node):
+                first = Operand(left, [*_last(batch, _ndim(left) - 2), *rows])
+                second = Operand(right, [*_last(batch, _ndim(right) - 2), *columns])
+                return Product(first, second, out, bias, broadcasts=True)
+    return None
+
+
+def _last(names: Names, count: int) -> Names:
+    return names[len(names) - count :] if count > 0 else []
+
+
+def _mv(node: fx.Node, call: Call) -> Product | None:
+    """Autocast on CPUs leaves mv in its inputs' dtype, unlike every other form and our op."""
+    autocast = any(target_name(n.target) == "_enter_autocast" for n in node.graph.nodes)
+    return None if autocast or torch.is_autocast_enabled("cpu") else _matmul(node, call)
+
+
+def _addmm(node: fx.Node, call: Call) -> Product | None:
+    """With `beta` and `alpha` of 1; in the old order of arguments a number is where the bias is."""
+    match call:
+        case (fx.Node() as bias, left, right, 1, 1):
+            return _matmul(node, (left, right), bias)
+    return None
+
+
+def _grouped_mm(node: fx.Node, call: Call) -> Product | None:
+    """PyTorch has no meaning for its `bias` yet."""
+    out = example(node)
+    match call:
+        case (x, weight, offsets, None, dtype) if out is not None and dtype in (None, out.dtype):
+            if offsets is not None:
+                return _sorted(x, weight, offsets)
+            each = _matmul(node, (x, weight))
+            return each and replace(each, broadcasts=False)
+    return None
+
+
+def _fallback(node: fx.Node, call: Call) -> Product | None:
+    match call:
+        case (x, weight, offsets):
+            return _sorted(x, weight, offsets, zero_rest=True)
+    return None
+
+
+def _sorted(x: Any, weight: Any, offsets: Any, *, zero_rest: bool = False) -> Product | None:
+    if (_ndim(x), _ndim(weight)) != (2, 3):
+        return None
+    left, right = Operand(x, ["m", "k"]), Operand(weight, [STACK, "k", "n"])
+    return Product(left, right, ["m", "n"], offsets=offsets, zero_rest=zero_rest)
+
+
+def _einsum(node: fx.Node, call: Call) -> Product | None:
+    match call:
+        case (str() as equation, fx.Node() as left, fx.Node() as right):
+            names = einsum_indices(equation, (_ndim(left), _ndim(right)))
+            if names is not None:
+                x, y, out = names
+                return Product(Operand(left, x), Operand(right, y), out)
+    return None
+
+
+def einsum_indices(equation: str, ndims: Sequence[int]) -> list[Names] | None:
+    """Index names of two operands and of the result; None where the equation has another form.
+
+    An ellipsis becomes as many unnamed indices as its operand has more dimensions than names; of
+    several, the last ones are shared, as einsum does it.
+    """
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    terms = [*inputs.split(","), output]
+    if not arrow or len(terms) != len(ndims) + 1 or any(t.count("...") > 1 for t in terms):
+        return None
+    hidden = [
+        max(0, n - len(t.replace("...", ""))) if "..." in t else 0
+        for t, n in zip(terms, ndims, strict=False)
+    ]
+    unnamed = [f"...{i}" for i in range(max(hidden))]
+    names = [
+        _expand(term, _last(unnamed, count))
+        for term, count in zip(terms, (*hidden, len(unnamed)), strict=True)
+    ]
+    distinct = all(len(set(term)) == len(term) for term in names)
+    fits = all(len(term) == n for term, n in zip(names, ndims, strict=False))
+    return names if distinct and fits else None
+
+
+def _expand(term: str, hidden: Names) -> Names:
+    head, dots, tail = term.partition("...")
+    return [*head, *(hidden if dots else []), *tail]
+
+
+def shape_of(node: object) -> tuple[Any, ...]:
+    value = example(node)
+    return () if value is None else tuple(value.shape)
+
+
+def _ndim(node: object) -> int:
+    value = example(node)
+    return -1 if value is None else value.dim()
+
+
+_READERS: dict[str, Callable[[fx.Node, Call], Product | None]] = {
+    "linear": _linear,
+    "matmul": _matmul,
+    "mm": _matmul,
+    "mv": _mv,
+    "bmm": _matmul,
+    "addmm": _addmm,
+    "baddbmm": _addmm,
+    "einsum": _einsum,
+    "_grouped_mm": _grouped_mm,
+    "grouped_mm": _grouped_mm,
+    "transformers.grouped_mm_fallback": _fallback,
+    "transformers.grouped_mm_fallback.default": _fallback,
+}
+PRODUCTS = frozenset(_READERS)

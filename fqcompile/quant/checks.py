@@ -1,0 +1,82 @@
+"""Which weights can be quantised, with the reason where one cannot; and how far the result is."""
+
+from collections.abc import Sequence
+
+import torch
+
+from fqcompile.errors import UnquantizableWeight
+from fqcompile.tensor.chunks import each_chunk, plain_tensors, row_chunks
+
+FLOAT_DTYPES = torch.float32, torch.float16, torch.bfloat16, torch.float64
+WEIGHT_DTYPES = FLOAT_DTYPES[:3]  # what models are quantised in
+OTHER_DTYPE = "dtype {} is not supported; use fp32, fp16 or bf16"
+
+
+@plain_tensors()
+def check_quantizable(w: torch.Tensor) -> None:
+    """Raise UnquantizableWeight unless w is a dense, finite matrix of floating point numbers."""
+    _check_kind(w)
+    _check_finite(w)
+
+
+def _check_kind(w: torch.Tensor) -> None:
+    if w.layout != torch.strided or w.is_nested:
+        layout = "nested" if w.is_nested else w.layout
+        raise UnquantizableWeight(f"layout is {layout}; only dense weights can be quantised")
+    if w.is_quantized or w.dtype not in FLOAT_DTYPES:
+        allowed = ", ".join(str(dtype) for dtype in FLOAT_DTYPES)
+        raise UnquantizableWeight(f"dtype is {w.dtype}; only {allowed} can be quantised")
+    if w.device.type == "meta":
+        raise UnquantizableWeight("weight is on the meta device and holds no values: load it first")
+    if w.dim() != 2:
+        raise UnquantizableWeight(f"shape is {tuple(w.shape)}; only matrices (N, K)")
+    if w.numel() == 0:
+        raise UnquantizableWeight(f"shape is {tuple(w.shape)}: there is nothing to quantise")
+
+
+def _check_finite(w: torch.Tensor) -> None:
+    def bounds(rows: slice) -> torch.Tensor:
+        # Minimum and maximum hand NaN on; two reads are cheaper than a mask.
+        return torch.stack([w[rows].amin(), w[rows].amax()])
+
+    extremes = torch.stack(each_chunk(bounds, w))
+    if not bool(extremes.float().isfinite().all()):
+        _raise_not_finite(w)
+    largest = float(extremes.abs().max())
+    if 0 < largest < torch.finfo(torch.float32).smallest_normal and w.dtype == torch.float64:
+        raise UnquantizableWeight(
+            f"the largest magnitude is {largest:.3g}, which float32 cannot hold: scale the weight"
+        )
+
+
+def _raise_not_finite(w: torch.Tensor) -> None:
+    count, first = 0, ""
+    for rows in row_chunks(w):
+        bad = (~w[rows].float().isfinite()).nonzero()
+        if len(bad) and not count:
+            row, column = bad[0].tolist()
+            first = f"{w[row + rows.start, column].item()} at {(row + rows.start, column)}"
+        count += len(bad)
+    kind = "beyond the range of float32" if bool(w.isfinite().all()) else "NaN or infinite"
+    raise UnquantizableWeight(f"{count} of {w.numel()} values are {kind}; the first is {first}")
+
+
+@plain_tensors()
+def relative_error(w: torch.Tensor, w_hat: torch.Tensor) -> float:
+    """‖w - ŵ‖ / ‖w‖ (Frobenius) in float64; 0 where w is zero and ŵ equals it."""
+    return relative_error_from(each_chunk(lambda rows: squared_norms(w[rows], w_hat[rows]), w))
+
+
+def squared_norms(w: torch.Tensor, w_hat: torch.Tensor) -> torch.Tensor:
+    """(‖w - ŵ‖², ‖w‖²) of a piece, in float64."""
+    exact = w.double()
+    difference = exact - w_hat.double()
+    return torch.stack([torch.linalg.vector_norm(t) for t in (difference, exact)]).square_()
+
+
+def relative_error_from(pieces: Sequence[torch.Tensor]) -> float:
+    """The relative error of the matrix whose pieces have these squared norms."""
+    error, total = torch.stack(list(pieces)).sum(0).tolist()
+    if error == 0:
+        return 0.0
+    return float((error / total) ** 0.5) if total else float("inf")

@@ -1,0 +1,120 @@
+"""What codes and scales are: number formats, groups along K, and the format of a packed weight.
+
+A number format is a value: to add one, add a line here. A group is `group_size` neighbouring
+weights of one row that share a scale:
+
+    K = 100, group_size = 32:   [ 32 | 32 | 32 | 4 ]     the last group may be short
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class QType:
+    """Signed integers of `bits` bits, stored in `storage_dtype`.
+
+    `least_step` is where the scale search starts: the smallest step worth trying, as a fraction of
+    the step that reaches the group's extreme. Clipping pays more the fewer codes there are.
+    """
+
+    name: str
+    bits: int
+    storage_dtype: torch.dtype
+    least_step: float
+
+    @property
+    def qmin(self) -> int:
+        """The smallest code, -2^(bits-1)."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def qmax(self) -> int:
+        """The largest code, 2^(bits-1) - 1."""
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def codes_per_byte(self) -> int:
+        """How many codes share one byte of storage."""
+        return 8 // self.bits
+
+
+INT4 = QType(name="int4", bits=4, storage_dtype=torch.uint8, least_step=0.1)
+INT8 = QType(name="int8", bits=8, storage_dtype=torch.int8, least_step=0.8)
+
+QTYPES: dict[int, QType] = {qtype.bits: qtype for qtype in (INT4, INT8)}
+
+
+def num_groups(k: int, group_size: int) -> int:
+    """Groups in a row of K weights: ceil(K / group_size)."""
+    return -(-k // group_size)
+
+
+def packed_columns(qtype: QType, k: int) -> int:
+    """Bytes in a packed row of K codes."""
+    return -(-k // qtype.codes_per_byte)
+
+
+PLAIN = "plain"  # the layout of `codes`, a row of bytes for each row: what files hold
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the codes and scales of a weight are read; kernels read equal formats alike.
+
+    Attributes:
+        group_size: K where there is one scale per column.
+        rows, k: of the matrix, or of one of `experts` matrices (0: there is no stack).
+        transposed: the weight is the matrices' transpose, [K, N] or [E, K, N].
+        scale_method: how scales were chosen; new values that are copied in are quantised so.
+        layout: the name of the order in memory.
+    """
+
+    bits: int
+    group_size: int
+    rows: int
+    k: int
+    experts: int = 0
+    transposed: bool = False
+    scale_method: str = "mse"
+    layout: str = PLAIN
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Looked up in every call, and pickled: the hash of a name is another in each process."""
+        return hash((self.bits, self.group_size, *self.shape))
+
+    @property
+    def qtype(self) -> QType:
+        return QTYPES[self.bits]
+
+    @property
+    def num_groups(self) -> int:
+        """Scales of a row."""
+        return num_groups(self.k, self.group_size)
+
+    @property
+    def matrices(self) -> tuple[int, ...]:
+        """(N, K), or (E, N, K)."""
+        return (self.experts, self.rows, self.k) if self.experts else (self.rows, self.k)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that it stands for."""
+        *experts, rows, k = self.matrices
+        return (*experts, k, rows) if self.transposed else self.matrices
+
+    @cached_property
+    def flipped(self) -> "Format":
+        """Of the transpose, in the same memory."""
+        return replace(self, transposed=not self.transposed)
+
+    @cached_property
+    def one(self) -> "Format":
+        """Of one expert."""
+        return replace(self, experts=0)

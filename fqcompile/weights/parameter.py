@@ -1,0 +1,278 @@
+"""PackedWeight: codes and scales that stand in a module where a dense weight stood.
+
+A tensor of the weight's shape and type whose memory is two other tensors. Matmuls with it run on
+them (see `parameter_ops`); what cannot gets the dequantised weight. torch.compile takes it apart
+into the two, under every backend.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fqcompile.errors import FineQuantError
+from fqcompile.kernels.op import CACHE_TAG
+from fqcompile.tensor.chunks import plain_tensors
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
+from fqcompile.torch_compat import no_torch_function, traced_modules
+from fqcompile.weights.kernel_layouts import in_kernel_layout, in_plain_layout, matrices
+from fqcompile.weights.memory import (
+    Lifetime,
+    Memory,
+    MemoryPart,
+    NoMemory,
+    Place,
+    never_compiled,
+    refuse_trace,
+    whole_place,
+)
+
+Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+# What answers an operator, by its full name; None: all others. `parameter_ops` fills it.
+HANDLERS: dict[str | None, Handler] = {}
+
+
+@cache
+def handler_of(func: Any) -> Handler:
+    """What answers this operator. Its name takes a microsecond to make, and is asked for once."""
+    return HANDLERS.get(str(func)) or HANDLERS[None]
+
+
+# Compiled code takes packed weights and their views apart, and makes them, as these files say.
+_MODULES = ("parameter", "dense_view", "memory")
+_FILES = [Path(__file__).with_name(f"{name}.py") for name in _MODULES]
+_CODE = hashlib.sha256(b"".join(path.read_bytes() for path in _FILES)).hexdigest()[:16]
+# Added to the address of codes: whoever reads there is stopped by the processor or the driver.
+_NO_ADDRESS = 1 << 63
+
+
+class PackedWeight(NoMemory):
+    """See the module's docstring. Views of one share its memory.
+
+    Attributes:
+        memory: codes and scales; of rows and experts a part of the whole weight's.
+        flipped: its matrices are the transposes of those that `memory.weight` describes.
+        ids: where experts have been gathered by an index, that index [P]; the shape is [P, ...].
+    """
+
+    memory: Memory | MemoryPart
+    flipped: bool
+    ids: Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls: type["PackedWeight"], weight: Tensor, requires_grad: bool = False
+    ) -> "PackedWeight":
+        """The weight as a parameter, as `nn.Parameter(weight, requires_grad)` makes it.
+
+        Raises:
+            FineQuantError: it is not packed.
+        """
+        if not isinstance(weight, PackedWeight):
+            raise FineQuantError(
+                f"a {type(weight).__name__} {tuple(weight.shape)} was to take the place of a "
+                "packed weight, and nothing says how to quantize it: copy_ it into the packed "
+                "weight, or call fqcompile.restore(model) first"
+            )
+        return nn.Parameter(weight, requires_grad)  # type: ignore[return-value]
+
+    @classmethod
+    def showing(
+        cls,
+        memory: Memory | MemoryPart,
+        dtype: torch.dtype,
+        place: Place,
+        *,
+        flipped: bool = False,
+        ids: Tensor | None = None,
+    ) -> "PackedWeight":
+        """A view of the memory."""
+        self = cls.shaped(place, dtype, memory.device)
+        self.memory, self.flipped, self.ids, self.lifetime = memory, flipped, ids, Lifetime()
+        return self
+
+    @classmethod
+    def whole(cls, weight: QuantizedTensor, dtype: torch.dtype, name: str = "") -> "PackedWeight":
+        """One whose memory no other tensor shares, in whatever layout it is."""
+        return cls.showing(Memory(weight, name), dtype, whole_place(weight.format.shape))
+
+    @classmethod
+    @plain_tensors()
+    def of(cls, weight: QuantizedTensor, dtype: torch.dtype, name: str = "") -> "PackedWeight":
+        """Packs as the kernel of this device and type wants it.
+
+        Args:
+            weight: in the plain layout.
+            dtype: of the weight it stands for, and so of the activations.
+            name: of the parameter, for messages.
+        """
+        return cls.whole(in_kernel_layout(weight, dtype), dtype, name)
+
+    # In C, as they are read in every call.
+    qweight = property(attrgetter("memory.weight.qweight"))
+    scale = property(attrgetter("memory.weight.scale"))
+    # Of the values: PyTorch's own count begins anew where `Module.to` exchanges a parameter, and
+    # does not see what is written through a view in inference mode.
+    _version = property(attrgetter("memory.number"))
+
+    @property
+    def format(self) -> Format:
+        """How this view's codes and scales are read."""
+        form = self.memory.weight.format
+        return form.flipped if self.flipped else form
+
+    @property
+    def packed(self) -> QuantizedTensor:
+        """Codes and scales, of the whole stack where experts were gathered."""
+        weight = self.memory.weight
+        return replace(weight, format=weight.format.flipped) if self.flipped else weight
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Format, bool, torch.dtype]]:
+        names = ["qweight", "scale"] + (["ids"] if self.ids is not None else [])
+        return names, (self.memory.weight.format, self.flipped, self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: Mapping[str, Tensor],
+        context: tuple[Format, bool, torch.dtype],
+        size: Sequence[int],
+        stride: Sequence[int],
+    ) -> "PackedWeight":
+        form, flipped, dtype = context
+        memory = Memory(QuantizedTensor(inner["qweight"], inner["scale"], form))
+        place = Place(size, stride)
+        return PackedWeight.showing(memory, dtype, place, flipped=flipped, ids=inner.get("ids"))
+
+    __torch_function__ = no_torch_function  # type: ignore[assignment]
+
+    @classmethod
+    @never_compiled
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if traced_modules() is not None:
+            refuse_trace((args, kwargs))
+        return handler_of(func)(func, args, kwargs or {})
+
+    def __repr__(  # type: ignore[override]
+        self, *, tensor_contents: Any = None
+    ) -> str:
+        f = self.format
+        group = "column" if f.group_size >= f.k else f"groups of {f.group_size}"
+        return (
+            f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, "
+            f"device={self.device}, int{f.bits}, {group}, layout={f.layout})"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """In the plain layout, which every machine reads."""
+        f, tensors = self.format, self.quantized().as_rows()
+        shape = (f.rows * max(1, f.experts), f.k)
+        parts = (*tensors, f.bits, f.group_size, shape, self.dtype)
+        stack = (f.experts, f.transposed, f.scale_method)
+        return rebuild_packed_weight, (*parts, *stack, isinstance(self, nn.Parameter))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedWeight":
+        if id(self) not in memo:
+            copied, parameter = self.clone(), isinstance(self, nn.Parameter)
+            memo[id(self)] = nn.Parameter(copied, requires_grad=False) if parameter else copied
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    @property
+    def data(self) -> "PackedWeight":
+        """The same memory; values that are assigned are quantised into it, as by copy_.
+
+        Those of another type or device give the weight that type and device, and a memory there;
+        any other shape is refused, also where copy_ would broadcast it.
+        """
+        return self.detach()  # type: ignore[return-value]
+
+    @data.setter
+    def data(self, values: Tensor) -> None:
+        if values.shape != self.shape:
+            raise self.other_shape(values)
+        with torch.no_grad():
+            alike = (values.dtype, values.device) == (self.dtype, self.device)
+            if alike and isinstance(self, nn.Parameter):  # any other is an alias, and leaves it
+                self.copy_(values)
+                return
+            moved = self.to(values.device, values.dtype, copy=True)
+            moved.copy_(values)
+            Tensor.data.__set__(self, moved)  # type: ignore[attr-defined]
+        assert isinstance(moved, PackedWeight)
+        self.memory, self.flipped, self.lifetime = moved.memory, moved.flipped, moved.lifetime
+
+    def data_ptr(self) -> int:
+        """No address, since nothing could be read there as dense values: it tells weights apart."""
+        return int(self.qweight.data_ptr()) + (0 if self.is_meta else _NO_ADDRESS)
+
+    def tolist(self) -> Any:
+        return self.dequantized().tolist()
+
+    def share_memory_(self) -> "PackedWeight":
+        """Moves codes and scales to memory that other processes can be given."""
+        self.qweight.share_memory_()
+        self.scale.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        return bool(self.qweight.is_shared())
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        return self.packed_bytes
+
+    def element_size(self) -> float:  # type: ignore[override]
+        """Bytes per element, as they are counted: `numel() * element_size()` is what is held."""
+        return self.packed_bytes / max(1, self.numel())
+
+    def _stable_hash_for_caching(self) -> str:
+        """What AOTAutograd's cache knows it by: all that its compiled code depends on."""
+        inner = [(t.shape, t.stride(), t.dtype) for t in (self.qweight, self.scale)]
+        outer = (self.shape, self.stride(), self.dtype, self.device, self.requires_grad)
+        gathered = None if self.ids is None else self.ids.dtype
+        return f"{CACHE_TAG} {_CODE} {outer} {self.__tensor_flatten__()} {inner} {gathered}"
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of codes and scales, with what fills up the kernel's layout."""
+        return self.memory.weight.nbytes
+
+    def quantized(self) -> QuantizedTensor:
+        """Codes and scales in the plain layout; of the whole stack where gathered."""
+        return in_plain_layout(self.packed)
+
+    def dequantized(self) -> Tensor:
+        """The dense tensor of this shape, type and device."""
+        w_hat = matrices(self.memory.weight, self.dtype)
+        w_hat = w_hat if self.ids is None else w_hat[self.ids]
+        return w_hat.transpose(-2, -1) if self.format.transposed else w_hat
+
+
+def rebuild_packed_weight(
+    qweight: Tensor,
+    scale: Tensor,
+    bits: int,
+    group_size: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    experts: int,
+    transposed: bool,
+    scale_method: str,
+    is_parameter: bool,
+) -> Tensor:
+    """What `torch.load` and unpickling call."""
+    rows, k = shape[0] // max(1, experts), shape[1]
+    form = Format(bits, group_size, rows, k, experts, transposed, scale_method)
+    weight = PackedWeight.of(QuantizedTensor.of_rows(qweight, scale, form), dtype)
+    return nn.Parameter(weight, requires_grad=False) if is_parameter else weight
+
+
+torch.serialization.add_safe_globals([rebuild_packed_weight])

@@ -1,0 +1,174 @@
+"""Matmuls with a PackedWeight, each one call of `fqcompile::matmul` on its two tensors.
+
+linear(x, w, b); mm, addmm, matmul with w.t()       -> matmul(x, w, b)
+_grouped_mm(x, w.mT, offsets)                       -> matmul(x, w, offsets)
+bmm(w, x), baddbmm: C rows for each expert          -> the same
+bmm(w[ids], x)                                      -> matmul(x, w, ids)
+
+The operator is the one without a backward: a gradient for x flows through the aten matmul around
+this one, whose own backward multiplies with the dequantised weight.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fqcompile.kernels.op import matmul_inference
+from fqcompile.tensor.format import Format
+from fqcompile.weights.kernel_layouts import Routed, kernel_for
+from fqcompile.weights.parameter import PackedWeight
+from fqcompile.weights.parameter_ops import implements
+
+
+def _kernel(w: PackedWeight, form: Format, x: Tensor, routing: Routed | None = None) -> str | None:
+    if x.dtype != w.dtype:
+        raise RuntimeError(
+            f"expected x and the packed weight to have the same dtype, but got {x.dtype} and "
+            f"{w.dtype}"
+        )
+    return kernel_for(form, x.dtype, w.scale.dtype, x.device, routing)
+
+
+def _linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Any:
+    """x [..., K] times ŵᵀ for the matrix [N, K] that was packed, whichever way w shows it."""
+    if x.is_nested:
+        return torch.nn.functional.linear(
+            x, w.dequantized() if not w.format.transposed else w.dequantized().t(), bias
+        )
+    weight = w.memory.weight
+    form = weight.format
+    kernel = _kernel(w, form, x)
+    if kernel is None:
+        return NotImplemented
+    formats = (form.bits, form.group_size, form.rows, form.k, "none", False, kernel)
+    return matmul_inference(x, weight.qweight, weight.scale, bias, None, *formats)
+
+
+def _experts(
+    x: Tensor,
+    w: PackedWeight,
+    offsets: Tensor | None = None,
+    ids: Tensor | None = None,
+    *,
+    zero_rest: bool = False,
+) -> Any:
+    """x [rows, K] times each row's ŵᵀ, told by offsets or by ids."""
+    weight = w.memory.weight
+    form = weight.format
+    kernel = _kernel(w, form, x, "gathered" if offsets is None else "grouped")
+    if kernel is None:
+        return NotImplemented
+    formats = (form.bits, form.group_size, form.rows, form.k, "none", False, kernel)
+    routing = (offsets, ids, zero_rest)
+    return matmul_inference(x, weight.qweight, weight.scale, None, None, *formats, *routing)
+
+
+def _is_matrix(w: object, *, transposed: bool) -> bool:
+    if not isinstance(w, PackedWeight):
+        return False
+    form = w.format
+    return not form.experts and form.transposed == transposed
+
+
+@implements("aten.linear.default")
+def _aten_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Any:
+    if not _is_matrix(w, transposed=False) or not (bias is None or _is_row(bias, x, w)):
+        return NotImplemented
+    return _linear(x, w, bias)  # type: ignore[arg-type]
+
+
+@implements("aten.matmul.default")
+def _matmul(x: Tensor, w: Tensor) -> Any:
+    return _linear(x, w) if _is_matrix(w, transposed=True) else NotImplemented  # type: ignore[arg-type]
+
+
+@implements("aten.mm.default")
+def _mm(x: Tensor, w: Tensor) -> Any:
+    return _matmul(x, w) if x.dim() == 2 else NotImplemented
+
+
+@implements("aten.addmm.default")
+def _addmm(bias: Tensor, x: Tensor, w: Tensor, beta: float = 1, alpha: float = 1) -> Any:
+    plain = (beta, alpha) == (1, 1) and x.dim() == 2 and bias.dtype == x.dtype
+    if not plain or not _is_matrix(w, transposed=True):
+        return NotImplemented
+    if _is_row(bias, x, w):
+        return _linear(x, w, bias)  # type: ignore[arg-type]
+    return _plus(_linear(x, w), bias)  # type: ignore[arg-type]
+
+
+def _is_row(bias: Tensor, x: Tensor, w: Tensor) -> bool:
+    """Whether it is what the operator adds; with any other the dense call broadcasts, or raises."""
+    assert isinstance(w, PackedWeight)
+    return bias.dtype == x.dtype and bias.shape == (w.format.rows,)
+
+
+def _plus(y: Any, bias: Tensor) -> Any:
+    """As the dense call, which lets the bias broadcast, but not the product."""
+    return y if y is NotImplemented else y + bias.expand_as(y)
+
+
+@implements("aten._grouped_mm.default")
+def _grouped_mm(
+    x: Tensor,
+    w: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Any:
+    plain = bias is None and out_dtype in (None, x.dtype)
+    if not plain or offs is None or x.dim() != 2 or not _is_stack(w, transposed=True):
+        return NotImplemented
+    if offs.dtype != torch.int32:
+        return NotImplemented
+    return _experts(x, w, offs)  # type: ignore[arg-type]
+
+
+@implements("transformers.grouped_mm_fallback.default")
+def _grouped_mm_fallback(x: Tensor, w: Tensor, offs: Tensor) -> Any:
+    """Hugging Face's grouped matmul for types that PyTorch's does not take.
+
+    Rows beyond the last offset are zeros there.
+    """
+    if x.dim() != 2 or not _is_stack(w, transposed=True) or offs.shape != w.shape[:1]:
+        return NotImplemented
+    return _experts(x, w, offs, zero_rest=True)  # type: ignore[arg-type]
+
+
+def _is_stack(w: object, *, transposed: bool) -> bool:
+    if not isinstance(w, PackedWeight) or w.format.transposed != transposed:
+        return False
+    return w.format.experts > 0 and w.ids is None
+
+
+@implements("aten.bmm.default")
+def _bmm(a: Tensor, b: Tensor) -> Any:
+    """[P, C, K] @ [P, K, N], or [P, N, K] @ [P, K, C]."""
+    if isinstance(b, PackedWeight) and not isinstance(a, PackedWeight) and b.format.transposed:
+        return _each(a, b)
+    if isinstance(a, PackedWeight) and not isinstance(b, PackedWeight) and not a.format.transposed:
+        y = _each(b.transpose(-2, -1), a) if b.dim() == 3 else NotImplemented
+        return y if y is NotImplemented else y.transpose(1, 2)
+    return NotImplemented
+
+
+@implements("aten.baddbmm.default")
+def _baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    plain = (beta, alpha) == (1, 1) and bias.dtype == a.dtype
+    return _plus(_bmm(a, b), bias) if plain else NotImplemented
+
+
+def _each(x: Tensor, w: PackedWeight) -> Any:
+    """x [P, C, K]: C rows for each of P experts, gathered or all of the stack. [P, C, N]"""
+    if x.dim() != 3 or x.shape[0] != w.shape[0] or x.shape[2] != w.format.k:
+        return NotImplemented
+    experts, rows, k = x.shape
+    flat = x.reshape(experts * rows, k)
+    if w.ids is None:
+        offsets = torch.arange(1, experts + 1, device=x.device, dtype=torch.int32) * rows
+        y = _experts(flat, w, offsets)
+    else:
+        ids = w.ids if isinstance(rows, int) and rows == 1 else w.ids.repeat_interleave(rows)
+        y = _experts(flat, w, ids=ids)
+    return y if y is NotImplemented else y.view(experts, rows, w.format.rows)

@@ -1,0 +1,282 @@
+"""What PackedWeight answers itself: views, copies, rows, experts. The rest gets the dense weight.
+
+t, transpose            the same memory, read the other way round
+select, unbind          one expert of a stack; a view
+slice, split, cat       rows of the matrix; plain codes and scales, never quantised again
+W[ids]                  a stack with an index; what multiplies with it reads only those experts;
+                        of a matrix, and by embedding, the rows, where they are few
+copy_                   new values are quantised as the old ones were, see `parameter_writes`
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fqcompile.kernels.registry import LAYOUTS
+from fqcompile.tensor.quantized import QuantizedTensor
+from fqcompile.torch_compat import DispatchKey, cond_op, return_and_correct_aliasing
+from fqcompile.weights.dense_view import DenseView, densely, refusal
+from fqcompile.weights.kernel_layouts import in_kernel_layout, in_plain_layout, matrices
+from fqcompile.weights.memory import Memory, MemoryPart, Place, whole_place
+from fqcompile.weights.parameter import HANDLERS, PackedWeight
+from fqcompile.weights.parameter_writes import write
+
+log = logging.getLogger("fqcompile")
+_read_as_tables: set[str] = set()  # parameters of which it has been said
+_BLOCKS = (1, 16, 32, 64)  # rows that layouts may hold together
+_SAME = {"dtype", "device", "layout", "pin_memory", "non_blocking", "memory_format"}
+Handler = Callable[..., Any]
+
+
+def implements(*names: str) -> Callable[[Handler], Handler]:
+    """Registers `handler(*args, **kwargs)`; where it returns NotImplemented, the dense way runs."""
+
+    def register(handler: Handler) -> Handler:
+        @wraps(handler)
+        def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            result = handler(*args, **kwargs)
+            return densely(func, args, kwargs) if result is NotImplemented else result
+
+        HANDLERS.update(dict.fromkeys(names, answer))
+        return handler
+
+    return register
+
+
+def views(*names: str) -> Callable[[Handler], Handler]:
+    """As `implements`, for results that share their argument's memory, which autograd is told."""
+
+    def register(handler: Handler) -> Handler:
+        @wraps(handler)
+        def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            result = handler(*args, **kwargs)
+            if result is NotImplemented:
+                return densely(func, args, kwargs)
+            return return_and_correct_aliasing(func, args, kwargs, result)
+
+        HANDLERS.update(dict.fromkeys(names, answer))
+        return handler
+
+    return register
+
+
+# In eager calls, where the predicate has a value, as of dense tensors.
+cond_op.py_impl(PackedWeight)(cond_op.py_kernels[DispatchKey.CompositeExplicitAutograd])
+
+
+@views("aten.detach.default", "aten.alias.default", "aten.lift_fresh.default")
+def _same(w: PackedWeight) -> PackedWeight:
+    return PackedWeight.showing(w.memory, w.dtype, w.place, flipped=w.flipped, ids=w.ids)
+
+
+@views("aten.view.default", "aten.expand.default")
+def _viewed(w: PackedWeight, size: Any, **_: Any) -> Any:
+    return _same(w) if tuple(size) == tuple(w.shape) else NotImplemented
+
+
+@implements("aten._unsafe_view.default")
+def _unsafe_view(w: PackedWeight, size: Any) -> Any:
+    return _same(w) if tuple(size) == tuple(w.shape) else NotImplemented
+
+
+@views("aten.t.default")
+def _t(w: PackedWeight) -> Any:
+    size, stride, offset = w.place
+    turned = Place(_swapped(size), _swapped(stride), offset)
+    return PackedWeight.showing(w.memory, w.dtype, turned, flipped=not w.flipped, ids=w.ids)
+
+
+def _swapped(values: Sequence[int]) -> Sequence[int]:
+    return (*values[:-2], values[-1], values[-2])
+
+
+@views("aten.transpose.int")
+def _transpose(w: PackedWeight, dim0: int, dim1: int) -> Any:
+    dims = {dim0 % w.dim(), dim1 % w.dim()}
+    return _t(w) if dims == {w.dim() - 2, w.dim() - 1} else NotImplemented
+
+
+@views("aten.permute.default")
+def _permute(w: PackedWeight, dims: Any) -> Any:
+    order, last = [d % w.dim() for d in dims], list(range(w.dim()))
+    if order == last:
+        return _same(w)
+    return _t(w) if tuple(order) == _swapped(tuple(last)) else NotImplemented
+
+
+@views("aten.select.int")
+def _select(w: PackedWeight, dim: int, index: int) -> Any:
+    outside = not -w.shape[dim] <= index < w.shape[dim]
+    if dim % w.dim() or outside or not w.format.experts or w.ids is not None:
+        return NotImplemented
+    return _expert(w, index)
+
+
+@views("aten.unbind.int")
+def _unbind(w: PackedWeight, dim: int = 0) -> Any:
+    if dim % w.dim() or not w.format.experts or w.ids is not None:
+        return NotImplemented
+    return [_expert(w, index) for index in range(w.format.experts)]
+
+
+def _expert(w: PackedWeight, index: int) -> PackedWeight:
+    size, stride, offset = w.place
+    place = Place(size[1:], stride[1:], offset + index % size[0] * stride[0])
+    part = MemoryPart(w.memory, lambda stack: stack.expert(index))
+    return PackedWeight.showing(part, w.dtype, place, flipped=w.flipped)
+
+
+@implements("aten.slice.Tensor")
+def _slice(
+    w: PackedWeight, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Any:
+    size = w.shape[dim]
+    first, last, _ = slice(start, end).indices(size)
+    if (first, last, step) == (0, size, 1):
+        return _same(w)
+    if dim % w.dim() != _row_dim(w) or step != 1 or w.format.experts or last <= first:
+        return NotImplemented
+    return _rows(w, first, last - first)
+
+
+@implements("aten.split.Tensor", "aten.split_with_sizes.default")
+def _split(w: PackedWeight, sizes: Any, dim: int = 0) -> Any:
+    if dim % w.dim() != _row_dim(w) or w.format.experts or sizes == 0:
+        return NotImplemented
+    size = w.shape[dim]
+    if isinstance(sizes, int):
+        sizes = [min(sizes, size - start) for start in range(0, size, sizes)]
+    if sum(sizes) != size or min(sizes) < 1:
+        return NotImplemented
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [_rows(w, start, rows) for start, rows in zip(starts, sizes, strict=True)]
+
+
+@implements("aten.cat.default")
+def _cat(tensors: Any, dim: int = 0) -> Any:
+    first = tensors[0]
+    if not all(isinstance(w, PackedWeight) and not w.format.experts for w in tensors):
+        return NotImplemented
+    formats = [w.format for w in tensors]
+    kinds = {(f.bits, f.k, f.transposed, w.dtype) for f, w in zip(formats, tensors, strict=True)}
+    finest = min(f.group_size for f in formats)
+    fits = all(f.group_size % finest == 0 or f.group_size >= f.k for f in formats)
+    if len(kinds) > 1 or not fits or dim % first.dim() != _row_dim(first):
+        return NotImplemented
+    whole = QuantizedTensor.cat([w.quantized().regroup(finest) for w in tensors])
+    return PackedWeight.of(whole, first.dtype)
+
+
+def _row_dim(w: PackedWeight) -> int:
+    return w.dim() - 1 if w.format.transposed else w.dim() - 2
+
+
+def _rows(w: PackedWeight, start: int, rows: int) -> PackedWeight:
+    dtype, dim = w.dtype, _row_dim(w)
+
+    def take(whole: QuantizedTensor) -> QuantizedTensor:
+        return in_kernel_layout(in_plain_layout(whole).narrow(start, rows), dtype)
+
+    size, stride, offset = w.place
+    place = Place([*size[:dim], rows, *size[dim + 1 :]], stride, offset + start * stride[dim])
+    return PackedWeight.showing(MemoryPart(w.memory, take), dtype, place, flipped=w.flipped)
+
+
+@implements("aten.index.Tensor")
+def _index(w: PackedWeight, indices: Any) -> Any:
+    ids = indices[0] if isinstance(w, PackedWeight) and len(indices) == 1 else None
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
+        return NotImplemented
+    if not w.format.experts:
+        _warn_of_coarse_rows(w)
+        return _rows_at(w, ids)
+    if ids.dim() != 1 or w.ids is not None:
+        return NotImplemented
+    place = whole_place((ids.shape[0], *w.shape[1:]))
+    return PackedWeight.showing(w.memory, w.dtype, place, flipped=w.flipped, ids=ids)
+
+
+@implements("aten.index_select.default")
+def _index_select(w: PackedWeight, dim: int, index: Tensor) -> Any:
+    return NotImplemented if dim % w.dim() else _index(w, [index])
+
+
+@implements("aten.embedding.default")
+def _embedding(w: PackedWeight, ids: Tensor, *_: Any) -> Any:
+    return _index(w, [ids]) if isinstance(w, PackedWeight) and w.dim() == 2 else NotImplemented
+
+
+def _warn_of_coarse_rows(w: PackedWeight) -> None:
+    """Modules do not tell that a linear's weight is a table too, which 8 bits would have served."""
+    name = w.memory.name
+    if w.format.bits > 4 or not name or name in _read_as_tables:
+        return
+    _read_as_tables.add(name)
+    log.warning(
+        "%s is packed to %d bits for its matmul, and is read as a table too: its rows are the "
+        "dequantized ones. Keep it dense by quantize_(model, exclude=[%r]), or give it 8 bits by "
+        "overrides={%r: {'bits': 8}}",
+        *(name, w.format.bits, name, name),
+    )
+
+
+def _rows_at(w: PackedWeight, ids: Tensor) -> Any:
+    """Few rows of a table [N, K], dequantised with their neighbors in the kernel's layout alone."""
+    form, packed = w.format, w.packed
+    narrow = LAYOUTS[form.layout].narrow
+    plain = w.device.type == "cpu" and type(ids) is type(packed.qweight) is Tensor
+    if not plain or form.transposed or not ids.numel():
+        return NotImplemented
+    size = next((n for n in _BLOCKS if narrow(packed, 0, n) is not None), form.rows)
+    within = int(ids.min()) >= 0 and int(ids.max()) < form.rows
+    if not within or 4 * size * ids.numel() > form.rows:
+        return NotImplemented
+    blocks, places = torch.unique(ids // size, return_inverse=True)
+    found = []
+    for start in (blocks * size).tolist():
+        rows = min(size, form.rows - start)
+        part = narrow(packed, start, rows)
+        assert part is not None, "whole blocks"
+        found.append(matrices(part, w.dtype))
+    return torch.cat(found)[places * size + ids % size]
+
+
+@implements("aten.clone.default")
+def _clone(w: PackedWeight, **_: Any) -> PackedWeight:
+    packed = w.packed.clone()
+    if w.ids is None:
+        return PackedWeight.whole(packed, w.dtype, w.memory.name)
+    memory, place = Memory(packed, w.memory.name), whole_place(w.shape)
+    return PackedWeight.showing(memory, w.dtype, place, ids=w.ids.clone())
+
+
+@implements("aten._to_copy.default")
+def _to_copy(w: PackedWeight, **changes: Any) -> Any:
+    """Another type changes what x must be, not the codes; another device may want another order."""
+    dtype = changes.get("dtype") or w.dtype
+    device = torch.device(changes.get("device") or w.device)
+    if not dtype.is_floating_point or changes.keys() - _SAME or w.ids is not None:
+        return NotImplemented
+    if device.type in (w.device.type, "meta"):
+        moved = w.qweight.to(device, copy=True), w.scale.to(device, copy=True)
+        return PackedWeight.whole(QuantizedTensor(*moved, w.format), dtype, w.memory.name)
+    return PackedWeight.of(w.quantized().to(device), dtype, w.memory.name)
+
+
+@implements("aten.copy_.default")
+def _copy(w: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
+    if not isinstance(w, PackedWeight | DenseView):
+        return NotImplemented
+    write(w, source)
+    return w
+
+
+@implements("aten.set_.source_Tensor")
+def _set(target: Tensor, source: Tensor) -> Any:
+    """Where the source is packed, what is written to the target would not reach it."""
+    packed = next(w for w in (target, source) if isinstance(w, PackedWeight | DenseView))
+    raise refusal("aten.set_.source_Tensor", packed)

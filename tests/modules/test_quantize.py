@@ -1,0 +1,444 @@
+"""quantize_: packed weights in a model that runs eagerly and under every backend, equally."""
+
+import copy
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+pytest.importorskip("transformers", reason="the demo extra is not installed")
+import fqcompile
+from fqcompile.errors import OptionError, UnquantizableWeight
+from fqcompile.modules import quantize as quantize_module
+from fqcompile.weights.parameter import PackedWeight
+from tests import moe_models
+from tests.dense_models import CASES, build, run
+from tests.helpers import InnerGraphs, Mlp, assert_close, finequant, frozen, oracle, report
+
+CHAIN = 15  # rounded results in a layer, see `tests.test_moe_models`
+SMALL: dict[str, Any] = {"min_elements": 4096}
+
+
+def _oracle(model: nn.Module, plan: fqcompile.Plan) -> nn.Module:
+    return fqcompile.fake_quantize_(copy.deepcopy(model), plan)
+
+
+def _packed(model: nn.Module, **options: Any) -> tuple[nn.Module, fqcompile.Plan]:
+    packed = copy.deepcopy(model)
+    return packed, fqcompile.quantize_(packed, **SMALL, **options)
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", CASES)
+def test_dense_model_equals_its_oracle_eagerly_and_compiled(name: str, dtype: torch.dtype) -> None:
+    model, inputs = build(name, dtype)
+    if model.config.is_encoder_decoder:  # makes its cache of a deepcopy, which Dynamo 2.11 refuses
+        inputs = inputs | {"use_cache": False}
+    packed, plan = _packed(model)
+    expected = run(_oracle(model, plan), inputs)
+    depth = CHAIN * CASES[name].layers
+    assert_close(run(packed, inputs), expected, depth=depth)
+    whole = torch.compile(packed, backend="aot_eager", fullgraph=True)
+    assert_close(run(whole, inputs), expected, depth=depth)
+    torch._dynamo.reset()
+    assert_close(run(finequant(packed, **SMALL), inputs), expected, depth=depth)
+    assert not any(s.status == "kept" and s.name in _names(plan) for s in report().sites)
+    original = run(model, inputs)
+    assert (expected - original).float().norm() > 0.03 * original.float().norm()
+
+
+def _names(plan: fqcompile.Plan) -> set[str]:
+    return {site.name for site in plan.quantized}
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(ids, use_cache=False).logits
+    return logits
+
+
+FORMS = [
+    *((form, torch.float32) for form in ("grouped_mm", "batched_mm", "eager")),
+    ("grouped_mm", torch.bfloat16),
+]
+
+
+@pytest.mark.few(4)
+@pytest.mark.parametrize(("implementation", "dtype"), FORMS, ids=lambda value: str(value))
+@pytest.mark.parametrize("name", moe_models.MODELS)
+def test_experts_equal_their_oracle_eagerly_and_compiled(
+    name: str, implementation: str, dtype: torch.dtype
+) -> None:
+    model = moe_models.build(name, dtype, implementation)
+    ids = torch.randint(1, moe_models.VOCAB, (2, 5), generator=torch.Generator().manual_seed(7))
+    packed, plan = _packed(model)
+    stacks = set(moe_models.expert_weights(model))
+    assert {site.name for site in plan.quantized if site.kind == "experts"} == stacks
+    expected = _logits(_oracle(model, plan), ids)
+    depth = CHAIN * moe_models.LAYERS
+    assert_close(_logits(packed, ids), expected, depth=depth)
+    if implementation == "eager" and name != "llama4":
+        return  # a loop over data: no one graph
+    whole = torch.compile(packed, backend="aot_eager", fullgraph=True)
+    assert_close(_logits(whole, ids), expected, depth=depth)
+    torch._dynamo.reset()
+    assert_close(_logits(finequant(packed, **SMALL), ids), expected, depth=depth)
+    assert {site.name for site in report().plan.quantized} == _names(plan)
+
+
+def _memory(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct memories behind these tensors."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def _packed_tensors(model: nn.Module) -> list[Tensor]:
+    packed = [p for p in model.parameters() if isinstance(p, PackedWeight)]
+    return [t for w in packed for t in (w.qweight, w.scale)]
+
+
+def test_finequant_reads_the_memory_of_the_packed_weights(inner_graphs: InnerGraphs) -> None:
+    """Merged q, k, v and gate, up too: their weights become rows of what the kernel reads."""
+    model, inputs = build("llama", torch.float32)
+    packed, plan = _packed(model, granularity=64)  # those of one group size are merged
+    held = sum(w.packed_bytes for w in packed.parameters() if isinstance(w, PackedWeight))
+    before = run(packed, inputs)
+    run(finequant(packed, **SMALL, inner_backend="fqtest_spy"), inputs)
+    own = _packed_tensors(packed)
+    read = [ref() for ref in inner_graphs.packed[0]]
+    assert len(read) < 2 * len(plan.quantized), "some were merged"
+    assert _memory(own) == _memory([*own, *(t for t in read if t is not None)]) <= 1.01 * held
+    assert torch.equal(run(packed, inputs), before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["finequant", "inductor"])
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_generate_with_eager_prefill_and_compiled_decoding(name: str, backend: str) -> None:
+    """As `generate` does with a static cache: the prompt runs eagerly, each token compiled."""
+    moe = name == "mixtral"
+    model = (
+        moe_models.build(name, torch.float32, "grouped_mm")
+        if moe
+        else build(name, torch.float32)[0]
+    )
+    packed, plan = _packed(model)
+    options: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "cache_implementation": "static",
+        "disable_compile": True,
+    }
+    prompt = torch.randint(1, 100, (1, 7))
+    expected = _oracle(model, plan).generate(prompt, **options)
+    eager = packed.forward
+    compiled = torch.compile(eager, backend=backend, fullgraph=True)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (eager if kwargs["input_ids"].shape[1] > 1 else compiled)(*args, **kwargs)
+
+    packed.forward = forward
+    with torch.no_grad():
+        actual = packed.generate(prompt, **options)
+    assert actual.tolist() == expected.tolist()
+
+
+def test_sibling_blocks_share_one_graph_and_keep_their_own_weights() -> None:
+    blocks = nn.ModuleList(frozen(Mlp(seed=seed)) for seed in range(3))
+    fqcompile.quantize_(blocks, granularity="column")
+    x = torch.randn(2, 128)
+    expected = [block(x) for block in blocks]
+    for block in blocks:
+        block.compile(backend="finequant", options={"inner_backend": "eager"})
+    for block, y in zip(blocks, expected, strict=True):
+        assert_close(block(x), y)
+    report()  # of the one graph
+
+
+@pytest.mark.parametrize("backend", ["finequant", "aot_eager"])
+def test_new_values_reach_compiled_graphs(backend: str) -> None:
+    model = frozen(Mlp())
+    fqcompile.quantize_(model)
+    options = {"options": {"inner_backend": "eager"}} if backend == "finequant" else {}
+    compiled = torch.compile(model, backend=backend, fullgraph=True, **options)
+    x = torch.randn(2, 128)
+    first = compiled(x)
+    model.load_state_dict(frozen(Mlp(seed=1)).state_dict())
+    second = compiled(x)
+    assert not torch.allclose(first, second, atol=0.1)
+    assert_close(second, model(x))
+
+
+def test_gradients_reach_what_lies_before_a_packed_weight() -> None:
+    """As adapters and prompts are tuned on a frozen base."""
+    model = frozen(Mlp())
+    plan = fqcompile.quantize_(packed := copy.deepcopy(model))
+    x = torch.randn(2, 128, requires_grad=True)
+    expected = torch.autograd.grad(_oracle(model, plan)(x).square().sum(), x)[0]
+    backends: dict[str, Any] = {
+        "eager": packed,
+        "aot": torch.compile(packed, backend="aot_eager", fullgraph=True),
+        "finequant": finequant(packed, inner_backend="aot_eager"),
+    }
+    for name, way in backends.items():
+        torch._dynamo.reset()
+        actual = torch.autograd.grad(way(x).square().sum(), x)[0]
+        assert_close(actual, expected, k=256, depth=4, what=name)
+
+
+def test_options_say_what_is_packed_and_how() -> None:
+    model = build("llama", torch.float32)[0]
+    plan = fqcompile.quantize_(
+        model,
+        bits=8,
+        exclude=["o_proj"],
+        overrides={"down_proj": {"bits": 4, "granularity": 64}},
+        min_elements=128 * 128,
+    )
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    assert mlp.down_proj.weight.format.group_size == 64 and mlp.down_proj.weight.format.bits == 4
+    assert mlp.up_proj.weight.format.bits == 8
+    assert not isinstance(attention.o_proj.weight, PackedWeight)
+    assert not isinstance(attention.k_proj.weight, PackedWeight)
+    reasons = {site.name.split(".")[-2]: site.reason for site in plan.kept}
+    assert reasons["o_proj"] == "name matches exclude pattern 'o_proj'"
+    assert reasons["k_proj"] == "fewer elements than min_elements=16384"
+    assert plan.totals.bytes_after < 0.6 * plan.totals.bytes_before
+
+
+def test_a_tied_head_is_packed_and_the_embedding_stays() -> None:
+    model = build("opt", torch.float32)[0]
+    table = model.get_input_embeddings().weight
+    before = table.clone()
+    plan = fqcompile.quantize_(model)
+    head = model.get_output_embeddings().weight
+    assert isinstance(head, PackedWeight) and head.format.bits == 8
+    assert model.get_input_embeddings().weight is table and torch.equal(table, before)
+    assert plan.site("lm_head.weight").bits == 8
+
+
+def test_weights_that_cannot_be_packed_stay_with_their_reason() -> None:
+    model = frozen(nn.Sequential(nn.Linear(128, 128), nn.MultiheadAttention(128, 4), Mlp()))
+    model[0].weight[3, 4] = torch.nan
+    model[2].up.double()
+    plan = fqcompile.quantize_(model)
+    reasons = {site.name: site.reason or "" for site in plan.kept}
+    assert "NaN" in reasons["0.weight"]
+    assert "attention" in reasons["1.out_proj.weight"]
+    assert "float64" in reasons["2.up.weight"]
+    assert [site.name for site in plan.quantized] == ["2.down.weight"]
+    again = fqcompile.quantize_(model)
+    assert again.site("2.down.weight").reason == "the weight is packed already"
+    with pytest.raises(UnquantizableWeight, match=r"0\.weight: .*NaN"):
+        fqcompile.quantize_(model, on_unsupported="error")
+
+
+def test_experts_that_do_not_say_their_orientation_stay() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(4, 64, 128))
+
+    model = frozen(Experts())
+    assert "is_transposed" in str(fqcompile.quantize_(model).site("up").reason)
+    model.is_transposed = True
+    assert fqcompile.quantize_(model).site("up").shape == (4, 128, 64)
+
+
+def test_options_of_compiling_are_refused() -> None:
+    with pytest.raises(OptionError, match="option mode is one of compiling"):
+        fqcompile.quantize_(frozen(Mlp()), mode="reduce-overhead")
+    with pytest.raises(OptionError, match="did you mean 'granularity'"):
+        fqcompile.quantize_(frozen(Mlp()), granularty=64)
+
+
+def test_originals_are_released_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = frozen(nn.Sequential(*(nn.Linear(128, 128) for _ in range(4))))
+    alive = [weakref.ref(layer.weight) for layer in model]
+    left: list[int] = []
+    quantize = quantize_module.find_or_quantize
+
+    def counted(*args: Any) -> Any:
+        left.append(sum(ref() is not None for ref in alive))
+        return quantize(*args)
+
+    monkeypatch.setattr(quantize_module, "find_or_quantize", counted)
+    fqcompile.quantize_(model)
+    assert left == [4, 3, 2, 1]
+
+
+def test_restored_model_is_the_dequantized_one() -> None:
+    model, x = frozen(Mlp()), torch.randn(5, 128)
+    dequantized = oracle(model, fqcompile.explain(model, x))
+    fqcompile.quantize_(model)
+    assert fqcompile.restore(model) is model
+    assert all(type(weight) is nn.Parameter for weight in model.parameters())
+    assert torch.equal(model(x), dequantized(x))
+
+
+def test_removed_option_names_what_does_its_work() -> None:
+    """Every door that takes options says what replaces `free_weights`."""
+    model, x = frozen(Mlp()), torch.randn(5, 128)
+    remedy = r"free_weights was removed: call fqcompile\.quantize_\(model\)"
+    for use in (
+        lambda: fqcompile.FineQuantConfig(free_weights=True),
+        lambda: fqcompile.quantize_(model, free_weights=True),
+        lambda: fqcompile.explain(model, x, free_weights=False),
+        lambda: finequant(model, free_weights=True)(x),
+    ):
+        with pytest.raises((OptionError, torch._dynamo.exc.BackendCompilerFailed), match=remedy):
+            use()
+
+
+class _WithFactors(nn.Linear):
+    """A linear that adds factors of its own, as loralib's does."""
+
+    def __init__(self) -> None:
+        super().__init__(128, 256)
+        self.lora_A = nn.Parameter(torch.randn(8, 128))
+        self.lora_B = nn.Parameter(torch.randn(256, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.lora_A.T @ self.lora_B.T
+
+
+def test_of_a_linear_only_its_weight_is_packed() -> None:
+    model = nn.Sequential(_WithFactors())
+    plan = fqcompile.quantize_(model, min_elements=0)
+    assert [site.name for site in plan.quantized] == ["0.weight"]
+    layer = model[0]
+    for name in ("lora_A", "lora_B"):
+        assert type(layer.get_parameter(name)) is nn.Parameter
+        assert layer.get_parameter(name).requires_grad, "and it trains on"
+        assert "adapter factor" in str(plan.site(f"0.{name}").reason)
+    x = torch.randn(2, 128)
+    expected = x @ layer.weight.dequantized().T + layer.bias + x @ layer.lora_A.T @ layer.lora_B.T
+    assert_close(layer(x), expected, depth=3)
+
+
+PARAMETRIZED: dict[str, Any] = {
+    "weight_norm": (torch.nn.utils.weight_norm, "weight_v", "remove_weight_norm"),
+    "spectral_norm": (torch.nn.utils.spectral_norm, "weight_orig", "remove_spectral_norm"),
+    "pruned": (
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        "weight_orig",
+        "prune.remove",
+    ),
+    "parametrizations.weight_norm": (
+        torch.nn.utils.parametrizations.weight_norm,
+        "parametrizations.weight.original1",
+        "remove_parametrizations",
+    ),
+    "parametrizations.orthogonal": (
+        torch.nn.utils.parametrizations.orthogonal,
+        "parametrizations.weight.original",
+        "remove_parametrizations",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("way", PARAMETRIZED)
+def test_a_computed_weight_has_a_row_that_says_so(way: str) -> None:
+    parametrize, name, remedy = PARAMETRIZED[way]
+    layer = nn.Linear(128, 256)
+    parametrize(layer)
+    model = frozen(nn.Sequential(layer)).eval()
+    x = torch.randn(2, 128)
+    expected = model(x)
+    plan = fqcompile.quantize_(model)
+    assert not plan.quantized
+    reason = str(plan.site(f"0.{name}").reason)
+    assert "computed from it in each call" in reason and remedy in reason
+    assert torch.equal(model(x), expected)
+
+
+def test_a_convolution_is_never_offered_a_weight_that_can_be_packed() -> None:
+    conv = torch.nn.utils.parametrizations.weight_norm(nn.Conv1d(64, 64, 4), dim=2)
+    for model, name in [(conv, "parametrizations"), (nn.Sequential(conv), "0.parametrizations")]:
+        site = fqcompile.quantize_(frozen(model)).site(f"{name}.weight.original1")
+        assert (site.kind, site.status) == ("other", "kept")
+        assert "this is a convolution's" in str(site.reason)
+        assert "remove_parametrizations" not in str(site.reason)
+
+
+def test_other_large_parameters_have_a_row_and_no_table_is_a_stack_of_experts() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pos_embed = nn.Parameter(torch.randn(1, 256, 128))
+            self.relative = nn.Parameter(torch.randn(8, 64, 64))
+            self.blocks = nn.Parameter(torch.randn(4, 4, 64, 64))
+
+    model = frozen(
+        nn.Sequential(
+            nn.Conv1d(128, 128, 3),
+            nn.Conv2d(128, 128, 1),
+            nn.LSTM(128, 128),
+            nn.GRUCell(128, 128),
+            Positions(),
+            nn.Conv2d(3, 8, 1),
+            nn.Embedding(512, 128),
+            nn.MultiheadAttention(128, 4),
+        )
+    )
+    plan = fqcompile.quantize_(model)
+    rows = {site.name: (site.kind, site.status, str(site.reason)) for site in plan.sites}
+    said = {
+        "0.weight": "a convolution's",
+        "1.weight": "a convolution's",
+        "2.weight_ih_l0": "PyTorch's own LSTM reads it in one call",
+        "2.weight_hh_l0": "PyTorch's own LSTM reads it in one call",
+        "3.weight_ih": "PyTorch's own GRUCell reads it in one call",
+        "3.weight_hh": "PyTorch's own GRUCell reads it in one call",
+        "4.pos_embed": "a parameter of Positions",
+        "4.relative": "a parameter of Positions",
+        "4.blocks": "a parameter of Positions",
+        "7.in_proj_weight": "PyTorch's own attention reads it in one call",
+    }
+    for name, reason in said.items():
+        assert rows[name][:2] == ("other", "kept") and reason in rows[name][2]
+    assert set(rows) == {*said, "7.out_proj.weight"}, "no small one, and no embedding"
+
+
+class _JetExperts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 256, 128))
+
+
+class _Routed(nn.Module):
+    """A block whose router is a module of its own, as in DBRX, JetMoe, Switch and Hunyuan."""
+
+    def __init__(self, router: str, inner: str, experts: tuple[str, nn.Module]) -> None:
+        super().__init__()
+        gate = nn.Module()
+        gate.add_module(inner, nn.Linear(128, 256))
+        self.add_module(router, gate)
+        self.add_module(*experts)
+
+
+@pytest.mark.parametrize(
+    ("router", "inner", "experts"),
+    [
+        ("router", "layer", ("experts", nn.Module())),
+        ("router", "classifier", ("experts", nn.Module())),
+        ("gate", "wg", ("experts", nn.Module())),
+        ("router", "layer", ("input_linear", _JetExperts())),
+    ],
+)
+def test_a_router_inside_of_a_module_is_kept(
+    router: str, inner: str, experts: tuple[str, nn.Module]
+) -> None:
+    """4 bits would move its top-k, as for a router that lies beside the experts itself."""
+    model, alone = _Routed(router, inner, experts), _Routed(router, inner, ("mlp", nn.Module()))
+    name = f"{router}.{inner}.weight"
+    assert "router" in str(fqcompile.quantize_(frozen(model)).site(name).reason)
+    assert fqcompile.quantize_(frozen(alone)).site(name).status == "quantized"
+    overridden = fqcompile.quantize_(model, overrides={name: {"bits": 8}})
+    assert overridden.site(name).bits == 8
