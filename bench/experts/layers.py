@@ -18,7 +18,7 @@ from bench.core.shapes import GROUPED_MM, MATRICES, ExpertShape, Matrix, Routing
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.registry import select_kernel
 from fqcompile.kernels.spec import DENSE, Config, GemmSpec, Gpu
-from fqcompile.kernels.template import PackedLinear, Routing
+from fqcompile.kernels.template import Routing
 from fqcompile.kernels.tuning.launches import Mode, tuned_launches
 from fqcompile.kernels.tuning.measure import allowed_error, random_problem, rotation
 from fqcompile.kernels.tuning.routed_rows import experts_of, packed_stack
@@ -107,16 +107,10 @@ class ExpertLayer:
         return next(c for c in self._candidates(matrix, tokens) if c is not DENSE)
 
     @cached_property
-    def _packed(self) -> list[dict[Matrix, PackedLinear]]:
+    def _packed(self) -> list[dict[Matrix, QuantizedTensor]]:
         layout = select_kernel(self.spec("down", "grouped", 1)).template.layout
         first = {m: packed_stack(self._quantized[m], layout) for m in MATRICES}
-        clones = [
-            {
-                m: w._replace(qweight=w.qweight.clone(), scale=w.scale.clone())
-                for m, w in first.items()
-            }
-            for _ in range(self.copies - 1)
-        ]
+        clones = [{m: w.clone() for m, w in first.items()} for _ in range(self.copies - 1)]
         return [first, *clones]
 
     @cached_property

@@ -14,7 +14,7 @@ from torch import Tensor
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.registry import select_kernel
 from fqcompile.kernels.spec import DENSE, Config, GemmSpec
-from fqcompile.kernels.template import PackedLinear, Template
+from fqcompile.kernels.template import Template
 from fqcompile.kernels.tuning.launches import CLOSED_FORM, Mode, tuned_launches
 from fqcompile.kernels.tuning.measure import (
     difference,
@@ -23,6 +23,7 @@ from fqcompile.kernels.tuning.measure import (
     reference,
     rotation,
 )
+from fqcompile.tensor.quantized import QuantizedTensor
 
 Run = Callable[[Tensor, Any], Tensor]
 
@@ -110,7 +111,7 @@ class Ours:
     def _contender(self, name: str, config: Config | None) -> Contender:
         epilogue = Epilogue(activation=self.spec.activation, gated=self.spec.gated)
 
-        def run(x: Tensor, weight: PackedLinear) -> Tensor:
+        def run(x: Tensor, weight: QuantizedTensor) -> Tensor:
             return self.template.run(x, weight, None, epilogue, config)
 
         kernel = self.template.name if config is None else f"{self.template.name}:{config}"

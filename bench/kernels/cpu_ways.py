@@ -26,7 +26,7 @@ from fqcompile.kernels.cpu.aten_packed import INT4PACK, INT8PACK
 from fqcompile.kernels.cpu.stream import X86_STREAM
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.template import PackedLinear, Template
+from fqcompile.kernels.template import Template
 from fqcompile.tensor.codes import unpack
 from fqcompile.tensor.format import QTYPES, Format
 from fqcompile.tensor.quantized import QuantizedTensor
@@ -93,12 +93,10 @@ def _template(
     own = QuantizedTensor(
         weight.qweight, scale, Format(weight.bits, weight.group_size, *weight.shape)
     )
-    first = template.layout.pack(own).tensors
-    form = (weight.bits, weight.group_size, *weight.shape)
-    count = copies_of(sum(t.nbytes for t in first))
-    packed = [PackedLinear(first[0].clone(), first[1].clone(), *form) for _ in range(count)]
+    first = template.layout.pack(own)
+    packed = [first.clone() for _ in range(copies_of(first.nbytes))]
 
-    def run(x: Tensor, one: PackedLinear) -> Tensor:
+    def run(x: Tensor, one: QuantizedTensor) -> Tensor:
         return template.run(x, one, None, Epilogue(), None)
 
     return Way(name, detail, dtype, run, packed)

@@ -30,7 +30,6 @@ from fqcompile.kernels import op as operator
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.registry import KernelChoice
 from fqcompile.kernels.spec import H200, GemmSpec, LaunchTable, TileConfig, gpu_of
-from fqcompile.kernels.template import PackedLinear
 from fqcompile.kernels.triton import target
 from fqcompile.kernels.triton.gemm import gemm_kernel
 from fqcompile.kernels.triton.launch import dequant_gemm, forms_of
@@ -51,8 +50,8 @@ def ways(device: torch.device) -> dict[str, Callable[[], object]]:
     gpu = gpu_of(device) if device.type == "cuda" else H200
     spec = GemmSpec(M, N, K, 4, GROUP, torch.bfloat16, torch.bfloat16, "cuda", gpu=gpu)
     plain, x = random_problem(spec, M, device)
-    tensors = TRITON_GEMM.layout.pack(plain).tensors
-    weight = PackedLinear(*tensors, spec.bits, GROUP, N, K)
+    weight = TRITON_GEMM.layout.pack(plain)
+    tensors = weight.tensors
     y = x.new_empty((M, N))
     grid = (triton.cdiv(M, CONFIG.BLOCK_M) * triton.cdiv(N, CONFIG.BLOCK_N), CONFIG.SPLIT_K)
     arguments = (

@@ -17,49 +17,99 @@ from torch import Tensor
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.epilogue import activation as activation_entry
 from fqcompile.kernels.registry import parse_kernel
-from fqcompile.kernels.template import PackedLinear, Routing, Shape
+from fqcompile.kernels.template import Routing, Shape
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
 
 Holds = Callable[[Any], bool]
 Run = TypeVar("Run", bound=Callable[..., Any])
 _MOST_FORMS = 4096  # forms of layers whose shapes are remembered
 
 
+def checked_weight(
+    kernel: str,
+    activation: str,
+    experts: int | None,
+    qweight: Tensor,
+    scale: Tensor,
+    bits: int,
+    group_size: int,
+    rows: int,
+    k: int,
+) -> QuantizedTensor:
+    """Codes and scales in the layout of the kernel; with `experts`, those of a stack [E, ...].
+
+    Every eager call of a layer comes this way, so what is known of its form is looked up once.
+
+    Raises:
+        RuntimeError: they are of another layer, or of another layout.
+        OptionError: there is no such activation.
+        NoKernelError: the kernel is not installed here.
+    """
+    # Symbolic numbers of experts, which fakes may have, cannot be looked up.
+    find = _expected if experts is None or type(experts) is int else _expected.__wrapped__
+    form, codes, scales = find(kernel, activation, bits, group_size, rows, k, experts)
+    if qweight.shape != codes or scale.shape != scales:
+        raise _other_form(qweight, scale, form, kernel)
+    return QuantizedTensor(qweight, scale, form)
+
+
+@lru_cache(_MOST_FORMS)
+def _expected(
+    kernel: str, activation: str, bits: int, group_size: int, rows: int, k: int, experts: int | None
+) -> tuple[Format, Shape, Shape]:
+    """The format, and the shapes of qweight and scale."""
+    activation_entry(activation)
+    layout = parse_kernel(kernel).template.layout
+    form = Format(bits, group_size, rows, k, experts or 0, layout=layout.name)
+    stack = () if experts is None else (experts,)
+    codes, scales = layout.shapes(bits, group_size, rows, k)
+    return form, (*stack, *codes), (*stack, *scales)
+
+
+def experts_in(qweight: Tensor) -> int:
+    """How many a stack has, whatever its shape is."""
+    return qweight.shape[0] if qweight.dim() else 0
+
+
+def _other_form(qweight: Tensor, scale: Tensor, form: Format, kernel: str) -> RuntimeError:
+    layout = parse_kernel(kernel).template.layout
+    codes, scales = layout.shapes(form.bits, form.group_size, form.rows, form.k)
+    return RuntimeError(
+        f"qweight and scale have the shapes {tuple(qweight.shape)} and {tuple(scale.shape)}; "
+        f"{kernel} reads {codes} and {scales} for {form.bits} bits, groups of {form.group_size}, "
+        f"{form.rows} rows and K={form.k}{', of each expert' if form.experts else ''}"
+    )
+
+
 def check_matmul(
     x: Tensor,
-    weight: PackedLinear,
+    weight: QuantizedTensor,
     routing: Routing | None,
     epilogue: Epilogue,
-    kernel: str,
     zero_rest: bool = False,
     *,
     holds: Holds = bool,
 ) -> None:
-    """x [..., K], bias [rows of the weight] and residual [..., N] of one type, and the weight.
+    """x [..., K], bias [rows of the weight] and residual [..., N] of one type.
 
     With a routing x [M, K], one offset for each expert or one id for each row, and bias [E, rows].
 
     Raises:
         RuntimeError: one of them has another shape or type, or does not go with the routing.
-        OptionError: there is no such activation.
-        NoKernelError: the kernel is not installed here.
     """
-    qweight, scale, bits, group_size, rows, k = weight
-    bias, residual, activation, _ = epilogue
+    rows, k = weight.format.rows, weight.format.k
+    bias, residual, _, _ = epilogue
     if routing is None:
-        # As `check_weight`: every eager call of a layer comes this way.
-        codes, scales = _shapes(kernel, activation, bits, group_size, rows, k)
-        if qweight.shape != codes or scale.shape != scales:
-            raise _other_form(weight, kernel, "")
         shape = x.shape
         if not shape or not holds(shape[-1] == k):
             raise _other_columns(x, k, epilogue.columns(rows))
     else:
-        _check_routed(x, "x", k, qweight, routing, holds)
-        check_weight(weight, kernel, activation, stacked=True)
+        _check_routed(x, "x", k, weight.qweight, routing, holds)
     if zero_rest and (routing is None or routing.offsets is None):
         raise RuntimeError("zero_rest=True is about rows past the last offset; it needs offsets")
     if bias is not None:
-        biases = (rows,) if routing is None else (qweight.shape[0], rows)
+        biases = (rows,) if routing is None else (weight.qweight.shape[0], rows)
         if bias.shape != biases or bias.dtype != x.dtype:
             raise _other_values(bias, biases, x, "bias")
     if residual is not None:
@@ -74,54 +124,14 @@ def check_matmul(
 
 
 def check_backward(
-    dz: Tensor, weight: PackedLinear, routing: Routing, kernel: str, *, holds: Holds = bool
+    dz: Tensor, weight: QuantizedTensor, routing: Routing, *, holds: Holds = bool
 ) -> None:
     """dz [M, rows of one expert], routed as x was.
 
     Raises:
         RuntimeError: one of them has another shape or type.
-        NoKernelError: the kernel is not installed here.
     """
-    _check_routed(dz, "dz", weight.rows, weight.qweight, routing, holds)
-    check_weight(weight, kernel, stacked=True)
-
-
-def check_weight(
-    weight: PackedLinear, kernel: str, activation: str = "none", *, stacked: bool = False
-) -> None:
-    """qweight and scale as the kernel's layout has them, of a stack with [E, ...] in front.
-
-    Raises:
-        RuntimeError: they are of another layer, or of another layout.
-        OptionError: there is no such activation.
-        NoKernelError: the kernel is not installed here.
-    """
-    qweight, scale, bits, group_size, rows, k = weight
-    codes, scales = _shapes(kernel, activation, bits, group_size, rows, k)
-    if stacked:
-        experts = qweight.shape[:1]
-        codes, scales = (*experts, *codes), (*experts, *scales)
-    if qweight.shape != codes or scale.shape != scales:
-        raise _other_form(weight, kernel, ", of each expert" if stacked else "")
-
-
-@lru_cache(_MOST_FORMS)
-def _shapes(
-    kernel: str, activation: str, bits: int, group_size: int, rows: int, k: int
-) -> tuple[Shape, Shape]:
-    """Of qweight and scale, of one matrix."""
-    activation_entry(activation)
-    return parse_kernel(kernel).template.layout.shapes(bits, group_size, rows, k)
-
-
-def _other_form(weight: PackedLinear, kernel: str, each: str) -> RuntimeError:
-    qweight, scale, bits, group_size, rows, k = weight
-    codes, scales = _shapes(kernel, "none", bits, group_size, rows, k)
-    return RuntimeError(
-        f"qweight and scale have the shapes {tuple(qweight.shape)} and {tuple(scale.shape)}; "
-        f"{kernel} reads {codes} and {scales} for {bits} bits, groups of {group_size}, {rows} rows "
-        f"and K={k}{each}"
-    )
+    _check_routed(dz, "dz", weight.format.rows, weight.qweight, routing, holds)
 
 
 def _check_routed(

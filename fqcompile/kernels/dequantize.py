@@ -5,31 +5,27 @@ import torch.nn.functional as F
 
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.template import PLAIN, PackedLinear, Template, dequantize_plain, one_by_one
+from fqcompile.kernels.template import PLAIN, Template, dequantize_plain, one_by_one
+from fqcompile.tensor.quantized import QuantizedTensor
 
 # Weights dequantised at a time: they are multiplied while in the cache, and no large buffer is
 # mapped anew on every call. Measured, 4096 x 4096, int4, M = 1, fp32: 9 ms against 35.
 _CPU_CHUNK = 1 << 21
 
 
-def multiply(x: torch.Tensor, weight: PackedLinear, epilogue: Epilogue) -> torch.Tensor:
+def multiply(x: torch.Tensor, weight: QuantizedTensor, epilogue: Epilogue) -> torch.Tensor:
     """`act(x @ ŵᵀ + bias) + residual` [M, N] for one matrix in the plain layout."""
-    bias = epilogue.bias
-    step = max(1, _CPU_CHUNK // max(1, weight.k))
-    if x.device.type != "cpu" or weight.rows <= step:
+    bias, n = epilogue.bias, weight.format.rows
+    step = max(1, _CPU_CHUNK // max(1, weight.format.k))
+    if x.device.type != "cpu" or n <= step:
         z = F.linear(x, dequantize_plain(weight, x.dtype), bias)
     else:
-        z = x.new_empty(x.shape[0], weight.rows)
-        for start in range(0, weight.rows, step):
-            rows = slice(start, min(start + step, weight.rows))
-            w_hat = dequantize_plain(_rows_of(weight, rows), x.dtype)
+        z = x.new_empty(x.shape[0], n)
+        for start in range(0, n, step):
+            rows = slice(start, min(start + step, n))
+            w_hat = dequantize_plain(weight.narrow(start, rows.stop - start), x.dtype)
             z[:, rows] = F.linear(x, w_hat, None if bias is None else bias[rows])
     return epilogue.apply_to_biased(z)
-
-
-def _rows_of(weight: PackedLinear, rows: slice) -> PackedLinear:
-    qweight, scale = weight.qweight[rows], weight.scale[rows]
-    return weight._replace(qweight=qweight, scale=scale, rows=qweight.shape[0])
 
 
 def _refuse(spec: GemmSpec) -> str | None:

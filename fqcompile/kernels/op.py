@@ -30,10 +30,17 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import expect_true
 
-from fqcompile.kernels.arguments import check_backward, check_matmul, check_weight, on_one_device
+from fqcompile.kernels.arguments import (
+    check_backward,
+    check_matmul,
+    checked_weight,
+    experts_in,
+    on_one_device,
+)
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.run import dequantize_weight, run_backward, run_matmul
-from fqcompile.kernels.template import PackedLinear, Routing
+from fqcompile.kernels.template import Routing
+from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import key_set, without_keys
 
 MATMUL_SCHEMA = (
@@ -72,22 +79,23 @@ def _matmul_impl(
     ids: Tensor | None = None,
     zero_rest: bool = False,
 ) -> Tensor:
-    weight = PackedLinear(qweight, scale, bits, group_size, 2 * n if gated else n, k)
-    epilogue = Epilogue(bias, residual, activation, gated)
     routing = None if offsets is None and ids is None else Routing(offsets, ids)
-    check_matmul(x, weight, routing, epilogue, kernel, zero_rest)
+    experts, rows = None if routing is None else experts_in(qweight), 2 * n if gated else n
+    weight = checked_weight(kernel, activation, experts, qweight, scale, bits, group_size, rows, k)
+    epilogue = Epilogue(bias, residual, activation, gated)
+    check_matmul(x, weight, routing, epilogue, zero_rest)
     if x.dim() == 2 and x.numel() and n:
         y = run_matmul(x, weight, routing, epilogue, kernel)
         if zero_rest:
             _zero_rest(y, offsets)
         return y
     leading = x.shape[:-1]
-    rows = math.prod(leading)
-    if rows * n == 0:
+    m = math.prod(leading)
+    if m * n == 0:
         return x.new_empty((*leading, n))
     if residual is not None:
-        epilogue = epilogue._replace(residual=residual.reshape(rows, n))
-    return run_matmul(x.reshape(rows, k), weight, None, epilogue, kernel).view(*leading, n)
+        epilogue = epilogue._replace(residual=residual.reshape(m, n))
+    return run_matmul(x.reshape(m, k), weight, None, epilogue, kernel).view(*leading, n)
 
 
 def _zero_rest(y: Tensor, offsets: Tensor | None) -> None:
@@ -117,39 +125,41 @@ def _matmul_fake(
     ids: Tensor | None = None,
     zero_rest: bool = False,
 ) -> Tensor:
-    weight = PackedLinear(qweight, scale, bits, group_size, 2 * n if gated else n, k)
-    epilogue = Epilogue(bias, residual, activation, gated)
     routing = None if offsets is None and ids is None else Routing(offsets, ids)
-    check_matmul(x, weight, routing, epilogue, kernel, zero_rest, holds=expect_true)
+    experts, rows = None if routing is None else experts_in(qweight), 2 * n if gated else n
+    weight = checked_weight(kernel, activation, experts, qweight, scale, bits, group_size, rows, k)
+    epilogue = Epilogue(bias, residual, activation, gated)
+    check_matmul(x, weight, routing, epilogue, zero_rest, holds=expect_true)
     return x.new_empty((*x.shape[:-1], n))
+
+
+def _stack(kernel: str, qweight: Tensor, *form: Any) -> QuantizedTensor:
+    return checked_weight(kernel, "none", experts_in(qweight), qweight, *form)
 
 
 def _backward_impl(dz: Tensor, *arguments: Any) -> Tensor:
     *form, kernel, offsets, ids = arguments
-    weight, routing = PackedLinear(*form), Routing(offsets, ids)
-    check_backward(dz, weight, routing, kernel)
+    weight, routing = _stack(kernel, *form), Routing(offsets, ids)
+    check_backward(dz, weight, routing)
     return run_backward(dz, weight, routing, kernel)
 
 
 def _backward_fake(dz: Tensor, *arguments: Any) -> Tensor:
     *form, kernel, offsets, ids = arguments
-    weight = PackedLinear(*form)
-    check_backward(dz, weight, Routing(offsets, ids), kernel, holds=expect_true)
+    weight = _stack(kernel, *form)
+    check_backward(dz, weight, Routing(offsets, ids), holds=expect_true)
     return dz.new_empty((dz.shape[0], weight.k))
 
 
 def _dequantize_impl(*arguments: Any) -> Tensor:
     *form, dtype, kernel = arguments
-    weight = PackedLinear(*form)
-    check_weight(weight, kernel)
-    return dequantize_weight(weight, dtype, kernel)
+    return dequantize_weight(checked_weight(kernel, "none", None, *form), dtype, kernel)
 
 
 def _dequantize_fake(*arguments: Any) -> Tensor:
     *form, dtype, kernel = arguments
-    weight = PackedLinear(*form)
-    check_weight(weight, kernel)
-    return weight.qweight.new_empty((weight.rows, weight.k), dtype=dtype)
+    weight = checked_weight(kernel, "none", None, *form)
+    return weight.qweight.new_empty(weight.shape, dtype=dtype)
 
 
 _library = torch.library.Library("fqcompile", "DEF")

@@ -11,7 +11,8 @@ from fqcompile.errors import KernelBuildError
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.registry import KernelChoice, parse_kernel
 from fqcompile.kernels.spec import Config
-from fqcompile.kernels.template import Layout, PackedLinear, Routing, Run, expert_of, one_by_one
+from fqcompile.kernels.template import Layout, Routing, Run, one_by_one
+from fqcompile.tensor.quantized import QuantizedTensor
 
 log = logging.getLogger("fqcompile")
 # Kernels that did not build, with the reason: they are not tried, and not complained of, again. The
@@ -21,7 +22,7 @@ _MOST_BROKEN = 1024
 
 
 def run_matmul(
-    x: Tensor, weight: PackedLinear, routing: Routing | None, epilogue: Epilogue, kernel: str
+    x: Tensor, weight: QuantizedTensor, routing: Routing | None, epilogue: Epilogue, kernel: str
 ) -> Tensor:
     """The matmul [M, N] for x [M, K], M >= 1, by the kernel named; see `template.Run`.
 
@@ -45,7 +46,7 @@ def _note_broken(
     choice: KernelChoice,
     config: Config | None,
     x: Tensor,
-    weight: PackedLinear,
+    weight: QuantizedTensor,
     epilogue: Epilogue,
     error: KernelBuildError,
 ) -> None:
@@ -64,11 +65,11 @@ def _build(
     choice: KernelChoice,
     config: Config | None,
     x: Tensor,
-    weight: PackedLinear,
+    weight: QuantizedTensor,
     epilogue: Epilogue,
 ) -> tuple[Any, ...]:
     """What a kernel is compiled for."""
-    formats = (x.dtype, weight.scale.dtype, *weight[2:], epilogue.activation, epilogue.gated)
+    formats = (x.dtype, weight.scale.dtype, weight.format, epilogue.activation, epilogue.gated)
     return (choice.template.name, config, x.device, *formats)
 
 
@@ -76,23 +77,23 @@ def _plainly(layout: Layout) -> Run:
     dequantize = layout.dequantize
     assert dequantize is not None, "checked before"
 
-    def multiply(x: Tensor, weight: PackedLinear, epilogue: Epilogue) -> Tensor:
+    def multiply(x: Tensor, weight: QuantizedTensor, epilogue: Epilogue) -> Tensor:
         z = F.linear(x, dequantize(weight, x.dtype), epilogue.bias)
         return epilogue.apply_to_biased(z)
 
     return one_by_one(multiply)
 
 
-def run_backward(dz: Tensor, weight: PackedLinear, routing: Routing, kernel: str) -> Tensor:
+def run_backward(dz: Tensor, weight: QuantizedTensor, routing: Routing, kernel: str) -> Tensor:
     """dz[m] @ ŵ[e(m)] [M, K], one expert's ŵ at a time; zero for rows without an expert."""
-    dx = dz.new_zeros(dz.shape[0], weight.k)
+    dx = dz.new_zeros(dz.shape[0], weight.format.k)
     for expert, rows in routing.rows_of_experts(weight.qweight.shape[0], dz.shape[0]):
-        w_hat = dequantize_weight(expert_of(weight, expert), dz.dtype, kernel)
+        w_hat = dequantize_weight(weight.expert(expert), dz.dtype, kernel)
         dx[rows] = dz[rows] @ w_hat
     return dx
 
 
-def dequantize_weight(weight: PackedLinear, dtype: torch.dtype, kernel: str) -> Tensor:
+def dequantize_weight(weight: QuantizedTensor, dtype: torch.dtype, kernel: str) -> Tensor:
     """ŵ [rows, K] in `dtype`, from the layout of the kernel named.
 
     Raises:

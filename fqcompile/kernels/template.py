@@ -20,20 +20,6 @@ Shape = tuple[int, ...]
 SearchMode = Literal["fast", "max"]
 
 
-class PackedLinear(NamedTuple):
-    """A packed weight with its format, as the op received it. qweight and scale follow `layout`.
-
-    Of a stack of experts, both have one more dimension in front, and `rows` are those of one.
-    """
-
-    qweight: torch.Tensor
-    scale: torch.Tensor
-    bits: int
-    group_size: int
-    rows: int
-    k: int
-
-
 class Routing(NamedTuple):
     """Which rows of x go to which expert: exactly one of the two is given, of int32 or int64.
 
@@ -97,19 +83,14 @@ class Run(Protocol):
     def __call__(
         self,
         x: torch.Tensor,
-        weight: PackedLinear,
+        weight: QuantizedTensor,
         routing: Routing | None,
         epilogue: Epilogue,
         config: Config | None,
     ) -> torch.Tensor: ...
 
 
-def expert_of(weight: PackedLinear, expert: int) -> PackedLinear:
-    """One expert of packed stacks qweight [E, ...] and scale [E, ...]; a view."""
-    return weight._replace(qweight=weight.qweight[expert], scale=weight.scale[expert])
-
-
-Multiply = Callable[[torch.Tensor, PackedLinear, Epilogue], torch.Tensor]
+Multiply = Callable[[torch.Tensor, QuantizedTensor, Epilogue], torch.Tensor]
 
 
 def one_by_one(multiply: Multiply) -> Run:
@@ -117,7 +98,7 @@ def one_by_one(multiply: Multiply) -> Run:
 
     def run(
         x: torch.Tensor,
-        weight: PackedLinear,
+        weight: QuantizedTensor,
         routing: Routing | None,
         epilogue: Epilogue,
         config: Config | None,
@@ -125,10 +106,10 @@ def one_by_one(multiply: Multiply) -> Run:
         if routing is None:
             return multiply(x, weight, epilogue)
         bias = epilogue.bias
-        y = x.new_empty(x.shape[0], epilogue.columns(weight.rows))
+        y = x.new_empty(x.shape[0], epilogue.columns(weight.format.rows))
         for expert, rows in routing.rows_of_experts(weight.qweight.shape[0], x.shape[0]):
             own = epilogue._replace(bias=None if bias is None else bias[expert])
-            y[rows] = multiply(x[rows], expert_of(weight, expert), own)
+            y[rows] = multiply(x[rows], weight.expert(expert), own)
         return y
 
     return run
@@ -148,7 +129,7 @@ class Layout:
     name: str
     pack_matrix: Callable[[QuantizedTensor], PackedTensors]
     shapes: Callable[[int, int, int, int], tuple[Shape, Shape]]
-    dequantize: Callable[[PackedLinear, torch.dtype], torch.Tensor] | None = None
+    dequantize: Callable[[QuantizedTensor, torch.dtype], torch.Tensor] | None = None
     unpack_matrix: Callable[[QuantizedTensor], PackedTensors] | None = None
     rows: Callable[[QuantizedTensor, int, int], PackedTensors | None] | None = None
 
@@ -187,11 +168,10 @@ def plain_shapes(bits: int, group_size: int, rows: int, k: int) -> tuple[Shape, 
     return (rows, packed_columns(QTYPES[bits], k)), (rows, num_groups(k, group_size))
 
 
-def dequantize_plain(weight: PackedLinear, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_plain(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
     """ŵ [rows, K] in `dtype`, from the plain layout."""
-    return dequantize_rows(
-        weight.qweight, weight.scale, weight.bits, weight.group_size, weight.k, dtype
-    )
+    f = weight.format
+    return dequantize_rows(weight.qweight, weight.scale, f.bits, f.group_size, f.k, dtype)
 
 
 def _same(weight: QuantizedTensor) -> PackedTensors:

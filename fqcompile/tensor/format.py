@@ -81,6 +81,14 @@ class Format:
     scale_method: str = "mse"
     layout: str = PLAIN
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Looked up in every call, and pickled: the hash of a name is another in each process."""
+        return hash((self.bits, self.group_size, *self.shape))
+
     @property
     def qtype(self) -> QType:
         return QTYPES[self.bits]

@@ -73,6 +73,10 @@ class QuantizedTensor:
         """On another device."""
         return type(self)(self.qweight.to(device), self.scale.to(device), self.format)
 
+    def clone(self) -> Self:
+        """In memory of its own."""
+        return type(self)(self.qweight.clone(), self.scale.clone(), self.format)
+
     def expert(self, index: int) -> Self:
         """One matrix of a stack; a view."""
         return type(self)(self.qweight[index], self.scale[index], self.format.one)

@@ -15,18 +15,19 @@ import torch
 from torch import Tensor
 
 from fqcompile.kernels.op import matmul_inference
+from fqcompile.tensor.format import Format
 from fqcompile.weights.kernel_layouts import Routed, kernel_for
 from fqcompile.weights.parameter import PackedWeight
 from fqcompile.weights.parameter_ops import implements
 
 
-def _kernel(w: PackedWeight, x: Tensor, routing: Routed | None = None) -> str | None:
+def _kernel(w: PackedWeight, form: Format, x: Tensor, routing: Routed | None = None) -> str | None:
     if x.dtype != w.dtype:
         raise RuntimeError(
             f"expected x and the packed weight to have the same dtype, but got {x.dtype} and "
             f"{w.dtype}"
         )
-    return kernel_for(w.format, x.dtype, w.scale.dtype, x.device, routing)
+    return kernel_for(form, x.dtype, w.scale.dtype, x.device, routing)
 
 
 def _linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Any:
@@ -35,11 +36,13 @@ def _linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Any:
         return torch.nn.functional.linear(
             x, w.dequantized() if not w.format.transposed else w.dequantized().t(), bias
         )
-    form, kernel = w.format, _kernel(w, x)
+    weight = w.memory.weight
+    form = weight.format
+    kernel = _kernel(w, form, x)
     if kernel is None:
         return NotImplemented
     formats = (form.bits, form.group_size, form.rows, form.k, "none", False, kernel)
-    return matmul_inference(x, w.qweight, w.scale, bias, None, *formats)
+    return matmul_inference(x, weight.qweight, weight.scale, bias, None, *formats)
 
 
 def _experts(
@@ -51,13 +54,14 @@ def _experts(
     zero_rest: bool = False,
 ) -> Any:
     """x [rows, K] times each row's ŵᵀ, told by offsets or by ids."""
-    form = w.format
-    kernel = _kernel(w, x, "gathered" if offsets is None else "grouped")
+    weight = w.memory.weight
+    form = weight.format
+    kernel = _kernel(w, form, x, "gathered" if offsets is None else "grouped")
     if kernel is None:
         return NotImplemented
     formats = (form.bits, form.group_size, form.rows, form.k, "none", False, kernel)
     routing = (offsets, ids, zero_rest)
-    return matmul_inference(x, w.qweight, w.scale, None, None, *formats, *routing)
+    return matmul_inference(x, weight.qweight, weight.scale, None, None, *formats, *routing)
 
 
 def _is_matrix(w: object, *, transposed: bool) -> bool:

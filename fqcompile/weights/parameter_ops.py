@@ -247,7 +247,7 @@ def _rows_at(w: PackedWeight, ids: Tensor) -> Any:
 
 @implements("aten.clone.default")
 def _clone(w: PackedWeight, **_: Any) -> PackedWeight:
-    packed = QuantizedTensor(w.qweight.clone(), w.scale.clone(), w.format)
+    packed = w.packed.clone()
     if w.ids is None:
         return PackedWeight.whole(packed, w.dtype, w.memory.name)
     memory, place = Memory(packed, w.memory.name), whole_place(w.shape)

@@ -144,6 +144,7 @@ def test_host_time_is_of_one_call_and_taken_in_turn() -> None:
     assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2}
 
 
+@pytest.mark.slow
 def test_the_overhead_is_measured_with_a_stub_in_place_of_the_launch() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     command = ["launch_overhead", "--device", "cpu", "--calls", "5", "--repeat", "2"]

@@ -14,7 +14,6 @@ from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import (
     PLAIN,
     Layout,
-    PackedLinear,
     PackedTensors,
     Shape,
     Template,
@@ -51,7 +50,7 @@ def _refuse_int8(spec: GemmSpec) -> str | None:
     return _refuse_common(spec, 8)
 
 
-def _multiply_int8(x: torch.Tensor, weight: PackedLinear, epilogue: Epilogue) -> torch.Tensor:
+def _multiply_int8(x: torch.Tensor, weight: QuantizedTensor, epilogue: Epilogue) -> torch.Tensor:
     if x.shape[0] > INT8_MAX_ROWS:
         return dequantize.multiply(x, weight, epilogue)
     z = int8pack_mm(x.contiguous(), weight.qweight, weight.scale.view(-1))
@@ -77,14 +76,14 @@ def _int4_shapes(bits: int, group_size: int, rows: int, k: int) -> tuple[Shape, 
 
 def _pack_int4(weight: QuantizedTensor) -> PackedTensors:
     """Codes offset to 0..15 in aten's order; scales [K/G, N, 2], each with aten's zero point."""
-    codes = unpack(weight.qweight, QTYPES[4], weight.k).to(torch.int32) + 8
+    codes = unpack(weight.qweight, QTYPES[4], weight.format.k).to(torch.int32) + 8
     qweight = pack_int4(codes, 1)
     scale = weight.scale.t().contiguous()
     return qweight, torch.stack((scale, torch.zeros_like(scale)), dim=-1)
 
 
-def _multiply_int4(x: torch.Tensor, weight: PackedLinear, epilogue: Epilogue) -> torch.Tensor:
-    z = int4pack_mm(x.contiguous(), weight.qweight, weight.group_size, weight.scale)
+def _multiply_int4(x: torch.Tensor, weight: QuantizedTensor, epilogue: Epilogue) -> torch.Tensor:
+    z = int4pack_mm(x.contiguous(), weight.qweight, weight.format.group_size, weight.scale)
     return epilogue.apply(z)
 
 

@@ -26,9 +26,10 @@ from fqcompile.kernels.cpu.stream_layout import (
 )
 from fqcompile.kernels.epilogue import ACTIVATIONS, Epilogue
 from fqcompile.kernels.spec import Config, GemmSpec
-from fqcompile.kernels.template import Layout, PackedLinear, Routing, Template
+from fqcompile.kernels.template import Layout, Routing, Template
 from fqcompile.locks import in_forked_child
 from fqcompile.tensor.format import QTYPES
+from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import has_amx
 
 
@@ -62,7 +63,7 @@ def _refuse(spec: GemmSpec) -> str | None:
 
 def _run(
     x: Tensor,
-    weight: PackedLinear,
+    weight: QuantizedTensor,
     routing: Routing | None,
     epilogue: Epilogue,
     config: Config | None,
@@ -84,10 +85,11 @@ def _has_amx() -> bool:
 
 
 def _multiply(
-    x: Tensor, weight: PackedLinear, routing: Routing | None, epilogue: Epilogue
+    x: Tensor, weight: QuantizedTensor, routing: Routing | None, epilogue: Epilogue
 ) -> tuple[Tensor, bool]:
     """One C++ call, of little Python; False where the routing names what is not there."""
-    qweight, scale, bits, group_size, rows, k = weight
+    qweight, scale, f = weight.qweight, weight.scale, weight.format
+    rows, k = f.rows, f.k
     bias, residual, activation, gated = epilogue
     if not (qweight.is_contiguous() and scale.is_contiguous()):
         qweight, scale = qweight.contiguous(), scale.contiguous()
@@ -114,7 +116,7 @@ def _multiply(
         experts, told_at, told_bytes = qweight.shape[0], told.data_ptr(), told.element_size()
     fields = _MATMUL.pack(
         qweight.data_ptr(), scale.data_ptr(), DTYPES[scale.dtype],
-        bits, group_size if group_size < k else k, rows, k,
+        f.bits, f.group_size if f.group_size < k else k, rows, k,
         x.data_ptr(), x_rows, DTYPES[x.dtype], m,
         bias_at, bias_type, residual_at, residual_rows,
         y.data_ptr(), _ACTIVATIONS[activation], gated,
@@ -124,31 +126,30 @@ def _multiply(
     return y, status == 0
 
 
-def _multiply_many(x: Tensor, weight: PackedLinear, epilogue: Epilogue) -> Tensor:
+def _multiply_many(x: Tensor, weight: QuantizedTensor, epilogue: Epilogue) -> Tensor:
     """A panel of the weight at a time is dequantised, and multiplied by PyTorch's GEMM."""
-    z = x.new_empty(x.shape[0], weight.rows)
-    blocks = max(1, _PANEL // (weight.k * OUTPUTS))
-    for first in range(0, weight.rows, blocks * OUTPUTS):
-        last = min(first + blocks * OUTPUTS, weight.rows)
+    z = x.new_empty(x.shape[0], weight.format.rows)
+    blocks = max(1, _PANEL // (weight.format.k * OUTPUTS))
+    for first in range(0, weight.format.rows, blocks * OUTPUTS):
+        last = min(first + blocks * OUTPUTS, weight.format.rows)
         torch.mm(x, _transposed(weight, first, last, x.dtype), out=z[:, first:last])
     return epilogue.apply(z)
 
 
-def _transposed(weight: PackedLinear, first: int, last: int, dtype: torch.dtype) -> Tensor:
+def _transposed(weight: QuantizedTensor, first: int, last: int, dtype: torch.dtype) -> Tensor:
     """ŵᵀ [K, last - first] of those rows; `first` is a multiple of 64."""
     library = native.native_library()
-    qweight, scale, bits, group_size, rows, k = weight
-    qweight, scale = qweight.contiguous(), scale.contiguous()
-    panel = torch.empty(k, last - first, dtype=dtype)
+    qweight, scale, f = weight.qweight.contiguous(), weight.scale.contiguous(), weight.format
+    panel = torch.empty(f.k, last - first, dtype=dtype)
     library.dequantize(
         _DEQUANTIZE.pack(
             qweight.data_ptr(),
             scale.data_ptr(),
             DTYPES[scale.dtype],
-            bits,
-            min(group_size, k),
-            rows,
-            k,
+            f.bits,
+            min(f.group_size, f.k),
+            f.rows,
+            f.k,
             first // OUTPUTS,
             -(-(last - first) // OUTPUTS),
             DTYPES[dtype],
@@ -160,11 +161,11 @@ def _transposed(weight: PackedLinear, first: int, last: int, dtype: torch.dtype)
     return panel
 
 
-def _dequantize(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
+def _dequantize(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """ŵ [rows, K]: by the kernel where there is one, which another machine's file may lack."""
     if weight.qweight.device.type != "cpu" or dtype not in DTYPES or native.refusal() is not None:
         return dequantize(weight, dtype)
-    return _transposed(weight, 0, weight.rows, dtype).t().contiguous()
+    return _transposed(weight, 0, weight.format.rows, dtype).t().contiguous()
 
 
 STREAM = Layout("x86_stream_1", pack, shapes, _dequantize, unpack, narrow)

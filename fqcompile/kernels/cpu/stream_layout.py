@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fqcompile.kernels.cpu.huge_pages import in_huge_pages
-from fqcompile.kernels.template import PackedLinear, PackedTensors, Shape
+from fqcompile.kernels.template import PackedTensors, Shape
 from fqcompile.tensor.chunks import each_chunk
-from fqcompile.tensor.format import Format, num_groups
+from fqcompile.tensor.codes import dequantize_rows
+from fqcompile.tensor.format import num_groups
 from fqcompile.tensor.quantized import QuantizedTensor
 
 OUTPUTS = 64
@@ -73,11 +74,10 @@ def narrow(weight: QuantizedTensor, start: int, rows: int) -> PackedTensors | No
     return weight.qweight[some], weight.scale[some]
 
 
-def dequantize(weight: PackedLinear, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """ŵ [rows, K] in `dtype` by PyTorch's operations alone; where the kernel runs it is faster."""
-    form = Format(weight.bits, weight.group_size, weight.rows, weight.k)
-    plain = unpack(QuantizedTensor(weight.qweight, weight.scale, form))
-    return QuantizedTensor(*plain, form).dequantize(dtype)
+    f = weight.format
+    return dequantize_rows(*unpack(weight), f.bits, f.group_size, f.k, dtype)
 
 
 def _move(words: Tensor, bits: int, *, to_pairs: bool) -> Tensor:

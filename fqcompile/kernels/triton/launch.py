@@ -8,7 +8,7 @@ import torch
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.epilogue import activation as activation_entry
 from fqcompile.kernels.spec import TileConfig
-from fqcompile.kernels.template import PackedLinear, Routing
+from fqcompile.kernels.template import Routing
 from fqcompile.kernels.triton.epilogue import finish_kernel
 from fqcompile.kernels.triton.expert_gemm import (
     expert_gemm_kernel,
@@ -25,6 +25,7 @@ from fqcompile.kernels.triton.layout import (
     dot_width,
 )
 from fqcompile.kernels.triton.target import conversion
+from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import grouped_mm
 
 FINISH_BLOCK_N = 256
@@ -62,7 +63,7 @@ def device_of(t: torch.Tensor) -> AbstractContextManager[object]:
 
 
 def dequant_gemm(
-    x: torch.Tensor, weight: PackedLinear, epilogue: Epilogue, config: TileConfig, kwidth: int
+    x: torch.Tensor, weight: QuantizedTensor, epilogue: Epilogue, config: TileConfig, kwidth: int
 ) -> torch.Tensor:
     """`act(x @ ŵᵀ + bias) + residual` [M, N] in x's dtype, for x [M, K] and residual [M, N].
 
@@ -70,7 +71,7 @@ def dequant_gemm(
     as the activation has it. Where they cannot have an accumulator each, they are columns of one
     product and meet in the finishing kernel.
     """
-    m, n = x.shape[0], epilogue.columns(weight.rows)
+    m, n = x.shape[0], epilogue.columns(weight.format.rows)
     if x.stride(1) != 1:
         x = x.contiguous()
     epilogue = with_whole_rows(epilogue)
@@ -80,8 +81,8 @@ def dequant_gemm(
         if direct:
             _gemm(x, weight, y, n, epilogue, config, kwidth)
             return y
-        shares = x.new_empty((config.SPLIT_K, m, weight.rows), dtype=torch.float32)
-        _gemm(x, weight, shares, weight.rows, PRODUCT, config, kwidth)
+        shares = x.new_empty((config.SPLIT_K, m, weight.format.rows), dtype=torch.float32)
+        _gemm(x, weight, shares, weight.format.rows, PRODUCT, config, kwidth)
         bias, residual, activation, gated = epilogue
         finish_kernel[(m * cdiv(n, FINISH_BLOCK_N),)](
             shares, bias, residual, y, m, n, 0 if residual is None else residual.stride(0),
@@ -101,20 +102,20 @@ def with_whole_rows(epilogue: Epilogue) -> Epilogue:
 
 def _gemm(
     x: torch.Tensor,
-    weight: PackedLinear,
+    weight: QuantizedTensor,
     y: torch.Tensor,
     n: int,
     epilogue: Epilogue,
     config: TileConfig,
     kwidth: int,
 ) -> None:
-    m, k = x.shape
+    (m, k), f = x.shape, weight.format
     bias, residual, activation, gated = epilogue
     tiles = -(-m // config.BLOCK_M) * -(-n // config.BLOCK_N)
     gemm_kernel[(tiles, config.SPLIT_K)](
         x, weight.qweight, weight.scale, bias, residual, y,
         m, n, k, x.stride(0), 0 if residual is None else residual.stride(0),
-        *format_of(weight.group_size, k), weight.bits, kwidth, conversion(x.device, x.dtype),
+        *format_of(f.group_size, k), f.bits, kwidth, conversion(x.device, x.dtype),
         *forms_of(activation), gated, k % BLOCK_K == 0,
         config.BLOCK_M, config.BLOCK_N, BLOCK_K, config.SPLIT_K,
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -127,17 +128,19 @@ def format_of(group_size: int, k: int) -> tuple[int, int]:
     return blocks_per_group(group_size, k), dot_width(group_size, k)
 
 
-def dequantize(weight: PackedLinear, dtype: torch.dtype, kwidth: int) -> torch.Tensor:
+def dequantize(weight: QuantizedTensor, dtype: torch.dtype, kwidth: int) -> torch.Tensor:
     """ŵ [rows, k] in `dtype`, of a stack [E, rows, k]: code times scale in fp32, rounded once."""
     stack = weight.qweight.shape[:-4]
-    w = torch.empty((*stack, weight.rows, weight.k), dtype=dtype, device=weight.qweight.device)
+    w = torch.empty(
+        (*stack, weight.format.rows, weight.format.k), dtype=dtype, device=weight.qweight.device
+    )
     if w.numel() == 0:
         return w
-    tiles = cdiv(weight.rows, DEQUANTIZE_ROWS) * cdiv(weight.k, BLOCK_K)
+    tiles = cdiv(weight.format.rows, DEQUANTIZE_ROWS) * cdiv(weight.format.k, BLOCK_K)
     with device_of(w):
         dequantize_kernel[(tiles, *stack)](
-            weight.qweight, weight.scale, w, weight.rows, weight.k, bool(stack),
-            *format_of(weight.group_size, weight.k), weight.bits, kwidth,
+            weight.qweight, weight.scale, w, weight.format.rows, weight.format.k, bool(stack),
+            *format_of(weight.format.group_size, weight.format.k), weight.format.bits, kwidth,
             conversion(w.device, torch.float16), DEQUANTIZE_ROWS, BLOCK_K,
         )  # fmt: skip
     return w
@@ -169,7 +172,7 @@ def schedule_of(offsets: torch.Tensor, m: int, block_m: int) -> torch.Tensor:
 
 def expert_gemm(
     x: torch.Tensor,
-    weight: PackedLinear,
+    weight: QuantizedTensor,
     routing: Routing,
     epilogue: Epilogue,
     config: TileConfig,
@@ -179,7 +182,7 @@ def expert_gemm(
 
     Rows beyond the last offset keep what was in memory; a row whose id names no expert is NaN.
     """
-    m, n = x.shape[0], epilogue.columns(weight.rows)
+    m, n = x.shape[0], epilogue.columns(weight.format.rows)
     if x.stride(1) != 1:
         x = x.contiguous()
     epilogue = with_whole_rows(epilogue)
@@ -189,8 +192,8 @@ def expert_gemm(
         if direct:
             _expert_gemm(x, weight, routing, y, n, epilogue, config, kwidth)
             return y
-        shares = x.new_empty((config.SPLIT_K, m, weight.rows), dtype=torch.float32)
-        _expert_gemm(x, weight, routing, shares, weight.rows, PRODUCT, config, kwidth)
+        shares = x.new_empty((config.SPLIT_K, m, weight.format.rows), dtype=torch.float32)
+        _expert_gemm(x, weight, routing, shares, weight.format.rows, PRODUCT, config, kwidth)
         grouped = routing.offsets is not None
         rows_of = routing.offsets if grouped else routing.ids
         assert rows_of is not None
@@ -206,7 +209,7 @@ def expert_gemm(
 
 def _expert_gemm(
     x: torch.Tensor,
-    weight: PackedLinear,
+    weight: QuantizedTensor,
     routing: Routing,
     y: torch.Tensor,
     n: int,
@@ -214,7 +217,7 @@ def _expert_gemm(
     config: TileConfig,
     kwidth: int,
 ) -> None:
-    m, k = x.shape
+    (m, k), f = x.shape, weight.format
     grouped = routing.offsets is not None
     if routing.offsets is not None:
         rows_of_blocks = schedule_of(routing.offsets, m, config.BLOCK_M)
@@ -225,7 +228,7 @@ def _expert_gemm(
     expert_gemm_kernel[(blocks * cdiv(n, config.BLOCK_N), config.SPLIT_K)](
         x, weight.qweight, weight.scale, rows_of_blocks, epilogue.bias, y,
         m, n, k, weight.qweight.shape[0], blocks, x.stride(0), grouped,
-        *format_of(weight.group_size, k), weight.bits, kwidth, conversion(x.device, x.dtype),
+        *format_of(f.group_size, k), f.bits, kwidth, conversion(x.device, x.dtype),
         *forms_of(epilogue.activation), epilogue.gated, k % BLOCK_K == 0,
         config.BLOCK_M, config.BLOCK_N, BLOCK_K, config.SPLIT_K,
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -233,7 +236,7 @@ def _expert_gemm(
 
 
 def dense_experts(
-    x: torch.Tensor, weight: PackedLinear, offsets: torch.Tensor, epilogue: Epilogue, kwidth: int
+    x: torch.Tensor, weight: QuantizedTensor, offsets: torch.Tensor, epilogue: Epilogue, kwidth: int
 ) -> torch.Tensor:
     """The same by way of ŵ [E, rows, K] and PyTorch's grouped matmul, which takes bf16."""
     if x.stride(1) != 1 or x.stride(0) % GROUPED_MM_ALIGNED or x.data_ptr() % 16:

@@ -10,7 +10,7 @@ from triton.runtime.errors import PTXASError
 from fqcompile.errors import KernelBuildError
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import DENSE, Config, GemmSpec, TileConfig
-from fqcompile.kernels.template import Layout, PackedLinear, Routing, Template
+from fqcompile.kernels.template import Layout, Routing, Template
 from fqcompile.kernels.triton import layout
 from fqcompile.kernels.triton.configs import candidates, launches
 from fqcompile.kernels.triton.launch import (
@@ -21,6 +21,7 @@ from fqcompile.kernels.triton.launch import (
 )
 from fqcompile.kernels.triton.layout import BLOCK_K
 from fqcompile.kernels.triton.target import kwidth as kwidth_of
+from fqcompile.tensor.quantized import QuantizedTensor
 
 # What compiling or loading a kernel raises; errors of a launch that ran are not among them.
 _BUILD_ERRORS = (CompilationError, OutOfResources, PTXASError)
@@ -52,7 +53,7 @@ def _refuse(spec: GemmSpec, kwidth: int) -> str | None:
 
 def _run(
     x: torch.Tensor,
-    weight: PackedLinear,
+    weight: QuantizedTensor,
     routing: Routing | None,
     epilogue: Epilogue,
     config: Config | None,
@@ -73,7 +74,7 @@ def _run(
 
 def _run_experts(
     x: torch.Tensor,
-    weight: PackedLinear,
+    weight: QuantizedTensor,
     routing: Routing,
     epilogue: Epilogue,
     config: Config | None,
@@ -94,7 +95,7 @@ def _is_of_the_build(error: Exception) -> bool:
     return "PassManager::run failed" in text or "device kernel image is invalid" in text
 
 
-def _dequantize(weight: PackedLinear, dtype: torch.dtype, kwidth: int) -> torch.Tensor:
+def _dequantize(weight: QuantizedTensor, dtype: torch.dtype, kwidth: int) -> torch.Tensor:
     try:
         return dequantize(weight, dtype, kwidth)
     except _BUILD_ERRORS as error:

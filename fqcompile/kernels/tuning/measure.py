@@ -15,7 +15,7 @@ import torch
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import Config, GemmSpec
-from fqcompile.kernels.template import Layout, PackedLinear, Routing, Template
+from fqcompile.kernels.template import Layout, Routing, Template
 from fqcompile.kernels.tuning.routed_rows import experts_of, packed_stack, routings
 from fqcompile.kernels.tuning.search import DeviceLost, Measure, WrongResult
 from fqcompile.kernels.tuning.table import Timing
@@ -75,7 +75,7 @@ def _linear(
     weights, _ = packed_copies(weight, template.layout)
     epilogue = Epilogue(activation=spec.activation, gated=spec.gated)
 
-    def run(packed: PackedLinear, config: Config) -> torch.Tensor:
+    def run(packed: QuantizedTensor, config: Config) -> torch.Tensor:
         return template.run(x, packed, None, epilogue, config)
 
     runs: list[Run] = [partial(run, packed) for packed in weights]
@@ -91,14 +91,11 @@ def _experts(
     in_turn = routings(spec, m, device)
     epilogue = Epilogue(activation=spec.activation, gated=spec.gated)
 
-    def run(weight: PackedLinear, routing: Routing, config: Config) -> torch.Tensor:
+    def run(weight: QuantizedTensor, routing: Routing, config: Config) -> torch.Tensor:
         return template.run(x, weight, routing, epilogue, config)
 
     copies = min(rotation(packed.qweight.nbytes)[0], -(-_MOST_COPIES // len(in_turn)))
-    clones = (
-        packed._replace(qweight=packed.qweight.clone(), scale=packed.scale.clone())
-        for _ in range(copies - 1)
-    )
+    clones = (packed.clone() for _ in range(copies - 1))
     runs: list[Run] = [partial(run, w, routing) for w in (packed, *clones) for routing in in_turn]
     return runs, expert_reference(x, weights, in_turn[0], spec)
 
@@ -113,13 +110,11 @@ def expert_reference(
     return y
 
 
-def packed_copies(weight: QuantizedTensor, layout: Layout) -> tuple[list[PackedLinear], int]:
+def packed_copies(weight: QuantizedTensor, layout: Layout) -> tuple[list[QuantizedTensor], int]:
     """As many copies of a packed weight as `rotation` says, and its rounds."""
-    tensors = layout.pack(weight).tensors
-    copies, rounds = rotation(sum(t.nbytes for t in tensors))
-    packed = [tensors] + [(tensors[0].clone(), tensors[1].clone()) for _ in range(copies - 1)]
-    form = (weight.bits, weight.group_size, *weight.shape)
-    return [PackedLinear(*pair, *form) for pair in packed], rounds
+    packed = layout.pack(weight)
+    copies, rounds = rotation(packed.nbytes)
+    return [packed, *(packed.clone() for _ in range(copies - 1))], rounds
 
 
 def rotation(nbytes: int) -> tuple[int, int]:

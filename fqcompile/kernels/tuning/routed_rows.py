@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.template import Layout, PackedLinear, Routing
+from fqcompile.kernels.template import Layout, Routing
 from fqcompile.tensor.quantized import QuantizedTensor
 
 
@@ -21,10 +21,9 @@ def experts_of(stack: QuantizedTensor, experts: int) -> list[QuantizedTensor]:
     return QuantizedTensor.of_rows(*stack.tensors, form).unbind()
 
 
-def packed_stack(weights: Sequence[QuantizedTensor], layout: Layout) -> PackedLinear:
+def packed_stack(weights: Sequence[QuantizedTensor], layout: Layout) -> QuantizedTensor:
     """qweight and scale [E, ...], as the operators of experts take them."""
-    packed = QuantizedTensor.stack([layout.pack(weight) for weight in weights])
-    return PackedLinear(*packed.tensors, packed.bits, packed.group_size, packed.rows, packed.k)
+    return layout.pack(QuantizedTensor.stack(weights))
 
 
 def routings(spec: GemmSpec, m: int, device: torch.device) -> list[Routing]:

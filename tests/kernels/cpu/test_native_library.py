@@ -164,12 +164,12 @@ def test_there_is_one_openmp_runtime() -> None:
     assert len({Path(name).resolve() for name in loaded}) == 1
 
 
-def problem() -> tuple[torch.Tensor, stream.PackedLinear]:
+def problem() -> tuple[torch.Tensor, stream.QuantizedTensor]:
     p = make_problem(leading=(3,), n=640, k=256, dtype=torch.bfloat16)
     return p.x, packed(p)
 
 
-def multiply(x: torch.Tensor, weight: stream.PackedLinear) -> torch.Tensor:
+def multiply(x: torch.Tensor, weight: stream.QuantizedTensor) -> torch.Tensor:
     return stream._run(x, weight, None, Epilogue(), None)
 
 

@@ -14,7 +14,6 @@ from fqcompile.kernels.cpu.stream_layout import dequantize as dequantize_by_torc
 from fqcompile.kernels.epilogue import ACTIVATIONS, Epilogue
 from fqcompile.kernels.op import matmul
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.template import PackedLinear
 from fqcompile.tensor.format import Format
 from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.cpu.paths import NAMES, path
@@ -45,11 +44,11 @@ problems = st.fixed_dictionaries(
 )
 
 
-def packed(p: Problem) -> PackedLinear:
+def packed(p: Problem) -> QuantizedTensor:
     rows = p.qweight.shape[0]
     group = min(p.group_size, p.k)
     plain = QuantizedTensor(p.qweight, p.scale, Format(p.bits, group, rows, p.k))
-    return PackedLinear(*STREAM.pack(plain).tensors, p.bits, group, rows, p.k)
+    return STREAM.pack(plain)
 
 
 def assert_is_oracle(p: Problem) -> None:
@@ -135,7 +134,7 @@ def test_what_is_not_finite_stays_in_its_row(name: str) -> None:
     x = p.x.clone()
     x[4, 7], x[6, 3] = torch.nan, torch.inf
     with path(name):
-        got = matmul(x, *packed(p)[:2], *p.arguments[3:], "x86_stream")
+        got = matmul(x, *packed(p).tensors, *p.arguments[3:], "x86_stream")
     others = [i for i in range(9) if i not in (4, 6)]
     assert bool(got[4].isnan().all())
     assert bool(got[others].isfinite().all())
@@ -199,7 +198,7 @@ def test_strided_weights_are_copied_and_held_while_they_are_read() -> None:
     """The C++ gets addresses alone: a copy that nobody holds would be written over."""
     p = make_problem(n=70, k=4096, leading=(3,), dtype=torch.bfloat16)
     weight = packed(p)
-    strided = [torch.stack((t, torch.zeros_like(t)), -1)[..., 0] for t in weight[:2]]
+    strided = [torch.stack((t, torch.zeros_like(t)), -1)[..., 0] for t in weight.tensors]
     with path(NAMES[0]):
         a = matmul(p.x, weight.qweight, weight.scale, *p.arguments[3:], "x86_stream")
         b = matmul(p.x, *strided, *p.arguments[3:], "x86_stream")

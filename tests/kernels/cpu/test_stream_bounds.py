@@ -2,6 +2,7 @@
 
 import faulthandler
 import signal
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fqcompile.kernels.cpu import stream
 from fqcompile.kernels.epilogue import Epilogue
-from fqcompile.kernels.template import PackedLinear
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.children import FORK
 from tests.kernels.cpu.guarded import at_end_of_page, at_start_of_page
 from tests.kernels.cpu.paths import NAMES, path
@@ -42,7 +43,7 @@ def test_nothing_beyond_the_tensors_is_touched(
             bias=True, residual=True, activation="silu",
         )  # fmt: skip
         weight = packed(p)
-        weight = weight._replace(qweight=side(weight.qweight), scale=side(weight.scale))
+        weight = QuantizedTensor(side(weight.qweight), side(weight.scale), weight.format)
         tensors = [side(t) for t in (p.x, p.bias, p.residual)]
         with path(name), monkeypatch.context() as patch:
             patch.setattr(Tensor, "new_empty", new_empty_at(side))
@@ -59,8 +60,8 @@ def test_nothing_beyond_the_tensors_is_touched(
 def test_the_guard_is_seen_to_stop_a_read() -> None:
     """A weight with fewer rows than it says ends the process."""
     p = make_problem(n=64, k=1024)
-    short = packed(p)._replace(rows=128)
-    short = short._replace(qweight=at_end_of_page(short.qweight))
+    short = packed(p).changed(rows=128)
+    short = replace(short, qweight=at_end_of_page(short.qweight))
 
     def read() -> None:
         faulthandler.disable()  # the fault is meant
@@ -76,6 +77,6 @@ def test_the_guard_is_seen_to_stop_a_read() -> None:
 def test_a_packed_weight_is_whole_cache_lines() -> None:
     """So that experts of a stack begin on a line as the stack does."""
     for bits, n, k, group in product((4, 8), (1, 65), (1, 9, 40), (5, 32)):
-        weight: PackedLinear = packed(make_problem(n=n, k=k, bits=bits, group_size=group))
+        weight: QuantizedTensor = packed(make_problem(n=n, k=k, bits=bits, group_size=group))
         assert weight.qweight.nbytes % 64 == 0
         assert weight.scale.nbytes % 64 == 0

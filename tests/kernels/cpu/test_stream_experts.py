@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fqcompile.kernels.epilogue import ACTIVATIONS
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.cpu.paths import NAMES, path
 from tests.kernels.cpu.test_stream import DTYPES, packed
 from tests.kernels.test_op import oracle
@@ -41,7 +42,7 @@ def stack_of(experts: int, options: dict[str, Any], rows: int) -> tuple[list[Pro
     weights = [packed(p) for p in problems]
     first = problems[0]
     bias = None if first.bias is None else torch.stack([p.bias for p in problems])
-    tensors = [torch.stack([w[i] for w in weights]) for i in (0, 1)]
+    tensors = QuantizedTensor.stack(weights).tensors
     form = [first.bits, weights[0].group_size, first.n, first.k, first.activation, first.gated]
     return problems, [*tensors, bias, *form, "x86_stream"]
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fqcompile.kernels.epilogue import Epilogue
-from fqcompile.kernels.template import PackedLinear, Routing
+from fqcompile.kernels.template import Routing
 from fqcompile.kernels.triton import launch
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.triton.oracle import (
     Case,
     Inputs,
@@ -100,14 +101,13 @@ def draw(case: ExpertCase) -> ExpertInputs:
     )
 
 
-def stacked(case: ExpertCase, inputs: ExpertInputs, device: str = "cpu") -> PackedLinear:
+def stacked(case: ExpertCase, inputs: ExpertInputs, device: str = "cpu") -> QuantizedTensor:
     one = case.one
     each = [
         packed(c, s, one.bits, one.group_size, one.kwidth, device)
         for c, s in zip(inputs.codes, inputs.scale, strict=True)
     ]
-    tensors = zip(*(weight[:2] for weight in each), strict=True)
-    return PackedLinear(*map(torch.stack, map(list, tensors)), *each[0][2:])
+    return QuantizedTensor.stack(each)
 
 
 def run(case: ExpertCase, inputs: ExpertInputs, device: str = "cpu") -> Tensor:

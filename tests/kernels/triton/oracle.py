@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import TileConfig
-from fqcompile.kernels.template import PackedLinear
 from fqcompile.kernels.triton import launch, layout
 from fqcompile.tensor.codes import pack
 from fqcompile.tensor.format import QTYPES, Format
@@ -100,10 +99,12 @@ def quantized(codes: Tensor, scale: Tensor, bits: int, group_size: int) -> Quant
 
 def packed(
     codes: Tensor, scale: Tensor, bits: int, group_size: int, kwidth: int = 2, device: str = "cpu"
-) -> PackedLinear:
+) -> QuantizedTensor:
     qweight, scales = layout.pack(quantized(codes, scale, bits, group_size), kwidth)
     rows, k = codes.shape
-    return PackedLinear(qweight.to(device), scales.to(device), bits, min(group_size, k), rows, k)
+    return QuantizedTensor(
+        qweight.to(device), scales.to(device), Format(bits, min(group_size, k), rows, k)
+    )
 
 
 def random_codes(bits: int, rows: int, k: int) -> Tensor:

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fqcompile.kernels.template import PackedLinear
 from fqcompile.kernels.triton import launch
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.triton.oracle import (
     CONVERSIONS,
     FLOATS,
@@ -26,7 +27,7 @@ from tests.tiers import examples
 
 
 def run(
-    weight: PackedLinear, dtype: torch.dtype, kwidth: int = 2, conversion: str = "subnormal"
+    weight: QuantizedTensor, dtype: torch.dtype, kwidth: int = 2, conversion: str = "subnormal"
 ) -> torch.Tensor:
     device = weight.qweight.device.type
     with pytest.MonkeyPatch.context() as patch, running(device) as memory:
@@ -114,4 +115,4 @@ def test_dequantize_is_exact_for_any_shape(
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
 def test_dequantize_of_nothing_is_empty(shape: tuple[int, int], device: str) -> None:
     nothing = torch.zeros(0, dtype=torch.int32, device=device)
-    assert run(PackedLinear(nothing, nothing, 8, 8, *shape), FP16).shape == shape
+    assert run(QuantizedTensor(nothing, nothing, Format(8, 8, *shape)), FP16).shape == shape

@@ -15,9 +15,11 @@ from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.op import matmul
 from fqcompile.kernels.registry import parse_kernel, select_kernel
 from fqcompile.kernels.spec import A100, DENSE, H200, GemmSpec
-from fqcompile.kernels.template import PackedLinear, Routing
+from fqcompile.kernels.template import Routing
 from fqcompile.kernels.triton import template as template_module
 from fqcompile.kernels.triton.template import TRITON_GEMM
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.triton.expert_oracle import (
     ExpertCase,
     ExpertInputs,
@@ -214,7 +216,7 @@ def test_a_stack_of_more_than_2_gib_is_read_at_its_end() -> None:
     codes = torch.zeros(experts, n // 16, k // 128, 16, 16, dtype=torch.int32, device="cuda")
     codes[-1] = 0x11111111 * 9 - (1 << 32)  # code 9, so 1
     scale = torch.ones(experts, k // 128, 4096, 1, dtype=BF16, device="cuda")
-    weight = PackedLinear(codes, scale, 4, 128, n, k)
+    weight = QuantizedTensor(codes, scale, Format(4, 128, n, k))
     x = torch.ones(3, k, dtype=BF16, device="cuda")
     offsets = torch.zeros(experts, dtype=torch.int32, device="cuda")
     offsets[-1] = 3

@@ -21,11 +21,13 @@ from bench.static.launches import CONVERSION, GPUS, Case
 from bench.static.machine_code import Launch, toolchain_missing
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import TileConfig
-from fqcompile.kernels.template import PackedLinear, Routing
+from fqcompile.kernels.template import Routing
 from fqcompile.kernels.triton import launch
 from fqcompile.kernels.triton.configs import candidates
 from fqcompile.kernels.triton.cost import cost
 from fqcompile.kernels.triton.target import kwidth
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.triton.test_static import BUDGETS as OF_ONE
 from tests.kernels.triton.test_static import (
     SLACK,
@@ -149,7 +151,7 @@ def test_the_cases_are_what_is_launched(case: Case, calls: list[Launch]) -> None
     with torch.device("meta"):
         codes = empty(s.experts, 1, 1, 1, 1, dtype=torch.int32)
         scales = empty(s.experts, 1, dtype=s.scale_dtype)
-        weight = PackedLinear(codes, scales, s.bits, s.group_size, s.weight_rows, s.k)
+        weight = QuantizedTensor(codes, scales, Format(s.bits, s.group_size, s.weight_rows, s.k))
         rows = many if case.kind == "schedule" else s.m
         x = empty(rows, s.k, dtype=s.dtype)
         bias = empty(s.experts, s.weight_rows, dtype=s.dtype) if s.has_bias else None

@@ -16,9 +16,11 @@ from triton.runtime import driver
 from bench.launch_overhead.stub_driver import StubDriver, install
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import TileConfig
-from fqcompile.kernels.template import PackedLinear, Routing
+from fqcompile.kernels.template import Routing
 from fqcompile.kernels.triton import launch
 from fqcompile.kernels.triton.layout import pack
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.triton.oracle import quantized, random_codes
 
 BF16 = torch.bfloat16
@@ -46,7 +48,7 @@ def test_every_shape_compiles(
     rows = 2 * n if gated else n
     scale = torch.ones(rows, -(-k // group_size), dtype=BF16)
     plain = quantized(random_codes(bits, rows, k), scale, bits, group_size)
-    weight = PackedLinear(*pack(plain, 2), bits, group_size, rows, k)
+    weight = QuantizedTensor(*pack(plain, 2), Format(bits, group_size, rows, k))
     x, bias = torch.randn(m, k, dtype=BF16), torch.randn(rows, dtype=BF16)
     config = TileConfig(16, 128, 128, split)
     before = stub.launches
@@ -73,7 +75,7 @@ def test_every_shape_of_experts_compiles(
     scale = torch.ones(rows, -(-k // group_size), dtype=BF16)
     tensors = pack(quantized(random_codes(bits, rows, k), scale, bits, group_size), 2)
     stacks = (torch.stack([t] * experts) for t in tensors)
-    weight = PackedLinear(*stacks, bits, min(group_size, k), rows, k)
+    weight = QuantizedTensor(*stacks, Format(bits, min(group_size, k), rows, k))
     x, bias = torch.randn(m, k, dtype=BF16), torch.randn(experts, rows, dtype=BF16)
     config = TileConfig(16, 128, 128, split)
     before = stub.launches

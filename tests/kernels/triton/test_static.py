@@ -28,9 +28,10 @@ from bench.static.machine_code import Launch, MachineCode, compile_for, toolchai
 from bench.static.plain import plain_kernel
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import A100, H200, TileConfig
-from fqcompile.kernels.template import PackedLinear
 from fqcompile.kernels.triton import launch
 from fqcompile.kernels.triton.target import kwidth
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.triton.interpreter import interpreted
 
 MISSING = toolchain_missing()
@@ -229,7 +230,7 @@ def test_the_cases_are_what_is_launched(case: Case, calls: list[Launch]) -> None
     s, empty = case.spec, torch.empty
     with torch.device("meta"):
         codes, scales = empty(1, dtype=torch.int32), empty(1, dtype=s.scale_dtype)
-        weight = PackedLinear(codes, scales, s.bits, s.group_size, s.weight_rows, s.k)
+        weight = QuantizedTensor(codes, scales, Format(s.bits, s.group_size, s.weight_rows, s.k))
         x, bias = empty(s.m, s.k, dtype=s.dtype), empty(s.weight_rows, dtype=s.dtype)
         residual = empty(s.m, s.n, dtype=s.dtype)
         if case.kind == "dequantize":

@@ -15,7 +15,7 @@ from fqcompile.kernels.dequantize import DEQUANTIZE
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.registry import select_kernel
 from fqcompile.kernels.spec import DENSE, GemmSpec, gpu_of
-from fqcompile.kernels.template import PLAIN, PackedLinear, Template
+from fqcompile.kernels.template import PLAIN, Template
 from fqcompile.kernels.tuning import measure as measure_module
 from fqcompile.kernels.tuning.measure import (
     allowed_error,
@@ -30,6 +30,7 @@ from fqcompile.kernels.tuning.measure import (
 )
 from fqcompile.kernels.tuning.search import DeviceLost, WrongResult
 from fqcompile.kernels.tuning.table import Timing
+from fqcompile.tensor.format import Format
 from fqcompile.tensor.quantized import QuantizedTensor
 
 CPU = torch.device("cpu")
@@ -93,7 +94,7 @@ def test_the_reference_is_the_formula() -> None:
 
 def _run(spec: GemmSpec, weight: QuantizedTensor, x: Tensor) -> Tensor:
     shape = (spec.bits, spec.group_size, spec.weight_rows, spec.k)
-    packed = PackedLinear(weight.qweight, weight.scale, *shape)
+    packed = QuantizedTensor(weight.qweight, weight.scale, Format(*shape))
     return DEQUANTIZE.run(x, packed, None, Epilogue(None, None, spec.activation, spec.gated), None)
 
 
@@ -191,7 +192,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_each_trial_reads_all_copies_of_one_packed_weight(no_gpu: list[int]) -> None:
     seen: list[tuple[int, ...]] = []
 
-    def run(x: Tensor, weight: PackedLinear, *rest: object) -> Tensor:
+    def run(x: Tensor, weight: QuantizedTensor, *rest: object) -> Tensor:
         seen.append((weight.qweight.data_ptr(), weight.scale.data_ptr()))
         return DEQUANTIZE.run(x, weight, *rest)  # type: ignore[arg-type]
 

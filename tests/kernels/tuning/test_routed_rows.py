@@ -11,12 +11,14 @@ from torch import Tensor
 from fqcompile.kernels.dequantize import DEQUANTIZE
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import DENSE, GemmSpec
-from fqcompile.kernels.template import PLAIN, PackedLinear
+from fqcompile.kernels.template import PLAIN
 from fqcompile.kernels.tuning import measure as measure_module
 from fqcompile.kernels.tuning.measure import expert_reference, measure_on_gpu, random_problem
 from fqcompile.kernels.tuning.routed_rows import experts_of, packed_stack, routings
 from fqcompile.kernels.tuning.search import WrongResult
 from fqcompile.kernels.tuning.table import Timing
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
 
 CPU = torch.device("cpu")
 BASE = GemmSpec(
@@ -49,7 +51,7 @@ def test_a_stack_is_that_of_its_experts_packed() -> None:
     weights, _ = stacked(BASE, 1)
     packed = packed_stack(weights, PLAIN)
     assert packed.qweight.shape == (12, *weights[0].qweight.shape)
-    assert packed[2:] == (4, 32, 48, 70)
+    assert packed.format == Format(4, 32, 48, 70, 12)
     for e, weight in enumerate(weights):
         assert torch.equal(packed.qweight[e], weight.qweight)
         assert torch.equal(packed.scale[e], weight.scale)
@@ -93,7 +95,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_trial_reads_every_expert_of_every_copy_in_turn(routing: str, no_gpu: list[int]) -> None:
     seen: list[tuple[int, tuple[int, ...]]] = []
 
-    def run(x: Tensor, weight: PackedLinear, told: Any, *rest: Any) -> Tensor:
+    def run(x: Tensor, weight: QuantizedTensor, told: Any, *rest: Any) -> Tensor:
         offsets, ids = told
         assert (offsets is None) == (routing == "gathered")
         seen.append(
@@ -113,8 +115,8 @@ def test_a_trial_reads_every_expert_of_every_copy_in_turn(routing: str, no_gpu: 
 
 
 def test_a_kernel_that_mixes_experts_up_is_never_timed(no_gpu: list[int]) -> None:
-    def run(x: Tensor, weight: PackedLinear, *rest: Any) -> Tensor:
-        return DEQUANTIZE.run(x, weight._replace(qweight=weight.qweight.roll(1, 0)), *rest)
+    def run(x: Tensor, weight: QuantizedTensor, *rest: Any) -> Tensor:
+        return DEQUANTIZE.run(x, replace(weight, qweight=weight.qweight.roll(1, 0)), *rest)
 
     measure = measure_on_gpu(replace(DEQUANTIZE, run=run), replace(BASE, m=30), 30)
     with pytest.raises(WrongResult):
