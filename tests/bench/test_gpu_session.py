@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import __main__ as command
 from bench import gpu, short
 from bench.__main__ import BENCHMARKS
 from bench.core import results
@@ -154,3 +155,13 @@ def test_the_overhead_is_measured_with_a_stub_in_place_of_the_launch() -> None:
     assert "STUB" in result.stdout
     for way in ("Triton's launcher", "dequant_gemm", "operator, no_grad"):
         assert way in result.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("name", ["kernels", "experts", "models"])
+def test_without_a_gpu_it_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(variable, "put back when the test ends")
+    monkeypatch.setattr(sys, "argv", ["bench", name])
+    with pytest.raises(SystemExit, match=f"bench {name}: .*torch sees no GPU on this machine"):
+        command.main()

@@ -165,14 +165,6 @@ def test_the_allowed_error_grows_with_the_root_of_the_depth() -> None:
     assert found[0] == pytest.approx(2 * 4 * 2.0**-8)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-        monkeypatch.setenv(name, "put back when the test ends")
-    with pytest.raises(SystemExit, match="torch sees no GPU"):
-        models.main([])
-
-
 def hand_counted(hidden: int, inner: int, kv: int, vocab: int, layers: int) -> dict[str, int]:
     """Of a Llama: weights of a layer's matrices, of a layer's norms, and of the head."""
     attention = hidden * hidden + 2 * kv * hidden + hidden * hidden
