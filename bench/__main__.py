@@ -40,7 +40,11 @@ def main() -> None:
     name, *arguments = sys.argv[1:] or [""]
     if name in BENCHMARKS:
         sys.argv = [f"python -m bench {name}", *arguments]
-        import_module(module_of(name)).main()
+        module, errors = import_module(module_of(name)), import_module("fqcompile.errors")
+        try:
+            module.main()
+        except errors.FineQuantError as error:
+            raise SystemExit(f"bench {name}: {error}") from error
         return
     for known, text in BENCHMARKS.items():
         print(f"python -m bench {known:15} {text}")

@@ -6,6 +6,7 @@ import gc
 import os
 import tempfile
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 # What is imported stays: looking for cycles in it is a quarter of the time of collection.
 gc.disable()
@@ -43,6 +44,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     tiers.configure(config)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Not the thousands of tests of the zoo where nobody asked for them."""
+    asked = "zoo" in config.option.markexpr or any("zoo" in argument for argument in config.args)
+    return True if collection_path.name == "zoo" and not asked else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

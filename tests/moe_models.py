@@ -107,6 +107,13 @@ def expert_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.dim() == 3 and 1 not in p.shape}
 
 
+def logits(model: Any, ids: Tensor) -> Tensor:
+    """Of the prompt, without a cache of keys."""
+    with torch.no_grad():
+        found: Tensor = model(ids, use_cache=False).logits
+    return found
+
+
 class GatheredMoe(nn.Module):
     """Experts picked with w[ids] for each token, three projections apart, by einsum."""
 

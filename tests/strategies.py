@@ -2,14 +2,29 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fqcompile.kernels import op
+
 WEIGHT_KINDS = ("gaussian", "outlier", "zeros", "zero rows", "denormal", "equal")
 HIDDEN = 64
+_UNROUTED = (None, None, False)
+
+
+def matmul(*arguments: Any) -> Tensor:
+    """The operator; for one matrix where no routing is given."""
+    y: Tensor = op.matmul(*arguments, *_UNROUTED[len(arguments) - 12 :])
+    return y
+
+
+def opcheck_matmul(*arguments: Any) -> None:
+    """PyTorch's checks of the operator, given these."""
+    torch.library.opcheck(op.matmul, (*arguments, *_UNROUTED[len(arguments) - 12 :]))
 
 
 def make_weight(kind: str, n: int, k: int, seed: int) -> Tensor:

@@ -3,7 +3,7 @@
 import argparse
 import io
 import json
-import subprocess
+import runpy
 import sys
 from importlib import import_module
 from importlib.metadata import version
@@ -61,9 +61,14 @@ def test_an_unknown_command_has_the_nearest_name(
     assert len(error.splitlines()) == 1
 
 
-def test_the_module_is_the_command() -> None:
-    command = [sys.executable, "-m", "fqcompile", "doctor"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_the_module_is_the_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fqcompile", "doctor"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("fqcompile", run_name="__main__")
+    assert not stopped.value.code
+    printed = capsys.readouterr().out
     # torch.__version__ may say more: PyPI's wheel of 2.14.1 is 2.14.1+cu130 to itself
     assert f"torch         {version('torch')}\n" in printed
     assert "fqcompile.backend:REGISTERED" in printed

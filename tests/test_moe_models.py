@@ -33,6 +33,7 @@ from tests.moe_models import (
     GShardMoe,
     build,
     expert_weights,
+    logits,
 )
 
 IMPLEMENTATIONS = ["grouped_mm", "batched_mm"]
@@ -45,12 +46,6 @@ def _ids(length: int = 5, batch: int = 2) -> Tensor:
     return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(7))
 
 
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model(ids, use_cache=False).logits
-    return logits
-
-
 @pytest.mark.few(7)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -59,10 +54,10 @@ def test_model_equals_its_fake_quantised_self(
     name: str, implementation: str, dtype: torch.dtype
 ) -> None:
     model = build(name, dtype, implementation)
-    actual = _logits(finequant(model, min_elements=4096), _ids())
-    expected = _logits(oracle(model), _ids())
+    actual = logits(finequant(model, min_elements=4096), _ids())
+    expected = logits(oracle(model), _ids())
     assert_close(actual, expected, depth=CHAIN * LAYERS)
-    original = _logits(model, _ids())
+    original = logits(model, _ids())
     assert (actual - original).float().norm() > 0.03 * original.float().norm()
     assert set(expert_weights(model)) <= quantized_names(report().sites)
     assert {s.name for s in report().sites if s.kind == "experts"} == set(expert_weights(model))
@@ -76,7 +71,7 @@ def test_projection_bias_and_unit_are_one_op(
     name: str, implementation: str, inner_graphs: InnerGraphs
 ) -> None:
     model = build(name, torch.float32, implementation)
-    _logits(finequant(model, min_elements=4096, inner_backend="fqtest_spy"), _ids())
+    logits(finequant(model, min_elements=4096, inner_backend="fqtest_spy"), _ids())
     ops = [op for op in inner_graphs.linears() if "linear" in str(op.target)]
     of_experts = [op for op in ops if "group" in str(op.target) or "gather" in str(op.target)]
     assert len(of_experts) == 2 * LAYERS
@@ -138,9 +133,9 @@ def test_prefill_and_decode_share_one_packed_copy(
     """As `generate` does on a GPU: grouped for the prompt, gathered for each token after it."""
     model = build(name, dtype, "grouped_mm")
     compiled = finequant(model, min_elements=4096, inner_backend="fqtest_spy")
-    _logits(compiled, _ids(40))
+    logits(compiled, _ids(40))
     model.set_experts_implementation("batched_mm")
-    _logits(compiled, _ids(1))
+    logits(compiled, _ids(1))
     assert len(inner_graphs.modules) == 2
     prefill, decode = (inner_graphs.packed_of_experts(i) for i in range(2))
     assert len(prefill) == 4 * LAYERS, "codes and scales of two stacks a layer"
@@ -163,7 +158,7 @@ def test_share_of_bytes_that_is_quantised() -> None:
         for key, value in sizes.items():
             setattr(config, key, value)
         model = frozen(type(MODELS[name]())(config))
-        _logits(finequant(model), _ids())
+        logits(finequant(model), _ids())
         total = sum(p.nbytes for p in model.parameters())
         done = sum(s.bytes_before for s in fqcompile.reports()[-1].plan.quantized)
         assert done / total > 0.9, f"{name}: {done / total:.3f} of {total} bytes"
@@ -205,8 +200,8 @@ def test_dynamic_tokens_of_a_hugging_face_model(implementation: str) -> None:
     model = build("mixtral", torch.float32, implementation)
     compiled = finequant(model, dynamic=True, min_elements=4096)
     for length in (5, 1, 17):
-        actual = _logits(compiled, _ids(length))
-        expected = _logits(oracle(model, fqcompile.reports()[0]), _ids(length))
+        actual = logits(compiled, _ids(length))
+        expected = logits(oracle(model, fqcompile.reports()[0]), _ids(length))
         assert_close(actual, expected, depth=CHAIN * LAYERS)
 
 
@@ -214,7 +209,7 @@ def test_bad_expert_keeps_its_stack_with_its_number() -> None:
     model = build("mixtral", torch.float32, "grouped_mm")
     stack = expert_weights(model)["model.layers.1.mlp.experts.down_proj"]
     stack[3, 5, 7] = torch.nan
-    _logits(finequant(model, min_elements=4096), _ids())
+    logits(finequant(model, min_elements=4096), _ids())
     site = report().plan.site("model.layers.1.mlp.experts.down_proj")
     assert site.status == "kept"
     assert site.reason.startswith("expert 3: 1 of 6144 values are NaN")
@@ -222,7 +217,7 @@ def test_bad_expert_keeps_its_stack_with_its_number() -> None:
 
 def test_report_has_the_error_of_each_expert() -> None:
     model = build("mixtral", torch.float32, "grouped_mm")
-    _logits(finequant(model, min_elements=4096), _ids())
+    logits(finequant(model, min_elements=4096), _ids())
     site = report().plan.site("model.layers.0.mlp.experts.gate_up_proj")
     stack = expert_weights(model)[site.name]
     faked = expert_weights(oracle(model))[site.name]
@@ -236,7 +231,7 @@ def test_report_has_the_error_of_each_expert() -> None:
 @pytest.mark.parametrize("name", ["mixtral", "deepseek-v3", "gpt-oss"])
 def test_loop_over_data_is_reported_with_the_way_out(name: str) -> None:
     model = build(name, torch.float32, "eager")
-    _logits(finequant(model, fullgraph=False, min_elements=4096), _ids())
+    logits(finequant(model, fullgraph=False, min_elements=4096), _ids())
     warnings = [text for r in fqcompile.reports() for text in r.warnings]
     assert warnings and all("set_experts_implementation('grouped_mm')" in w for w in warnings)
     plan = fqcompile.explain(model, _ids(), min_elements=4096, example_kwargs={"use_cache": False})
@@ -270,7 +265,7 @@ def test_a_switch_that_a_model_does_not_have_is_not_offered(name: str) -> None:
     model = _without_a_switch(name).requires_grad_(False)
     with pytest.raises(ValueError, match="does not support setting experts implementation"):
         model.set_experts_implementation("grouped_mm")
-    _logits(finequant(model, fullgraph=False, min_elements=1024), _ids())
+    logits(finequant(model, fullgraph=False, min_elements=1024), _ids())
     warnings = [text for r in fqcompile.reports() for text in r.warnings]
     assert any("are not in its graph: the model picks them in a Python loop" in w for w in warnings)
     # What is said of the experts is what became of them: later graphs multiply with JetMoe's.
@@ -290,7 +285,7 @@ def test_store_holds_experts_once(inner_graphs: InnerGraphs) -> None:
     STORE.clear()
     for _ in range(2):
         torch._dynamo.reset()
-        _logits(finequant(model, min_elements=4096, inner_backend="fqtest_spy"), _ids())
+        logits(finequant(model, min_elements=4096, inner_backend="fqtest_spy"), _ids())
     first, second = ([ref() for ref in packed] for packed in inner_graphs.packed)
     assert all(a is b for a, b in zip(first, second, strict=True))
 

@@ -21,8 +21,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton import OutOfResources
 
 import fqcompile
+from fqcompile.kernels import op
 from fqcompile.kernels import run as run_module
-from fqcompile.kernels.op import matmul
 from fqcompile.kernels.spec import A100, DENSE, H200, GemmSpec, Gpu, LaunchTable
 from fqcompile.kernels.triton import template
 from fqcompile.kernels.triton.target import kwidth
@@ -32,6 +32,7 @@ from fqcompile.passes import select
 from tests.helpers import assert_close, assert_quantized_like_oracle, finequant, frozen, report
 from tests.kernels.triton.interpreter import interpreted
 from tests.kernels.triton.ptx import emulated_ptx
+from tests.strategies import matmul
 
 BF16 = torch.bfloat16
 
@@ -200,7 +201,7 @@ def test_fake_cuda_tensors_trace_through_the_op_without_a_gpu() -> None:
         traced = make_fx(call)(x)
         y = traced(x)
     assert (y.shape, y.dtype, y.device) == ((5, 320), BF16, torch.device("cuda:0"))
-    assert matmul in {node.target for node in traced.graph.nodes}
+    assert op.matmul in {node.target for node in traced.graph.nodes}
 
 
 @pytest.mark.gpu

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from importlib.metadata import version
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -26,16 +24,6 @@ class Baseline:
     name: str
     package: str
     quantiser: Quantiser
-
-    @property
-    def missing(self) -> str | None:
-        """Why it cannot be had, or None."""
-        found = find_spec(self.package) is not None
-        return None if found else f"{self.package} is not installed"
-
-    @property
-    def version(self) -> str:
-        return version(self.package)
 
 
 def _hqq(group_size: int, w: Tensor) -> tuple[Tensor, float]:

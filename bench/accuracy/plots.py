@@ -1,20 +1,17 @@
 """Figures of the accuracy rows, as SVG; none where matplotlib is not installed.
 
 divergence against bits per weight, the Pareto front     accuracy-pareto.svg
-which group size the rules give each matrix              accuracy-granularity.svg
 how wide columns are, before and after outliers          accuracy-ranges.svg
 """
 
-import math
-import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench.accuracy.quantized import QUANTILES, layer_type
-from bench.accuracy.targets import ADAPTIVE, RANGE, pareto_front
+from bench.accuracy.quantized import QUANTILES
+from bench.accuracy.targets import pareto_front
 from bench.core.results import Row
 
 _COLOURS = {"int4": "#1f6feb", "hqq": "#d1242f", "nf4": "#8250df", "torchao": "#bf8700"}
@@ -29,7 +26,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     # Fixed names inside the file: the same rows give the same bytes.
     matplotlib.rcParams.update({"svg.hashsalt": "fqcompile", "font.size": 8})
-    figures = {"pareto": _pareto, "granularity": _granularity, "ranges": _ranges}
+    figures = {"pareto": _pareto, "ranges": _ranges}
     written = [_write(name, figure, rows, folder) for name, figure in figures.items()]
     return [path for path in written if path is not None]
 
@@ -88,48 +85,6 @@ def _point(axis: Any, row: Row, bits: float, value: float) -> None:
     axis.plot(bits, value, "o", ms=4, color=colour, mfc=filled)
     label = way.removeprefix("int4 ").removesuffix(" mse")
     axis.annotate(label, (bits, value), fontsize=5, xytext=(3, 2), textcoords="offset points")
-
-
-def _granularity(pyplot: Any, rows: Sequence[Row]) -> Any:
-    """Layer by layer type, coloured and written by group size: plain and with outliers."""
-    maps = [
-        (f"{model}, {way.split()[1]}{extra}", row["group_sizes"])
-        for part, extra in (("quality", ""), ("outliers", ", outliers"))
-        for model, own in _parts(rows, part).items()
-        for way in (ADAPTIVE, RANGE)
-        for row in own
-        if row["way"] == way
-    ]
-    if not maps:
-        return None
-    columns = min(4, len(maps))
-    lines = -(-len(maps) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(3 * columns, 2 * lines), squeeze=False)
-    for axis in axes.flat[len(maps) :]:
-        axis.set_axis_off()
-    for axis, (title, sizes) in zip(axes.flat, maps, strict=False):
-        _map(axis, title, sizes)
-    figure.tight_layout()
-    return figure
-
-
-def _map(axis: Any, title: str, sizes: dict[str, int]) -> None:
-    types = list(dict.fromkeys(map(layer_type, sizes)))
-    layers = sorted({_layer(name) for name in sizes})
-    image = [[math.nan] * len(layers) for _ in types]
-    for name, size in sizes.items():
-        line, column = types.index(layer_type(name)), layers.index(_layer(name))
-        image[line][column] = math.log2(size)
-        axis.text(column, line, str(size), ha="center", va="center", fontsize=5)
-    axis.imshow(image, cmap="YlGnBu", vmin=4, vmax=14, aspect="auto")
-    axis.set_title(title, fontsize=7)
-    axis.set_yticks(range(len(types)), types, fontsize=6)
-    axis.set_xticks(range(len(layers)), layers, fontsize=6)
-
-
-def _layer(name: str) -> int:
-    found = re.search(r"\.(\d+)\.", name)
-    return int(found[1]) if found else 0
 
 
 def _ranges(pyplot: Any, rows: Sequence[Row]) -> Any:

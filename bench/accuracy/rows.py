@@ -16,7 +16,7 @@ from bench.accuracy.language_model import Evaluation, Windows, evaluate
 from bench.accuracy.others import Baseline
 from bench.accuracy.quantized import NO_HEAD, Quantised, ours, theirs
 from bench.accuracy.targets import ADAPTIVE
-from bench.core.results import Row
+from bench.core.results import Row, with_version
 from fqcompile.demo.embedding import Embedder, Sentences, nearest
 
 # Of what quantisation itself changes in the logits; and of the logits, for fp32's own rounding.
@@ -125,7 +125,7 @@ def row_of_type(exact: Exact, way: str, layer_type: str) -> Row:
 
 def baseline_row(exact: Exact, baseline: Baseline) -> Evaluated:
     """Quantised and dequantised by a library."""
-    about = {"way": baseline.name, "library": f"{baseline.package} {baseline.version}"}
+    about = {"way": baseline.name, "library": with_version(baseline.package)}
     return _row(exact, about, theirs(exact.model, baseline.quantiser))
 
 

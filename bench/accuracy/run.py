@@ -39,7 +39,16 @@ from bench.accuracy.rows import (
 )
 from bench.accuracy.targets import ADAPTIVE
 from bench.accuracy.train_lm import FAMILIES, SIZES, trained
-from bench.core.results import RESULTS, Results, Row, device_name, identity, slug
+from bench.core.results import (
+    RESULTS,
+    Results,
+    Row,
+    device_name,
+    identity,
+    missing,
+    slug,
+    with_version,
+)
 from bench.core.section import show
 from fqcompile.demo.embedding import load_embedder
 
@@ -59,7 +68,7 @@ def quality_rows(exact: Exact, ways: Sequence[str], baselines: bool = True) -> I
             rows.append(our_row(exact, way))
             progress.update()
         for baseline in BASELINES if baselines else ():
-            if baseline.missing is None:
+            if missing(baseline.package) is None:
                 rows.append(baseline_row(exact, baseline))
             progress.update()
     reference = next((one for one in rows if one.row["way"] == ADAPTIVE), None)
@@ -116,16 +125,18 @@ def run(arguments: argparse.Namespace) -> Results:
     path = arguments.folder / "accuracy.json" if arguments.folder else None
     settings = {k: str(v) for k, v in vars(arguments).items() if k != "folder"}
     settings["baselines"] = ", ".join(
-        f"{b.package} {b.version}" for b in BASELINES if b.missing is None
+        with_version(b.package) for b in BASELINES if missing(b.package) is None
     )
     results = Results(identity(CPU), settings, path)
-    results.leave_out(*(f"{b.name}: {b.missing}" for b in BASELINES if b.missing))
+    results.leave_out(
+        *(f"{b.name}: {why}" for b in BASELINES if (why := missing(b.package)) is not None)
+    )
     for family in arguments.family:
         start = time.monotonic()
         measure_family(family, arguments, results)
         print(f"{family}: {time.monotonic() - start:.0f} s", flush=True)
     if not arguments.quick:
-        present = [b for b in BASELINES if b.missing is None]
+        present = [b for b in BASELINES if missing(b.package) is None]
         rows = embedding_rows(*load_embedder(), list(WAYS), present)
         _add(results, "MiniLM", "embeddings", iter(rows))
     return results

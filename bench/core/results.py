@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,16 @@ def identity(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         about |= fingerprint(gpu_of(device), kernel_source_hash())
     return about
+
+
+def missing(package: str) -> str | None:
+    """Why what a library does cannot be had, or None."""
+    return None if find_spec(package) else f"{package} is not installed"
+
+
+def with_version(package: str) -> str:
+    """ "torchao 0.18.0"."""
+    return f"{package} {version(package)}"
 
 
 def device_name(device: torch.device) -> str:

@@ -7,7 +7,7 @@ gathering copies each token for each of its experts; grouping sorts those copies
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
@@ -21,7 +21,6 @@ from fqcompile.kernels.spec import DENSE, Config, GemmSpec, Gpu
 from fqcompile.kernels.template import Routing
 from fqcompile.kernels.tuning.launches import Mode, tuned_launches
 from fqcompile.kernels.tuning.measure import allowed_error, random_problem, rotation
-from fqcompile.kernels.tuning.routed_rows import experts_of, packed_stack
 from fqcompile.tensor.quantized import QuantizedTensor
 
 GATHERED, GROUPED, DENSE_WAY = "fqcompile gathered", "fqcompile grouped", "fqcompile dense"
@@ -49,9 +48,9 @@ class ExpertLayer:
     ) -> None:  # fmt: skip
         self.shape, self.dtype, self.device = shape, dtype, device
         self._form = (bits, group_size, dtype, gpu, device.type)
-        self._quantized = {matrix: self._random(matrix) for matrix in MATRICES}
-        nbytes = sum(weight.nbytes for one in self._quantized.values() for weight in one)
-        self.copies = rotation(nbytes)[0]
+        specs = {matrix: self.spec(matrix, "grouped", 1) for matrix in MATRICES}
+        self._quantized = {m: random_problem(specs[m], 1, device)[0] for m in MATRICES}
+        self.copies = rotation(sum(stack.nbytes for stack in self._quantized.values()))[0]
         generator = torch.Generator(device).manual_seed(2)
         draw = partial(torch.randn, device=device, generator=generator)
         self._hidden = draw(most_tokens, shape.hidden).mul_(shape.hidden**-0.5).to(dtype)
@@ -59,11 +58,6 @@ class ExpertLayer:
 
     def spec(self, matrix: Matrix, routing: RoutingName, tokens: int) -> GemmSpec:
         return expert_spec(self.shape, matrix, routing, tokens, *self._form)
-
-    def _random(self, matrix: Matrix) -> list[QuantizedTensor]:
-        spec = self.spec(matrix, "grouped", 1)
-        stack, _ = random_problem(replace(spec, n=spec.experts * spec.n), 1, self.device)
-        return experts_of(stack, spec.experts)
 
     def token_ids(self, tokens: int) -> list[Tensor]:
         """int64 [T, top_k], no expert twice for a token. Each routing hits the experts after those
@@ -109,16 +103,14 @@ class ExpertLayer:
     @cached_property
     def _packed(self) -> list[dict[Matrix, QuantizedTensor]]:
         layout = select_kernel(self.spec("down", "grouped", 1)).template.layout
-        first = {m: packed_stack(self._quantized[m], layout) for m in MATRICES}
+        first = {m: layout.pack(self._quantized[m]) for m in MATRICES}
         clones = [{m: w.clone() for m, w in first.items()} for _ in range(self.copies - 1)]
         return [first, *clones]
 
     @cached_property
     def _w_hat(self) -> list[dict[Matrix, Tensor]]:
         """[E, rows, K] in x's dtype, as many copies."""
-        first = {
-            m: torch.stack([w.dequantize(self.dtype) for w in self._quantized[m]]) for m in MATRICES
-        }
+        first = {m: self._quantized[m].dequantize(self.dtype) for m in MATRICES}
         clones = [{m: w.clone() for m, w in first.items()} for _ in range(self.copies - 1)]
         return [first, *clones]
 
@@ -169,7 +161,7 @@ class ExpertLayer:
         total = torch.zeros_like(hidden)
         for expert in ids.unique().tolist():
             token, place = (ids == expert).nonzero(as_tuple=True)
-            w = {m: self._quantized[m][expert].dequantize(torch.float64) for m in MATRICES}
+            w = {m: self._quantized[m].expert(expert).dequantize(torch.float64) for m in MATRICES}
             gate, up = (hidden[token] @ w["gate_up"].T).chunk(2, -1)
             y = (F.silu(gate) * up) @ w["down"].T
             total.index_add_(0, token, y * weights[token, place].unsqueeze(1))

@@ -28,7 +28,6 @@ from bench.core.results import Results, Row, Step
 from bench.core.shapes import DTYPES, EXPERTS, GROUPED_MM, MATRICES
 from bench.experts.layers import DENSE_WAY, GATHERED, GROUPED, ExpertLayer, Way
 from fqcompile.commands.arguments import counts, group_size
-from fqcompile.errors import FineQuantError
 from fqcompile.kernels.roofline import ideal_seconds
 from fqcompile.kernels.spec import Gpu, gpu_of
 from fqcompile.kernels.tuning.launches import Mode
@@ -178,11 +177,7 @@ def show(results: Results) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     device = torch.device(arguments.device)
-    try:
-        results = run(arguments, device, gpu_of(device), recorded_on_gpu)
-    except FineQuantError as error:
-        raise SystemExit(f"bench experts: {error}") from error
-    show(results)
+    show(run(arguments, device, gpu_of(device), recorded_on_gpu))
 
 
 if __name__ == "__main__":

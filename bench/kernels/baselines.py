@@ -10,15 +10,14 @@ gemlite         our codes and scales; it tunes itself in its first call
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.kernels.contenders import Contender, Problem
+from bench.core.results import missing, with_version
+from bench.kernels.contenders import Contender, Problem, Run
 from fqcompile.kernels.roofline import weight_bytes
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.tuning.measure import rotation
@@ -38,15 +37,12 @@ class Baseline:
     refuse: Callable[[GemmSpec], str | None]
     prepare: Callable[["Baseline", Problem], Contender]
 
-    @property
-    def label(self) -> str:
-        return f"{self.package} {version(self.package)}"
+    def contender(self, run: Run, weights: Sequence[Any], quantizes: bool = False) -> Contender:
+        return Contender(self.name, with_version(self.package), run, weights, quantizes)
 
     def absent(self, spec: GemmSpec) -> str | None:
         """Why there is nothing to measure; None if there is."""
-        if find_spec(self.package) is None:
-            return "not installed"
-        return self.refuse(spec)
+        return missing(self.package) or self.refuse(spec)
 
 
 def _anything(spec: GemmSpec) -> None:
@@ -87,14 +83,14 @@ def _clones(tensors: Sequence[Tensor], copies: int) -> list[tuple[Tensor, ...]]:
 
 
 def _cublas(baseline: Baseline, problem: Problem) -> Contender:
-    return Contender(baseline.name, baseline.label, F.linear, problem.dense_copies)
+    return baseline.contender(F.linear, problem.dense_copies)
 
 
 def _compiled(mode: str | None) -> Callable[[Baseline, Problem], Contender]:
     def prepare(baseline: Baseline, problem: Problem) -> Contender:
         # A lambda of its own: what another contender compiled of F.linear does not count here.
         run = torch.compile(lambda x, w: F.linear(x, w), dynamic=False, mode=mode)
-        return Contender(baseline.name, baseline.label, run, problem.dense_copies)
+        return baseline.contender(run, problem.dense_copies)
 
     return prepare
 
@@ -113,7 +109,7 @@ def _tinygemm(baseline: Baseline, problem: Problem) -> Contender:
         return y
 
     weights = _clones((packed, scale_and_zero), _copies(problem))
-    return Contender(baseline.name, baseline.label, run, weights)
+    return baseline.contender(run, weights)
 
 
 def _torchao(baseline: Baseline, problem: Problem) -> Contender:
@@ -133,7 +129,7 @@ def _torchao(baseline: Baseline, problem: Problem) -> Contender:
 
     run = torch.compile(lambda x, w: F.linear(x, w), dynamic=False)
     weights = [quantized() for _ in range(_copies(problem))]
-    return Contender(baseline.name, baseline.label, run, weights, quantizes=True)
+    return baseline.contender(run, weights, quantizes=True)
 
 
 def _gemlite(baseline: Baseline, problem: Problem) -> Contender:
@@ -149,7 +145,7 @@ def _gemlite(baseline: Baseline, problem: Problem) -> Contender:
         return processor.from_weights(codes.clone(), scale.clone(), zeros, spec.bits, group)
 
     weights = [packed() for _ in range(_copies(problem))]
-    return Contender(baseline.name, baseline.label, lambda x, layer: layer(x), weights)
+    return baseline.contender(lambda x, layer: layer(x), weights)
 
 
 CUBLAS, COMPILED, MAX_AUTOTUNE = "cuBLAS", "torch.compile", "torch.compile max-autotune"

@@ -32,7 +32,6 @@ from bench.kernels.rows import Layer, identified, measured_rows
 from bench.kernels.section import gpu_kernels
 from fqcompile.commands.arguments import counts as row_counts
 from fqcompile.commands.arguments import group_size
-from fqcompile.errors import FineQuantError
 from fqcompile.kernels.spec import GemmSpec, Gpu, gpu_of
 from fqcompile.kernels.tuning.launches import Mode
 
@@ -108,12 +107,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         kernels_cpu.main(arguments, Results.of(arguments, torch.device("cpu")))
         return
     device = torch.device(arguments.device)
-    try:
-        # Each M is a compilation of its own of one function.
-        with torch._dynamo.config.patch(MANY_COMPILATIONS):
-            results = run(arguments, device, gpu_of(device), recorded_on_gpu)
-    except FineQuantError as error:
-        raise SystemExit(f"bench kernels: {error}") from error
+    # Each M is a compilation of its own of one function.
+    with torch._dynamo.config.patch(MANY_COMPILATIONS):
+        results = run(arguments, device, gpu_of(device), recorded_on_gpu)
     show(results, gpu_kernels)
 
 

@@ -26,7 +26,6 @@ from bench.core.results import Results, identity
 from bench.core.section import show
 from bench.launch_overhead import section
 from bench.launch_overhead.stub_driver import install
-from fqcompile.errors import FineQuantError
 from fqcompile.kernels import op as operator
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.registry import KernelChoice
@@ -63,7 +62,7 @@ def ways(device: torch.device) -> dict[str, Callable[[], object]]:
     )  # fmt: skip
     options = {"num_warps": CONFIG.num_warps, "num_stages": CONFIG.num_stages}
     kernel = str(KernelChoice(TRITON_GEMM, LaunchTable.of(CONFIG)))
-    format_ = (spec.bits, GROUP, N, K, "none", False, kernel)
+    format_ = (spec.bits, GROUP, N, K, "none", False, kernel, None, None, False)
 
     def op() -> object:
         return operator.matmul_inference(x, *tensors, None, None, *format_)
@@ -136,10 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--target", type=float, default=10.0, metavar="MICROSECONDS")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
-    try:
-        found = measure(device, arguments.calls, arguments.repeat)
-    except FineQuantError as error:
-        raise SystemExit(f"bench launch_overhead: {error}") from error
+    found = measure(device, arguments.calls, arguments.repeat)
     settings = {"stub": device.type == "cpu", "launcher": LAUNCHER, "operator": OP}
     results = Results(identity(device), settings, arguments.json)
     results.add(

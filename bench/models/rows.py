@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from importlib.metadata import version
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -24,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.core.measure import Replay, allowed_error, relative_error, timed_if_right
-from bench.core.results import Row
+from bench.core.results import Row, with_version
 from bench.models.phases import (
     Phase,
     Rates,
@@ -62,15 +60,6 @@ class Way:
     options: Mapping[str, Any] | None = None
     package: str = "torch"
     change: Callable[[nn.Module], None] | None = None
-
-    @property
-    def label(self) -> str:
-        return f"{self.package} {version(self.package)}"
-
-    @property
-    def missing(self) -> str | None:
-        """Why it cannot be had, or None."""
-        return None if find_spec(self.package) else f"{self.package} is not installed"
 
     def compiler(self, inner: str) -> Callable[[Any], Any]:
         """torch.compile as users call it; `inner` other than Inductor has no CUDA graphs."""
@@ -153,7 +142,7 @@ def measured_rows(
     found, failures = timed_if_right({way.name: partial(prepare, way) for way in ways})
     plain = found.get(PLAIN)
     for way in ways:
-        row: Row = {"way": way.name, "library": way.label}
+        row: Row = {"way": way.name, "library": with_version(way.package)}
         if way.name in failures:
             yield row | {"failure": failures[way.name]}
             continue

@@ -29,14 +29,13 @@ import torch
 from tqdm import tqdm
 
 from bench.core.measure import LEASE, MANY_COMPILATIONS, REPLAYS, WARM_UPS
-from bench.core.results import Budget, Results, Row, failure
+from bench.core.results import Budget, Results, Row, failure, missing
 from bench.core.section import show as show_section
 from bench.core.shapes import DTYPES, MADE_UP, MODELS, build, parameter_bytes
 from bench.models import section
 from bench.models.phases import Decoding, Phase, Prefill, Rates, rates_of
 from bench.models.rows import WAYS, Way, measured_rows
 from fqcompile.commands.arguments import counts as row_counts
-from fqcompile.errors import FineQuantError
 from fqcompile.kernels.spec import gpu_of
 from fqcompile.kernels.tuning.search import DeviceLost
 
@@ -147,8 +146,8 @@ def run(arguments: argparse.Namespace) -> Results:
     results = Results.of(arguments, device)
     results.settings |= {"bandwidth": rates.bandwidth, "flops": rates.flops}
     ways = [WAYS[name] for name in arguments.ways]
-    results.leave_out(*(f"{way.name}: {way.missing}" for way in ways if way.missing))
-    present = [way for way in ways if way.missing is None]
+    present = [way for way in ways if missing(way.package) is None]
+    results.leave_out(*(f"{w.name}: {missing(w.package)}" for w in ways if w not in present))
     budget = Budget(arguments.time_budget)
     Runner(arguments, device, present, rates, results, budget).run()
     return results
@@ -174,12 +173,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["TRITON_CACHE_DIR"] = cache
-        try:
-            # Each batch and way is a compilation of its own of one function.
-            with torch._dynamo.config.patch(MANY_COMPILATIONS):
-                results = run(arguments)
-        except FineQuantError as error:
-            raise SystemExit(f"bench models: {error}") from error
+        # Each batch and way is a compilation of its own of one function.
+        with torch._dynamo.config.patch(MANY_COMPILATIONS):
+            results = run(arguments)
         show(results)
 
 

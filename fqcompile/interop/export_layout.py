@@ -190,7 +190,8 @@ def _pieces(saved: Saved, reversion: Reversion, values: Mapping[str, str]) -> li
     found = []
     for name, rows in results.items():
         module, _, parameter = name.rpartition(".")
-        if parameter != "weight" or rows.dim() != 2 or rows.shape[1] != 1:
+        is_matrix = rows.dim() == 2 and torch.equal(rows, rows[:, :1].repeat(1, 2))
+        if parameter != "weight" or not is_matrix:
             return None
         n = rows.shape[0]
         found.append(Piece(module, source, values[source], _slice(rows[:, 0]), n, record.k))
@@ -218,8 +219,9 @@ def _per_expert(
 
 
 def _row_numbers(record: PackedRecord) -> Tensor:
-    numbers = torch.arange(record.all_rows, dtype=torch.int32)
-    return numbers.view(*((record.experts,) if record.experts else ()), record.rows, 1)
+    """As a weight of two columns: transformers 5.17 squeezes one away where it splits a stack."""
+    numbers = torch.arange(record.all_rows, dtype=torch.int32).view(-1, 1).repeat(1, 2)
+    return numbers.view(*((record.experts,) if record.experts else ()), record.rows, 2)
 
 
 def _slice(rows: Tensor) -> Rows:

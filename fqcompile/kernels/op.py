@@ -12,8 +12,7 @@
 
 Rows of x past the last offset belong to no expert: their results, like those of
 `torch._grouped_mm`, are whatever was in memory, with `zero_rest` zeros; their gradients are zeros.
-The routing comes last in the schema, because the dispatcher hands on no trailing defaults: a call
-for one matrix does not pay for it.
+No argument has a default: Inductor would pass it by name, which costs 1 us of every call.
 
 Under autocast x, bias and residual are cast as `F.linear` casts them, to the type that is set, and
 the packed weight is not; `torch.library.register_autocast` would cast scales too, and to a type
@@ -46,7 +45,7 @@ from fqcompile.torch_compat import key_set, without_keys
 MATMUL_SCHEMA = (
     "(Tensor x, Tensor qweight, Tensor scale, Tensor? bias, Tensor? residual, int bits, "
     "int group_size, int n, int k, str activation, bool gated, str kernel, "
-    "Tensor? offsets=None, Tensor? ids=None, bool zero_rest=False) -> Tensor"
+    "Tensor? offsets, Tensor? ids, bool zero_rest) -> Tensor"
 )
 BACKWARD_SCHEMA = (
     "(Tensor dz, Tensor qweight, Tensor scale, int bits, int group_size, int rows, int k, "
@@ -75,9 +74,9 @@ def _matmul_impl(
     activation: str,
     gated: bool,
     kernel: str,
-    offsets: Tensor | None = None,
-    ids: Tensor | None = None,
-    zero_rest: bool = False,
+    offsets: Tensor | None,
+    ids: Tensor | None,
+    zero_rest: bool,
 ) -> Tensor:
     routing = None if offsets is None and ids is None else Routing(offsets, ids)
     experts, rows = None if routing is None else experts_in(qweight), 2 * n if gated else n
@@ -121,9 +120,9 @@ def _matmul_fake(
     activation: str,
     gated: bool,
     kernel: str,
-    offsets: Tensor | None = None,
-    ids: Tensor | None = None,
-    zero_rest: bool = False,
+    offsets: Tensor | None,
+    ids: Tensor | None,
+    zero_rest: bool,
 ) -> Tensor:
     routing = None if offsets is None and ids is None else Routing(offsets, ids)
     experts, rows = None if routing is None else experts_in(qweight), 2 * n if gated else n
@@ -194,7 +193,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dz = dy
     if gated or activation != "none":
         template = kernel.partition(":")[0]  # a configuration tuned for the fused form stays there
-        plain = ("none", False, template, offsets, ids)
+        plain = ("none", False, template, offsets, ids, False)
         z = matmul(x, qweight, scale, bias, None, *form, *plain)
         dz = Epilogue(activation=activation, gated=gated).backward(dy, z)
     dx = dbias = None

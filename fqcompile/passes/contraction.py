@@ -55,13 +55,12 @@ def contraction(node: fx.Node, is_constant: IsConstant) -> Contraction | None:
     for weight, x in read.sides:
         if is_constant(x.node) and not read.of_layer:
             continue
-        picked = gathered(weight.node, is_constant)
         constant, steps = _unbatched(weight.node) if read.broadcasts else (weight.node, ())
-        if picked is not None:
+        if is_constant(constant):
+            found = _of_constant(Operand(node, read.out), x, weight.dims, constant, steps)
+        elif (picked := gathered(weight.node, is_constant)) is not None:
             x = _without_singles(x, weight)
             found = _of_picked(x, weight, picked)
-        elif is_constant(constant):
-            found = _of_constant(Operand(node, read.out), x, weight.dims, constant, steps)
         else:
             continue
         return None if found is None else _with_roles(read, x, found)

@@ -26,7 +26,8 @@ from fqcompile.weights.recipe import target_name
 
 ADDS = ("add", "__add__", "iadd")
 MATMUL, INFERENCE = matmul, matmul_inference  # the second where no gradient can flow
-_DEFAULTS = {argument.name: argument.default_value for argument in schema_of(matmul).arguments}
+_NAMES = [argument.name for argument in schema_of(matmul).arguments]
+_UNROUTED = {"offsets": None, "ids": None, "zero_rest": False}
 
 
 def is_quantized(node: object) -> bool:
@@ -53,19 +54,14 @@ def changed(node: fx.Node, **changes: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def matmul_arguments(*given: Any, **named: Any) -> tuple[Any, ...]:
-    """All by position, as the nodes have them, without defaults at the end."""
-    unknown = named.keys() - _DEFAULTS.keys()
-    assert not unknown, f"the operator has no {unknown}"
-    values = list((_DEFAULTS | dict(zip(_DEFAULTS, given, strict=False)) | named).values())
-    for default in reversed(_DEFAULTS.values()):
-        if values[-1] is not default:
-            break
-        values.pop()
-    return tuple(values)
+    """All by position, as the nodes have them; without a routing where none is given."""
+    known = _UNROUTED | dict(zip(_NAMES, given, strict=False)) | named
+    assert known.keys() == set(_NAMES), f"the operator has {_NAMES}, not {[*known]}"
+    return tuple([known[name] for name in _NAMES])
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
-    return _DEFAULTS | dict(zip(_DEFAULTS, node.args, strict=False))
+    return dict(zip(_NAMES, node.args, strict=True))
 
 
 def is_plain(op: fx.Node) -> bool:

@@ -42,7 +42,8 @@ def _linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Any:
     if kernel is None:
         return NotImplemented
     formats = (form.bits, form.group_size, form.rows, form.k, "none", False, kernel)
-    return matmul_inference(x, weight.qweight, weight.scale, bias, None, *formats)
+    unrouted = (None, None, False)
+    return matmul_inference(x, weight.qweight, weight.scale, bias, None, *formats, *unrouted)
 
 
 def _experts(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import __main__ as command
 from bench import gpu, short
 from bench.__main__ import BENCHMARKS
 from bench.core import results
@@ -143,6 +144,7 @@ def test_host_time_is_of_one_call_and_taken_in_turn() -> None:
     assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2}
 
 
+@pytest.mark.slow
 def test_the_overhead_is_measured_with_a_stub_in_place_of_the_launch() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     command = ["launch_overhead", "--device", "cpu", "--calls", "5", "--repeat", "2"]
@@ -153,3 +155,13 @@ def test_the_overhead_is_measured_with_a_stub_in_place_of_the_launch() -> None:
     assert "STUB" in result.stdout
     for way in ("Triton's launcher", "dequant_gemm", "operator, no_grad"):
         assert way in result.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("name", ["kernels", "experts", "models"])
+def test_without_a_gpu_it_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(variable, "put back when the test ends")
+    monkeypatch.setattr(sys, "argv", ["bench", name])
+    with pytest.raises(SystemExit, match=f"bench {name}: .*torch sees no GPU on this machine"):
+        command.main()

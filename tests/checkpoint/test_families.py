@@ -129,6 +129,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_computes_the_same(tmp_path: Path) -> None:
     model, inputs = make("qwen3-moe", torch.bfloat16)
     fqcompile.quantize_(model, **OPTIONS)

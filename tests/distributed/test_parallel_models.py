@@ -26,6 +26,7 @@ CASES = [
 ]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("name", "way", "dtype"), CASES, ids=lambda value: str(value))
 def test_equals_one_rank(
     pair: Pair, tmp_path: Path, name: str, way: str, dtype: torch.dtype
@@ -34,6 +35,7 @@ def test_equals_one_rank(
     assert torch.equal(first, second)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("way", ["tp", "ep"])
 def test_gathered_experts_equal_one_rank(pair: Pair, tmp_path: Path, way: str) -> None:
     pair.run(compare, "mixtral", way, torch.float32, tmp_path, "batched_mm")

@@ -137,7 +137,7 @@ def compile_alone() -> str | None:
         return _message(finequant(model, min_elements=0), RankError)
 
 
-@pytest.mark.parametrize("kind", ["file", "tcp"])
+@pytest.mark.parametrize("kind", [pytest.param("file", marks=pytest.mark.slow), "tcp"])
 def test_what_ranks_tell_each_other_does_not_pile_up(pair: Pair, kind: str, tmp_path: Path) -> None:
     """However many graphs there are, the store holds two rounds of each rank at the most."""
     for counts in pair.run(agree_often, kind, str(tmp_path / "store"), _free_port()):

@@ -23,6 +23,7 @@ from tests.helpers import assert_close
 CASES = [("llama", "tp"), ("mixtral", "tp"), ("qwen3-moe", "ep")]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("name", "way"), CASES)
 def test_what_two_ranks_saved_loads_on_two_and_on_one(
     pair: Pair, tmp_path: Path, name: str, way: str
@@ -49,6 +50,7 @@ def save_and_load(name: str, way: str, folder: Path) -> None:
     assert len(packed) == len(plan.quantized)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("name", "way"), CASES)
 def test_what_one_rank_saved_loads_on_two(pair: Pair, tmp_path: Path, name: str, way: str) -> None:
     model = whole(name, torch.float32)

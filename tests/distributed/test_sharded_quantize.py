@@ -18,6 +18,7 @@ from tests.test_models import CHAIN
 CASES = [("opt", "tp"), ("llama", "tp"), ("mixtral", "tp"), ("qwen3-moe", "ep")]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("name", "way"), CASES)
 def test_packed_parts_run(pair: Pair, tmp_path: Path, name: str, way: str) -> None:
     pair.run(run_packed, name, way, tmp_path)

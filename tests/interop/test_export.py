@@ -23,6 +23,7 @@ from fqcompile.errors import CheckpointError, OptionError, UnquantizableWeight
 from fqcompile.interop import export_blocks, export_directory, export_layout
 from tests.checkpoint.crashes import count_operations, crash
 from tests.interop.models import make, save_quantised, tensors_of
+from tests.tiers import examples
 
 
 def files(out: Path) -> dict[str, bytes]:
@@ -57,7 +58,7 @@ def test_an_export_that_fails_anywhere_resumes_to_the_same_files(
     kind: str, saved: Path, plain: Path, tmp_path: Path
 ) -> None:
     source, options = (saved, {}) if kind == "saved" else (plain, {"min_elements": 1024})
-    samples = 12 if kind == "saved" else 4
+    samples = examples(12 if kind == "saved" else 4)
 
     def run(out: Path, **how: Any) -> None:
         fqcompile.export(source, out, **how, **options)

@@ -20,8 +20,9 @@ from fqcompile.errors import CheckpointError
 from fqcompile.interop.load import _reader
 from tests.interop.models import make
 from tests.interop.writers import arguments, awq_parts, gptq_parts, write_each_layer, write_four_bit
+from tests.tiers import examples
 
-RUNS = 250
+RUNS = examples(250)
 JUNK: list[Any] = [
     *(None, True, False, -1, 0, 1, 3, 16, 2**63, 0.5, "", "x", "int", "group", "re:(", "re:.*"),
     *(
@@ -161,6 +162,7 @@ def test_changed_and_cut_headers(kind: str, sources: dict[str, Path], tmp_path: 
         assert "model.safetensors" in text, text
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["compressed-tensors", "gptq", "awq"])
 def test_whole_loads_of_changed_configs(
     kind: str, sources: dict[str, Path], tmp_path: Path

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from fqcompile.kernels.epilogue import Epilogue
-from fqcompile.kernels.op import matmul
 from fqcompile.kernels.registry import TEMPLATES
 from fqcompile.tensor.format import Format
 from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.cpu.paths import NAMES, path
 from tests.kernels.test_op import oracle, unpacked
-from tests.strategies import Problem, make_problem
+from tests.strategies import Problem, make_problem, matmul
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # (n, k, group): tails of K and of N, one scale a column, groups that end within a word, two blocks

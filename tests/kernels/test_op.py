@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fqcompile.errors import NoKernelError, OptionError
 from fqcompile.kernels.epilogue import ACTIVATIONS
-from fqcompile.kernels.op import dequantize, matmul
+from fqcompile.kernels.op import dequantize
 from fqcompile.quant.affine import choose_scale, quantize_affine
 from fqcompile.tensor.codes import pack
 from fqcompile.tensor.format import QTYPES
-from tests.strategies import Problem, make_problem, problems, weights
+from tests.strategies import Problem, make_problem, matmul, problems, weights
 
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 # The steepest slopes: gelu 1.129, silu 1.0998.

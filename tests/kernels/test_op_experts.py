@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fqcompile.kernels.epilogue import ACTIVATIONS
-from fqcompile.kernels.op import matmul
 from fqcompile.kernels.registry import TEMPLATES
 from fqcompile.tensor.format import Format
 from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.test_op import exact_activation, exact_up, oracle, unpacked
-from tests.strategies import Problem, make_problem
+from tests.strategies import Problem, make_problem, matmul, opcheck_matmul
 
 
 def grouped(
@@ -229,13 +228,13 @@ def test_opcheck(name: str, op: Any) -> None:
     told = call.routing(op)
     routing = (told,) if op is grouped else (None, told)
     arguments = (call.x, qweight, scale, bias, None, *rest, "dequantize", *routing)
-    torch.library.opcheck(matmul, arguments)
+    opcheck_matmul(*arguments)
     if op is grouped:
-        torch.library.opcheck(matmul, (*arguments, None, True))
+        opcheck_matmul(*arguments, None, True)
     if call.x.dtype == torch.float32:
         x = call.x.clone().requires_grad_()
         bias = None if bias is None else bias.clone().requires_grad_()
-        torch.library.opcheck(matmul, (x, *arguments[1:3], bias, *arguments[4:]))
+        opcheck_matmul(x, *arguments[1:3], bias, *arguments[4:])
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])

@@ -5,7 +5,6 @@ in turn than any cache holds. CUDA graphs of many calls keep Python's time out o
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from statistics import median, quantiles
@@ -16,7 +15,6 @@ from fqcompile.errors import FineQuantError
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import Config, GemmSpec
 from fqcompile.kernels.template import Layout, Routing, Template
-from fqcompile.kernels.tuning.routed_rows import experts_of, packed_stack, routings
 from fqcompile.kernels.tuning.search import DeviceLost, Measure, WrongResult
 from fqcompile.kernels.tuning.table import Timing
 from fqcompile.tensor.chunks import plain_tensors
@@ -65,56 +63,60 @@ def prepared(
     There is a run for each of as many copies of the weight as `rotation` says, of experts also for
     each of several routings.
     """
-    return (_experts if spec.experts else _linear)(template, spec, m, device)
-
-
-def _linear(
-    template: Template, spec: GemmSpec, m: int, device: torch.device
-) -> tuple[list[Run], torch.Tensor]:
     weight, x = random_problem(spec, m, device)
-    weights, _ = packed_copies(weight, template.layout)
     epilogue = Epilogue(activation=spec.activation, gated=spec.gated)
 
-    def run(packed: QuantizedTensor, config: Config) -> torch.Tensor:
-        return template.run(x, packed, None, epilogue, config)
+    def run(packed: QuantizedTensor, routing: Routing | None, config: Config) -> torch.Tensor:
+        return template.run(x, packed, routing, epilogue, config)
 
-    runs: list[Run] = [partial(run, packed) for packed in weights]
-    return runs, reference(x, weight, spec)
-
-
-def _experts(
-    template: Template, spec: GemmSpec, m: int, device: torch.device
-) -> tuple[list[Run], torch.Tensor]:
-    stack, x = random_problem(replace(spec, n=spec.experts * spec.n), m, device)
-    weights = experts_of(stack, spec.experts)
-    packed = packed_stack(weights, template.layout)
+    if not spec.experts:
+        copies, _ = packed_copies(weight, template.layout)
+        return [partial(run, packed, None) for packed in copies], reference(x, weight, spec)
     in_turn = routings(spec, m, device)
-    epilogue = Epilogue(activation=spec.activation, gated=spec.gated)
-
-    def run(weight: QuantizedTensor, routing: Routing, config: Config) -> torch.Tensor:
-        return template.run(x, weight, routing, epilogue, config)
-
-    copies = min(rotation(packed.qweight.nbytes)[0], -(-_MOST_COPIES // len(in_turn)))
-    clones = (packed.clone() for _ in range(copies - 1))
-    runs: list[Run] = [partial(run, w, routing) for w in (packed, *clones) for routing in in_turn]
-    return runs, expert_reference(x, weights, in_turn[0], spec)
+    most = -(-_MOST_COPIES // len(in_turn))
+    copies, _ = packed_copies(weight, template.layout, most)
+    runs: list[Run] = [partial(run, one, routing) for one in copies for routing in in_turn]
+    return runs, expert_reference(x, weight, in_turn[0], spec)
 
 
 def expert_reference(
-    x: torch.Tensor, weights: Sequence[QuantizedTensor], routing: Routing, spec: GemmSpec
+    x: torch.Tensor, stack: QuantizedTensor, routing: Routing, spec: GemmSpec
 ) -> torch.Tensor:
     """`reference` of each expert on its rows; all rows have one."""
     y = x.new_empty((x.shape[0], spec.n), dtype=torch.float64)
-    for expert, rows in routing.rows_of_experts(len(weights), x.shape[0]):
-        y[rows] = reference(x[rows], weights[expert], spec)
+    for expert, rows in routing.rows_of_experts(spec.experts, x.shape[0]):
+        y[rows] = reference(x[rows], stack.expert(expert), spec)
     return y
 
 
-def packed_copies(weight: QuantizedTensor, layout: Layout) -> tuple[list[QuantizedTensor], int]:
-    """As many copies of a packed weight as `rotation` says, and its rounds."""
+def routings(spec: GemmSpec, m: int, device: torch.device) -> list[Routing]:
+    """Of m rows, each of whose experts is one of all by chance: in turn they hit all there are.
+
+    A call reads only the experts that were hit. They are neighbours, in each routing the ones after
+    those before, so that what one call reads has left the cache by the next.
+    """
+    generator = torch.Generator(device).manual_seed(1)
+    ids = torch.randint(spec.experts, (m,), device=device, generator=generator)
+    hit = ids.unique()
+    rank, width = torch.searchsorted(hit, ids), hit.numel()
+    starts = range(0, spec.experts - width + 1, width)
+    return [_routing(rank + start, spec) for start in starts]
+
+
+def _routing(ids: torch.Tensor, spec: GemmSpec) -> Routing:
+    if spec.routing == "gathered":
+        return Routing(ids=ids)
+    counts = torch.bincount(ids, minlength=spec.experts)
+    return Routing(offsets=counts.cumsum(0).to(torch.int32))
+
+
+def packed_copies(
+    weight: QuantizedTensor, layout: Layout, most: int = _MOST_COPIES
+) -> tuple[list[QuantizedTensor], int]:
+    """As many copies of a packed weight as `rotation` says, `most` at the most, and its rounds."""
     packed = layout.pack(weight)
     copies, rounds = rotation(packed.nbytes)
-    return [packed, *(packed.clone() for _ in range(copies - 1))], rounds
+    return [packed, *(packed.clone() for _ in range(min(copies, most) - 1))], rounds
 
 
 def rotation(nbytes: int) -> tuple[int, int]:
@@ -137,10 +139,11 @@ def random_problem(
 ) -> tuple[QuantizedTensor, torch.Tensor]:
     """Codes over their whole range, scales of about 1 / qmax, and x such that results are about 1.
 
-    Nothing is zero by design and nothing overflows fp16, gated or not.
+    Of experts a stack, and x [m, K] for routed rows. Nothing is zero by design, and nothing
+    overflows fp16, gated or not.
     """
     generator = torch.Generator(device).manual_seed(0)
-    qtype, rows, k = QTYPES[spec.bits], spec.weight_rows, spec.k
+    qtype, rows, k = QTYPES[spec.bits], spec.weight_rows * max(1, spec.experts), spec.k
     codes = torch.randint(
         qtype.qmin, qtype.qmax + 1, (rows, k), dtype=torch.int8, device=device, generator=generator
     )
@@ -148,8 +151,8 @@ def random_problem(
     scale = torch.rand(rows, groups, device=device, generator=generator).add_(0.5).div_(qtype.qmax)
     x = torch.randn(m, k, device=device, generator=generator).mul_(k**-0.5).to(spec.dtype)
     scale = scale.to(spec.scale_dtype)
-    form = Format(spec.bits, spec.group_size, rows, k)
-    return QuantizedTensor(pack(codes, qtype), scale, form), x
+    form = Format(spec.bits, spec.group_size, spec.weight_rows, k, spec.experts)
+    return QuantizedTensor.of_rows(pack(codes, qtype), scale, form), x
 
 
 def reference(x: torch.Tensor, weight: QuantizedTensor, spec: GemmSpec) -> torch.Tensor:

@@ -217,9 +217,3 @@ def test_the_table_shows_the_best_of_ours_against_pytorch(
     assert "0.86x" in lines[-2]
     experts.show(run())
     assert capsys.readouterr().out.splitlines()[-1].startswith("small: gathered from 1")
-
-
-def test_without_a_gpu_it_says_so() -> None:
-    if not torch.cuda.is_available():
-        with pytest.raises(SystemExit, match="torch sees no GPU on this machine"):
-            experts.main([])

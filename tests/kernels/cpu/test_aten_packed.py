@@ -8,12 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fqcompile.kernels.cpu.aten_packed import ATEN_INT4_CPU, INT4PACK, INT8PACK
-from fqcompile.kernels.op import matmul
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.tensor.format import Format
 from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.test_op import assert_matches_oracle, oracle
-from tests.strategies import make_problem
+from tests.strategies import make_problem, matmul
 
 BF16 = torch.bfloat16
 INT4 = GemmSpec(4, 64, 128, 4, 64, BF16, BF16, "cpu")

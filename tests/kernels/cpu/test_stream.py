@@ -12,13 +12,12 @@ from torch import Tensor
 from fqcompile.kernels.cpu.stream import STREAM, X86_STREAM
 from fqcompile.kernels.cpu.stream_layout import dequantize as dequantize_by_torch
 from fqcompile.kernels.epilogue import ACTIVATIONS, Epilogue
-from fqcompile.kernels.op import matmul
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.tensor.format import Format
 from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.cpu.paths import NAMES, path
 from tests.kernels.test_op import oracle
-from tests.strategies import Problem, make_problem
+from tests.strategies import Problem, make_problem, matmul
 
 if not NAMES:
     pytest.skip("this processor has none of the kernel's paths", allow_module_level=True)

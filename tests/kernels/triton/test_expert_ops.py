@@ -12,7 +12,6 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from fqcompile.errors import KernelBuildError
 from fqcompile.kernels import run as run_module
 from fqcompile.kernels.epilogue import Epilogue
-from fqcompile.kernels.op import matmul
 from fqcompile.kernels.registry import parse_kernel, select_kernel
 from fqcompile.kernels.spec import A100, DENSE, H200, GemmSpec
 from fqcompile.kernels.template import Routing
@@ -29,6 +28,7 @@ from tests.kernels.triton.expert_oracle import (
     stacked,
 )
 from tests.kernels.triton.oracle import BF16, FP16, Case, on_device, on_every_device, running
+from tests.strategies import matmul, opcheck_matmul
 
 SPLIT = "triton_gemm:16x64x128x2w4s2"
 TABLE = "triton_gemm:m4=16x64x128x1w4s2,dense"
@@ -162,10 +162,10 @@ def test_experts_pass_opcheck(case: ExpertCase) -> None:
     case = replace(case, one=replace(case.one, n=3, k=20))
     x, qweight, scale, bias, *form = arguments(case, draw(case), SPLIT)
     with running("cpu"):
-        torch.library.opcheck(matmul, (x, qweight, scale, bias, *form))
+        opcheck_matmul(x, qweight, scale, bias, *form)
         leaves = [t.detach().clone().requires_grad_() for t in (x, bias) if t is not None]
         x, bias = (*leaves, None)[:2]
-        torch.library.opcheck(matmul, (x, qweight, scale, bias, *form))
+        opcheck_matmul(x, qweight, scale, bias, *form)
 
 
 @on_every_device

@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fqcompile.kernels.op import dequantize, matmul
+from fqcompile.kernels.op import dequantize
 from fqcompile.kernels.triton import launch
 from fqcompile.kernels.triton.template import TRITON_GEMM
 from tests.kernels.triton.oracle import (
@@ -30,6 +30,7 @@ from tests.kernels.triton.oracle import (
     quantized,
     running,
 )
+from tests.strategies import matmul, opcheck_matmul
 
 SPLIT = "triton_gemm:16x64x128x2w4s2"
 TABLE = "triton_gemm:m4=16x64x128x1w4s2,dense"
@@ -181,8 +182,8 @@ def with_grad(call: Call) -> Call:
 def test_linear_passes_opcheck(case: Case) -> None:
     call = call_of(replace(case, m=2, n=3, k=20))
     with running("cpu"):
-        torch.library.opcheck(matmul, call.arguments(SPLIT))
-        torch.library.opcheck(matmul, with_grad(call).arguments(TABLE))
+        opcheck_matmul(*call.arguments(SPLIT))
+        opcheck_matmul(*with_grad(call).arguments(TABLE))
 
 
 def test_dequantize_passes_opcheck() -> None:

@@ -175,7 +175,7 @@ def test_any_range_gets_at_most_three_kernels_that_cover_it(
     closed = LaunchTable((*steps, (None, DENSE)))
     spec = replace(SPEC, m_range=m_range)
     template = replace(TEMPLATE, launches=lambda spec: closed)
-    table = TunedTable(Path("/proc/none"), {}, {}, {})
+    table = TunedTable(Path("/proc/none"), {}, {})
     for m in data.draw(st.lists(st.integers(0, 2000)), label="tuned at"):
         table._cases[KEY, bucket_of(m, SPEC)] = launches_module.Case((_trial(FAST[1 + m % 11]),))
     chosen = tuned_launches(spec, template, "off", table=table).launches

@@ -8,13 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from fqcompile.kernels.cpu.stream import X86_STREAM
 from fqcompile.kernels.dequantize import DEQUANTIZE
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import DENSE, GemmSpec
-from fqcompile.kernels.template import PLAIN
 from fqcompile.kernels.tuning import measure as measure_module
-from fqcompile.kernels.tuning.measure import expert_reference, measure_on_gpu, random_problem
-from fqcompile.kernels.tuning.routed_rows import experts_of, packed_stack, routings
+from fqcompile.kernels.tuning.measure import (
+    expert_reference,
+    measure_on_gpu,
+    random_problem,
+    routings,
+)
 from fqcompile.kernels.tuning.search import WrongResult
 from fqcompile.kernels.tuning.table import Timing
 from fqcompile.tensor.format import Format
@@ -42,35 +46,30 @@ def test_calls_in_turn_hit_as_many_experts_and_no_two_the_same(routing: str, m: 
     assert sum(map(len, hits)) == len(set.union(*hits)) > 12 - len(hits[0])
 
 
-def stacked(spec: GemmSpec, m: int) -> tuple[Any, Tensor]:
-    stack, x = random_problem(replace(spec, n=spec.experts * spec.n), m, CPU)
-    return experts_of(stack, spec.experts), x
-
-
-def test_a_stack_is_that_of_its_experts_packed() -> None:
-    weights, _ = stacked(BASE, 1)
-    packed = packed_stack(weights, PLAIN)
-    assert packed.qweight.shape == (12, *weights[0].qweight.shape)
-    assert packed.format == Format(4, 32, 48, 70, 12)
-    for e, weight in enumerate(weights):
-        assert torch.equal(packed.qweight[e], weight.qweight)
-        assert torch.equal(packed.scale[e], weight.scale)
+def test_the_problem_is_a_stack_whose_experts_are_packed_one_by_one() -> None:
+    stack, x = random_problem(BASE, 5, CPU)
+    assert stack.format == Format(4, 32, 48, 70, 12)
+    assert x.shape == (5, 70)
+    packed = X86_STREAM.layout.pack(stack)
+    for e in range(12):
+        one = X86_STREAM.layout.pack(stack.expert(e))
+        assert torch.equal(packed.qweight[e], one.qweight)
+        assert torch.equal(packed.scale[e], one.scale)
 
 
 @every_routing
 def test_the_reference_is_each_rows_own_expert(routing: str) -> None:
     spec = replace(BASE, routing=routing)
-    weights, x = stacked(spec, 30)
+    stack, x = random_problem(spec, 30, CPU)
     one = routings(spec, 30, CPU)[0]
     if one.ids is not None:
         own = one.ids
     else:
         counts = torch.diff(one.offsets, prepend=torch.zeros(1, dtype=torch.int32))
         own = torch.repeat_interleave(torch.arange(12), counts)
-    w_hat = torch.stack([weight.dequantize(torch.float64) for weight in weights])
-    z = torch.einsum("mk,mnk->mn", x.double(), w_hat[own])
+    z = torch.einsum("mk,mnk->mn", x.double(), stack.dequantize(torch.float64)[own])
     want = Epilogue(activation="silu", gated=True).apply(z)
-    torch.testing.assert_close(expert_reference(x, weights, one, spec), want)
+    torch.testing.assert_close(expert_reference(x, stack, one, spec), want)
 
 
 @pytest.fixture
