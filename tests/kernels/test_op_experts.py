@@ -211,6 +211,17 @@ def test_ids_of_no_expert_are_refused_on_a_cpu() -> None:
         call.run(gathered)
 
 
+@pytest.mark.parametrize("op", [grouped, gathered])
+def test_autocast_casts_no_routed_rows(op: Any) -> None:
+    """Nor what the kernel multiplies inside: grouped matmuls have no autocast rule."""
+    call = make_experts([0, 1, 1], 3, bias=True)
+    want = call.run(op)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = call.run(op)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, want)
+
+
 SAMPLES = {
     "plain": make_experts([0, 1, 1], 3),
     "everything": make_experts([0, 1, 1], 3, gated=True, activation="swiglu_oai", bias=True),
