@@ -153,7 +153,7 @@ def test_refresh_leaves_other_models_alone(monkeypatch: pytest.MonkeyPatch) -> N
     for run, (_, inputs) in zip(runs, models, strict=True):
         run(**inputs)
     fqcompile.refresh(models[0][0])
-    monkeypatch.setattr("fqcompile.weights.store.PackedStore._get", None)
+    monkeypatch.setattr("fqcompile.weights.store.WeightStore._get", None)
     runs[1](**models[1][1])
     with pytest.raises(TypeError):
         runs[0](**models[0][1])

@@ -22,7 +22,7 @@ from fqcompile.files import cache_directory
 from fqcompile.kernels.cpu import native_library as native
 from fqcompile.locks import fork_safe, locked
 from fqcompile.weights.disk_cache import DiskCache
-from fqcompile.weights.store import PackedStore
+from fqcompile.weights.store import WeightStore
 from tests.children import FORK, NOBODY, in_child, needs_root, open_folder
 from tests.helpers import assert_close, finequant
 from tests.kernels.cpu.paths import NAMES, copying_compiler
@@ -115,7 +115,7 @@ def test_a_child_that_is_forked_inside_leaves_as_one_that_holds_nothing(tmp_path
 @pytest.mark.parametrize("kind", ["of a store", "of Dynamo", "own"])
 def test_a_lock_that_another_thread_holds_is_free_in_a_child(kind: str) -> None:
     lock = {
-        "of a store": lambda: PackedStore()._lock,
+        "of a store": lambda: WeightStore()._lock,
         "of Dynamo": lambda: compile_lock,
         "own": lambda: fork_safe(threading.RLock()),
     }[kind]()

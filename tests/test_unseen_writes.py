@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fqcompile
-from fqcompile.weights.store import PackedStore
+from fqcompile.weights.store import WeightStore
 from tests.helpers import Mlp, assert_close, finequant, frozen, oracle, report
 
 X = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
@@ -63,16 +63,16 @@ def test_refresh_reaches_weights_that_are_being_packed(monkeypatch: pytest.Monke
     call = finequant(model)
     check(call, model)
     one_packed, written = threading.Event(), threading.Event()
-    packed = PackedStore.packed
+    packed = WeightStore.packed
 
-    def slow(self: PackedStore, *args: Any) -> Any:
+    def slow(self: WeightStore, *args: Any) -> Any:
         result = packed(self, *args)
         if threading.current_thread() is thread and not one_packed.is_set():
             one_packed.set()
             written.wait(30)
         return result
 
-    monkeypatch.setattr(PackedStore, "packed", slow)
+    monkeypatch.setattr(WeightStore, "packed", slow)
     thread = threading.Thread(target=lambda: torch.no_grad()(call)(X))
     with torch.no_grad():
         model.up.weight.copy_(torch.randn_like(model.up.weight) * 0.1)

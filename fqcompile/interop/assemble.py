@@ -24,7 +24,7 @@ from fqcompile.weights.parameter import PackedWeight
 
 
 @dataclass(frozen=True)
-class PackedLayer:
+class ForeignLayer:
     """`read` gives rows [N, K]; `places` are the files' tensors that it is made of."""
 
     name: str
@@ -67,7 +67,7 @@ def symmetric(
 
 
 def assemble(
-    step: Conversion, model: Any, layers: Mapping[str, PackedLayer], dtype: torch.dtype
+    step: Conversion, model: Any, layers: Mapping[str, ForeignLayer], dtype: torch.dtype
 ) -> PackedWeight:
     """The model's weight that the layers of a step become.
 
@@ -87,7 +87,7 @@ def assemble(
 
 
 def _row_order(
-    step: Conversion, model: Any, own: Sequence[PackedLayer]
+    step: Conversion, model: Any, own: Sequence[ForeignLayer]
 ) -> tuple[Tensor, int, bool]:
     """For each row of the result the row among those of all layers; experts; whether [K, N]."""
     numbers, start = {}, 0
@@ -117,7 +117,7 @@ def _is_conv1d(model: Any, name: str) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
-def _gathered(own: Sequence[PackedLayer], order: Tensor) -> QuantizedTensor:
+def _gathered(own: Sequence[ForeignLayer], order: Tensor) -> QuantizedTensor:
     """The layers' rows in that order."""
     waiting = [layer.read() for layer in own]
     if len(waiting) == 1 and torch.equal(order, torch.arange(len(order), dtype=order.dtype)):
@@ -137,7 +137,7 @@ def _gathered(own: Sequence[PackedLayer], order: Tensor) -> QuantizedTensor:
 
 
 def _common(
-    own: Sequence[PackedLayer], weights: Sequence[QuantizedTensor]
+    own: Sequence[ForeignLayer], weights: Sequence[QuantizedTensor]
 ) -> tuple[int, int, torch.dtype]:
     """Bits, group size and type of scales that hold all of them."""
     k, names = {layer.k for layer in own}, f"{own[0].name} ... {own[-1].name}"

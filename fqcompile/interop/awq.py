@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fqcompile.errors import CheckpointError
 from fqcompile.files.safetensors_file import TensorPlace, read_tensor
-from fqcompile.interop.assemble import PackedLayer, symmetric
+from fqcompile.interop.assemble import ForeignLayer, symmetric
 from fqcompile.interop.gptq import (
     BITS,
     CODES_PER_WORD,
@@ -35,7 +35,7 @@ _OWN_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
 
 def read_awq(
     config: Mapping[str, Any], tensors: Mapping[str, TensorPlace], where: str
-) -> dict[str, PackedLayer]:
+) -> dict[str, ForeignLayer]:
     """The packed layers by name; codes are read later.
 
     Raises:
@@ -57,7 +57,7 @@ def read_awq(
         size = check_groups(name, places["scales"], k, options, size_key, where)
         middle = where if options.get("zero_point") is False else None
         read = partial(_read, name, places, size, middle)
-        found[name] = PackedLayer(name, n, k, places, read)
+        found[name] = ForeignLayer(name, n, k, places, read)
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 
 from fqcompile.errors import CheckpointError
 from fqcompile.files.safetensors_file import TensorPlace, read_tensor
-from fqcompile.interop.assemble import PackedLayer, symmetric
+from fqcompile.interop.assemble import ForeignLayer, symmetric
 from fqcompile.interop.layers import BITS, WORD_BITS, Layer, Scheme, is_embedding
 from fqcompile.interop.quantization_config import (
     FORMAT,
@@ -29,7 +29,7 @@ PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 def read_compressed_tensors(
     config: Mapping[str, Any], tensors: Mapping[str, TensorPlace], where: str
-) -> dict[str, PackedLayer]:
+) -> dict[str, ForeignLayer]:
     """The packed layers by name; no codes are read.
 
     Bits and numbers of groups are those of the tensors; the config decides what these leave open.
@@ -66,7 +66,7 @@ def read_compressed_tensors(
         _check_zero_points(layer, places)
         _check_order(layer, scheme, places)
         read = partial(_read, layer, scheme, places)
-        found[layer.name] = PackedLayer(layer.name, layer.n, layer.k, places, read)
+        found[layer.name] = ForeignLayer(layer.name, layer.n, layer.k, places, read)
     return found
 
 

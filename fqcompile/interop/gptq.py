@@ -20,7 +20,7 @@ from torch import Tensor
 from fqcompile.errors import CheckpointError
 from fqcompile.files.json_text import shown
 from fqcompile.files.safetensors_file import TensorPlace, read_tensor
-from fqcompile.interop.assemble import PackedLayer, symmetric
+from fqcompile.interop.assemble import ForeignLayer, symmetric
 from fqcompile.interop.patterns import check_pattern, matches_pattern
 from fqcompile.tensor.format import num_groups
 from fqcompile.tensor.quantized import QuantizedTensor
@@ -34,7 +34,7 @@ _EITHER = (True, False, None)
 
 def read_gptq(
     config: Mapping[str, Any], tensors: Mapping[str, TensorPlace], where: str
-) -> dict[str, PackedLayer]:
+) -> dict[str, ForeignLayer]:
     """The packed layers by name; codes are read later.
 
     Raises:
@@ -60,7 +60,7 @@ def read_gptq(
         _check_order(name, places, k, size, own, where)
         zero_points = partial(_zero_points, own.get("sym"), _FORMATS[stored], where)
         read = partial(_read, name, places, (n, k), size, zero_points)
-        found[name] = PackedLayer(name, n, k, places, read)
+        found[name] = ForeignLayer(name, n, k, places, read)
     return found
 
 

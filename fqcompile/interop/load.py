@@ -19,7 +19,7 @@ from fqcompile.checkpoint.source import Source, read_config, read_tensors, recog
 from fqcompile.errors import CheckpointError
 from fqcompile.files.json_text import shown
 from fqcompile.files.safetensors_file import TensorPlace
-from fqcompile.interop.assemble import PackedLayer, assemble
+from fqcompile.interop.assemble import ForeignLayer, assemble
 from fqcompile.interop.awq import read_awq
 from fqcompile.interop.compressed_tensors import read_compressed_tensors
 from fqcompile.interop.gptq import read_gptq
@@ -28,7 +28,7 @@ from fqcompile.weights.parameter import PackedWeight
 
 log = logging.getLogger("fqcompile")
 
-Reader = Callable[[Mapping[str, Any], Mapping[str, TensorPlace], str], dict[str, PackedLayer]]
+Reader = Callable[[Mapping[str, Any], Mapping[str, TensorPlace], str], dict[str, ForeignLayer]]
 READERS: dict[str, Reader] = {
     "compressed-tensors": read_compressed_tensors,
     "gptq": read_gptq,
@@ -128,7 +128,7 @@ def _loaded(directory: Path, config: dict[str, Any], device: torch.device) -> nn
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _tell_of_zero_points(layers: Mapping[str, PackedLayer], given: Mapping[str, Tensor]) -> None:
+def _tell_of_zero_points(layers: Mapping[str, ForeignLayer], given: Mapping[str, Tensor]) -> None:
     """Four bits less a zero point need more: nobody should wonder where the memory went."""
     wide = [
         n for n, v in given.items() if isinstance(v, PackedWeight) and v.format.bits == INT8.bits
@@ -157,7 +157,7 @@ def _as_if_dense(
     directory: Path,
     config: Mapping[str, Any],
     tensors: Mapping[str, TensorPlace],
-    layers: Mapping[str, PackedLayer],
+    layers: Mapping[str, ForeignLayer],
 ) -> Source:
     """What the converters of transformers know: one weight [N, K] in place of a layer's parts."""
     parts = {place for layer in layers.values() for place in layer.places.values()}
@@ -173,7 +173,7 @@ def _as_if_dense(
 def _values(
     step: Conversion,
     work: CheckpointModel,
-    weights: Mapping[str, PackedLayer],
+    weights: Mapping[str, ForeignLayer],
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """The model's tensors that a step gives."""

@@ -104,7 +104,7 @@ class _Made(NamedTuple):
     held: tuple[tuple[Tensors, object, object], ...] = ()
 
 
-class PackedStore:
+class WeightStore:
     """Weak-keyed results per weight: chosen plans, and packed tensors.
 
     Any number of threads may ask. One makes at a time, so that nothing is made twice; who waits
@@ -158,20 +158,11 @@ class PackedStore:
         Where a kernel's layout holds them alone they are recovered from it, bit for bit; only where
         that cannot be undone are they computed again.
         """
-        held = self.hold(part, sources)
+        held: _Held = self._get(sources, ("part", part.key), lambda w: _Made(part.quantize(w)))
         if held is None:
             with plain_eager(sources[0].device.type):
                 return part.quantize(sources)
         return held.recover() if isinstance(held, _InPacked) else held
-
-    def hold(self, part: Part, sources: Tensors) -> _Held:
-        """Quantise on the first request; what is held of it from then on. None: nothing."""
-
-        def quantize(weights: Tensors) -> _Made:
-            return _Made(part.quantize(weights))
-
-        held: _Held = self._get(sources, ("part", part.key), quantize)
-        return held
 
     def packed(self, spec: NodeWeight, sources: Tensors) -> QuantizedTensor:
         """What a node reads: the parts stacked, in its kernel's layout; one copy for all."""
@@ -281,4 +272,4 @@ class PackedStore:
             self._entries.clear()
 
 
-STORE = PackedStore()
+STORE = WeightStore()

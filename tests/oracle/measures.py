@@ -176,7 +176,7 @@ class _Walk:
             self._codes.add(frame.f_code)
 
     def names(self) -> list[str]:
-        """ "weights/store.py:PackedStore.plan"."""
+        """ "weights/store.py:WeightStore.plan"."""
         home = f"{Path(fqcompile.__file__).parent}{os.sep}"
         own = [code for code in self._codes if code.co_filename.startswith(home)]
         return sorted({f"{c.co_filename.removeprefix(home)}:{c.co_qualname}" for c in own})

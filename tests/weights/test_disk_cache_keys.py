@@ -15,7 +15,7 @@ from fqcompile.weights import disk_cache as module
 from fqcompile.weights.disk_cache import DiskCache, disk_cache, entry_key, find_or_quantize
 from fqcompile.weights.fingerprint import content_digest
 from fqcompile.weights.recipe import IDENTITY
-from fqcompile.weights.store import PackedStore
+from fqcompile.weights.store import WeightStore
 from tests.weights.test_entry_file import assert_same
 
 BF16 = torch.bfloat16
@@ -119,13 +119,13 @@ def test_what_is_no_size_is_said_and_keeps_nothing(
 
 
 def test_a_weight_in_training_is_not_kept_again(cache: DiskCache) -> None:
-    store, w = PackedStore(), W.clone()
+    store, w = WeightStore(), W.clone()
     plans = [store.plan(IDENTITY, (w,), SiteOptions(), BF16)]
     for step in range(3):
         w.mul_(2.0 + step)
         plans.append(store.plan(IDENTITY, (w,), SiteOptions(), BF16))
     assert (cache.hits, cache.misses, cache.usage().entries) == (0, 1, 1)
-    assert plans[0] == PackedStore().plan(IDENTITY, (W.clone(),), SiteOptions(), BF16)
+    assert plans[0] == WeightStore().plan(IDENTITY, (W.clone(),), SiteOptions(), BF16)
     assert cache.hits == 1
 
 

@@ -15,7 +15,7 @@ from fqcompile.tensor.format import Format, num_groups
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.weights.node_weight import NodeWeight, Part, common_group_size
 from fqcompile.weights.recipe import IDENTITY
-from fqcompile.weights.store import PackedStore
+from fqcompile.weights.store import WeightStore
 from tests.strategies import random_codes
 
 LAYOUTS = {
@@ -100,24 +100,24 @@ def part(index: int, group_size: int = 32) -> Part:
 @pytest.mark.parametrize("layout", [PLAIN, STREAM])
 def test_second_form_is_made_from_the_first(layout: Layout, quantized: list[Part]) -> None:
     """Fused with a finer sibling in one graph, alone and in another layout in the next."""
-    store, sources = PackedStore(), (weight(), weight(1))
+    store, sources = WeightStore(), (weight(), weight(1))
     fused = NodeWeight((part(0, 64), part(1, 32)), 32, layout)
     alone = NodeWeight((part(0, 64),), 64, STREAM if layout is PLAIN else PLAIN)
     store.packed(fused, sources)
     assert len(quantized) == 2
     found = store.packed(alone, sources[:1])
     assert len(quantized) == 2
-    wanted = PackedStore().packed(alone, (weight(),))
+    wanted = WeightStore().packed(alone, (weight(),))
     assert all(torch.equal(a, b) for a, b in zip(found.tensors, wanted.tensors, strict=True))
     # and back: what is held of the part now is the second form
     other = NodeWeight((part(0, 64), part(0, 64)), 64, layout)
     again = store.packed(other, (sources[0], sources[0]))
-    wanted = PackedStore().packed(other, (sources[0], sources[0]))
+    wanted = WeightStore().packed(other, (sources[0], sources[0]))
     assert all(torch.equal(a, b) for a, b in zip(again.tensors, wanted.tensors, strict=True))
 
 
 def test_what_cannot_be_unpacked_is_quantised_again(quantized: list[Part]) -> None:
-    store, sources = PackedStore(), (weight(),)
+    store, sources = WeightStore(), (weight(),)
     spec = NodeWeight((part(0),), 32, ATEN_INT4_CPU)
     store.packed(spec, sources)
     store.packed(spec.with_layout(STREAM), sources)
@@ -125,11 +125,11 @@ def test_what_cannot_be_unpacked_is_quantised_again(quantized: list[Part]) -> No
 
 
 def test_recovering_from_a_stack_keeps_no_dead_weight_s_rows_longer_than_needed() -> None:
-    store, sources = PackedStore(), [weight(), weight(1)]
+    store, sources = WeightStore(), [weight(), weight(1)]
     spec = NodeWeight((part(0), part(1)), 32, STREAM)
     first = store.packed(spec, tuple(sources)).qweight.data_ptr()
     sources[1] = weight(2)
     second = store.packed(spec, tuple(sources))
     assert second.qweight.data_ptr() != first
-    want = PackedStore().packed(spec, (weight(), weight(2)))
+    want = WeightStore().packed(spec, (weight(), weight(2)))
     assert all(torch.equal(a, b) for a, b in zip(second.tensors, want.tensors, strict=True))

@@ -1,4 +1,4 @@
-"""PackedStore: one copy per weight, found by identity, remade when stale, gone with the weight."""
+"""WeightStore: one copy per weight, found by identity, remade when stale, gone with the weight."""
 
 import gc
 import weakref
@@ -15,7 +15,7 @@ from fqcompile.weights import store as module
 from fqcompile.weights.fingerprint import ATTEMPTS, fingerprint
 from fqcompile.weights.node_weight import NodeWeight, Part
 from fqcompile.weights.recipe import IDENTITY, WeightRecipe
-from fqcompile.weights.store import PackedStore
+from fqcompile.weights.store import WeightStore
 
 OPTIONS = SiteOptions(granularity=32)
 
@@ -40,11 +40,11 @@ PAIR = NodeWeight((part(), part(index=1)), 32)
 
 
 @pytest.fixture
-def store() -> PackedStore:
-    return PackedStore()
+def store() -> WeightStore:
+    return WeightStore()
 
 
-def test_same_weight_gets_the_same_tensors(store: PackedStore) -> None:
+def test_same_weight_gets_the_same_tensors(store: WeightStore) -> None:
     w = weight()
     first = store.packed(spec(), (w,))
     assert store.packed(spec(), (w,)) is first
@@ -53,14 +53,14 @@ def test_same_weight_gets_the_same_tensors(store: PackedStore) -> None:
     )
 
 
-def test_equal_weights_of_different_identity_do_not_share(store: PackedStore) -> None:
+def test_equal_weights_of_different_identity_do_not_share(store: WeightStore) -> None:
     a, b = weight(), weight()
     packed_a, packed_b = store.packed(spec(), (a,)), store.packed(spec(), (b,))
     assert packed_a.qweight is not packed_b.qweight
     assert torch.equal(packed_a.qweight, packed_b.qweight)
 
 
-def test_two_requests_of_one_weight_live_side_by_side(store: PackedStore) -> None:
+def test_two_requests_of_one_weight_live_side_by_side(store: WeightStore) -> None:
     w = weight()
     four, eight = store.packed(spec(4), (w,)), store.packed(spec(8), (w,))
     assert (four.qweight.dtype, eight.qweight.dtype) == (torch.uint8, torch.int8)
@@ -70,7 +70,7 @@ def test_two_requests_of_one_weight_live_side_by_side(store: PackedStore) -> Non
 
 
 @pytest.mark.parametrize("change", ["version", "storage"])
-def test_changed_weight_is_packed_again(store: PackedStore, change: str) -> None:
+def test_changed_weight_is_packed_again(store: WeightStore, change: str) -> None:
     w = weight()
     before = store.packed(spec(), (w,)).qweight.clone()
     if change == "version":
@@ -93,13 +93,13 @@ def test_fingerprint_sees_version_and_storage() -> None:
     assert fingerprint((w,)) == fingerprint((w,))
 
 
-def test_weight_made_in_inference_mode_has_a_fingerprint(store: PackedStore) -> None:
+def test_weight_made_in_inference_mode_has_a_fingerprint(store: WeightStore) -> None:
     with torch.inference_mode():
         w = weight()
     assert store.packed(spec(), (w,)).qweight.shape == (64, 32)
 
 
-def test_packed_tensors_die_with_their_weight(store: PackedStore) -> None:
+def test_packed_tensors_die_with_their_weight(store: WeightStore) -> None:
     w = weight()
     gone = weakref.ref(store.packed(spec(), (w,)).qweight)
     del w
@@ -107,7 +107,7 @@ def test_packed_tensors_die_with_their_weight(store: PackedStore) -> None:
     assert gone() is None
 
 
-def test_store_keeps_no_weight_alive(store: PackedStore) -> None:
+def test_store_keeps_no_weight_alive(store: WeightStore) -> None:
     w, other = weight(), weight(1)
     store.packed(PAIR, (w, other))
     store.plan(IDENTITY, (w,), OPTIONS, torch.float32)
@@ -117,7 +117,7 @@ def test_store_keeps_no_weight_alive(store: PackedStore) -> None:
     assert [ref() for ref in gone] == [None, None]
 
 
-def test_packed_pair_dies_with_its_second_weight(store: PackedStore) -> None:
+def test_packed_pair_dies_with_its_second_weight(store: WeightStore) -> None:
     """A replaced k of a stacked q, k, v must not leave its old stack behind while q lives."""
     w, other = weight(), weight(1)
     gone = weakref.ref(store.packed(PAIR, (w, other)).qweight)
@@ -128,7 +128,7 @@ def test_packed_pair_dies_with_its_second_weight(store: PackedStore) -> None:
     assert gone() is None
 
 
-def test_reused_id_is_not_taken_for_the_dead_weight(store: PackedStore) -> None:
+def test_reused_id_is_not_taken_for_the_dead_weight(store: WeightStore) -> None:
     w, other = weight(), weight(1)
     store.packed(PAIR, (w, other))
     old_id = id(other)
@@ -141,7 +141,7 @@ def test_reused_id_is_not_taken_for_the_dead_weight(store: PackedStore) -> None:
     assert torch.equal(got[64:], store.packed(spec(), (weight(2),)).qweight)
 
 
-def test_stacking_leaves_one_copy_of_the_codes(store: PackedStore) -> None:
+def test_stacking_leaves_one_copy_of_the_codes(store: WeightStore) -> None:
     """What quantize made for each site becomes a view of the stack, not a second copy."""
     w, other = weight(), weight(1)
     plain = weakref.ref(store.quantized(part(), (w,)).qweight)
@@ -153,10 +153,10 @@ def test_stacking_leaves_one_copy_of_the_codes(store: PackedStore) -> None:
             assert tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 
-def test_stack_at_a_finer_group_size_serves_no_coarser_request(store: PackedStore) -> None:
+def test_stack_at_a_finer_group_size_serves_no_coarser_request(store: WeightStore) -> None:
     """One graph stacks a weight with a finer sibling, another reads it alone."""
     w, other = weight(), weight(1)
-    want = PackedStore().packed(spec(), (weight(),))
+    want = WeightStore().packed(spec(), (weight(),))
     fine = NodeWeight((part(), part(index=1)), 16)
     assert store.packed(fine, (w, other)).scale.shape == (128, 4)
     assert all(
@@ -165,7 +165,7 @@ def test_stack_at_a_finer_group_size_serves_no_coarser_request(store: PackedStor
     )
 
 
-def test_one_site_shares_its_codes_with_what_the_node_reads(store: PackedStore) -> None:
+def test_one_site_shares_its_codes_with_what_the_node_reads(store: WeightStore) -> None:
     w = weight()
     quantized = store.quantized(part(), (w,))
     qweight = store.packed(spec(), (w,)).qweight
@@ -173,18 +173,18 @@ def test_one_site_shares_its_codes_with_what_the_node_reads(store: PackedStore) 
 
 
 def test_kernel_layout_replaces_the_plain_copy_and_plain_can_be_made_again(
-    store: PackedStore,
+    store: WeightStore,
 ) -> None:
     w = weight()
     plain = weakref.ref(store.quantized(part(), (w,)).qweight)
     store.packed(spec().with_layout(ATEN_INT4_CPU), (w,))
     assert plain() is None
     assert torch.equal(
-        store.packed(spec(), (w,)).qweight, PackedStore().packed(spec(), (weight(),)).qweight
+        store.packed(spec(), (w,)).qweight, WeightStore().packed(spec(), (weight(),)).qweight
     )
 
 
-def test_reason_is_remembered_like_a_plan(store: PackedStore) -> None:
+def test_reason_is_remembered_like_a_plan(store: WeightStore) -> None:
     w = weight()
     w[3, 4] = float("nan")
     reason = store.plan(IDENTITY, (w,), OPTIONS, torch.float32)
@@ -194,8 +194,8 @@ def test_reason_is_remembered_like_a_plan(store: PackedStore) -> None:
     assert isinstance(store.plan(IDENTITY, (w,), OPTIONS, torch.float32), QuantPlan)
 
 
-def test_packing_ignores_the_modes_of_the_caller(store: PackedStore) -> None:
-    want = PackedStore().packed(spec(), (weight(),))
+def test_packing_ignores_the_modes_of_the_caller(store: WeightStore) -> None:
+    want = WeightStore().packed(spec(), (weight(),))
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         w = weight()
         got = store.packed(spec(), (w,))
@@ -205,7 +205,7 @@ def test_packing_ignores_the_modes_of_the_caller(store: PackedStore) -> None:
     assert not any(t.requires_grad for t in store.packed(spec(), (parameter,)).tensors)
 
 
-def test_clear_forgets_everything(store: PackedStore) -> None:
+def test_clear_forgets_everything(store: WeightStore) -> None:
     w = weight()
     before = store.packed(spec(), (w,)).qweight
     store.clear()
@@ -217,7 +217,7 @@ def expert_spec(rows: int = 8, interleaved: bool = False) -> NodeWeight:
     return NodeWeight((stack,), 32, interleaved=interleaved)
 
 
-def test_experts_keep_one_copy_that_plain_requests_view(store: PackedStore) -> None:
+def test_experts_keep_one_copy_that_plain_requests_view(store: WeightStore) -> None:
     w = torch.randn(4, 8, 64)
     packed = store.packed(expert_spec(), (w,))
     part = expert_spec().parts[0]
@@ -225,10 +225,10 @@ def test_experts_keep_one_copy_that_plain_requests_view(store: PackedStore) -> N
     assert plain is not None and plain.qweight.data_ptr() == packed.qweight.data_ptr()
 
 
-def test_experts_with_moved_rows_drop_the_plain_copy(store: PackedStore) -> None:
+def test_experts_with_moved_rows_drop_the_plain_copy(store: WeightStore) -> None:
     w = torch.randn(4, 8, 64)
     packed = store.packed(expert_spec(interleaved=True), (w,))
-    plain = PackedStore().quantized(expert_spec().parts[0], (w.clone(),))
+    plain = WeightStore().quantized(expert_spec().parts[0], (w.clone(),))
     recovered = store.quantized(expert_spec().parts[0], (w,))
     assert torch.equal(recovered.qweight, plain.qweight)
     straight = store.packed(expert_spec(), (w,))
@@ -257,12 +257,12 @@ class Writer:
 
 
 def quantized(w: Tensor) -> Tensor:
-    return PackedStore().packed(spec(), (w.clone(),)).qweight
+    return WeightStore().packed(spec(), (w.clone(),)).qweight
 
 
 @pytest.mark.parametrize("writes", [1, 2, ATTEMPTS - 1])
 def test_a_weight_written_while_it_is_quantised_leaves_nothing_stale(
-    store: PackedStore, writes: int, monkeypatch: pytest.MonkeyPatch
+    store: WeightStore, writes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     w = weight()
     Writer(monkeypatch, w, [weight(seed) for seed in range(1, writes + 1)])
@@ -273,7 +273,7 @@ def test_a_weight_written_while_it_is_quantised_leaves_nothing_stale(
 
 
 def test_a_part_written_while_it_is_packed_leaves_nothing_stale(
-    store: PackedStore, monkeypatch: pytest.MonkeyPatch
+    store: WeightStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     w, other = weight(), weight(9)
     Writer(monkeypatch, w, [weight(1)])
@@ -284,7 +284,7 @@ def test_a_part_written_while_it_is_packed_leaves_nothing_stale(
 
 
 def test_of_a_weight_that_is_written_each_time_a_copy_is_quantised(
-    store: PackedStore, monkeypatch: pytest.MonkeyPatch
+    store: WeightStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     w = weight()
     Writer(monkeypatch, w, [weight(seed) for seed in range(1, 40)])
@@ -295,7 +295,7 @@ def test_of_a_weight_that_is_written_each_time_a_copy_is_quantised(
     assert torch.equal(store.packed(spec(), (w,)).qweight, quantized(weight(50)))
 
 
-def test_content_decides_where_it_is_compared(store: PackedStore) -> None:
+def test_content_decides_where_it_is_compared(store: WeightStore) -> None:
     """A write through .data leaves identity, address and version as they were."""
     w, other = weight(), weight(2)
     before = store.packed(spec(), (w,)).qweight
@@ -307,7 +307,7 @@ def test_content_decides_where_it_is_compared(store: PackedStore) -> None:
     assert torch.equal(store.packed(spec(), (w,)).qweight, quantized(weight(1)))
 
 
-def test_what_is_forgotten_is_made_again(store: PackedStore) -> None:
+def test_what_is_forgotten_is_made_again(store: WeightStore) -> None:
     w = weight()
     store.packed(spec(), (w,))
     w.data.copy_(weight(1))
