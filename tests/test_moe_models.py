@@ -82,7 +82,7 @@ def test_projection_bias_and_unit_are_one_op(
     assert all((op.args[4] is not None) == (name == "gpt-oss") for op in of_experts)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "olmoe"])
 def test_routing_is_the_oracles(name: str, implementation: str) -> None:
