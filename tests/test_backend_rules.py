@@ -264,7 +264,7 @@ def test_packed_weights_die_with_their_model(
 
     def remember(*args: Any) -> Any:
         result = make(*args)
-        packed.extend(map(weakref.ref, result))
+        packed.extend(map(weakref.ref, result.tensors))
         return result
 
     monkeypatch.setattr(STORE, "packed", remember)
