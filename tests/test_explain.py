@@ -407,3 +407,20 @@ def test_equal_reasons_are_one_line() -> None:
         "requires_grad_(False)"
     ]
     assert str(plan).count("requires_grad_(False)") == 1
+
+
+def test_a_table_of_positions_that_a_linear_projects_is_none_of_experts() -> None:
+    """As in Wav2Vec2-Conformer: the constant [1, tokens, width] is the linear's input."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pe = torch.randn(1, 300, 64)
+            self.project = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.project(self.pe[:, : x.shape[1]])
+
+    plan = fqcompile.explain(frozen(Positions()), torch.randn(2, 5, 64), min_elements=256)
+    (table,) = [site for site in plan.kept if site.name == "pe"]
+    assert table.kind == "other"

@@ -191,9 +191,9 @@ def reads_values(reader: fx.Node, embedded: bool = False) -> bool:
 
 
 def _kind(weight: Tensor, readers: list[fx.Node]) -> str:
-    """A stack is one of experts where a product of matrices reads it; a table is none."""
+    """A stack is one of experts where a product of stacks reads it; a table or an input is none."""
     names = {target_name(reader.target) for reader in readers}
-    if weight.dim() == 3 and names & PRODUCTS:
+    if weight.dim() == 3 and names & (PRODUCTS - {"linear"}):
         return "experts"
     return "linear" if weight.dim() == 2 else "other"
 
