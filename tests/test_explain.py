@@ -65,6 +65,7 @@ def test_explain_changes_nothing_and_compiles_nothing() -> None:
         assert value.data_ptr() == dict(model.named_parameters())[name].data_ptr()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     "isolate_recompiles" not in inspect.signature(torch.compile).parameters,
     reason="this torch counts dry runs and compilations together",

@@ -63,7 +63,7 @@ def jamba(**sizes: int) -> nn.Module:
     return transformers.JambaForCausalLM(config)
 
 
-@pytest.mark.parametrize("make", [mamba, falcon_mamba, jamba])
+@pytest.mark.parametrize("make", [mamba, pytest.param(falcon_mamba, marks=pytest.mark.slow), jamba])
 def test_state_space_model_with_a_vmap_is_quantized(make: Any) -> None:
     torch.manual_seed(0)
     model = frozen(make(vocab_size=300, hidden_size=64, num_hidden_layers=2))

@@ -92,6 +92,7 @@ def _merge(model: Any, _: Path) -> None:
     model.merge_adapter()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("change", [_switch, _scale, _hotswap, _merge])
 def test_a_compiled_model_follows_its_adapters(change: Any, tmp_path: Path) -> None:
     model, ids = _adapted()

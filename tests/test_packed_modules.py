@@ -54,6 +54,7 @@ MOVES: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+@pytest.mark.few(6)
 @pytest.mark.usefixtures("conversion")
 @pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -91,6 +92,7 @@ class _Tied(nn.Module):
         return self.head(self.table(ids))  # type: ignore[no-any-return]
 
 
+@pytest.mark.few(6)
 @pytest.mark.usefixtures("conversion")
 @pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("make", [Mlp, _Tied])
@@ -308,6 +310,7 @@ READS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -344,6 +347,7 @@ MADE_ANEW: dict[str, Callable[[nn.Parameter], Tensor]] = {
 }
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("make", MADE_ANEW)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("hooked", [False, True])

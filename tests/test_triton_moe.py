@@ -23,7 +23,7 @@ BF16 = torch.bfloat16
 CHAIN = 15  # see tests.test_moe_models
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("gpu", [H200, A100], ids=lambda gpu: gpu.arch)
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])

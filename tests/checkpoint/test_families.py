@@ -54,6 +54,7 @@ def factory(model: Any) -> Callable[[], nn.Module]:
     return lambda: type(model)(copy.deepcopy(model.config)).eval()
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_loaded_model_computes_what_the_saved_one_did(
@@ -72,6 +73,7 @@ def test_loaded_model_computes_what_the_saved_one_did(
         assert_same_bits(outputs(loaded, inputs), expected)
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_streamed_checkpoint_is_the_quantised_model(

@@ -28,7 +28,7 @@ def _packed(model: nn.Module, **options: Any) -> tuple[nn.Module, fqcompile.Plan
     return packed, fqcompile.quantize_(packed, **SMALL, **options)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", CASES)
 def test_dense_model_equals_its_oracle_eagerly_and_compiled(name: str, dtype: torch.dtype) -> None:
@@ -58,7 +58,7 @@ FORMS = [
 ]
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("implementation", "dtype"), FORMS, ids=lambda value: str(value))
 @pytest.mark.parametrize("name", moe_models.MODELS)
 def test_experts_equal_their_oracle_eagerly_and_compiled(
