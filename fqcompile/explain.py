@@ -16,11 +16,11 @@ from fqcompile.config import FineQuantConfig
 from fqcompile.distributed.shards import local_part
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.modules.weights import module_weights
-from fqcompile.passes.base import copy_module, placeholders
 from fqcompile.passes.choices import way_out
 from fqcompile.passes.pipeline import Recorder, analyse
 from fqcompile.passes.select import gemm_spec
 from fqcompile.passes.sharded import localize
+from fqcompile.passes.state import copy_module, placeholders
 from fqcompile.passes.summary import RowKey, rows_of, with_other_readers
 from fqcompile.report import Plan, Site
 from fqcompile.torch_compat import (

@@ -37,8 +37,8 @@ ONLY = {"estimator": {"errors", "kernels"}}
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 PIPELINE = tuple("capture normalize match plan rewrite fuse select lower".split())
 PASS_HELPERS = set(
-    """base choices contraction effects emit fold fuse_patterns gather kept naming op_nodes products
-    regions sites""".split()
+    """choices contraction effects emit fold fuse_patterns gather kept naming op_nodes products
+    state""".split()
 )
 # What runs the passes, before them, after them or around them: each may import earlier ones.
 PASS_DRIVERS = tuple("pipeline sharded summary variants".split())
@@ -243,14 +243,14 @@ GOOD = {
     "__init__.py": '"""d"""\nfrom fqcompile.backend import run\n',
     "backend.py": '"""d"""\nfrom fqcompile.passes import fuse\n\ndef run(x: int) -> int: ...\n',
     "passes/__init__.py": '"""d"""\n',
-    "passes/base.py": '"""d"""\nfrom fqcompile.quant import qtype\n',
-    "passes/fuse.py": '"""d"""\nfrom fqcompile.passes import base\n',
+    "passes/state.py": '"""d"""\nfrom fqcompile.quant import qtype\n',
+    "passes/fuse.py": '"""d"""\nfrom fqcompile.passes import state\n',
     "passes/pipeline.py": '"""d"""\nfrom fqcompile.passes import fuse\n',
     "passes/variants.py": '"""d"""\nfrom fqcompile.passes import match, pipeline\n',
     "checkpoint/load.py": '"""d"""\n',
     "interop/load.py": '"""d"""\nfrom fqcompile.checkpoint import load\n',
     "commands/export.py": '"""d"""\nfrom fqcompile.interop import load\n',
-    "passes/match.py": '"""d"""\nimport fqcompile.passes.base\n',
+    "passes/match.py": '"""d"""\nimport fqcompile.passes.state\n',
     "quant/__init__.py": '"""d"""\n',
     "quant/qtype.py": '"""d"""\nfrom fqcompile.errors import E\n',
     "errors.py": '"""d"""\nclass E(Exception):\n    def __str__(self) -> str: ...\n',
@@ -307,9 +307,9 @@ BROKEN = [
         "passes/fuse.py:2: pass fuse imports fqcompile.passes.match: a pass may",
     ),
     (
-        "passes/base.py",
+        "passes/state.py",
         "from fqcompile.passes import fuse\n",
-        "passes/base.py:2: helper base imports fqcompile.passes.fuse",
+        "passes/state.py:2: helper state imports fqcompile.passes.fuse",
     ),
     (
         "backend.py",

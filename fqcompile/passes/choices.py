@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from torch import Tensor, fx
 
 from fqcompile.hf_compat import can_switch_experts
-from fqcompile.passes.base import GraphState, example
 from fqcompile.passes.effects import has_effects
 from fqcompile.passes.fold import ConstantFolder
 from fqcompile.passes.kept import is_like, reads_values
-from fqcompile.passes.sites import WeightSite
+from fqcompile.passes.state import GraphState, WeightSite, example
 from fqcompile.weights.recipe import CASTS, target_name
 
 # A router scores each of its experts; far fewer rows than any vocabulary that is sampled by top-k.

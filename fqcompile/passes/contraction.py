@@ -18,10 +18,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fqcompile.passes.base import same_shape
 from fqcompile.passes.gather import Gathered, gathered
 from fqcompile.passes.products import STACK, Names, Operand, Product, product, shape_of
-from fqcompile.passes.sites import Contraction, Step
+from fqcompile.passes.state import Contraction, Step, same_shape
 from fqcompile.weights.recipe import target_name
 
 IsConstant = Callable[[object], bool]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fqcompile.passes.base import example, same_shape
 from fqcompile.passes.effects import effects_between
+from fqcompile.passes.state import example, same_shape
 from fqcompile.torch_compat import memory_id, tree_map_only
 from fqcompile.weights.recipe import target_name
 

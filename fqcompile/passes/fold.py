@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import fx
 
-from fqcompile.passes.base import GraphState
 from fqcompile.passes.effects import has_effects
+from fqcompile.passes.state import GraphState
 from fqcompile.torch_compat import tree_map_only
 from fqcompile.weights.recipe import FOLDABLE, Ref, Step, WeightRecipe, target_name
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from fqcompile.passes.base import GraphState, erase_unused, example, same_shape
 from fqcompile.passes.effects import effects_between
 from fqcompile.passes.fuse_patterns import (
     MULTIPLIES,
@@ -37,6 +36,7 @@ from fqcompile.passes.op_nodes import (
     stack,
     sum_with_op,
 )
+from fqcompile.passes.state import GraphState, erase_unused, example, same_shape
 from fqcompile.torch_compat import is_erased
 
 _VIEWS = ("view", "reshape")

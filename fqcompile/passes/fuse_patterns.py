@@ -7,9 +7,9 @@ from typing import Any
 from torch import fx
 
 from fqcompile.kernels.epilogue import SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT
-from fqcompile.passes.base import example, same_shape
 from fqcompile.passes.gather import whole_rows
 from fqcompile.passes.op_nodes import argument
+from fqcompile.passes.state import example, same_shape
 from fqcompile.weights.recipe import target_name
 
 MULTIPLIES = ("mul", "__mul__", "multiply")

@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fqcompile.passes.base import example, same_shape
 from fqcompile.passes.effects import has_effects
-from fqcompile.passes.sites import Step
+from fqcompile.passes.state import Step, example, same_shape
 from fqcompile.weights.recipe import target_name
 
 IsConstant = Callable[[object], bool]

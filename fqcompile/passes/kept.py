@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, fx
 
 from fqcompile.distributed.shards import NOT_LOCAL, is_dtensor, local_part
-from fqcompile.passes.base import GraphState, example, placeholders
 from fqcompile.passes.effects import bodies, has_effects, in_transforms
 from fqcompile.passes.fold import ConstantFolder
 from fqcompile.passes.naming import note_table
 from fqcompile.passes.products import PRODUCTS
-from fqcompile.passes.sites import KeptWeight
+from fqcompile.passes.state import GraphState, KeptWeight, example, placeholders
 from fqcompile.weights.recipe import CASTS, MOVING, target_name
 
 IN_A_BODY = "the bodies of higher-order operators stay as they are"

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 from fqcompile.config import FineQuantConfig
 from fqcompile.kernels.op import CACHE_TAG
-from fqcompile.passes.base import GraphState, placeholders
 from fqcompile.passes.op_nodes import argument
+from fqcompile.passes.state import GraphState, placeholders
 from fqcompile.torch_compat import (
     STATIC_INPUT,
     compile_fx,

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from fqcompile.passes.base import GraphState, example
 from fqcompile.passes.contraction import contraction
 from fqcompile.passes.effects import effects_between, in_transforms
 from fqcompile.passes.fold import ConstantFolder
 from fqcompile.passes.kept import kept_matrices, note_tables, warnings_of_kept
 from fqcompile.passes.naming import is_table, joined_name
-from fqcompile.passes.sites import Contraction, Kind, WeightSite
+from fqcompile.passes.state import Contraction, GraphState, Kind, WeightSite, example
 from fqcompile.weights.recipe import simplified
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fqcompile.passes.base import GraphState, example
+from fqcompile.passes.state import GraphState, example
 from fqcompile.torch_compat import OpOverload, schema_of
 from fqcompile.weights.recipe import target_name
 

@@ -12,14 +12,14 @@ import torch
 from torch import fx
 
 from fqcompile.kernels.op import matmul, matmul_inference
-from fqcompile.passes.base import (
+from fqcompile.passes.effects import effects_between
+from fqcompile.passes.state import (
     GraphState,
     erase_dead,
     example,
     same_layout,
     same_shape,
 )
-from fqcompile.passes.effects import effects_between
 from fqcompile.torch_compat import schema_of
 from fqcompile.weights.node_weight import NodeWeight, common_group_size
 from fqcompile.weights.recipe import target_name

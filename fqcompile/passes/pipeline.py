@@ -11,7 +11,6 @@ from torch import fx
 from fqcompile.config import FineQuantConfig
 from fqcompile.distributed.shards import is_part
 from fqcompile.errors import GraphInvariantError
-from fqcompile.passes.base import GraphState, example, placeholders
 from fqcompile.passes.capture import capture
 from fqcompile.passes.fuse import fuse
 from fqcompile.passes.lower import lower
@@ -21,7 +20,7 @@ from fqcompile.passes.op_nodes import argument, is_linear, is_quantized
 from fqcompile.passes.plan import plan
 from fqcompile.passes.rewrite import rewrite
 from fqcompile.passes.select import select
-from fqcompile.passes.sites import WeightSite
+from fqcompile.passes.state import GraphState, WeightSite, example, placeholders
 from fqcompile.report import PassRecord
 from fqcompile.torch_compat import is_erased
 from fqcompile.weights.dispatch import Variant

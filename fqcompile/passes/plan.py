@@ -18,10 +18,9 @@ from fqcompile.config import ROUTER
 from fqcompile.distributed.ranks import progress
 from fqcompile.distributed.shards import NOT_LOCAL, is_dtensor
 from fqcompile.errors import UnquantizableWeight
-from fqcompile.passes.base import GraphState, example
 from fqcompile.passes.choices import experts_outside, is_codebook, is_router
 from fqcompile.passes.naming import InputName, joined_name
-from fqcompile.passes.sites import WeightSite
+from fqcompile.passes.state import GraphState, WeightSite, example
 from fqcompile.quant.checks import OTHER_DTYPE, WEIGHT_DTYPES
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
 from fqcompile.torch_compat import FakeTensor

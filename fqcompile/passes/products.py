@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fqcompile.passes.base import example
 from fqcompile.passes.effects import has_effects
+from fqcompile.passes.state import example
 from fqcompile.weights.recipe import target_name
 
 Names = list[str]

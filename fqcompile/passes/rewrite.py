@@ -16,8 +16,13 @@ from itertools import permutations
 import torch
 from torch import Tensor, fx
 
-from fqcompile.passes.base import (
+from fqcompile.passes.emit import VIEWS, Emitter, Size
+from fqcompile.passes.fold import ConstantFolder
+from fqcompile.passes.op_nodes import MATMUL, matmul_arguments
+from fqcompile.passes.state import (
+    Contraction,
     GraphState,
+    WeightSite,
     erase_dead,
     erase_unused,
     example,
@@ -26,10 +31,6 @@ from fqcompile.passes.base import (
     same_layout,
     same_shape,
 )
-from fqcompile.passes.emit import VIEWS, Emitter, Size
-from fqcompile.passes.fold import ConstantFolder
-from fqcompile.passes.op_nodes import MATMUL, matmul_arguments
-from fqcompile.passes.sites import Contraction, WeightSite
 from fqcompile.weights.node_weight import NodeWeight
 from fqcompile.weights.recipe import target_name
 

@@ -16,8 +16,8 @@ from torch import fx
 from fqcompile.kernels.registry import select_kernel
 from fqcompile.kernels.spec import GemmSpec, gpu_of
 from fqcompile.kernels.tuning.launches import Mode, tuned_launches
-from fqcompile.passes.base import GraphState, example
 from fqcompile.passes.op_nodes import INFERENCE, argument, changed
+from fqcompile.passes.state import GraphState, example
 
 _NO_BOUND = 1 << 40  # what Dynamo writes for a size without a guard is larger
 

@@ -31,10 +31,10 @@ from fqcompile.distributed.shards import (
     version,
 )
 from fqcompile.errors import ShardingError
-from fqcompile.passes.base import copy_module, erase_unused, example, placeholders
 from fqcompile.passes.capture import enables_grad, is_constant_input
 from fqcompile.passes.effects import has_effects
 from fqcompile.passes.naming import qualified_name
+from fqcompile.passes.state import copy_module, erase_unused, example, placeholders
 from fqcompile.torch_compat import STATIC_INPUT, AttrSource, set_source, source_of
 from fqcompile.weights.recipe import target_name
 

@@ -12,11 +12,10 @@ from torch import fx
 
 from fqcompile.kernels.roofline import least_seconds
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.passes.base import GraphState
 from fqcompile.passes.naming import InputName, joined_name
 from fqcompile.passes.op_nodes import argument
 from fqcompile.passes.plan import CHANGING, Decision, key_of
-from fqcompile.passes.sites import KeptWeight, WeightSite
+from fqcompile.passes.state import GraphState, KeptWeight, WeightSite
 from fqcompile.quant.choose import QuantPlan
 from fqcompile.report import Site
 from fqcompile.tensor.format import num_groups

@@ -23,12 +23,12 @@ from fqcompile.distributed.ranks import agree
 from fqcompile.distributed.shards import rank_groups
 from fqcompile.errors import PlanDoesNotFit, RankError
 from fqcompile.locks import fork_safe
-from fqcompile.passes.base import GraphState, copy_module
 from fqcompile.passes.lower import compile_inner
 from fqcompile.passes.naming import InputName
 from fqcompile.passes.pipeline import Recorder, analyse, compile_state, shared_facts
 from fqcompile.passes.plan import Decision, Key, decide, distance, key_of, serves, weight_inputs
 from fqcompile.passes.sharded import localize, refuse_fsdp
+from fqcompile.passes.state import GraphState, copy_module
 from fqcompile.passes.summary import (
     Row,
     read_as_it_comes,

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, fx
 
 from fqcompile.config import FineQuantConfig
-from fqcompile.passes.base import GraphState, part_of
 from fqcompile.passes.capture import capture
 from fqcompile.passes.fuse import fuse
 from fqcompile.passes.lower import lower
@@ -20,6 +19,7 @@ from fqcompile.passes.pipeline import verify
 from fqcompile.passes.plan import plan
 from fqcompile.passes.rewrite import rewrite
 from fqcompile.passes.select import select
+from fqcompile.passes.state import GraphState, part_of
 from fqcompile.weights.dispatch import Variant
 from fqcompile.weights.recipe import target_name
 

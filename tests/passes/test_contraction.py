@@ -12,7 +12,7 @@ from fqcompile.passes.contraction import contraction
 from fqcompile.passes.emit import Emitter
 from fqcompile.passes.products import einsum_indices
 from fqcompile.passes.rewrite import arranged, arranged_back, sizes_of
-from fqcompile.passes.sites import Contraction
+from fqcompile.passes.state import Contraction
 
 SIZES = dict(zip(string.ascii_lowercase, [2, 3, 4, 5, 6, 7, 2, 3, 4, 5], strict=False))
 

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401  (defines the operator)
 from torch import Tensor
 
-from fqcompile.passes.base import part_of
 from fqcompile.passes.op_nodes import argument
-from fqcompile.passes.sites import WeightSite
+from fqcompile.passes.state import WeightSite, part_of
 from tests.passes.graphs import Run, assert_same, dynamo_graph, run_passes
 
 E, N, K, P = 5, 24, 40, 7

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fqcompile.config import FineQuantConfig
-from fqcompile.passes.base import GraphState
 from fqcompile.passes.normalize import normalize
+from fqcompile.passes.state import GraphState
 
 W, X, B = torch.randn(6, 4), torch.randn(3, 4), torch.randn(6)
 STACK, ROWS = torch.randn(5, 4, 6), torch.randn(5, 3, 4)

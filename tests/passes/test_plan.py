@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fqcompile.errors import UnquantizableWeight
-from fqcompile.passes.base import part_of
 from fqcompile.passes.plan import apply_decisions, decide
+from fqcompile.passes.state import part_of
 from fqcompile.weights.node_weight import Part
 from fqcompile.weights.recipe import IDENTITY
 from fqcompile.weights.store import STORE

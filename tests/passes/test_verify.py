@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from fqcompile.errors import GraphInvariantError
-from fqcompile.passes.base import GraphState
 from fqcompile.passes.op_nodes import argument, changed, is_linear
 from fqcompile.passes.pipeline import verify
+from fqcompile.passes.state import GraphState
 from tests.passes.graphs import run_passes, weight
 
 W = weight(64, 64)
