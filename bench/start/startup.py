@@ -36,7 +36,7 @@ from fqcompile.kernels.cpu import native_library
 from fqcompile.passes import lower
 from fqcompile.weights import disk_cache, fingerprint
 from fqcompile.weights.disk_cache import DiskCache
-from fqcompile.weights.store import PackedStore
+from fqcompile.weights.store import WeightStore
 
 Seconds = dict[str, float]
 _LOGITS = 256  # of the last token, for comparison
@@ -46,7 +46,7 @@ TIMED = {
     (disk_cache, "choose_and_quantize"): "quantise",
     (DiskCache, "_keep"): "write",
     (disk_cache, "read_entry"): "read",
-    (PackedStore, "_pack"): "pack",
+    (WeightStore, "_pack"): "pack",
     (native_library, "loaded"): "x86 build",
     (lower, "compile_inner"): "compile",
     (compile_fx, "compile_fx"): "compile",  # as the backend "inductor" finds it
