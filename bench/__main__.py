@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 
 BENCHMARKS = {
-    "accuracy": "what quantisation costs trained language models, ours and other libraries",
+    "accuracy": "what quantization costs trained language models, ours and other libraries",
     "train_lm": "trains the small language models of the accuracy benchmark, once",
     "expert_decode": "a CPU: decoding through a layer of experts, against Inductor on it",
     "startup": "the first start of a model and the second, part by part",

@@ -26,7 +26,7 @@ def finequant(
     options: Mapping[str, object] | None = None,
     name: str | None = None,
 ) -> Callable[..., Any]:
-    """Quantise the constant weights of one captured graph and compile it.
+    """Quantize the constant weights of one captured graph and compile it.
 
     Args:
         gm, example_inputs: as Dynamo passes them; the graph is copied, never changed.

@@ -12,9 +12,9 @@ from fqcompile.errors import FineQuantError, nearest
 
 COMMANDS = {
     "demo": "compile a real model, show what was done to it, what it cost and what it saved",
-    "explain": "show what would be quantised in a model, how, and why the rest would not",
-    "quantize": "quantise a Hugging Face checkpoint, tensor by tensor, into a directory to load",
-    "export": "write a quantised model as a checkpoint for vLLM, SGLang and transformers",
+    "explain": "show what would be quantized in a model, how, and why the rest would not",
+    "quantize": "quantize a Hugging Face checkpoint, tensor by tensor, into a directory to load",
+    "export": "write a quantized model as a checkpoint for vLLM, SGLang and transformers",
     "check": "show what vLLM, SGLang or transformers would not load of a checkpoint, and why",
     "estimate": "estimate memory, throughput and cost of a model on GPUs that you do not have",
     "tune": "measure kernel configurations on this machine's GPU and keep the fastest",
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="fqcompile",
-        description="FineQuant weight-only quantisation as a torch.compile backend.",
+        description="FineQuant weight-only quantization as a torch.compile backend.",
     )
     chosen = arguments[0] if arguments and not arguments[0].startswith("-") else None
     if chosen is not None and chosen not in COMMANDS:

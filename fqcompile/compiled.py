@@ -72,7 +72,7 @@ def warm_up(
 ) -> list[CompileReport]:
     """Call `model` until a call compiles nothing more; returns the reports of what was compiled.
 
-    Weights are quantised and packed, kernels searched (`autotune="fast"` or "max") and built for
+    Weights are quantized and packed, kernels searched (`autotune="fast"` or "max") and built for
     these inputs, so that the next such call only runs. Call it once for
     each number of rows to be served, since a kernel is built for the rows it is first called with.
     The model really runs: caches that it writes to are written to.
@@ -104,7 +104,7 @@ def refresh(model: nn.Module) -> None:
 
     That is a write through `weight.data`, as peft's `merge_adapter` and `unmerge_adapter` make, one
     by other code than PyTorch's, and any to a tensor made in inference mode. The next call of each
-    graph that reads them quantises them as they are then, also with `weight_updates="ignore"`, and
+    graph that reads them quantizes them as they are then, also with `weight_updates="ignore"`, and
     also those that were left as they are since they changed in every call.
 
     Raises:

@@ -18,7 +18,7 @@ HEAD_NAMES = re.compile(rf"(^|\.)({'|'.join(HEADS)})(\.|$)")
 
 # Routers of experts under their usual names, beside what graphs and modules tell of them.
 ROUTERS = frozenset("gate router wg shared_expert_gate".split())
-ROUTER = "router: its top-k decides which experts run; name it in overrides to quantise it"
+ROUTER = "router: its top-k decides which experts run; name it in overrides to quantize it"
 
 # A component of the name that begins as one tuner of peft calls its factors, or has LoRA's prefix
 # anywhere: they are switched, scaled and overwritten through `.data` while the model is in use.
@@ -34,7 +34,7 @@ ADAPTER_NAMES = re.compile(
 
 ADAPTER = (
     "adapter factor: it is switched, scaled and overwritten while the model is in use; name it in "
-    "overrides or include to quantise it"
+    "overrides or include to quantize it"
 )
 
 
@@ -57,7 +57,7 @@ def _as_json(value: object) -> object:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteOptions:
-    """The options that may differ from weight to weight: what `quant` needs to quantise one."""
+    """The options that may differ from weight to weight: what `quant` needs to quantize one."""
 
     bits: int = 4
     granularity: str | int = "adaptive"

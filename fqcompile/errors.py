@@ -23,7 +23,7 @@ class OptionError(FineQuantError, ValueError):
 
 
 class UnquantizableWeight(FineQuantError, ValueError):
-    """A weight cannot be quantised; the message is the reason shown in the report."""
+    """A weight cannot be quantized; the message is the reason shown in the report."""
 
 
 class NoKernelError(FineQuantError, NotImplementedError):
@@ -51,7 +51,7 @@ class RankError(FineQuantError, RuntimeError):
 
 
 class ShardingError(FineQuantError, TypeError):
-    """A model is spread over ranks in a way that its weights cannot be quantised in."""
+    """A model is spread over ranks in a way that its weights cannot be quantized in."""
 
 
 class EstimateError(FineQuantError, ValueError):

@@ -17,7 +17,7 @@ from fqcompile.distributed.shards import local_part
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.modules.weights import module_weights
 from fqcompile.passes.choices import way_out
-from fqcompile.passes.pipeline import Recorder, analyse
+from fqcompile.passes.pipeline import Recorder, analyze
 from fqcompile.passes.select import gemm_spec
 from fqcompile.passes.sharded import localize
 from fqcompile.passes.state import copy_module, placeholders
@@ -41,7 +41,7 @@ _NO_GRAPH = (
     ", or torch.compile skips the function that calls it (TORCH_LOGS=graph_breaks says why); "
     "fqcompile.quantize_(model) packs linears and experts without a graph"
 )
-_CONVOLUTION = "no captured graph reads it, and it is a convolution's, which are not quantised"
+_CONVOLUTION = "no captured graph reads it, and it is a convolution's, which are not quantized"
 _RECURRENT = (
     "no captured graph reads it: torch.compile does not trace {kind}, nor the function that calls "
     "it; call fqcompile.quantize_(model) first"
@@ -77,7 +77,7 @@ def explain(
 
     def collect(module: fx.GraphModule, args: Sequence[Any]) -> None:
         local = localize(module, args)
-        state = analyse(local.module, local.arguments(args), measuring_nothing, Recorder())
+        state = analyze(local.module, local.arguments(args), measuring_nothing, Recorder())
         inputs = zip(placeholders(state.graph), state.args, strict=False)  # packed ones follow
         alive.extend(value for node, value in inputs if node in state.known)
         for key, row in rows_of(state).items():
@@ -136,7 +136,7 @@ def _unseen(model: object, seen: Collection[int], config: FineQuantConfig) -> It
 def gemm_specs(
     model: Callable[..., Any], *example_inputs: Any, grad: bool = False, **options: object
 ) -> list[GemmSpec]:
-    """The distinct matmuls that compiling `model` with these options would quantise.
+    """The distinct matmuls that compiling `model` with these options would quantize.
 
     The model runs once, eagerly, on the example inputs; its weights are not changed.
     `grad`: as calls in grad mode, in which less is fused.
@@ -145,7 +145,7 @@ def gemm_specs(
     specs: dict[GemmSpec, None] = {}
 
     def collect(module: fx.GraphModule, args: Sequence[Any]) -> None:
-        state = analyse(module, args, config, Recorder())
+        state = analyze(module, args, config, Recorder())
         specs.update(dict.fromkeys(gemm_spec(state, op) for op in state.packed))
 
     dry_run(model, example_inputs, {}, collect, grad=grad)

@@ -19,7 +19,7 @@ PATIENCE = 60.0  # seconds for one answer
 UNFOLD = "document.querySelectorAll('details').forEach(d => d.open = true)"
 # By how many pixels the page is wider than its window.
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-# The ratio of the WCAG between a text's colour and the nearest opaque background behind it.
+# The ratio of the WCAG between a text's color and the nearest opaque background behind it.
 CONTRASTS = """(() => {
   const channel = c => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
   const light = rgb => rgb.slice(0, 3).map(channel)

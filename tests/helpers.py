@@ -12,7 +12,7 @@ import fqcompile
 from fqcompile.passes.op_nodes import is_linear, is_quantized
 from fqcompile.report import CompileReport, Site
 
-# Half the distance of two neighbouring floats around one: the most one rounding changes.
+# Half the distance of two neighboring floats around one: the most one rounding changes.
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
@@ -40,7 +40,7 @@ class InnerGraphs:
         return [t for t in found if t is not None]
 
     def linears(self) -> list[fx.Node]:
-        """Every quantised matmul of every graph."""
+        """Every quantized matmul of every graph."""
         return [n for module in self.modules for n in module.graph.nodes if is_quantized(n)]
 
 
@@ -106,17 +106,17 @@ def quantized_names(sites: Iterable[Site]) -> set[str]:
 
 
 def oracle(model: nn.Module, plan: Any = None) -> nn.Module:
-    """A copy of the model with the dequantised values of `plan` (the newest report's) in it."""
+    """A copy of the model with the dequantized values of `plan` (the newest report's) in it."""
     return fqcompile.fake_quantize_(copy.deepcopy(model), plan or fqcompile.reports()[-1])
 
 
 def assert_quantized_like_oracle(
     model: nn.Module, actual: Tensor, run: Callable[[nn.Module], Tensor], **bounds: Any
 ) -> None:
-    """`actual` is what the fake-quantised model computes, and not what the model itself does."""
+    """`actual` is what the fake-quantized model computes, and not what the model itself does."""
     assert_close(actual, run(oracle(model)), **bounds)
     difference = (actual.double() - run(model).double()).norm() / actual.double().norm()
-    assert difference > 1e-3, f"the result is the unquantised model's ({difference:.2g} apart)"
+    assert difference > 1e-3, f"the result is the unquantized model's ({difference:.2g} apart)"
 
 
 class EveryForm(nn.Module):
@@ -163,7 +163,7 @@ class EveryForm(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linears (up, down) around a gelu, with biases: wide enough to be quantised by default."""
+    """Two linears (up, down) around a gelu, with biases: wide enough to be quantized by default."""
 
     def __init__(self, width: int = 128, hidden: int = 256, seed: int = 0) -> None:
         super().__init__()

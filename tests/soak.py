@@ -2,12 +2,12 @@
 
     calls    one model, inputs of several sizes
     models   made, compiled, called, deleted: neither tables nor memory grow
-    threads  three call, one quantises, one writes to the weights and forks children
+    threads  three call, one quantizes, one writes to the weights and forks children
 
 A fork waits for the calls to end, and for nothing else: the guards of Dynamo hold a lock of their
 own, which a child of a process that forks meanwhile would wait for, whatever the backend.
 
-Every result is compared with dense matmuls on dequantised weights.
+Every result is compared with dense matmuls on dequantized weights.
 """
 
 import argparse
@@ -41,7 +41,7 @@ _MOST_GROWTH = 64 * 2**20  # of resident memory, between the first third of the 
 _CHILD_SECONDS = 120
 
 
-def dequantised(model: nn.Module) -> nn.Module:
+def dequantized(model: nn.Module) -> nn.Module:
     """A copy with the values of codes in groups of 64, made without graph, store or cache."""
     expected = copy.deepcopy(model)
     for module in expected.modules():
@@ -78,7 +78,7 @@ def make(seed: int) -> nn.Module:
 def soak_calls(calls: int) -> None:
     """`calls` of one model, with 1 to 40 rows."""
     model = make(0)
-    expected, run = dequantised(model), compiled(model)
+    expected, run = dequantized(model), compiled(model)
     for call in range(calls):
         x = torch.randn(1 + call % 40, 128)
         check(run(x), [expected(x)], f"call {call}")
@@ -106,7 +106,7 @@ def soak_models(models: int) -> None:
     sizes, memory = [], []
     for seed in range(models):
         model = make(seed)
-        expected, run = dequantised(model), compiled(model)
+        expected, run = dequantized(model), compiled(model)
         for _ in range(3):
             x = torch.randn(5, 128)
             check(run(x), [expected(x)], f"model {seed}")
@@ -122,7 +122,7 @@ def soak_models(models: int) -> None:
 
 def ways_of(model: nn.Module) -> list[nn.Module]:
     """Each weight in codes, or as it is where the graph met another one in call after call."""
-    codes = dequantised(model)
+    codes = dequantized(model)
     ways = [copy.deepcopy(model) for _ in range(4)]
     for way, names in zip(ways, [(), ("up",), ("down",), ("up", "down")], strict=True):
         for name in names:
@@ -192,7 +192,7 @@ def forked(
 
 
 def soak_threads(seconds: float, forks: bool) -> Counter[str]:
-    """Threads call and quantise, this one writes and forks; how often each was done."""
+    """Threads call and quantize, this one writes and forks; how often each was done."""
     weights = Weights()
     run = compiled(weights.model)
     done: Counter[str] = Counter()
@@ -217,7 +217,7 @@ def soak_threads(seconds: float, forks: bool) -> Counter[str]:
         while time.monotonic() < end and not errors:
             w = torch.randn(256, 256, generator=generator)
             STORE.plan(IDENTITY, (w,), SiteOptions(), torch.float16)
-            done["quantised"] += 1
+            done["quantized"] += 1
 
     threads = [
         threading.Thread(target=call, args=pair) for pair in zip((1, 5, 5), calls, strict=True)

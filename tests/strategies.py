@@ -74,7 +74,7 @@ class Problem:
 
 
 def random_codes(bits: int, rows: int, k: int, generator: torch.Generator) -> Tensor:
-    """Every storage byte is legal: codes need no quantiser to be drawn."""
+    """Every storage byte is legal: codes need no quantizer to be drawn."""
     if bits == 8:
         return torch.randint(-128, 128, (rows, k), dtype=torch.int8, generator=generator)
     return torch.randint(0, 256, (rows, -(-k // 2)), dtype=torch.uint8, generator=generator)

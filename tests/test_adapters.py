@@ -1,4 +1,4 @@
-"""LoRA adapters on packed weights: they train as on the dequantised base, which stays frozen."""
+"""LoRA adapters on packed weights: they train as on the dequantized base, which stays frozen."""
 
 import copy
 from typing import Any
@@ -40,7 +40,7 @@ def _losses(model: nn.Module, run: Any, ids: Tensor) -> list[float]:
 @pytest.mark.parametrize(
     "backend", ["none", "finequant", pytest.param("aot_eager", marks=pytest.mark.slow)]
 )
-def test_adapters_train_as_on_the_dequantised_base(backend: str) -> None:
+def test_adapters_train_as_on_the_dequantized_base(backend: str) -> None:
     model, inputs = build("llama", torch.float32)
     packed = copy.deepcopy(model)
     plan = fqcompile.quantize_(packed, min_elements=4096)

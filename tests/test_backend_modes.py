@@ -57,7 +57,7 @@ def _gradients(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> 
 @pytest.mark.parametrize(
     "inner_backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 )
-def test_adapters_train_on_a_quantised_base(inner_backend: str) -> None:
+def test_adapters_train_on_a_quantized_base(inner_backend: str) -> None:
     model = Adapted()
     actual = _gradients(model, finequant(model, inner_backend=inner_backend), X)
     faked = oracle(model)
@@ -203,7 +203,7 @@ def test_a_pass_that_fails_leaves_the_model_as_it_was(
         actual = finequant(model)(X)
     assert_close(actual, model(X), k=256, depth=2)
     (warning,) = report().warnings
-    problem = f"runs unquantised: pass {name!r} failed with RuntimeError: broken on purpose"
+    problem = f"runs unquantized: pass {name!r} failed with RuntimeError: broken on purpose"
     assert warning.endswith(problem)
     assert warning in caplog.text
     assert not quantized_names(report().sites)
@@ -245,20 +245,20 @@ def test_a_router_is_kept(score: str) -> None:
     x = torch.randn(6, 1024)
     values, chosen = finequant(model)(x)
     assert report().plan.site("router.weight").reason == (
-        "router: its top-k decides which experts run; name it in overrides to quantise it"
+        "router: its top-k decides which experts run; name it in overrides to quantize it"
     )
     assert quantized_names(report().sites) == {"value.weight"}
     assert torch.equal(chosen, model(x)[1])
     assert_close(values, oracle(model)(x)[0], k=1024)
 
 
-def test_a_router_named_in_overrides_is_quantised() -> None:
+def test_a_router_named_in_overrides_is_quantized() -> None:
     model = frozen(Routed(SCORES["softmax"]))
     finequant(model, overrides={"router": {"bits": 8}})(torch.randn(6, 1024))
     assert report().plan.site("router.weight").bits == 8
 
 
-def test_every_quantised_linear_carries_the_kernel_that_select_chose(
+def test_every_quantized_linear_carries_the_kernel_that_select_chose(
     inner_graphs: InnerGraphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Template and configuration are fixed: nothing is left to Inductor's or the op's tuning."""

@@ -36,7 +36,7 @@ def _call(model: nn.Module) -> Tensor:
 
 
 def _check(model: nn.Module, compiled: Any, x: Tensor = X) -> None:
-    """The compiled model computes what the model's present weights, dequantised, give."""
+    """The compiled model computes what the model's present weights, dequantized, give."""
     assert_quantized_like_oracle(model, compiled(x), lambda m: m(x), k=256, depth=2)
 
 
@@ -227,7 +227,7 @@ def test_a_weight_of_two_sites_and_two_graphs_is_packed_once(
     assert len(inner_graphs.linears()) == 4
     addresses = {ref().data_ptr() for packed in inner_graphs.packed for ref in packed}
     assert len(addresses) == 2  # codes and scales
-    # The oracle quantises for itself and is not counted: it does not go through the store.
+    # The oracle quantizes for itself and is not counted: it does not go through the store.
     assert len(quantized) == 1
 
 

@@ -108,7 +108,7 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], torch.dtype, str]] = {
     "empty": (
         lambda: Weighted(torch.empty(0, K)),
         torch.float32,
-        "shape is (0, 256): there is nothing to quantise",
+        "shape is (0, 256): there is nothing to quantize",
     ),
     "subclass": (
         lambda: Weighted(TwoTensor(_weight(), _weight())),
@@ -118,7 +118,7 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], torch.dtype, str]] = {
     "computed": (
         lambda: Weighted(_weight(), lambda x, w: F.linear(x, torch.sign(w))),
         torch.float32,
-        "read by sign: not a linear or expert form that is quantised",
+        "read by sign: not a linear or expert form that is quantized",
     ),
 }
 
@@ -196,13 +196,13 @@ def _graph_of_one_linear(example: Tensor) -> fx.GraphModule:
         (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "qint8"),
     ],
 )
-def test_a_sparse_or_quantised_weight(change: Callable[[Tensor], Tensor], kind: str) -> None:
+def test_a_sparse_or_quantized_weight(change: Callable[[Tensor], Tensor], kind: str) -> None:
     """Dynamo hands such inputs to Python, but another front end need not."""
     weight = nn.Parameter(change(_weight()), requires_grad=False)
     gm = _graph_of_one_linear(_weight())
     backend(gm, [_x(), weight], options={"inner_backend": "eager"})
     (site,) = report().sites
-    assert site.reason == f"the weight is already quantised or sparse ({kind})"
+    assert site.reason == f"the weight is already quantized or sparse ({kind})"
 
 
 @pytest.mark.filterwarnings("ignore:.*(Sparse|graph break).*")
@@ -226,7 +226,7 @@ def test_what_only_looks_like_a_site_is_left_alone(case: str) -> None:
     assert not report().sites
 
 
-def test_a_weight_that_the_graph_writes_to_is_not_quantised() -> None:
+def test_a_weight_that_the_graph_writes_to_is_not_quantized() -> None:
     def call(x: Tensor, w: Tensor) -> Tensor:
         w.mul_(0.5)
         return F.linear(x, w)

@@ -48,7 +48,7 @@ class Start(NamedTuple):
 
 
 def start() -> Start:
-    """Quantise and run a small model, and compare it with its dequantised weights."""
+    """Quantize and run a small model, and compare it with its dequantized weights."""
     said: list[logging.LogRecord] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = said.append  # type: ignore[method-assign]

@@ -172,7 +172,7 @@ def _changed_twice(**options: Any) -> tuple[nn.Module, Any]:
     return model, compiled
 
 
-def test_weights_that_come_to_rest_are_quantised_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_come_to_rest_are_quantized_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_CALLS_AS_THEY_COME", 10)
     model, compiled = _changed_twice()
     plan = fqcompile.reports()[0].plan
@@ -185,7 +185,7 @@ def test_weights_that_come_to_rest_are_quantised_again(monkeypatch: pytest.Monke
     assert len(fqcompile.reports()) == 2
 
 
-def test_refresh_quantises_again_what_was_read_as_it_comes() -> None:
+def test_refresh_quantizes_again_what_was_read_as_it_comes() -> None:
     model, compiled = _changed_twice()
     fqcompile.refresh(model)
     assert_close(compiled(X), oracle(model, fqcompile.reports()[0])(X), k=256, depth=2)

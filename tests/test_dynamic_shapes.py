@@ -39,7 +39,7 @@ def _run_all(compiled: Any, model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("dynamic", "allowed", "inner_backend"),
     # None: the first call's sizes, then one graph per size that turned dynamic (batch, length) and
-    # per size of one that PyTorch specialises. True: dynamic from the first call on, but for ones.
+    # per size of one that PyTorch specializes. True: dynamic from the first call on, but for ones.
     [
         (None, 6, "eager"),
         pytest.param(None, 6, "aot_eager", marks=pytest.mark.slow),

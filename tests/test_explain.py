@@ -133,7 +133,7 @@ def test_the_plan_prints_and_exports(tmp_path: Path) -> None:
     plan = fqcompile.explain(_model(), X, bits=8)
     text = str(plan)
     assert "up.weight" in text
-    assert "quantised 2 of 3 sites" in text
+    assert "quantized 2 of 3 sites" in text
     assert "kept 1: fewer elements than min_elements=16384" in text
     loaded = json.loads(plan.to_json())
     assert loaded["options"]["bits"] == 8
@@ -281,7 +281,7 @@ def test_equal_layers_behind_graph_breaks_are_all_listed() -> None:
     plan = fqcompile.explain(model, X)
     names = [f"layers.{i}.{part}.weight" for i in range(3) for part in ("up", "down")]
     assert [site.name for site in plan.sites] == names
-    assert str(plan.totals).startswith("quantised 6 of 6 sites")
+    assert str(plan.totals).startswith("quantized 6 of 6 sites")
     actual = finequant(model, fullgraph=False)(X)
     assert_close(actual, oracle(model, plan)(X), k=256, depth=6)
 
@@ -346,7 +346,7 @@ def test_what_a_graph_only_hands_on_is_told_by_the_one_that_reads_it() -> None:
     model, ids = frozen(Positions()), torch.arange(5)
     plan = fqcompile.explain(model, X, ids, inner_backend="eager")
     kept = {site.name: site.reason for site in plan.kept}
-    assert kept == {"table": "embedding table: embeddings are not quantised"}
+    assert kept == {"table": "embedding table: embeddings are not quantized"}
     finequant(model, fullgraph=False)(X, ids)
     assert _sites(plan) == sorted(
         row for found in fqcompile.reports() for row in _sites(found.plan)

@@ -248,6 +248,6 @@ def test_recurrent_network_has_a_row_for_each_matrix() -> None:
         finequant(model)(X[None])
         explained = fqcompile.explain(model, X[None])
     assert quantized_names(report().sites) == {"out.weight"}
-    why = "read by lstm: not a linear or expert form that is quantised"
+    why = "read by lstm: not a linear or expert form that is quantized"
     assert reasons() == {"lstm.weight_ih_l0": why, "lstm.weight_hh_l0": why}
     assert {s.name: s.reason for s in explained.sites if s.status == "kept"} == reasons()

@@ -22,7 +22,7 @@ OPTIONS: dict[str, Any] = {"granularity": 64, "min_elements": 1024}
 
 
 def _adapted() -> tuple[Any, Tensor]:
-    """Two adapters whose factors are large enough to be quantised, were they ordinary weights."""
+    """Two adapters whose factors are large enough to be quantized, were they ordinary weights."""
     model, inputs = build("llama", torch.float32)
     torch.manual_seed(0)
     config = peft.LoraConfig(
@@ -35,7 +35,7 @@ def _adapted() -> tuple[Any, Tensor]:
 
 
 def _expected(model: Any, ids: Tensor) -> Tensor:
-    """Each base weight dequantised as it is now, and the adapters in full."""
+    """Each base weight dequantized as it is now, and the adapters in full."""
     expected = copy.deepcopy(model)
     with torch.no_grad():
         for name, module in expected.named_modules():
@@ -52,7 +52,7 @@ def _check(model: Any, run: Any, ids: Tensor) -> Tensor:
         actual: Tensor = run(input_ids=ids).logits
         assert_close(actual, _expected(model, ids), depth=20)
         dense = model(input_ids=ids).logits
-    assert (actual - dense).norm() > 1e-3 * dense.norm(), "nothing is quantised"
+    assert (actual - dense).norm() > 1e-3 * dense.norm(), "nothing is quantized"
     return actual
 
 
@@ -165,7 +165,7 @@ def test_refresh_wants_a_module() -> None:
         fqcompile.refresh(lambda x: x)  # type: ignore[arg-type]
 
 
-def test_an_adapter_is_quantised_where_a_pattern_names_it() -> None:
+def test_an_adapter_is_quantized_where_a_pattern_names_it() -> None:
     name = "base_model.model.layers.0.q_proj.lora_A.default.weight"
     assert FineQuantConfig().kept_by_name(name) == ADAPTER
     for about_others in ("q_proj", r"layers\.0", "weight$", "^base_model"):

@@ -241,7 +241,7 @@ class Other(nn.Module):
 
 
 def check(compiled: nn.Module, dense: nn.Module) -> None:
-    """That it computes with the weights that `dense` has, dequantised."""
+    """That it computes with the weights that `dense` has, dequantized."""
     x = torch.arange(3 * 128).cos().view(3, 128)
     assert_close(compiled(x), dense(x), k=256, depth=2)
 
@@ -254,9 +254,9 @@ def oracle(scale: float) -> nn.Module:
 def test_children_of_a_busy_process_do_not_hang(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Threads compile, quantise, keep weights and build, and all the while children are forked.
+    """Threads compile, quantize, keep weights and build, and all the while children are forked.
 
-    Each child calls what its parent has compiled, compiles anew, and quantises.
+    Each child calls what its parent has compiled, compiles anew, and quantizes.
     """
     if NAMES:
         made = native.build(native.ISAS[NAMES[0]], cache_directory.cache_directory() / "x86")

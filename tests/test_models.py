@@ -1,4 +1,4 @@
-"""Whole models: compiled equals eager with the dequantised weights, and nothing is forgotten."""
+"""Whole models: compiled equals eager with the dequantized weights, and nothing is forgotten."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def _matrices(model: nn.Module) -> dict[Tensor, int]:
 
 
 def _assert_nothing_forgotten(model: nn.Module) -> None:
-    """Quantised: each linear layer's weight of at least min_elements. Kept: with a reason each."""
+    """Quantized: each linear layer's weight of at least min_elements. Kept: with a reason each."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     smallest = FineQuantConfig().min_elements
     expected = {w for w, elements in _matrices(model).items() if elements >= smallest}
@@ -49,7 +49,7 @@ def _assert_nothing_forgotten(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", CASES)
-def test_model_equals_its_fake_quantised_self(name: str, dtype: torch.dtype) -> None:
+def test_model_equals_its_fake_quantized_self(name: str, dtype: torch.dtype) -> None:
     _compare(name, dtype)
 
 
@@ -108,7 +108,7 @@ def test_overrides_reach_the_sites_they_name() -> None:
 
 
 @pytest.mark.parametrize("inner_backend", ["eager", "inductor"])
-def test_every_matmul_form_equals_its_fake_quantised_self(inner_backend: str) -> None:
+def test_every_matmul_form_equals_its_fake_quantized_self(inner_backend: str) -> None:
     model = frozen(EveryForm())
     x = torch.randn(3, 5, model.size)
     actual = finequant(model, inner_backend=inner_backend, min_elements=0)(x)
@@ -121,7 +121,7 @@ def test_every_matmul_form_equals_its_fake_quantised_self(inner_backend: str) ->
     assert not report().plan.kept
 
 
-def test_generate_runs_quantised_where_the_model_is_compiled_in_place() -> None:
+def test_generate_runs_quantized_where_the_model_is_compiled_in_place() -> None:
     model, inputs = build("llama", torch.float32)
     ask = {**inputs, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():

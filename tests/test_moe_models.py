@@ -1,4 +1,4 @@
-"""Mixture-of-Experts models: one graph, all experts quantised, equal to the dequantised model."""
+"""Mixture-of-Experts models: one graph, all experts quantized, equal to the dequantized model."""
 
 from typing import Any
 
@@ -50,7 +50,7 @@ def _ids(length: int = 5, batch: int = 2) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", MODELS)
-def test_model_equals_its_fake_quantised_self(
+def test_model_equals_its_fake_quantized_self(
     name: str, implementation: str, dtype: torch.dtype
 ) -> None:
     model = build(name, dtype, implementation)
@@ -146,7 +146,7 @@ def test_prefill_and_decode_share_one_packed_copy(
 
 
 @pytest.mark.slow
-def test_share_of_bytes_that_is_quantised() -> None:
+def test_share_of_bytes_that_is_quantized() -> None:
     """Layers with the proportions of Mixtral-8x7B and Qwen3-30B-A3B; the vocabulary is small."""
     shapes: dict[str, dict[str, int]] = {
         "mixtral": {"hidden_size": 128, "intermediate_size": 448, "num_local_experts": 8},
@@ -291,7 +291,7 @@ def test_store_holds_experts_once(inner_graphs: InnerGraphs) -> None:
 
 @pytest.mark.parametrize("name", ["w[ids] by einsum", "GShard", "Tutel"])
 def test_gradients_flow_through_frozen_experts(name: str) -> None:
-    """As for adapters before a frozen layer: dx is the dequantised model's."""
+    """As for adapters before a frozen layer: dx is the dequantized model's."""
     model, x = frozen(LAYERS_OF_OUR_OWN[name]()), torch.randn(2, 5, WIDTH)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     actual = finequant(model, min_elements=4096, inner_backend="aot_eager")(inputs[0])

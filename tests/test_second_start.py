@@ -1,4 +1,4 @@
-"""The second start of a model finds its quantised weights on disk; nothing else changes."""
+"""The second start of a model finds its quantized weights on disk; nothing else changes."""
 
 import json
 import os
@@ -53,7 +53,7 @@ compiled = torch.compile(model, backend="finequant", options=options, fullgraph=
 y = compiled(torch.linspace(-1, 1, 4 * 256).view(4, 256).to(model.up.weight.dtype))
 sites = [(s.name, s.bits, s.group_size, s.relative_error) for s in reports()[0].sites]
 print(json.dumps({"y": y.double().flatten().tolist(), "sites": sites, "made": made,
-                  "said": [line for line in lines if "found quantised" in line]}))
+                  "said": [line for line in lines if "found quantized" in line]}))
 """
 
 
@@ -65,7 +65,7 @@ def start(
     dtype: str = "bfloat16",
     size: str = "1",
 ) -> dict[str, Any]:
-    """What a fresh process computes, and which weights it quantised."""
+    """What a fresh process computes, and which weights it quantized."""
     kept = {"FQCOMPILE_CACHE_DIR": str(directory), "FQCOMPILE_CACHE_SIZE": size}
     command = [sys.executable, "-c", SCRIPT, str(seed), str(bits), on_disk, dtype]
     environment = {**os.environ, **kept, "FQCOMPILE_CPU_ISA": "none"}
@@ -79,13 +79,13 @@ SMALL = [[64, 256]]
 
 
 @pytest.mark.slow
-def test_a_second_process_quantises_nothing_and_computes_the_same(tmp_path: Path) -> None:
+def test_a_second_process_quantizes_nothing_and_computes_the_same(tmp_path: Path) -> None:
     first = start(tmp_path)
     assert len(first["made"]) == 5
-    assert first["said"] == [f"0 of 4 weights were found quantised in {tmp_path / 'weights'}"]
+    assert first["said"] == [f"0 of 4 weights were found quantized in {tmp_path / 'weights'}"]
     second = start(tmp_path)
     assert second["made"] == SMALL  # which no file is worth
-    assert second["said"] == [f"4 of 4 weights were found quantised in {tmp_path / 'weights'}"]
+    assert second["said"] == [f"4 of 4 weights were found quantized in {tmp_path / 'weights'}"]
     assert (second["y"], second["sites"]) == (first["y"], first["sites"])
     without = start(tmp_path, size="0")
     assert len(without["made"]) == 5

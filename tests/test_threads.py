@@ -53,7 +53,7 @@ def with_outliers(model: nn.Module) -> nn.Module:
 
 
 def planned(model: nn.Module) -> nn.Module:
-    """The model with the dequantised values of the plans that its own weights ask for."""
+    """The model with the dequantized values of the plans that its own weights ask for."""
     with torch.no_grad():
         return oracle(model, fqcompile.explain(model, X))
 

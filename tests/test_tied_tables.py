@@ -67,13 +67,13 @@ def test_the_head_takes_8_bits_and_the_table_stays(read: str, broken: bool) -> N
     plan = fqcompile.explain(model, x, **OPTIONS)
     assert {s.name: s.bits for s in plan.quantized} == {"body.weight": 4, "out.weight": 8}
     (table,) = plan.kept
-    assert table.name == "table.rows" and "embeddings are not quantised" in str(table.reason)
+    assert table.name == "table.rows" and "embeddings are not quantized" in str(table.reason)
     actual = finequant(model, fullgraph=not broken, **OPTIONS)(x)
     faked = fqcompile.fake_quantize_(copy.deepcopy(model), plan)
     assert torch.equal(faked.table.rows, model.table.rows)
     assert not torch.equal(faked.out.weight, model.out.weight)
     assert_close(actual, faked(x), depth=3)
-    # and not what the head gives that reads its table dequantised, too
+    # and not what the head gives that reads its table dequantized, too
     faked.table.rows = faked.out.weight
     assert not torch.allclose(actual, faked(x), rtol=1e-5)
 
@@ -183,7 +183,7 @@ def test_a_second_read_behind_a_graph_break_is_seen_too() -> None:
 
 
 def test_ibert() -> None:
-    """Its quantised embedding has a parameter of its own, which the decoder shares."""
+    """Its quantized embedding has a parameter of its own, which the decoder shares."""
     torch.manual_seed(0)
     config = hf.IBertConfig(**COMMON, tie_word_embeddings=True)
     model, ids = frozen(hf.IBertForMaskedLM(config)), torch.arange(14).view(2, 7)
@@ -193,7 +193,7 @@ def test_ibert() -> None:
     plan = fqcompile.explain(model, ids, **OPTIONS)
     assert plan.site("lm_head.decoder.weight").bits == 8
     kept = plan.site("ibert.embeddings.word_embeddings.weight")
-    assert "embeddings are not quantised" in str(kept.reason)
+    assert "embeddings are not quantized" in str(kept.reason)
     with torch.no_grad():
         actual = finequant(model, fullgraph=False, **OPTIONS)(ids).logits
         faked = fqcompile.fake_quantize_(copy.deepcopy(model), plan)

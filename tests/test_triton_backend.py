@@ -70,7 +70,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @pytest.mark.parametrize("gpu", [H200, A100], ids=lambda gpu: gpu.arch)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
-def test_a_block_computes_what_its_dequantised_weights_say(
+def test_a_block_computes_what_its_dequantized_weights_say(
     on: Any, gpu: Gpu, bits: int, dtype: torch.dtype
 ) -> None:
     on(gpu)

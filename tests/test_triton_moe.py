@@ -27,7 +27,7 @@ CHAIN = 15  # see tests.test_moe_models
 @pytest.mark.parametrize("gpu", [H200, A100], ids=lambda gpu: gpu.arch)
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
-def test_model_computes_what_its_dequantised_weights_say(
+def test_model_computes_what_its_dequantized_weights_say(
     on: Any,  # noqa: F811
     name: str,
     implementation: str,

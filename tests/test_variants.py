@@ -62,7 +62,7 @@ def test_twelve_siblings_of_many_plans_compile_a_bounded_number(
 def test_beyond_the_bound_what_no_plan_fits_runs_right(
     options: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A weight with NaN that every variant quantises, and a budget that no other plan need meet."""
+    """A weight with NaN that every variant quantizes, and a budget that no other plan need meet."""
     monkeypatch.setattr("fqcompile.passes.variants.MOST_VARIANTS", 1)
     models = [block(32, 32), block(256, 128), block(64, 64)]
     if not options:

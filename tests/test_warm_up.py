@@ -22,7 +22,7 @@ def test_after_warming_up_nothing_is_compiled() -> None:
     assert warm_up(compiled, X) == []
 
 
-def test_weights_that_require_grad_are_quantised_as_calls_without_grad_will() -> None:
+def test_weights_that_require_grad_are_quantized_as_calls_without_grad_will() -> None:
     compiled = finequant(Mlp())
     warm_up(compiled, X)
     assert len(report().plan.quantized) == 2

@@ -87,7 +87,7 @@ def cover(cases: Sequence[dict[str, Any]], strength: int = 2) -> list[int]:
 def spread(cases: Sequence[dict[str, Any]], count: int) -> list[int]:
     """Positions of so many cases, from all over the list, that differ in as much as can be."""
     count = min(count, len(cases))
-    order = sorted(range(len(cases)), key=lambda i: i * 0.618 % 1)  # neighbours lie far apart
+    order = sorted(range(len(cases)), key=lambda i: i * 0.618 % 1)  # neighbors lie far apart
     found = [order[i] for i in cover([cases[i] for i in order], 1)]
     return list(dict.fromkeys(found + order))[:count]
 

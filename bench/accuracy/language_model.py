@@ -4,7 +4,7 @@ A document is cut into windows, each after a begin token of its own, so that eve
 predicted once and the bits are those of all its bytes:
 
     bits per byte = sum over tokens of -log2 p(token | those before it in the window) / bytes
-    divergence    = sum over tokens of KL(fp32's p || the quantised model's p), in bits, / bytes
+    divergence    = sum over tokens of KL(fp32's p || the quantized model's p), in bits, / bytes
 
 The loss of bits per byte is the difference of two numbers that chance moves, and of a model that is
 not converged it may be negative; the divergence is zero only where all predictions are the same,
@@ -65,7 +65,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model, its tokeniser, and what is known of its training."""
+    """A trained model, its tokenizer, and what is known of its training."""
 
     model: nn.Module
     tokenizer: Tokenizer

@@ -1,4 +1,4 @@
-"""4-bit weights by other libraries, dequantised by their own functions; each counts its bits.
+"""4-bit weights by other libraries, dequantized by their own functions; each counts its bits.
 
 A library that is not installed is left out with that reason. None runs a kernel of its own here:
 what is compared is the quality of the values.
@@ -12,18 +12,18 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from bench.accuracy.quantized import Quantiser
+from bench.accuracy.quantized import Quantizer
 
 _SCALE_BITS = 16
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A library's way; `quantiser` imports the library when it is called."""
+    """A library's way; `quantizer` imports the library when it is called."""
 
     name: str
     package: str
-    quantiser: Quantiser
+    quantizer: Quantizer
 
 
 def _hqq(group_size: int, w: Tensor) -> tuple[Tensor, float]:
@@ -39,7 +39,7 @@ def _hqq(group_size: int, w: Tensor) -> tuple[Tensor, float]:
 
 
 def _nf4(blocksize: int, w: Tensor) -> tuple[Tensor, float]:
-    """bitsandbytes' NF4, no double quantisation: blocks of the flattened matrix, fp32 scales."""
+    """bitsandbytes' NF4, no double quantization: blocks of the flattened matrix, fp32 scales."""
     library = import_module("bitsandbytes.functional")
     codes, state = library.quantize_4bit(w, blocksize=blocksize, quant_type="nf4")
     w_hat = library.dequantize_4bit(codes, state)
@@ -74,9 +74,9 @@ def _stored_bits(*tensors: Tensor) -> int:
 
 
 def _baselines(
-    name: str, package: str, quantiser: Callable[[int, Tensor], tuple[Tensor, float]], *sizes: int
+    name: str, package: str, quantizer: Callable[[int, Tensor], tuple[Tensor, float]], *sizes: int
 ) -> list[Baseline]:
-    return [Baseline(f"{name} g{g}", package, partial(quantiser, g)) for g in sizes]
+    return [Baseline(f"{name} g{g}", package, partial(quantizer, g)) for g in sizes]
 
 
 BASELINES = [

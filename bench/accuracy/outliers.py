@@ -1,7 +1,7 @@
 """The same function with outliers in its weights.
 
 A channel between two operations is made small by the one that writes it and large by the weights
-that read it, so nothing changes but how hard the reading weights are to quantise:
+that read it, so nothing changes but how hard the reading weights are to quantize:
 
     norm gain [k] * s      columns k of the weights behind it / s
     v_proj rows * s        columns of o_proj / s
@@ -35,7 +35,7 @@ def with_outliers(model: nn.Module, shrink: float = 1 / 32, seed: int = 0) -> nn
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no decoder layers; give an OPT, Llama or Mixtral for "
-            "causal language modelling"
+            "causal language modeling"
         )
     generator = torch.Generator().manual_seed(seed)
     for layer in layers:

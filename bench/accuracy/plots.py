@@ -14,7 +14,7 @@ from bench.accuracy.quantized import QUANTILES
 from bench.accuracy.targets import pareto_front
 from bench.core.results import Row
 
-_COLOURS = {"int4": "#1f6feb", "hqq": "#d1242f", "nf4": "#8250df", "torchao": "#bf8700"}
+_COLORS = {"int4": "#1f6feb", "hqq": "#d1242f", "nf4": "#8250df", "torchao": "#bf8700"}
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -69,7 +69,7 @@ def _pareto(pyplot: Any, rows: Sequence[Row]) -> Any:
         for row, (bits, value) in zip(shown, points, strict=True):
             _point(axis, row, bits, value)
         front = [points[i] for i in pareto_front(points)]
-        axis.step(*zip(*front, strict=True), where="post", color="grey", lw=0.8, zorder=0)
+        axis.step(*zip(*front, strict=True), where="post", color="gray", lw=0.8, zorder=0)
         axis.set(yscale="log", title=model, xlabel="bits per weight, scales counted")
     axes[0].set_ylabel("divergence from fp32, bits per byte")
     return figure
@@ -78,11 +78,11 @@ def _pareto(pyplot: Any, rows: Sequence[Row]) -> Any:
 def _point(axis: Any, row: Row, bits: float, value: float) -> None:
     way = row["way"]
     absmax = way.endswith("absmax")
-    colour = _COLOURS[way.split()[0]]
+    color = _COLORS[way.split()[0]]
     low, high = (row[f"divergence_{end}"] for end in ("low", "high"))
-    axis.plot([bits, bits], [low, high], color=colour, lw=0.6, alpha=0.4)
-    filled = "white" if absmax else colour
-    axis.plot(bits, value, "o", ms=4, color=colour, mfc=filled)
+    axis.plot([bits, bits], [low, high], color=color, lw=0.6, alpha=0.4)
+    filled = "white" if absmax else color
+    axis.plot(bits, value, "o", ms=4, color=color, mfc=filled)
     label = way.removeprefix("int4 ").removesuffix(" mse")
     axis.annotate(label, (bits, value), fontsize=5, xytext=(3, 2), textcoords="offset points")
 
@@ -94,12 +94,12 @@ def _ranges(pyplot: Any, rows: Sequence[Row]) -> Any:
         return None
     figure, axes = _panels(pyplot, len(before))
     for axis, model in zip(axes, before, strict=True):
-        for parts, shift, colour, label in (
+        for parts, shift, color, label in (
             (before, -0.15, "#1f6feb", "trained"),
             (after, 0.15, "#d1242f", "with outliers"),
         ):
             for place, row in enumerate(parts.get(model, ())):
-                _whisker(axis, place + shift, row["quantiles"], colour, label if not place else "")
+                _whisker(axis, place + shift, row["quantiles"], color, label if not place else "")
         axis.set_xticks(range(len(before[model])), [r["layer_type"] for r in before[model]])
         axis.tick_params("x", rotation=45)
         axis.set(yscale="log", title=model)
@@ -108,9 +108,9 @@ def _ranges(pyplot: Any, rows: Sequence[Row]) -> Any:
     return figure
 
 
-def _whisker(axis: Any, place: float, quantiles: Sequence[float], colour: str, label: str) -> None:
+def _whisker(axis: Any, place: float, quantiles: Sequence[float], color: str, label: str) -> None:
     ends = [quantiles[QUANTILES.index(q)] for q in (0.05, 0.95)]
     box = [quantiles[QUANTILES.index(q)] for q in (0.25, 0.75)]
-    axis.plot([place] * 2, ends, color=colour, lw=0.8)
-    axis.plot([place] * 2, box, color=colour, lw=4, alpha=0.6)
-    axis.plot(place, quantiles[QUANTILES.index(0.5)], "_", color=colour, label=label or None)
+    axis.plot([place] * 2, ends, color=color, lw=0.8)
+    axis.plot([place] * 2, box, color=color, lw=4, alpha=0.6)
+    axis.plot(place, quantiles[QUANTILES.index(0.5)], "_", color=color, label=label or None)

@@ -1,6 +1,6 @@
-"""A model with the weights it would have under each way of quantising, at its true size.
+"""A model with the weights it would have under each way of quantizing, at its true size.
 
-All ways quantise the same matrices: those that `fqcompile.quantize_` would, without the head. All
+All ways quantize the same matrices: those that `fqcompile.quantize_` would, without the head. All
 else stays fp32: embeddings, head, norms, biases, routers.
 """
 
@@ -22,17 +22,17 @@ from fqcompile.quant.checks import relative_error
 from fqcompile.quant.granularity import bits_per_weight
 from fqcompile.report import Site
 
-# The head takes 8 bits by default; here nobody's head is quantised, so that nobody gains by it.
+# The head takes 8 bits by default; here nobody's head is quantized, so that nobody gains by it.
 NO_HEAD = {"exclude": [r"(^|\.)(lm_head|embed_tokens|project_in|project_out|pooler)\b"]}
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
-# A matrix [N, K] to its dequantised value and the bits that are stored for each weight.
-Quantiser = Callable[[Tensor], tuple[Tensor, float]]
+# A matrix [N, K] to its dequantized value and the bits that are stored for each weight.
+Quantizer = Callable[[Tensor], tuple[Tensor, float]]
 
 
 @dataclass(frozen=True)
-class QuantisedWeight:
+class QuantizedWeight:
     """What became of one parameter; `group_size` is None where a library does not say."""
 
     name: str
@@ -53,15 +53,15 @@ def layer_type(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Quantised:
-    """A model of dequantised weights, and how each was stored."""
+class Quantized:
+    """A model of dequantized weights, and how each was stored."""
 
     model: nn.Module
-    weights: tuple[QuantisedWeight, ...]
+    weights: tuple[QuantizedWeight, ...]
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the quantised weights together, scales counted."""
+        """Of the quantized weights together, scales counted."""
         stored = sum(w.bits * w.elements for w in self.weights)
         return stored / sum(w.elements for w in self.weights)
 
@@ -76,25 +76,25 @@ class Quantised:
         return {t: fmean(w.error for w in self.weights if w.layer_type == t) for t in types}
 
 
-def ours(model: nn.Module, options: Mapping[str, Any]) -> Quantised:
+def ours(model: nn.Module, options: Mapping[str, Any]) -> Quantized:
     """By fqcompile's public functions: a plan, and its values in a copy of the model."""
     plan = fqcompile.quantize_(copy.deepcopy(model), **{**NO_HEAD, **options})
     if not plan.quantized:
-        raise ValueError(f"nothing is quantised under {dict(options)}:\n{plan}")
+        raise ValueError(f"nothing is quantized under {dict(options)}:\n{plan}")
     plain = fqcompile.fake_quantize_(copy.deepcopy(model), plan)
-    return Quantised(plain, tuple(_of_site(site) for site in plan.quantized))
+    return Quantized(plain, tuple(_of_site(site) for site in plan.quantized))
 
 
-def _of_site(site: Site) -> QuantisedWeight:
+def _of_site(site: Site) -> QuantizedWeight:
     planned = cast(SiteRecipe, site.recipe).plan
     n, k = site.shape[-2:]
     scale_bits = torch.finfo(planned.scale_dtype).bits
     bits = bits_per_weight(planned.bits, n, k, planned.group_size, scale_bits)
     elements = site.num_weights
-    return QuantisedWeight(site.name, elements, bits, planned.relative_error, planned.group_size)
+    return QuantizedWeight(site.name, elements, bits, planned.relative_error, planned.group_size)
 
 
-def theirs(model: nn.Module, quantiser: Quantiser) -> Quantised:
+def theirs(model: nn.Module, quantizer: Quantizer) -> Quantized:
     """By another library: each matrix alone, each expert of a stack alone."""
     plain = copy.deepcopy(model)
     found = [
@@ -103,13 +103,13 @@ def theirs(model: nn.Module, quantiser: Quantiser) -> Quantised:
     weights = []
     for one in found:
         matrix = one.matrix.detach()
-        pieces = [quantiser(m.contiguous()) for m in (matrix if matrix.dim() == 3 else [matrix])]
+        pieces = [quantizer(m.contiguous()) for m in (matrix if matrix.dim() == 3 else [matrix])]
         w_hat = torch.stack([piece for piece, _ in pieces]).view(matrix.shape)
         bits = sum(bits for _, bits in pieces) / len(pieces)
         error = relative_error(matrix.flatten(0, -2), w_hat.flatten(0, -2))
-        weights.append(QuantisedWeight(one.name, matrix.numel(), bits, error))
+        weights.append(QuantizedWeight(one.name, matrix.numel(), bits, error))
         matrix.copy_(w_hat)
-    return Quantised(plain, tuple(weights))
+    return Quantized(plain, tuple(weights))
 
 
 def range_rows(model: nn.Module) -> Iterator[Row]:

@@ -1,6 +1,6 @@
-"""One row of the accuracy table: a model quantised one way, evaluated beside the fp32 model.
+"""One row of the accuracy table: a model quantized one way, evaluated beside the fp32 model.
 
-A row of ours is reported only if the dequantised model is what the compiled backend computes.
+A row of ours is reported only if the dequantized model is what the compiled backend computes.
 Sentence embeddings of a real model have rows too: cosines to those of the fp32 model.
 """
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from bench.accuracy.language_model import Evaluation, Windows, evaluate
 from bench.accuracy.others import Baseline
-from bench.accuracy.quantized import NO_HEAD, Quantised, ours, theirs
+from bench.accuracy.quantized import NO_HEAD, Quantized, ours, theirs
 from bench.accuracy.targets import ADAPTIVE
 from bench.core.results import Row, with_version
 from fqcompile.demo.embedding import Embedder, Sentences, nearest
 
-# Of what quantisation itself changes in the logits; and of the logits, for fp32's own rounding.
+# Of what quantization itself changes in the logits; and of the logits, for fp32's own rounding.
 _ALLOWED_SHARE, _ALLOWED_ROUNDING = 0.01, 1e-5
 _GATE_WINDOWS = 2
 _RESAMPLES, _CONFIDENCE = 1000, 0.95
@@ -63,33 +63,33 @@ def interval(loss: Tensor, lengths: Tensor, confidence: float = _CONFIDENCE) -> 
     return low, high
 
 
-def compare(exact: Evaluation, quantised: Evaluation) -> Row:
+def compare(exact: Evaluation, quantized: Evaluation) -> Row:
     """Bits per byte, how many more than fp32's, divergence, agreement; intervals over documents."""
     lengths = exact.bytes.double()
-    difference = quantised.bits - exact.bits
+    difference = quantized.bits - exact.bits
     return {
-        "bits_per_byte": quantised.bits_per_byte,
+        "bits_per_byte": quantized.bits_per_byte,
         **_per_byte("loss", difference, lengths),
-        **_per_byte("divergence", quantised.divergence, lengths),
-        "agreement": exact.agreement(quantised),
+        **_per_byte("divergence", quantized.divergence, lengths),
+        "agreement": exact.agreement(quantized),
     }
 
 
 def compiled_difference(
     exact: Exact, options: Mapping[str, Any], plain: nn.Module
 ) -> tuple[float, float]:
-    """‖compiled - dequantised‖ of the logits of some windows, and how much of it is allowed."""
+    """‖compiled - dequantized‖ of the logits of some windows, and how much of it is allowed."""
     tokens = exact.windows.tokens[:_GATE_WINDOWS]
     backend = {**NO_HEAD, **options, "inner_backend": "eager"}
     # Each way is a compilation of its own of the same function.
     torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(exact.model), backend="finequant", options=backend)
     with torch.no_grad():
-        computed, dequantised, fp32 = (
+        computed, dequantized, fp32 = (
             model(tokens).logits.double() for model in (compiled, plain, exact.model)
         )
-    allowed = _ALLOWED_SHARE * (fp32 - dequantised).norm() + _ALLOWED_ROUNDING * fp32.norm()
-    return (computed - dequantised).norm().item(), allowed.item()
+    allowed = _ALLOWED_SHARE * (fp32 - dequantized).norm() + _ALLOWED_ROUNDING * fp32.norm()
+    return (computed - dequantized).norm().item(), allowed.item()
 
 
 @dataclass
@@ -101,20 +101,20 @@ class Evaluated:
 
 
 def our_row(exact: Exact, way: str) -> Evaluated:
-    """Quantised by us; with "failure" in place of numbers where the backend computes otherwise."""
+    """Quantized by us; with "failure" in place of numbers where the backend computes otherwise."""
     options = WAYS[way]
-    quantised = ours(exact.model, options)
+    quantized = ours(exact.model, options)
     about = {"way": way, **options}
-    difference, allowed = compiled_difference(exact, options, quantised.model)
+    difference, allowed = compiled_difference(exact, options, quantized.model)
     if not difference <= allowed:
-        text = f"compiled differs from dequantised by {difference:.3g}, allowed {allowed:.3g}"
+        text = f"compiled differs from dequantized by {difference:.3g}, allowed {allowed:.3g}"
         return Evaluated({**about, "failure": text})
     about |= {"compiled_difference": difference, "allowed_difference": allowed}
-    return _row(exact, about, quantised)
+    return _row(exact, about, quantized)
 
 
 def row_of_type(exact: Exact, way: str, layer_type: str) -> Row:
-    """The same where the matrices of one layer type alone are quantised.
+    """The same where the matrices of one layer type alone are quantized.
 
     The gate has seen them: it is that of the same way on all types.
     """
@@ -124,19 +124,19 @@ def row_of_type(exact: Exact, way: str, layer_type: str) -> Row:
 
 
 def baseline_row(exact: Exact, baseline: Baseline) -> Evaluated:
-    """Quantised and dequantised by a library."""
+    """Quantized and dequantized by a library."""
     about = {"way": baseline.name, "library": with_version(baseline.package)}
-    return _row(exact, about, theirs(exact.model, baseline.quantiser))
+    return _row(exact, about, theirs(exact.model, baseline.quantizer))
 
 
-def _row(exact: Exact, about: Row, quantised: Quantised) -> Evaluated:
-    evaluation = evaluate(quantised.model, exact.windows, exact.evaluation)
+def _row(exact: Exact, about: Row, quantized: Quantized) -> Evaluated:
+    evaluation = evaluate(quantized.model, exact.windows, exact.evaluation)
     sizes = {
-        "bits_per_weight": quantised.bits_per_weight,
-        "matrices": len(quantised.weights),
-        "mean_error": quantised.mean_error,
-        "errors": quantised.errors_by_type(),
-        "group_sizes": {w.name: w.group_size for w in quantised.weights},
+        "bits_per_weight": quantized.bits_per_weight,
+        "matrices": len(quantized.weights),
+        "mean_error": quantized.mean_error,
+        "errors": quantized.errors_by_type(),
+        "group_sizes": {w.name: w.group_size for w in quantized.weights},
     }
     return Evaluated({**about, **sizes, **compare(exact.evaluation, evaluation)}, evaluation)
 
@@ -162,24 +162,24 @@ def _per_byte(name: str, bits: Tensor, lengths: Tensor) -> Row:
 def embedding_rows(
     embedder: Embedder, sentences: Sentences, ways: list[str], baselines: list[Baseline]
 ) -> list[Row]:
-    """One row per way and library: bits, error of the matrices, cosines, the same neighbours."""
+    """One row per way and library: bits, error of the matrices, cosines, the same neighbors."""
     exact = embedder(sentences)
     transformer = embedder.transformer
     made = {way: ours(transformer, WAYS[way]) for way in ways}
-    made |= {b.name: theirs(transformer, b.quantiser) for b in baselines}
-    return [_embedding_row(way, quantised, exact, sentences) for way, quantised in made.items()]
+    made |= {b.name: theirs(transformer, b.quantizer) for b in baselines}
+    return [_embedding_row(way, quantized, exact, sentences) for way, quantized in made.items()]
 
 
 def _embedding_row(
-    way: str, quantised: Quantised, exact: torch.Tensor, sentences: Sentences
+    way: str, quantized: Quantized, exact: torch.Tensor, sentences: Sentences
 ) -> Row:
-    embeddings = Embedder(quantised.model).eval()(sentences)
+    embeddings = Embedder(quantized.model).eval()(sentences)
     cosine = (exact * embeddings).sum(-1)
     return {
         "way": way,
-        "bits_per_weight": quantised.bits_per_weight,
-        "mean_error": quantised.mean_error,
+        "bits_per_weight": quantized.bits_per_weight,
+        "mean_error": quantized.mean_error,
         "cosine": cosine.mean().item(),
         "least_cosine": cosine.min().item(),
-        "same_neighbour": (nearest(exact) == nearest(embeddings)).double().mean().item(),
+        "same_neighbor": (nearest(exact) == nearest(embeddings)).double().mean().item(),
     }

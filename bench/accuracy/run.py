@@ -1,11 +1,11 @@
-"""What quantisation costs in quality, on trained language models and on sentence embeddings.
+"""What quantization costs in quality, on trained language models and on sentence embeddings.
 
     python -m bench accuracy [--family opt llama mixtral] [--quick] [--json FILE]
 
 The models of train_lm.py, trained on first use; bits per byte of held-out files beside fp32's, and
 how often the likeliest token is the same. Ours in every granularity and scale method, and other
 libraries where they are installed, on the same matrices: embeddings, head and routers stay fp32
-for all. Then each layer type quantised alone, the same models with outliers put into their
+for all. Then each layer type quantized alone, the same models with outliers put into their
 weights, and the MiniLM embeddings. Rows, figures and their identity go to a folder; the targets
 and the tables come last.
 """
@@ -77,7 +77,7 @@ def quality_rows(exact: Exact, ways: Sequence[str], baselines: bool = True) -> I
 
 
 def sensitivity_rows(exact: Exact) -> Iterator[Row]:
-    """The loss when the matrices of one layer type alone are quantised."""
+    """The loss when the matrices of one layer type alone are quantized."""
     for way in SENSITIVE_WAYS:
         types = list(dict.fromkeys(w.layer_type for w in ours(exact.model, WAYS[way]).weights))
         yield from (row_of_type(exact, way, layer_type) for layer_type in types)

@@ -1,4 +1,4 @@
-"""The sections of `bench accuracy`: what quantisation costs trained models, beside other libraries.
+"""The sections of `bench accuracy`: what quantization costs trained models, beside other libraries.
 
 Losses and divergences are in thousandths of a bit per byte.
 """
@@ -111,7 +111,7 @@ def _main_table(rows: Sequence[Row]) -> str:
         embedding = next(iter(sentences.get(way, {}).values()), None)
         lines.append([way, f"{_mean_bits(ways[way]):.2f}", *cells, *_embedding_cells(embedding)])
     headers = ("way", "bits/weight", *(f"{m}: loss / divergence" for m in models))
-    return table(lines, (*headers, "MiniLM: cosine", "same neighbour"))
+    return table(lines, (*headers, "MiniLM: cosine", "same neighbor"))
 
 
 def _mean_bits(found: dict[str, Row]) -> float:
@@ -125,7 +125,7 @@ def _cell(row: Row | None) -> str:
 
 
 def _embedding_cells(row: Row | None) -> list[str]:
-    return ["", ""] if row is None else [f"{row['cosine']:.4f}", f"{row['same_neighbour']:.1%}"]
+    return ["", ""] if row is None else [f"{row['cosine']:.4f}", f"{row['same_neighbor']:.1%}"]
 
 
 def _outlier_table(rows: Sequence[Row]) -> str:

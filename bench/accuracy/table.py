@@ -91,7 +91,7 @@ def error_table(rows: Sequence[Row]) -> str:
 
 
 def sensitivity_table(rows: Sequence[Row]) -> str:
-    """The loss where one layer type alone is quantised."""
+    """The loss where one layer type alone is quantized."""
     headers = ("model", "layer type alone", "way", "loss", "95 %", "divergence", "95 %")
     cells = [
         (
@@ -124,8 +124,8 @@ def allocation_table(rows: Sequence[Row]) -> str:
 
 def embedding_table(rows: Sequence[Row]) -> str:
     """The sentence embeddings, by bits."""
-    headers = ("MiniLM", "bits/weight", "error", "cosine", "least", "same neighbour")
-    names = ("way", "bits_per_weight", "mean_error", "cosine", "least_cosine", "same_neighbour")
+    headers = ("MiniLM", "bits/weight", "error", "cosine", "least", "same neighbor")
+    names = ("way", "bits_per_weight", "mean_error", "cosine", "least_cosine", "same_neighbor")
     found = sorted(_of(rows, "embeddings"), key=lambda r: (-r["bits_per_weight"], r["mean_error"]))
     return tabulate([[r[n] for n in names] for r in found], headers, floatfmt=".4f")
 

@@ -23,7 +23,7 @@ MANY_COMPILATIONS = {"recompile_limit": 4096, "accumulated_recompile_limit": 409
 # Results that are rounded one after another in a layer: norm, q/k/v, scores, softmax, values, out,
 # sum, norm, up, activation, down, sum.
 CHAIN = 12
-# Random weights quantised to 4 bits by any rule are a tenth of their size off, and so is a model of
+# Random weights quantized to 4 bits by any rule are a tenth of their size off, and so is a model of
 # few layers some times that.
 _LOOSELY = 0.6
 

@@ -6,7 +6,7 @@ The block of Qwen3-MoE (router, 64 experts of 2048 x 768, 8 for each token), com
 and Inductor in bf16 and fp32, each with the experts as "batched_mm" and "grouped_mm". All run in
 turn over inputs whose tokens choose other experts each time, so that weights come from memory, as
 in a model; a figure is the median of one input, with the 20th and 80th percentile. What is timed is
-first compared with the block under dequantised weights. Memory is what ours adds to the process
+first compared with the block under dequantized weights. Memory is what ours adds to the process
 while it runs, packed weights included, over the packed size.
 """
 
@@ -69,7 +69,7 @@ def blocks(dtype: torch.dtype) -> dict[str, nn.Module]:
 
 
 def _share_parameters(source: nn.Module, target: nn.Module) -> None:
-    """The same Parameter objects, so that they are quantised once."""
+    """The same Parameter objects, so that they are quantized once."""
     for name, parameter in source.named_parameters():
         owner, _, attribute = name.rpartition(".")
         setattr(target.get_submodule(owner), attribute, parameter)
@@ -98,7 +98,7 @@ def cases(dtype: str, layers: Mapping[str, nn.Module], oracle: Tensor, x: Tensor
 
 
 def dequantized(plain: nn.Module, x: Tensor) -> nn.Module:
-    """The layer under its dequantised weights."""
+    """The layer under its dequantized weights."""
     plan = fqcompile.explain(plain, x)
     return fqcompile.fake_quantize_(copy.deepcopy(plain), plan)
 

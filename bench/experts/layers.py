@@ -40,7 +40,7 @@ class Way:
 
 
 class ExpertLayer:
-    """Random quantised weights, hidden states for the most tokens, and the ways to run them."""
+    """Random quantized weights, hidden states for the most tokens, and the ways to run them."""
 
     def __init__(
         self, shape: ExpertShape, most_tokens: int, bits: int, group_size: int,

@@ -9,7 +9,7 @@ over each token's experts (`bench.experts.layers`), by each of our three regimes
 router itself is not. Each result is held against fp64 first. Then all are timed in turn, from CUDA
 graphs; each call reads experts that those before it did not, so that none come from the L2 cache;
 25 replays: the median, 20th and 80th percentile. "of ideal" is the least time that memory or matrix
-units allow for both matmuls as quantised over the time measured. Last come the numbers of tokens
+units allow for both matmuls as quantized over the time measured. Last come the numbers of tokens
 from which another regime is the fastest.
 """
 

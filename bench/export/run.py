@@ -3,8 +3,8 @@
     python -m bench export [--size llama|tiny] [--layers 6] [--way NAME ...] [--json FILE]
 
 A checkpoint in the shape of Llama 3 8B with 6 layers has 1.6 billion weights, 3.1 GB in bf16; it
-and the same model quantised are made first. Each way is a process of its own. Then every exported
-layer's codes and scales are compared with the quantised model's: a row whose layers differ fails.
+and the same model quantized are made first. Each way is a process of its own. Then every exported
+layer's codes and scales are compared with the quantized model's: a row whose layers differ fails.
 
     read, written    bytes of safetensors files
     peak             the most that was resident, mapped files included, beyond what imports took
@@ -35,7 +35,7 @@ from fqcompile.checkpoint.shards import MappedShards
 from fqcompile.kernels.tuning.search import WrongResult
 from fqcompile.tensor.quantized import QuantizedTensor
 
-_SPACE = 4  # times the model in bf16: itself, quantised twice, exported twice
+_SPACE = 4  # times the model in bf16: itself, quantized twice, exported twice
 _BYTES_PER_LAYER = 440_000_000
 # Directories below the folder that a run works in.
 PLAIN, SAVED = "plain", "saved"
@@ -43,14 +43,14 @@ HEADS = ["lm_head"]  # which no engine takes packed
 
 
 def make(folder: Path, size: str, layers: int) -> None:
-    """A checkpoint of Hugging Face with random weights, and the same quantised."""
+    """A checkpoint of Hugging Face with random weights, and the same quantized."""
     build(size, layers).save_pretrained(folder / PLAIN, max_shard_size="1GB")  # type: ignore[operator]
     fqcompile.quantize_checkpoint(folder / PLAIN, folder / SAVED, exclude=HEADS)
 
 
 # What reads one directory and writes another, or only reads.
 WAYS: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
-    "export, quantising": (PLAIN, lambda source, out: fqcompile.export(source, out)),
+    "export, quantizing": (PLAIN, lambda source, out: fqcompile.export(source, out)),
     "export, portable": (SAVED, lambda source, out: fqcompile.export(source, out)),
     "export, serve": (SAVED, lambda source, out: fqcompile.export(source, out, profile="serve")),
     "check": ("export, serve", lambda source, _: fqcompile.check(source)),
@@ -115,7 +115,7 @@ def measured(way: str, folder: Path, flags: Sequence[str]) -> Row:
     """The way's row.
 
     Raises:
-        WrongResult: an exported layer is not the quantised one.
+        WrongResult: an exported layer is not the quantized one.
     """
     own = [*flags, "--folder", str(folder), "--way", way]
     row = _apart("took", own)

@@ -1,9 +1,9 @@
-"""What others offer for the same layer. Each quantises, packs and runs by its own public interface.
+"""What others offer for the same layer. Each quantizes, packs and runs by its own public interface.
 
-cuBLAS          F.linear on the dequantised weight
+cuBLAS          F.linear on the dequantized weight
 torch.compile   the same, compiled by Inductor
 tinygemm        the int4 kernel that PyTorch ships and torchao calls: our codes and scales
-torchao         quantises ŵ itself, compiled by Inductor
+torchao         quantizes ŵ itself, compiled by Inductor
 gemlite         our codes and scales; it tunes itself in its first call
 """
 

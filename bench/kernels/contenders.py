@@ -34,7 +34,7 @@ class Contender:
 
     Attributes:
         detail: the configuration, or the version of the library.
-        quantizes: it quantised ŵ by its own rule, so its result may be a step of the codes away.
+        quantizes: it quantized ŵ by its own rule, so its result may be a step of the codes away.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Problem:
 
 
 def wrong_result(y: Tensor, expected: Tensor, contender: Contender, spec: GemmSpec) -> str | None:
-    """How `y` is wrong, or None: to rounding, or for who quantises ŵ anew to two steps of a code.
+    """How `y` is wrong, or None: to rounding, or for who quantizes ŵ anew to two steps of a code.
 
     The codes are uniform, so a weight is 2^bits/√12 steps in the mean square; twice the error of
     rounding to a step, 1/√12 of it, is 2^(1 - bits) of that.

@@ -2,9 +2,9 @@
 
 fqcompile            our kernel, by activation type
 aten int4pack        PyTorch's own packed kernels
-F.linear             on the dequantised weight, compiled by Inductor
-onnxruntime          MatMulNBits; level 0 computes in fp32, level 4 quantises activations to int8
-openvino             its plugin for CPUs on compressed weights; "int8" quantises activations
+F.linear             on the dequantized weight, compiled by Inductor
+onnxruntime          MatMulNBits; level 0 computes in fp32, level 4 quantizes activations to int8
+openvino             its plugin for CPUs on compressed weights; "int8" quantizes activations
 
 torchao's int4 for CPUs calls the kernel of `aten int4pack`, so it has no column of its own.
 """
@@ -41,7 +41,7 @@ class Way:
     """`run(x, weights[i])` is the layer, for x of `dtype`.
 
     Attributes:
-        loose: it quantises x, so its result may be off by that.
+        loose: it quantizes x, so its result may be off by that.
         compiles: in its first call for each number of rows.
     """
 
@@ -174,7 +174,7 @@ def _openvino(weight: QuantizedTensor, quantized: bool) -> Way:
 
 
 def _compressed_matmul(weight: QuantizedTensor) -> Any:
-    """(codes - 8) * scale as its plugin recognises compressed weights; codes as ours, unsigned."""
+    """(codes - 8) * scale as its plugin recognizes compressed weights; codes as ours, unsigned."""
     ov, ops = import_module("openvino"), import_module("openvino.opset13")
     (n, k), group = weight.shape, weight.group_size
     shape = ov.Shape([n, k // group, group])

@@ -45,7 +45,7 @@ class Layer:
 def measured_rows(layer: Layer, spec: GemmSpec, tune: Mode, record: Record) -> Iterator[Row]:
     """A row for each contender: its timing, or why there is none. `spec.m` is the M.
 
-    The ideal is that of the layer as quantised, for baselines too.
+    The ideal is that of the layer as quantized, for baselines too.
     """
     failures = dict(layer.failures)
     contenders = list(layer.others)

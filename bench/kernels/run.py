@@ -8,7 +8,7 @@
 Before a contender is timed its result is compared with fp64. Then all are timed in turn, from CUDA
 graphs, each call on another copy of the weight, so that none finds it in the L2 cache; 25 replays:
 the median, 20th and 80th percentile. "of ideal" is the least time that memory or matrix units allow
-for the quantised layer (`fqcompile.kernels.roofline`) over the time measured. The file is whole
+for the quantized layer (`fqcompile.kernels.roofline`) over the time measured. The file is whole
 after every M of a layer, and names what the time budget left out.
 """
 

@@ -186,7 +186,7 @@ def _nbytes(tensor: Tensor) -> int:
 
 
 def bytes_saved(found: Iterable[CompileReport]) -> int:
-    """By how much the quantised weights are smaller than they were."""
+    """By how much the quantized weights are smaller than they were."""
     sites = (site for report in found for site in report.plan.quantized)
     return sum(site.bytes_before - site.bytes_after for site in sites)
 

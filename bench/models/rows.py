@@ -3,7 +3,7 @@
 inductor        16 bits, compiled by Inductor: what the others are held against
 int8, int4      ours, adaptive granularity; the output head has 8 bits by default
 int4 head       int4, the output head too
-torchao int4    torchao's own quantisation in groups of 128, head included, compiled by Inductor
+torchao int4    torchao's own quantization in groups of 128, head included, compiled by Inductor
 
 All are compiled with the same settings of Inductor.
 """
@@ -53,7 +53,7 @@ class Way:
     Attributes:
         options: finequant's; None where Inductor compiles the model.
         package: whose version the row names.
-        change: quantises the model in place, before it is compiled.
+        change: quantizes the model in place, before it is compiled.
     """
 
     name: str
@@ -188,7 +188,7 @@ def _cudagraph_skips() -> int:
 
 
 def about(found: Sequence[CompileReport]) -> Row:
-    """Of what finequant compiled: seconds of quantising, sizes, kernels."""
+    """Of what finequant compiled: seconds of quantizing, sizes, kernels."""
     seconds = {p.name: p.seconds for report in found for p in report.passes}
     totals = [report.plan.totals for report in found]
     return {
@@ -207,7 +207,7 @@ def _kernels(report: CompileReport) -> Iterator[str]:
 
 
 def _oracle_logits(model: nn.Module, phase: Phase, found: Sequence[CompileReport]) -> Tensor:
-    """Eager, with every weight that was quantised here replaced by its dequantised value."""
+    """Eager, with every weight that was quantized here replaced by its dequantized value."""
     oracle = copy.deepcopy(model) if found else model
     for report in found:
         fake_quantize_(oracle, report)

@@ -9,7 +9,7 @@
 All are compiled with mode="reduce-overhead", so run as CUDA graphs: the ways of `models.rows`. A
 step of decoding has a static cache filled with --context tokens; what is timed is that step alone,
 compiled on its own, in turn with the others: 25 steps, the median, 20th and 80th percentile. Before
-that a way's logits are compared with those of its weights, dequantised, in the eager model. "of
+that a way's logits are compared with those of its weights, dequantized, in the eager model. "of
 ideal" is the least time that reading its own weights and the context, or the products, allow
 (`models.phases`) over the time measured.
 

@@ -140,7 +140,7 @@ def _starts(content: Content) -> list[str]:
         return []
     headers = ("model", "layers", "way", "cold, s", "warm, s", "loaded, GiB", "peak", "after")
     what = (
-        "From the model in memory to the first result, quantisation included, with empty caches "
+        "From the model in memory to the first result, quantization included, with empty caches "
         "and with filled ones; memory in the second, where our ways keep the packed weights alone:"
     )
     return [what, table(lines, headers)]

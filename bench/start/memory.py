@@ -6,7 +6,7 @@ A Llama of hidden size 4096 with random bf16 weights, 1.4 GB with 2 layers and i
 prompt of 16 tokens. Each way is a process of its own, in which the model is made first, as a
 checkpoint would be loaded; "load" has no such model, it reads a directory that another process has
 saved. What is added by importing is taken off. Inductor's caches are filled by a first process that
-is not measured, for what its compilation takes depends on the machine; weights are quantised anew.
+is not measured, for what its compilation takes depends on the machine; weights are quantized anew.
 
     loaded     bytes resident when the model is there
     peak       the most that was resident from then on to the first result; of "load" from its start

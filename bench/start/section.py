@@ -42,7 +42,7 @@ def startup(content: Content) -> str:
     """Seconds from the creation of the process to the first result, and the parts of it."""
     rows: list[Row] = content["rows"]
     found = medians(rows)
-    parts = ("total", "import", "first call", "quantise", "x86 build", "compile")
+    parts = ("total", "import", "first call", "quantize", "x86 build", "compile")
     lines = [[name, *(f"{row[part]:.1f}" for part in parts)] for name, row in found.items()]
     s = content["settings"]
     rounds = _times(s["rounds"])

@@ -4,7 +4,7 @@
 
 Each start is a process of its own: 2 layers and the head of a Llama (hidden size 4096, bf16), a
 prompt of 16 tokens. "cold" has empty caches, "warm" those that the cold start has left; "warm, no
-weights" the same with FQCOMPILE_CACHE_SIZE=0, which quantises again. The ways run in turn, and a
+weights" the same with FQCOMPILE_CACHE_SIZE=0, which quantizes again. The ways run in turn, and a
 figure is the median of the rounds. The process is timed from its creation to the first result,
 without the making of the model, which stands for its loading. The logits of all are compared: ours
 to rounding, with Inductor's to what 4 bits allow.
@@ -43,7 +43,7 @@ _LOGITS = 256  # of the last token, for comparison
 # What is timed by its name: (owner, function) -> part. None calls one of another part.
 TIMED = {
     (fingerprint, "content_digest"): "digest",
-    (disk_cache, "choose_and_quantize"): "quantise",
+    (disk_cache, "choose_and_quantize"): "quantize",
     (DiskCache, "_keep"): "write",
     (disk_cache, "read_entry"): "read",
     (WeightStore, "_pack"): "pack",

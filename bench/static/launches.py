@@ -247,7 +247,7 @@ def chosen(arch: int) -> Iterator[Case]:
         size = k if group_size == K else group_size
         layer = replace(spec(bits, size, gpu=GPUS[arch], gated=gated), n=n, k=k)
         config = candidates(layer, m, "fast")[0]
-        assert isinstance(config, TileConfig), "few rows are never dequantised first"
+        assert isinstance(config, TileConfig), "few rows are never dequantized first"
         # One kernel serves all layers; of the shares it matters whether there are any.
         config = replace(config, SPLIT_K=min(config.SPLIT_K, FINISHED_SHARES))
         case = gemm(spec(bits, group_size, gpu=GPUS[arch], gated=gated), config)

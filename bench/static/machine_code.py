@@ -35,7 +35,7 @@ class Launch:
     """How a kernel would be launched, as far as its machine code depends on it.
 
     pointers: Triton type by argument, such as "*bf16", taken as aligned to 16 bytes.
-    constants: tl.constexpr arguments, and those that Triton specialises on (None, 1).
+    constants: tl.constexpr arguments, and those that Triton specializes on (None, 1).
     divisible: integers that 16 divides; without them copies are narrow or not asynchronous.
     wide: integers that are i64; the others are i32.
     """

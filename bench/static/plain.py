@@ -1,7 +1,7 @@
 """The usual way to write such a kernel, as a measure for the one of `fqcompile.kernels.triton`.
 
-Nibbles of neighbouring columns share a byte, the weight is the right operand, and each number is
-dequantised before the product: the form of most public kernels.
+Nibbles of neighboring columns share a byte, the weight is the right operand, and each number is
+dequantized before the product: the form of most public kernels.
 """
 
 import triton

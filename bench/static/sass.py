@@ -207,7 +207,7 @@ _MULTIPROCESSORS = {
 
 
 def multiprocessor(arch: int) -> Multiprocessor:
-    """The SM of the data centre GPU with this architecture: A100, H100 and H200."""
+    """The SM of the data center GPU with this architecture: A100, H100 and H200."""
     if arch not in _MULTIPROCESSORS:
         raise ValueError(
             f"sm_{arch}: bench.static.sass knows the SMs of {sorted(_MULTIPROCESSORS)} only"

@@ -136,7 +136,7 @@ def conversions(model: Any, names: Iterable[str]) -> tuple[list[Conversion], lis
 
 
 def _of_single_experts(model: Any) -> list[Any]:
-    """Llama 4's stacks [E, K, N] are a linear for each expert in checkpoints that are quantised.
+    """Llama 4's stacks [E, K, N] are a linear for each expert in checkpoints that are quantized.
 
     transformers then builds the model so, and has no converters for these names.
     """
@@ -165,10 +165,10 @@ def target_types(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype]
     return of
 
 
-def initialise(model: Any, missing: Iterable[str], where: object) -> None:
+def initialize(model: Any, missing: Iterable[str], where: object) -> None:
     """Compute what a checkpoint does not hold: buffers such as rotary frequencies, and `missing`.
 
-    All else is marked as initialised and stays on the meta device. `where` is for errors.
+    All else is marked as initialized and stays on the meta device. `where` is for errors.
 
     Raises:
         CheckpointError: it would be absurdly much.

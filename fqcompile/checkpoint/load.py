@@ -181,7 +181,7 @@ class _Reader:
             raise CheckpointError(
                 f"{name} was saved by {len(parts.parts)} ranks along dimension {parts.dim}, and "
                 f"cannot be cut for {len(layout.runs) if layout else 1}: {error}; load it on as "
-                "many ranks as saved it, or quantise it again with a granularity that divides "
+                "many ranks as saved it, or quantize it again with a granularity that divides "
                 "what each rank holds"
             ) from error
         if isinstance(block, Tensor):

@@ -218,7 +218,7 @@ def _unsavable(tensor: Tensor) -> str | None:
     if tensor.is_meta:
         return "it is on the meta device and has no values; load the model first"
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
-        return f"it is {tensor.layout} or quantised by PyTorch; make it dense"
+        return f"it is {tensor.layout} or quantized by PyTorch; make it dense"
     if tensor.numel() and not tensor.untyped_storage().nbytes():
         return "its memory was freed by resizing its storage; give it values first"
     if tensor.dtype not in DTYPE_NAMES:

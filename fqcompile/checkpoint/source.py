@@ -32,7 +32,7 @@ _OTHERS = {
     "adapter_model": ", an adapter of peft, which is no model; load the base model, quantize it, "
     "and give both to PeftModel.from_pretrained",
 }
-# What a directory of weights needs beside them: configs, tokenizers, templates, code, licences.
+# What a directory of weights needs beside them: configs, tokenizers, templates, code, licenses.
 _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
@@ -58,7 +58,7 @@ class Source:
 
 
 def other_files(directory: Path) -> dict[str, bytes]:
-    """What lies beside weights and belongs to them: configs, tokenizers, templates, licences."""
+    """What lies beside weights and belongs to them: configs, tokenizers, templates, licenses."""
     files = (path for path in sorted(directory.iterdir()) if path.is_file())
     return {path.name: path.read_bytes() for path in files if _is_copied(path)}
 
@@ -68,7 +68,7 @@ def open_source(directory: Path) -> Source:
 
     Raises:
         CheckpointError: it is no checkpoint, has none in safetensors files, lacks one of them, or
-            is quantised already.
+            is quantized already.
     """
     config = read_config(directory)
     quantization = config.get("quantization_config")
@@ -76,7 +76,7 @@ def open_source(directory: Path) -> Source:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         named = shown(method or "quantization_config")
         raise CheckpointError(
-            f"{directory} is quantised already ({named}); give the checkpoint that it was made from"
+            f"{directory} is quantized already ({named}); give the checkpoint that it was made from"
         )
     tensors = read_tensors(directory)
     packed = packed_by(tensors)

@@ -1,4 +1,4 @@
-"""quantize_checkpoint: a Hugging Face checkpoint quantised tensor by tensor, never all in memory.
+"""quantize_checkpoint: a Hugging Face checkpoint quantized tensor by tensor, never all in memory.
 
 tensors of the source -> converters of transformers -> codes and scales -> shards -> manifest
 """
@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from fqcompile.checkpoint.checkpoint_model import CheckpointModel
-from fqcompile.checkpoint.conversion import initialise, target_types
+from fqcompile.checkpoint.conversion import initialize, target_types
 from fqcompile.checkpoint.directory import (
     check_not_replaced,
     commit,
@@ -48,10 +48,10 @@ def quantize_checkpoint(
     say: Callable[[str], None] = log.info,
     **options: object,
 ) -> Plan:
-    """Quantise a checkpoint of Hugging Face into a directory that `fqcompile.load` reads.
+    """Quantize a checkpoint of Hugging Face into a directory that `fqcompile.load` reads.
 
     What comes out is what `quantize_` makes of the model that `from_pretrained` loads. Tensors are
-    read, converted and quantised one by one (a stack of experts is one), so the peak of memory is
+    read, converted and quantized one by one (a stack of experts is one), so the peak of memory is
     what the largest needs and less than a GiB. Tokenizer and configs are copied.
 
     Args:
@@ -63,7 +63,7 @@ def quantize_checkpoint(
         options: those of `quantize_`.
 
     Raises:
-        CheckpointError: the source is no such checkpoint, is quantised or pickled, or is not of the
+        CheckpointError: the source is no such checkpoint, is quantized or pickled, or is not of the
             class that its config names; `out` holds something else, or cannot be written.
         OptionError, UnquantizableWeight: as `quantize_`.
     """
@@ -109,7 +109,7 @@ def _run(
         journal.close()
     seconds = time.perf_counter() - start
     say(
-        f"quantised {writer.weights / 1e6:.1f} million weights in {seconds:.1f} s: "
+        f"quantized {writer.weights / 1e6:.1f} million weights in {seconds:.1f} s: "
         f"{writer.weights / 1e6 / seconds:.1f} million a second"
     )
     return plan
@@ -119,7 +119,7 @@ def _write_all(work: CheckpointModel, writer: StreamWriter) -> None:
     """Each step of the work, while the system fetches what the next one reads."""
     types = target_types(work.model, work.dtype)
     places = [[work.source.tensors[name] for name in step.names] for step in work.steps]
-    label = "fqcompile: quantising"
+    label = "fqcompile: quantizing"
     with tqdm(total=work.source.nbytes, desc=label, unit="B", unit_scale=True, disable=None) as bar:
         for i, step in enumerate(work.steps):
             if not writer.has(step.targets):
@@ -135,7 +135,7 @@ def _write_all(work: CheckpointModel, writer: StreamWriter) -> None:
 
 def _write_the_rest(work: CheckpointModel, writer: StreamWriter) -> None:
     """What no checkpoint holds."""
-    initialise(work.model, work.missing, work.source.directory)
+    initialize(work.model, work.missing, work.source.directory)
     places = list(slots(work.model))
     for slot in places:
         if not slot.tensor.is_meta:
@@ -184,7 +184,7 @@ def _identity(work: CheckpointModel, config: FineQuantConfig) -> str:
 def _check_unused(work: CheckpointModel, target: Path, resume: bool) -> None:
     remedy = "give overwrite=True (--overwrite) to replace it, or another directory"
     if (target / MANIFEST).exists():
-        raise CheckpointError(f"{target} holds a quantised model; {remedy}")
+        raise CheckpointError(f"{target} holds a quantized model; {remedy}")
     check_not_replaced(target, _files(work), remedy)
     if Journal(target).path.exists() and not resume:
         raise CheckpointError(

@@ -132,7 +132,7 @@ class StreamWriter:
     """Takes the tensors of a model without values by name, in any order.
 
     Args:
-        model: on the meta device; tells what is tied, and which weights are to be quantised.
+        model: on the meta device; tells what is tied, and which weights are to be quantized.
         given: the names that will be written; those tied to one of them take its value.
         done: what an earlier run wrote.
     """

@@ -154,7 +154,7 @@ def diagnose(kernels: Sequence[tuple[str, str | None]] = ()) -> str:
         "devices": _devices(),
         "compilers": _compilers(),
         "backend": [("finequant", _entry_point())],
-        "cache": [("quantised", _weight_cache())],
+        "cache": [("quantized", _weight_cache())],
         "kernels": [(name, _kernel(refusal)) for name, refusal in kernels],
     }
     return "\n\n".join(_section(title, lines) for title, lines in sections.items() if lines)

@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """From where, to where, for whom, and every FineQuant option."""
     parser.add_argument(
         "source", help="directory of fqcompile.save or `fqcompile quantize`, or a Hugging Face "
-        "checkpoint, which is quantised first",
+        "checkpoint, which is quantized first",
     )  # fmt: skip
     parser.add_argument("out", help="directory to write, which is not there yet")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""fqcompile quantize CHECKPOINT OUT: a Hugging Face checkpoint, quantised tensor by tensor."""
+"""fqcompile quantize CHECKPOINT OUT: a Hugging Face checkpoint, quantized tensor by tensor."""
 
 import argparse
 from typing import Any

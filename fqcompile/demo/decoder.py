@@ -115,6 +115,6 @@ def _print_agreement(model: nn.Module, int4: Generation, prompt: Tensor, new_tok
     assert int4.tokens is not None
     same = int((expected == int4.tokens).sum())
     print(
-        f"\nThe int4 tokens against the same model with each weight replaced by its dequantised "
+        f"\nThe int4 tokens against the same model with each weight replaced by its dequantized "
         f"value, eager: {same} of {new_tokens} equal"
     )

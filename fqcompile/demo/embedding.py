@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Sentences:
-    """Tokenised sentences, padded to one length."""
+    """Tokenized sentences, padded to one length."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -83,12 +83,12 @@ _QUALITY_HEADERS = (
     "weight error",
     "cosine mean",
     "cosine min",
-    "same nearest neighbour",
+    "same nearest neighbor",
 )
 
 
 def load_embedder() -> tuple[Embedder, Sentences]:
-    """The fp32 model of the package, and tokenised sentences for it."""
+    """The fp32 model of the package, and tokenized sentences for it."""
     package = Path(str(import_module(PACKAGE).__file__)).parent
     transformers = import_module("transformers")
     folder = package / "model"

@@ -7,7 +7,7 @@ ranks tell each other goes through the store of their process group and not thro
 that one that never comes is noticed, and named.
 
 FQCOMPILE_RANK_TIMEOUT is how many seconds to wait for the others; the default is half an hour, as
-one rank may quantise or tune while others find all of it done.
+one rank may quantize or tune while others find all of it done.
 """
 
 import json

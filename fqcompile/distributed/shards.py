@@ -107,12 +107,12 @@ def refuse_fsdp_modules(model: nn.Module) -> None:
 
 
 def fsdp_refusal(name: str) -> str:
-    """Why weights under FSDP are not quantised, and what to do instead."""
+    """Why weights under FSDP are not quantized, and what to do instead."""
     return (
         f"{name} is a weight that FSDP spreads over ranks and gathers for each call, in new memory "
-        "each time: it could only be quantised again and again, and the codes would be whole on "
+        "each time: it could only be quantized again and again, and the codes would be whole on "
         "every rank. For inference shard by tensor parallel (parallelize_module, or "
-        "tp_plan='auto' of Hugging Face) or expert parallel; or quantise the plain model with "
+        "tp_plan='auto' of Hugging Face) or expert parallel; or quantize the plain model with "
         "fqcompile.quantize_ and run it on each rank, as int4 is a quarter of its size"
     )
 

@@ -122,7 +122,7 @@ def matmul_formulas(decoder: Decoder, form: WeightFormat, device: Device) -> dic
             hit = experts_read(matrix.experts, per_token, M / per_token)
         found[name] = ideal(spec, device, hit)
         if spec.gpu is not None and spec.bits != PLAIN_BITS:
-            found[f"{matrix.name} dequantised, then multiplied"] = dense(spec, spec.gpu)
+            found[f"{matrix.name} dequantized, then multiplied"] = dense(spec, spec.gpu)
     return found
 
 

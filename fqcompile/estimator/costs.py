@@ -68,7 +68,7 @@ def kv_bytes(layers: Any, kv_heads: Any, head_dim: Any, tokens: Any) -> Any:
 
 
 def weight_memory(decoder: Decoder, sharing: Sharing, form: WeightFormat, device: Device) -> int:
-    """Codes, scales, embeddings and vectors. A tied head that is quantised is a copy."""
+    """Codes, scales, embeddings and vectors. A tied head that is quantized is a copy."""
     held = matrices(decoder, sharing)
     shared = decoder.tied and form.head_bits == PLAIN_BITS
     packed = sum(
@@ -83,7 +83,7 @@ def activation_memory(
     decoder: Decoder, sharing: Sharing, form: WeightFormat, load: Workload
 ) -> int:
     """The most at once: of a prefill's pass the widest part of a layer, or a step's logits; and
-    where weights are quantised, one of them in 16 bits: many rows are multiplied so."""
+    where weights are quantized, one of them in 16 bits: many rows are multiplied so."""
     held = matrices(decoder, sharing)
     rows = load.pass_tokens(sharing)
     widths = {m.name: (m.n * (2 if m.gated else 1), m.k) for m in held if not m.is_head}

@@ -245,7 +245,7 @@ def spec_of(matrix: Matrix, rows: int, form: WeightFormat, device: Device) -> Ge
 def matmul_seconds(spec: GemmSpec, device: Device, hit: float | None = None) -> float:
     """Of spec.m rows; `hit`: how many experts they read.
 
-    A quantised weight on a GPU takes what the cost model says of the configuration that it ranks
+    A quantized weight on a GPU takes what the cost model says of the configuration that it ranks
     first, which is what `select` chooses. Weights of 16 bits, a CPU, and a machine without Triton:
     the roofline, and a launch.
     """

@@ -59,7 +59,7 @@ def symmetric(
     if qtype is None:
         raise CheckpointError(
             f"{where}: codes less zero points reach from {low} to {high}, which no int8 holds: it "
-            "cannot be converted exactly; quantise it symmetrically"
+            "cannot be converted exactly; quantize it symmetrically"
         )
     qweight = pack(difference.to(torch.int8), qtype)
     form = Format(qtype.bits, min(group_size, k), n, k)

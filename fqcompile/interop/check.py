@@ -63,7 +63,7 @@ def check(
     config = read_config(directory)
     tensors = read_tensors(directory)
     if not isinstance(config.get("quantization_config"), Mapping):
-        raise CheckpointError(f"{path} has no quantization_config: it is not quantised")
+        raise CheckpointError(f"{path} has no quantization_config: it is not quantized")
     layers = read_layers(tensors)
     return find_problems(config, layers, engine, tp=tp, ep=ep, device=device, where=str(path))
 

@@ -107,9 +107,9 @@ def _transformers(subject: Subject, stacks: Mapping[str, Sequence[Layer]]) -> It
     dense = [stack for stack, layers in stacks.items() if None in _schemes(layers)]
     if dense:
         yield from subject.broken(dense, [(
-            "dense-experts", "refused", True, "experts are dense in a checkpoint with quantised "
+            "dense-experts", "refused", True, "experts are dense in a checkpoint with quantized "
             "layers: loading looks for packed ones",
-            "quantise the experts of every layer, or export to --profile serve",
+            "quantize the experts of every layer, or export to --profile serve",
         )])  # fmt: skip
         return
     installed = _installed()
@@ -130,7 +130,7 @@ def _loaded(layers: Sequence[Layer], taken: Scheme) -> list[Rule]:
     effect: Effect = "wrong" if other and other.bits != taken.bits else "refused"
     return [
         ("experts-asymmetric", "wrong", any(not scheme.symmetric for scheme in schemes),
-         "zero points of experts are not read", "quantise them symmetrically"),
+         "zero points of experts are not read", "quantize them symmetrically"),
         ("experts-of-one-scheme", effect, other,
          f"it is stored as {other}, and all experts are read as {taken}",
          "give the experts of all layers one scheme, in a group of their own whose target is a "

@@ -1,4 +1,4 @@
-"""export: a quantised model as a checkpoint that vLLM, SGLang and transformers load."""
+"""export: a quantized model as a checkpoint that vLLM, SGLang and transformers load."""
 
 import hashlib
 import json
@@ -55,7 +55,7 @@ class Request:
     """The arguments of `export`.
 
     Raises:
-        OptionError: one is not allowed; those of quantising are not for what is quantised already.
+        OptionError: one is not allowed; those of quantizing are not for what is quantized already.
     """
 
     source: Path
@@ -77,14 +77,14 @@ class Request:
         given += ["dtype"] if self.dtype is not None else []
         if given and self.is_saved:
             raise OptionError(
-                f"option {given[0]} is one of quantising, and {self.source} is quantised already; "
+                f"option {given[0]} is one of quantizing, and {self.source} is quantized already; "
                 "leave it out, or export the checkpoint that it was made from"
             )
         assert self.config
 
     @property
     def is_saved(self) -> bool:
-        """Whether the source is quantised by fqcompile already."""
+        """Whether the source is quantized by fqcompile already."""
         return (self.source / MANIFEST).is_file()
 
     @cached_property
@@ -92,7 +92,7 @@ class Request:
         return packing_config(self.options)
 
     @property
-    def quantising(self) -> dict[str, object]:
+    def quantizing(self) -> dict[str, object]:
         """The options, and heads left alone: written dense, rounding them would gain nothing."""
         return {**self.options, "exclude": [*self.config.exclude, HEAD_NAMES.pattern]}
 
@@ -127,7 +127,7 @@ def export(
     say: Callable[[str], None] = log.info,
     **options: object,
 ) -> Plan:
-    """Write a quantised model as a compressed-tensors checkpoint, codes unchanged.
+    """Write a quantized model as a compressed-tensors checkpoint, codes unchanged.
 
     Scales are repeated to group sizes that the engines have kernels for, and what an engine holds
     in one tensor gets one scheme. What the format cannot carry (output heads, [K, N] matrices, odd
@@ -136,13 +136,13 @@ def export(
 
     Args:
         source: of `fqcompile.save` or `fqcompile quantize`; or a Hugging Face checkpoint, which is
-            quantised first, but for output heads.
+            quantized first, but for output heads.
         out: a directory that is not there, or empty; or a link to one.
         profile: "portable" (vLLM, SGLang, transformers: all experts alike) or "serve" (vLLM,
             SGLang: the experts of a layer alike).
         tp: the highest degree of tensor parallelism to serve it with: no group crosses devices.
         resume: go on where a killed export of the same arguments stopped.
-        dtype, options: those of `quantize_checkpoint`; for what is quantised, `on_unsupported`
+        dtype, options: those of `quantize_checkpoint`; for what is quantized, `on_unsupported`
             alone, which with "error" raises for what would be written dense.
 
     Returns:
@@ -164,13 +164,13 @@ def export(
 def _export(request: Request, directory: Path, say: Callable[[str], None]) -> Plan:
     if request.is_saved:
         return _write(Saved.open(request.source), directory, request)
-    quantised, options = directory / QUANTIZED, request.quantising
+    quantized, options = directory / QUANTIZED, request.quantizing
     inner: Any = options
     quantize_checkpoint(
-        request.source, quantised, dtype=request.dtype, resume=True, say=say, **inner
+        request.source, quantized, dtype=request.dtype, resume=True, say=say, **inner
     )
-    plan = _write(Saved.open(quantised), directory, request)
-    remove_save(quantised)
+    plan = _write(Saved.open(quantized), directory, request)
+    remove_save(quantized)
     return plan
 
 
@@ -243,7 +243,7 @@ def _check_loads(
         )
 
 
-# What quantising says of heads that an export has told it to leave.
+# What quantizing says of heads that an export has told it to leave.
 _HEADS_EXCLUDED = excluded_by(HEAD_NAMES.pattern)
 
 

@@ -88,7 +88,7 @@ def _choose(
 ) -> Choice:
     if partners:
         what = "the experts" if stack_of(partners[0]) else "one fused layer"
-        return Choice(None, f"{last(partners[0])} of {what} is not quantised")
+        return Choice(None, f"{last(partners[0])} of {what} is not quantized")
     sizes: set[int | None] = {None, *GROUP_SIZES}
     for piece in {(m.value, m.k, last(m.name)): m for m in members}.values():
         own = group_sizes(saved, piece, tp)
@@ -149,12 +149,12 @@ def _type_problem(saved: Saved, value: str) -> str | None:
     return f"its scales are not exact in the model's {saved.dtype}"
 
 
-_PART = 1 << 25  # weights that are dequantised at once, and not a whole output head
+_PART = 1 << 25  # weights that are dequantized at once, and not a whole output head
 
 
 @dataclass(frozen=True)
 class Block:
-    """Neighbours in a file: {name: (dtype of safetensors, shape)}, and how they are made.
+    """Neighbors in a file: {name: (dtype of safetensors, shape)}, and how they are made.
 
     `make` yields their values in this order, a large one in parts; `release` gives back the memory
     of what they were made from.

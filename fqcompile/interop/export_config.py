@@ -85,7 +85,7 @@ def _ignored(names: Collection[str]) -> list[str]:
 def model_config(
     config: Mapping[str, Any], quantization: Mapping[str, Any], dtype: str, untied: bool
 ) -> dict[str, Any]:
-    """`config.json`: the model's own, with the type of its weights and how they are quantised.
+    """`config.json`: the model's own, with the type of its weights and how they are quantized.
 
     `untied`: the head has values of its own, whatever the model's config says.
     """

@@ -33,7 +33,7 @@ from fqcompile.interop.export_blocks import Block
 SHARD_BYTES = 4 << 30
 _IDENTITY, _TEMPORARY = "export.json", "unfinished.tmp"
 _SHARD = re.compile(r"model(?:-\d{5}-of-\d{5})?\.safetensors")
-QUANTIZED = "quantised"  # a checkpoint of Hugging Face on its way
+QUANTIZED = "quantized"  # a checkpoint of Hugging Face on its way
 
 
 class _NotOurs(CheckpointError):

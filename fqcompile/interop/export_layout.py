@@ -53,7 +53,7 @@ class Saved:
             model = build_model(own.get("class"), own.get("config"), directory, len(manifest.slots))
         if not manifest.packed:
             raise CheckpointError(
-                f"{directory} holds no quantised weight; there is nothing to export"
+                f"{directory} holds no quantized weight; there is nothing to export"
             )
         return cls(directory, manifest, model, MappedShards(directory, manifest))
 
@@ -75,7 +75,7 @@ class Saved:
 
     @property
     def untied(self) -> bool:
-        """Whether a name that the model's config ties has a value of its own: a quantised head."""
+        """Whether a name that the model's config ties has a value of its own: a quantized head."""
         slots = self.manifest.slots
         return any(slots[a].value != slots[b].value for a, b in self.ties.items())
 
@@ -107,7 +107,7 @@ class Saved:
 
 
 Rows = slice | Tensor  # a slice where they follow each other
-# Engines build these as one linear for each expert and projection where they are quantised.
+# Engines build these as one linear for each expert and projection where they are quantized.
 _PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _PER_EXPERT = frozenset({"Llama4TextExperts"})
 
@@ -175,7 +175,7 @@ def lay_out(saved: Saved) -> Layout:
 def _unsplittable(saved: Saved, reversion: Reversion, values: Mapping[str, str]) -> str | None:
     records = [saved.record(values[name]) for name in reversion.names]
     if any(record is None for record in records):
-        return "the checkpoint joins it with weights that are not quantised"
+        return "the checkpoint joins it with weights that are not quantized"
     if len(records) > 1 and reversion.converter is not None:
         return "the checkpoint joins it with other weights"
     if any(record is not None and record.transposed for record in records):
@@ -201,7 +201,7 @@ def _pieces(saved: Saved, reversion: Reversion, values: Mapping[str, str]) -> li
 def _per_expert(
     saved: Saved, reversion: Reversion, values: Mapping[str, str]
 ) -> list[Piece] | None:
-    """A stack whose experts have linears of their own only where they are quantised."""
+    """A stack whose experts have linears of their own only where they are quantized."""
     source = reversion.names[0]
     stack, _, parameter = source.rpartition(".")
     record = saved.record(values[source])

@@ -66,7 +66,7 @@ def _format(subject: Subject, layer: Layer) -> list[Rule]:
     finer = max((g for g in GROUP_SIZES if size and not size % g), default=32)
     return [
         ("bits", "refused", scheme.bits not in BITS,
-         f"{scheme} has no kernel", "quantise to 4 or 8 bits"),
+         f"{scheme} has no kernel", "quantize to 4 or 8 bits"),
         ("group-divides-k", "refused", size and k % size,
          f"K = {k} is no multiple of {size}",
          f"repeat the scales to a group size that divides {k}"),
@@ -74,7 +74,7 @@ def _format(subject: Subject, layer: Layer) -> list[Rule]:
          f"group {size} has no kernel: they take {', '.join(map(str, GROUP_SIZES))} or channel",
          f"repeat the scales to {finer}"),
         ("asymmetric", "refused", subject.serves and scheme.bits == 8 and not scheme.symmetric,
-         "int8 with zero points has no kernel", "quantise symmetrically"),
+         "int8 with zero points has no kernel", "quantize symmetrically"),
     ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""load: a saved model, or what others quantised as a model with packed weights."""
+"""load: a saved model, or what others quantized as a model with packed weights."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fqcompile.checkpoint.checkpoint_model import CheckpointModel
-from fqcompile.checkpoint.conversion import Conversion, initialise, target_types
+from fqcompile.checkpoint.conversion import Conversion, initialize, target_types
 from fqcompile.checkpoint.hugging_face import generation_config
 from fqcompile.checkpoint.load import load_saved
 from fqcompile.checkpoint.manifest import MANIFEST
@@ -43,7 +43,7 @@ def load(
     device: torch.device | str | None = None,
     verify: bool = True,
 ) -> nn.Module:
-    """A model with the weights that `save` or `fqcompile quantize` wrote, or others quantised.
+    """A model with the weights that `save` or `fqcompile quantize` wrote, or others quantized.
 
     Dense tensors are the mapped files themselves: privately, so a change to one is not written
     back. Packed ones are read once, into the order that the kernels of this machine want.
@@ -113,7 +113,7 @@ def _loaded(directory: Path, config: dict[str, Any], device: torch.device) -> nn
     if work.unused:
         log.warning("left out, as %s has no place for them: %s", work.name, shortened(work.unused))
     model = work.model
-    initialise(model, work.missing, directory)
+    initialize(model, work.missing, directory)
     places = {slot.name: slot for slot in slots(model)}
     types = target_types(model, work.dtype)
     weights = {f"{name}.weight": layer for name, layer in layers.items()}

@@ -70,7 +70,7 @@ def parse_quantization_config(content: Any, where: str) -> QuantizationConfig:
         _refuse(f"{where}.quant_method", found.get("quant_method"), f"{METHOD!r}")
     for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
         if found.get(key):
-            _refuse(f"{where}.{key}", found[key], "none: only weights may be quantised")
+            _refuse(f"{where}.{key}", found[key], "none: only weights may be quantized")
     default = found.get("format")
     if not isinstance(default, str):
         _refuse(f"{where}.format", default, f"{FORMAT!r}")
@@ -90,7 +90,7 @@ def _group(name: str, content: Any, default: str, where: str) -> Group:
     _known(found, _GROUP_KEYS, where)
     for key in ("input_activations", "output_activations"):
         if found.get(key) is not None:
-            _refuse(f"{where}.{key}", found[key], "null: only weights may be quantised")
+            _refuse(f"{where}.{key}", found[key], "null: only weights may be quantized")
     own = found.get("format")
     if own is not None and not isinstance(own, str):
         _refuse(f"{where}.format", own, f"{FORMAT!r}")

@@ -1,4 +1,4 @@
-"""The template that always works: dequantise the weight, then let PyTorch multiply."""
+"""The template that always works: dequantize the weight, then let PyTorch multiply."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import PLAIN, Template, dequantize_plain, one_by_one
 from fqcompile.tensor.quantized import QuantizedTensor
 
-# Weights dequantised at a time: they are multiplied while in the cache, and no large buffer is
+# Weights dequantized at a time: they are multiplied while in the cache, and no large buffer is
 # mapped anew on every call. Measured, 4096 x 4096, int4, M = 1, fp32: 9 ms against 35.
 _CPU_CHUNK = 1 << 21
 

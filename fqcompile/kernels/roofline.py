@@ -19,7 +19,7 @@ LAUNCH_SECONDS = 2e-6  # until a kernel's programs run at full rate, and the las
 _FLOAT_BYTES = 2
 _READ_BYTES = 128 << 20  # more than the caches of most processors
 _READS = 4
-_PLAIN_BITS = 16  # of a weight that is not quantised, and so has no scales
+_PLAIN_BITS = 16  # of a weight that is not quantized, and so has no scales
 
 
 class Rates(Protocol):
@@ -107,7 +107,7 @@ def _measured(threads: int) -> float:
 
 
 def dense(spec: GemmSpec, gpu: Gpu) -> Expr:
-    """Dequantise into scratch, then multiply as cuBLAS does; of experts all, with rows or not."""
+    """Dequantize into scratch, then multiply as cuBLAS does; of experts all, with rows or not."""
     stack = max(1, spec.experts)
     scratch = stack * spec.weight_rows * spec.k * _FLOAT_BYTES
     dequantize = (stack * weight_bytes(spec) + scratch) / gpu.bandwidth

@@ -28,7 +28,7 @@ def run_matmul(
 
     Raises:
         IndexError: on a CPU, the routing names an expert or a row that there is not.
-        KernelBuildError: the kernel does not build here, and its layout cannot be dequantised.
+        KernelBuildError: the kernel does not build here, and its layout cannot be dequantized.
     """
     choice = parse_kernel(kernel)
     config = None if choice.launches is None else choice.launches.at(x.shape[0])
@@ -54,7 +54,7 @@ def _note_broken(
         BROKEN.pop(next(iter(BROKEN)), None)
     BROKEN[_build(choice, config, x, weight, epilogue)] = str(error)
     log.warning(
-        "kernel %s does not build here: %s; its layers are dequantised and multiplied by "
+        "kernel %s does not build here: %s; its layers are dequantized and multiplied by "
         "PyTorch instead, which is slower",
         choice.template.name if config is None else f"{choice.template.name}:{config}",
         error,
@@ -97,9 +97,9 @@ def dequantize_weight(weight: QuantizedTensor, dtype: torch.dtype, kernel: str) 
     """ŵ [rows, K] in `dtype`, from the layout of the kernel named.
 
     Raises:
-        KernelBuildError: that layout cannot be dequantised.
+        KernelBuildError: that layout cannot be dequantized.
     """
     layout = parse_kernel(kernel).template.layout
     if layout.dequantize is None:
-        raise KernelBuildError(f"layout {layout.name!r} cannot be dequantised")
+        raise KernelBuildError(f"layout {layout.name!r} cannot be dequantized")
     return layout.dequantize(weight, dtype)

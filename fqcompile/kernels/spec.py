@@ -96,14 +96,14 @@ def _from_properties(properties: Any) -> Gpu:
 
 @dataclass(frozen=True)
 class GemmSpec:
-    """One quantised matmul as kernels see it; the key of selection and tuning.
+    """One quantized matmul as kernels see it; the key of selection and tuning.
 
     Attributes:
         m: rows of x in the call that the graph was captured with.
         n: columns of the output (half the weight's rows when `gated`).
         k: the reduced dimension.
         dtype: of x and of the output.
-        needs_backward: the weight must be dequantisable again, since x may require grad or since
+        needs_backward: the weight must be dequantizable again, since x may require grad or since
             the packed copy is its only one.
         m_range: least and largest number of rows (None: no bound) where the graph leaves it open.
         gpu: the GPU that it will run on; None elsewhere.
@@ -176,7 +176,7 @@ class TileConfig:
 
 
 class Way(Enum):
-    """What is no tile configuration: dequantise into scratch, then let cuBLAS multiply."""
+    """What is no tile configuration: dequantize into scratch, then let cuBLAS multiply."""
 
     DENSE = "dense"
 

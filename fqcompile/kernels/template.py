@@ -1,4 +1,4 @@
-"""Template: one way to run a quantised matmul, as a value to ask and to call."""
+"""Template: one way to run a quantized matmul, as a value to ask and to call."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -67,7 +67,7 @@ def _runs(ends: list[int], m: int) -> Iterator[tuple[int, slice]]:
 
 
 def _as_rows(rows: list[int]) -> slice | torch.Tensor:
-    """A slice where the rows are neighbours: reading one makes no copy."""
+    """A slice where the rows are neighbors: reading one makes no copy."""
     first, last = rows[0], rows[-1]
     return slice(first, last + 1) if last - first + 1 == len(rows) else torch.tensor(rows)
 

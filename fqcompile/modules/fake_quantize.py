@@ -1,4 +1,4 @@
-"""fake_quantize_: a plan's dequantised values in an ordinary model, to judge quality."""
+"""fake_quantize_: a plan's dequantized values in an ordinary model, to judge quality."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,16 +28,16 @@ class _Target:
 
 
 def fake_quantize_(model: nn.Module, plan: Plan | CompileReport) -> nn.Module:
-    """Replace each weight that `plan` quantises by its dequantised value, in place; return `model`.
+    """Replace each weight that `plan` quantizes by its dequantized value, in place; return `model`.
 
-    The result runs wherever an unquantised model runs and computes what the compiled one does. A
+    The result runs wherever an unquantized model runs and computes what the compiled one does. A
     weight that an embedding shares, or something else that reads its values as they are, is given
     to the linear as a parameter of its own. Nothing is written before all sites have found their
     places.
 
     Raises:
         FineQuantError: a site's name fits no tensor of the model or several, two sites write to
-            the same elements, or a weight has no place for its dequantised value: it is computed
+            the same elements, or a weight has no place for its dequantized value: it is computed
             from others, or something else reads the same parameter as it is: an embedding's table.
     """
     places = holders_of(model)
@@ -139,7 +139,7 @@ def _movers(name: str, sharing: Sequence[Holder], *, shared: bool) -> tuple[Hold
     raise FineQuantError(
         f"{name} is the weight of a linear and is read as it is elsewhere, as an embedding's table "
         "or as its kept row in the plan says, through one parameter; give the linear a module of "
-        "its own to fake-quantise it, or exclude it"
+        "its own to fake-quantize it, or exclude it"
     )
 
 
@@ -162,7 +162,7 @@ def _refuse_overlaps(targets: Sequence[_Target]) -> None:
             before = written.get(id(weight))
             if before is not None and bool((before & mask).any()):
                 raise FineQuantError(
-                    f"{target.site.name} and another site quantise the same elements, each in its "
+                    f"{target.site.name} and another site quantize the same elements, each in its "
                     "own way, and a parameter has room for one; use the compiled model, or exclude "
                     "the weight"
                 )

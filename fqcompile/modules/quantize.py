@@ -42,7 +42,7 @@ def quantize_(model: nn.Module, **options: object) -> Plan:
     all ranks must call this.
 
     Args:
-        options: those of `FineQuantConfig` that say which weights are quantised, and how.
+        options: those of `FineQuantConfig` that say which weights are quantized, and how.
 
     Returns:
         What was done to each weight, and why others stay.
@@ -114,7 +114,7 @@ def _pack(found: ModuleWeight, config: FineQuantConfig) -> Site:
 
 
 def pack_weight(found: ModuleWeight, options: SiteOptions) -> tuple[QuantPlan, PackedWeight]:
-    """Chosen and quantised on the weight's device.
+    """Chosen and quantized on the weight's device.
 
     Raises:
         UnquantizableWeight: its values or the options do not allow it; the text says why.
@@ -126,7 +126,7 @@ def pack_weight(found: ModuleWeight, options: SiteOptions) -> tuple[QuantPlan, P
             return result
     # Codes of a copy would take the place of a weight that is written to: the writes would be lost.
     raise UnquantizableWeight(
-        f"another thread changed the weight {ATTEMPTS} times while it was quantised; let it finish "
+        f"another thread changed the weight {ATTEMPTS} times while it was quantized; let it finish "
         "first"
     )
 

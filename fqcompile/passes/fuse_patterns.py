@@ -28,7 +28,7 @@ def is_call(node: Any, names: tuple[str, ...], count: int | None = None) -> bool
 
 @dataclass(frozen=True)
 class Half:
-    """One half of the last dimension of `value`: `second` or not, of neighbours or interleaved."""
+    """One half of the last dimension of `value`: `second` or not, of neighbors or interleaved."""
 
     value: fx.Node
     second: bool

@@ -26,7 +26,7 @@ IN_THE_GRAPH = "it is a constant of the graph, not one of its inputs"
 INTO_AN_INPUT = (
     "turn torch._inductor.config.freezing off, or call fqcompile.quantize_(model) before compiling"
 )
-_TABLE = "embedding table: embeddings are not quantised"
+_TABLE = "embedding table: embeddings are not quantized"
 _ROW_READS = frozenset("embedding embedding_bag index_select index gather take_along_dim".split())
 # What takes nothing but shape, dtype and device: of any operand, or of one that is not the first.
 _LIKE = frozenset(
@@ -132,8 +132,8 @@ def _why_not(
     if any(map(bodies, readers)):
         return f"read inside {', '.join(names)}: {IN_A_BODY}"
     if any(name.lstrip("_").startswith("conv") for name in names):
-        return f"read by {', '.join(names)}: convolutions are not quantised"
-    return f"read by {', '.join(names)}: not a linear or expert form that is quantised"
+        return f"read by {', '.join(names)}: convolutions are not quantized"
+    return f"read by {', '.join(names)}: not a linear or expert form that is quantized"
 
 
 def _edges_to_sites(state: GraphState) -> dict[Edge, bool]:

@@ -29,7 +29,7 @@ from fqcompile.weights.recipe import target_name
 VERIFY = os.environ.get("FQCOMPILE_VERIFY") == "1"
 
 
-def analyse(
+def analyze(
     module: fx.GraphModule,
     args: Sequence[Any],
     config: FineQuantConfig,
@@ -137,7 +137,7 @@ def shared_facts(state: GraphState) -> Mapping[str, str]:
     Collectives and sites in their order, and the options. Of a weight that every rank holds whole
     also the plan and the kernel; of a part each rank chooses its own.
     """
-    facts = {"outcome": "quantised"}
+    facts = {"outcome": "quantized"}
     facts |= {f"option {name}": str(value) for name, value in state.config.as_dict().items()}
     del facts["option debug_dir"]  # each rank may have its own
     facts["collectives"] = ", ".join(_collectives(state.graph))

@@ -41,7 +41,7 @@ class Asked(str):
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer, PackedWeight)
 _DEVICES = ("cpu", "cuda")
 CHANGING = (
-    "the weight was changed or replaced in each of the last calls, and would be quantised anew in "
+    "the weight was changed or replaced in each of the last calls, and would be quantized anew in "
     "every call"
 )
 NO_VALUES = "its values are not there while the graph is compiled"
@@ -90,7 +90,7 @@ def decide(
     with. `changing` are the inputs that hold other weights in every call.
     """
     open_sites = [site for site in state.sites if not site.settled]
-    bar = progress(open_sites, "fqcompile: quantising", unit="weight", delay=2)
+    bar = progress(open_sites, "fqcompile: quantizing", unit="weight", delay=2)
     with use_logged():
         return tuple([_decide_site(state, site, args, known, changing) for site in bar])
 
@@ -104,7 +104,7 @@ def key_of(decisions: Sequence[Decision]) -> Key:
 
 
 def serves(offered: PlanKey, asked: PlanKey, bounded: bool) -> bool:
-    """Whether a site whose weight asks for one plan may be quantised by another one."""
+    """Whether a site whose weight asks for one plan may be quantized by another one."""
     return offered is None or offered == asked or (asked is not None and not bounded)
 
 
@@ -168,7 +168,7 @@ def _unsupported(sources: tuple[Tensor, ...]) -> str | None:
             return f"the weight is on device {weight.device.type!r}; supported: cpu, cuda"
         if weight.is_quantized or weight.layout != torch.strided:
             kind = str(weight.dtype if weight.is_quantized else weight.layout)
-            return f"the weight is already quantised or sparse ({kind.removeprefix('torch.')})"
+            return f"the weight is already quantized or sparse ({kind.removeprefix('torch.')})"
         if is_dtensor(weight):
             return NOT_LOCAL
         if type(weight) not in _PLAIN_TYPES:
@@ -198,7 +198,7 @@ def _settled_reason(state: GraphState, site: WeightSite) -> str | None:
             "its input is a nested tensor: multiply x.values(), the rows of all its parts, instead"
         )
     if is_codebook(state, site) and not state.config.override_matches(site.name):
-        return "codebook: its scores only choose an entry; name it in overrides to quantise it"
+        return "codebook: its scores only choose an entry; name it in overrides to quantize it"
     if is_router(state, site) and not state.config.override_matches(site.name):
         return ROUTER
     return state.config.kept_by_size(site.num_weights)

@@ -1,4 +1,4 @@
-"""7 select: one kernel for each quantised matmul, fixed on its node.
+"""7 select: one kernel for each quantized matmul, fixed on its node.
 
 The op's `kernel` argument names the template and its configurations by number of rows, from a table
 of measured ones, a search, or the closed form; so neither Inductor nor the op decides anything
@@ -23,7 +23,7 @@ _NO_BOUND = 1 << 40  # what Dynamo writes for a size without a guard is larger
 
 
 def select(state: GraphState) -> int:
-    """Set the kernel of every quantised matmul; returns how many there are."""
+    """Set the kernel of every quantized matmul; returns how many there are."""
     for op, weight in list(state.packed.items()):
         spec = gemm_spec(state, op)
         choice = select_kernel(spec)
@@ -42,7 +42,7 @@ def select(state: GraphState) -> int:
 
 
 def gemm_spec(state: GraphState, op: fx.Node) -> GemmSpec:
-    """What the kernels need to know of one quantised matmul."""
+    """What the kernels need to know of one quantized matmul."""
     x, out = example(argument(op, "x")), example(op)
     assert x is not None and out is not None
     spec = state.packed[op]

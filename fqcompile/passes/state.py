@@ -85,7 +85,7 @@ class WeightSite:
         part: "[0]", "[1]" where several sites read one parameter in different ways; ends the name.
         head: an output head: of a usual name, or one whose weight is an embedding's table too.
         tables: the sources single rows of which are read as well, by what keeps their values.
-        reason: why the site stays as it is; None while it may be quantised.
+        reason: why the site stays as it is; None while it may be quantized.
         settled: the reason lies in the graph and the options, and holds whatever the weights are.
         plan: how it is quantized, once that is decided.
         op: the node that computes the site, kept current from rewrite on.
@@ -113,7 +113,7 @@ class WeightSite:
 
 @dataclass(frozen=True)
 class KeptWeight:
-    """A constant matrix that no form reads, with what reads it; listed, never quantised.
+    """A constant matrix that no form reads, with what reads it; listed, never quantized.
 
     `identity` is the `id` of the tensor, which the graph must not keep alive; `input` its position
     among the inputs, if it is one; `table` whether it is called after who reads its rows.
@@ -137,7 +137,7 @@ class GraphState:
         constants: the constant inputs, with their positions among `args`.
         named: these, and inputs that would be constant if not written, and parameters passed in.
         written: nodes whose memory the named call of the graph may write to.
-        gemms: what the kernels were told of each quantised matmul.
+        gemms: what the kernels were told of each quantized matmul.
         known: what those of `named` are called, and tensors that are attributes of the graph.
         names: their names alone.
         changing: positions among `args` of weights that are others in every call.
@@ -184,7 +184,7 @@ class GraphState:
 
 
 def part_of(state: GraphState, site: WeightSite, plan: QuantPlan) -> Part:
-    """The site's rows as quantised by this plan, whoever's weights come in."""
+    """The site's rows as quantized by this plan, whoever's weights come in."""
     *experts, rows, k = site.shape
     inputs = tuple(state.constants[source] for source in site.sources)
     return Part(site.recipe, inputs, plan, rows, k, *experts)
@@ -243,7 +243,7 @@ def erase_unused(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
 def erase_dead(state: GraphState, nodes: Sequence[fx.Node]) -> None:
     """Erase those of `nodes` that nobody reads, and what then nobody reads among their inputs.
 
-    Quantised matmuls stay, whether read or not: each has its packed inputs.
+    Quantized matmuls stay, whether read or not: each has its packed inputs.
     """
     waiting = list(nodes)
     while waiting:

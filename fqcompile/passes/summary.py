@@ -29,7 +29,7 @@ _NO_MORE_PLANS = (
 
 @dataclass(frozen=True)
 class SiteRecipe:
-    """How to find a site's matrix in a model by parameter names, and how it was quantised.
+    """How to find a site's matrix in a model by parameter names, and how it was quantized.
 
     Attributes:
         held: whether a module has them all, so that the names are those of its parameters.
@@ -116,7 +116,7 @@ def rows_of(state: GraphState) -> dict[RowKey, Row]:
 
 
 def with_other_readers(rows: Mapping[RowKey, Site]) -> dict[RowKey, Site]:
-    """The rows, where those of quantised weights say that something else reads the values."""
+    """The rows, where those of quantized weights say that something else reads the values."""
     dense = {w for (weights, read) in rows if read is None for w in weights}
     dense_reads = {
         (weights, read.recipe)

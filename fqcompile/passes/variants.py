@@ -2,7 +2,7 @@
 
 Dynamo hands the same graph to every instance of a class. Instances whose weights lead to the same
 plans share a variant; others get their own, up to a number that bounds how much is compiled in
-calls; beyond it they are quantised by plans that there are. A failure inside the passes never loses
+calls; beyond it they are quantized by plans that there are. A failure inside the passes never loses
 the model: the graph is compiled as it was, and a warning says which pass failed and why.
 """
 
@@ -25,7 +25,7 @@ from fqcompile.errors import PlanDoesNotFit, RankError
 from fqcompile.locks import fork_safe
 from fqcompile.passes.lower import compile_inner
 from fqcompile.passes.naming import InputName
-from fqcompile.passes.pipeline import Recorder, analyse, compile_state, shared_facts
+from fqcompile.passes.pipeline import Recorder, analyze, compile_state, shared_facts
 from fqcompile.passes.plan import Decision, Key, decide, distance, key_of, serves, weight_inputs
 from fqcompile.passes.sharded import localize, refuse_fsdp
 from fqcompile.passes.state import GraphState, copy_module
@@ -108,19 +108,19 @@ class GraphCompiler:
         self._name = name
         self._context = TracingContext.try_get()
         self._compiled: dict[Key, _Compiled] = {}
-        self._analysed: GraphState | None = None
+        self._analyzed: GraphState | None = None
         self._agreed = False
         self._said: set[str] = set()
 
     def weight_inputs(self) -> tuple[int, ...]:
         """Arguments on which the choice of a variant depends."""
-        return () if self._analysed is None else weight_inputs(self._analysed)
+        return () if self._analyzed is None else weight_inputs(self._analyzed)
 
     def is_decided_for(self, args: Sequence[Any]) -> bool:
         """Whether the first variant's plans are for these weights as they are now."""
-        assert self._analysed is not None
+        assert self._analyzed is not None
         weights = tuple(args[i] for i in self.weight_inputs())
-        return self._analysed.decided_for == fingerprint(weights)
+        return self._analyzed.decided_for == fingerprint(weights)
 
     def variant_for(self, args: Sequence[Any], changing: frozenset[int]) -> Variant:
         """The variant whose plans fit the weights in `args`, compiled if there is none yet.
@@ -128,7 +128,7 @@ class GraphCompiler:
         The inputs `changing` are read as they come. Compiling takes the lock of torch's compiler,
         as Dynamo does: any thread may come here while others compile.
         """
-        state = self._analysed
+        state = self._analyzed
         assert state is not None
         known = state.known_in(args)
         decisions = decide(state, args, known, changing)
@@ -160,22 +160,22 @@ class GraphCompiler:
             found = found or self._unquantized(args, Recorder(), text, everything_kept)
         else:
             text += (
-                "are quantised by the finest that there is for their weights; granularity=128, or "
+                "are quantized by the finest that there is for their weights; granularity=128, or "
                 "another number, is one plan for all"
             )
         self._say_once(found, text)
         return found
 
     def _nearest(self, args: Sequence[Any], key: Key) -> _Compiled | None:
-        """What is compiled for plans that these weights can be quantised by too.
+        """What is compiled for plans that these weights can be quantized by too.
 
         At least as fine as they ask for, where there is such a one; else the finest. Where an
         option bounds the error, no other plan than theirs.
         """
-        assert self._analysed is not None
+        assert self._analyzed is not None
         options = [
             self._config.site_options(site.name, head=site.head)
-            for site in self._analysed.sites
+            for site in self._analyzed.sites
             if not site.settled
         ]
         bounded = [option.error_budget is not None for option in options]
@@ -207,13 +207,13 @@ class GraphCompiler:
             if strict or isinstance(error, (RankError, *DYNAMO_REQUESTS)):
                 raise
             text = (
-                f"{self._name} runs unquantised: pass {recorder.running!r} failed with "
+                f"{self._name} runs unquantized: pass {recorder.running!r} failed with "
                 f"{type(error).__name__}: {error}"
             )
             log.warning(text, exc_info=log.isEnabledFor(logging.DEBUG))
             return self._unquantized(args, recorder, text, key)
         state.args = ()  # the example weights must not outlive their model
-        self._analysed = self._analysed or state
+        self._analyzed = self._analyzed or state
         key = key_of(tuple(s.plan or str(s.reason) for s in state.sites if not s.settled))
         seconds = time.perf_counter() - start
         warnings = warnings_of(state)
@@ -228,7 +228,7 @@ class GraphCompiler:
         for attempt in range(ATTEMPTS):
             recorder.records.clear()
             try:
-                state = analyse(
+                state = analyze(
                     self._module, args, self._config, recorder, name=self._name, changing=changing
                 )
                 rows = list(rows_of(state).values())  # sites before what no form reads

@@ -1,4 +1,4 @@
-"""Symmetric quantisation along K:
+"""Symmetric quantization along K:
 
     q = clamp(round(w / scale), qmin, qmax)        w ≈ q * scale
 

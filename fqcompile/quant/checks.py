@@ -1,4 +1,4 @@
-"""Which weights can be quantised, with the reason where one cannot; and how far the result is."""
+"""Which weights can be quantized, with the reason where one cannot; and how far the result is."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from fqcompile.errors import UnquantizableWeight
 from fqcompile.tensor.chunks import each_chunk, plain_tensors, row_chunks
 
 FLOAT_DTYPES = torch.float32, torch.float16, torch.bfloat16, torch.float64
-WEIGHT_DTYPES = FLOAT_DTYPES[:3]  # what models are quantised in
+WEIGHT_DTYPES = FLOAT_DTYPES[:3]  # what models are quantized in
 OTHER_DTYPE = "dtype {} is not supported; use fp32, fp16 or bf16"
 
 
@@ -22,16 +22,16 @@ def check_quantizable(w: torch.Tensor) -> None:
 def _check_kind(w: torch.Tensor) -> None:
     if w.layout != torch.strided or w.is_nested:
         layout = "nested" if w.is_nested else w.layout
-        raise UnquantizableWeight(f"layout is {layout}; only dense weights can be quantised")
+        raise UnquantizableWeight(f"layout is {layout}; only dense weights can be quantized")
     if w.is_quantized or w.dtype not in FLOAT_DTYPES:
         allowed = ", ".join(str(dtype) for dtype in FLOAT_DTYPES)
-        raise UnquantizableWeight(f"dtype is {w.dtype}; only {allowed} can be quantised")
+        raise UnquantizableWeight(f"dtype is {w.dtype}; only {allowed} can be quantized")
     if w.device.type == "meta":
         raise UnquantizableWeight("weight is on the meta device and holds no values: load it first")
     if w.dim() != 2:
         raise UnquantizableWeight(f"shape is {tuple(w.shape)}; only matrices (N, K)")
     if w.numel() == 0:
-        raise UnquantizableWeight(f"shape is {tuple(w.shape)}: there is nothing to quantise")
+        raise UnquantizableWeight(f"shape is {tuple(w.shape)}: there is nothing to quantize")
 
 
 def _check_finite(w: torch.Tensor) -> None:

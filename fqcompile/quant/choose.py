@@ -1,7 +1,7 @@
-"""How to quantise a matrix or a stack of experts, decided from the weights alone, and doing it.
+"""How to quantize a matrix or a stack of experts, decided from the weights alone, and doing it.
 
 Each expert [N, K] of a stack [E, N, K] asks for a group size as a matrix does; the stack gets the
-finest, since one kernel runs them all and an expert with outliers must not lose by its neighbours.
+finest, since one kernel runs them all and an expert with outliers must not lose by its neighbors.
 """
 
 import math
@@ -23,7 +23,7 @@ from fqcompile.tensor.quantized import QuantizedTensor
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """How a weight is quantised, and the error that this delivers on the whole of it.
+    """How a weight is quantized, and the error that this delivers on the whole of it.
 
     `expert_errors` are those of the experts of a stack, in their order; of a matrix there are none.
     """
@@ -45,7 +45,7 @@ class QuantPlan:
 def choose_and_quantize(
     w: torch.Tensor, options: SiteOptions, scale_dtype: torch.dtype
 ) -> tuple[QuantPlan, QuantizedTensor]:
-    """Bits, group size and scale type of w [N, K] or [E, N, K], and w quantised so; deterministic.
+    """Bits, group size and scale type of w [N, K] or [E, N, K], and w quantized so; deterministic.
 
     Raises UnquantizableWeight, whose text is the reason for the report.
     """
@@ -70,7 +70,7 @@ def choose_and_quantize(
 
 
 def _checked_matrices(w: torch.Tensor) -> Sequence[torch.Tensor]:
-    """The matrix, or the experts of the stack; the reason why one cannot be quantised names it."""
+    """The matrix, or the experts of the stack; the reason why one cannot be quantized names it."""
     if w.dim() != 3 or not len(w):
         check_quantizable(w)
         return [w]
@@ -104,7 +104,7 @@ def choose_plan(w: torch.Tensor, options: SiteOptions, scale_dtype: torch.dtype)
 
 @plain_tensors()
 def quantize_weight(w: torch.Tensor, plan: QuantPlan) -> QuantizedTensor:
-    """w [N, K] or [E, N, K] quantised as planned, in fresh ordinary tensors on the device of w."""
+    """w [N, K] or [E, N, K] quantized as planned, in fresh ordinary tensors on the device of w."""
     _checked_matrices(w)
     qtype = QTYPES[plan.bits]
     return _deliver(w, qtype, plan.group_size, plan.scale_method, plan.scale_dtype)[1]
@@ -139,7 +139,7 @@ def _attempts(options: SiteOptions, group_size: int, k: int) -> Iterator[tuple[i
 def _deliver(
     w: torch.Tensor, qtype: QType, group_size: int, method: str, scale_dtype: torch.dtype
 ) -> tuple[QuantPlan, QuantizedTensor]:
-    """w quantised at this group size, and the plan with the errors that this has."""
+    """w quantized at this group size, and the plan with the errors that this has."""
     n, k = w.shape[-2:]
     matrices = [w] if w.dim() == 2 else w.unbind()
     shape = (*w.shape[:-1], packed_columns(qtype, k))

@@ -80,7 +80,7 @@ def candidate_steps(method: str, qtype: QType) -> torch.Tensor:
 def _error_table(
     method: str, qtype: QType, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Candidate steps c [C], and f_c [bins + 1, C]; bins are centred at -1, ..., 1 and averaged.
+    """Candidate steps c [C], and f_c [bins + 1, C]; bins are centered at -1, ..., 1 and averaged.
 
     But the first holds the extreme of each group, and little else: there f_c(-1) is exact.
     """

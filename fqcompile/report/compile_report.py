@@ -121,7 +121,7 @@ class CompileReport:
     """One graph, from capture to the call that compiled what was left of it.
 
     Equal layers may run one graph. Its plan has a row for each weight that came in at a place where
-    it may be quantised, as soon as a call has brought it, under its own name. Where a graph has no
+    it may be quantized, as soon as a call has brought it, under its own name. Where a graph has no
     such place its rows are those of the weights that it was compiled with.
     """
 
@@ -138,13 +138,13 @@ class CompileReport:
 
     @property
     def least_ms(self) -> float | None:
-        """What the quantised matmuls take at the least, where that is known of any."""
+        """What the quantized matmuls take at the least, where that is known of any."""
         least = [site.least_us for site in self.sites if site.least_us is not None]
         return sum(least) / 1e3 if least else None
 
     def _facts(self) -> list[tuple[str, str]]:
         least = self.least_ms
-        known = [] if least is None else [(f"{least:.3g} ms", "least time of quantised matmuls")]
+        known = [] if least is None else [(f"{least:.3g} ms", "least time of quantized matmuls")]
         return [*known, (f"{self.total_seconds:.2f} s", "to compile")]
 
     def _notes(self) -> list[str]:
@@ -152,7 +152,7 @@ class CompileReport:
         title = f"graph {self.graph}, {self.total_seconds:.2f} s"
         warnings = [f"warning: {text}" for text in self.warnings]
         least = self.least_ms
-        roofline = [] if least is None else [f"quantised matmuls take {least:.3g} ms at the least"]
+        roofline = [] if least is None else [f"quantized matmuls take {least:.3g} ms at the least"]
         return [f"{title} ({versions})" if versions else title, *roofline, *warnings]
 
     def __str__(self) -> str:

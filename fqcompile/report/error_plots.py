@@ -16,7 +16,7 @@ def errors_html(sites: Sequence[Site]) -> str:
     """Both plots of the sites whose error is known, and a table where there are experts."""
     known = [site for site in sites if _is_known(site)]
     if not known:
-        return "<p>no quantised weight has a known error: there is none, or they came packed</p>"
+        return "<p>no quantized weight has a known error: there is none, or they came packed</p>"
     plots = f'<div class="plots">{_bits_plot(known)}\n{_order_plot(known)}</div>\n{_legend(known)}'
     worst = worst_experts(known)
     if not worst.rows:

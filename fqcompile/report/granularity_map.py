@@ -1,4 +1,4 @@
-"""The granularity map: what each layer's projections became, as a grid of coloured tiles.
+"""The granularity map: what each layer's projections became, as a grid of colored tiles.
 
 A row is a layer, a column a role, a tile one format. The finer the groups, the stronger a tile. The
 place of a weight, its layer and its role there, is read from its parameter name.

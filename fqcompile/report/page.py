@@ -84,7 +84,7 @@ def points_svg(
 
 
 def share_bar(shares: Sequence[float]) -> str:
-    """Bars over each other, each a fraction of the whole width, the later in a stronger colour."""
+    """Bars over each other, each a fraction of the whole width, the later in a stronger color."""
     bars = "".join(
         f'<rect class="bar{number}" width="{_percent(share)}" height="8" rx="2"/>'
         for number, share in enumerate(shares)

@@ -1,4 +1,4 @@
-"""The plan: what is quantised, how, and why the rest is not. Printed, as JSON and as a page."""
+"""The plan: what is quantized, how, and why the rest is not. Printed, as JSON and as a page."""
 
 import difflib
 import json
@@ -35,7 +35,7 @@ from fqcompile.report.site import (
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Sizes over all sites; bits per weight (scales counted) and mean error of the quantised."""
+    """Sizes over all sites; bits per weight (scales counted) and mean error of the quantized."""
 
     sites: int
     quantized: int
@@ -63,20 +63,20 @@ class Totals:
         smaller = self.bytes_before / self.bytes_after if self.bytes_after else 1.0
         sizes = format_sizes(self.bytes_before, self.bytes_after)
         facts = [
-            (f"{self.quantized} of {self.sites}", "sites quantised"),
+            (f"{self.quantized} of {self.sites}", "sites quantized"),
             (sizes, f"of weights, {smaller:.1f} times smaller"),
         ]
         if self.bits_per_weight is not None:
-            facts.append((f"{self.bits_per_weight:.2f}", "bits per quantised weight"))
+            facts.append((f"{self.bits_per_weight:.2f}", "bits per quantized weight"))
         if self.mean_relative_error is not None:
             facts.append((f"{self.mean_relative_error:.4f}", "mean relative error"))
         return facts
 
     def __str__(self) -> str:
         sizes = f"{format_mib(self.bytes_before)} → {format_mib(self.bytes_after)} MiB"
-        text = f"quantised {self.quantized} of {self.sites} sites: {sizes}"
+        text = f"quantized {self.quantized} of {self.sites} sites: {sizes}"
         if self.bits_per_weight is not None:
-            text += f", {self.bits_per_weight:.2f} bits per quantised weight"
+            text += f", {self.bits_per_weight:.2f} bits per quantized weight"
         if self.mean_relative_error is not None:
             text += f", mean error {self.mean_relative_error:.4f}"
         return text
@@ -235,9 +235,9 @@ def _least(sites: Iterable[Site]) -> float:
 
 
 def _kernels_html(sites: Sequence[Site]) -> str:
-    """The kernels chosen, each with its part of the least time of all quantised matmuls."""
+    """The kernels chosen, each with its part of the least time of all quantized matmuls."""
     if not sites:
-        return "<p>none: nothing is quantised</p>"
+        return "<p>none: nothing is quantized</p>"
     groups = _grouped(sites, lambda site: site.kernel or "none yet", lambda g: _least(g) or len(g))
     whole = _least(sites)
     rows = tuple(
@@ -273,7 +273,7 @@ def _least_cells(sites: Sequence[Site], whole: float) -> tuple[Cell, Cell, Cell]
 def _kept_html(sites: Sequence[Site]) -> str:
     """For each reason the sites it holds for, folded away; the commonest reason first."""
     if not sites:
-        return "<p>nothing: every weight that was looked at is quantised</p>"
+        return "<p>nothing: every weight that was looked at is quantized</p>"
     groups = _grouped(sites, lambda site: site.reason or "no reason recorded", len)
     return "\n".join(
         details(

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from fqcompile.tensor.chunks import group_parts, row_chunks
 from fqcompile.tensor.format import QTYPES, QType
 
-# Dequantising keeps few copies of a piece, so longer ones fit the cache.
+# Dequantizing keeps few copies of a piece, so longer ones fit the cache.
 _DEQUANTIZE_SHARE = 4.0
 
 

@@ -1,6 +1,6 @@
 """What codes and scales are: number formats, groups along K, and the format of a packed weight.
 
-A number format is a value: to add one, add a line here. A group is `group_size` neighbouring
+A number format is a value: to add one, add a line here. A group is `group_size` neighboring
 weights of one row that share a scale:
 
     K = 100, group_size = 32:   [ 32 | 32 | 32 | 4 ]     the last group may be short
@@ -68,7 +68,7 @@ class Format:
         group_size: K where there is one scale per column.
         rows, k: of the matrix, or of one of `experts` matrices (0: there is no stack).
         transposed: the weight is the matrices' transpose, [K, N] or [E, K, N].
-        scale_method: how scales were chosen; new values that are copied in are quantised so.
+        scale_method: how scales were chosen; new values that are copied in are quantized so.
         layout: the name of the order in memory.
     """
 

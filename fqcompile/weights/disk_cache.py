@@ -101,7 +101,7 @@ class DiskCache:
         except FileNotFoundError:
             return None
         except CorruptEntry as error:
-            log.info("a quantised weight on disk is not used: %s", error)
+            log.info("a quantized weight on disk is not used: %s", error)
             with suppress(OSError):
                 path.unlink()
             return None
@@ -136,7 +136,7 @@ class DiskCache:
             if not self._warned:
                 log.warning(
                     "the weights of this process need more than the %.3g GiB that may be kept in "
-                    "%s: the next start quantises the rest again; raise %s (in GiB)",
+                    "%s: the next start quantizes the rest again; raise %s (in GiB)",
                     self.limit / 2**30,
                     self.directory,
                     SIZE,
@@ -223,5 +223,5 @@ def use_logged() -> Iterator[None]:
         hits, misses = found.hits - before[0], found.misses - before[1]
         if hits or misses:
             log.info(
-                "%d of %d weights were found quantised in %s", hits, hits + misses, found.directory
+                "%d of %d weights were found quantized in %s", hits, hits + misses, found.directory
             )

@@ -5,11 +5,11 @@ args ──► ids of the weights seen before? ──► unchanged? ──► in
                  │     what is held of it?  │
                  └──────── bind: decide, pack, (compile a variant) ◄──┘
 
-A weight that is changed or replaced in every call would be quantised in every call. Where two calls
+A weight that is changed or replaced in every call would be quantized in every call. Where two calls
 in a row have found the weights of one input changed since the call before, or four all of them
 replaced, the variant for all that follows reads that input as it comes. A call that finds them
 unchanged starts the count again, so an optimizer's step or a state dict now and then costs nothing
-but the packing. After a thousand calls they are quantised again, should they have come to rest; if
+but the packing. After a thousand calls they are quantized again, should they have come to rest; if
 not, it is twice as many calls until the next time.
 """
 
@@ -84,7 +84,7 @@ class _Binding:
             return (0,) * len(weights)
         pairs = zip(*self.state, *fingerprint(weights), self.alive, weights, strict=True)
         new = [
-            # nothing is quantised anew for one that comes packed
+            # nothing is quantized anew for one that comes packed
             not isinstance(w, NoMemory) and (v != v2 or p != p2 or ref() is not lifetime(w))
             for v, p, v2, p2, ref, w in pairs
         ]
@@ -224,7 +224,7 @@ class WeightDispatch(SerializableCallable):
             self.start_again()
 
     def start_again(self) -> None:
-        """Quantise also the weights that were read as they come."""
+        """Quantize also the weights that were read as they come."""
         if self._changing:
             self._changing, self._table = frozenset(), _Table(self._inputs)
 
@@ -256,7 +256,7 @@ def forget(weights: Sequence[Tensor]) -> None:
 
 
 def start_again(weights: Sequence[Tensor]) -> None:
-    """Bind them anew in every graph, and quantise again what was read as it comes."""
+    """Bind them anew in every graph, and quantize again what was read as it comes."""
     forget(weights)
     for dispatch in _all_dispatches():
         dispatch.start_again()

@@ -51,7 +51,7 @@ def _version_or_0(weight: Tensor) -> int:
 
 
 def _address_or_0(weight: Tensor) -> int:
-    """Sparse tensors, which are never quantised, have no one address."""
+    """Sparse tensors, which are never quantized, have no one address."""
     return weight.data_ptr() if weight.layout is torch.strided else 0
 
 

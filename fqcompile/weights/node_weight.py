@@ -30,7 +30,7 @@ def part_key(recipe: WeightRecipe, plan: QuantPlan) -> tuple[object, ...]:
 
 @dataclass(frozen=True)
 class Part:
-    """One site's share of the rows: its recipe, the inputs it reads, and how it is quantised.
+    """One site's share of the rows: its recipe, the inputs it reads, and how it is quantized.
 
     Of a stack of experts, `rows` are those of one, and `experts` is their number; else it is 0.
     """
@@ -51,7 +51,7 @@ class Part:
         """By the plan.
 
         Raises:
-            PlanDoesNotFit: it was made for other values, which could be quantised, or whose scales
+            PlanDoesNotFit: it was made for other values, which could be quantized, or whose scales
                 took fewer bits.
         """
         w = self.recipe(*sources)
@@ -169,7 +169,7 @@ def any_packed(sources: Sequence[Tensor]) -> bool:
 
 
 def plan_of_packed(w: Tensor) -> QuantPlan | str:
-    """How what was read of packed weights is quantised, or the reason why its codes do not serve.
+    """How what was read of packed weights is quantized, or the reason why its codes do not serve.
 
     Its error was known when it was packed, and is not any more.
     """

@@ -1,7 +1,7 @@
 """PackedWeight: codes and scales that stand in a module where a dense weight stood.
 
 A tensor of the weight's shape and type whose memory is two other tensors. Matmuls with it run on
-them (see `parameter_ops`); what cannot gets the dequantised weight. torch.compile takes it apart
+them (see `parameter_ops`); what cannot gets the dequantized weight. torch.compile takes it apart
 into the two, under every backend.
 """
 
@@ -187,7 +187,7 @@ class PackedWeight(NoMemory):
 
     @property
     def data(self) -> "PackedWeight":
-        """The same memory; values that are assigned are quantised into it, as by copy_.
+        """The same memory; values that are assigned are quantized into it, as by copy_.
 
         Those of another type or device give the weight that type and device, and a memory there;
         any other shape is refused, also where copy_ would broadcast it.

@@ -6,7 +6,7 @@ bmm(w, x), baddbmm: C rows for each expert          -> the same
 bmm(w[ids], x)                                      -> matmul(x, w, ids)
 
 The operator is the one without a backward: a gradient for x flows through the aten matmul around
-this one, whose own backward multiplies with the dequantised weight.
+this one, whose own backward multiplies with the dequantized weight.
 """
 
 from typing import Any

@@ -2,10 +2,10 @@
 
 t, transpose            the same memory, read the other way round
 select, unbind          one expert of a stack; a view
-slice, split, cat       rows of the matrix; plain codes and scales, never quantised again
+slice, split, cat       rows of the matrix; plain codes and scales, never quantized again
 W[ids]                  a stack with an index; what multiplies with it reads only those experts;
                         of a matrix, and by embedding, the rows, where they are few
-copy_                   new values are quantised as the old ones were, see `parameter_writes`
+copy_                   new values are quantized as the old ones were, see `parameter_writes`
 """
 
 import logging
@@ -225,7 +225,7 @@ def _warn_of_coarse_rows(w: PackedWeight) -> None:
 
 
 def _rows_at(w: PackedWeight, ids: Tensor) -> Any:
-    """Few rows of a table [N, K], dequantised with their neighbors in the kernel's layout alone."""
+    """Few rows of a table [N, K], dequantized with their neighbors in the kernel's layout alone."""
     form, packed = w.format, w.packed
     narrow = LAYOUTS[form.layout].narrow
     plain = w.device.type == "cpu" and type(ids) is type(packed.qweight) is Tensor

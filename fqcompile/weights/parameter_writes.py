@@ -23,7 +23,7 @@ _COPY = "aten.copy_.default"
 
 
 def write(w: PackedWeight | DenseView, source: Tensor) -> None:
-    """Quantise the source into what w shows of its weight.
+    """Quantize the source into what w shows of its weight.
 
     Raises:
         FineQuantError: it has another shape, or is for a part of some rows.

@@ -26,7 +26,7 @@ MOVING = frozenset(
     _get_data_attr""".split()
 )
 CASTS = frozenset("to float half bfloat16 type".split())
-# Pure arithmetic: merged adapters, normalised weights. Foldable, but not invertible.
+# Pure arithmetic: merged adapters, normalized weights. Foldable, but not invertible.
 ARITHMETIC = frozenset(
     """add sub mul div truediv neg matmul mm bmm addmm linear norm sum mean abs sqrt rsqrt square
     pow reciprocal exp tanh sigmoid softplus norm_except_dim _weight_norm amax amin maximum minimum
@@ -114,7 +114,7 @@ class WeightRecipe:
             if step.name not in MOVING | CASTS:
                 raise UnquantizableWeight(
                     f"the weight is computed by {step.name!r} from other tensors, so its "
-                    "dequantised value has no place to be written; merge it into one parameter"
+                    "dequantized value has no place to be written; merge it into one parameter"
                 )
 
     def write_back(self, sources: tuple[Tensor, ...], value: Tensor) -> None:

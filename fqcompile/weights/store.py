@@ -43,7 +43,7 @@ Numbers = tuple[int, ...]
 
 @contextmanager
 def plain_eager(device_type: str) -> Iterator[None]:
-    """Quantise as if called from the top level, whatever modes the caller runs under.
+    """Quantize as if called from the top level, whatever modes the caller runs under.
 
     Tensors made in inference mode could not be saved for a backward pass later; autocast would
     change the arithmetic.
@@ -124,9 +124,9 @@ class WeightStore:
         options: SiteOptions,
         scale_dtype: torch.dtype,
     ) -> QuantPlan | str:
-        """The plan for this matrix, or the reason why it cannot be quantised.
+        """The plan for this matrix, or the reason why it cannot be quantized.
 
-        To know the error that a plan delivers is to quantise; the result is kept for `quantized`.
+        To know the error that a plan delivers is to quantize; the result is kept for `quantized`.
         """
 
         request = ("plan", recipe.key, options, scale_dtype)

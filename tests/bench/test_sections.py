@@ -115,7 +115,7 @@ def test_memory_is_in_mib_and_over_the_plain_model() -> None:
 
 
 def test_starts_are_medians_of_their_rounds() -> None:
-    parts = ("total", "import", "first call", "quantise", "x86 build", "compile")
+    parts = ("total", "import", "first call", "quantize", "x86 build", "compile")
     rows = [
         {"backend": "b", "caches": "cold", "seconds": {part: t + n for n, part in enumerate(parts)}}
         for t in (1.0, 5.0, 2.0)

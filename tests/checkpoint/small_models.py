@@ -1,4 +1,4 @@
-"""A small model of our own, quantised; with a config, ties, and tensors that no state dict has."""
+"""A small model of our own, quantized; with a config, ties, and tensors that no state dict has."""
 
 import json
 from typing import Any
@@ -42,7 +42,7 @@ class Small(nn.Module):
 
 
 def small(seed: int = 0) -> Any:
-    """Quantised; every value depends on the seed."""
+    """Quantized; every value depends on the seed."""
     torch.manual_seed(seed)
     model = Small(seed).eval().requires_grad_(False)
     fqcompile.quantize_(model, min_elements=4096)

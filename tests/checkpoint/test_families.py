@@ -1,4 +1,4 @@
-"""Every model family: saved and loaded, or quantised from its checkpoint, logits are bit-equal."""
+"""Every model family: saved and loaded, or quantized from its checkpoint, logits are bit-equal."""
 
 import copy
 import json
@@ -76,7 +76,7 @@ def test_loaded_model_computes_what_the_saved_one_did(
 @pytest.mark.few(9)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", NAMES)
-def test_streamed_checkpoint_is_the_quantised_model(
+def test_streamed_checkpoint_is_the_quantized_model(
     name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     model, inputs = make(name, dtype)

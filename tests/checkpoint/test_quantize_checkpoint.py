@@ -108,7 +108,7 @@ def test_a_run_that_fails_anywhere_resumes_to_the_same_files(
         shutil.rmtree(out)
 
 
-def test_a_resumed_run_quantises_nothing_twice(
+def test_a_resumed_run_quantizes_nothing_twice(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     operations = count_operations(
@@ -119,17 +119,17 @@ def test_a_resumed_run_quantises_nothing_twice(
     journal = (out / "fqcompile.journal").read_text().splitlines()
     noted = {name for line in journal[1:] for name in json.loads(line)["packed"]}
     assert noted
-    quantised = []
+    quantized = []
     original = shards.ShardWriter.add_packed
 
     def spy(writer: Any, name: str, *rest: Any, **named: Any) -> Any:
-        quantised.append(name)
+        quantized.append(name)
         return original(writer, name, *rest, **named)
 
     monkeypatch.setattr(shards.ShardWriter, "add_packed", spy)
     plan = fqcompile.quantize_checkpoint(source, out, resume=True, **OPTIONS)
-    assert not noted & set(quantised)
-    assert noted | set(quantised) == {site.name for site in plan.quantized}
+    assert not noted & set(quantized)
+    assert noted | set(quantized) == {site.name for site in plan.quantized}
     assert not (out / "fqcompile.journal").exists()
 
 
@@ -181,7 +181,7 @@ def test_existing_directories_are_left_alone_unless_told(
     fqcompile.quantize_checkpoint(source, tmp_path, overwrite=True, bits=8, **OPTIONS)
     assert state_of(tmp_path) != finished
     for how in ({}, {"resume": True}):
-        with pytest.raises(CheckpointError, match=r"holds a quantised model; give overwrite=True"):
+        with pytest.raises(CheckpointError, match=r"holds a quantized model; give overwrite=True"):
             fqcompile.quantize_checkpoint(source, tmp_path, **how, **OPTIONS)
     with pytest.raises(OptionError, match="choose one"):
         fqcompile.quantize_checkpoint(source, tmp_path, resume=True, overwrite=True)
@@ -285,7 +285,7 @@ def _changed(source: Path, target: Path, change: Any) -> Path:
 EXPERT = "model.layers.0.block_sparse_moe.experts.2.w1.weight"
 
 
-def test_weights_that_cannot_be_quantised_stay_or_raise(source: Path, tmp_path: Path) -> None:
+def test_weights_that_cannot_be_quantized_stay_or_raise(source: Path, tmp_path: Path) -> None:
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         assert EXPERT in tensors, sorted(tensors)
         tensors[EXPERT][3, 4] = float("nan")

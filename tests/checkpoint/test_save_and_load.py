@@ -157,7 +157,7 @@ class Odd(Tensor):
     """Any subclass."""
 
 
-def _unquantised() -> nn.Module:
+def _unquantized() -> nn.Module:
     return Small()
 
 
@@ -200,7 +200,7 @@ def _extra_state() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (_unquantised, r"no packed weight: call fqcompile\.quantize_"),
+        (_unquantized, r"no packed weight: call fqcompile\.quantize_"),
         (_on_meta, "angles cannot be saved: it is on the meta device"),
         (_freed, r"weight cannot be saved: its memory was freed by resizing"),
         (_subclass, "mask cannot be saved: it is a Odd"),

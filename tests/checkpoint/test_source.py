@@ -1,4 +1,4 @@
-"""Directories that are no checkpoint that can be quantised: each is refused with what to do."""
+"""Directories that are no checkpoint that can be quantized: each is refused with what to do."""
 
 import json
 import pickle
@@ -46,7 +46,7 @@ def _with_index(index: object) -> Callable[[Path], None]:
     return lambda directory: _write(directory, index=index)
 
 
-def _quantised(directory: Path) -> None:
+def _quantized(directory: Path) -> None:
     _write(directory, {**CONFIG, "quantization_config": {"quant_method": "gptq"}})
 
 
@@ -77,7 +77,7 @@ def _cut(directory: Path) -> None:
         (_with_index([]), "no JSON object"),
         (_with_index({"weight_map": {"a.weight": "../a"}}), "has no weight_map of files beside it"),
         (_with_index({"weight_map": {"c": "model-0.safetensors"}}), "no file has tensor c"),
-        (_quantised, r"is quantised already \(gptq\)"),
+        (_quantized, r"is quantized already \(gptq\)"),
         (_pickled, r"in pickles \(pytorch_model\.bin\).*never opened; convert them"),
         (_no_json, r"config\.json is not JSON"),
         (_cut, r"model-1\.safetensors was cut short: tensor b\.weight"),

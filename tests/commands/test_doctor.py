@@ -119,14 +119,14 @@ def test_kernels_are_listed_with_the_reason_against_them() -> None:
 def test_the_cache_says_what_it_holds_and_how_to_clear_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert line(doctor.diagnose(), "quantised") == "off, as FQCOMPILE_CACHE_SIZE says"
+    assert line(doctor.diagnose(), "quantized") == "off, as FQCOMPILE_CACHE_SIZE says"
     monkeypatch.setenv("FQCOMPILE_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("FQCOMPILE_CACHE_SIZE", "2.5")
     folder = tmp_path / "weights"
     said = "of at most 2.5 GiB (FQCOMPILE_CACHE_SIZE), in " + f"{folder}: delete it to clear"
-    assert line(doctor.diagnose(), "quantised") == f"0 weights, 0.00 {said}"
+    assert line(doctor.diagnose(), "quantized") == f"0 weights, 0.00 {said}"
     folder.mkdir()
     for name in ("a", "b"):
         with (folder / f"{name}.safetensors").open("wb") as file:
             file.truncate(3 * 2**28)
-    assert line(doctor.diagnose(), "quantised") == f"2 weights, 1.50 {said}"
+    assert line(doctor.diagnose(), "quantized") == f"2 weights, 1.50 {said}"

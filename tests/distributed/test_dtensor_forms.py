@@ -80,7 +80,7 @@ def run_uneven() -> None:
 def test_a_rank_without_a_part_keeps_it(pair: Pair) -> None:
     first, second = pair.run(run_empty)
     assert first == ("quantized", None)
-    assert second[0] == "kept" and "nothing to quantise" in second[1]
+    assert second[0] == "kept" and "nothing to quantize" in second[1]
 
 
 def run_empty() -> tuple[str, str | None]:

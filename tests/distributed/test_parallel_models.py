@@ -1,4 +1,4 @@
-"""Models over two ranks compute what one rank computes with the same shards, fake-quantised."""
+"""Models over two ranks compute what one rank computes with the same shards, fake-quantized."""
 
 from pathlib import Path
 from typing import Any

@@ -108,7 +108,7 @@ def compile_with_a_failure() -> str:
         return _message(finequant(net(), min_elements=0), RankError)
 
 
-def test_parts_may_be_quantised_apart(pair: Pair) -> None:
+def test_parts_may_be_quantized_apart(pair: Pair) -> None:
     statuses = pair.run(compile_with_one_bad_part)
     assert statuses == ["quantized", "kept"]
 

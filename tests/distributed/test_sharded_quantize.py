@@ -40,7 +40,7 @@ def run_packed(name: str, way: str, folder: Path) -> None:
 
 
 def dense_values(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter, whole and dequantised."""
+    """Every parameter, whole and dequantized."""
     values = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         part = local_part(parameter)

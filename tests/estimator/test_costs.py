@@ -58,7 +58,7 @@ def test_weights_in_16_bits_are_the_parameters_but_for_what_is_shared_out() -> N
     assert weight_memory(opt, Sharing(), BF16, PLAIN) == 2 * opt.parameters
 
 
-def test_quantised_weights_by_hand() -> None:
+def test_quantized_weights_by_hand() -> None:
     """One layer of 256 wide: qkv 512 x 256, o 256 x 256, gate and up 1024 x 256, down 256 x 512."""
     shape = decoder(num_hidden_layers=1)
     weights, kept = (512 + 256 + 1024) * 256 + 256 * 512, (1000 * 256 + 3 * 256) * 2
@@ -229,7 +229,7 @@ def test_a_replica_exchanges_twice_in_each_layer() -> None:
     assert moe.communication == pytest.approx(3 * 2 * all_to_all_seconds(sent, 2, PLAIN, CLUSTER))
 
 
-def test_on_a_gpu_a_quantised_weight_takes_longer_than_the_roofline_allows() -> None:
+def test_on_a_gpu_a_quantized_weight_takes_longer_than_the_roofline_allows() -> None:
     gpu = DEVICES["h200"]
     for matrix in matrices(read_decoder("llama-3-70b"), Sharing(4)):
         for form, rows in ((INT4, 1), (INT4, 64), (INT8, 4096), (BF16, 16)):

@@ -1,4 +1,4 @@
-"""Quantised models in every scheme that an export has to bring together, and their oracles."""
+"""Quantized models in every scheme that an export has to bring together, and their oracles."""
 
 import copy
 import json
@@ -39,8 +39,8 @@ def make(name: str, directory: Path, dtype: torch.dtype = torch.bfloat16) -> tup
     return type(model).from_pretrained(directory).eval(), inputs
 
 
-def save_quantised(model: Any, directory: Path, **options: Any) -> Any:
-    """Quantised into the directory; returns a copy with the dequantised values instead."""
+def save_quantized(model: Any, directory: Path, **options: Any) -> Any:
+    """Quantized into the directory; returns a copy with the dequantized values instead."""
     oracle = copy.deepcopy(model)
     plan = fqcompile.quantize_(model, **{**OPTIONS, **options})
     fqcompile.save(model, directory, plan=plan)

@@ -140,7 +140,7 @@ BAD = {
         [*dense_model(), Layer("model.projector.linear_1", 512, 512)],
         {"sglang": ("unlisted", "refused")}, "model.projector.linear_1", "name it in ignore",
     ),
-    "attention-only quantisation of an MoE": Bad(
+    "attention-only quantization of an MoE": Bad(
         config(([ATTENTION], INT4), ignore=["lm_head", ROUTERS, EXPERTS]),
         moe_model(experts=None), {"transformers": ("dense-experts", "refused")},
         "model.layers.0.mlp.experts", "--profile serve",
@@ -216,7 +216,7 @@ BAD = {
         config((["Linear"], Scheme(8, 128, False))), dense_model(Scheme(8, 128, False)),
         everywhere("asymmetric", "refused", SERVERS), "model.layers.0.mlp.up_proj", "symmetrically",
     ),
-    "a tied quantised head": Bad(
+    "a tied quantized head": Bad(
         with_top_level(config((["Linear"], INT4), ignore=[]), tie_word_embeddings=True),
         [*dense_model()[:-1], replace(HEAD, scheme=INT4)],
         everywhere("tied-head", "wrong"), "lm_head", "leave the head dense",
@@ -227,12 +227,12 @@ BAD = {
         [*dense_model()[:-1], replace(HEAD, scheme=INT4)],
         everywhere("tied-head", "wrong"), "lm_head", "tie_word_embeddings",
     ),
-    "a quantised embedding": Bad(
+    "a quantized embedding": Bad(
         config((["Linear", "re:.*embed_tokens$"], INT4)),
         [*dense_model(), Layer("model.embed_tokens", 1000, HIDDEN, INT4)],
         everywhere("embedding", "refused"), "model.embed_tokens", "leave it dense",
     ),
-    "a quantised router": Bad(
+    "a quantized router": Bad(
         config((["Linear"], INT4)), changed(moe_model(), "mlp.gate", INT4),
         everywhere("router", "refused", SERVERS), "model.layers.0.mlp.gate", "leave it dense",
     ),
@@ -296,7 +296,7 @@ GOOD = {
     "whole names": (
         config(([x.name for x in dense_model() if x.scheme], INT4)), dense_model(), 1,
     ),
-    "an untied quantised head that is named": (
+    "an untied quantized head that is named": (
         config((["Linear"], INT4), ignore=[]), [*dense_model()[:-1], replace(HEAD, scheme=INT4)], 1,
     ),
     "asymmetric int4 without experts": (
@@ -337,7 +337,7 @@ def test_shapes_that_are_filled_up_are_slow_and_load() -> None:
     assert [name.split(".")[2] for name in found.layers] == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize("name", ["fused shards of different group sizes", "a tied quantised head"])
+@pytest.mark.parametrize("name", ["fused shards of different group sizes", "a tied quantized head"])
 def test_files_give_the_same_findings(name: str, tmp_path: Path) -> None:
     bad = BAD[name]
     directory = write(tmp_path, bad.config, bad.layers)

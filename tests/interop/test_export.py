@@ -22,7 +22,7 @@ from fqcompile.cli import main
 from fqcompile.errors import CheckpointError, OptionError, UnquantizableWeight
 from fqcompile.interop import export_blocks, export_directory, export_layout
 from tests.checkpoint.crashes import count_operations, crash
-from tests.interop.models import make, save_quantised, tensors_of
+from tests.interop.models import make, save_quantized, tensors_of
 from tests.tiers import examples
 
 
@@ -32,7 +32,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Mixtral, not quantised."""
+    """A small Mixtral, not quantized."""
     directory = tmp_path_factory.mktemp("plain")
     make("mixtral", directory)
     return directory
@@ -40,9 +40,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, quantised."""
+    """The same, quantized."""
     directory = tmp_path_factory.mktemp("saved")
-    save_quantised(make("mixtral", directory / "plain")[0], directory / "saved")
+    save_quantized(make("mixtral", directory / "plain")[0], directory / "saved")
     return directory / "saved"
 
 
@@ -139,9 +139,9 @@ def test_what_is_there_is_never_overwritten(saved: Path, tmp_path: Path) -> None
         ({"profile": "all"}, "profile is 'all'; allowed: 'portable' .*, 'serve' "),
         ({"tp": 0}, "tp is 0; allowed: an int >= 1"),
         ({"tp": True}, "tp is True; allowed: an int >= 1"),
-        ({"bits": 8}, "option bits is one of quantising, and .* is quantised already"),
-        ({"dtype": torch.float16}, "option dtype is one of quantising"),
-        ({"bitz": 8}, "option bitz is one of quantising"),
+        ({"bits": 8}, "option bits is one of quantizing, and .* is quantized already"),
+        ({"dtype": torch.float16}, "option dtype is one of quantizing"),
+        ({"bitz": 8}, "option bitz is one of quantizing"),
     ],
 )
 def test_options_that_are_not_allowed(
@@ -152,7 +152,7 @@ def test_options_that_are_not_allowed(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_option_of_quantising_is_refused_before_any_work(
+def test_unknown_option_of_quantizing_is_refused_before_any_work(
     plain: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(OptionError, match="did you mean 'bits'"):
@@ -162,10 +162,10 @@ def test_unknown_option_of_quantising_is_refused_before_any_work(
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A Llama with groups of 16 in one layer's v_proj, and a k_proj that is not quantised."""
+    """A Llama with groups of 16 in one layer's v_proj, and a k_proj that is not quantized."""
     directory = tmp_path_factory.mktemp("odd")
     model, _ = make("llama", directory / "plain")
-    oracle = save_quantised(
+    oracle = save_quantized(
         model,
         directory / "saved",
         overrides={r"0.*v_proj": {"granularity": 16}},
@@ -185,7 +185,7 @@ def test_what_no_engine_has_a_kernel_for_is_dense_with_the_same_values(
     group = "no group size of (128, 64, 32) divides both K = 128 and its own group size 16"
     for own in ("q_proj", "k_proj", "v_proj"):
         assert reasons[f"0.self_attn.{own}.weight"] == f"{why}v_proj beside it: {group}"
-    partner = f"{why}k_proj of one fused layer is not quantised"
+    partner = f"{why}k_proj of one fused layer is not quantized"
     assert reasons["1.self_attn.q_proj.weight"] == partner
     tensors = tensors_of(tmp_path / "out")
     for layer in ("0.self_attn.q_proj", "0.self_attn.v_proj", "1.self_attn.q_proj"):
@@ -198,7 +198,7 @@ def test_what_no_engine_has_a_kernel_for_is_dense_with_the_same_values(
 
 def test_a_profile_that_would_not_load_is_refused(tmp_path: Path) -> None:
     model, _ = make("mixtral", tmp_path / "plain")
-    save_quantised(model, tmp_path / "saved", exclude=["experts", "lm_head"])
+    save_quantized(model, tmp_path / "saved", exclude=["experts", "lm_head"])
     with pytest.raises(CheckpointError, match="experts are dense in a checkpoint") as error:
         fqcompile.export(tmp_path / "saved", tmp_path / "out")
     assert "transformers refused: model.layers.0.block_sparse_moe.experts" in str(error.value)
@@ -211,7 +211,7 @@ def test_a_profile_that_would_not_load_is_refused(tmp_path: Path) -> None:
 
 def test_everything_dense_is_in_ignore(tmp_path: Path) -> None:
     model, _ = make("gpt-oss", tmp_path / "plain")
-    save_quantised(model, tmp_path / "saved", exclude=["lm_head", r"1\.self_attn\.o_proj"])
+    save_quantized(model, tmp_path / "saved", exclude=["lm_head", r"1\.self_attn\.o_proj"])
     fqcompile.export(tmp_path / "saved", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["ignore"] == [
@@ -225,7 +225,7 @@ def test_everything_dense_is_in_ignore(tmp_path: Path) -> None:
 
 
 def test_a_model_of_which_nothing_can_be_exported_is_refused(tmp_path: Path) -> None:
-    save_quantised(make("gpt2", tmp_path / "plain")[0], tmp_path / "saved")
+    save_quantized(make("gpt2", tmp_path / "plain")[0], tmp_path / "saved")
     with pytest.raises(CheckpointError, match=r"it is \[K, N\] in the checkpoint, and the format"):
         fqcompile.export(tmp_path / "saved", tmp_path / "out")
 
@@ -253,7 +253,7 @@ def test_what_several_ranks_saved_is_to_be_saved_whole_first(
 
 def test_groups_do_not_cross_the_devices_of_tensor_parallelism(tmp_path: Path) -> None:
     model, _ = make("llama", tmp_path / "plain")
-    save_quantised(model, tmp_path / "saved", granularity="column", overrides={})
+    save_quantized(model, tmp_path / "saved", granularity="column", overrides={})
     one = fqcompile.export(tmp_path / "saved", tmp_path / "one")
     assert {site.group_size for site in one.quantized} == {128, 256}
     fqcompile.export(tmp_path / "saved", tmp_path / "four", tp=4)
@@ -279,7 +279,7 @@ def test_command_exports_and_checks(
 
 @pytest.mark.parametrize(
     "names",
-    [["thesis.txt"], ["model.safetensors"], ["config.json", "notes/a.txt"], ["quantised/a.txt"]],
+    [["thesis.txt"], ["model.safetensors"], ["config.json", "notes/a.txt"], ["quantized/a.txt"]],
 )
 @pytest.mark.parametrize("resume", [False, True])
 def test_what_no_export_wrote_is_left_alone(
@@ -315,7 +315,7 @@ def test_files_put_into_the_directory_of_the_quantized_stay(
 
     def write(text: str) -> None:  # while it runs
         if partial.exists():
-            (partial / "quantised" / "notes.txt").write_text("mine")
+            (partial / "quantized" / "notes.txt").write_text("mine")
 
     options: dict[str, Any] = {"min_elements": 1024, "say": write}
     if fails:
@@ -323,7 +323,7 @@ def test_files_put_into_the_directory_of_the_quantized_stay(
             fqcompile.export(plain, out, exclude=[".*"], **options)
     else:
         fqcompile.export(plain, out, **options)
-    left = (partial if fails else out) / "quantised"
+    left = (partial if fails else out) / "quantized"
     assert {path.name for path in left.iterdir()} == {"notes.txt"}
 
 
@@ -445,7 +445,7 @@ def test_the_config_names_the_version_that_reads_it(tmp_path: Path) -> None:
     """Experts need a later compressed-tensors in transformers than linears."""
     for name, version in (("llama", "0.17.0"), ("mixtral", "0.20.0")):
         model, _ = make(name, tmp_path / name)
-        save_quantised(model, tmp_path / f"{name}-saved")
+        save_quantized(model, tmp_path / f"{name}-saved")
         fqcompile.export(tmp_path / f"{name}-saved", tmp_path / f"{name}-out")
         config = json.loads((tmp_path / f"{name}-out" / "config.json").read_text())
         assert config["quantization_config"]["version"] == version

@@ -16,7 +16,7 @@ from tests.interop.models import (
     assert_same_tensors,
     library_dense,
     make,
-    save_quantised,
+    save_quantized,
     tensors_of,
 )
 
@@ -39,17 +39,17 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "profile"), CASES)
-def test_exported_values_are_the_fake_quantised_ones(
+def test_exported_values_are_the_fake_quantized_ones(
     name: str, profile: str, tmp_path: Path
 ) -> None:
     model, inputs = make(name, tmp_path / "plain")
-    oracle = save_quantised(model, tmp_path / "saved")
+    oracle = save_quantized(model, tmp_path / "saved")
     plan = fqcompile.export(tmp_path / "saved", tmp_path / "out", profile=profile)
     assert len(plan.quantized) >= 8, plan
     if name != "llama4":  # whose experts are one tensor where they are dense
         oracle.save_pretrained(tmp_path / "oracle")
         expected = tensors_of(tmp_path / "oracle")
-        if "lm_head.weight" not in expected:  # tied, and the head was quantised alone
+        if "lm_head.weight" not in expected:  # tied, and the head was quantized alone
             expected["lm_head.weight"] = oracle.lm_head.weight
         assert_same_tensors(library_dense(tmp_path / "out"), expected)
     if profile == "portable" or name not in MOE:
@@ -62,7 +62,7 @@ def test_transformers_loads_what_is_to_be_served_if_all_experts_are_alike(
     name: str, tmp_path: Path
 ) -> None:
     model, inputs = make(name, tmp_path / "plain")
-    oracle = save_quantised(model, tmp_path / "saved", overrides={}, granularity=32)
+    oracle = save_quantized(model, tmp_path / "saved", overrides={}, granularity=32)
     fqcompile.export(tmp_path / "saved", tmp_path / "out", profile="serve")
     loaded = type(model).from_pretrained(tmp_path / "out").eval()
     assert torch.equal(logits(loaded, inputs), logits(oracle, inputs))
@@ -71,7 +71,7 @@ def test_transformers_loads_what_is_to_be_served_if_all_experts_are_alike(
 @pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
 def test_float32_models_too(name: str, tmp_path: Path) -> None:
     model, inputs = make(name, tmp_path / "plain", torch.float32)
-    oracle = save_quantised(model, tmp_path / "saved")
+    oracle = save_quantized(model, tmp_path / "saved")
     fqcompile.export(tmp_path / "saved", tmp_path / "out")
     loaded = type(model).from_pretrained(tmp_path / "out").eval()
     assert loaded.dtype == torch.float32
@@ -79,11 +79,11 @@ def test_float32_models_too(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3-moe"])
-def test_checkpoint_of_hugging_face_is_quantised_on_the_way(name: str, tmp_path: Path) -> None:
+def test_checkpoint_of_hugging_face_is_quantized_on_the_way(name: str, tmp_path: Path) -> None:
     model, inputs = make(name, tmp_path / "plain")
     (tmp_path / "plain" / "tokenizer.json").write_text('{"made": "up"}')
     plan = fqcompile.export(tmp_path / "plain", tmp_path / "out", **OPTIONS)
-    oracle = save_quantised(model, tmp_path / "saved", exclude=["lm_head"])
+    oracle = save_quantized(model, tmp_path / "saved", exclude=["lm_head"])
     loaded = type(model).from_pretrained(tmp_path / "out").eval()
     assert torch.equal(logits(loaded, inputs), logits(oracle, inputs))
     head = plan.site("lm_head.weight")
@@ -99,7 +99,7 @@ def test_checkpoint_of_hugging_face_is_quantised_on_the_way(name: str, tmp_path:
 def test_import_gives_back_the_saved_model(name: str, profile: str, tmp_path: Path) -> None:
     """Repeated scales and widened codes are undone."""
     model, inputs = make(name, tmp_path / "plain")
-    save_quantised(model, tmp_path / "saved", exclude=["lm_head"])
+    save_quantized(model, tmp_path / "saved", exclude=["lm_head"])
     fqcompile.export(tmp_path / "saved", tmp_path / "out", profile=profile)
     saved, loaded = fqcompile.load(None, tmp_path / "saved"), fqcompile.load(None, tmp_path / "out")
     other = dict(loaded.named_parameters())

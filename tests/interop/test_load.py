@@ -1,4 +1,4 @@
-"""What others quantised opens with packed weights of the same values, and runs."""
+"""What others quantized opens with packed weights of the same values, and runs."""
 
 from functools import partial
 from pathlib import Path

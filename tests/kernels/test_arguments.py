@@ -195,7 +195,7 @@ def test_a_wrong_argument_is_refused_by_its_sizes(
 @pytest.mark.parametrize("template", [t for t in TEMPLATES if not t.startswith("triton")])
 def test_right_arguments_are_not_refused(call: str, template: str) -> None:
     if call == DEQUANTIZE and TEMPLATES[template].layout.dequantize is None:
-        pytest.skip("its layout cannot be dequantised")
+        pytest.skip("its layout cannot be dequantized")
     given = arguments(call, template)
     with faked():
         like = OPS[call](**given)

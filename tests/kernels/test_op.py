@@ -116,7 +116,7 @@ def test_linear_takes_any_leading_dimensions(leading: tuple[int, ...]) -> None:
 
 
 @given(w=weights(), bits=st.sampled_from([4, 8]), group=st.sampled_from([1, 5, 32, 4096]))
-def test_linear_of_a_quantised_weight_stays_within_half_a_step(
+def test_linear_of_a_quantized_weight_stays_within_half_a_step(
     w: Tensor, bits: int, group: int
 ) -> None:
     """End to end from a weight: x = I reads ŵ itself. absmax clips nothing, so |w - ŵ| <= s/2."""

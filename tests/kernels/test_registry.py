@@ -56,7 +56,7 @@ def test_cuda_goes_to_triton_with_a_configuration_for_its_rows() -> None:
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_cuda_without_a_gpu_dequantises() -> None:
+def test_cuda_without_a_gpu_dequantizes() -> None:
     assert str(select_kernel(replace(SPEC, device_type="cuda"))) == "dequantize"
 
 

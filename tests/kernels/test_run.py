@@ -76,9 +76,9 @@ def test_any_other_error_is_not_hidden(install: Any) -> None:
         run()
 
 
-def test_a_layout_that_cannot_be_dequantised_has_no_other_way(install: Any) -> None:
+def test_a_layout_that_cannot_be_dequantized_has_no_other_way(install: Any) -> None:
     install(KernelBuildError("no compiler"), Layout("odd", PLAIN.pack_matrix, PLAIN.shapes))
     with pytest.raises(KernelBuildError, match="no compiler"):
         run()
-    with pytest.raises(KernelBuildError, match="layout 'odd' cannot be dequantised"):
+    with pytest.raises(KernelBuildError, match="layout 'odd' cannot be dequantized"):
         dequantize_weight(WEIGHT, torch.float32, "broken")

@@ -57,7 +57,7 @@ def test_offsets_that_fall_or_pass_the_rows_are_refused(offsets: list[int], reas
         listed(Routing(offsets=torch.tensor(offsets)), 3, 4)
 
 
-def test_neighbouring_rows_are_a_slice() -> None:
+def test_neighboring_rows_are_a_slice() -> None:
     """So that reading them makes no copy."""
     found = dict(Routing(ids=torch.tensor([1, 1, 0, 2, 0])).rows_of_experts(3, 5))
     assert isinstance(found[1], slice) and isinstance(found[2], slice)

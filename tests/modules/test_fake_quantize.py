@@ -1,4 +1,4 @@
-"""fake_quantize_(): the plan's dequantised values where the weights were, and nowhere else."""
+"""fake_quantize_(): the plan's dequantized values where the weights were, and nowhere else."""
 
 import copy
 from collections.abc import Callable
@@ -53,7 +53,7 @@ def test_it_is_in_place_and_keeps_what_the_plan_keeps() -> None:
         assert torch.equal(parameter, value) == (name != "down.weight"), name
 
 
-def test_quantising_the_dequantised_again_changes_little() -> None:
+def test_quantizing_the_dequantized_again_changes_little() -> None:
     model = frozen(Mlp())
     plan = fqcompile.explain(model, X, bits=8, granularity="column")
     once = fqcompile.fake_quantize_(copy.deepcopy(model), plan)
@@ -233,12 +233,12 @@ def test_two_plans_for_one_weight_are_refused() -> None:
     plan = fqcompile.explain(lambda x: a(x) + b(x), X)
     assert len(plan.quantized) == 4
     before = copy.deepcopy(a.state_dict())
-    with pytest.raises(FineQuantError, match="another site quantise the same elements"):
+    with pytest.raises(FineQuantError, match="another site quantize the same elements"):
         fqcompile.fake_quantize_(a, plan)
     assert all(torch.equal(value, before[name]) for name, value in a.state_dict().items())
 
 
-def test_a_weight_that_is_read_both_ways_has_no_one_dequantised_value() -> None:
+def test_a_weight_that_is_read_both_ways_has_no_one_dequantized_value() -> None:
     class Autoencoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -250,7 +250,7 @@ def test_a_weight_that_is_read_both_ways_has_no_one_dequantised_value() -> None:
     model = frozen(Autoencoder())
     plan = fqcompile.explain(model, X)
     assert [site.name for site in plan.quantized] == ["w[0]", "w[1]"]
-    with pytest.raises(FineQuantError, match=r"w\[1\] and another site quantise the same elements"):
+    with pytest.raises(FineQuantError, match=r"w\[1\] and another site quantize the same elements"):
         fqcompile.fake_quantize_(model, plan)
 
 

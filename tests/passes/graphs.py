@@ -75,7 +75,7 @@ class Run:
             return tuple(self.variant.inner(*kept, *self.variant.pack(args)))
 
     def expected(self) -> tuple[Tensor, ...]:
-        """Dynamo's graph, each quantised weight replaced by its dequantised value."""
+        """Dynamo's graph, each quantized weight replaced by its dequantized value."""
         args = self._own_args()
         for site in self.state.sites:
             if site.plan is None:

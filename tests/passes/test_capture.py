@@ -207,7 +207,7 @@ def test_weight_added_in_place_to_an_activation_stays_constant() -> None:
     assert constants(run_passes(forward, X, until="capture")) == {"w"}
 
 
-def test_embedding_that_renormalises_its_table_writes_to_it() -> None:
+def test_embedding_that_renormalizes_its_table_writes_to_it() -> None:
     table = weight(64, 64)
 
     def forward(i: Tensor) -> Tensor:

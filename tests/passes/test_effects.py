@@ -125,7 +125,7 @@ TRACED: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
 
 
 @pytest.mark.parametrize(("function", "count"), TRACED.values(), ids=list(TRACED))
-def test_what_dynamo_writes_down_is_recognised(
+def test_what_dynamo_writes_down_is_recognized(
     function: Callable[[Tensor], Tensor], count: int
 ) -> None:
     graph = dynamo_graph(function, torch.randn(4, 4), grad=True).module.graph

@@ -84,7 +84,7 @@ def test_written_weight_gives_what_eager_gives(forward: Callable[[Tensor], Tenso
         options = {"inner_backend": "eager", "min_elements": 1}
         y = torch.compile(forward, backend="finequant", options=options)(X)
         W.copy_(original)
-    # Nothing may be quantised here, so the results are those of the same calls.
+    # Nothing may be quantized here, so the results are those of the same calls.
     assert torch.equal(y, expected)
 
 

@@ -154,7 +154,7 @@ def test_weight_whose_rows_are_read_is_a_head(read: Any) -> None:
     run = run_passes(lambda i: F.linear(read(i, table), table), torch.tensor([1, 2]))
     assert [(site.head, bool(site.tables)) for site in run.state.sites] == [(True, True)]
     assert [kept.reason for kept in run.state.kept] == [
-        "embedding table: embeddings are not quantised"
+        "embedding table: embeddings are not quantized"
     ]
     plan = run.state.sites[0].plan
     assert plan is not None and plan.bits == 8
@@ -211,14 +211,14 @@ def test_other_matrices_are_listed_with_what_reads_them() -> None:
 
     run = run_passes(forward, torch.tensor([1, 2]), until="match")
     reasons = {kept.name: (kept.kind, kept.reason) for kept in run.state.kept}
-    assert reasons["table"] == ("linear", "embedding table: embeddings are not quantised")
+    assert reasons["table"] == ("linear", "embedding table: embeddings are not quantized")
     assert reasons["stack"] == (
         "other",
-        "read by cdist: not a linear or expert form that is quantised",
+        "read by cdist: not a linear or expert form that is quantized",
     )
 
 
-def test_site_whose_x_is_a_parameter_is_quantised() -> None:
+def test_site_whose_x_is_a_parameter_is_quantized() -> None:
     """Learned queries: the weight is still multiplied on every call."""
     latents = torch.nn.Parameter(weight(5, K))
     run = run_passes(lambda x: F.linear(latents, NK) + x[:5, :N], X2)
@@ -268,10 +268,10 @@ def test_tensors_of_other_shapes_are_listed_with_what_reads_them() -> None:
 
     run = run_passes(forward, torch.randn(16, 128), torch.tensor([1]), until="match")
     assert {kept.name: (kept.kind, kept.reason) for kept in run.state.kept} == {
-        "signal": ("other", "read by conv1d: convolutions are not quantised"),
-        "image": ("other", "read by conv2d: convolutions are not quantised"),
-        "table": ("other", "read by sum: not a linear or expert form that is quantised"),
-        "heads": ("other", "read by matmul: not a linear or expert form that is quantised"),
+        "signal": ("other", "read by conv1d: convolutions are not quantized"),
+        "image": ("other", "read by conv2d: convolutions are not quantized"),
+        "table": ("other", "read by sum: not a linear or expert form that is quantized"),
+        "heads": ("other", "read by matmul: not a linear or expert form that is quantized"),
     }
 
 

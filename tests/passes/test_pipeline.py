@@ -9,7 +9,7 @@ from torch import nn
 
 from fqcompile.config import FineQuantConfig
 from fqcompile.passes import pipeline
-from fqcompile.passes.pipeline import Recorder, analyse
+from fqcompile.passes.pipeline import Recorder, analyze
 from fqcompile.report import reports
 from tests.passes.graphs import DEFAULTS, dynamo_graph, weight
 
@@ -42,7 +42,7 @@ def test_graphs_are_kept_only_where_asked_for() -> None:
     for keep in (False, True):
         recorder = Recorder(keep_graphs=keep)
         with torch.no_grad():
-            analyse(captured.module, captured.args, config, recorder)
+            analyze(captured.module, captured.args, config, recorder)
         texts = [p.after for p in recorder.records]
         assert all((text is not None) == keep for text in texts)
     rewrite = recorder.records[4]
@@ -51,7 +51,7 @@ def test_graphs_are_kept_only_where_asked_for() -> None:
 
 
 @pytest.mark.parametrize("word", WORDS)
-def test_failed_pass_leaves_the_model_unquantised_and_says_so(
+def test_failed_pass_leaves_the_model_unquantized_and_says_so(
     word: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(*args: object) -> int:
@@ -64,7 +64,7 @@ def test_failed_pass_leaves_the_model_unquantised_and_says_so(
     assert torch.equal(y, module(X))
     (warning,) = reports()[-1].warnings
     assert (
-        f"runs unquantised: pass '{word}' failed with ZeroDivisionError: broken {word}" in warning
+        f"runs unquantized: pass '{word}' failed with ZeroDivisionError: broken {word}" in warning
     )
     assert not reports()[-1].plan.sites
     assert warning in caplog.text
@@ -88,7 +88,7 @@ def test_pass_that_breaks_the_graph_is_caught_by_verify(monkeypatch: pytest.Monk
     assert "each op has exactly one packed weight" in reports()[-1].warnings[0]
 
 
-def test_failure_for_a_second_instance_leaves_the_first_quantised(
+def test_failure_for_a_second_instance_leaves_the_first_quantized(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Layer(nn.Module):

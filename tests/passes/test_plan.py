@@ -112,7 +112,7 @@ def test_top_one_is_a_router_beside_experts_alone(
     assert (run.state.sites[0].plan is None) == experts
 
 
-def test_router_named_in_overrides_is_quantised() -> None:
+def test_router_named_in_overrides_is_quantized() -> None:
     w = weight(32, 64)
     run = run_passes(
         lambda x: router(x, w, torch.sigmoid), X, until="plan", overrides={"^w$": {"bits": 8}}
@@ -133,7 +133,7 @@ def test_what_lies_before_another_matmul_or_is_as_wide_as_a_vocabulary_is_no_rou
     assert [site.plan is not None for site in run.state.sites] == [True, False, True]
 
 
-def test_frozen_weight_is_quantised_where_gradients_are_possible() -> None:
+def test_frozen_weight_is_quantized_where_gradients_are_possible() -> None:
     assert linear(weight(64, 64), grad=True).counts["plan"] == 1
     assert linear(weight(64, 64), trainable=True).counts["plan"] == 1
 

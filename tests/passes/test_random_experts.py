@@ -1,4 +1,4 @@
-"""Random small layers of experts through all passes, against themselves with dequantised stacks.
+"""Random small layers of experts through all passes, against themselves with dequantized stacks.
 
 A projection in one of its forms, a bias, a unit and a second projection, with writes and second
 readers in between: whatever the passes make of it has the same values, shapes and strides.
@@ -205,7 +205,7 @@ def check(draw: Draw, *, dynamic: bool) -> int:
 
 
 @given(draw=draws(), dynamic=st.sampled_from([False, False, True]))
-def test_experts_compute_what_their_dequantised_stacks_do(draw: Draw, dynamic: bool) -> None:
+def test_experts_compute_what_their_dequantized_stacks_do(draw: Draw, dynamic: bool) -> None:
     event(f"{min(check(draw, dynamic=dynamic), 4)} fusions")
 
 

@@ -80,7 +80,7 @@ def check_program(
 
 
 def has_one_value_per_weight(program: Program) -> bool:
-    """Whether every read of a weight quantises it alike, so that one ŵ can stand for all of them.
+    """Whether every read of a weight quantizes it alike, so that one ŵ can stand for all of them.
 
     A matrix on the left is grouped along its other side; "merged weight" joins halves of two
     matrices, at one group size for both; "double" is kept and reads the weight as it is.
@@ -124,7 +124,7 @@ def runs_uncompiled(program: Program, shape: tuple[int, int]) -> bool:
     overrides=formats,
     grad=st.sampled_from([False, False, True]),
 )
-def test_compiled_program_is_the_fake_quantised_one(
+def test_compiled_program_is_the_fake_quantized_one(
     program: Program, shape: tuple[int, int], overrides: dict[str, object], grad: bool
 ) -> None:
     assume(runs_uncompiled(program.requires_grad_(False), shape))

@@ -1,4 +1,4 @@
-"""rewrite: one op per quantised site, arguments in the schema's order, and no matmul left over."""
+"""rewrite: one op per quantized site, arguments in the schema's order, and no matmul left over."""
 
 import torch
 import torch.nn.functional as F

@@ -92,7 +92,7 @@ def test_full_range_integers_get_scale_one(bits, method):
 
 
 @given(matrices(), qtypes, group_sizes, scale_dtypes, st.sampled_from(SCALE_DTYPES))
-def test_dequantised_value_is_the_product_rounded_once(w, qtype, g, scale_dtype, dtype):
+def test_dequantized_value_is_the_product_rounded_once(w, qtype, g, scale_dtype, dtype):
     scale = choose_scale(w, qtype, g, "mse", scale_dtype)
     codes = quantize_affine(w, scale, qtype, g)
     k = w.shape[1]

@@ -90,7 +90,7 @@ def test_a_lone_weight_is_met_exactly_by_the_bottom_code():
 
 
 def test_values_beyond_the_extreme_that_was_read_before_them_are_no_failure() -> None:
-    """Another thread writes to the weight while it is quantised; its version tells afterwards."""
+    """Another thread writes to the weight while it is quantized; its version tells afterwards."""
     groups = torch.tensor([[1.0, -2.0, 300.0, torch.nan]])
     for extreme in (-2.0, 2.0, 0.0):
         scale = search_scale(groups, torch.tensor([extreme]), QTYPES[4])

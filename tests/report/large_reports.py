@@ -84,7 +84,7 @@ def llama_8b() -> CompileReport:
             sites.append(quantized(name, shape, bits, group, error * (1 if bits == 4 else 0.07)))
     sites.append(quantized("lm_head.weight", (128256, 4096), 8, 4096, 0.0062, kernel="int8_gemv"))
     sites.append(
-        kept("model.embed_tokens.weight", (128256, 4096), "embedding table: not quantised")
+        kept("model.embed_tokens.weight", (128256, 4096), "embedding table: not quantized")
     )
     return _report(sites, {"bits": 4, "granularity": "range"})
 

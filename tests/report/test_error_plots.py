@@ -49,7 +49,7 @@ def test_stack_without_known_experts_and_unknown_errors_are_left_out(
 ) -> None:
     unknown = dataclasses.replace(linear, relative_error=None)
     endless = dataclasses.replace(linear, relative_error=float("inf"))
-    assert "no quantised weight has a known error" in errors_html([unknown, endless])
+    assert "no quantized weight has a known error" in errors_html([unknown, endless])
     page = Page(errors_html([unknown, stack]))
     assert len(page.titles) == 2 and page.rows == {}
 

@@ -87,17 +87,17 @@ def test_page_follows_the_theme_of_the_system_and_has_a_filter(text: str) -> Non
 def test_page_of_nothing_has_its_title_and_options(tmp_path: Path) -> None:
     path = Plan((), {"bits": 4}).to_html(tmp_path / "plan.html")
     page = Page(path.read_text(encoding="utf-8"))
-    assert page.facts["sites quantised"] == "0 of 0"
+    assert page.facts["sites quantized"] == "0 of 0"
     assert page.rows == {"options": [["bits", "4", "4"]]}
 
 
-def test_page_of_kept_sites_alone_says_that_nothing_is_quantised(
+def test_page_of_kept_sites_alone_says_that_nothing_is_quantized(
     plan: Plan, tmp_path: Path
 ) -> None:
     text = Plan(plan.kept).to_html(tmp_path / "plan.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert page.facts["sites quantised"] == "0 of 2"
-    assert "none: nothing is quantised" in text and "there is none, or they came packed" in text
+    assert page.facts["sites quantized"] == "0 of 2"
+    assert "none: nothing is quantized" in text and "there is none, or they came packed" in text
     assert "kernels" not in page.rows and len(page.rows["sites"]) == 2
 
 

@@ -75,11 +75,11 @@ def test_facts_are_those_of_the_weights(model: Tower, page: Page) -> None:
     small = 2 * model.small.weight.numel()
     after = sum(map(packed_bytes, weights(model)))
     count = sum(w.numel() for w in weights(model))
-    assert page.facts["sites quantised"] == "4 of 5"
+    assert page.facts["sites quantized"] == "4 of 5"
     times = f"{before / (after + small):.1f}"
     sizes = f"{before / 2**20:.2f} → {(after + small) / 2**20:.2f} MiB"
     assert page.facts[f"of weights, {times} times smaller"] == sizes
-    assert page.facts["bits per quantised weight"] == f"{8 * after / count:.2f}"
+    assert page.facts["bits per quantized weight"] == f"{8 * after / count:.2f}"
     mean = sum(errors(model)) / 4
     assert float(page.facts["mean relative error"]) == pytest.approx(mean, abs=2e-4)
 

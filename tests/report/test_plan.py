@@ -8,7 +8,7 @@ import pytest
 from fqcompile.report import Plan, Totals
 
 
-def test_totals_count_scales_and_quantised_sites_alone(plan: Plan) -> None:
+def test_totals_count_scales_and_quantized_sites_alone(plan: Plan) -> None:
     after = (2 << 20) + 2048 + (9 << 20)
     assert plan.totals == Totals(
         sites=4,
@@ -19,13 +19,13 @@ def test_totals_count_scales_and_quantised_sites_alone(plan: Plan) -> None:
         mean_relative_error=(0.01 + 0.09) / 2,
     )
     assert str(plan.totals) == (
-        "quantised 2 of 4 sites: 36.03 → 11.03 MiB, 4.89 bits per quantised weight, "
+        "quantized 2 of 4 sites: 36.03 → 11.03 MiB, 4.89 bits per quantized weight, "
         "mean error 0.0500"
     )
 
 
 def test_totals_of_nothing_have_no_averages() -> None:
-    assert str(Plan(()).totals) == "quantised 0 of 0 sites: 0.00 → 0.00 MiB"
+    assert str(Plan(()).totals) == "quantized 0 of 0 sites: 0.00 → 0.00 MiB"
 
 
 def test_quantized_and_kept_divide_the_sites(plan: Plan) -> None:
@@ -48,7 +48,7 @@ def test_text_ends_with_totals_and_reasons_in_full_commonest_first(plan: Plan) -
     router, hostile = plan.kept
     lines = str(Plan((router, hostile, hostile))).splitlines()
     assert lines[-3:] == [
-        "quantised 0 of 3 sites: 0.03 → 0.03 MiB",
+        "quantized 0 of 3 sites: 0.03 → 0.03 MiB",
         f"kept 2: {hostile.reason}",
         f"kept 1: {router.reason}",
     ]

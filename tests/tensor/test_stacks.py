@@ -23,7 +23,7 @@ def outlier_stack(experts: int = 4, n: int = 16, k: int = 256, bad: int = 2) -> 
 
 
 def worst_expert(w: Tensor, weight: QuantizedTensor) -> list[float]:
-    """‖w - ŵ‖ / ‖w‖ of each expert, from the dequantised stack alone."""
+    """‖w - ŵ‖ / ‖w‖ of each expert, from the dequantized stack alone."""
     w_hat = weight.dequantize(torch.float32).double()
     norms = [t.flatten(1).norm(dim=1) for t in (w.double() - w_hat, w.double())]
     return (norms[0] / norms[1].clamp(min=1e-300)).tolist()
@@ -44,7 +44,7 @@ def test_stack_gets_the_finest_group_size_that_an_expert_asks_for(granularity: s
     st.sampled_from(["column", "adaptive", "range", 1]),
     st.sampled_from([4, 8]),
 )
-def test_experts_are_quantised_as_each_would_be_alone(
+def test_experts_are_quantized_as_each_would_be_alone(
     kinds: list[str], n: int, k: int, granularity: str | int, bits: int
 ) -> None:
     w = torch.stack([matrix(kind, n, k, seed) for seed, kind in enumerate(kinds)])

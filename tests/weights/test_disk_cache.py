@@ -46,7 +46,7 @@ def test_what_one_process_keeps_another_finds(tmp_path: Path) -> None:
     assert first.usage().nbytes == sum(p.stat().st_size for p in first.directory.iterdir())
 
 
-def test_nothing_is_kept_of_a_weight_that_cannot_be_quantised(tmp_path: Path) -> None:
+def test_nothing_is_kept_of_a_weight_that_cannot_be_quantized(tmp_path: Path) -> None:
     def refuse() -> Entry:
         raise UnquantizableWeight("no")
 

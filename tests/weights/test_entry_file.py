@@ -24,7 +24,7 @@ KEY = "0123abcd"
 def entry(
     bits: int = 4, rows: int = 6, k: int = 33, group_size: int = 16, experts: int = 0, seed: int = 0
 ) -> Entry:
-    """Any codes and scales, of `rows` for each expert: nothing is quantised here."""
+    """Any codes and scales, of `rows` for each expert: nothing is quantized here."""
     generator = torch.Generator().manual_seed(seed)
     every = rows * max(1, experts)
     codes = random_codes(bits, every, k, generator)
@@ -78,7 +78,7 @@ def test_scales_keep_their_type(scale_dtype: torch.dtype, tmp_path: Path) -> Non
     assert_same(read_entry(tmp_path / "e", KEY), written)
 
 
-def test_the_file_is_safetensors_and_says_how_the_weight_was_quantised(tmp_path: Path) -> None:
+def test_the_file_is_safetensors_and_says_how_the_weight_was_quantized(tmp_path: Path) -> None:
     plan, weight = entry(experts=2)
     write_entry(tmp_path / "e", KEY, (plan, weight))
     with safe_open(tmp_path / "e", framework="pt") as file:

@@ -1,4 +1,4 @@
-"""PackedWeight: what it answers itself equals the same on the dequantised weight, bit for bit."""
+"""PackedWeight: what it answers itself equals the same on the dequantized weight, bit for bit."""
 
 import copy
 import io
@@ -233,7 +233,7 @@ def test_writes_in_place_are_refused(write: str) -> None:
 
 @pytest.mark.parametrize("way", ["copy_", "data"])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_values_copied_in_are_quantised_as_the_old_were(way: str, transposed: bool) -> None:
+def test_values_copied_in_are_quantized_as_the_old_were(way: str, transposed: bool) -> None:
     w = torch.nn.Parameter(make(64, 80, transposed=transposed, seed=5), requires_grad=False)
     assert isinstance(w, PackedWeight)
     new = torch.randn(64, 80)
@@ -258,7 +258,7 @@ def test_codes_are_copied_as_they_are_whatever_their_format() -> None:
         assert w.qweight.data_ptr() != other.qweight.data_ptr()
 
 
-def test_values_that_cannot_be_quantised_leave_the_old_ones() -> None:
+def test_values_that_cannot_be_quantized_leave_the_old_ones() -> None:
     w = make(64, 80)
     before = dense(w)
     with pytest.raises(UnquantizableWeight, match="NaN"):

@@ -1,4 +1,4 @@
-"""What was stacked and packed comes back part by part, bit for bit; nothing is quantised twice."""
+"""What was stacked and packed comes back part by part, bit for bit; nothing is quantized twice."""
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def test_every_part_comes_back_as_it_was_stacked(layout: Layout, data: st.DataOb
 
 @pytest.fixture
 def quantized(monkeypatch: pytest.MonkeyPatch) -> list[Part]:
-    """Each part that is quantised from its weight, in turn."""
+    """Each part that is quantized from its weight, in turn."""
     done: list[Part] = []
     quantize = Part.quantize
 
@@ -116,7 +116,7 @@ def test_second_form_is_made_from_the_first(layout: Layout, quantized: list[Part
     assert all(torch.equal(a, b) for a, b in zip(again.tensors, wanted.tensors, strict=True))
 
 
-def test_what_cannot_be_unpacked_is_quantised_again(quantized: list[Part]) -> None:
+def test_what_cannot_be_unpacked_is_quantized_again(quantized: list[Part]) -> None:
     store, sources = WeightStore(), (weight(),)
     spec = NodeWeight((part(0),), 32, ATEN_INT4_CPU)
     store.packed(spec, sources)

@@ -261,7 +261,7 @@ def quantized(w: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("writes", [1, 2, ATTEMPTS - 1])
-def test_a_weight_written_while_it_is_quantised_leaves_nothing_stale(
+def test_a_weight_written_while_it_is_quantized_leaves_nothing_stale(
     store: WeightStore, writes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     w = weight()
@@ -283,7 +283,7 @@ def test_a_part_written_while_it_is_packed_leaves_nothing_stale(
         assert torch.equal(store.quantized(part(), (w,)).qweight, quantized(weight(1)))
 
 
-def test_of_a_weight_that_is_written_each_time_a_copy_is_quantised(
+def test_of_a_weight_that_is_written_each_time_a_copy_is_quantized(
     store: WeightStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     w = weight()

@@ -36,7 +36,7 @@ class Architecture:
         grouped: its experts have implementations to choose from.
         looped: experts run in a loop over data, and other batches choose others.
         tables: parameters that are a table and a linear's matrix at once, which has no place for
-            dequantised values: excluded where results are compared with those.
+            dequantized values: excluded where results are compared with those.
         kept: by a part of a parameter's name, a part of the only reason for which a linear so
             named may stay as it is though the model reads it.
     """

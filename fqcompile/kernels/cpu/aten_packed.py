@@ -1,7 +1,7 @@
-"""PyTorch's own packed bf16 CPU kernels, used where they are exact and faster than dequantising.
+"""PyTorch's own packed bf16 CPU kernels, used where they are exact and faster than dequantizing.
 
 Measured on two AVX-512 BF16 cores, N = K = 4096, bf16, milliseconds at M = 1, 16, 64, 128: dense
-1.6, 2.4, 5.9, 10.9; int8pack .7, 3.8, 13.9, 29.4; int4pack .5, 3.2, 12.5, 25.1; dequantising int8
+1.6, 2.4, 5.9, 10.9; int8pack .7, 3.8, 13.9, 29.4; int4pack .5, 3.2, 12.5, 25.1; dequantizing int8
 4.9, 6.0, 9.6, 18.6, int4 8.1, 9.3, 13.3, 22.8. With fp32 or fp16 activations both kernels are 2 to
 50 times slower than dense, so they serve bf16 only.
 """
@@ -24,7 +24,7 @@ from fqcompile.tensor.format import QTYPES
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import int4pack_mm, int8pack_mm, pack_int4
 
-# Above these row counts dequantising once and multiplying densely is faster (table above).
+# Above these row counts dequantizing once and multiplying densely is faster (table above).
 INT8_MAX_ROWS = 32
 INT4_MAX_ROWS = 64
 _INT4_GROUPS = (32, 64, 128, 256)
@@ -63,10 +63,10 @@ def _refuse_int4(spec: GemmSpec) -> str | None:
     if spec.weight_rows % _INT4_ROW_MULTIPLE:
         return f"takes a multiple of {_INT4_ROW_MULTIPLE} weight rows, not {spec.weight_rows}"
     if spec.needs_backward:
-        return "its layout cannot be dequantised for a backward pass"
+        return "its layout cannot be dequantized for a backward pass"
     # Experts have one layout for all numbers of rows: prefill and decode share their weights.
     if spec.m > INT4_MAX_ROWS and not spec.experts:
-        return f"is slower than dequantising above {INT4_MAX_ROWS} rows; the example has {spec.m}"
+        return f"is slower than dequantizing above {INT4_MAX_ROWS} rows; the example has {spec.m}"
     return _refuse_common(spec, 4)
 
 

@@ -2,9 +2,9 @@
 
 The C++ (native/) does the whole layer in one call: routing, product, bias, activation, gate x up,
 residual. Sums are fp32. bf16 activations meet codes in bf16, which is exact, where the processor
-multiplies bf16; all others are widened to fp32. None is ever quantised.
+multiplies bf16; all others are widened to fp32. None is ever quantized.
 
-Dequantising and PyTorch's GEMM is not faster for any number of rows: one core with AVX-512 BF16,
+Dequantizing and PyTorch's GEMM is not faster for any number of rows: one core with AVX-512 BF16,
 N = K = 4096, int4, milliseconds at M = 64, 128, 256, 512: this 14, 31, 60, 121, F.linear on the
 dense bf16 weight 20, 31, 60, 114, by panels 28, 38, 70, 132. Only AMX multiplies bf16 much faster.
 """
@@ -45,9 +45,9 @@ _ACTIVATIONS = {name: i for i, name in enumerate(ACTIVATIONS)}
 _MATMUL, _DEQUANTIZE = Struct("=23q"), Struct("=13q")
 
 # With AMX, PyTorch's GEMM does 8 times the bf16 products of AVX-512 a cycle: from so many rows on
-# that pays for dequantising. From the instructions' rates: no such processor was measured.
+# that pays for dequantizing. From the instructions' rates: no such processor was measured.
 AMX_ROWS = 64
-_PANEL = 1 << 20  # weights that are dequantised at a time, and multiplied while in the cache
+_PANEL = 1 << 20  # weights that are dequantized at a time, and multiplied while in the cache
 
 
 def _refuse(spec: GemmSpec) -> str | None:
@@ -127,7 +127,7 @@ def _multiply(
 
 
 def _multiply_many(x: Tensor, weight: QuantizedTensor, epilogue: Epilogue) -> Tensor:
-    """A panel of the weight at a time is dequantised, and multiplied by PyTorch's GEMM."""
+    """A panel of the weight at a time is dequantized, and multiplied by PyTorch's GEMM."""
     z = x.new_empty(x.shape[0], weight.format.rows)
     blocks = max(1, _PANEL // (weight.format.k * OUTPUTS))
     for first in range(0, weight.format.rows, blocks * OUTPUTS):

@@ -1,7 +1,7 @@
 """The layout of the x86 kernel: blocks of 64 outputs, each in the order it is read.
 
     qweight [blocks, (K rounded up to 8) / codes in a word, 64] int32; a word has 8 (int4) or
-            4 (int8) neighbouring codes of one row as two's complement. Code i is at bit
+            4 (int8) neighboring codes of one row as two's complement. Code i is at bit
             16 * (i odd) + bits * (i // 2): of each pair one code in either half of the word
     scale   [blocks, groups, 64] as given; rows that fill up the last block have codes and scales 0
 

@@ -124,7 +124,7 @@ class Model:
         memory = (hit * self.rows * self.k * self.bits / 8 + M * 2 * (self.k + self.n)) / rate
         read = programs * per_program * (self._block_bytes + self._x_bytes)
         from_cache = read / (_L2_OVER_DRAM * self.bandwidth)
-        # A program's products wait for its own conversions; those of its neighbours fill the gap.
+        # A program's products wait for its own conversions; those of its neighbors fill the gap.
         waiting = blocks * Min(issue, matrix) / Max(1, floor(self._resident))
         shares = self.split * M * self.rows * _SHARE_BYTES / self.bandwidth
         finish = Min(self.split - 1, 1) * (LAUNCH_SECONDS + shares)

@@ -109,7 +109,7 @@ def expert_gemm_kernel(
     routing: the schedule [num_blocks, 3], or ids [M], and num_blocks is M. A row whose id names no
     expert becomes NaN.
     """
-    # Programs that may read the same weight tile are neighbours, as those of one expert are.
+    # Programs that may read the same weight tile are neighbors, as those of one expert are.
     block = tl.program_id(0) % num_blocks
     offs_n = (tl.program_id(0) // num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     lanes = tl.arange(0, BLOCK_M)

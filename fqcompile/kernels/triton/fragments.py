@@ -37,7 +37,7 @@ def word_offsets(offs_n, rows, num_blocks, WORDS: tl.constexpr):
 
 @triton.jit
 def load_words(ptrs, BLOCK_N: tl.constexpr, BITS: tl.constexpr):
-    """[BLOCK_N, 4, chunks]: the words that one thread of an mma reads are neighbours."""
+    """[BLOCK_N, 4, chunks]: the words that one thread of an mma reads are neighbors."""
     words = tl.load(ptrs)
     if BITS == 4:
         chunks = tl.reshape(words, (BLOCK_N, 4, 4))

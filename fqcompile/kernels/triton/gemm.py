@@ -192,7 +192,7 @@ def gemm_kernel(
     BLOCKS_PER_GROUP: blocks of K that share their scales, 0 where there is one scale per row.
     DOT_K: columns of K in one dot.
     """
-    # Programs that read the same weight tile are neighbours: L2 serves it to all but the first.
+    # Programs that read the same weight tile are neighbors: L2 serves it to all but the first.
     num_pid_m = tl.cdiv(M, BLOCK_M)
     offs_m = (tl.program_id(0) % num_pid_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = (tl.program_id(0) // num_pid_m) * BLOCK_N + tl.arange(0, BLOCK_N)

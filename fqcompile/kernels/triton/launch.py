@@ -93,7 +93,7 @@ def dequant_gemm(
 
 
 def with_whole_rows(epilogue: Epilogue) -> Epilogue:
-    """The bias contiguous, the residual with neighbouring columns, as the kernels read them."""
+    """The bias contiguous, the residual with neighboring columns, as the kernels read them."""
     bias, residual, activation, gated = epilogue
     if residual is not None and residual.stride(1) != 1:
         residual = residual.contiguous()

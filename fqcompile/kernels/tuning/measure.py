@@ -28,7 +28,7 @@ _DEVICE = torch.device("cuda")
 _MOST_COPIES = 257
 _LEAST_CALLS = 16  # in one graph, so that starting it counts for little
 _WARM_UPS, _REPLAYS = 5, 25
-_REFERENCE_CHUNK = 1 << 26  # weights of the reference that are dequantised at a time
+_REFERENCE_CHUNK = 1 << 26  # weights of the reference that are dequantized at a time
 
 
 def measure_on_gpu(template: Template, spec: GemmSpec, m: int) -> Measure:
@@ -92,7 +92,7 @@ def expert_reference(
 def routings(spec: GemmSpec, m: int, device: torch.device) -> list[Routing]:
     """Of m rows, each of whose experts is one of all by chance: in turn they hit all there are.
 
-    A call reads only the experts that were hit. They are neighbours, in each routing the ones after
+    A call reads only the experts that were hit. They are neighbors, in each routing the ones after
     those before, so that what one call reads has left the cache by the next.
     """
     generator = torch.Generator(device).manual_seed(1)

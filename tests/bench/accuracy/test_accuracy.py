@@ -19,7 +19,7 @@ from bench.accuracy.language_model import windows_of
 from bench.accuracy.others import BASELINES
 from bench.accuracy.outliers import with_outliers
 from bench.accuracy.plots import draw
-from bench.accuracy.quantized import QuantisedWeight, layer_type, ours, theirs
+from bench.accuracy.quantized import QuantizedWeight, layer_type, ours, theirs
 from bench.accuracy.rows import WAYS, Exact, our_row
 from bench.accuracy.targets import ADAPTIVE, pareto_front, verdicts
 from bench.accuracy.train_lm import FAMILIES, SIZES, build, train_tokenizer
@@ -49,19 +49,19 @@ def exact() -> Exact:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bits_are_the_bytes_of_codes_and_scales(family: str) -> None:
     model = model_of(family)
-    quantised = ours(model, {"granularity": 32})
+    quantized = ours(model, {"granularity": 32})
     weights = dict(model.named_parameters())
     bits = elements = 0
-    for one in quantised.weights:
+    for one in quantized.weights:
         weight = weights[one.name]
         rows = weight.numel() // weight.shape[-1]
         bits += 8 * (weight.numel() // 2) + 16 * rows * (weight.shape[-1] // 32)
         elements += weight.numel()
-    assert quantised.bits_per_weight == pytest.approx(bits / elements) == 4.5
+    assert quantized.bits_per_weight == pytest.approx(bits / elements) == 4.5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_everyone_quantises_the_same_matrices_and_nothing_else(family: str) -> None:
+def test_everyone_quantizes_the_same_matrices_and_nothing_else(family: str) -> None:
     model = model_of(family)
     before = {name: p.clone() for name, p in model.named_parameters()}
     mine = ours(model, WAYS["int4 g64 mse"])
@@ -69,8 +69,8 @@ def test_everyone_quantises_the_same_matrices_and_nothing_else(family: str) -> N
     assert {w.name for w in mine.weights} == {w.name for w in other.weights}
     changed = {w.name for w in mine.weights}
     assert not any("embed" in name or "head" in name or ".gate." in name for name in changed)
-    for quantised in (mine, other):
-        for name, parameter in quantised.model.named_parameters():
+    for quantized in (mine, other):
+        for name, parameter in quantized.model.named_parameters():
             assert torch.equal(parameter, before[name]) == (name not in changed), name
     for name, parameter in other.model.named_parameters():
         if name in changed:
@@ -133,14 +133,14 @@ def test_no_row_where_the_backend_computes_something_else(
     exact: Exact, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     def slightly_off(model: nn.Module, options: Any) -> Any:
-        quantised = ours(model, options)
-        next(p for n, p in quantised.model.named_parameters() if "up_proj" in n)[0] = 0
-        return quantised
+        quantized = ours(model, options)
+        next(p for n, p in quantized.model.named_parameters() if "up_proj" in n)[0] = 0
+        return quantized
 
     monkeypatch.setattr(accuracy_rows, "ours", slightly_off)
     row = our_row(exact, way)
     assert row.evaluation is None and "loss" not in row.row
-    assert row.row["failure"].startswith("compiled differs from dequantised by")
+    assert row.row["failure"].startswith("compiled differs from dequantized by")
 
 
 @pytest.mark.parametrize("baseline", BASELINES, ids=lambda b: b.name)
@@ -148,7 +148,7 @@ def test_other_libraries_keep_the_matrix_at_their_bits(baseline: Any) -> None:
     if why := missing(baseline.package):
         pytest.skip(why)
     w = 0.02 * torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
-    w_hat, bits = baseline.quantiser(w)
+    w_hat, bits = baseline.quantizer(w)
     group = int(baseline.name.rpartition("g")[2])
     assert bits == 4 + 32 / group
     assert w_hat.shape == w.shape and w_hat.dtype == torch.float32
@@ -226,8 +226,8 @@ def test_targets_with_outliers() -> None:
     assert verdict(found, "with outliers int4 range mse's loss") is False
 
 
-def weight(name: str, bits: float, error: float, elements: int = 100) -> QuantisedWeight:
-    return QuantisedWeight(name, elements, bits, error)
+def weight(name: str, bits: float, error: float, elements: int = 100) -> QuantizedWeight:
+    return QuantizedWeight(name, elements, bits, error)
 
 
 def test_the_pareto_front_against_all_pairs() -> None:

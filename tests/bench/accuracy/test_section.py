@@ -33,7 +33,7 @@ def accuracy_content() -> dict[str, Any]:
             rows += [quality(model, f"int4 {way}", loss, loss, 4.1) | about]
     sentences = {"part": "embeddings", "model": "MiniLM", "way": "hqq g64", "cosine": 0.98765}
     sizes = {"bits_per_weight": 4.5, "mean_error": 0.1, "least_cosine": 0.9}
-    rows += [sentences | sizes | {"same_neighbour": 0.75}]
+    rows += [sentences | sizes | {"same_neighbor": 0.75}]
     broken = {"part": "quality", "model": "opt", "way": "int4 range mse", "failure": "differs"}
     found = content([*rows, broken], baselines="hqq 1, hqq 1, nf 2")
     return found | {"name": "accuracy", "figures": ["accuracy-pareto.png", "accuracy-ranges.png"]}

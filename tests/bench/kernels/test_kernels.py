@@ -271,7 +271,7 @@ def test_a_shape_too_large_is_left_out_and_the_next_is_measured(
     assert {row["n"] for row in results.rows} == {64}
 
 
-def test_who_quantises_anew_may_be_a_step_away_and_no_more() -> None:
+def test_who_quantizes_anew_may_be_a_step_away_and_no_more() -> None:
     spec = replace(kernels.specs(*_layer())[0], n=64, m=8)
     problem = contenders.Problem(spec, CPU)
     expected = problem.expected(8)

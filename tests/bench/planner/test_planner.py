@@ -89,7 +89,7 @@ def test_a_device_without_figures_is_named(
 
 
 def test_what_is_stored_is_compared(tmp_path: Path) -> None:
-    """The bytes of quantised models are those that were measured, but for 2 %."""
+    """The bytes of quantized models are those that were measured, but for 2 %."""
     planner.main(["--json", str(tmp_path / "errors.json")])
     rows = json.loads((tmp_path / "errors.json").read_text(encoding="utf-8"))
     sizes = [row["error"] for row in rows if row["part"].startswith("weights")]

@@ -34,11 +34,11 @@ REFUSALS = [
     ),
     (INT4PACK, replace(INT4, k=96), "that divide K=96, not 64"),
     (INT4PACK, replace(INT4, n=72), "takes a multiple of 64 weight rows, not 72"),
-    (INT4PACK, replace(INT4, needs_backward=True), "cannot be dequantised for a backward pass"),
+    (INT4PACK, replace(INT4, needs_backward=True), "cannot be dequantized for a backward pass"),
     (
         INT4PACK,
         replace(INT4, m=65),
-        "slower than dequantising above 64 rows; the example has 65",
+        "slower than dequantizing above 64 rows; the example has 65",
     ),
     (INT8PACK, replace(INT8, group_size=32), "takes one scale per column, not groups of 32"),
     (INT8PACK, replace(INT8, bits=4), "takes 8-bit weights, not 4-bit"),

@@ -2,7 +2,7 @@
 
 * the arithmetic of the hardware (`interpreter_numbers`),
 * every access checked: in bounds, aligned, free of races (`interpreter_memory`), and
-* everything that is uninitialised set to NaN, or to the largest integer: `torch.empty`, and the
+* everything that is uninitialized set to NaN, or to the largest integer: `torch.empty`, and the
   masked-off lanes of a load that does not say what they are.
 
     with interpreted() as memory:

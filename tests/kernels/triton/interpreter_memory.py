@@ -1,6 +1,6 @@
 """Memory as a launch sees it: the tensors passed to it, who wrote and read them, in which order.
 
-A program is a sequence of segments, numbered through the whole trace; a synchronising atomic ends
+A program is a sequence of segments, numbered through the whole trace; a synchronizing atomic ends
 one. Each byte of a tensor's storage has the last segment that stored to it, loaded from it and
 updated it atomically. A race is an access to a byte that a segment of another program of the same
 launch touched, one of the two not a load, unless atomics order the two:

@@ -1,4 +1,4 @@
-"""The dequantise kernel is exact: code times scale in fp32, rounded once."""
+"""The dequantize kernel is exact: code times scale in fp32, rounded once."""
 
 import pytest
 import torch

@@ -79,7 +79,7 @@ def dense_bound(case: ExpertCase, inputs: ExpertInputs) -> tuple[Tensor, Tensor]
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_dense_is_the_stack_dequantised_and_multiplied_by_pytorch(
+def test_dense_is_the_stack_dequantized_and_multiplied_by_pytorch(
     bits: int, bias: bool, index_dtype: torch.dtype, device: str
 ) -> None:
     one = replace(ONE, dtype=BF16, bits=bits, bias=bias)

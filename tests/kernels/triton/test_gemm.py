@@ -1,4 +1,4 @@
-"""The GEMM against fp64 dequantise-then-multiply: in the interpreter, and on a GPU if there is."""
+"""The GEMM against fp64 dequantize-then-multiply: in the interpreter, and on a GPU if there is."""
 
 from dataclasses import replace
 

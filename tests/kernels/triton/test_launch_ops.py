@@ -111,7 +111,7 @@ def dense_products(inputs: Inputs, u: float) -> tuple[Tensor, Tensor]:
 
 @on_every_device
 @every_case
-def test_dense_is_the_dequantised_weight_times_x(case: Case, device: str) -> None:
+def test_dense_is_the_dequantized_weight_times_x(case: Case, device: str) -> None:
     """Beyond the fused kernel's error: ŵ is rounded to 16 bits, and so are z and gate * up."""
     case = replace(case, m=5)
     call = call_of(case, device)
@@ -196,7 +196,7 @@ def test_dequantize_passes_opcheck() -> None:
 def exact_gradients(call: Call, dy: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Of x, bias and residual, by autograd in fp64, each with how far it may be off.
 
-    With a gate z is computed again, by way of the dequantised weight, and is off by ez. That
+    With a gate z is computed again, by way of the dequantized weight, and is off by ez. That
     changes a slope by at most ez (curvatures are below 1) and a value by 1.13 ez; then the slope or
     value, up and two products are rounded. In dx = dz ŵ both factors are rounded, and the result; a
     bias gets a sum that PyTorch takes in fp32 and rounds.

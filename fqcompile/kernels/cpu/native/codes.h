@@ -1,6 +1,6 @@
 // How codes lie in the 32-bit words of the packed weight, and the two ways to multiply by them.
 //
-// A word belongs to one output and holds WORD = 32 / BITS neighbouring codes of its row, as two's
+// A word belongs to one output and holds WORD = 32 / BITS neighboring codes of its row, as two's
 // complement: of each pair (k, k + 1) the first in the lower 16 bits, the second in the upper, so that
 // both ways read the same words. Code i is at bit 16 * (i odd) + BITS * (i / 2).
 #pragma once
