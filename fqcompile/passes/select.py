@@ -1,7 +1,7 @@
 """7 select: one kernel for each quantized matmul, fixed on its node.
 
 The op's `kernel` argument names the template and its configurations by number of rows, from a table
-of measured ones, a search, or the closed form; so neither Inductor nor the op decides anything
+of measured ones, a search, or the heuristic; so neither Inductor nor the op decides anything
 later. The template's layout decides how `lower` packs the weight.
 """
 

@@ -1,7 +1,7 @@
 """One matmul at one number of rows as tuning left it: every candidate with its time, or why none.
 
 Candidates are configurations of a kernel or, where kernels have none, the kernels themselves. The
-choice is what is taken without measuring: the closed form's configuration, or the selected kernel.
+choice is what is taken without measuring: the heuristic's configuration, or the selected kernel.
 """
 
 from collections.abc import Sequence

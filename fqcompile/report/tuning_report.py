@@ -32,14 +32,14 @@ class TuningReport:
 
     Attributes:
         about: what the times hold for: device, versions, command, mode; written out as it is.
-        choice: what is taken without measuring, in words: "closed form".
+        choice: what is taken without measuring, in words: "heuristic".
         notes: how it was measured and what to keep in mind, a sentence each.
         left_out: what was not measured, with the reason.
     """
 
     cases: Sequence[TuningCase]
     about: Mapping[str, object]
-    choice: str = "closed form"
+    choice: str = "heuristic"
     notes: Sequence[str] = ()
     left_out: Sequence[str] = ()
 

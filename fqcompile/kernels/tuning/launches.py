@@ -1,4 +1,4 @@
-"""Which configuration a kernel gets: from a tuned table, a search, or the closed form."""
+"""Which configuration a kernel gets: from a tuned table, a search, or the heuristic."""
 
 from dataclasses import replace
 from typing import Final, Literal, NamedTuple
@@ -10,8 +10,8 @@ from fqcompile.kernels.tuning.measure import measure_on_gpu
 from fqcompile.kernels.tuning.search import MakeMeasure, at_bucket, search
 from fqcompile.kernels.tuning.table import Case, TunedTable, table_for
 
-Source = Literal["closed form", "tuned table", "searched"]
-CLOSED_FORM: Final = "closed form"
+Source = Literal["heuristic", "tuned table", "searched"]
+CLOSED_FORM: Final = "heuristic"
 TABLE: Final = "tuned table"
 SEARCHED: Final = "searched"
 _FROM_GUESS_TO_KNOWLEDGE: tuple[Source, ...] = (CLOSED_FORM, TABLE, SEARCHED)
@@ -37,10 +37,10 @@ def tuned_launches(
     make_measure: MakeMeasure = measure_on_gpu,
     table: TunedTable | None = None,
 ) -> Chosen:
-    """The closed form's launches with each configuration replaced by the fastest one measured.
+    """The heuristic's launches with each configuration replaced by the fastest one measured.
 
     "off" takes what the table has; "fast" searches where it has nothing; "max" where nothing of a
-    full search. The bounds of M are the closed form's: it knows where kernels change in kind. A
+    full search. The bounds of M are the heuristic's: it knows where kernels change in kind. A
     step is measured at its largest number of rows, which no smaller number takes longer than.
     """
     closed = template.launches(spec)
