@@ -1,8 +1,9 @@
 """The backend "finequant", found through the entry point group torch_dynamo_backends.
 
-It is registered when this module is imported, by one thread under the import lock. torch would do
-it in each thread that asks for the name before it is known, and all but the first would fail with
-"duplicate name". So the entry point is None: to register nothing is what torch does with that.
+This module registers the backend when it is imported, in one thread that holds the import lock.
+torch would register an entry point in every thread that asks for the name before it is known, and
+all threads but the first would fail with "duplicate name". So the entry point is None, for which
+torch registers nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,9 +30,9 @@ def finequant(
     """Quantize the constant weights of one captured graph and compile it.
 
     Args:
-        gm, example_inputs: as Dynamo passes them; the graph is copied, never changed.
+        gm, example_inputs: as Dynamo passes them; the graph is copied, never modified.
         mode, options: as given to `torch.compile`; see `FineQuantConfig`.
-        name: the graph's name in reports, where torch passes one.
+        name: the graph's name in reports, if torch passes one.
 
     Raises:
         OptionError: an option is unknown or its value is not allowed.

@@ -1,6 +1,6 @@
 """The command `fqcompile`: each subcommand is a module of `fqcompile.commands`, loaded on demand.
 
-The demo's imports (transformers) take seconds, which `fqcompile doctor` should not pay.
+The demo imports transformers, which takes seconds; `fqcompile doctor` should not wait for that.
 """
 
 import argparse
@@ -24,7 +24,7 @@ _RENAMED = {"plan": "estimate"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the process's exit status."""
+    """Run one subcommand; return the exit status of the process."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="fqcompile",
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _unknown(command: str) -> str:
-    """What is wrong with a command that there is not, and which to give."""
+    """The message for an unknown command, with the command to use instead."""
     if command in _RENAMED:
         return f"{command!r} was renamed; give: fqcompile {_RENAMED[command]}"
     return f"no command is called {command!r}; there are {', '.join(COMMANDS)}" + nearest(

@@ -1,8 +1,8 @@
-"""What a user says of what FineQuant compiles, beside `torch.compile` itself.
+"""User functions for compiled models, in addition to `torch.compile` itself.
 
-finequant   the decorator: a function or a forward method, compiled
-warm_up     the first call of a compiled model, made before anyone waits for it
-refresh     what was made of a model's weights is stale; the next call makes it again
+finequant   decorator that compiles a function or a forward method
+warm_up     compile and quantize ahead of the first request
+refresh     mark a model's quantized weights as stale; the next call quantizes them again
 """
 
 from collections.abc import Callable, Iterator
@@ -47,7 +47,7 @@ def finequant(
 
     Args:
         fullgraph, dynamic: as for `torch.compile`.
-        options: those of `FineQuantConfig`; checked here, when the function is defined.
+        options: the fields of `FineQuantConfig`; checked here, when the function is defined.
 
     Raises:
         OptionError: an option is unknown or its value is not allowed.
@@ -70,16 +70,16 @@ def finequant(
 def warm_up(
     model: Callable[..., Any], *args: Any, grad: bool = False, **kwargs: Any
 ) -> list[CompileReport]:
-    """Call `model` until a call compiles nothing more; returns the reports of what was compiled.
+    """Call `model` until a call compiles nothing more; return the reports of what was compiled.
 
-    Weights are quantized and packed, kernels searched (`autotune="fast"` or "max") and built for
-    these inputs, so that the next such call only runs. Call it once for
-    each number of rows to be served, since a kernel is built for the rows it is first called with.
-    The model really runs: caches that it writes to are written to.
+    Weights are quantized and packed, and kernels are tuned (`autotune="fast"` or "max") and built
+    for these inputs, so that the next such call only runs. Call it once for each batch size to be
+    served, because a kernel is built for the number of rows it is first called with. The model
+    really runs, so caches that it updates (such as a KV cache) are updated.
 
     Args:
-        grad: call in grad mode, where requests will. Else under `torch.no_grad()`: a graph is
-            compiled for one mode, and in grad mode weights that require grad stay dense.
+        grad: call in grad mode, if requests will run in it; by default under `torch.no_grad()`. A
+            graph is compiled for one mode, and in grad mode weights that require grad stay dense.
     """
     before = recorded()
     for _ in range(_MOST_CALLS):
@@ -94,21 +94,22 @@ def warm_up(
 
 
 def _since(before: list[CompileReport]) -> list[CompileReport]:
-    """The reports that are not among those; only the newest are kept, so their number tells not."""
+    """Reports not seen before, by identity: their number tells nothing, as old ones are dropped."""
     known = set(map(id, before))
     return [report for report in recorded() if id(report) not in known]
 
 
 def refresh(model: nn.Module) -> None:
-    """Say that weights of a compiled model were changed in a way that PyTorch does not see.
+    """Quantize the weights of a compiled model again in its next call.
 
-    That is a write through `weight.data`, as peft's `merge_adapter` and `unmerge_adapter` make, one
-    by other code than PyTorch's, and any to a tensor made in inference mode. The next call of each
-    graph that reads them quantizes them as they are then, also with `weight_updates="ignore"`, and
-    also those that were left as they are since they changed in every call.
+    Needed after writes that PyTorch does not track: through `weight.data` (as peft's
+    `merge_adapter` and `unmerge_adapter` do), by code outside PyTorch, or to a tensor created in
+    inference mode. The next call of each graph that reads the weights quantizes their current
+    values, even with `weight_updates="ignore"` and even if a weight was left dense because it
+    changed in every call.
 
     Raises:
-        FineQuantError: `model` is no module.
+        FineQuantError: `model` is not an nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise FineQuantError(
@@ -120,7 +121,7 @@ def refresh(model: nn.Module) -> None:
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers and attributes of it and of all modules in it."""
+    """Tensors of a module and its submodules: parameters, buffers and plain attributes."""
     for module in model.modules():
         for held in (module._parameters, module._buffers, vars(module)):
             yield from (local_part(t) for t in held.values() if isinstance(t, Tensor))

@@ -1,4 +1,4 @@
-"""The options of fqcompile as frozen, hashable dataclasses; `options` holds the rules they obey."""
+"""The options of fqcompile as frozen, hashable dataclasses; their rules are in `options`."""
 
 import os
 import re
@@ -11,18 +11,19 @@ from fqcompile.errors import OptionError
 from fqcompile.options import RULES, FrozenMapping, check_names
 
 HEAD_BITS = 8
-# A head under its usual names; elsewhere a head is known by sharing its weight with an embedding.
-# Not under an embedding's names: "shared" is T5's table, and the expert that all tokens take.
+# The usual names of output heads; other heads are recognized because they share their weight with
+# an embedding. Names of embeddings do not count: "shared" is T5's embedding table, and in MoE
+# models the expert that every token uses.
 HEADS = ("lm_head", "embed_out")
 HEAD_NAMES = re.compile(rf"(^|\.)({'|'.join(HEADS)})(\.|$)")
 
-# Routers of experts under their usual names, beside what graphs and modules tell of them.
+# The usual names of routers; others are recognized by their use in graphs and modules.
 ROUTERS = frozenset("gate router wg shared_expert_gate".split())
 ROUTER = "router: its top-k decides which experts run; name it in overrides to quantize it"
 
-# A component of the name that begins as one tuner of peft calls its factors, or has LoRA's prefix
-# anywhere: they are switched, scaled and overwritten through `.data` while the model is in use.
-# Prefixes that are words of other models too are given with what follows.
+# A component of the name that begins with the prefix a peft tuner gives its factors, or that has
+# LoRA's prefix anywhere: factors are switched, scaled and overwritten through `.data` while the
+# model is in use. Prefixes that are also common words are listed with the rest of the name.
 ADAPTER_NAMES = re.compile(
     r"(?:(?<![^._])lora_"
     r"|(?<![^.])_?(?:adamss|beft|boft|bone|c3a|delora|fourierft|frod|glora|gralora|hada|hira|hra"
@@ -39,7 +40,7 @@ ADAPTER = (
 
 
 def excluded_by(pattern: str) -> str:
-    """The reason why a weight stays that the pattern of `exclude` names."""
+    """Why a weight is skipped whose name matches this pattern of `exclude`."""
     return f"name matches exclude pattern {pattern!r}"
 
 
@@ -57,7 +58,7 @@ def _as_json(value: object) -> object:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteOptions:
-    """The options that may differ from weight to weight: what `quant` needs to quantize one."""
+    """The options that may differ from weight to weight: the ones `quant` needs for one weight."""
 
     bits: int = 4
     granularity: str | int = "adaptive"
@@ -67,7 +68,7 @@ class SiteOptions:
     scale_method: str = "mse"
 
     def __new__(cls, **options: object) -> Self:
-        # Ahead of the generated __init__, whose TypeError would suggest no name.
+        # Before the generated __init__, whose TypeError would not suggest a name.
         check_names(options, [f.name for f in fields(cls)])
         return super().__new__(cls)
 
@@ -81,8 +82,8 @@ class SiteOptions:
 class FineQuantConfig(SiteOptions):
     """Every option, by the names used in `options={}`, the decorator, `explain` and the CLI.
 
-    Lists are stored as tuples and dicts as read-only mappings. Where `debug_dir` is not given,
-    the environment variable FQCOMPILE_DEBUG_DIR is read; an explicit None means no dumps.
+    Lists are stored as tuples and dicts as read-only mappings. If `debug_dir` is not given, the
+    environment variable FQCOMPILE_DEBUG_DIR is read; an explicit None disables dumps.
     """
 
     include: tuple[str, ...] | list[str] = ()
@@ -108,7 +109,7 @@ class FineQuantConfig(SiteOptions):
 
     @classmethod
     def from_options(cls, options: Mapping[str, object] | None, mode: str | None = None) -> Self:
-        """The config for `torch.compile(options=, mode=)`, where `mode` may come either way."""
+        """The config for `torch.compile(options=, mode=)`; `mode` may also be an option."""
         if not isinstance(options, Mapping | None):
             kind = type(options).__name__
             raise OptionError(f"options is of type {kind}; allowed: a dict {{option: value}}")
@@ -126,13 +127,13 @@ class FineQuantConfig(SiteOptions):
         return next(matches, None)
 
     def override_matches(self, name: str) -> bool:
-        """Whether a pattern of `overrides` is found in this parameter name."""
+        """Whether a pattern of `overrides` matches this parameter name."""
         return self._override(name) is not None
 
     def site_options(self, name: str, *, head: bool = False) -> SiteOptions:
-        """The options of one weight: the first override that matches, over the global ones.
+        """The options of one weight: the global ones, updated by the first override that matches.
 
-        An output head (`head=True`) takes 8 bits unless that override sets bits.
+        An output head (`head=True`) gets 8 bits unless that override sets bits.
         """
         values = {f.name: getattr(self, f.name) for f in fields(SiteOptions)}
         if head:
@@ -140,10 +141,10 @@ class FineQuantConfig(SiteOptions):
         return SiteOptions(**{**values, **(self._override(name) or {})})
 
     def kept_by_name(self, name: str) -> str | None:
-        """Why its name keeps this weight as it is, or None when it does not.
+        """Why a weight of this name is skipped, or None if its name allows quantizing it.
 
-        Factors of adapters are kept unless a pattern of `overrides` or `include` matches a piece of
-        what names them such ("lora_A", not only "q_proj").
+        Adapter factors are skipped unless a pattern of `overrides` or `include` matches the part of
+        the name that identifies the adapter ("lora_A", not only "q_proj").
         """
         for pattern in self.exclude:
             if re.search(pattern, name):
@@ -153,12 +154,12 @@ class FineQuantConfig(SiteOptions):
         return ADAPTER if self._has_unnamed_adapter(name) else None
 
     def kept_by_size(self, elements: int) -> str | None:
-        """Why so few elements keep a weight as it is, or None."""
+        """Why a weight with this many elements is skipped, or None."""
         small = elements < self.min_elements
         return f"fewer elements than min_elements={self.min_elements}" if small else None
 
     def _has_unnamed_adapter(self, name: str) -> bool:
-        """Whether the name has a factor of an adapter in it that no pattern is about."""
+        """Whether the name contains an adapter factor that no pattern matches."""
         patterns = (*self.overrides, *self.include)
         spans = [m.span() for pattern in patterns for m in re.finditer(pattern, name)]
         return any(
@@ -167,5 +168,5 @@ class FineQuantConfig(SiteOptions):
         )
 
     def as_dict(self) -> dict[str, object]:
-        """Every option as JSON holds it; a value that JSON has no form for is given as text."""
+        """Every option as a JSON value; a value that JSON cannot represent becomes a string."""
         return {f.name: _as_json(getattr(self, f.name)) for f in fields(self)}

@@ -1,7 +1,7 @@
 """The exceptions that fqcompile raises, and how their messages suggest a name.
 
-Each message says what was found, the rule it breaks and what to do about it. A weight that is left
-as it was is no error but a record in the plan, with its reason.
+Each message names the value found, the rule it breaks and the remedy. A weight that is not
+quantized is not an error: the plan records it with the reason.
 """
 
 import difflib
@@ -9,13 +9,13 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: "; did you mean 'bits'?", or nothing."""
+    """The end of a message about an unknown name: "; did you mean 'bits'?", or an empty string."""
     close = difflib.get_close_matches(name.lower(), known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class FineQuantError(Exception):
-    """Base of every error of fqcompile."""
+    """Base class of all errors that fqcompile raises."""
 
 
 class OptionError(FineQuantError, ValueError):
@@ -23,7 +23,7 @@ class OptionError(FineQuantError, ValueError):
 
 
 class UnquantizableWeight(FineQuantError, ValueError):
-    """A weight cannot be quantized; the message is the reason shown in the report."""
+    """A weight cannot be quantized; the message is the reason that the report shows."""
 
 
 class NoKernelError(FineQuantError, NotImplementedError):
@@ -39,7 +39,7 @@ class GraphInvariantError(FineQuantError, RuntimeError):
 
 
 class CorruptEntry(FineQuantError, ValueError):
-    """A file of the weight cache is not as it was written; it is removed and made again."""
+    """A file of the weight cache is damaged; it is deleted and written again."""
 
 
 class CheckpointError(FineQuantError, RuntimeError):
@@ -47,19 +47,19 @@ class CheckpointError(FineQuantError, RuntimeError):
 
 
 class RankError(FineQuantError, RuntimeError):
-    """Ranks of one model do not do the same, or one does not answer; the message names them."""
+    """Ranks of one model disagree, or one does not respond; the message names them."""
 
 
 class ShardingError(FineQuantError, TypeError):
-    """A model is spread over ranks in a way that its weights cannot be quantized in."""
+    """A model is sharded in a way that does not allow quantizing its weights."""
 
 
 class EstimateError(FineQuantError, ValueError):
-    """A model, a device or a way to share them out cannot be estimated; the message says why."""
+    """A model, a device or a parallel layout cannot be estimated; the message says why."""
 
 
 class PlanDoesNotFit(UnquantizableWeight):
-    """The weight has not the values that the plan was made for: another thread wrote to it.
+    """The weight no longer has the values that the plan was made for: another thread wrote to it.
 
-    Never reaches the user: a plan is made again, at last for a copy of the weight.
+    Never reaches the user: planning is retried, the last time on a copy of the weight.
     """

@@ -1,4 +1,4 @@
-"""Dry runs: what the backend would do to a model, and its matmuls, without compiling it."""
+"""Dry runs: report what the backend would do to a model and list its matmuls, without compiling."""
 
 import inspect
 import re
@@ -55,20 +55,20 @@ def explain(
     grad: bool = False,
     **options: object,
 ) -> Plan:
-    """What `torch.compile(model, backend="finequant", options=options)` would do, as a plan.
+    """Return the plan that `torch.compile(model, backend="finequant", options=options)` would use.
 
-    The model really runs once, eagerly, on the example inputs: we do not change its weights, but
-    what its own code writes to them stays, as RWKV's rescaling in place in the first call does. The
-    plan is that of this run; a second `explain` shows that of the runs after it.
+    The model runs once, eagerly, on the example inputs. fqcompile does not change its weights, but
+    writes by the model's own code persist, such as RWKV's in-place rescaling in its first call. The
+    plan describes this run; a second `explain` describes later runs.
 
     Args:
-        grad: run in grad mode, as training does: weights that require grad are kept then. Else
-            the plan is that of calls under `torch.no_grad()`.
-        options: those of `FineQuantConfig`.
+        grad: run in grad mode, as in training, where weights that require grad are skipped. By
+            default the plan describes calls under `torch.no_grad()`.
+        options: the fields of `FineQuantConfig`.
 
     Raises:
         OptionError: an option is unknown or its value is not allowed.
-        UnquantizableWeight: a site must be kept and `on_unsupported="error"`.
+        UnquantizableWeight: a weight cannot be quantized and `on_unsupported="error"`.
     """
     config = FineQuantConfig.from_options(options)
     measuring_nothing = replace(config, autotune="off")
@@ -81,7 +81,7 @@ def explain(
         inputs = zip(placeholders(state.graph), state.args, strict=False)  # packed ones follow
         alive.extend(value for node, value in inputs if node in state.known)
         for key, row in rows_of(state).items():
-            # A weight met in several graphs, as after a graph break, is one site.
+            # A weight that several graphs read, as after a graph break, is one site.
             rows.setdefault(key, row.site)
 
     dry_run(model, example_inputs, example_kwargs or {}, collect, grad=grad)
@@ -91,7 +91,7 @@ def explain(
 
 
 def _numbered(rows: Mapping[RowKey, Site]) -> Iterator[Site]:
-    """The rows, with the parts of one weight numbered over all graphs that read one."""
+    """The sites, with the parts of each weight numbered across all graphs that read it."""
     recipes: dict[tuple[int, ...], dict[str, None]] = {}
     for weights, read in rows:
         if read is not None:
@@ -105,7 +105,7 @@ def _numbered(rows: Mapping[RowKey, Site]) -> Iterator[Site]:
 
 
 def _unseen(model: object, seen: Collection[int], config: FineQuantConfig) -> Iterator[Site]:
-    """The matrices of a module that no graph reads, as sites that are kept."""
+    """The matrices of a module that no captured graph reads, as skipped sites."""
     if not isinstance(model, nn.Module):
         return
     root = plain_module(model)
@@ -139,7 +139,7 @@ def gemm_specs(
     """The distinct matmuls that compiling `model` with these options would quantize.
 
     The model runs once, eagerly, on the example inputs; its weights are not changed.
-    `grad`: as calls in grad mode, in which less is fused.
+    `grad`: run in grad mode, where fewer operations are fused.
     """
     config = FineQuantConfig.from_options({**options, "autotune": "off"})
     specs: dict[GemmSpec, None] = {}
@@ -153,7 +153,7 @@ def gemm_specs(
 
 
 def _visiting_backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Visits when it runs, not when compiled: Dynamo may reuse the graph of an earlier call."""
+    """Calls `visit` when the graph runs, not when it is compiled: Dynamo may reuse a graph."""
     module, _ = copy_module(gm)
 
     def run(*args: Any) -> Any:
@@ -167,10 +167,10 @@ def _visiting_backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Call
 
 @cache
 def _captured() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Captures a function's graphs for a visit, counted apart from its real compilations.
+    """Captures a function's graphs for a dry run, with a recompilation limit of its own.
 
-    torch before 2.13 counts both together: there many dry runs with unlike inputs leave fewer
-    recompilations to the model itself.
+    torch before 2.13 has one limit for both, so many dry runs with different inputs leave the
+    model itself fewer recompilations.
     """
     known = inspect.signature(torch.compile).parameters
     apart = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
@@ -181,7 +181,7 @@ def _captured() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 @contextmanager
 def _not_in_place(model: object) -> Iterator[None]:
-    """Without what `compile()` has put before a model or its parts: it would really compile."""
+    """Remove the wrappers that `compile()` put on a model and its parts: they would compile."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     compiled = [(m, compiled_call(m)) for m in modules if compiled_call(m) is not None]
     try:
@@ -203,7 +203,7 @@ def dry_run(
 ) -> None:
     """Run `model` once, eagerly, with `visit(graph, its inputs)` before each of its graphs.
 
-    `grad`: in grad mode, where a weight that requires grad stays as it is.
+    `grad`: run in grad mode, where weights that require grad are skipped.
     """
     token = _visitor.set(visit)
     try:

@@ -1,6 +1,6 @@
 """The rule of each option: `RULES[name](label, value)` returns what to store or raises OptionError.
 
-`label` is the option as the user wrote it, be it `bits` or `overrides['lm_head'].bits`.
+`label` is the option as the user wrote it, such as `bits` or `overrides['lm_head'].bits`.
 """
 
 import os
@@ -26,7 +26,7 @@ _REMOVED = {
 class FrozenMapping(Mapping[str, object]):
     """A read-only, hashable mapping whose order counts in comparisons (the first match wins).
 
-    The hash covers the keys alone: values need not be hashable and are handed on untouched.
+    Only the keys are hashed: values need not be hashable and are passed on unchanged.
     """
 
     def __init__(self, items: Mapping[str, object] | None = None) -> None:
@@ -59,7 +59,7 @@ def _refusal(label: str, value: object, allowed: str, hint: str = "") -> OptionE
 
 
 def check_names(names: Iterable[object], allowed: Iterable[str], owner: str = "") -> None:
-    """Raise for the first name that is no option, naming the nearest one that is."""
+    """Raise OptionError for the first unknown name, suggesting the nearest known one."""
     known = list(allowed)
     for name in names:
         if name in known:
@@ -83,7 +83,7 @@ def _is_int(value: object) -> TypeGuard[int]:
 
 
 def one_of(*choices: object) -> Rule:
-    """One of a few values, of the same type too: True is not 1 and 4.0 is not 4."""
+    """One of a few values, with the same type: True is not 1 and 4.0 is not 4."""
     allowed = ", ".join(map(repr, choices))
     names = [c for c in choices if isinstance(c, str)]
 
@@ -97,7 +97,7 @@ def one_of(*choices: object) -> Rule:
 
 
 def number(low: float, high: float, allowed: str) -> Rule:
-    """A float strictly between two bounds; an int is taken as a float, NaN lies nowhere."""
+    """A float strictly between two bounds; an int is converted to float, NaN is refused."""
 
     def rule(label: str, value: object) -> object:
         if (isinstance(value, float) or _is_int(value)) and low < value < high:
@@ -108,7 +108,7 @@ def number(low: float, high: float, allowed: str) -> Rule:
 
 
 def optional(inner: Rule) -> Rule:
-    """None, or what `inner` takes."""
+    """None, or a value that `inner` accepts."""
     return lambda label, value: None if value is None else inner(label, value)
 
 
@@ -124,7 +124,7 @@ def at_least(low: int) -> Rule:
 
 
 def power_of_two(label: str, value: object) -> object:
-    """A power of two from 1 up, as the candidates of the granularity rules are."""
+    """A power of two >= 1, like the group sizes that the granularity rules try."""
     if _is_int(value) and value >= 1 and value & (value - 1) == 0:
         return value
     hint = ""
@@ -135,7 +135,7 @@ def power_of_two(label: str, value: object) -> object:
 
 
 def granularity(label: str, value: object) -> object:
-    """The name of a rule, or the size of a group along K."""
+    """The name of a granularity rule, or a group size along K."""
     names = ("adaptive", "range", "column")
     hint = ""
     if isinstance(value, str):
@@ -186,7 +186,7 @@ def overrides(label: str, value: object) -> object:
 
 
 def inductor_patches(label: str, value: object) -> object:
-    """Config patches for Inductor: names are checked here, before any work, and values by it."""
+    """Config patches for Inductor: names are checked here, before any work; values by Inductor."""
     if not isinstance(value, Mapping):
         raise _refusal(label, value, "a dict {name of an Inductor setting: value}")
     for name in value:
@@ -207,7 +207,7 @@ def directory(label: str, value: object) -> object:
 
 
 def backend_name(label: str, value: object) -> object:
-    """The name of another torch.compile backend; finequant inside itself would never end."""
+    """The name of another torch.compile backend; finequant inside itself would recurse forever."""
     if isinstance(value, str) and value and value != "finequant":
         return value
     raise _refusal(label, value, "the name of a torch.compile backend other than 'finequant'")

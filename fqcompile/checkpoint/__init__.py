@@ -1,8 +1,8 @@
-"""Quantized models on disk: safetensors shards, and one manifest that says what they hold.
+"""Quantized models on disk: safetensors shards, and one manifest that lists their contents.
 
-    fqcompile.json                             written last: what it does not name is not there
+    fqcompile.json                             written last: files it does not name do not count
     fqcompile-<generation>-00000.safetensors   codes, scales and dense tensors, in the plain layout
-    config.json, tokenizer.json, ...           as Hugging Face wants them beside the weights
+    config.json, tokenizer.json, ...           as Hugging Face expects them next to the weights
 
-Nothing in it depends on the machine, and nothing is pickled.
+Nothing depends on the machine, and nothing is pickled.
 """

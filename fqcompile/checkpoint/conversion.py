@@ -1,4 +1,4 @@
-"""From a checkpoint's tensors to a model's and back, by the converters of transformers.
+"""Convert a checkpoint's tensors to a model's and back, with the converters of transformers.
 
 experts.0.gate_proj.weight, experts.0.up_proj.weight, experts.1. ...  <->  experts.gate_up_proj
 """
@@ -31,9 +31,9 @@ Read = Callable[[str], Tensor]
 
 @dataclass
 class _Step:
-    """Some tensors of one side that become one of the other, or several.
+    """A conversion of some tensors of one side into one or several of the other.
 
-    `sources` are their names by the pattern that they match; `target` is the first name of the
+    `sources` maps each pattern to the names that match it; `target` is the first name of the
     result.
     """
 
@@ -57,7 +57,7 @@ class _Step:
 
     @contextmanager
     def _refusing(self, names: str) -> Iterator[None]:
-        """What converters raise of tensors that they do not expect, as a CheckpointError."""
+        """Turn errors that converters raise for unexpected tensors into a CheckpointError."""
         try:
             yield
         except (RuntimeError, ValueError, KeyError, IndexError, StopIteration) as error:
@@ -66,11 +66,11 @@ class _Step:
 
 @dataclass
 class Conversion(_Step):
-    """From the checkpoint's tensors to the model's."""
+    """A step from the checkpoint's tensors to the model's."""
 
     @property
     def targets(self) -> list[str]:
-        """The model's names that this gives."""
+        """The names of the model's tensors that this step produces."""
         first, *others = getattr(self.converter, "target_patterns", [self.target])
         return [self.target, *(self.target.replace(first, other) for other in others)]
 
@@ -96,7 +96,7 @@ class Conversion(_Step):
         )
 
     def _stack(self, model: Any, read: Read) -> Tensor:
-        """Expert by expert: all of them and their parts at once would need twice the memory."""
+        """Convert expert by expert: converting the whole stack at once needs twice the memory."""
         experts = len(next(iter(self.sources.values())))
         result: Tensor | None = None
         for expert in range(experts):
@@ -110,7 +110,7 @@ class Conversion(_Step):
 
 
 def conversions(model: Any, names: Iterable[str]) -> tuple[list[Conversion], list[str]]:
-    """What becomes what, in the order of `from_pretrained`; and the names that the model lacks."""
+    """The steps in the order of `from_pretrained`, and tensor names that the model lacks."""
     mapping = conversion_mapping(model)
     renamings = [m for m in mapping if isinstance(m, loading().WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, loading().WeightConverter)]
@@ -136,9 +136,9 @@ def conversions(model: Any, names: Iterable[str]) -> tuple[list[Conversion], lis
 
 
 def _of_single_experts(model: Any) -> list[Any]:
-    """Llama 4's stacks [E, K, N] are a linear for each expert in checkpoints that are quantized.
+    """Steps for Llama 4, whose quantized checkpoints have one linear per expert, not [E, K, N].
 
-    transformers then builds the model so, and has no converters for these names.
+    transformers then builds the model with these linears, and has no converters for the names.
     """
     if not any(type(module).__name__ == "Llama4TextExperts" for module in model.modules()):
         return []
@@ -152,7 +152,7 @@ def _of_single_experts(model: Any) -> list[Any]:
 
 
 def target_types(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
-    """The type in which `from_pretrained` would load a tensor of that name."""
+    """The dtype in which `from_pretrained` would load a tensor of that name."""
     known, plan = model.state_dict(), kept_types(model, dtype)
     pattern = loading().build_glob_alternation(plan)[0] if plan else None
 
@@ -166,12 +166,12 @@ def target_types(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype]
 
 
 def initialize(model: Any, missing: Iterable[str], where: object) -> None:
-    """Compute what a checkpoint does not hold: buffers such as rotary frequencies, and `missing`.
+    """Compute tensors that a checkpoint lacks: buffers such as rotary frequencies, and `missing`.
 
-    All else is marked as initialized and stays on the meta device. `where` is for errors.
+    All others are marked as initialized and stay on the meta device. `where` is for errors.
 
     Raises:
-        CheckpointError: it would be absurdly much.
+        CheckpointError: the tensors would be absurdly large.
     """
     names = set(missing)
     with BoundedComputing(where):
@@ -190,9 +190,9 @@ def _state(model: Any) -> Iterator[tuple[str, Any]]:
 
 @dataclass
 class Reversion(_Step):
-    """From the model's tensors to a checkpoint's: as transformers saves models.
+    """A step from the model's tensors to a checkpoint's, as transformers saves models.
 
-    `converter` is None where a name alone changes, to `target`.
+    `converter` is None if only the name changes, to `target`.
     """
 
     renamings: list[Any] = field(default_factory=list)
@@ -215,12 +215,12 @@ class Reversion(_Step):
 
 
 def reversions(model: Any, names: Iterable[str]) -> list[Reversion]:
-    """What becomes what when `save_pretrained` writes a model that was built from its config."""
+    """The steps by which `save_pretrained` writes a model that was built from its config."""
     mapping = conversion_mapping(model, add_legacy=False)
     backwards = [
         entry.reverse_transform()
         for entry in reversed(mapping)
-        if not isinstance(entry, loading().PrefixChange)  # whether there was a prefix nobody knows
+        if not isinstance(entry, loading().PrefixChange)  # it is unknown if there was one
     ]
     renamings = [m for m in backwards if isinstance(m, loading().WeightRenaming)]
     converters = [m for m in backwards if isinstance(m, loading().WeightConverter)]

@@ -1,10 +1,10 @@
-"""A directory that holds the old save or the new one, whenever its writer is killed.
+"""Atomic replacement of a save: if the writer is killed, the old or the new save is complete.
 
-    1  shards of a new generation, other files beside the old ones     the old save is whole
-    2  the manifest, by one rename                                     the new save is whole
-    3  other files by a rename each; what no manifest names is removed
+    1  write the shards and other files of a new generation   the old save is valid
+    2  rename the manifest                                    the new save is valid
+    3  rename the other files; delete files of no manifest
 
-Whoever writes next finishes step 3, or undoes step 1, of one that did not get so far.
+If a writer was killed, the next one completes its step 3 or undoes its step 1.
 """
 
 import os
@@ -29,12 +29,12 @@ _STAGED = re.compile(r"(.+)\.fqcompile-([0-9a-f]{8})")
 
 
 class NotWritten(CheckpointError):
-    """The system does not let it be written; what is there stays, to go on from."""
+    """The directory cannot be written; its contents stay, so that a run can resume."""
 
 
 @contextmanager
 def writing_to(directory: Path) -> Iterator[None]:
-    """Whatever the system refuses meanwhile names the directory, and what to do.
+    """Turn an OSError raised inside into an error that names the directory and the remedy.
 
     Raises:
         NotWritten: in place of an OSError.
@@ -49,22 +49,22 @@ def writing_to(directory: Path) -> Iterator[None]:
 
 
 def make_directory(directory: Path) -> None:
-    """With all that leads to it; where it is a link, what that leads to.
+    """Create the directory and its parents; for a link, the directory it points to.
 
     Raises:
-        OSError: there can be none.
+        OSError: it cannot be created.
     """
     Path(realpath(directory)).mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """One writer at a time; the system releases the lock of a process that dies.
+    """Allow one writer at a time; the system releases the lock of a process that dies.
 
-    Its file is there meanwhile alone: what is written becomes a directory that others read.
+    The lock file is deleted afterwards, so that it is not part of the saved directory.
 
     Raises:
-        CheckpointError: another writer holds it, or the system has no such locks.
+        CheckpointError: another writer holds the lock, or the system has no file locks.
     """
     if sys.platform == "win32":
         raise CheckpointError("writing a checkpoint needs the file locks of Linux or macOS")
@@ -72,7 +72,7 @@ def locked(directory: Path) -> Iterator[None]:
     with ExitStack() as held:
         try:
             descriptor = held.enter_context(locks.locked(path, seconds=0.0))
-            # Whoever held it before may have removed the file between its opening and its lock.
+            # The previous holder may have removed the file between our open and our lock.
             if not samestat(os.fstat(descriptor), os.stat(path)):
                 raise FileNotFoundError
         except (TimeoutError, FileNotFoundError) as error:
@@ -87,18 +87,18 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def new_generation() -> str:
-    """A tag that no other save has."""
+    """A tag that is unique to a save."""
     return secrets.token_hex(4)
 
 
 def staged(directory: Path, file: str, generation: str) -> Path:
-    """Where a file waits for the manifest."""
+    """The temporary path of a file until the manifest is written."""
     return directory / f"{file}.fqcompile-{generation}"
 
 
 @contextmanager
 def writing(directory: Path, keep: str | None = None) -> Iterator[None]:
-    """The directory for one writer alone, rid of what others left; `keep` is a generation to keep.
+    """Lock the directory and remove leftovers of killed writers, except the generation `keep`.
 
     Raises:
         CheckpointError: it is a file, another process writes to it, or it cannot be written.
@@ -123,7 +123,7 @@ def _tidied(directory: Path, keep: str | None) -> Iterator[None]:
 
 
 def readable_manifest(directory: Path) -> Manifest | None:
-    """That of a directory, or None where there is none or it is unreadable."""
+    """The manifest of a directory, or None if it is missing or unreadable."""
     try:
         return read_manifest(directory)
     except CheckpointError:
@@ -131,10 +131,10 @@ def readable_manifest(directory: Path) -> Manifest | None:
 
 
 def check_not_replaced(directory: Path, files: Mapping[str, bytes], remedy: str) -> None:
-    """Whether these can be written without a file that no save wrote being lost.
+    """Check that writing these files would not overwrite a file that no save wrote.
 
     Raises:
-        CheckpointError: one is there, and is another; `remedy` says what to do.
+        CheckpointError: a different file of that name exists; `remedy` says what to do.
     """
     before = readable_manifest(directory)
     if before is None and (directory / MANIFEST).exists():
@@ -149,7 +149,7 @@ def check_not_replaced(directory: Path, files: Mapping[str, bytes], remedy: str)
 
 
 def stage(directory: Path, generation: str, files: Mapping[str, bytes]) -> None:
-    """Files to appear under their names when the manifest does; those that are there stay."""
+    """Write files under temporary names, to be renamed when the manifest is published."""
     for name, content in files.items():
         path = directory / name
         if not path.is_file() or path.read_bytes() != content:
@@ -157,7 +157,7 @@ def stage(directory: Path, generation: str, files: Mapping[str, bytes]) -> None:
 
 
 def commit(directory: Path, manifest: Manifest) -> None:
-    """The moment when the new save takes the place of the old."""
+    """Publish the new save: rename its manifest over the old one."""
     path = staged(directory, MANIFEST, manifest.generation)
     write_file(path, [manifest.to_json().encode()])
     sync_directory(directory)
@@ -167,16 +167,16 @@ def commit(directory: Path, manifest: Manifest) -> None:
 
 
 def file_of(directory: Path, manifest: Manifest, name: str) -> Path:
-    """Where one of `manifest.files` lies, even if its writer was killed in step 3."""
+    """The path of one of `manifest.files`, even if its writer was killed in step 3."""
     path = staged(directory, name, manifest.generation)
     return path if path.is_file() else directory / name
 
 
 def remove_save(directory: Path) -> None:
-    """All that saves wrote there, and the directory itself where nothing else is in it."""
+    """Delete all files that saves wrote there, and the directory if it is then empty."""
     manifest = readable_manifest(directory)
     files = manifest.files if manifest else ()
-    (directory / MANIFEST).unlink(missing_ok=True)  # first: it vouches for the rest
+    (directory / MANIFEST).unlink(missing_ok=True)  # first: without it no file counts
     for path in list(directory.iterdir()):
         kinds = (_RECORD, _SHARD, _STAGED)
         if path.name in files or any(kind.fullmatch(path.name) for kind in kinds):
@@ -186,9 +186,9 @@ def remove_save(directory: Path) -> None:
 
 
 def _tidy(directory: Path, manifest: Manifest | None, keep: str | None) -> None:
-    """Finish what the manifest promises, and remove what neither it nor `keep` names.
+    """Complete step 3 of the manifest, and delete shards that neither it nor `keep` names.
 
-    Without a readable manifest nobody knows what is whose: all shards stay.
+    Without a readable manifest the owner of a shard is unknown, so all shards stay.
     """
     if manifest is None and (directory / MANIFEST).exists():
         return

@@ -1,8 +1,8 @@
-"""What is asked of transformers, which is an extra: models without values, and their configs.
+"""All use of transformers (an optional dependency): models on the meta device, and their configs.
 
-A model on the meta device has no values, but for what its constructor computes elsewhere, rotary
-frequencies for one: numbers whose size the config alone decides, and no file justifies. So they are
-bounded before memory is taken for them, as are layers and modules.
+A model on the meta device has no values, except those that its constructor computes on the CPU,
+such as rotary frequencies. Their size depends on the config alone, which is untrusted input, so it
+is bounded before memory is allocated, as are the numbers of layers and modules.
 """
 
 import json
@@ -28,19 +28,19 @@ from fqcompile.torch_compat import TorchDispatchMode, schema_of, tree_iter, tree
 
 log = logging.getLogger("fqcompile")
 
-# Those that transformers itself holds; it looks for any other, flash attention too, on the hub.
+# Implementations inside transformers; it fetches all others, flash attention too, from the hub.
 _IMPLEMENTATIONS = {
     "attn_implementation": ("eager", "sdpa", "flex_attention"),
     "experts_implementation": ("eager", "batched_mm", "grouped_mm"),
 }
 _MOST_LAYERS = 10_000
-# Keys that count what a constructor makes a list of; others only speak of layers.
+# Config keys that set the length of a module list; other keys that mention layers do not.
 _COUNT = re.compile(r"(?!max_|min_)(?!.*per_)(.+_)?(n_?)?(layers?|blocks|depth)")
 _MODULES, _MODULES_PER_TENSOR = 1_000, 20  # far more than models have
 
 
 def transformers() -> Any:
-    """The package.
+    """Import transformers.
 
     Raises:
         CheckpointError: it is not installed.
@@ -54,10 +54,10 @@ def transformers() -> Any:
 
 
 def model_class(name: object, directory: Path) -> Any:
-    """A class of transformers by its name.
+    """A model class of transformers by its name.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no such class.
     """
     found = getattr(transformers(), name, None) if isinstance(name, str) else None
     if not is_model_class(found):
@@ -71,14 +71,14 @@ def model_class(name: object, directory: Path) -> Any:
 def build_model(
     name: object, config: object, directory: Path, tensors: int, dtype: torch.dtype | None = None
 ) -> Any:
-    """A model of that class under the caller's default device, as `from_pretrained` starts.
+    """Build a model of that class on the caller's default device, as `from_pretrained` does first.
 
     Args:
-        config: the content of a `config.json`, which fetches no code whatever it says.
-        tensors: that there are for the model, which bounds how many layers it may have.
+        config: the content of a `config.json`; it can never cause code to be downloaded.
+        tensors: number of tensors for the model, which bounds how many layers it may have.
 
     Raises:
-        CheckpointError: the class is not known here, or cannot be built from that config.
+        CheckpointError: the class is unknown, or cannot be built from that config.
     """
     found = model_class(name, directory)
     if not isinstance(config, Mapping):
@@ -90,7 +90,7 @@ def build_model(
         modules = _MODULES + _MODULES_PER_TENSOR * tensors
         with meta_safe(), _at_most(modules, directory), BoundedComputing(directory):
             kind = {} if dtype is None else {"dtype": dtype}
-            # transformers 5.17 refuses the name of a class that stands in no list.
+            # transformers 5.17 refuses the name of a class that is in none of its lists.
             own = {**without_code(config), "architectures": [found.__name__]}
             return model_from_config(found, own, **kind)
     except CheckpointError:
@@ -103,7 +103,7 @@ def build_model(
 
 
 def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config without implementations that would be fetched from elsewhere when it is used."""
+    """The config without implementations that transformers would download when using it."""
     result = {}
     for key, value in config.items():
         allowed = next((own for name, own in _IMPLEMENTATIONS.items() if name in key), None)
@@ -115,7 +115,7 @@ def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_layers(config: Mapping[str, Any], directory: Path) -> None:
-    """Before a list is made of them."""
+    """Bound the layer counts of a config before the constructor builds the layers."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             _check_layers(value, directory)
@@ -128,7 +128,7 @@ def _check_layers(config: Mapping[str, Any], directory: Path) -> None:
 
 @contextmanager
 def _at_most(modules: int, directory: Path) -> Iterator[None]:
-    """This thread stops where a config asks for more modules than its tensors could be in."""
+    """Raise, in this thread, if a config creates far more modules than there are tensors."""
     own, numbers = threading.get_ident(), count(1)
 
     def seen(*_: object) -> None:
@@ -146,10 +146,10 @@ def _at_most(modules: int, directory: Path) -> Iterator[None]:
 
 
 def generation_config(path: Path) -> Any:
-    """From a file, whatever its name.
+    """Read a generation config from a file of any name.
 
     Raises:
-        CheckpointError: it is no such config.
+        CheckpointError: it is not a generation config.
     """
     read_json(path)
     try:
@@ -164,7 +164,7 @@ def generation_config(path: Path) -> Any:
 
 
 def hugging_face_files(model: Any) -> dict[str, bytes]:
-    """The model's configs, as `save_pretrained` would write them; none for another model."""
+    """The model's configs, as `save_pretrained` would write them; empty for other models."""
     files = {}
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_json_string"):
@@ -191,10 +191,10 @@ _UNKNOWN = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 
 class BoundedComputing(TorchDispatchMode):
-    """This thread raises where its operators would make more than `_MOST` bytes on the CPU.
+    """Raise, in this thread, if operators would allocate more than `_MOST` bytes on the CPU.
 
-    Operators whose results are as large as their values say are not counted: they return no more
-    than a few times their inputs.
+    Operators with data-dependent result sizes are not counted: they return at most a few times
+    the size of their inputs.
     """
 
     def __init__(self, where: object) -> None:
@@ -205,10 +205,10 @@ class BoundedComputing(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
-        """As it would be without this.
+        """Run the operator and count its result.
 
         Raises:
-            CheckpointError: it would be too much.
+            CheckpointError: the results would be too large.
         """
         kwargs = kwargs or {}
         if _computes(func, args, kwargs):
@@ -223,7 +223,7 @@ class BoundedComputing(TorchDispatchMode):
 
 
 def _computes(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether it takes memory on the CPU, of a size that is known before."""
+    """Whether the operator allocates CPU memory of a size that is known in advance."""
     if _UNKNOWN & set(func.tags) or any(r.alias_info for r in schema_of(func).returns):
         return False
     device = kwargs.get("device")
@@ -240,7 +240,7 @@ def _takes_device(func: Any) -> bool:
 
 
 def _bytes(func: Any, args: Any, kwargs: Any) -> int:
-    """Of the result, told on the meta device."""
+    """Bytes of the result, computed on the meta device."""
     args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
     device = {"device": torch.device("meta")} if _takes_device(func) else {}
     found = func(*args, **{**kwargs, **device})

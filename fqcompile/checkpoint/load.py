@@ -1,4 +1,4 @@
-"""load_saved: a saved model, packed as this machine's kernels want it; nothing is requantized."""
+"""load_saved: load a saved model, packed for this machine's kernels, without requantizing."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -45,12 +45,12 @@ def load_saved(
     device: torch.device | str | None = None,
     verify: bool = True,
 ) -> nn.Module:
-    """A model with the weights that `save` or `fqcompile quantize` wrote; arguments as of `load`.
+    """A model with the weights that `save` or `fqcompile quantize` wrote; arguments as for `load`.
 
     Raises:
-        CheckpointError: the directory is not whole or not what was written, is of another version,
-            or of another model; files and tensors are named, and a model that was given is as it
-            was.
+        CheckpointError: the directory is incomplete, damaged, of another format version or of
+            another model; the message names files and tensors. A model that was passed in is
+            unchanged.
     """
     manifest, shards = _open(directory, verify)
     model = _model(model_or_factory, manifest, directory)
@@ -61,7 +61,8 @@ def load_saved(
         check_fits(manifest, places, model, directory)
         values.update(_values(_Reader(manifest, shards, device), places))
 
-    # All are there and right before any is put: a refused directory leaves the model alone.
+    # All values are read and checked before the first is assigned: if loading fails, the model is
+    # unchanged.
     team_of(slot.tensor for slot in places.values()).together(read)
     for name, value in values.items():
         put(model, places.get(name), name, value)
@@ -69,7 +70,7 @@ def load_saved(
 
 
 def _values(reader: "_Reader", places: Mapping[str, Slot]) -> dict[str, Tensor]:
-    """By slot; one is made for all slots that hold the same part of it."""
+    """The values by slot; slots that hold the same shard share one value."""
     slots_of = reader.manifest.slots
     wanted = {name: (r.value, _layout(places.get(name))) for name, r in slots_of.items()}
     holders: dict[Wanted, list[Slot]] = {want: [] for want in wanted.values()}
@@ -86,7 +87,7 @@ def _layout(slot: Slot | None) -> Layout | None:
 
 
 def _open(directory: Path, verify: bool) -> tuple[Manifest, MappedShards]:
-    """Again where a writer replaced the files between the manifest and them."""
+    """Open the files, again if a writer replaced them after the manifest was read."""
     manifest = read_manifest(directory)
     while True:
         try:
@@ -123,14 +124,14 @@ def _model(
 
 @dataclass(frozen=True)
 class _Reader:
-    """Makes what goes into the model, from any thread."""
+    """Creates the tensors that go into the model, from any thread."""
 
     manifest: Manifest
     shards: MappedShards
     device: torch.device | str | None
 
     def value(self, wanted: Wanted, holders: list[Slot]) -> Tensor:
-        """One value, or what this rank holds of it; as a parameter where a module has it as one."""
+        """One tensor, or this rank's shard of it; a parameter if the module has one there."""
         name, layout = wanted
         device = self.device
         if device is None:
@@ -154,7 +155,7 @@ class _Reader:
 
     def _dense(self, name: str, device: torch.device | str) -> Tensor:
         tensor = self.shards.tensor(name).to(device)
-        # Compiled graphs copy what lies askew, in every call.
+        # Compiled graphs copy unaligned tensors in every call.
         return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
     def _packed(self, record: PackedRecord, device: torch.device | str) -> PackedWeight:
@@ -165,7 +166,7 @@ class _Reader:
         return packed
 
     def _assembled(self, name: str, layout: Layout | None, device: torch.device | str) -> Tensor:
-        """From what other ranks, or another number of them, have written."""
+        """Assemble this rank's shard from the shards that any number of ranks wrote."""
         whole = PartsRecord(self.manifest.shape_of(name), 0, (name,), ((0, self._rows(name)),))
         parts = self.manifest.sharded.get(name, whole)
         blocks: dict[int, Block] = {}
@@ -200,7 +201,7 @@ class _Reader:
 
 
 def _place(tensor: Tensor) -> torch.device | str | None:
-    """Where the model has it; None: on the meta device alone."""
+    """The device of the model's tensor; None if it is only on the meta device."""
     if is_dtensor(tensor):
         return tensor.device_mesh.device_type
     return None if tensor.is_meta else tensor.device

@@ -1,10 +1,9 @@
-"""The manifest `fqcompile.json`: what a directory holds, and the checksums that prove it.
+"""The manifest `fqcompile.json`: the contents of a directory, with checksums.
 
     {"format": "fqcompile", "version": 1, "sha256": of the content, "content": {...}}
 
 A slot is a name in the model (a parameter, a buffer or a plain attribute); its value is a packed
-weight, the dense tensor of that name, or the parts of either that several ranks wrote. Tied names
-have one value.
+weight, a dense tensor, or the shards of either that several ranks wrote. Tied names share a value.
 """
 
 import hashlib
@@ -24,7 +23,7 @@ from fqcompile.quant.checks import WEIGHT_DTYPES
 from fqcompile.tensor.format import QTYPES, Format, num_groups, packed_columns
 
 MANIFEST, JOURNAL = "fqcompile.json", "fqcompile.journal"
-# The second version has values in parts; what has none is written as the first.
+# Version 2 adds sharded values; a manifest without them is written as version 1.
 FORMAT, VERSION, VERSION_OF_PARTS = "fqcompile", 1, 2
 KINDS = ("parameter", "buffer", "attribute")
 
@@ -56,8 +55,8 @@ class TensorRecord:
 class PackedRecord:
     """A packed weight: the tensors of its codes and scales, and how to read them.
 
-    `rows` and `k` are those of one of the `experts` (0: there is no stack); `dtype` is that of the
-    weight it stands for.
+    `rows` and `k` describe one of the `experts` (0: not a stack); `dtype` is the dtype of the
+    dense weight.
     """
 
     codes: str
@@ -73,13 +72,13 @@ class PackedRecord:
 
     @property
     def format(self) -> Format:
-        """As the tensors are in the file."""
+        """The format of the tensors in the file."""
         of_matrix = (self.bits, self.group_size, self.rows, self.k)
         return Format(*of_matrix, self.experts, self.transposed, self.scale_method)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight that it stands for."""
+        """Shape of the dense weight."""
         return self.format.shape
 
     @property
@@ -89,13 +88,13 @@ class PackedRecord:
 
 @dataclass(frozen=True)
 class PartsRecord:
-    """A value that several ranks wrote.
+    """A sharded value, written by several ranks.
 
     Attributes:
-        shape: of the whole.
-        dim: along which it is in parts.
-        parts: packed weights or dense tensors.
-        bounds: by part, start and stop of each run of `dim` that it holds, one after the other.
+        shape: the full shape.
+        dim: the dimension along which it is sharded.
+        parts: names of packed weights or dense tensors.
+        bounds: per part, start and stop of each run of `dim` that it holds, flattened.
     """
 
     shape: tuple[int, ...]
@@ -105,14 +104,14 @@ class PartsRecord:
 
     @property
     def layout(self) -> Layout:
-        """As if this process held the first part."""
+        """The layout as if this process held the first part."""
         runs = (tuple(zip(b[::2], b[1::2], strict=True)) for b in self.bounds)
         return Layout(self.dim, tuple(runs), 0)
 
 
 @dataclass(frozen=True)
 class SlotRecord:
-    """Where a value goes: a parameter, a buffer or an attribute of that name."""
+    """The destination of a value: a parameter, a buffer or an attribute of that name."""
 
     kind: str
     value: str
@@ -120,15 +119,15 @@ class SlotRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The content.
+    """The content of the manifest.
 
     Attributes:
         generation: the tag in the names of this save's files.
-        versions: of the packages that wrote it.
-        model: `class` and `config` of the model; the config is None where it has none.
-        options, sites: those of the plan; where several ranks wrote, of the first one's.
-        files: others that were written beside the shards.
-        sharded: the values that are in parts.
+        versions: versions of the packages that wrote it.
+        model: `class` and `config` of the model; the config is None if the model has none.
+        options, sites: from the plan; if several ranks wrote, from the plan of the first rank.
+        files: other files that were written next to the shards.
+        sharded: the sharded values.
     """
 
     generation: str
@@ -144,7 +143,7 @@ class Manifest:
     sharded: Mapping[str, PartsRecord] = field(default_factory=dict)
 
     def shape_of(self, value: str) -> tuple[int, ...]:
-        """Of the dense tensor that a value is, or stands for."""
+        """Shape of a value as a dense tensor."""
         if value in self.sharded:
             return self.sharded[value].shape
         return self.packed[value].shape if value in self.packed else self.tensors[value].shape
@@ -161,10 +160,10 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes, path: Path) -> Self:
-        """What `to_json` wrote to `path`.
+        """Parse the text that `to_json` wrote to `path`.
 
         Raises:
-            CheckpointError: it has another format or version, or is not what was written.
+            CheckpointError: it has another format or version, or is damaged.
         """
         outer = parse_json(text, str(path), "it was cut short or changed: save the model again")
         if not isinstance(outer, dict) or outer.get("format") != FORMAT:
@@ -192,7 +191,7 @@ class Manifest:
         return manifest
 
     def shard_header(self, index: int) -> bytes:
-        """The header that the shard's file must begin with."""
+        """The header with which the shard's file must begin."""
         inside = [(t.start, name, t) for name, t in self.tensors.items() if t.shard == index]
         inside.sort(key=lambda item: item[:2])
         return encode_header({name: (t.dtype, t.shape, t.start) for _, name, t in inside})
@@ -204,16 +203,16 @@ def _digest(content: object) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what writes a directory: fqcompile, torch and, where it is installed, transformers."""
+    """Versions of the writing packages: fqcompile, torch and, if installed, transformers."""
     names = [name for name in ("fqcompile", "torch", "transformers") if find_spec(name)]
     return {name: version(name) for name in names}
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """That of a directory.
+    """Read the manifest of a directory.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read.
+        CheckpointError: it is missing or cannot be read.
     """
     path = directory / MANIFEST
     if not path.is_file():
@@ -225,7 +224,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _names(manifest: Manifest) -> Iterator[object]:
-    """All that messages show."""
+    """All names in a manifest that error messages may show."""
     yield from (name for name in (manifest.model.get("class"),) if name is not None)
     yield from (shard.file for shard in manifest.shards)
     for named in (manifest.tensors, manifest.packed, manifest.slots, manifest.sharded):
@@ -233,7 +232,7 @@ def _names(manifest: Manifest) -> Iterator[object]:
 
 
 def _problems(manifest: Manifest) -> Iterator[str]:
-    """Where one record contradicts another, or names nothing."""
+    """Problems: records that contradict each other, or refer to missing records."""
     for shard in manifest.shards:
         if Path(shard.file).name != shard.file or shard.file == "..":
             yield f"shard {shard.file!r} is no file of the directory"
@@ -260,7 +259,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
 
 
 def _parts_problem(manifest: Manifest, record: PartsRecord) -> str | None:
-    """Why the parts cannot be the whole, or None."""
+    """Why the parts do not form the whole value, or None."""
     if record.dim >= len(record.shape) or len(record.parts) != len(record.bounds):
         return f"{len(record.bounds)} of {len(record.parts)} parts along dimension {record.dim}"
     if any(len(bounds) % 2 for bounds in record.bounds):
@@ -283,7 +282,7 @@ def _parts_problem(manifest: Manifest, record: PartsRecord) -> str | None:
 def _packed_problem(
     record: PackedRecord, codes: TensorRecord | None, scale: TensorRecord | None
 ) -> str | None:
-    """Why the tensors cannot be what the record says, or None."""
+    """Why the tensors do not match the record, or None."""
     if record.bits not in QTYPES or not 1 <= record.group_size <= max(1, record.k):
         return f"{record.bits} bits in groups of {record.group_size} of {record.k}"
     if DTYPES.get(record.dtype) not in WEIGHT_DTYPES:

@@ -1,4 +1,4 @@
-"""save: a quantized model to a directory that any machine reads back without quantizing again."""
+"""save: write a quantized model to a directory that any machine loads without requantizing."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,7 +43,7 @@ _ELSEWHERE = "give another directory, or move it away"
 
 @dataclass(frozen=True)
 class _Held:
-    """A rank's part of a value: its name, the whole's shape, and which part it is."""
+    """One rank's shard of a tensor: its name, the full shape, and the part it covers."""
 
     name: str
     shape: tuple[int, ...]
@@ -52,9 +52,9 @@ class _Held:
 
 @dataclass(frozen=True, kw_only=True)
 class _Written:
-    """As in the manifest; `held`: the parts by the value that is in parts.
+    """Records for the manifest; `held`: shards by the name of the sharded tensor.
 
-    `same`: what was not written, as the first rank must have written the same.
+    `same`: tensors that only the first rank writes, which must be equal on all ranks.
     """
 
     shards: tuple[ShardRecord, ...]
@@ -73,25 +73,25 @@ def save(
 ) -> Path:
     """Write a model that `fqcompile.quantize_` has quantized.
 
-    Packed weights are written as codes and scales in the plain layout, all other tensors as they
-    are; tied ones once. A model of Hugging Face gets its `config.json` and `generation_config.json`
-    beside them. What was in the directory is replaced as a whole: killed at any moment, this leaves
-    the old save or the new one. Files that are not of a save, such as a tokenizer's, stay.
+    Packed weights are written as codes and scales in the plain layout, all other tensors unchanged;
+    tied tensors once. For a Hugging Face model, `config.json` and `generation_config.json` are
+    written too. An earlier save in the directory is replaced atomically: if the process is killed,
+    the directory holds the old save or the new one. Other files, such as a tokenizer's, stay.
 
-    A model that is spread over ranks is saved by all of them at once, each its parts, to one
-    directory that all see; it loads on any other number of ranks that its groups allow.
+    A sharded model is saved by all ranks together, each rank its own shards, to a directory that
+    all can reach. It can be loaded on any number of ranks that its group sizes allow.
 
     Args:
-        plan: of `quantize_`, or the report of a compilation, for the record of options and errors;
-            without it, bits and group sizes are recorded alone.
+        plan: the plan of `quantize_` or the report of a compilation, to record options and errors;
+            without it only bits and group sizes are recorded.
 
     Raises:
         CheckpointError: no weight is packed; a tensor cannot be written (it is on the meta device,
-            has no memory, or is of a kind that only the process which made it knows); a module has
-            extra state; another process writes to the directory, or it cannot be written; a config
-            of something else lies there; what every rank should hold is not the same on all.
-        OptionError: `plan` is something else. RankError: another rank failed, or has ended.
-        ShardingError: the model is spread in a way that is not known here.
+            its memory was freed, or its type has no portable form); a module has extra state; the
+            directory cannot be written, another process writes to it, or it holds the config of
+            another model; a tensor that is not sharded differs between ranks.
+        OptionError: `plan` has another type. RankError: another rank failed or exited.
+        ShardingError: the model is sharded in an unsupported way.
     """
     recorded, found, target = _recorded(plan), list(slots(model)), Path(directory)
     inner: nn.Module = getattr(model, "_orig_mod", model)
@@ -109,8 +109,8 @@ def save(
             if not team.index:
                 _finish(target, generation, inner, recorded, _merged(written))
 
-        # What one rank does in the directory comes after all others have done what is before it.
-        told = writing_to(target)  # to all, with the remedy, what the system refuses to one
+        # Each step in the directory starts when all ranks have finished the step before it.
+        told = writing_to(target)  # an OSError of one rank is raised on all, with the remedy
         generation = team.together(told(begin))[0]
         written = team.together(told(lambda: _write_slots(found, target, generation, team)))
         team.together(told(end))
@@ -131,7 +131,7 @@ def _recorded(plan: object) -> Plan | None:
 def _finish(
     target: Path, generation: str, model: nn.Module, plan: Plan | None, written: _Written
 ) -> None:
-    """Other files and the manifest, when all shards are there."""
+    """Write the other files and the manifest, after all shards."""
     files = hugging_face_files(model)
     before = readable_manifest(target)
     stage(target, generation, files)
@@ -154,7 +154,7 @@ def _finish(
 
 
 def _write_slots(found: Iterable[Slot], directory: Path, generation: str, team: Team) -> _Written:
-    """What this rank writes: its parts and, on the first, all that is the same on every rank."""
+    """The tensors this rank writes: its shards and, on the first rank, all unsharded tensors."""
     writer = ShardWriter(directory, generation, first=team.index, step=team.size)
     shared = DigestWriter(directory, generation) if team.index else writer
     records: dict[str, SlotRecord] = {}
@@ -192,7 +192,7 @@ def _write_slots(found: Iterable[Slot], directory: Path, generation: str, team: 
 
 
 def _check_savable(model: nn.Module, found: list[Slot]) -> None:
-    """Before anything is written."""
+    """Check the model before anything is written."""
     parts = {slot.name: local_part(slot.tensor) for slot in found}
     if not any(isinstance(part, PackedWeight) for part in parts.values()):
         raise CheckpointError(
@@ -227,7 +227,7 @@ def _unsavable(tensor: Tensor) -> str | None:
 
 
 def _site(name: str, record: PackedRecord, written: _Written) -> Site:
-    """What the packed weight alone tells of its site."""
+    """The site of a packed weight, as far as the weight itself tells."""
     matrix = (record.rows, record.k)
     tensors = (written.tensors[tensor] for tensor in (record.codes, record.scale))
     return Site(
@@ -243,7 +243,7 @@ def _site(name: str, record: PackedRecord, written: _Written) -> Site:
 
 
 def _merged(ranks: Sequence[_Written]) -> _Written:
-    """What all ranks have written; CheckpointError where their models are not the same."""
+    """Merge the records of all ranks; CheckpointError if their models differ."""
     first, shards = ranks[0], 0
     tensors: dict[str, TensorRecord] = {}
     for number, own in enumerate(ranks):
@@ -267,7 +267,7 @@ def _merged(ranks: Sequence[_Written]) -> _Written:
 
 
 def _parts_record(held: Sequence[_Held]) -> PartsRecord:
-    """How to read a value that is in parts; some ranks may hold the same one."""
+    """The record of a sharded tensor; several ranks may hold the same shard."""
     names = {part.layout.own: part.name for part in held}
     layout = held[0].layout
     return PartsRecord(

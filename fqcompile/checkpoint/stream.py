@@ -1,4 +1,4 @@
-"""quantize_checkpoint: a Hugging Face checkpoint quantized tensor by tensor, never all in memory.
+"""quantize_checkpoint: quantize a Hugging Face checkpoint tensor by tensor, in little memory.
 
 tensors of the source -> converters of transformers -> codes and scales -> shards -> manifest
 """
@@ -48,24 +48,24 @@ def quantize_checkpoint(
     say: Callable[[str], None] = log.info,
     **options: object,
 ) -> Plan:
-    """Quantize a checkpoint of Hugging Face into a directory that `fqcompile.load` reads.
+    """Quantize a Hugging Face checkpoint into a directory that `fqcompile.load` reads.
 
-    What comes out is what `quantize_` makes of the model that `from_pretrained` loads. Tensors are
-    read, converted and quantized one by one (a stack of experts is one), so the peak of memory is
-    what the largest needs and less than a GiB. Tokenizer and configs are copied.
+    The result equals `quantize_` on the model that `from_pretrained` loads. Tensors are read,
+    converted and quantized one at a time (a stack of experts is one tensor), so peak memory is
+    less than a GiB plus the needs of the largest tensor. Tokenizer and configs are copied.
 
     Args:
         source: a local directory with `config.json` and safetensors files.
-        dtype: of the model; by default that of the config, else of the tensors.
-        resume: go on where a killed run of the same arguments stopped; start where there is none.
-        overwrite: replace what is in `out`, which stays whole until the end.
-        say: gets a line about the rate, and one about tensors that the model has no use for.
-        options: those of `quantize_`.
+        dtype: dtype of the model; by default that of the config, else of the tensors.
+        resume: continue a killed run with the same arguments; without one, start a new run.
+        overwrite: replace the save in `out`, which stays valid until the new one is complete.
+        say: receives a line about the rate, and one about tensors that the model does not use.
+        options: the options of `quantize_`.
 
     Raises:
-        CheckpointError: the source is no such checkpoint, is quantized or pickled, or is not of the
-            class that its config names; `out` holds something else, or cannot be written.
-        OptionError, UnquantizableWeight: as `quantize_`.
+        CheckpointError: the source is not such a checkpoint, is quantized or pickled, or does not
+            match the class that its config names; `out` has other contents or cannot be written.
+        OptionError, UnquantizableWeight: as for `quantize_`.
     """
     if resume and overwrite:
         raise OptionError("resume and overwrite are both given; overwrite starts anew: choose one")
@@ -116,7 +116,7 @@ def _run(
 
 
 def _write_all(work: CheckpointModel, writer: StreamWriter) -> None:
-    """Each step of the work, while the system fetches what the next one reads."""
+    """Convert and write each step, while the system prefetches the files of the next one."""
     types = target_types(work.model, work.dtype)
     places = [[work.source.tensors[name] for name in step.names] for step in work.steps]
     label = "fqcompile: quantizing"
@@ -125,7 +125,7 @@ def _write_all(work: CheckpointModel, writer: StreamWriter) -> None:
             if not writer.has(step.targets):
                 will_read(places[i + 1] if i + 1 < len(places) else [])
                 results = work.convert(step, types(step.target))
-                while results:  # what was written is not held any longer
+                while results:  # frees each tensor once it is written
                     name = next(iter(results))
                     writer.write(name, results.pop(name))
             bar.update(sum(place.nbytes for place in places[i]))
@@ -134,7 +134,7 @@ def _write_all(work: CheckpointModel, writer: StreamWriter) -> None:
 
 
 def _write_the_rest(work: CheckpointModel, writer: StreamWriter) -> None:
-    """What no checkpoint holds."""
+    """Write tensors that the model computes; refuse a model with others that are in no file."""
     initialize(work.model, work.missing, work.source.directory)
     places = list(slots(work.model))
     for slot in places:
@@ -171,12 +171,12 @@ def _manifest(
 
 
 def _files(work: CheckpointModel) -> dict[str, bytes]:
-    """Beside the shards."""
+    """The files that are written next to the shards."""
     return {**other_files(work.source.directory), "config.json": work.config_file}
 
 
 def _identity(work: CheckpointModel, config: FineQuantConfig) -> str:
-    """Equal for runs that write the same."""
+    """A value that is equal for runs with equal output."""
     parts = [work.source.identity, str(work.dtype), config.as_dict(), versions()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -1,7 +1,7 @@
-"""What commands share: types that argparse calls, FineQuant's options, and models by their name.
+"""Shared by the commands: argument types, FineQuant's options, and models given by name.
 
-The options have the same names as everywhere, values as JSON or plain words. A model is a local
-Hugging Face checkpoint, or a function that makes one.
+Options have the same names as in the Python API; values are JSON or plain words. A model is a
+local Hugging Face checkpoint, or a function that returns one.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from fqcompile.config import FineQuantConfig
 from fqcompile.errors import FineQuantError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# What `--help` says of each option.
+# The `--help` text of each option.
 _HELP = {
     "bits": "bits of a quantized weight: 4 or 8 (default: 4)",
     "granularity": "group size along K, or the rule that chooses it: adaptive, range, column",
@@ -55,7 +55,7 @@ def add_option_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def given_options(arguments: argparse.Namespace) -> dict[str, object]:
-    """The options that were given, for `FineQuantConfig.from_options`."""
+    """The options given on the command line, for `FineQuantConfig.from_options`."""
     names = [option.name for option in fields(FineQuantConfig)]
     return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
@@ -69,14 +69,14 @@ def _value(text: str) -> object:
 
 
 def group_size(text: str) -> int | str:
-    """A group's size along K, or "column"."""
+    """A group size along K, or "column" for per-channel scales."""
     if text == "column" or (text.isdecimal() and int(text) > 0):
         return text if text == "column" else int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is neither a size of at least 1 nor 'column'")
 
 
 def counts(text: str) -> list[int]:
-    """Whole numbers from 1 up, with commas between."""
+    """Comma-separated integers >= 1."""
     parts = text.split(",")
     if all(part.isdecimal() and int(part) > 0 for part in parts):
         return [int(part) for part in parts]
@@ -84,7 +84,7 @@ def counts(text: str) -> list[int]:
 
 
 def require(*packages: str) -> None:
-    """Raise, naming the extra, where a package of the demo is not installed."""
+    """Raise an error that names the extra if a package of the demo is not installed."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise FineQuantError(

@@ -1,4 +1,4 @@
-"""fqcompile check CHECKPOINT: what an engine would make of a compressed-tensors checkpoint."""
+"""fqcompile check CHECKPOINT: find problems an engine would have with a checkpoint."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from fqcompile.interop.quantization_config import ENGINES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The checkpoint, and how it is to be served."""
+    """The checkpoint, and how it will be served."""
     parser.add_argument("checkpoint", help="directory with config.json and safetensors files")
     parser.add_argument(
         "--engine", choices=ENGINES, default="vllm", help="that loads the checkpoint"

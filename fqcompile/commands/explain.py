@@ -1,4 +1,4 @@
-"""fqcompile explain MODEL: the plan for a model, without compiling it."""
+"""fqcompile explain MODEL: print the quantization plan of a model without compiling it."""
 
 import argparse
 from typing import Any

@@ -1,4 +1,4 @@
-"""fqcompile export SOURCE OUT: a checkpoint for the serving engines."""
+"""fqcompile export SOURCE OUT: write a checkpoint for serving engines."""
 
 import argparse
 from typing import Any
@@ -8,12 +8,12 @@ from fqcompile.interop.export import FORMATS, PROFILES, export
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """From where, to where, for whom, and every FineQuant option."""
+    """Source, output directory, target engines, and every FineQuant option."""
     parser.add_argument(
         "source", help="directory of fqcompile.save or `fqcompile quantize`, or a Hugging Face "
         "checkpoint, which is quantized first",
     )  # fmt: skip
-    parser.add_argument("out", help="directory to write, which is not there yet")
+    parser.add_argument("out", help="directory to write, which must not exist yet")
     parser.add_argument(
         "--to", choices=FORMATS, default=FORMATS[0], help="format of the checkpoint"
     )

@@ -1,4 +1,4 @@
-"""fqcompile quantize CHECKPOINT OUT: a Hugging Face checkpoint, quantized tensor by tensor."""
+"""fqcompile quantize CHECKPOINT OUT: quantize a Hugging Face checkpoint tensor by tensor."""
 
 import argparse
 from typing import Any
@@ -8,7 +8,7 @@ from fqcompile.commands.arguments import DTYPES, add_option_flags, given_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """From where, to where, and every FineQuant option."""
+    """Source, output directory, and every FineQuant option."""
     parser.add_argument("checkpoint", help="directory with config.json and safetensors files")
     parser.add_argument("out", help="directory to write, for fqcompile.load")
     parser.add_argument("--dtype", choices=DTYPES, help="type of the model (default: the config's)")

@@ -36,12 +36,12 @@ _NOTES = (
     "weight in turn, so that none finds it in the L2 cache: the median of 25, and the 20th and "
     "80th percentile; the spread is from one to the other. Configurations are measured one after "
     "the other, now or in an earlier run on this machine with these versions.",
-    "Of the roofline: the least time that memory or matrix units allow, over the time measured.",
+    "Of the roofline: the lower bound set by memory or matrix units, over the measured time.",
 )
 
 
 class _Search(NamedTuple):
-    """A matmul at one bucket of M, to be tuned."""
+    """A matmul at one bucket of M to tune."""
 
     spec: GemmSpec
     template: Template
@@ -49,7 +49,7 @@ class _Search(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to tune, how widely to search, where to write the report."""
+    """The matmuls to tune, the size of the search, and the report files."""
     parser.add_argument(
         "target", nargs="+", help="directory of a checkpoint, module:function as for explain, or "
         "a shape: NxK such as 4096x14336, ExNxK of experts",
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _tuned(one: _Search, mode: SearchMode, table: TunedTable) -> TuningCase:
-    """What the table has of it, or what a search finds."""
+    """The result from the tuned table, or from a search."""
     known = table.case(tuning_key(one.spec, one.template.layout.name), one.bucket)
     if known.has(mode):
         return searched_case(*one, known, known.failure)
@@ -111,7 +111,7 @@ def _tuned(one: _Search, mode: SearchMode, table: TunedTable) -> TuningCase:
 
 
 def _searches(specs: list[GemmSpec], rows: list[int] | None) -> tuple[list[_Search], list[str]]:
-    """One for each key and bucket, and a line for each matmul without anything to search."""
+    """One case per key and bucket, and a line for each matmul with nothing to search."""
     searches: dict[object, _Search] = {}
     untuned: dict[str, None] = {}
     for spec in specs:
@@ -157,9 +157,10 @@ def specs_of_shape(
     device_type: str,
     gpu: Gpu | None,
 ) -> list[GemmSpec] | None:
-    """The matmul that `text` names, of experts one for each routing; None where it names none.
+    """The matmuls of a shape such as "4096x14336"; for experts one per routing; None if no shape.
 
-    `group` is a size along K, "column", or None for 128; scales are of the activations' dtype.
+    `group` is a size along K, "column" (per-channel), or None for 128; scales have the dtype of the
+    activations.
 
     Raises:
         OptionError: a side is empty.
@@ -179,7 +180,7 @@ def specs_of_shape(
 
 
 def _report_file(text: str) -> Path:
-    """Refused before anything is measured."""
+    """Check the report's file name before anything is measured."""
     if Path(text).suffix not in SUFFIXES:
         raise argparse.ArgumentTypeError(f"{text!r} ends in none of {', '.join(SUFFIXES)}")
     return Path(text)

@@ -1,5 +1,5 @@
-"""Models whose weights are spread over the ranks of torch.distributed: what is particular to them.
+"""Models whose weights are sharded over the ranks of torch.distributed.
 
-ranks    which rank this process is; that all compile the same, or say so instead of waiting
-shards   DTensors: the part that lies here, and which part of the whole it is
+ranks    this process's rank; checks that all ranks compile the same, instead of deadlocking
+shards   DTensors: the local shard, and its position in the full tensor
 """

@@ -1,10 +1,10 @@
-"""Which rank of torch.distributed this process is; one process alone is rank 0 of 1.
+"""The rank of this process in torch.distributed; a single process is rank 0 of 1.
 
-`agree`: all ranks of one model say what they compile before they run it. Ranks whose graphs have
-unlike collectives wait for each other for ever; ranks that compute what all of them hold with
-unlike kernels part in the last bit, and then in a token or in an expert. Either is said here. What
-ranks tell each other goes through the store of their process group and not through a collective, so
-that one that never comes is noticed, and named.
+`agree`: all ranks of one model compare what they compile before they run it. Graphs with different
+collectives would deadlock; different kernels for replicated tensors would make ranks diverge in
+the last bit, and then in a token or an expert. Both are reported as errors. Ranks communicate
+through the store of their process group, not through a collective, so that a missing rank is
+detected and named.
 
 FQCOMPILE_RANK_TIMEOUT is how many seconds to wait for the others; the default is half an hour, as
 one rank may quantize or tune while others find all of it done.
@@ -36,25 +36,25 @@ _written: defaultdict[tuple[int, ...], list[str]] = defaultdict(list)  # and not
 
 
 def rank() -> int:
-    """This process's among all."""
+    """The rank of this process."""
     return dist.get_rank() if _together() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if _together() else 1
 
 
 def own_folder(directory: Path) -> Path:
-    """Where this rank may write without meeting the others: a folder each, if there are others."""
+    """The folder for this rank's output: one per rank if there are several."""
     return directory / f"rank_{rank()}" if world_size() > 1 else directory
 
 
 class Team:
-    """The ranks that do something together: all go on, or none.
+    """Ranks that run a step together: all of them continue, or none.
 
     Attributes:
-        index, size: this rank's place among them, and how many there are.
+        index, size: this rank's position among them, and their number.
     """
 
     def __init__(self, ranks: Sequence[int] = (), group: Any = None) -> None:
@@ -63,11 +63,11 @@ class Team:
         self._group = group
 
     def together(self, step: Callable[[], T]) -> list[T]:
-        """The results of all.
+        """Run the step on all ranks; return the results of all.
 
         Raises:
-            RankError: the step failed on another rank, or one of them has ended. Where it failed
-                here, the error itself.
+            RankError: the step failed on another rank, or a rank exited. If it failed on this
+                rank, the error itself is raised.
         """
         if self.size == 1:
             return [step()]
@@ -90,7 +90,7 @@ class Team:
 
 
 def progress(things: Iterable[T] = (), desc: str | None = None, **options: Any) -> "tqdm[T]":
-    """A bar of tqdm on rank 0 where standard error is a terminal, and none elsewhere."""
+    """A tqdm progress bar on rank 0 if standard error is a terminal; else none."""
     return tqdm(things, desc, disable=True if rank() else None, **options)
 
 
@@ -99,11 +99,11 @@ def _together() -> bool:
 
 
 def agree(what: str, facts: Mapping[str, str], groups: Sequence[tuple[int, ...]]) -> None:
-    """Return when all ranks of each group have come here with these facts.
+    """Wait until all ranks of each group have reached this point with the same facts.
 
     Raises:
-        RankError: one has other facts, or none came in time.
-        OptionError: FQCOMPILE_RANK_TIMEOUT is no number of seconds.
+        RankError: a rank has other facts, or did not arrive in time.
+        OptionError: FQCOMPILE_RANK_TIMEOUT is not a number of seconds.
     """
     own = json.dumps(dict(facts))
     digest = sha256(own.encode()).hexdigest()
@@ -123,7 +123,7 @@ def agree(what: str, facts: Mapping[str, str], groups: Sequence[tuple[int, ...]]
 
 
 def _forget(store: Store, ranks: tuple[int, ...]) -> None:
-    """Delete what this rank wrote in earlier rounds: who is in this one has read all of it."""
+    """Delete this rank's keys of earlier rounds: every rank in this round has read them."""
     earlier, _written[ranks] = _written[ranks][:-2], _written[ranks][-2:]
     for key in earlier:
         try:

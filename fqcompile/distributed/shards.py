@@ -1,6 +1,6 @@
-"""DTensors: what lies on this rank, its version, and which part each rank of a mesh holds.
+"""DTensors: the local shard, its version, and the part that each rank of a mesh holds.
 
-A process that never imported torch.distributed.tensor has none, and need not import it.
+A process that has not imported torch.distributed.tensor has no DTensors and need not import it.
 """
 
 import sys
@@ -27,18 +27,18 @@ NOT_LOCAL = (
 
 
 def is_dtensor(value: object) -> "TypeGuard[DTensor]":
-    """Whether it is a tensor over several ranks; Dynamo's fake ones count."""
+    """Whether it is a DTensor; Dynamo's fake DTensors count."""
     library = sys.modules.get("torch.distributed.tensor")
     return library is not None and isinstance(value, library.DTensor)
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a DTensor: the same object each time; any other tensor itself."""
+    """The local shard of a DTensor, the same object each time; any other tensor unchanged."""
     return held_here(tensor) if is_dtensor(tensor) else tensor
 
 
 def with_part(tensor: Tensor, part: Tensor) -> Tensor:
-    """A DTensor that lies as `tensor` does, with this part here; for a plain tensor the part."""
+    """A DTensor placed like `tensor`, with `part` as local shard; for a plain tensor, `part`."""
     if not is_dtensor(tensor):
         return part
     return type(tensor).from_local(
@@ -52,19 +52,19 @@ def with_part(tensor: Tensor, part: Tensor) -> Tensor:
 
 
 def is_part(tensor: object) -> bool:
-    """Whether other ranks hold more of it."""
+    """Whether other ranks hold other parts of it."""
     return is_dtensor(tensor) and not all(p.is_replicate() for p in tensor.placements)
 
 
 def version(tensor: Tensor) -> int:
-    """How often it was changed in place; 0 where that is not counted."""
+    """The number of in-place changes; 0 if PyTorch does not count them."""
     return 0 if tensor.is_inference() else count_of_writes(tensor)
 
 
 def note_updates(tensors: Sequence[Tensor]) -> None:
-    """Carry in-place updates of DTensors over to the versions of their local parts.
+    """Apply in-place updates of DTensors to the versions of their local shards.
 
-    An operation on a DTensor counts its version up, and not that of the part that it changes.
+    An operation on a DTensor increments its own version, but not that of the shard it changes.
     """
     for tensor in tensors:
         part, known = local_part(tensor), vars(tensor).get(_VERSION)
@@ -85,16 +85,16 @@ def from_local() -> Callable[..., Any]:
 
 
 def rank_groups(values: Iterable[Any]) -> list[tuple[int, ...]]:
-    """The ranks of each mesh that some of the values lie on, sorted, without repetition."""
+    """The ranks of each mesh over which values are placed, sorted, without duplicates."""
     meshes = [value.device_mesh for value in values if is_dtensor(value)]
     return sorted({tuple(sorted(mesh.mesh.flatten().tolist())) for mesh in meshes})
 
 
 def refuse_fsdp_modules(model: nn.Module) -> None:
-    """Raise where FSDP wraps the model or a part of it.
+    """Refuse models wrapped by FSDP.
 
     Raises:
-        ShardingError: it does.
+        ShardingError: FSDP wraps the model or a part of it.
     """
     library = sys.modules.get("torch.distributed.fsdp")
     if library is None:
@@ -118,10 +118,10 @@ def fsdp_refusal(name: str) -> str:
 
 
 def team_of(tensors: Iterable[Tensor]) -> Team:
-    """The ranks over which some of the tensors are spread; this one alone where none is.
+    """The ranks over which the tensors are sharded; only this one if none is.
 
     Raises:
-        ShardingError: they are spread over several sets of ranks, none of which is all there are.
+        ShardingError: they are sharded over several sets of ranks, none of which has all ranks.
     """
     found = list(tensors)
     groups = rank_groups(found)
@@ -143,12 +143,12 @@ Run = tuple[int, int]
 
 @dataclass(frozen=True)
 class Layout:
-    """One dimension of a tensor, over several holders.
+    """The sharding of one dimension of a tensor over several holders.
 
     Attributes:
-        runs: by holder, the (start, stop) of what it has, in its order.
-        own: the number of the holder that this process is.
-        leads: no rank before this one holds the same.
+        runs: per holder, the (start, stop) ranges that it holds, in order.
+        own: the index of this process among the holders.
+        leads: no lower rank holds the same shard.
     """
 
     dim: int
@@ -158,10 +158,10 @@ class Layout:
 
 
 def layout_of(tensor: Tensor) -> Layout | None:
-    """How a DTensor is spread; None where this rank holds all of it.
+    """The layout of a DTensor; None if this rank holds all of it.
 
     Raises:
-        ShardingError: over more than one dimension of its mesh, or in a way that is not known here.
+        ShardingError: it is sharded over several dimensions of its mesh, or in an unsupported way.
     """
     if not is_dtensor(tensor) or not is_part(tensor):
         return None
@@ -189,7 +189,7 @@ def layout_of(tensor: Tensor) -> Layout | None:
 
 
 def _chunks(run: Run, count: int) -> list[Run]:
-    """As torch.chunk cuts it, with empty ones in place of those that it leaves out."""
+    """The ranges of torch.chunk, followed by empty ones for the chunks that it omits."""
     start, stop = run
     size = -(-(stop - start) // count)
     return [(min(start + i * size, stop), min(start + (i + 1) * size, stop)) for i in range(count)]

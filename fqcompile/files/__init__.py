@@ -1,1 +1,1 @@
-"""Files on disk: replaced whole, believed only within limits, as safetensors and as JSON."""
+"""Files on disk: atomic replacement, bounded parsing of untrusted files, safetensors and JSON."""

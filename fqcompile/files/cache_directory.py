@@ -1,7 +1,7 @@
-"""The directory of what fqcompile keeps between processes: where it is, who may write, and how.
+"""The cache directory that persists between processes: its path, permission checks and locking.
 
-What lies there is loaded as code, or computed with: nothing is believed that anybody but this user
-and root could have put there.
+Its files are loaded as code or used as weights, so a file is trusted only if nobody except this
+user and root could have written it.
 """
 
 import logging
@@ -37,7 +37,7 @@ def cache_directory() -> Path:
 
 
 def fallback_directory() -> Path:
-    """This user's own below the folder for temporary files, for what cannot be done without."""
+    """This user's fallback directory below the folder for temporary files, for required files."""
     user = "" if sys.platform == "win32" else f"-{os.geteuid()}"
     try:
         return Path(tempfile.gettempdir()) / f"fqcompile{user}"
@@ -47,10 +47,10 @@ def fallback_directory() -> Path:
 
 @contextmanager
 def writing(directory: Path, lock: str = ".lock", seconds: float = 60.0) -> Iterator[None]:
-    """One process at a time in a directory of the cache, which is made where it is not there.
+    """Lock a directory of the cache for one process at a time; create the directory if missing.
 
     Raises:
-        OSError: it cannot be written, others may write there, or one of them holds the lock.
+        OSError: it cannot be written, others may write there, or the lock is held too long.
     """
     directory = directory.absolute()
     for path in [p for p in (*reversed(directory.parents), directory) if not p.exists()]:
@@ -64,12 +64,12 @@ def writing(directory: Path, lock: str = ".lock", seconds: float = 60.0) -> Iter
 
 
 def check_trusted(path: Path) -> None:
-    """Return where only this user and root can change the file or directory, or the way to it.
+    """Check that only this user and root can change a file or directory, or any parent of it.
 
     Raises:
-        PermissionError: others can; the text says where, and what to do.
-        OSError: it is not there, cannot be reached, or is something else, such as a pipe, which
-            would be waited for.
+        PermissionError: others can; the message says where, and what to do.
+        OSError: it does not exist, cannot be reached, or is of another kind, such as a pipe, on
+            which a read would block.
     """
     if sys.platform != "win32":
         mode = os.stat(path).st_mode  # whatever is wrong with the way, such as a loop of links
@@ -79,7 +79,7 @@ def check_trusted(path: Path) -> None:
 
 
 def _check(path: str, is_passed: bool = False) -> None:
-    """All places from the root to `path`, with what links lead to; it may be only passed too."""
+    """Check each place from the root to `path`, and targets of links; `is_passed`: as parents."""
     steps = path.rstrip("/").split("/")
     for end in range(1, len(steps) + 1):
         place = "/".join(steps[:end]) or "/"
@@ -114,7 +114,7 @@ def _others_may_write(about: os.stat_result) -> bool:
 
 @cache
 def _is_own_group(user: int, group: int) -> bool:
-    """Many systems make a group for each user alone, to which his umask then lets him write."""
+    """Whether the group is the user's private one: many systems let it write by default."""
     try:
         his, members = pwd.getpwuid(user), grp.getgrgid(group)
     except KeyError:
@@ -124,7 +124,7 @@ def _is_own_group(user: int, group: int) -> bool:
 
 
 def warn_unusable(directory: Path, error: BaseException) -> None:
-    """Once in a process for all parts of one cache: nothing can be kept there, and why."""
+    """Warn, once per process and cache, that nothing can be stored there, and why."""
     level = logging.INFO if directory.parent in _warned else logging.WARNING
     _warned.add(directory.parent)
     log.log(

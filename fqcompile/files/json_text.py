@@ -1,6 +1,6 @@
-"""JSON that somebody else may have written: of bounded size and depth, its names fit to print.
+"""Parse untrusted JSON: bounded size and depth, and only printable names.
 
-`checked` makes dataclasses of it, in which each field is there and has its type.
+`checked` converts it to dataclasses and checks that every field exists and has its type.
 """
 
 import json
@@ -20,7 +20,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a file.
 
     Raises:
-        CheckpointError: it is no JSON object, or an absurdly large or deep one.
+        CheckpointError: it is not a JSON object, or is absurdly large or deeply nested.
     """
     size = path.stat().st_size
     if size > LARGEST:
@@ -37,7 +37,7 @@ def parse_json(text: str | bytes, where: str, remedy: str = "download it again")
     """The value of a text; `where` and `remedy` are for errors.
 
     Raises:
-        CheckpointError: it is not JSON, or of absurdly many or deep lists and objects.
+        CheckpointError: it is not JSON, or has absurdly many or deeply nested lists and objects.
     """
     brackets = ("[", "{") if isinstance(text, str) else (b"[", b"{")
     if sum(map(text.count, brackets)) > _MOST_CONTAINERS:  # type: ignore[arg-type]
@@ -59,10 +59,10 @@ def parse_json(text: str | bytes, where: str, remedy: str = "download it again")
 
 
 def check_name(name: object, where: str) -> None:
-    """A name of a tensor, layer or file, which messages and tables show as it is.
+    """A name of a tensor, layer or file, which messages and tables print unescaped.
 
     Raises:
-        CheckpointError: it is none, is absurdly long, or has characters that a terminal obeys.
+        CheckpointError: it is not a name, is absurdly long, or has control characters.
     """
     if not isinstance(name, str) or not name or len(name) > _LONGEST_NAME or not name.isprintable():
         raise CheckpointError(
@@ -72,7 +72,7 @@ def check_name(name: object, where: str) -> None:
 
 
 def shown(text: object) -> str:
-    """The beginning of what others wrote, on one line."""
+    """The beginning of an untrusted text, on one line."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text)[:_SHOWN])
     return line if len(str(text)) <= _SHOWN else f"{line} ..."
 
@@ -81,12 +81,12 @@ T = TypeVar("T")
 
 
 def checked(kind: type[T], value: Any, where: str) -> T:
-    """`value` as a `kind`: a dataclass, a mapping, a tuple, or what JSON itself has.
+    """`value` as a `kind`: a dataclass, a mapping, a tuple, or a plain JSON type.
 
-    Numbers are never negative.
+    Negative numbers are refused.
 
     Raises:
-        CheckpointError: it is not; the message says where.
+        CheckpointError: it is not of that kind; the message says where.
     """
     origin, arguments = get_origin(kind) or kind, get_args(kind)
     if is_dataclass(origin):

@@ -1,7 +1,7 @@
-"""Files that a reader finds whole or not at all; of some also whoever comes after a power failure.
+"""Atomic writes: a reader sees a complete file or none; some also survive a power failure.
 
-`replace_file` is for what can be made again: caches, reports. What cannot is on the disk before
-anything that speaks of it is written: `write_file`, `replace_durably`, `sync_directory`.
+`replace_file` is for files that can be regenerated, such as caches and reports. All others are
+synced to disk before anything refers to them: `write_file`, `replace_durably`, `sync_directory`.
 """
 
 import os
@@ -15,13 +15,13 @@ Piece = bytes | memoryview
 def replace_file(
     path: Path, pieces: Iterable[Piece], part: str = ".part", mode: int = 0o644
 ) -> None:
-    """The pieces in one file, whole or not at all.
+    """Write the pieces to one file atomically.
 
     Args:
-        part: name of the file beside it that they are written to first. One name serves all that
-            write while they hold a lock, so that a kill leaves one such file.
-        mode: whatever the umask says, no more is allowed: a file of a cache that others could
-            write to is refused.
+        part: name of the temporary file in the same directory. Writers that hold a lock use one
+            fixed name, so that killed writers leave at most one such file.
+        mode: upper bound of the permissions, whatever the umask allows: cache files that others
+            could write to are refused.
     """
     # A rename is atomic only within one file system, hence a neighbor and not the system's tmp.
     beside = path.with_name(part)
@@ -39,7 +39,7 @@ def replace_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write `text` to `path`, making its folders, and return the path."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # What has no place in UTF-8, as half a surrogate pair in a name, is spelt out.
+    # Characters that UTF-8 cannot encode, such as a lone surrogate in a name, are escaped.
     content = text.encode("utf-8", errors="backslashreplace")
     own = f".{target.name}.{os.getpid()}-{threading.get_ident()}"
     replace_file(target, [content], own, 0o666)
@@ -47,12 +47,12 @@ def replace_text(path: str | os.PathLike[str], text: str) -> Path:
 
 
 def write_file(path: Path, pieces: Iterable[Piece]) -> None:
-    """The pieces one after the other, in a new file or in place of an old one, and on the disk."""
+    """Write the pieces to a file, replacing its content, and sync it to disk."""
     _write(path, pieces, "wb")
 
 
 def append_to_file(path: Path, piece: Piece) -> None:
-    """At the end of the file, which is made if it is not there, and on the disk."""
+    """Append to a file, created if missing, and sync it to disk."""
     _write(path, [piece], "ab")
 
 
@@ -65,14 +65,14 @@ def _write(path: Path, pieces: Iterable[Piece], mode: str) -> None:
 
 
 def replace_durably(path: Path, pieces: Iterable[Piece], part: Path) -> None:
-    """The pieces at `path`, and on the disk, by way of `part` in the same directory."""
+    """Write the pieces to `path` atomically, via `part` in the same directory, synced to disk."""
     write_file(part, pieces)
     rename(part, path)
     sync_directory(path.parent)
 
 
 def rename(source: Path, target: Path) -> None:
-    """`source` takes the place of `target`: a reader finds the one or the other."""
+    """Replace `target` by `source` atomically: a reader sees the old or the new file."""
     os.replace(source, target)
 
 
@@ -83,7 +83,7 @@ def remove(path: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Which files there are, and by what names, reaches the disk too."""
+    """Sync a directory's entries (names of files) to disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

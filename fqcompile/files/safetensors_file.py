@@ -2,9 +2,9 @@
 
     [u64 length] {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, ...} [bytes]
 
-Read and written here, and not by the library, to know what is on the disk when, and to read a
-checkpoint without mapping all of it into this process. The one codec of saved models, exports,
-checkpoints of others and the cache of quantized weights.
+Implemented here instead of using the library, to control when data is synced to disk, and to read
+a checkpoint without mapping all of it. Used for saved models, exports, foreign checkpoints and the
+cache of quantized weights.
 """
 
 import json
@@ -21,7 +21,7 @@ from torch import Tensor
 from fqcompile.errors import CheckpointError
 from fqcompile.files.json_text import LARGEST, check_name, parse_json, shown
 
-# Tensors start at multiples of it where their sizes allow: compiled graphs copy what lies askew.
+# Tensors start at multiples of it if their sizes allow: compiled graphs copy unaligned tensors.
 ALIGNMENT = 64
 _MOST_DIMENSIONS, _MOST_NUMBERS = 64, 2**63 - 1  # that PyTorch has
 _METADATA, _PT = "__metadata__", {"format": "pt"}
@@ -71,13 +71,13 @@ class Header(NamedTuple):
 
 
 def bytes_of(w: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on a CPU, which lives as long as this does."""
+    """The memory of a contiguous CPU tensor, which stays alive as long as the result."""
     flat = w.detach().as_strided((w.numel(),), (1,))  # a view of one value may have any stride
     return flat.view(torch.uint8).numpy().data
 
 
 def byte_size(dtype: str, shape: Shape) -> int:
-    """Bytes of a tensor of that type and shape."""
+    """Size in bytes of a tensor of that dtype and shape."""
     return math.prod(shape) * DTYPES[dtype].itemsize
 
 
@@ -109,10 +109,10 @@ def encode_header(
 
 
 def read_header(path: Path) -> Header:
-    """Of a file that somebody else wrote.
+    """Read the header of an untrusted file.
 
     Raises:
-        CheckpointError: it is not a whole safetensors file; the message names the tensor.
+        CheckpointError: it is not a complete safetensors file; the message names the tensor.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -166,7 +166,7 @@ def _place(path: Path, name: str, entry: Any, base: int, size: int) -> TensorPla
 
 
 def read_tensor(place: TensorPlace, memory: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Into memory of its own: nothing is mapped, for mapped files may shrink.
+    """Read a tensor into new memory: a mapped file might be truncated while in use.
 
     Args:
         memory: prepares a tensor that has no values yet, or returns another in its place.

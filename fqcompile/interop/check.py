@@ -1,4 +1,4 @@
-"""check: what an engine would refuse, mis-load or run slowly, told without the engine."""
+"""check: find what an engine would refuse, load wrongly or run slowly, without the engine."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -22,9 +22,9 @@ from fqcompile.interop.quantization_config import (
 )
 
 DEVICES = ("cuda", "cpu")
-# Whose `_init_weights` in transformers 5.23 (models/<family>/modeling_<family>.py) reads the weight
-# of a linear by the name of its child; from_pretrained calls it also for what is packed, and a
-# packed linear has no attribute "weight". T5 and Mamba2 were seen to fail there.
+# Model families whose `_init_weights` in transformers 5.23 (models/<family>/modeling_<family>.py)
+# reads the weight of a linear by the name of the child module; from_pretrained calls it for packed
+# layers too, and a packed linear has no attribute "weight". T5 and Mamba2 fail there.
 _T5 = frozenset({"q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"})
 _MAMBA = frozenset({"out_proj"})
 _INITIALIZED_BY_NAME = {
@@ -42,21 +42,22 @@ def check(
     ep: int = 1,
     device: str = "cuda",
 ) -> list[Finding]:
-    """Look at a compressed-tensors checkpoint as an engine would, reading its config and headers.
+    """Check a compressed-tensors checkpoint by an engine's rules, from its config and headers.
 
     Args:
         checkpoint: a local directory.
         engine: "vllm", "sglang" or "transformers".
-        tp: degree of tensor parallelism. ep: of expert parallelism, whose experts are not split.
-        device: "cuda", or "cpu" for vLLM on one.
+        tp: degree of tensor parallelism.
+        ep: degree of expert parallelism; experts are not split.
+        device: "cuda", or "cpu" for vLLM on a CPU.
 
     Returns:
-        One finding per layer (or fused layer, or stack of experts) and rule that it breaks, each
-        with its remedy; empty where all is well.
+        One finding per layer (or fused layer, or stack of experts) and broken rule, each with its
+        remedy; empty if no rule is broken.
 
     Raises:
-        CheckpointError: it is no such checkpoint, or is damaged; file and key are named.
-        OptionError: the engine or device is unknown, or a degree is no positive int.
+        CheckpointError: it is not such a checkpoint, or is damaged; file and key are named.
+        OptionError: the engine or device is unknown, or a degree is not a positive int.
     """
     directory = Path(checkpoint)
     path = directory / "config.json"
@@ -78,7 +79,7 @@ def find_problems(
     device: str = "cuda",
     where: str = "config.json",
 ) -> list[Finding]:
-    """The same for a config and layers that are in no file yet."""
+    """The same check for a config and layers that are not written to files yet."""
     if engine not in ENGINES:
         raise OptionError(f"engine is {engine!r}; allowed: {', '.join(ENGINES)}")
     if device not in DEVICES or (device == "cpu" and engine == "sglang"):
@@ -115,14 +116,14 @@ def _as_configured(config: QuantizationConfig, layer: Layer) -> Layer:
 
 
 def _is_tied(config: Mapping[str, Any]) -> bool:
-    """As the config or that of its language model says."""
+    """The value of a key in the config, or in the config of its language model."""
     text = config.get("text_config")
     inner = text.get("tie_word_embeddings") if isinstance(text, Mapping) else None
     return bool(config.get("tie_word_embeddings", inner))
 
 
 def _checkpoint_rules(subject: Subject) -> Iterator[Finding]:
-    """All findings that are about no layer alone."""
+    """All findings that concern the whole checkpoint."""
     formats = sorted({subject.config.format, *(group.format for group in subject.config.groups)})
     names, kind = [layer.name for layer in subject.packed], subject.model_type
     yield from subject.first_broken(names or ["config.json"], [

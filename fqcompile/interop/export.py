@@ -1,4 +1,4 @@
-"""export: a quantized model as a checkpoint that vLLM, SGLang and transformers load."""
+"""export: write a quantized model as a checkpoint that vLLM, SGLang and transformers load."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ from fqcompile.interop.layers import Layer, Scheme, is_embedding, stack_of
 from fqcompile.modules.quantize import packing_config
 from fqcompile.report import Plan, Site
 
-# Which engines must load what a profile writes.
+# The engines that must be able to load the output of each profile.
 PROFILES: dict[str, tuple[str, ...]] = {
     "portable": ("vllm", "sglang", "transformers"),
     "serve": ("vllm", "sglang"),
@@ -55,7 +55,7 @@ class Request:
     """The arguments of `export`.
 
     Raises:
-        OptionError: one is not allowed; those of quantizing are not for what is quantized already.
+        OptionError: one is not allowed, such as a quantization option for a quantized source.
     """
 
     source: Path
@@ -93,14 +93,14 @@ class Request:
 
     @property
     def quantizing(self) -> dict[str, object]:
-        """The options, and heads left alone: written dense, rounding them would gain nothing."""
+        """The options, with output heads excluded: they are written dense anyway."""
         return {**self.options, "exclude": [*self.config.exclude, HEAD_NAMES.pattern]}
 
     def identity(self) -> str:
-        """Equal for exports that write the same.
+        """A value that is equal for exports with equal output.
 
         Raises:
-            CheckpointError: the source is no directory to export.
+            CheckpointError: the source cannot be exported.
         """
         source = read_manifest(self.source).generation if self.is_saved else None
         content = [
@@ -129,29 +129,29 @@ def export(
 ) -> Plan:
     """Write a quantized model as a compressed-tensors checkpoint, codes unchanged.
 
-    Scales are repeated to group sizes that the engines have kernels for, and what an engine holds
-    in one tensor gets one scheme. What the format cannot carry (output heads, [K, N] matrices, odd
-    groups) is written dense, with the values that its codes stand for; the plan says why. Tensors
-    go one by one, and `out` appears whole or not at all.
+    Scales are repeated to group sizes that the engines have kernels for, and layers that an engine
+    fuses into one tensor get one scheme. Weights that the format cannot represent (output heads,
+    [K, N] matrices, unusual group sizes) are written dense, with their dequantized values; the
+    plan gives the reason. Tensors are written one at a time, and `out` appears atomically.
 
     Args:
-        source: of `fqcompile.save` or `fqcompile quantize`; or a Hugging Face checkpoint, which is
-            quantized first, but for output heads.
-        out: a directory that is not there, or empty; or a link to one.
-        profile: "portable" (vLLM, SGLang, transformers: all experts alike) or "serve" (vLLM,
-            SGLang: the experts of a layer alike).
-        tp: the highest degree of tensor parallelism to serve it with: no group crosses devices.
-        resume: go on where a killed export of the same arguments stopped.
-        dtype, options: those of `quantize_checkpoint`; for what is quantized, `on_unsupported`
-            alone, which with "error" raises for what would be written dense.
+        source: a directory of `fqcompile.save` or `fqcompile quantize`; or a Hugging Face
+            checkpoint, which is quantized first, except for output heads.
+        out: a directory that does not exist or is empty, or a link to one.
+        profile: "portable" (vLLM, SGLang, transformers: one scheme for all experts) or "serve"
+            (vLLM, SGLang: one scheme for the experts of each layer).
+        tp: the highest degree of tensor parallelism for serving: no group crosses devices.
+        resume: continue a killed export with the same arguments.
+        dtype, options: as for `quantize_checkpoint`; for a quantized source only `on_unsupported`,
+            which with "error" raises if a weight would be written dense.
 
     Returns:
-        The plan: what is packed, in the bits and group size that were written.
+        The plan: the packed weights, with the bits and group sizes that were written.
 
     Raises:
-        CheckpointError: the source is none of these, `out` is there or cannot be written, or
-            an engine of the profile could not load the result; layers and remedies are named.
-        OptionError, UnquantizableWeight: as `quantize_`.
+        CheckpointError: the source is none of these, `out` exists or cannot be written, or an
+            engine of the profile could not load the result; layers and remedies are named.
+        OptionError, UnquantizableWeight: as for `quantize_`.
     """
     request, target = Request(Path(source), to, profile, tp, dtype, options), real_path(Path(out))
     check_free(target, resume)
@@ -194,7 +194,7 @@ def _write(saved: Saved, directory: Path, request: Request) -> Plan:
 
 
 def _dense_layers(layout: Layout) -> dict[str, Layer]:
-    """Layers of the checkpoint that are not packed in the saved model either, by name."""
+    """Names of the checkpoint's layers that are dense in the saved model too."""
     found = {}
     for whole in layout.wholes:
         for name, (_, shape) in whole.tensors.items():
@@ -205,7 +205,7 @@ def _dense_layers(layout: Layout) -> dict[str, Layer]:
 
 
 def _dense_stacks(layout: Layout) -> set[str]:
-    """Modules of experts that are one tensor in the checkpoint too."""
+    """Expert modules that are also stored as one tensor in the checkpoint."""
     tensors = (item for whole in layout.wholes for item in whole.tensors.items())
     return {_module(name) for name, (_, shape) in tensors if len(shape) == 3}
 
@@ -243,12 +243,12 @@ def _check_loads(
         )
 
 
-# What quantizing says of heads that an export has told it to leave.
+# The skip reason of output heads that the export excluded.
 _HEADS_EXCLUDED = excluded_by(HEAD_NAMES.pattern)
 
 
 def _plan_of(saved: Saved, layout: Layout, choices: Mapping[str, Choice]) -> Plan:
-    """That of the saved model, with what became of each weight in the checkpoint."""
+    """The plan of the saved model, updated with the form of each weight in the checkpoint."""
     pieces: dict[str, list[Piece]] = {}
     for piece in layout.pieces:
         pieces.setdefault(piece.source, []).append(piece)

@@ -1,4 +1,4 @@
-"""Findings: what an engine would make of some layers, and what to do about it."""
+"""Findings: problems that an engine would have with some layers, and their remedies."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,16 +10,16 @@ from tabulate import tabulate
 from fqcompile.interop.layers import Layer
 from fqcompile.interop.quantization_config import QuantizationConfig
 
-# The engine stops; or loads it and computes something else; or does not use its fastest kernels; or
-# loads it beside versions that are not installed here.
+# The engine refuses to load; or loads and computes wrong results; or does not use its fastest
+# kernels; or needs versions that are not installed here.
 Effect = Literal["refused", "wrong", "slow", "needs"]
-# Its name, what becomes of layers that break it, whether some do, the problem and its remedy.
+# A rule: its name, the effect of breaking it, whether it is broken, the problem and the remedy.
 Rule = tuple[str, Effect, object, str, str]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One rule that some layers break."""
+    """One rule that some layers break, with the effect and the remedy."""
 
     rule: str
     engine: str
@@ -36,7 +36,7 @@ class Finding:
 
     @property
     def loads(self) -> bool:
-        """Whether the engine computes what is meant nevertheless."""
+        """Whether the engine still computes correct results."""
         return self.effect in ("slow", "needs")
 
     def __str__(self) -> str:
@@ -45,8 +45,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Subject:
-    """What the rules look at; `tied`: the config ties the head to the embedding;
-    `model_type`: the family that the config names.
+    """The input of the rules; `tied`: the config ties the head to the embedding;
+    `model_type`: the model family that the config names.
 
     `device` is "cuda" or "cpu": what the engine runs on.
     """
@@ -74,18 +74,18 @@ class Subject:
         return [layer for layer in self.layers if layer.scheme is not None]
 
     def broken(self, layers: Sequence[str], rules: Iterable[Rule]) -> Iterator[Finding]:
-        """What is to be said of some layers."""
+        """The findings for some layers."""
         for name, effect, is_broken, problem, remedy in rules:
             if is_broken:
                 yield Finding(name, self.engine, effect, tuple(layers), problem, remedy)
 
     def first_broken(self, layers: Sequence[str], rules: Iterable[Rule]) -> Iterator[Finding]:
-        """The same of the first rule that is broken, as the others follow from it."""
+        """The finding for the first broken rule only, as the others follow from it."""
         return islice(self.broken(layers, rules), 1)
 
 
 def findings_table(findings: Sequence[Finding]) -> str:
-    """For a terminal."""
+    """The findings as text for a terminal."""
     rows = [(f.engine, f.effect, f.where, f.problem, f.remedy) for f in findings]
     widths = [None, None, 36, 40, 40]
     headers = ("engine", "effect", "layers", "problem", "remedy")
@@ -93,7 +93,7 @@ def findings_table(findings: Sequence[Finding]) -> str:
 
 
 def merged(findings: Sequence[Finding]) -> list[Finding]:
-    """Layers that break one rule in the same way in one finding."""
+    """Merge findings of layers that break the same rule in the same way."""
     found: dict[Finding, list[str]] = {}
     for finding in findings:
         found.setdefault(replace(finding, layers=()), []).extend(finding.layers)

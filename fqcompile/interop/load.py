@@ -1,4 +1,4 @@
-"""load: a saved model, or what others quantized as a model with packed weights."""
+"""load: open a saved model, or a checkpoint quantized by another program, with packed weights."""
 
 import logging
 import os
@@ -43,30 +43,30 @@ def load(
     device: torch.device | str | None = None,
     verify: bool = True,
 ) -> nn.Module:
-    """A model with the weights that `save` or `fqcompile quantize` wrote, or others quantized.
+    """Load a model from a directory of `save` or `fqcompile quantize`, or a quantized checkpoint.
 
-    Dense tensors are the mapped files themselves: privately, so a change to one is not written
-    back. Packed ones are read once, into the order that the kernels of this machine want.
-    compressed-tensors (pack-quantized), GPTQ without act-order and AWQ open too, for None.
-    A model whose parameters are DTensors gets of each value the part that its rank holds, however
-    many ranks have saved it; all its ranks must call this.
+    Dense tensors are private memory maps of the files, so changes to them are not written back.
+    Packed weights are read once, into the layout of this machine's kernels.
+    Checkpoints of compressed-tensors (pack-quantized), GPTQ without act-order and AWQ can also be
+    loaded, with None as the model. If the model's parameters are DTensors, each rank loads its own
+    shards, whatever the number of ranks that saved the model; all ranks must call this function.
 
     Args:
         model_or_factory: a function without arguments, called on the meta device, so that no dense
-            copy of the weights is ever made. Or a model, on the meta device or not, whose tensors
-            are replaced. Or None: the class of Hugging Face that was saved, in eval mode.
-        device: for the weights; by default each goes where the model or its mesh has it, and to
-            the CPU from the meta device.
+            copy of the weights is ever allocated. Or a model, on the meta device or not, whose
+            tensors are replaced. Or None: the Hugging Face class that was saved, in eval mode.
+        device: device of the weights; by default the device of each tensor in the model or its
+            mesh, and the CPU for tensors on the meta device.
         verify: compare the checksum of every tensor, about a second per GiB.
 
     Returns:
-        The model, which requires gradients and trains or not as the factory left it; packed weights
-        do not. It runs in the type that was saved.
+        The model, with the dtype that was saved. Train mode and `requires_grad` are as the factory
+        set them; packed weights never require gradients.
 
     Raises:
-        CheckpointError: the directory is not whole or not what was written, is of another version,
-            or of another model; files and tensors are named, and a model that was given is as it
-            was.
+        CheckpointError: the directory is incomplete, damaged, of another format version or of
+            another model; the message names files and tensors. A model that was passed in is
+            unchanged.
     """
     if not isinstance(directory, str | os.PathLike):  # the two are easily swapped
         raise CheckpointError(
@@ -80,7 +80,7 @@ def load(
 
 
 def _load_of_others(given: object, directory: Path, device: torch.device) -> nn.Module:
-    """What no `save` of ours has written."""
+    """Load a directory that fqcompile did not write."""
     config = _quantized_config(directory)
     if config is None:
         raise CheckpointError(f"{directory} has no {MANIFEST}: {recognized(directory)}")
@@ -98,7 +98,7 @@ def _load_of_others(given: object, directory: Path, device: torch.device) -> nn.
 
 
 def _quantized_config(directory: Path) -> dict[str, Any] | None:
-    """The content of its `config.json`, if that says that somebody quantized it."""
+    """The content of its `config.json`, if that has a quantization_config."""
     if not (directory / "config.json").is_file():
         return None
     config = read_config(directory)
@@ -106,7 +106,7 @@ def _quantized_config(directory: Path) -> dict[str, Any] | None:
 
 
 def _loaded(directory: Path, config: dict[str, Any], device: torch.device) -> nn.Module:
-    """Codes stay as they are; no dense weight is made of them."""
+    """Build the model with the checkpoint's codes unchanged; no dense weight is created."""
     tensors = read_tensors(directory)
     layers = _reader(config, directory)(config, tensors, str(directory / "config.json"))
     work = CheckpointModel.of(_as_if_dense(directory, config, tensors, layers), None)
@@ -129,7 +129,7 @@ def _loaded(directory: Path, config: dict[str, Any], device: torch.device) -> nn
 
 
 def _tell_of_zero_points(layers: Mapping[str, ForeignLayer], given: Mapping[str, Tensor]) -> None:
-    """Four bits less a zero point need more: nobody should wonder where the memory went."""
+    """Warn if asymmetric int4 weights had to be stored as int8, which takes more memory."""
     wide = [
         n for n, v in given.items() if isinstance(v, PackedWeight) and v.format.bits == INT8.bits
     ]
@@ -159,7 +159,7 @@ def _as_if_dense(
     tensors: Mapping[str, TensorPlace],
     layers: Mapping[str, ForeignLayer],
 ) -> Source:
-    """What the converters of transformers know: one weight [N, K] in place of a layer's parts."""
+    """Names as the converters of transformers know them: one weight [N, K] for each layer."""
     parts = {place for layer in layers.values() for place in layer.places.values()}
     found = {name: place for name, place in tensors.items() if place not in parts}
     for layer in layers.values():
@@ -176,7 +176,7 @@ def _values(
     weights: Mapping[str, ForeignLayer],
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """The model's tensors that a step gives."""
+    """The model's tensors that a step produces."""
     packed = [name for name in step.names if name in weights]
     if not packed:
         return work.convert(step, dtype)
@@ -189,7 +189,7 @@ def _values(
 
 
 def _put_all(places: Mapping[str, Slot], given: Mapping[str, Tensor], device: torch.device) -> None:
-    """Each value to its place, and to those tied to it that have none of their own."""
+    """Assign each value to its slot, and to tied slots without a value of their own."""
     tied: dict[int, list[Slot]] = {}
     for slot in places.values():
         tied.setdefault(id(slot.tensor), []).append(slot)

@@ -1,1 +1,1 @@
-"""The operators that rewritten graphs call, the templates behind them, and how one is picked."""
+"""The operators that rewritten graphs call, the kernel templates, and their selection."""

@@ -1,10 +1,10 @@
-"""What the operators' arguments must be: one set of rules for implementations and fakes.
+"""Checks of the operators' arguments: one set of rules for implementations and fakes.
 
-Kernels take addresses and trust the sizes beside them, so a wrong x, bias, residual or routing must
-not reach one. Each check raises RuntimeError, as the dense call does, with the sizes of the layer.
+Kernels take raw addresses and sizes, so a wrong x, bias, residual or routing must not reach one.
+Each check raises RuntimeError, as the dense call does, and names the sizes of the layer.
 
-`holds` decides a condition on the sizes of activations: `bool` where they are numbers; for symbolic
-ones `expect_true`, which leaves to run time what cannot be known. Devices: see `on_one_device`.
+`holds` evaluates a condition on sizes of activations: `bool` for numbers; `expect_true` for
+symbolic sizes, which defers unknown conditions to run time. Devices: see `on_one_device`.
 """
 
 from collections.abc import Callable
@@ -39,12 +39,12 @@ def checked_weight(
 ) -> QuantizedTensor:
     """Codes and scales in the layout of the kernel; with `experts`, those of a stack [E, ...].
 
-    Every eager call of a layer comes this way, so what is known of its form is looked up once.
+    Every eager call of a layer runs this check, so facts about its form are cached.
 
     Raises:
-        RuntimeError: they are of another layer, or of another layout.
-        OptionError: there is no such activation.
-        NoKernelError: the kernel is not installed here.
+        RuntimeError: they belong to another layer, or to another layout.
+        OptionError: the activation is unknown.
+        NoKernelError: the kernel is not installed.
     """
     # Symbolic numbers of experts, which fakes may have, cannot be looked up.
     find = _expected if experts is None or type(experts) is int else _expected.__wrapped__
@@ -169,7 +169,7 @@ def _other_columns(x: Tensor, k: int, n: int) -> RuntimeError:
 
 
 def _other_values(values: Tensor, shape: Shape, x: Tensor, name: str) -> RuntimeError:
-    """What is added has exactly this shape, and x's type: kernels neither broadcast nor cast."""
+    """The error for an addend of another shape or dtype: kernels do not broadcast or cast."""
     return RuntimeError(
         f"{name} has the shape {tuple(values.shape)} and is {values.dtype}; x of shape "
         f"{tuple(x.shape)} takes one of {shape} that is {x.dtype}"
@@ -177,9 +177,9 @@ def _other_values(values: Tensor, shape: Shape, x: Tensor, name: str) -> Runtime
 
 
 def on_one_device(run: Run) -> Run:
-    """Raises RuntimeError where the tensors among the arguments are on several devices.
+    """Raise RuntimeError if the tensors among the arguments are on several devices.
 
-    What is registered for the CPU needs it not: the dispatcher calls that where all are there.
+    CPU implementations do not need this check: the dispatcher calls them only if all are there.
     """
 
     @wraps(run)

@@ -1,7 +1,7 @@
-"""What a kernel does to a product: the Epilogue, and the table of activations that it may name.
+"""The Epilogue, which a kernel applies to a product, and the table of supported activations.
 
-An activation is a PyTorch form, its derivative, and a Triton form: the fuse pass, the operator's
-backward and the Triton kernels all read this table.
+An activation consists of a PyTorch form, its derivative, and a Triton form: the fuse pass, the
+operator's backward and the Triton kernels all read this table.
 """
 
 from collections.abc import Callable
@@ -108,7 +108,7 @@ def activation(name: str) -> Activation:
     """The table's entry of that name.
 
     Raises:
-        OptionError: no such activation; the text lists those there are.
+        OptionError: the activation is unknown; the message lists the known ones.
     """
     if name not in ACTIVATIONS:
         raise OptionError(f"activation={name!r} is not one of {', '.join(ACTIVATIONS)}")

@@ -4,20 +4,20 @@
       with offsets [E]     x [S, K] is sorted by expert; these are the ends of the experts' rows
       with ids [P]         x [P, K], and each row's expert
                            act(x[p] @ ŵ[e(p)]ᵀ + bias[e(p)])   -> [S or P, N], no residual
-    fqcompile::matmul.inference  the same without a backward, which is 7 us of every call outside of
-                           CUDA graphs: what is called where no gradient can flow
+    fqcompile::matmul.inference  the same without a backward, which saves 7 us per call outside of
+                           CUDA graphs; called if no gradient can flow
     fqcompile::matmul_backward   dx = dz @ ŵ[e(p)] of routed rows
     fqcompile::dequantize  ŵ [rows, K]: for the backward of one matrix, which a second derivative
-                           must see as a matmul, and for whoever wants the dense weight
+                           must see as a matmul, and for callers that need the dense weight
 
-Rows of x past the last offset belong to no expert: their results, like those of
-`torch._grouped_mm`, are whatever was in memory, with `zero_rest` zeros; their gradients are zeros.
-No argument has a default: Inductor would pass it by name, which costs 1 us of every call.
+Rows of x past the last offset belong to no expert: their results are undefined, as in
+`torch._grouped_mm`, or zeros with `zero_rest`; their gradients are zeros.
+No argument has a default: Inductor would pass it by name, which costs 1 us per call.
 
-Under autocast x, bias and residual are cast as `F.linear` casts them, to the type that is set, and
-the packed weight is not; `torch.library.register_autocast` would cast scales too, and to a type
-fixed at import. Routed rows are not cast, as grouped matmuls have no autocast rule: where one under
-autocast is rewritten, the casts are in the graph. The packed weight itself is constant.
+Under autocast x, bias and residual are cast to the current autocast dtype, as `F.linear` does, and
+the packed weight is not; `torch.library.register_autocast` would cast scales too, and to a dtype
+fixed at import. Routed rows are not cast, because grouped matmuls have no autocast rule: if one is
+rewritten under autocast, the casts are in the graph. The packed weight itself is constant.
 """
 
 import hashlib

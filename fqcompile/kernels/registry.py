@@ -1,4 +1,4 @@
-"""The templates in order of preference; selection takes the first that does not refuse.
+"""The templates in order of preference; selection takes the first one that accepts the spec.
 
 To add a template: write its file, add it to TEMPLATES.
 """
@@ -39,12 +39,12 @@ class KernelChoice:
 
 
 def select_kernel(spec: GemmSpec, layout: str | None = None) -> KernelChoice:
-    """The first template that takes `spec`, with its closed-form configurations.
+    """The first template that accepts `spec`, with its heuristic configurations.
 
-    `layout`: the name of the one in which the weight is packed already, where it is.
+    `layout`: the name of the layout, if the weight is packed already.
 
     Raises:
-        NoKernelError: every template refused; the text has each one's reason.
+        NoKernelError: every template refused; the message has the reason of each.
     """
     refusals = []
     for template in TEMPLATES.values():
@@ -62,7 +62,7 @@ def parse_kernel(text: str) -> KernelChoice:
     """The choice that `str(choice)` wrote.
 
     Raises:
-        NoKernelError: the template is not installed here; the text lists those that are.
+        NoKernelError: the template is not installed; the message lists the installed ones.
     """
     name, _, launches = text.partition(":")
     if name not in TEMPLATES:

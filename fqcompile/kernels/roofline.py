@@ -1,6 +1,6 @@
-"""Least times: what a matmul must move and compute, over what the device can a second.
+"""Roofline lower bounds of a matmul: bytes and FLOPs over the device's rates.
 
-Expressions in M, the rows of x, in seconds. A kernel's own model is beside the kernel.
+Expressions in M, the rows of x, in seconds. Each kernel's own cost model is next to the kernel.
 """
 
 import time
@@ -23,7 +23,7 @@ _PLAIN_BITS = 16  # of a weight that is not quantized, and so has no scales
 
 
 class Rates(Protocol):
-    """What a device reaches: bytes/s of its memory, flop/s of its matrix units."""
+    """Achievable rates of a device: bytes/s of its memory, flop/s of its matrix units."""
 
     @property
     def bandwidth(self) -> float: ...
@@ -32,7 +32,7 @@ class Rates(Protocol):
 
 
 def experts_hit(spec: GemmSpec) -> Expr:
-    """How many weights M rows are expected to read: each row's expert is one of all by chance."""
+    """Expected number of weights that M rows read if each row's expert is uniformly random."""
     if not spec.experts:
         return sympy.Integer(1)
     missed = sympy.Float(1 - 1 / spec.experts) ** M
@@ -40,7 +40,7 @@ def experts_hit(spec: GemmSpec) -> Expr:
 
 
 def weight_bytes(spec: GemmSpec) -> int:
-    """Codes and scales, of one expert; with 16 bits the weights themselves."""
+    """Bytes of codes and scales of one expert; with 16 bits, of the dense weights."""
     if spec.bits == _PLAIN_BITS:
         return spec.weight_rows * spec.k * _FLOAT_BYTES
     groups = -(-spec.k // min(spec.group_size, spec.k))
@@ -49,20 +49,20 @@ def weight_bytes(spec: GemmSpec) -> int:
 
 
 def activation_bytes(spec: GemmSpec) -> Expr:
-    """x, y and the residual, each once."""
+    """Bytes of x, y and the residual, each moved once."""
     width = spec.dtype.itemsize
     return M * width * (spec.k + spec.n * (2 if spec.has_residual else 1))
 
 
 def flops(spec: GemmSpec) -> Expr:
-    """A multiplication and an addition for each row and weight."""
+    """FLOPs: a multiplication and an addition for each row and weight."""
     return 2 * M * spec.weight_rows * spec.k
 
 
 def ideal(spec: GemmSpec, rates: Rates, hit: Expr | None = None) -> Expr:
-    """Each byte moved once at copy speed, or the product at cuBLAS's rate: the longer.
+    """The larger of the time to move each byte once and the time of the product at cuBLAS's rate.
 
-    `hit`: how many of the experts are read, where that is known better than from M.
+    `hit`: the number of experts that are read, if it is known better than from M.
     """
     read = experts_hit(spec) if hit is None else hit
     moved = (read * weight_bytes(spec) + activation_bytes(spec)) / rates.bandwidth
@@ -76,10 +76,10 @@ def ideal_seconds(spec: GemmSpec, m: int) -> float:
 
 
 def least_seconds(spec: GemmSpec) -> float | None:
-    """The least time for the spec's own number of rows, on the device where it runs.
+    """Roofline lower bound for the spec's number of rows, on the device where it runs.
 
-    On a CPU each byte is read once at the measured rate, and computing costs nothing: so for few
-    rows. None where neither is known.
+    On a CPU only memory traffic counts, at the measured bandwidth, which is tight for few rows.
+    None if the device's rates are unknown.
     """
     if spec.gpu is not None:
         return ideal_seconds(spec, spec.m)
@@ -90,7 +90,7 @@ def least_seconds(spec: GemmSpec) -> float | None:
 
 
 def read_bandwidth() -> float:
-    """Bytes a second at which PyTorch's threads read memory; measured once, in 0.1 s."""
+    """Read bandwidth of PyTorch's threads in bytes/s; measured once, in 0.1 s."""
     return _measured(torch.get_num_threads())
 
 
@@ -107,7 +107,7 @@ def _measured(threads: int) -> float:
 
 
 def dense(spec: GemmSpec, gpu: Gpu) -> Expr:
-    """Dequantize into scratch, then multiply as cuBLAS does; of experts all, with rows or not."""
+    """Time to dequantize into scratch and multiply with cuBLAS; for experts, all of the stack."""
     stack = max(1, spec.experts)
     scratch = stack * spec.weight_rows * spec.k * _FLOAT_BYTES
     dequantize = (stack * weight_bytes(spec) + scratch) / gpu.bandwidth

@@ -1,4 +1,4 @@
-"""Runs the kernel that a node names; where it does not build on this machine, the plain way."""
+"""Run the kernel that a node names; if it does not build on this machine, dequantize instead."""
 
 import logging
 from typing import Any
@@ -15,8 +15,8 @@ from fqcompile.kernels.template import Layout, Routing, Run, one_by_one
 from fqcompile.tensor.quantized import QuantizedTensor
 
 log = logging.getLogger("fqcompile")
-# Kernels that did not build, with the reason: they are not tried, and not complained of, again. The
-# oldest are forgotten: a process may meet layers of ever new sizes.
+# Kernels that failed to build, with the reason: they are not tried or reported again. The oldest
+# entries are dropped, because a process may see an unbounded number of sizes.
 BROKEN: dict[tuple[Any, ...], str] = {}
 _MOST_BROKEN = 1024
 
@@ -27,7 +27,7 @@ def run_matmul(
     """The matmul [M, N] for x [M, K], M >= 1, by the kernel named; see `template.Run`.
 
     Raises:
-        IndexError: on a CPU, the routing names an expert or a row that there is not.
+        IndexError: on a CPU, the routing names an expert or a row that does not exist.
         KernelBuildError: the kernel does not build here, and its layout cannot be dequantized.
     """
     choice = parse_kernel(kernel)

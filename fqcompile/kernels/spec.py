@@ -1,4 +1,4 @@
-"""What decides which kernel runs a quantized matmul, and how: GemmSpec, Gpu, LaunchTable.
+"""The inputs and result of kernel selection for a quantized matmul: GemmSpec, Gpu, LaunchTable.
 
 y[M, N] = act(x[M, K] @ ŵ[N, K]ᵀ + bias[N]) + residual[M, N]
 gated: ŵ has 2N rows, gate over up:  y = act(x @ gateᵀ + b_gate) * (x @ upᵀ + b_up) + residual
@@ -17,7 +17,7 @@ from fqcompile.errors import NoKernelError, OptionError
 
 # Dense fp16/bf16 flop per SM and clock, by compute capability (vendor's white papers).
 _MATRIX_FLOPS_PER_CLOCK = {80: 2048, 86: 1024, 89: 1024, 90: 4096, 100: 8192}
-# What a copy reaches of the memory's nominal rate, and cuBLAS of the matrix units'.
+# Fraction of the nominal memory bandwidth that a copy reaches, and of peak FLOPs cuBLAS reaches.
 COPY_SHARE, MATRIX_SHARE = 0.9, 0.8
 _SHARED_RESERVED = 1 << 10  # bytes of each program's shared memory that the system takes
 _TILE = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)w(\d+)s(\d+)")
@@ -26,7 +26,7 @@ _STEP = re.compile(r"(?:m(\d+)=)?(.+)")
 
 @dataclass(frozen=True)
 class Gpu:
-    """What selection and the cost model know of a model of GPU; tests make some up.
+    """The properties of a GPU model that selection and the cost model use; tests invent some.
 
     Attributes:
         arch: "sm_90", or AMD's name such as "gfx942".
@@ -176,7 +176,7 @@ class TileConfig:
 
 
 class Way(Enum):
-    """What is no tile configuration: dequantize into scratch, then let cuBLAS multiply."""
+    """The alternative to a tile configuration: dequantize into scratch and multiply with cuBLAS."""
 
     DENSE = "dense"
 

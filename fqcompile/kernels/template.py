@@ -1,4 +1,4 @@
-"""Template: one way to run a quantized matmul, as a value to ask and to call."""
+"""Template: one way to run a quantized matmul: its conditions, layout, configurations, kernel."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +32,7 @@ class Routing(NamedTuple):
     ids: torch.Tensor | None = None
 
     def rows_of_experts(self, experts: int, m: int) -> Iterator[tuple[int, slice | torch.Tensor]]:
-        """Each expert that has rows, with them. Reads the routing on the host.
+        """Each expert that has rows, with its rows. Reads the routing on the host.
 
         Raises:
             IndexError: an id names no expert, or offsets fall or pass the rows there are.
@@ -94,7 +94,7 @@ Multiply = Callable[[torch.Tensor, QuantizedTensor, Epilogue], torch.Tensor]
 
 
 def one_by_one(multiply: Multiply) -> Run:
-    """Runs experts too by a kernel for one matrix, which has no configuration: each with rows."""
+    """Run experts with a kernel for one matrix without configurations, expert by expert."""
 
     def run(
         x: torch.Tensor,
@@ -148,7 +148,7 @@ class Layout:
         return QuantizedTensor(qweight, scale, replace(weight.format, layout=self.name))
 
     def unpack(self, weight: QuantizedTensor) -> QuantizedTensor:
-        """What `pack` was given, bit for bit."""
+        """Undo `pack`, bit for bit."""
         assert self.unpack_matrix is not None, f"layout {self.name} cannot be undone"
         if self.name == formats.PLAIN:
             return weight

@@ -1,6 +1,6 @@
-"""What is done to a model's modules without compiling it: packed, dense again, or fake-quantized.
+"""Operations on a model's modules that need no compiler: pack, restore and fake-quantize weights.
 
-weights        which parameters are weights that can be packed, told from the modules alone
+weights        finds the parameters that can be packed, from the modules alone
 quantize       `quantize_` and `restore`
 fake_quantize  `fake_quantize_`, a plan's values in an ordinary model
 """

@@ -1,4 +1,4 @@
-"""fake_quantize_: a plan's dequantized values in an ordinary model, to judge quality."""
+"""fake_quantize_: write a plan's dequantized values into an ordinary model, to measure quality."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ _MOST_NAMED = 4
 
 @dataclass(frozen=True)
 class _Target:
-    """A site and its tensors in the model; of each, who gives it up for a copy of its own."""
+    """A site, its tensors in the model, and for each tensor the modules that get their own copy."""
 
     site: Site
     recipe: SiteRecipe
@@ -30,15 +30,15 @@ class _Target:
 def fake_quantize_(model: nn.Module, plan: Plan | CompileReport) -> nn.Module:
     """Replace each weight that `plan` quantizes by its dequantized value, in place; return `model`.
 
-    The result runs wherever an unquantized model runs and computes what the compiled one does. A
-    weight that an embedding shares, or something else that reads its values as they are, is given
-    to the linear as a parameter of its own. Nothing is written before all sites have found their
-    places.
+    The result runs wherever an unquantized model runs and computes the same values as the compiled
+    model. If a linear shares its weight with an embedding, or with another reader of the original
+    values, the linear gets a parameter of its own. Nothing is written until every site of the plan
+    has been located in the model.
 
     Raises:
-        FineQuantError: a site's name fits no tensor of the model or several, two sites write to
-            the same elements, or a weight has no place for its dequantized value: it is computed
-            from others, or something else reads the same parameter as it is: an embedding's table.
+        FineQuantError: a site's name matches no tensor of the model or several; two sites write to
+            the same elements; or the dequantized value cannot be stored, because the weight is
+            computed from others or an embedding reads the same parameter.
     """
     places = holders_of(model)
     targets = [_target(places, site) for site in plan.sites if site.status == "quantized"]
@@ -50,7 +50,7 @@ def fake_quantize_(model: nn.Module, plan: Plan | CompileReport) -> nn.Module:
 
 
 def _apply(target: _Target, own: dict[int, Tensor]) -> None:
-    """`own` has the copies made for movers so far, by the identity of what was copied."""
+    """`own`: the copies made so far for modules that move, by the identity of the original."""
     recipe = target.recipe
     for weight, movers in zip(target.sources, target.movers, strict=True):
         if movers and id(weight) not in own:
@@ -94,10 +94,10 @@ def _target(places: Mapping[int, Sequence[Holder]], site: Site) -> _Target:
 
 
 def _find(places: Mapping[int, Sequence[Holder]], name: str, *, held: bool) -> Holder:
-    """By qualified name; else by the only name that ends like it, or that it ends like.
+    """Look up a tensor by its qualified name, else by a unique match of name suffixes.
 
-    The plan may be of a part of this model, or this model a part of the plan's. A name that is
-    Dynamo's path alone (not `held`) counts as an ending.
+    The plan may describe a part of this model, or this model may be a part of the plan's model. A
+    name that is only Dynamo's path (not `held`) counts as a suffix.
     """
     fitting: dict[int, Holder] = {}
     for holders in places.values():
@@ -122,10 +122,10 @@ def _find(places: Mapping[int, Sequence[Holder]], name: str, *, held: bool) -> H
 
 
 def _movers(name: str, sharing: Sequence[Holder], *, shared: bool) -> tuple[Holder, ...]:
-    """Those that multiply with a weight that others read as it is; none where nobody does.
+    """Modules that multiply with a weight whose original values others read; empty if none do.
 
     Raises:
-        FineQuantError: they cannot be told apart from those others.
+        FineQuantError: the two kinds of readers cannot be told apart.
     """
     if any(holder.embeds for holder in sharing):
         movers = tuple(holder for holder in sharing if not holder.embeds)
@@ -144,7 +144,7 @@ def _movers(name: str, sharing: Sequence[Holder], *, shared: bool) -> tuple[Hold
 
 
 def _refuse_overlaps(targets: Sequence[_Target]) -> None:
-    """Where several sites read one weight, their parts must lie apart.
+    """Check that the parts of one weight that several sites quantize do not overlap.
 
     Raises:
         FineQuantError: an element would be written twice.

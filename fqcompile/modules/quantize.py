@@ -1,4 +1,4 @@
-"""Packed weights in a model, in place and without compiling it: `quantize_`, and `restore`."""
+"""Pack the weights of a model in place, without compiling it (`quantize_`), and `restore` them."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -27,31 +27,31 @@ from fqcompile.weights.parameter import PackedWeight
 from fqcompile.weights.recipe import IDENTITY
 from fqcompile.weights.store import plain_eager
 
-# What is decided when a model is compiled has no meaning where nothing is.
+# Options that only affect compilation; `quantize_` refuses them.
 _OF_COMPILING = "weight_updates autotune debug_dir inner_backend inductor mode".split()
 
 
 def quantize_(model: nn.Module, **options: object) -> Plan:
-    """Replace the weights of linears, Conv1Ds and stacks of experts by packed ones, in place.
+    """Replace the weights of linears, Conv1Ds and stacks of experts with packed ones, in place.
 
-    The model then runs eagerly, under every torch.compile backend and under "finequant", which
-    finds the weights packed. A weight that an embedding shares, or another module that may read it
-    as a table, is packed for the linear alone.
-    Packed weights do not train; adapters on top of them do. Weights go one by one, so the peak of
-    memory is the model and one weight. Of a sharded model each rank packs the parts that it holds;
-    all ranks must call this.
+    The model then runs eagerly and under every torch.compile backend, including "finequant", which
+    uses the packed weights as they are. A linear that shares its weight with an embedding, or with
+    another module that may read it as a table, gets a packed copy; the original stays dense.
+    Packed weights cannot be trained; adapters on top of them can. Weights are packed one at a time,
+    so peak memory is the model plus one weight. In a sharded model each rank packs its own shards,
+    and all ranks must call this function.
 
     Args:
-        options: those of `FineQuantConfig` that say which weights are quantized, and how.
+        options: the fields of `FineQuantConfig` that choose which weights are quantized, and how.
 
     Returns:
-        What was done to each weight, and why others stay.
+        A plan with one row per weight: how it was quantized, or why it was skipped.
 
     Raises:
-        OptionError: an option is unknown, its value is not allowed, or it is one of compiling.
-        UnquantizableWeight: a weight must stay and `on_unsupported="error"`.
+        OptionError: an option is unknown, its value is not allowed, or it only affects compilation.
+        UnquantizableWeight: a weight cannot be quantized and `on_unsupported="error"`.
         ShardingError: FSDP wraps the model or a part of it.
-        RankError: other ranks of a sharded model have packed with other options or plans.
+        RankError: ranks of a sharded model used different options or plans.
     """
     config = packing_config(options)
     refuse_fsdp_modules(model)
@@ -72,7 +72,7 @@ def quantize_(model: nn.Module, **options: object) -> Plan:
 def _shared_facts(
     sites: Sequence[Site], whole: Collection[str], config: FineQuantConfig
 ) -> dict[str, str]:
-    """What must be the same on all ranks; of a part each rank chooses its own plan."""
+    """The facts that must agree on all ranks; for a shard, each rank chooses its own plan."""
     facts = {f"option {name}": str(value) for name, value in config.as_dict().items()}
     for site in sites:
         chosen = (site.status, site.reason, site.bits, site.group_size)
@@ -84,7 +84,7 @@ def packing_config(options: Mapping[str, object]) -> FineQuantConfig:
     """The options of `quantize_` as a config.
 
     Raises:
-        OptionError: one is unknown, its value is not allowed, or it is one of compiling.
+        OptionError: one is unknown, its value is not allowed, or it only affects compilation.
     """
     config = FineQuantConfig.from_options(options)
     given = [name for name in _OF_COMPILING if name in options]
@@ -114,17 +114,17 @@ def _pack(found: ModuleWeight, config: FineQuantConfig) -> Site:
 
 
 def pack_weight(found: ModuleWeight, options: SiteOptions) -> tuple[QuantPlan, PackedWeight]:
-    """Chosen and quantized on the weight's device.
+    """Choose bits and groups of a weight and quantize it, on its device.
 
     Raises:
-        UnquantizableWeight: its values or the options do not allow it; the text says why.
+        UnquantizableWeight: the values or the options do not allow it; the message says why.
     """
     for _ in range(ATTEMPTS):
         before = fingerprint((found.weight,))
         result = _packed(found, options)
         if fingerprint((found.weight,)) == before:
             return result
-    # Codes of a copy would take the place of a weight that is written to: the writes would be lost.
+    # Packing a copy would replace a weight that is still being written to, and lose the writes.
     raise UnquantizableWeight(
         f"another thread changed the weight {ATTEMPTS} times while it was quantized; let it finish "
         "first"
@@ -142,7 +142,7 @@ def _packed(found: ModuleWeight, options: SiteOptions) -> tuple[QuantPlan, Packe
 
 
 def site_of(found: ModuleWeight) -> Site:
-    """The row of a plan for a weight that stays."""
+    """The plan's row for a weight that is skipped."""
     nbytes = found.weight.numel() * found.weight.element_size()
     return Site(
         name=found.name,
@@ -155,7 +155,7 @@ def site_of(found: ModuleWeight) -> Site:
 
 
 def packed_site(found: ModuleWeight, plan: QuantPlan, packed: PackedWeight) -> Site:
-    """The row of a plan for a weight that was packed."""
+    """The plan's row for a weight that was packed."""
     recipe = IDENTITY.then("transpose", -2, -1) if found.transposed else IDENTITY
     scale, device = packed.scale.dtype, packed.device
     return replace(
@@ -172,9 +172,9 @@ def packed_site(found: ModuleWeight, plan: QuantPlan, packed: PackedWeight) -> S
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Replace each packed parameter by an ordinary one with its dequantized values; return `model`.
+    """Replace each packed parameter with a dense one of its dequantized values; return `model`.
 
-    The model then runs, is saved and copied as any other. Needs the memory that packing saved.
+    The model can then be run, saved and copied like any other. Memory use grows accordingly.
     """
     dense: dict[Tensor, nn.Parameter] = {}  # a tied weight stays tied
     for module in model.modules():

@@ -1,7 +1,8 @@
-"""Which parameters of a model are weights that can be packed, told from its modules alone.
+"""Find the parameters of a model that can be packed, from its modules alone.
 
-The `weight` of Linear and of Conv1D [K, N], and stacks of experts [E, N, K] or [E, K, N]. Other
-parameters that are large are told with the reason why they stay. Works on meta devices.
+These are the `weight` of Linear [N, K] and Conv1D [K, N], and stacks of experts [E, N, K] or
+[E, K, N]. Other large parameters are listed with the reason why they are skipped. Works on meta
+devices.
 """
 
 import sys
@@ -31,18 +32,18 @@ _ORIENTATION = (
 
 @dataclass(frozen=True)
 class ModuleWeight:
-    """A parameter that linears or experts multiply with, or another that is large.
+    """A parameter that linears or experts multiply with, or another large parameter.
 
-    Of a sharded one the part that lies here.
+    For a sharded parameter, the local shard.
 
     Attributes:
-        parameter: as the module has it.
-        name: qualified, of the first that multiplies with it.
-        holders: (module, attribute) of all that share it and multiply with it.
+        parameter: the parameter as the module holds it.
+        name: qualified name in the first module that multiplies with it.
+        holders: (module, attribute) of every module that multiplies with it.
         transposed: its matrices are [K, N].
-        head: an output head, which gets 8 bits unless options say otherwise.
-        tied: an embedding, or whatever else reads it as a table, shares it and keeps it.
-        reason: why it stays as it is; None: it may be packed.
+        head: an output head, which gets 8 bits unless the options set bits.
+        tied: an embedding, or another module that reads it as a table, also holds it, and keeps it.
+        reason: why it is skipped; None if it may be packed.
     """
 
     name: str
@@ -69,9 +70,9 @@ Held = tuple[str, nn.Module, str]  # qualified name, module, attribute
 
 
 def module_weights(model: nn.Module, config: FineQuantConfig) -> list[ModuleWeight]:
-    """All matrices of linears and experts, and what else is large; those that stay with the reason.
+    """All matrices of linears and experts, and other large parameters with the skip reason.
 
-    Embeddings are not told of.
+    Embeddings are not listed.
     """
     sharing: dict[int, list[Held]] = {}
     for prefix, module in model.named_modules():
@@ -93,7 +94,7 @@ def module_weights(model: nn.Module, config: FineQuantConfig) -> list[ModuleWeig
 
 
 def _multiplies(name: str, module: nn.Module, attribute: str) -> bool:
-    """Whether the module is known to multiply with it, be it in an orientation that is not."""
+    """Whether the module is known to multiply with it, even if the orientation is unknown."""
     dims = _parameter(module, attribute).dim()
     if dims == 2:
         return attribute == "weight" and (_is_linear(module) or _is_conv1d(module))
@@ -101,7 +102,7 @@ def _multiplies(name: str, module: nn.Module, attribute: str) -> bool:
 
 
 def _parameter(module: nn.Module, attribute: str) -> Tensor:
-    """An empty one for what a lazy module has not made yet."""
+    """The parameter; an empty tensor if a lazy module has not created it yet."""
     parameter = module.get_parameter(attribute)
     return torch.empty(0, 0) if is_lazy(parameter) else parameter
 
@@ -131,7 +132,7 @@ def _weight(
 
 
 def _counts(name: str, module: nn.Module, attribute: str, config: FineQuantConfig) -> bool:
-    """Whether somebody may ask why it stays: what is large, and matrices of linears."""
+    """Whether a skipped parameter is worth a row: large ones, and matrices of linears."""
     parameter = _parameter(module, attribute)
     large = parameter.numel() >= config.min_elements or _is_linear(module)
     return large and parameter.dim() > 1 and parameter.numel() > max(parameter.shape)
@@ -155,7 +156,7 @@ def _stays(
 
 
 def _why_no_weight(module: nn.Module, attribute: str, *, computed: bool) -> str:
-    """`computed`: parametrizations compute the module's parameter from it."""
+    """Why a parameter is not a weight to pack; `computed`: a parametrization reads it."""
     of = type(module).__name__
     if computed and _is_linear(module):
         return (
@@ -179,7 +180,7 @@ def _why_no_weight(module: nn.Module, attribute: str, *, computed: bool) -> str:
 
 
 def _holds_experts(name: str, module: nn.Module, attribute: str) -> bool:
-    """Whether a parameter of three dimensions is a stack of experts, and no table or filter."""
+    """Whether a three-dimensional parameter is a stack of experts, not a table or a filter."""
     if _is_transposed(module, attribute) is not None:
         return True
     if isinstance(module, Convolution | ParametrizationList):
@@ -192,13 +193,13 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """Hugging Face's linear of GPT-2, whose weight is [K, N]."""
+    """Whether it is Hugging Face's Conv1D (GPT-2's linear), whose weight is [K, N]."""
     library = sys.modules.get("transformers.pytorch_utils")
     return library is not None and isinstance(module, library.Conv1D)
 
 
 def _is_transposed(module: nn.Module, attribute: str) -> bool | None:
-    """As the module says, or as gate x up and down fit together; None where neither tells."""
+    """By the module's flag, or by the shapes of gate_up and down; None if neither decides."""
     said = getattr(module, "is_transposed", None)
     if isinstance(said, bool):
         return said
@@ -236,9 +237,9 @@ def _reason(
 
 
 def _is_router(name: str, modules: dict[str, nn.Module]) -> bool:
-    """A linear named as routers are, or inside of a module that is, beside experts.
+    """Whether a linear, or a module that contains it, has a router's name and sits next to experts.
 
-    gate.weight, router.layer.weight, gate.wg.weight; experts are told by their name or class.
+    gate.weight, router.layer.weight, gate.wg.weight; experts are recognized by name or class.
     """
     path = name.split(".")[:-1]
     for at, part in enumerate(path):

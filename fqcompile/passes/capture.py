@@ -1,18 +1,18 @@
 """1 capture: copy Dynamo's graph; decide which inputs are constant weights; name them.
 
-A parameter, a buffer, a tensor attribute of a module, a global and a closure cell are constant;
-what the caller passes in is not, whatever it is, and nothing that the graph itself writes to is.
-Constant inputs stay inputs: the same graph runs for other instances with other weights.
+Parameters, buffers, tensor attributes of modules, globals and closure cells are constant. Arguments
+of the caller and tensors that the graph writes to are not. Constant inputs stay graph inputs, so
+that the same graph runs for other instances with other weights.
 
-A body that the graph only runs is written into the graph, where its weights are seen:
+Bodies of these higher-order operators are inlined, so that the passes see their weights:
 
 invoke_subgraph(body, name, x, w)              ->  the body's calls on x, w
 tag_activation_checkpoint(body, x, w)          ->  the same, where no backward recomputes anything
 wrap_with_set_grad_enabled(False, body, x, w)  ->  the same, where gradients are off already
 
 The first is what torch.compiler.nested_compile_region leaves in a graph. Other higher-order
-operators (cond, map, scan, flex_attention) run their bodies any number of times: they stay, and
-what they read stays as it is.
+operators (cond, map, scan, flex_attention) run their bodies any number of times: they are not
+inlined, and the weights that they read are skipped.
 """
 
 from collections.abc import Sequence

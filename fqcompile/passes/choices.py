@@ -1,4 +1,4 @@
-"""Scores that only choose: routers and codebooks, which keep their weights, and hidden experts.
+"""Routers and codebooks, whose scores only select an entry and whose weights are skipped.
 
 softmax(linear(x, w)).topk(2)        w is a router's: its top-k decides which experts run
 argmin(-2 * linear(x, w) + |w|²)     w is a codebook
@@ -48,17 +48,17 @@ def experts_outside(state: GraphState) -> list[str]:
 
 
 def way_out(modules: Iterable[str]) -> str:
-    """How to get experts into a graph, after a reason; nothing where transformers has no switch.
+    """The remedy that brings experts into a graph, to append to a reason; else an empty string.
 
     Args:
-        modules: names of those that the model is written in, as far as they are known.
+        modules: names of the Python modules that define the model, as far as they are known.
     """
     known = [name for name in modules if name.startswith("transformers.models.")]
     return "" if known and not any(map(_has_switch, known)) else f"; {_SWITCH_TO_GROUPED}"
 
 
 def _has_switch(module: str) -> bool:
-    """Each model of transformers knows whether those that are written beside it have it."""
+    """Whether models of transformers in this Python module have the switch."""
     beside = vars(sys.modules[module]).values() if module in sys.modules else ()
     return any(can_switch_experts(m) for m in beside if getattr(m, "__module__", "") == module)
 
@@ -80,12 +80,12 @@ def _top_k_of(scores: fx.Node) -> Iterator[fx.Node]:
 
 
 def _leaves(top: fx.Node) -> bool:
-    """Whether the graph gives the indices back to its caller."""
+    """Whether the graph returns the indices to its caller."""
     return any(user.op == "output" for node in _indices(top) for user in node.users)
 
 
 def is_router(state: GraphState, site: WeightSite) -> bool:
-    """Whether the scores flow into a choice through pointwise calls, views and (soft)max alone."""
+    """Whether scores reach a selection only through pointwise calls, views and (soft)max."""
     has_experts = any(other.kind == "experts" for other in state.sites)
     frontier, seen = [site.node], {site.node}
     if site.kind != "linear" or site.shape[0] > _ROUTER_MAX_EXPERTS:
@@ -100,7 +100,7 @@ def is_router(state: GraphState, site: WeightSite) -> bool:
 
 
 def is_codebook(state: GraphState, site: WeightSite) -> bool:
-    """Whether the scores choose the nearest row, and nothing else is read of them.
+    """Whether the scores are only used to select the nearest row.
 
     Their least is taken, or the best of x·w - |w|²/2, or their ranks alone are; or the rows
     themselves are looked up by what is chosen.
@@ -116,7 +116,7 @@ def is_codebook(state: GraphState, site: WeightSite) -> bool:
     folder = ConstantFolder(state)
 
     def of_weight(node: object) -> bool:
-        """Whether it is computed from the weight alone, as the norms of its rows are."""
+        """Whether it is computed from the weight alone, like the norms of its rows."""
         if not isinstance(node, fx.Node) or not folder.is_constant(node):
             return False
         return not {*site.sources}.isdisjoint(folder.recipe(node)[1])

@@ -7,9 +7,9 @@ pmk, pkn -> pmn          batch p, rows m              w[ids]: rows gathered, one
 ti, taoi -> tao          batch t a                    w[ids], ids [t, a]; x is repeated along a
 mk, Ekn -> mn            rows m                       rows sorted by expert
 
-`sites.Contraction` says what the roles are. The weight may be [1, K, N], or [K, N] expanded to a
-batch. What stands between w[ids] and the product (transposes, casts, a chunk of its rows) counts as
-part of the stack.
+`state.Contraction` defines the roles. The weight may be [1, K, N], or [K, N] expanded to a batch.
+Operations between w[ids] and the product (transposes, casts, a chunk of its rows) count as part of
+the stack.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Which nodes do more than compute their result: a rewrite must not move a read across one."""
+"""Side effects: find the nodes that a rewrite must not move a read across."""
 
 import inspect
 import operator

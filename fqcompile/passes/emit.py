@@ -1,4 +1,4 @@
-"""New nodes with their example values; what is there already is not emitted again."""
+"""Emit new nodes with their example values; an existing equal node is reused."""
 
 import operator
 from collections.abc import Sequence

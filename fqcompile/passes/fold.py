@@ -1,4 +1,4 @@
-"""Folding: which nodes depend on constant inputs alone, and the recipe that computes them."""
+"""Constant folding: find nodes that depend on constant inputs only, and record their recipes."""
 
 from collections.abc import Callable
 from typing import Any

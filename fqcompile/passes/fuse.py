@@ -1,8 +1,8 @@
-"""6 fuse: what surrounds a quantized matmul moves into it, by the rules of RULES.
+"""6 fuse: fuse the operations around a quantized matmul into it, by the rules of RULES.
 
-A node moves only where nothing between the places writes to memory or switches a mode, and only if
-shape and dtype stay as they were. Where x needs a gradient only biases and siblings are fused. What
-follows a reshaping of the result (experts in [tokens, k, N] or [E, C, N]) is fused ahead of it.
+A fusion is legal only if no node with side effects lies between the two nodes, and if shape and
+dtype are preserved. If x needs a gradient, only biases and siblings are fused. An operation after
+a reshape of the result (experts in [tokens, k, N] or [E, C, N]) is fused before the reshape.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ _VIEWS = ("view", "reshape")
 
 
 def fuse(state: GraphState) -> int:
-    """Apply the rules in turn until none applies any more; returns the number of fusions."""
+    """Apply the rules in turn until none applies any more; return the number of fusions."""
     rules = [rule for rule in RULES if rule.keeps_backward or not state.grad_possible]
     total = 0
     while count := sum(_everywhere(state, rule) for rule in rules):
@@ -99,7 +99,7 @@ def _residual(state: GraphState, node: fx.Node) -> bool:
 
 
 def _absorb_term(state: GraphState, node: fx.Node, name: str, shape: Sequence[object]) -> bool:
-    """Of a sum with an op: the other term as the op's argument `name`, which has this shape."""
+    """Fuse a sum with an op: its other term becomes the argument `name` of the op."""
     op, term = sum_with_op(node)
     if op is None or argument(op, name) is not None:
         return False
@@ -114,7 +114,7 @@ def _expert_bias(state: GraphState, node: fx.Node) -> bool:
 
     op(x, offsets=arange(1, E + 1) * C) + b [E, 1, N] -> op(x, b.reshape(E, N), offsets=...)
 
-    Or a sum in place, whose first term is read by nobody before.
+    Also for an in-place sum, if nothing else reads its first term before.
     """
     if not is_call(node, (*ADDS, "add_"), 2):
         return False
@@ -130,7 +130,7 @@ def _expert_bias(state: GraphState, node: fx.Node) -> bool:
 
 
 def _biases(state: GraphState, op: fx.Node, term: object, node: fx.Node) -> fx.Node | None:
-    """The biases [E, N], ahead of `node`."""
+    """The biases [E, N], emitted before `node`."""
     value, out = example(term), example(node)
     if not isinstance(term, fx.Node) or value is None or out is None or value.dtype != out.dtype:
         return None
@@ -150,7 +150,7 @@ def _biases(state: GraphState, op: fx.Node, term: object, node: fx.Node) -> fx.N
 def _absorb_sum(
     state: GraphState, op: fx.Node, view: fx.Node | None, node: fx.Node, bias: fx.Node
 ) -> bool:
-    """As `absorb`; an op that the sum is written to may be read after it as well."""
+    """Like `absorb`; an op that the sum writes to in place may also be read afterwards."""
     if not is_call(node, ("add_",)) or view is not None:
         return absorb(state, op, view, node, bias=bias)
     read_before = any(user < node for user in op.users)
@@ -248,7 +248,7 @@ def _siblings(state: GraphState, node: fx.Node) -> bool:
         return False
     x = argument(node, "x")
     group = [u for u in sorted(x.users) if is_quantized(u) and _reads_the_same(u, node)]
-    # Those before this one have had their turn, and did not take it.
+    # Earlier siblings were visited before and did not fuse.
     group = [u for u in group if not u < node and is_plain(u) and _alike(u, node)]
     chosen = group[:1]
     for other in group[1:]:  # the largest set that one op can serve, taken greedily
@@ -261,13 +261,13 @@ def _siblings(state: GraphState, node: fx.Node) -> bool:
 
 
 def _reads_the_same(a: fx.Node, b: fx.Node) -> bool:
-    """Whether both multiply one x, with one routing."""
+    """Whether both ops read the same x with the same routing."""
     names = ("x", "offsets", "ids", "zero_rest")
     return all(argument(a, name) is argument(b, name) for name in names)
 
 
 def _alike(a: fx.Node, b: fx.Node) -> bool:
-    """Equal output dtype, and both or neither with a bias."""
+    """Whether both have the same output dtype, and both or neither have a bias."""
     left, right = example(a), example(b)
     if left is None or right is None or left.dtype != right.dtype:
         return False
@@ -276,9 +276,9 @@ def _alike(a: fx.Node, b: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class Rule:
-    """A fusion, as its function draws it: tried at each node, True where it was done.
+    """A fusion rule, drawn in its function's docstring; the function returns True if it fused.
 
-    `keeps_backward`: also where x may need a gradient, which flows through the op as before.
+    `keeps_backward`: the rule also applies if x may need a gradient, which still flows through op.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What fuse recognizes around a quantized matmul: activations, gated units, biases of experts."""
+"""Patterns that fuse recognizes around a matmul: activations, gated units, biases of experts."""
 
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
@@ -203,7 +203,7 @@ def _width(node: fx.Node) -> int:
 def bias_per_expert(
     op: fx.Node, term: fx.Node, experts: int, written: Container[fx.Node]
 ) -> fx.Node | None:
-    """The node of the biases [E, N], or None where `term` is no bias of the rows' experts.
+    """The node of the biases [E, N], or None if `term` is not a bias of the rows' experts.
 
     matmul(x, .., ids=ids) + b[ids]              ->  b
     matmul(x, .., offsets=o) + b[sorted_ids]     ->  b, if o counts those ids

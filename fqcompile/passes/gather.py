@@ -1,4 +1,4 @@
-"""w[ids]: which experts a node gathers from a constant stack, through what follows the gather.
+"""w[ids]: recognize experts gathered from a constant stack, also through later views and casts.
 
 w[ids].transpose(1, 2)        Gathered(w, ids, dims (0, 2, 1))
 w[ids].chunk(2, dim=1)[0]     Gathered(w, ids, steps: narrow(1, 0, N/2))       w [E, N, K]
@@ -37,7 +37,7 @@ class Gathered:
     steps: tuple[Step, ...] = ()
 
     def on_stack(self, dim: int) -> int | None:
-        """The stack's dimension under the node's `dim`; None where that is one of ids'."""
+        """The stack's dimension for the node's `dim`; None if it is a dimension of ids."""
         original = self.dims[dim] - self.num_ids
         return None if original < 0 else original + 1
 
@@ -61,7 +61,7 @@ def _read(node: fx.Node, is_constant: IsConstant) -> Gathered | None:
         found, value, before = gathered(source, is_constant), example(node), example(source)
         assert value is not None
         if before is None or before.device != value.device:
-            return None  # offloaded: the packed stack would be where the op is not
+            return None  # offloaded: the packed stack would be on another device than the op
         return found and replace(found, steps=(*found.steps, ("to", (value.dtype,))))
     if name in ("transpose", "mT", "permute", "getattr", "narrow"):
         found = gathered(source, is_constant)
@@ -70,7 +70,7 @@ def _read(node: fx.Node, is_constant: IsConstant) -> Gathered | None:
 
 
 def _is_same_view(node: fx.Node, name: str, source: object) -> bool:
-    """Whether it is a view of the shape that there was, as the decomposition of matmul puts in."""
+    """Whether it is a view to the same shape, as the decomposition of matmul inserts."""
     before, after = example(source), example(node)
     if name not in ("view", "reshape", "expand") or before is None or after is None:
         return False
@@ -78,7 +78,7 @@ def _is_same_view(node: fx.Node, name: str, source: object) -> bool:
 
 
 def _gather(node: fx.Node, is_constant: IsConstant) -> Gathered | None:
-    """w[ids] itself, by whichever call."""
+    """The gather w[ids] itself, by any call that expresses it."""
     match node.args:
         case (fx.Node() as stack, 0, ids) | (fx.Node() as stack, ids):
             ids = whole_rows(ids)
@@ -159,7 +159,7 @@ def _piece(found: Gathered | None, pieces: Sequence[Tensor] | None, index: int) 
 
 
 def _varies(found: Gathered, pieces: Sequence[Tensor], dim: int) -> bool:
-    """Whether the pieces lie side by side along a dimension of the stack."""
+    """Whether the pieces are adjacent along a dimension of the stack."""
     on_stack = found.on_stack(dim)
     if on_stack is None or len(pieces) < 2:
         return False

@@ -1,4 +1,4 @@
-"""What `match` says of constant tensors that others than sites read: who, and why they stay.
+"""Constant tensors that are read by calls other than sites: the readers and the skip reasons.
 
 embedding(ids, w)  ->  KeptWeight(w: embedding table)       conv1d(x, w)  ->  KeptWeight(w: conv1d)
 """
@@ -38,7 +38,7 @@ Edge = tuple[fx.Node, fx.Node]
 
 
 def note_tables(state: GraphState) -> None:
-    """Of a sharded weight the rows may be read of the whole, and its part multiplied."""
+    """Note weights whose rows are read: of a sharded one the whole, while its shard multiplies."""
     tables = {name for node, name in state.names.items() if _reads_rows(node)}
     for node, index in state.constants.items():
         if state.names[node] in tables:
@@ -65,10 +65,10 @@ def _by_tensor(index: object) -> bool:
 
 
 def kept_matrices(state: GraphState) -> list[KeptWeight]:
-    """Constant tensors that no site reads, and parameters passed in, from `min_elements` on.
+    """Constant tensors that no site reads, and parameters passed in, of at least `min_elements`.
 
-    Also those that a site reads and something else, too, unless that is an embedding: it says so.
-    What a graph only hands on to its caller is read elsewhere, as after a graph break.
+    Includes tensors that both a site and another call read, except an embedding, which the site
+    records. A tensor that the graph only returns is read elsewhere, as after a graph break.
     """
     used = {source for site in state.sites for source in site.sources}
     to_sites = _edges_to_sites(state)
@@ -155,7 +155,7 @@ def _edges_to_sites(state: GraphState) -> dict[Edge, bool]:
 
 
 def _readers(source: fx.Node, to_sites: Mapping[Edge, bool]) -> list[fx.Node]:
-    """The calls that read the tensor, also through views and casts of it, beside the sites."""
+    """The calls other than sites that read the tensor, also through views and casts."""
     found: dict[fx.Node, None] = {}
     waiting, seen = [source], {source}
     while waiting:
@@ -177,7 +177,7 @@ def _readers(source: fx.Node, to_sites: Mapping[Edge, bool]) -> list[fx.Node]:
 
 
 def is_like(node: fx.Node, reader: fx.Node) -> bool:
-    """Whether the node only shows another operand its shape, dtype or device: x.view_as(node)."""
+    """Whether the call uses only the node's shape, dtype or device: x.view_as(node)."""
     return target_name(reader.target) in _LIKE_OTHER and node is not reader.args[0]
 
 
@@ -198,7 +198,7 @@ def _kind(weight: Tensor, readers: list[fx.Node]) -> str:
 
 
 def warnings_of_kept(state: GraphState) -> list[str]:
-    """What a user can do for weights that are kept for how the graph was made."""
+    """Remedies for weights that are skipped because of how the graph was made."""
     remedies = {IN_A_BODY: OUT_OF_THE_BODY, IN_THE_GRAPH: INTO_AN_INPUT}
     names = {
         end: [kept.name for kept in state.kept if kept.reason.endswith(end)] for end in remedies

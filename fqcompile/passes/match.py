@@ -1,4 +1,4 @@
-"""3 match: find every matmul with a constant weight; say of other constant matrices who reads them.
+"""3 match: find every matmul with a constant weight; list other constant matrices and readers.
 
 linear(x, cat([wq, wk]).to(bf16), b)   ->   WeightSite(x, recipe: cat, to; sources: wq, wk; bias: b)
 bmm(w[ids], x.unsqueeze(-1))           ->   WeightSite(x, recipe: identity; source: w; ids)
@@ -19,7 +19,7 @@ from fqcompile.weights.recipe import simplified
 
 
 def match(state: GraphState) -> int:
-    """Fill `state.sites` and `state.kept`; returns the number of sites."""
+    """Fill `state.sites` and `state.kept`; return the number of sites."""
     folder = ConstantFolder(state)
     note_tables(state)
     transformed = in_transforms(state.graph)  # inside one, our operators have no rule to run by

@@ -1,10 +1,10 @@
 """Names of a graph's constant inputs, as in `named_parameters()` of the module that was compiled.
 
-Dynamo names an input by the path from the frame that it captures. After a graph break that frame
-lies anywhere inside the model, and its path, L['___stack0']._parameters['weight'], says nothing of
-where. So a weight is looked for, by identity, in the modules through which the call came: the stack
-has the compiled module or function and the modules between it and the frame. What no module holds
-keeps the name of its path.
+Dynamo names an input by its path from the captured frame. After a graph break that frame may be
+anywhere inside the model, and a path such as L['___stack0']._parameters['weight'] does not tell
+where. So weights are looked up by identity in the modules on the call stack: the compiled module or
+function, and the modules between it and the frame. A tensor that no module holds is named by its
+path.
 """
 
 import inspect

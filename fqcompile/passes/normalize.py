@@ -8,10 +8,10 @@ aten.index.Tensor(x, [ids])       ->   x[ids]
 aten.numpy_T(w)                   ->   w.t()
 aten._to_copy(x, dtype=d)         ->   x.to(dtype=d, copy=True)
 
-Exported programs hold aten operators, and so does what newer releases of PyTorch write for some
-attributes. `target_name` says the same of a method, a function and an operator of one name. The
-arguments of what SIGNATURES lists stand in the order of their names, with the defaults; only what
-PyTorch takes by keyword alone stays a keyword. A call with others, as `out=`, stays as it is.
+Exported programs hold aten operators, and newer releases of PyTorch emit them for some attributes.
+`target_name` is the same for a method, a function and an operator of one name. Arguments of the
+calls in SIGNATURES become positional, with defaults filled in; only keyword-only arguments stay
+keywords. A call with other arguments, such as `out=`, is not changed.
 """
 
 import operator

@@ -1,7 +1,7 @@
-"""The nodes that stand for quantized matmuls: their arguments by name, and how they take over more.
+"""The nodes of quantized matmuls: access to arguments by name, and replacement by fused ops.
 
-An op that takes over what follows it stands in that node's place; several that read one x become
-one, whose weights are stacked row block under row block.
+An op that absorbs a later node takes that node's place; several ops that read the same x become one
+op, whose weights are concatenated along the rows.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The order of the passes. Each is timed, counted, verified in tests and, on request, dumped."""
+"""Run the passes in order. Each is timed, counted, verified in tests and, on request, dumped."""
 
 import os
 import time

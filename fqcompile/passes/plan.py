@@ -1,11 +1,11 @@
-"""4 plan: bits, granularity, codes and scales of each site, or the reason why it stays as it is.
+"""4 plan: choose bits, granularity, codes and scales of each site, or the reason to skip it.
 
 site: [N, K] bf16      ->   QuantPlan; in the store qweight uint8 [N, K/2], scale bf16 [N, K/G]
 site: [E, N, K] bf16   ->   the same with [E, ...]
 
-To know the error that a plan delivers is to quantize: the store keeps what that made, by the
-identity of the weight. What depends on the graph and the options is decided once (`settled`), what
-depends on the weights' values again for other instances that run the graph (`decide`).
+Computing the error of a plan requires quantizing, so the store keeps the result by the identity of
+the weight. Decisions that depend on the graph and the options are made once (`settled`); decisions
+that depend on values are made again for other instances that run the graph (`decide`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ Key = tuple[PlanKey, ...]
 
 
 class Asked(str):
-    """A reason that the options give: no failure, so that on_unsupported="error" lets it be."""
+    """A skip reason that follows from the options: not an error with on_unsupported="error"."""
 
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer, PackedWeight)
@@ -52,7 +52,7 @@ LATER_VALUES = (
 
 
 def plan(state: GraphState) -> int:
-    """Settle every site, then decide for the weights at hand; returns how many have a plan."""
+    """Settle every site, then decide for the current weights; return the number of plans."""
     for site in state.sites:
         site.reason = _settled_reason(state, site)
         site.settled = site.reason is not None
@@ -84,10 +84,10 @@ def decide(
     known: Mapping[fx.Node, InputName],
     changing: frozenset[int] = frozenset(),
 ) -> tuple[Decision, ...]:
-    """For each site that is not settled: its plan for these weights, or why there is none.
+    """For each site that is not settled: its plan for these weights, or the skip reason.
 
-    `known` are their names: a sibling's weights have others than those that the graph was captured
-    with. `changing` are the inputs that hold other weights in every call.
+    `known`: the names of the weights, which differ between instances that run the same graph.
+    `changing`: the inputs whose weights change in every call.
     """
     open_sites = [site for site in state.sites if not site.settled]
     bar = progress(open_sites, "fqcompile: quantizing", unit="weight", delay=2)
@@ -96,7 +96,7 @@ def decide(
 
 
 def key_of(decisions: Sequence[Decision]) -> Key:
-    """Equal where the rewritten graphs are equal."""
+    """A key that is equal if the rewritten graphs are equal."""
     return tuple(
         None if isinstance(d, str) else (d.bits, d.group_size, d.scale_method, d.scale_dtype)
         for d in decisions
@@ -119,7 +119,7 @@ def apply_decisions(state: GraphState, decisions: tuple[Decision, ...]) -> None:
     """Write the decisions onto the sites that are not settled, in their order.
 
     Raises:
-        UnquantizableWeight: a site is kept and `on_unsupported="error"`.
+        UnquantizableWeight: a site is skipped and `on_unsupported="error"`.
     """
     open_sites = [site for site in state.sites if not site.settled]
     for site, decision in zip(open_sites, decisions, strict=True):
@@ -162,7 +162,7 @@ def _decide_site(
 
 
 def _unsupported(sources: tuple[Tensor, ...]) -> str | None:
-    """What the tensor itself rules out, before any of its values is read."""
+    """Why the tensor cannot be quantized, before any of its values is read; or None."""
     for weight in sources:
         if weight.device.type not in _DEVICES:
             return f"the weight is on device {weight.device.type!r}; supported: cpu, cuda"

@@ -1,8 +1,8 @@
 """7 select: one kernel for each quantized matmul, fixed on its node.
 
-The op's `kernel` argument names the template and its configurations by number of rows, from a table
-of measured ones, a search, or the closed form; so neither Inductor nor the op decides anything
-later. The template's layout decides how `lower` packs the weight.
+The op's `kernel` argument names the template and its configurations by number of rows, from a tuned
+table, a search, or the heuristic; so neither Inductor nor the op decides anything later. `lower`
+packs the weight in the template's layout.
 """
 
 import math
@@ -23,7 +23,7 @@ _NO_BOUND = 1 << 40  # what Dynamo writes for a size without a guard is larger
 
 
 def select(state: GraphState) -> int:
-    """Set the kernel of every quantized matmul; returns how many there are."""
+    """Set the kernel of every quantized matmul; return the number of matmuls."""
     for op, weight in list(state.packed.items()):
         spec = gemm_spec(state, op)
         choice = select_kernel(spec)
@@ -42,7 +42,7 @@ def select(state: GraphState) -> int:
 
 
 def gemm_spec(state: GraphState, op: fx.Node) -> GemmSpec:
-    """What the kernels need to know of one quantized matmul."""
+    """The GemmSpec of one quantized matmul, the input of kernel selection."""
     x, out = example(argument(op, "x")), example(op)
     assert x is not None and out is not None
     spec = state.packed[op]
@@ -75,13 +75,13 @@ def _routing(op: fx.Node) -> Literal["grouped", "gathered"] | None:
 
 
 def _current(out: torch.Tensor | None) -> AbstractContextManager[object]:
-    """Searching measures on the current device, and must be outside of any fake mode."""
+    """The device context for a search, which measures on the current device, in no fake mode."""
     assert out is not None
     return torch.cuda.device(out.device) if out.is_cuda else nullcontext()
 
 
 def _range(rows: int | torch.SymInt) -> tuple[int, int | None] | None:
-    """The least and the largest number of rows that the graph's guards allow; None: it is fixed."""
+    """The smallest and largest number of rows that the graph's guards allow; None if static."""
     if not isinstance(rows, torch.SymInt):
         return None
     values = rows.node.shape_env.bound_sympy(rows.node.expr)

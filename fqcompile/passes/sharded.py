@@ -1,4 +1,4 @@
-"""Before capture: what a graph does with sharded weights, written with the parts that lie here.
+"""Before capture: rewrite a graph's operations on sharded weights to use this rank's shards.
 
 linear(x, to_local(W))     ->   linear(x, w)                             w: this rank's part of W
 linear(X, W, B)            ->   from_local(linear(to_local(X), w, b))    without communication where

@@ -1,4 +1,4 @@
-"""What the passes share: the graph being rewritten, the sites found in it, small graph facts."""
+"""State that the passes share: the graph being rewritten, the sites found, helpers for graphs."""
 
 import math
 from collections.abc import Sequence
@@ -77,17 +77,17 @@ class WeightSite:
     """A matmul with a constant weight.
 
     Attributes:
-        kind: what a plan calls it; "other" has the form of experts alone, a matrix for each head.
+        kind: its name in plans; "other" is a stack that does not hold experts (one per head).
         node: the matmul in the captured graph.
         contraction: what it multiplies, and how.
-        recipe, sources: how the weight comes from the graph's constant inputs.
+        recipe, sources: how the weight is computed from the graph's constant inputs.
         shape: (N, K) or (E, N, K) of what the recipe computes.
         part: "[0]", "[1]" where several sites read one parameter in different ways; ends the name.
         head: an output head: of a usual name, or one whose weight is an embedding's table too.
-        tables: the sources single rows of which are read as well, by what keeps their values.
-        reason: why the site stays as it is; None while it may be quantized.
-        settled: the reason lies in the graph and the options, and holds whatever the weights are.
-        plan: how it is quantized, once that is decided.
+        tables: sources whose rows are also read as they are, as by an embedding.
+        reason: why the site is skipped; None while it may be quantized.
+        settled: the reason depends only on the graph and the options, not on the weights.
+        plan: how it is quantized, once decided.
         op: the node that computes the site, kept current from rewrite on.
     """
 
@@ -113,10 +113,11 @@ class WeightSite:
 
 @dataclass(frozen=True)
 class KeptWeight:
-    """A constant matrix that no form reads, with what reads it; listed, never quantized.
+    """A constant matrix that no supported matmul reads, with its readers; listed, not quantized.
 
-    `identity` is the `id` of the tensor, which the graph must not keep alive; `input` its position
-    among the inputs, if it is one; `table` whether it is called after who reads its rows.
+    `identity` is the `id` of the tensor, which the graph must not keep alive; `input` is its
+    position among the inputs, if any; `table` tells whether it is named after the reader of its
+    rows.
     """
 
     identity: int
@@ -176,7 +177,7 @@ class GraphState:
         return self.known | name_inputs(self.named, args)
 
     def replace_op(self, ops: Sequence[fx.Node], fused: fx.Node, weight: NodeWeight) -> None:
-        """Record that `fused` now computes what `ops` computed, from `weight`."""
+        """Record that `fused` now computes the results of `ops`, from `weight`."""
         self.packed[fused] = weight
         for site in self.sites:
             if site.op in ops:
@@ -241,7 +242,7 @@ def erase_unused(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
 
 
 def erase_dead(state: GraphState, nodes: Sequence[fx.Node]) -> None:
-    """Erase those of `nodes` that nobody reads, and what then nobody reads among their inputs.
+    """Erase the unused ones among `nodes`, then inputs of theirs that became unused.
 
     Quantized matmuls stay, whether read or not: each has its packed inputs.
     """

@@ -1,4 +1,4 @@
-"""What the passes did to each weight, as the rows of a plan."""
+"""Summarize the result of the passes for each weight, as the rows of a plan."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -29,7 +29,7 @@ _NO_MORE_PLANS = (
 
 @dataclass(frozen=True)
 class SiteRecipe:
-    """How to find a site's matrix in a model by parameter names, and how it was quantized.
+    """How to locate a site's matrix in a model by parameter names, and how it was quantized.
 
     Attributes:
         held: whether a module has them all, so that the names are those of its parameters.
@@ -197,9 +197,9 @@ def _errors(plan: QuantPlan) -> dict[str, Any]:
 
 
 def _least_us(state: GraphState, site: WeightSite) -> Callable[[], float | None] | None:
-    """Computes its part of what its matmul takes at the least, by its share of the rows.
+    """Its part of the matmul's roofline lower bound, in proportion to its rows.
 
-    Later, where somebody asks: a CPU's bandwidth is measured on 128 MiB.
+    Computed on first use: a CPU's bandwidth is measured on 128 MiB.
     """
     assert site.op is not None
     spec = state.gemms.get(site.op)
@@ -242,7 +242,7 @@ def _element_size(state: GraphState, site: WeightSite) -> int:
 
 
 def warnings_of(state: GraphState) -> tuple[str, ...]:
-    """What a user would want to know without looking for it; to be logged too."""
+    """Warnings for the report, which are also logged."""
     frozen = [s.name for s in state.sites if s.reason and "requires grad" in s.reason]
     texts = list(state.warnings)
     if frozen:
@@ -261,7 +261,7 @@ def warnings_of(state: GraphState) -> tuple[str, ...]:
 
 
 def read_as_it_comes(state: GraphState, changing: frozenset[int]) -> str:
-    """The warning that the weights at these inputs stay as they are, and what to do."""
+    """The warning that the weights at these inputs stay dense, with the remedy."""
     names = {
         site.name
         for site in state.sites

@@ -1,9 +1,9 @@
 """GraphCompiler: one captured graph, compiled once for each set of plans that its weights ask for.
 
 Dynamo hands the same graph to every instance of a class. Instances whose weights lead to the same
-plans share a variant; others get their own, up to a number that bounds how much is compiled in
-calls; beyond it they are quantized by plans that there are. A failure inside the passes never loses
-the model: the graph is compiled as it was, and a warning says which pass failed and why.
+plans share a variant; others get their own, up to a limit on compilations; beyond it, weights are
+quantized by existing plans. If a pass fails, the graph is compiled unmodified, and a warning names
+the pass and the error.
 """
 
 import itertools

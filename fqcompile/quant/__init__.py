@@ -1,1 +1,1 @@
-"""From a weight matrix to codes and scales: granularity, scales, checks, choice."""
+"""Quantize a weight matrix to codes and scales: checks, granularity, scale search, choice."""

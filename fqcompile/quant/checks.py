@@ -1,4 +1,4 @@
-"""Which weights can be quantized, with the reason where one cannot; and how far the result is."""
+"""Check that a weight can be quantized, with the reason if not; and measure the error."""
 
 from collections.abc import Sequence
 
@@ -63,7 +63,7 @@ def _raise_not_finite(w: torch.Tensor) -> None:
 
 @plain_tensors()
 def relative_error(w: torch.Tensor, w_hat: torch.Tensor) -> float:
-    """‖w - ŵ‖ / ‖w‖ (Frobenius) in float64; 0 where w is zero and ŵ equals it."""
+    """‖w - ŵ‖ / ‖w‖ (Frobenius) in float64; 0 if both w and ŵ are zero."""
     return relative_error_from(each_chunk(lambda rows: squared_norms(w[rows], w_hat[rows]), w))
 
 

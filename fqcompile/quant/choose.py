@@ -1,7 +1,7 @@
-"""How to quantize a matrix or a stack of experts, decided from the weights alone, and doing it.
+"""Choose how to quantize a matrix or a stack of experts, from the weights alone, and quantize it.
 
-Each expert [N, K] of a stack [E, N, K] asks for a group size as a matrix does; the stack gets the
-finest, since one kernel runs them all and an expert with outliers must not lose by its neighbors.
+A group size is chosen for each expert [N, K] of a stack [E, N, K] as for a matrix; the stack gets
+the finest, because one kernel runs all experts and outliers of one expert must not lose accuracy.
 """
 
 import math
@@ -23,9 +23,9 @@ from fqcompile.tensor.quantized import QuantizedTensor
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """How a weight is quantized, and the error that this delivers on the whole of it.
+    """How a weight is quantized, and the resulting relative error of the whole weight.
 
-    `expert_errors` are those of the experts of a stack, in their order; of a matrix there are none.
+    `expert_errors` are the errors of the experts of a stack, in order; empty for a matrix.
     """
 
     bits: int
@@ -37,7 +37,7 @@ class QuantPlan:
 
     @property
     def worst_error(self) -> float:
-        """Of the matrix, or of the expert that is worst off: what a budget bounds."""
+        """Error of the matrix, or of the worst expert: the value that `error_budget` bounds."""
         return max(self.expert_errors, default=self.relative_error)
 
 
@@ -45,9 +45,9 @@ class QuantPlan:
 def choose_and_quantize(
     w: torch.Tensor, options: SiteOptions, scale_dtype: torch.dtype
 ) -> tuple[QuantPlan, QuantizedTensor]:
-    """Bits, group size and scale type of w [N, K] or [E, N, K], and w quantized so; deterministic.
+    """Choose bits, group size and scale dtype of w [N, K] or [E, N, K] and quantize; deterministic.
 
-    Raises UnquantizableWeight, whose text is the reason for the report.
+    Raises UnquantizableWeight, whose message is the reason in the report.
     """
     matrices = _checked_matrices(w)
     group_size = min(
@@ -70,7 +70,7 @@ def choose_and_quantize(
 
 
 def _checked_matrices(w: torch.Tensor) -> Sequence[torch.Tensor]:
-    """The matrix, or the experts of the stack; the reason why one cannot be quantized names it."""
+    """The matrix, or the experts of the stack, checked; an error names the expert."""
     if w.dim() != 3 or not len(w):
         check_quantizable(w)
         return [w]
@@ -83,14 +83,14 @@ def _checked_matrices(w: torch.Tensor) -> Sequence[torch.Tensor]:
 
 
 def _distinct(matrices: Sequence[torch.Tensor], options: SiteOptions) -> Sequence[torch.Tensor]:
-    """Those that may ask for different group sizes: all, where a rule looks at their values."""
+    """The matrices to choose group sizes for: all of them, if the rule depends on their values."""
     return matrices if options.granularity in RULES else matrices[:1]
 
 
 def scale_dtype_beside(activation: torch.dtype) -> torch.dtype:
-    """The activation's own 16-bit type; fp16 beside fp32 activations.
+    """The dtype of scales: the activation's own 16-bit dtype; fp16 for fp32 activations.
 
-    Codes are computed for the rounded scale, so 16 bits cost no accuracy and pay for finer groups:
+    Codes are computed for the rounded scale, so 16 bits cost no accuracy and allow finer groups:
     MiniLM, int4 adaptive, mean error .112 at 4.12 bits per weight with fp32 scales, .100 at 4.19
     with fp16. Scales out of fp16's normal range are stored in fp32.
     """
@@ -98,7 +98,7 @@ def scale_dtype_beside(activation: torch.dtype) -> torch.dtype:
 
 
 def choose_plan(w: torch.Tensor, options: SiteOptions, scale_dtype: torch.dtype) -> QuantPlan:
-    """The plan of `choose_and_quantize` alone."""
+    """Only the plan of `choose_and_quantize`."""
     return choose_and_quantize(w, options, scale_dtype)[0]
 
 
@@ -128,7 +128,7 @@ def _first_group_size(w: torch.Tensor, options: SiteOptions, scale_dtype: torch.
 
 
 def _attempts(options: SiteOptions, group_size: int, k: int) -> Iterator[tuple[int, int]]:
-    """What an error budget tries in turn: finer groups, then 8 bits from column to finest."""
+    """Candidates for an error budget, in order: finer groups, then 8 bits from per-channel on."""
     candidates = group_size_candidates(k, options.min_group_size)
     yield options.bits, group_size
     yield from ((options.bits, size) for size in candidates if size < group_size)
@@ -139,7 +139,7 @@ def _attempts(options: SiteOptions, group_size: int, k: int) -> Iterator[tuple[i
 def _deliver(
     w: torch.Tensor, qtype: QType, group_size: int, method: str, scale_dtype: torch.dtype
 ) -> tuple[QuantPlan, QuantizedTensor]:
-    """w quantized at this group size, and the plan with the errors that this has."""
+    """w quantized at this group size, and the plan with the resulting errors."""
     n, k = w.shape[-2:]
     matrices = [w] if w.dim() == 2 else w.unbind()
     shape = (*w.shape[:-1], packed_columns(qtype, k))

@@ -1,4 +1,4 @@
-"""Granularity: the group sizes that a matrix may get, and the rules that choose among them."""
+"""Granularity: candidate group sizes of a matrix, and the rules that choose among them."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ GOOD_ENOUGH = 0.01
 
 
 def group_size_candidates(k: int, min_group_size: int) -> tuple[int, ...]:
-    """What a rule may choose among, coarsest first: K (one scale per column), then powers of two.
+    """Candidate group sizes, coarsest first: K (per-channel scales), then powers of two.
 
     Powers of two that do not divide K would leave a short last group; they are offered only where
     no power of two from `min_group_size` up divides K.
@@ -36,11 +36,11 @@ def bits_per_weight(bits: int, n: int, k: int, group_size: int, scale_bits: int)
 def adaptive_rule(
     w: torch.Tensor, candidates: Sequence[int], options: SiteOptions, scale_bits: int
 ) -> int:
-    """Rate-distortion. One bit more halves the rounding error, so what counts is
+    """The rate-distortion rule. One more bit halves the rounding error, so the cost is
 
-        log2(relative_error(g)) + bits_per_weight(g),
+        log2(relative_error(g)) + bits_per_weight(g).
 
-    least wins, the coarser of a tie; ahead of that, the coarsest that is GOOD_ENOUGH.
+    The coarsest group size that is GOOD_ENOUGH wins; else the lowest cost, the coarser of a tie.
     """
     costs = {}
     n, k = w.shape

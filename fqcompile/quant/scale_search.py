@@ -1,4 +1,4 @@
-"""The step of a group that makes its squared error least.
+"""Find the step (scale) of a group that minimizes its squared error.
 
 Divided by its extreme (the weight of largest magnitude), a group becomes u in [-1, 1], the extreme
 at -1. The error of one u under one candidate step,

@@ -1,4 +1,4 @@
-"""What a user can see: plans, compile reports, dumps and pages."""
+"""Reports for users: plans, compile reports, dumps and HTML pages."""
 
 from fqcompile.report.compile_report import (
     CompileReport,

@@ -1,6 +1,6 @@
-"""What one compiled graph went through: its plan, its passes, warnings and versions.
+"""The report of one compiled graph: its plan, its passes, warnings and versions.
 
-The newest reports of the process are kept in order, for `fqcompile.reports()`.
+The newest reports of the process are stored in order, for `fqcompile.reports()`.
 """
 
 import difflib
@@ -31,16 +31,16 @@ from fqcompile.report.page import (
 from fqcompile.report.plan import Plan, options_html, plan_sections
 from fqcompile.report.site import Site, shorten
 
-# A graph's signature is one line of many kilobytes, beside which nothing else could be read.
+# A graph's signature is one line of many kilobytes, which would hide everything else.
 LONGEST_LINE = 240
 _DIFF_CSS = {"+": "added", "-": "removed", "@": "place"}
 
 
 @dataclass(frozen=True)
 class PassRecord:
-    """One pass over the graph: what it matched, how many changes, and the graph on both sides.
+    """One pass over the graph: its matches, the number of changes, and the graph before and after.
 
-    `before` and `after` are the readable graph, or None where no dump was asked for.
+    `before` and `after` are the graph as code, or None if no dump was requested.
     """
 
     name: str
@@ -52,14 +52,14 @@ class PassRecord:
 
     @cached_property
     def diff(self) -> tuple[str, ...]:
-        """The lines of a unified diff of the graph, without its header; none without both sides."""
+        """The lines of a unified diff of the graph, without the header; empty without a dump."""
         if self.before is None or self.after is None:
             return ()
         sides = self.before.splitlines(), self.after.splitlines()
         return tuple(difflib.unified_diff(*sides, lineterm=""))[2:]
 
     def as_dict(self) -> dict[str, object]:
-        """Without the graphs, which are files of the dump."""
+        """As a dict, without the graphs, which the dump stores as files."""
         return {
             "name": self.name,
             "seconds": self.seconds,
@@ -69,7 +69,7 @@ class PassRecord:
 
 
 def passes_html(passes: Sequence[PassRecord], total_seconds: float) -> str:
-    """Times and changes of all passes, then what each matched and changed, folded away."""
+    """Times and change counts of all passes, then collapsed lists of matches and graph diffs."""
     longest = max((p.seconds for p in passes), default=0.0) or 1.0
     rows = tuple(
         (
@@ -118,11 +118,11 @@ def _diff_line(line: str) -> str:
 
 @dataclass(frozen=True)
 class CompileReport:
-    """One graph, from capture to the call that compiled what was left of it.
+    """The report of one graph, from capture to the inner compiler.
 
-    Equal layers may run one graph. Its plan has a row for each weight that came in at a place where
-    it may be quantized, as soon as a call has brought it, under its own name. Where a graph has no
-    such place its rows are those of the weights that it was compiled with.
+    Identical layers may share one graph. Its plan has a row for each weight that a call passed in
+    for an input that can be quantized, under that weight's own name; rows appear with the first
+    call that passes the weight. A graph without such inputs lists the weights it was compiled with.
     """
 
     graph: str
@@ -138,13 +138,13 @@ class CompileReport:
 
     @property
     def least_ms(self) -> float | None:
-        """What the quantized matmuls take at the least, where that is known of any."""
+        """Roofline lower bound of the quantized matmuls in ms; None if it is known for none."""
         least = [site.least_us for site in self.sites if site.least_us is not None]
         return sum(least) / 1e3 if least else None
 
     def _facts(self) -> list[tuple[str, str]]:
         least = self.least_ms
-        known = [] if least is None else [(f"{least:.3g} ms", "least time of quantized matmuls")]
+        known = [] if least is None else [(f"{least:.3g} ms", "lower bound of quantized matmuls")]
         return [*known, (f"{self.total_seconds:.2f} s", "to compile")]
 
     def _notes(self) -> list[str]:
@@ -152,7 +152,8 @@ class CompileReport:
         title = f"graph {self.graph}, {self.total_seconds:.2f} s"
         warnings = [f"warning: {text}" for text in self.warnings]
         least = self.least_ms
-        roofline = [] if least is None else [f"quantized matmuls take {least:.3g} ms at the least"]
+        bound = f"roofline lower bound of the quantized matmuls: {least or 0:.3g} ms"
+        roofline = [] if least is None else [bound]
         return [f"{title} ({versions})" if versions else title, *roofline, *warnings]
 
     def __str__(self) -> str:
@@ -174,7 +175,7 @@ class CompileReport:
         return json.dumps(self.as_dict(), indent=2)
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
-        """Write the report as one page that needs nothing else, and return its path."""
+        """Write the report as one self-contained HTML page, and return its path."""
         passes = passes_html(self.passes, self.total_seconds)
         sections = [
             *plan_sections(self.sites),
@@ -199,12 +200,12 @@ _REPORTS: deque[CompileReport] = deque(maxlen=MOST_REPORTS)
 
 
 def record(report: CompileReport) -> None:
-    """Append a report to those of this process, whose oldest goes where they are too many."""
+    """Append a report to those of this process; the oldest is dropped beyond the limit."""
     _REPORTS.append(report)
 
 
 def amend(report: CompileReport, **changes: Any) -> CompileReport:
-    """The report with these changes, which takes its place among those of this process."""
+    """Replace the report by a copy with these changes, at the same position, and return it."""
     new = replace(report, **changes)
     for index, known in enumerate(list(_REPORTS)):
         if known is report and _REPORTS[index] is report:
@@ -213,16 +214,16 @@ def amend(report: CompileReport, **changes: Any) -> CompileReport:
 
 
 def recorded() -> list[CompileReport]:
-    """The reports of this process, 256 at most, newest last."""
+    """The reports of this process, at most 256, newest last."""
     return list(_REPORTS)
 
 
 def reports() -> list[CompileReport]:
-    """The reports of the graphs that were compiled in this process last, 256 at most, newest last.
+    """The reports of the graphs most recently compiled in this process, at most 256, newest last.
 
-    Each is as of now: rows of further layers that run its graph are in one that is asked for later.
-    With `debug_dir` or TORCH_TRACE each holds its graph before and after every pass, as text. Where
-    there is none, a warning says why that may be.
+    Each is a snapshot: call `reports()` again to see layers that ran the same graph since.
+    With `debug_dir` or TORCH_TRACE each holds its graph before and after every pass, as text. If
+    the list is empty, a warning explains possible causes.
     """
     if not _REPORTS:
         log.warning(_NOTHING_COMPILED)

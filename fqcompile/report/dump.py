@@ -1,4 +1,4 @@
-"""A compile report as files in a folder, and as artifacts in torch's structured trace."""
+"""Write a compile report as files in a folder, and as artifacts in torch's structured trace."""
 
 import logging
 import os
@@ -39,7 +39,7 @@ def _pass_files(name: str, record: PassRecord) -> Iterator[tuple[str, str]]:
 
 
 def _safe(name: str) -> str:
-    """As the name of a folder; of a long one the end, which numbers it."""
+    """A graph's name as a folder name; long names keep their end, which holds the number."""
     return re.sub(r"[^\w.-]+", "_", name)[-_LONGEST_NAME:].strip(".") or "graph"
 
 
@@ -53,10 +53,10 @@ def _files(report: CompileReport) -> Iterator[tuple[str, str]]:
 def dump_report(report: CompileReport, debug_dir: str | os.PathLike[str]) -> Path:
     """Write the report below `debug_dir`, in a folder named after its graph; return the folder.
 
-    Where there are several ranks, each has a folder of its own around those of its graphs.
-    Each pass has NN_<pass>.before.py, .after.py and .diff (where the report holds the graphs) and
-    .txt; beside them lie sites.txt, report.json and report.html. What cannot be written is said
-    once for each `debug_dir`: the call that compiles is worth more than what is known of it.
+    With several ranks, each has a folder of its own that contains those of its graphs.
+    Each pass has NN_<pass>.before.py, .after.py and .diff (if the report holds the graphs) and
+    .txt; the folder also has sites.txt, report.json and report.html. A failed write is logged once
+    per `debug_dir` and does not stop the compilation.
     """
     folder = own_folder(Path(debug_dir)) / _safe(report.graph)
     try:
@@ -81,12 +81,12 @@ def _metadata(name: str, encoding: str) -> dict[str, str]:
 
 
 def is_traced() -> bool:
-    """Whether TORCH_TRACE, or whoever else listens, receives the artifacts of `trace_report`."""
+    """Whether TORCH_TRACE, or another log handler, receives the artifacts of `trace_report`."""
     return bool(trace_log.handlers)
 
 
 def trace_report(report: CompileReport) -> None:
-    """Log the files of a dump where TORCH_TRACE asks for a trace, so that `tlparse` shows them."""
+    """Log the files of a dump if TORCH_TRACE is set, so that `tlparse` shows them."""
     if not is_traced():
         return
     for name, text in _files(report):

@@ -13,7 +13,7 @@ _MOST_LABELS = 8
 
 
 def errors_html(sites: Sequence[Site]) -> str:
-    """Both plots of the sites whose error is known, and a table where there are experts."""
+    """Both plots of the sites with a known error, and a table of the worst experts, if any."""
     known = [site for site in sites if _is_known(site)]
     if not known:
         return "<p>no quantized weight has a known error: there is none, or they came packed</p>"
@@ -30,12 +30,12 @@ def _is_known(site: Site) -> bool:
 
 
 def bits_per_weight(site: Site) -> float:
-    """Codes and scales, over the number of weights."""
+    """Bits of codes and scales per weight."""
     return 8 * site.bytes_after / site.num_weights
 
 
 def worst_experts(sites: Sequence[Site]) -> Table:
-    """The experts of largest error over all stacks, the worst first."""
+    """The experts with the largest errors over all stacks, worst first."""
     experts = [
         (error, number, site)
         for site in sites

@@ -1,7 +1,7 @@
-"""The granularity map: what each layer's projections became, as a grid of colored tiles.
+"""The granularity map: the format of each layer's projections, as a grid of colored tiles.
 
-A row is a layer, a column a role, a tile one format. The finer the groups, the stronger a tile. The
-place of a weight, its layer and its role there, is read from its parameter name.
+A row is a layer, a column a role, a tile one format. Finer groups have stronger colors. The layer
+and role of a weight are parsed from its parameter name.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from html import escape
 from fqcompile.report.page import filter_button, paragraph, scroll_box
 from fqcompile.report.site import Site, format_error, format_group, format_shape, format_status
 
-# The coarsest group size of each step of the scale, after a whole column.
+# The coarsest group size of each step of the color scale, after per-channel.
 STEPS = (256, 128, 64, 32, 16)
 SUFFIX = ".weight"
 
@@ -30,24 +30,24 @@ class Place:
 
     @property
     def role(self) -> str:
-        """The tail as people say it: without `.weight`."""
+        """The tail for display: without `.weight`."""
         return "+".join(part.removesuffix(SUFFIX) or part for part in self.tail.split("+"))
 
     @property
     def layer_query(self) -> str:
-        """What to filter names by to see this layer; `^` stands for the beginning of a name."""
+        """The filter text that selects this layer; `^` stands for the beginning of a name."""
         return f"^{self.stack}.{self.layer}." if self.stack else f"^{self.layer}."
 
     @property
     def role_query(self) -> str:
-        """What to filter names by to see this role in every layer: words that all occur."""
+        """The filter text that selects this role in every layer: words that must all occur."""
         if self.layer is None:
             return f"^{self.tail}"
         return f".{self.tail}".replace("*", " ").replace("+", " ")
 
 
 def place_of(name: str) -> Place:
-    """The place of a parameter, or of several joined by `+`, which is where the first one is."""
+    """The place of a parameter; for several joined by `+`, that of the first."""
     stack, layer, first = _split(name.partition("+")[0])
     others = [_split(other) for other in name.split("+")[1:]]
     if layer is None or any(other[:2] != (stack, layer) for other in others):
@@ -56,7 +56,7 @@ def place_of(name: str) -> Place:
 
 
 def _split(name: str) -> tuple[str, int | None, str]:
-    """What precedes the first number of a name, the number, and what follows it."""
+    """The text before the first number of a name, the number, and the text after it."""
     parts = name.split(".")
     for at, part in enumerate(parts):
         tail = ".".join(_same_expert(parts[at + 1 :]))
@@ -75,7 +75,7 @@ def _same_expert(parts: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Grid:
-    """One stack of layers: the sites of each (layer, role), both in the order met."""
+    """One stack of layers: the sites of each (layer, role), both in order of appearance."""
 
     stack: str
     layers: tuple[Place, ...]
@@ -84,7 +84,7 @@ class Grid:
 
 
 def grids_of(sites: Sequence[Site]) -> tuple[list[Grid], list[Site]]:
-    """A grid for each stack of layers, and the sites outside any."""
+    """A grid for each stack of layers, and the sites outside all stacks."""
     stacks: dict[str, list[tuple[Place, Site]]] = {}
     outside: list[Site] = []
     for site in sites:
@@ -108,7 +108,7 @@ def _grid(stack: str, placed: Sequence[tuple[Place, Site]]) -> Grid:
 
 
 def step_of(site: Site) -> int:
-    """Its place on the scale: 0 for a scale per column, up to 5 for groups of 16 and less."""
+    """The step on the color scale: 0 for per-channel, up to 5 for groups of at most 16."""
     if site.per_column:
         return 0
     finest = len(STEPS)
@@ -116,7 +116,7 @@ def step_of(site: Site) -> int:
 
 
 def map_html(sites: Sequence[Site]) -> str:
-    """The legend, the grid of each stack, and what lies outside the layers."""
+    """The legend, the grid of each stack, and the sites outside the layers."""
     grids, outside = grids_of(sites)
     parts = [_legend(sites), *map(_grid_html, grids)]
     if outside:
@@ -153,7 +153,7 @@ def _row(grid: Grid, layer: Place) -> str:
 
 
 def _tiles(sites: Sequence[Site]) -> str:
-    """One tile for each format among the sites, with their number where they are several."""
+    """One tile per format among the sites, with the count if there are several."""
     alike: dict[tuple[str, str], list[Site]] = {}
     for site in sites:
         alike.setdefault((format_status(site), format_group(site)), []).append(site)
@@ -183,7 +183,7 @@ def _describe(site: Site) -> str:
     what = f"{site.name}, {format_shape(site.shape)}: {format_status(site)}"
     if site.status != "quantized":
         return f"{what}, {site.reason or 'no reason recorded'}"
-    group = "a scale per column" if site.per_column else f"groups of {site.group_size}"
+    group = "per channel" if site.per_column else f"groups of {site.group_size}"
     error = format_error(site.relative_error)
     return f"{what}, {group}" + (f", error {error}" if error else "")
 
@@ -193,7 +193,7 @@ def _named_tile(site: Site) -> str:
 
 
 def _legend(sites: Sequence[Site]) -> str:
-    """The tiles that occur, from coarse to fine; then what the words mean."""
+    """The tiles in use, from coarse to fine, and an explanation of their labels."""
     done = sorted(
         {(s.bits or 0, step_of(s), _label_alone(s)) for s in sites if s.status == "quantized"}
     )
@@ -203,7 +203,7 @@ def _legend(sites: Sequence[Site]) -> str:
     ]
     if any(site.status != "quantized" for site in sites):
         tiles.append('<span class="tile kept">kept</span>')
-    words = "col: one scale per output column; gN: one for each N weights of it"
+    words = "col: per channel, one scale for each output; gN: one scale for every N weights along K"
     if any(site.kind == "experts" for site in sites):
         words += "; Ne: a stack of N experts"
     return f'<p class="legend">{"".join(tiles)}</p>{paragraph(words, "quiet")}'

@@ -18,12 +18,12 @@ from string import Template
 from typing import NamedTuple
 
 HEIGHT = 220
-_GAP = 0.04  # what is left free beyond the values, as a share of their range
+_GAP = 0.04  # margin beyond the values, as a fraction of their range
 
 
 @dataclass(frozen=True)
 class Point:
-    """One mark: `span` is the least and largest value behind it, `css` says how it looks."""
+    """One mark: `span` is the range of values it stands for, `css` the class that styles it."""
 
     x: float
     y: float
@@ -44,12 +44,12 @@ class Axis:
     ticks: tuple[tuple[float, str], ...]
 
     def share(self, value: float) -> float:
-        """Where a value lies on the axis, from 0 to 1."""
+        """The position of a value on the axis, from 0 to 1."""
         return (value - self.low) / (self.high - self.low)
 
 
 def axis_over(title: str, values: Sequence[float], *, from_zero: bool = False) -> Axis:
-    """An axis a little longer than the values reach, with ticks at one, two or five times 10^n."""
+    """An axis slightly longer than the range of values, with ticks at 1, 2 or 5 times 10^n."""
     low, high = (0.0 if from_zero else min(values)), max(values)
     gap = _GAP * (high - low or abs(high) or 1.0)
     low, high = (low if from_zero else low - gap), high + gap
@@ -136,7 +136,7 @@ def _mark(x: Axis, y: Axis, point: Point) -> str:
 
 
 class Cell(NamedTuple):
-    """What a cell shows, and the number it sorts by where the text would sort wrongly.
+    """The text of a cell, and the number to sort by if the text would sort wrongly.
 
     `query` makes the text a button that filters the sites by it; `shares` are fractions of one,
     drawn as bars over each other, the longest first.
@@ -162,7 +162,7 @@ class Table:
 
 
 class Section(NamedTuple):
-    """A part of the page that its contents name; `body` is markup."""
+    """A part of the page with an entry in the table of contents; `body` is markup."""
 
     title: str
     body: str
@@ -178,7 +178,7 @@ def filter_button(text: str, query: str, spoken: str = "") -> str:
 
 
 def details(summary: str, body: str) -> str:
-    """A part that is folded away; `summary` is text, `body` markup."""
+    """A collapsed part; `summary` is text, `body` is markup."""
     return f"<details><summary>{escape(summary)}</summary>\n{body}\n</details>"
 
 
@@ -188,7 +188,7 @@ def paragraph(text: str, css: str = "") -> str:
 
 
 def scroll_box(body: str, label: str) -> str:
-    """Markup that may be wider than the page: it scrolls alone, and by the keyboard too."""
+    """Markup that may be wider than the page, in a box that scrolls, with the keyboard too."""
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">{body}</div>'
     )
@@ -238,7 +238,7 @@ aria-label="filter rows: words that must all occur; ^ stands for the start of th
 def render_page(
     title: str, notes: Sequence[str], facts: Sequence[tuple[str, str]], sections: Sequence[Section]
 ) -> str:
-    """The page; `notes` are warnings, `facts` the figures and what each one is."""
+    """The page; `notes` are warnings, `facts` are pairs of a figure and its description."""
     script = _part("page.js")
     return Template(_part("page.html")).substitute(
         title=escape(title),
@@ -275,5 +275,5 @@ def _part(name: str) -> str:
 
 
 def _hash(script: str) -> str:
-    """By which the browser knows the one script that it may run."""
+    """The hash by which the browser identifies the only script it may run."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

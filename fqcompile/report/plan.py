@@ -1,4 +1,4 @@
-"""The plan: what is quantized, how, and why the rest is not. Printed, as JSON and as a page."""
+"""The plan: which weights are quantized, how, and why others are not; as text, JSON and HTML."""
 
 import difflib
 import json
@@ -35,7 +35,7 @@ from fqcompile.report.site import (
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Sizes over all sites; bits per weight (scales counted) and mean error of the quantized."""
+    """Sizes of all sites; bits per weight (including scales) and mean error of quantized sites."""
 
     sites: int
     quantized: int
@@ -59,7 +59,7 @@ class Totals:
         )
 
     def facts(self) -> list[tuple[str, str]]:
-        """The same for a page: figures, and what each one is."""
+        """The totals for a page: pairs of a figure and its description."""
         smaller = self.bytes_before / self.bytes_after if self.bytes_after else 1.0
         sizes = format_sizes(self.bytes_before, self.bytes_after)
         facts = [
@@ -84,7 +84,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Plan:
-    """The sites of a model or a graph in the order met, and the options that led to them."""
+    """The sites of a model or graph in order of appearance, and the options that produced them."""
 
     sites: tuple[Site, ...]
     options: Mapping[str, object] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class Plan:
         return Totals.of(self.sites)
 
     def site(self, name: str) -> Site:
-        """The site of a parameter name."""
+        """The site with this parameter name; KeyError if there is none."""
         for site in self.sites:
             if site.name == name:
                 return site
@@ -111,12 +111,12 @@ class Plan:
         raise KeyError(f"this plan has no site {name!r} among its {len(self.sites)}{hint}")
 
     def kept_lines(self) -> list[str]:
-        """The reasons of the kept sites in full, the commonest first, each with its count."""
+        """The reasons of the kept sites in full, most common first, each with its count."""
         counts = Counter(s.reason or "no reason recorded" for s in self.kept)
         return [f"kept {count}: {reason}" for reason, count in counts.most_common()]
 
     def expert_lines(self) -> list[str]:
-        """One line on the errors of single experts, where there are stacks of them."""
+        """One line about the errors of single experts, if there are stacks of experts."""
         stacks = [(s, s.expert_errors) for s in self.quantized if s.expert_errors]
         if not stacks:
             return []
@@ -129,7 +129,7 @@ class Plan:
         ]
 
     def notes(self) -> list[str]:
-        """What the table does not say: totals, experts, why sites are kept."""
+        """The lines below the table: totals, experts, why sites are kept."""
         return [str(self.totals), *self.expert_lines(), *self.kept_lines()]
 
     def __str__(self) -> str:
@@ -146,7 +146,7 @@ class Plan:
         return json.dumps(self.as_dict(), indent=2)
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
-        """Write the plan as one page that needs nothing else, and return its path."""
+        """Write the plan as one self-contained HTML page, and return its path."""
         options = Section("options", options_html(self.options, {}))
         sections = [*plan_sections(self.sites), options]
         page = render_page("fqcompile plan", [], self.totals.facts(), sections)
@@ -154,7 +154,7 @@ class Plan:
 
 
 def plan_sections(sites: Sequence[Site]) -> list[Section]:
-    """The parts that a dry run has as well as a compilation; none where nothing was looked at."""
+    """The sections that dry runs and compilations share; none if there are no sites."""
     if not sites:
         return []
     kept = [site for site in sites if site.status == "kept"]
@@ -170,7 +170,7 @@ def plan_sections(sites: Sequence[Site]) -> list[Section]:
 
 
 def options_html(options: Mapping[str, object], versions: Mapping[str, str]) -> str:
-    """Every option, those unlike the default first, and the versions."""
+    """Every option, the ones that differ from the default first, and the versions."""
     defaults = FineQuantConfig().as_dict()
     changed = [name for name, value in options.items() if value != defaults.get(name)]
     rows = tuple(
@@ -190,7 +190,7 @@ def options_html(options: Mapping[str, object], versions: Mapping[str, str]) -> 
 def _grouped(
     sites: Iterable[Site], key: Callable[[Site], str], weight: Callable[[list[Site]], float]
 ) -> list[tuple[str, list[Site]]]:
-    """The sites that share a key, the heaviest group first."""
+    """The sites grouped by key, the heaviest group first."""
     groups: dict[str, list[Site]] = {}
     for site in sites:
         groups.setdefault(key(site), []).append(site)
@@ -206,7 +206,7 @@ def _after(sites: Iterable[Site]) -> int:
 
 
 def _sizes(sites: Sequence[Site]) -> Table:
-    """A row for each role: what all its weights took, and take."""
+    """A row for each role: the size of its weights before and after."""
     groups = _grouped(sites, lambda site: place_of(site.name).role, _before)
     largest = max((_before(group) for _, group in groups), default=0) or 1
     rows = tuple(
@@ -235,7 +235,7 @@ def _least(sites: Iterable[Site]) -> float:
 
 
 def _kernels_html(sites: Sequence[Site]) -> str:
-    """The kernels chosen, each with its part of the least time of all quantized matmuls."""
+    """The chosen kernels, each with its share of the total roofline lower bound."""
     if not sites:
         return "<p>none: nothing is quantized</p>"
     groups = _grouped(sites, lambda site: site.kernel or "none yet", lambda g: _least(g) or len(g))
@@ -249,12 +249,12 @@ def _kernels_html(sites: Sequence[Site]) -> str:
         )
         for kernel, group in groups
     )
-    headers = ("kernel", "sites", "MiB of weights", "least µs", "share", "of the least time")
+    headers = ("kernel", "sites", "MiB of weights", "lower bound µs", "share", "of the lower bound")
     table = table_html(Table("kernels", headers, rows))
     unknown = sum(site.least_us is None for site in sites)
     notes = [
-        "least µs: what moving the bytes takes on this device, or on a GPU computing if that is "
-        "longer, for the rows of the example call; no kernel can be faster"
+        "lower bound µs: the roofline lower bound for the rows of the example call: the time to "
+        "move the bytes on this device or, on a GPU, the time to compute if that is longer"
     ]
     if unknown:
         notes.append(f"not known for {unknown} of {len(sites)} sites")
@@ -271,7 +271,7 @@ def _least_cells(sites: Sequence[Site], whole: float) -> tuple[Cell, Cell, Cell]
 
 
 def _kept_html(sites: Sequence[Site]) -> str:
-    """For each reason the sites it holds for, folded away; the commonest reason first."""
+    """The skipped sites by reason, collapsed, the most common reason first."""
     if not sites:
         return "<p>nothing: every weight that was looked at is quantized</p>"
     groups = _grouped(sites, lambda site: site.reason or "no reason recorded", len)

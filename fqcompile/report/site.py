@@ -1,6 +1,6 @@
-"""What became of one weight: the row of a plan or of a compile report, and many as a table.
+"""The result for one weight: a row of a plan or compile report, and rows formatted as a table.
 
-Of text the table has at most 120 columns; the page has it in full.
+The text table is at most 120 characters wide and shortens names; the HTML page does not.
 """
 
 import math
@@ -16,7 +16,7 @@ LeastTime = float | Callable[[], float | None] | None
 
 
 class _OnceAsked:
-    """A field that is given as a number, or as what computes it when it is first read."""
+    """A field set to a number, or to a function that computes it when it is first read."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -33,13 +33,13 @@ class _OnceAsked:
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """A linear or a stack of experts whose weight was looked at.
+    """A linear or a stack of experts whose weight was considered for quantization.
 
-    `shape` is (N, K) or (E, N, K), `group_size` is K where one scale serves a whole column, and
-    `relative_error` is the delivered ‖w-ŵ‖/‖w‖; `expert_errors` has that of each expert. `least_us`
-    is what moving its bytes takes, or on a GPU computing if that is longer, for the rows of the
-    example call; a CPU's bandwidth is measured when it is first asked for. `recipe` says how to
-    find the weight in a model again; it is there for `fake_quantize_` and never written out.
+    `shape` is (N, K) or (E, N, K); `group_size` is K for per-channel scales. `relative_error` is
+    ‖w-ŵ‖/‖w‖ of the stored codes; `expert_errors` has it for each expert. `least_us` is the
+    roofline lower bound in microseconds for the rows of the example call: the time to move its
+    bytes or, on a GPU, to compute if that is longer; a CPU's bandwidth is measured on first use.
+    `recipe` locates the weight in a model, for `fake_quantize_`; it is never written to files.
     """
 
     name: str
@@ -63,15 +63,15 @@ class Site:
 
     @property
     def per_column(self) -> bool:
-        """Whether one scale serves each whole output column."""
+        """Whether scales are per channel."""
         return self.group_size is not None and self.group_size >= self.shape[-1]
 
     def but(self, **changes: object) -> Self:
-        """The row with these changes; what is computed when it is first read is not computed."""
+        """A copy of the row with these changes; fields that compute on first read stay lazy."""
         return replace(self, **{"least_us": vars(self)["least_us"], **changes})
 
     def as_dict(self) -> dict[str, object]:
-        """The fields as JSON holds them, without the recipe."""
+        """The fields as JSON values, without the recipe."""
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "recipe"}
         return {**named, "shape": list(self.shape)}
 
@@ -83,7 +83,7 @@ ALIGN = ("left", "right", "left", "right", "right", "right", "left")
 
 
 def shorten(text: str, width: int, tail: float = 0.5) -> str:
-    """Cut out the middle: of a parameter's name both ends matter (layer number, role).
+    """Shorten a text in the middle: both ends of a parameter name matter (layer number, role).
 
     `tail` is the share of the width that the end of the text keeps.
     """
@@ -112,7 +112,7 @@ def format_mib(count: int) -> str:
 
 
 def format_sizes(before: int, after: int) -> str:
-    """Both in GiB or both in MiB, by what suits the larger."""
+    """Both sizes in GiB or both in MiB, depending on the larger one."""
     if max(before, after) < 2**30:
         return f"{format_mib(before)} → {format_mib(after)} MiB"
     return f"{before / 2**30:,.2f} → {after / 2**30:,.2f} GiB"
@@ -138,7 +138,7 @@ def _row(site: Site) -> list[str]:
 
 
 def site_table(sites: Sequence[Site]) -> str:
-    """One line a site; the name gives way only when the last column is at its least width."""
+    """One line per site; names are shortened once the last column is at its minimum width."""
     rows = [_row(site) for site in sites]
     widest = [max(map(len, column)) for column in zip(HEADERS, *rows, strict=True)]
     free = WIDTH - sum(widest[1:-1]) - 2 * (len(HEADERS) - 1)
@@ -170,7 +170,7 @@ def _cells(site: Site) -> tuple[Cell, ...]:
 
 
 def _worst_expert(site: Site) -> Cell:
-    """Its error and number; nothing for a single matrix."""
+    """The error and index of the worst expert; empty for a single matrix."""
     if not site.expert_errors:
         return Cell("")
     worst = max(site.expert_errors)
@@ -179,12 +179,12 @@ def _worst_expert(site: Site) -> Cell:
 
 PAGE_HEADERS = (
     *("name", "kind", "shape", "status", "group", "MiB before", "MiB after"),
-    *("error", "worst expert", "kernel", "least µs", "reason"),
+    *("error", "worst expert", "kernel", "lower bound µs", "reason"),
 )
 
 
 def site_page_table(sites: Sequence[Site]) -> Table:
-    """The sites with nothing shortened; a column that says nothing of any of them is left out."""
+    """The sites with all text in full; columns that are empty for every site are left out."""
     rows = [_cells(site) for site in sites]
     said = [i for i in range(len(PAGE_HEADERS)) if not rows or any(row[i].text for row in rows)]
     cells = tuple(tuple(row[i] for i in said) for row in rows)

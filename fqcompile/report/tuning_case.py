@@ -1,7 +1,8 @@
-"""One matmul at one number of rows as tuning left it: every candidate with its time, or why none.
+"""Tuning results of one matmul at one number of rows: each candidate's time, or why it has none.
 
-Candidates are configurations of a kernel or, where kernels have none, the kernels themselves. The
-choice is what is taken without measuring: the closed form's configuration, or the selected kernel.
+Candidates are configurations of a kernel or, for kernels without configurations, the kernels
+themselves. The choice is the candidate used without measuring: the heuristic configuration, or the
+selected kernel.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ Verdict = Literal["best", "within the spread", "slower"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """What was tried: its timing, or why it was refused."""
+    """One candidate: its timing, or why it was refused."""
 
     name: str
     timing: Timing | None = None
@@ -32,13 +33,13 @@ class TuningCase:
     """All candidates of one matmul at one number of rows, in the order tried.
 
     Attributes:
-        rows: how the rows are told, such as "M <= 16"; `spec.m` is what was measured.
-        ideal_us: microseconds that memory and matrix units allow at the least.
-        choice: the candidate that is taken without measuring; None where there is none.
-        problem: why something of it could not be measured.
-        final: the best and the choice, measured once more and in turn, where that was done. By
-            itself the best of many is luckier than it will be.
-        tuning: what else a machine may want to know of it: key and bucket of the tuned table.
+        rows: label of the rows, such as "M <= 16"; `spec.m` is the number that was measured.
+        ideal_us: roofline lower bound in microseconds.
+        choice: the candidate used without measuring; None if there is none.
+        problem: why a part of the case could not be measured.
+        final: second measurement of the best and the choice, alternating, if it was made. The
+            minimum over many noisy times is biased low; a second measurement is not.
+        tuning: machine-readable details: key and bucket of the tuned table.
     """
 
     spec: GemmSpec
@@ -67,7 +68,7 @@ class TuningCase:
 
     @property
     def timed(self) -> dict[str, Timing]:
-        """The candidates that have a time, in the order tried."""
+        """The candidates with a time, in the order tried."""
         return {c.name: c.timing for c in self.candidates if c.timing is not None}
 
     @property
@@ -76,12 +77,12 @@ class TuningCase:
 
     @property
     def best(self) -> str | None:
-        """The fastest; of equals the one tried first."""
+        """The fastest candidate; among equals the one tried first."""
         timed = self.timed
         return min(timed, key=lambda name: timed[name].microseconds, default=None)
 
     def share(self, timing: Timing) -> float:
-        """The part of the roofline that a timing reaches."""
+        """The fraction of the roofline that a timing reaches."""
         return self.ideal_us / timing.microseconds
 
     @property
@@ -99,23 +100,23 @@ class TuningCase:
 
     @property
     def choice_over_best(self) -> float | None:
-        """How many times the best one's time the choice takes."""
+        """Time of the choice over the time of the best."""
         best, choice = self.best_timing, self.choice_timing
         return None if best is None or choice is None else choice.microseconds / best.microseconds
 
     @property
     def verdict(self) -> Verdict | None:
-        """What became of the choice; None where it has no time."""
+        """The verdict on the choice; None if it has no time."""
         return self._verdict(self.choice, self.choice_timing, self.best_timing)
 
     def standing(self, candidate: Candidate) -> Verdict | None:
-        """The verdict on any candidate, by the first measurement of all."""
+        """The verdict on any candidate, by the first measurement."""
         return self._verdict(candidate.name, candidate.timing, self.timed.get(self.best or ""))
 
     def _verdict(
         self, name: str | None, timing: Timing | None, best: Timing | None
     ) -> Verdict | None:
-        """Slower only where the percentiles are apart: a smaller difference may be chance."""
+        """Slower only if the percentile ranges do not overlap: smaller differences may be noise."""
         if timing is None or best is None:
             return None
         if name == self.best:
@@ -123,7 +124,7 @@ class TuningCase:
         return "slower" if timing.low > best.high else "within the spread"
 
     def as_dict(self) -> dict[str, object]:
-        """Everything, as JSON holds it; microseconds."""
+        """All fields as JSON values; times in microseconds."""
         spec = self.spec
         return {
             **self.tuning,
@@ -158,7 +159,7 @@ class TuningCase:
 def searched_case(
     spec: GemmSpec, template: Template, bucket: Bucket, known: Case, problem: str | None
 ) -> TuningCase:
-    """What a search, now or earlier, has found for a bucket of M on the spec's GPU."""
+    """The case of a bucket of M on the spec's GPU, from a search now or earlier."""
     at, rows = at_bucket(spec, bucket), rows_of(bucket, spec)
     launches = template.launches(at)
     key = tuning_key(spec, template.layout.name)
@@ -175,7 +176,7 @@ def searched_case(
 
 
 def summary(cases: Sequence[TuningCase], choice: str) -> str:
-    """How `choice` (what the choice is called) did over all cases, losses told."""
+    """How the choice (called `choice` in the text) did over all cases, including losses."""
     judged = [(case, case.choice_over_best) for case in cases]
     ratios = [(ratio, case) for case, ratio in judged if ratio is not None]
     if not ratios:
@@ -193,7 +194,7 @@ def summary(cases: Sequence[TuningCase], choice: str) -> str:
 
 
 def doubts(cases: Sequence[TuningCase]) -> list[str]:
-    """A sentence where a time is below the least there can be, which nobody should believe."""
+    """A warning if a time is below the roofline lower bound and so cannot be right."""
     bests = [(case, best) for case in cases if (best := case.best_timing) is not None]
     above = [(case.share(best), case.name) for case, best in bests if case.share(best) > 1]
     if not above:
@@ -201,7 +202,7 @@ def doubts(cases: Sequence[TuningCase]) -> list[str]:
     share, where = max(above)
     return [
         f"in {len(above)} of {len(cases)} cases the best is faster than the roofline, up to "
-        f"{share:.0%} of it ({where}): the rate at which memory is read was taken too low, as it "
-        "is while something else runs, or weights were still in a cache; of experts also, fewer "
-        "were hit than are on average"
+        f"{share:.0%} of it ({where}): the memory bandwidth was measured too low, for example "
+        "while another program ran, or weights were still in a cache; with experts, fewer may "
+        "have been hit than on average"
     ]

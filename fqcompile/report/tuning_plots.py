@@ -1,4 +1,4 @@
-"""Tuning as plots: the share of the roofline of every candidate, and the choice over the best."""
+"""Tuning plots: each candidate's fraction of the roofline, and the choice's time over the best."""
 
 import math
 from collections.abc import Sequence
@@ -12,18 +12,18 @@ _MOST_LABELS = 12
 
 
 def case_query(number: int) -> str:
-    """What filters the candidates of one case; the cases are counted from 1."""
+    """The filter text for the candidates of one case; cases are numbered from 1."""
     return f"^{number}."
 
 
 def plots_html(cases: Sequence[TuningCase], choice: str) -> str:
-    """Both plots, a case beside the other in the order measured, layers shaded in turn."""
+    """Both plots, with cases from left to right in the order measured, layers shaded in turn."""
     shares = _share_plot(cases)
     if not shares:
         return "<p>nothing has a time</p>"
     ratios = _ratio_plot(cases, choice)
     keys = (
-        '<span class="key best"></span>the best, and who is within its spread '
+        '<span class="key best"></span>the best, and candidates within its spread '
         '<span class="key slower"></span>slower '
         f'<span class="key square"></span>{escape(choice)}'
     )
@@ -35,7 +35,7 @@ def _share_plot(cases: Sequence[TuningCase]) -> str:
     points = [
         _share_point(case, number, candidate, candidate.timing)
         for number, case in enumerate(cases, start=1)
-        # The best and the choice come last, so that they lie on top.
+        # The best and the choice are drawn last, so that they are on top.
         for candidate in sorted(
             case.candidates, key=lambda one: (one.name == case.best, one.name == case.choice)
         )

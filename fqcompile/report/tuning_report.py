@@ -1,4 +1,4 @@
-"""A tuning report: the cases of one run with what they were measured on; as text, JSON and page."""
+"""A tuning report: the cases of one run and the machine; as text, JSON and HTML page."""
 
 import json
 import os
@@ -28,23 +28,23 @@ SUFFIXES = (".json", ".html")
 
 @dataclass(frozen=True)
 class TuningReport:
-    """What tuning found.
+    """The results of tuning.
 
     Attributes:
-        about: what the times hold for: device, versions, command, mode; written out as it is.
-        choice: what is taken without measuring, in words: "closed form".
-        notes: how it was measured and what to keep in mind, a sentence each.
-        left_out: what was not measured, with the reason.
+        about: the conditions of the times: device, versions, command, mode; written unchanged.
+        choice: the name of the candidate used without measuring: "heuristic".
+        notes: how times were measured, and caveats, one sentence each.
+        left_out: matmuls that were not measured, with the reason.
     """
 
     cases: Sequence[TuningCase]
     about: Mapping[str, object]
-    choice: str = "closed form"
+    choice: str = "heuristic"
     notes: Sequence[str] = ()
     left_out: Sequence[str] = ()
 
     def __str__(self) -> str:
-        """The table, what the choice lost, then every refusal and problem."""
+        """The table, a summary of the choice, then every refusal and problem."""
         return "\n".join([*self._table(), *self._remarks()])
 
     def _table(self) -> list[str]:
@@ -71,13 +71,13 @@ class TuningReport:
         return {**about, "cases": [case.as_dict() for case in self.cases]}
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
-        """Write one page that needs nothing else, and return its path."""
+        """Write one self-contained HTML page, and return its path."""
         sections = tuning_sections(self.cases, self.choice, self.about, self.notes, self.left_out)
         facts = tuning_facts(self.cases, self.choice)
         return replace_text(path, render_page("fqcompile tune", self._warnings(), facts, sections))
 
     def write(self, path: Path) -> Path:
-        """As JSON or as a page, by the file's ending, which is one of SUFFIXES."""
+        """Write JSON or an HTML page, by the file's suffix, which is one of SUFFIXES."""
         if path.suffix == ".html":
             return self.to_html(path)
         return replace_text(path, json.dumps(self.as_dict(), indent=2) + "\n")
@@ -99,7 +99,7 @@ def _row(case: TuningCase) -> tuple[str, ...]:
 
 
 def _refusals(cases: Sequence[TuningCase]) -> list[str]:
-    """A line for each refused candidate and reason, with the cases where it is so."""
+    """A line for each refused candidate and reason, with the cases it applies to."""
     places: dict[tuple[str, str | None], list[TuningCase]] = {}
     for case in cases:
         for candidate in case.refused:
@@ -120,7 +120,7 @@ def _where(found: Sequence[TuningCase], cases: Sequence[TuningCase]) -> str:
 
 
 def tuning_facts(cases: Sequence[TuningCase], choice: str) -> list[tuple[str, str]]:
-    """The figures at the top, and what each one is."""
+    """The figures at the top, each with its description."""
     timed = sum(len(case.timed) for case in cases)
     refused = sum(len(case.refused) for case in cases)
     facts = [
@@ -147,7 +147,7 @@ def tuning_sections(
     notes: Sequence[str],
     left_out: Sequence[str],
 ) -> list[Section]:
-    """All parts; without cases only how it was measured."""
+    """All sections; without cases, only how times were measured."""
     how = Section("how it was measured", _how_html(about, notes, left_out))
     if not cases:
         return [how]
@@ -205,7 +205,7 @@ CANDIDATE_HEADERS = (
 
 
 def candidates_table(cases: Sequence[TuningCase], choice: str) -> Table:
-    """Everything that was tried, in the order tried."""
+    """All candidates, in the order tried."""
     rows = tuple(
         _candidate_row(number, case, candidate, choice)
         for number, case in enumerate(cases, start=1)
@@ -244,7 +244,7 @@ def _over_best(case: TuningCase, timing: Timing) -> float:
 
 
 def _refusals_html(cases: Sequence[TuningCase]) -> str:
-    """For each reason who gave it where, folded away; the commonest first."""
+    """Refused candidates by reason, collapsed, the most common reason first."""
     places: dict[str, list[str]] = {}
     for case in cases:
         for candidate in case.refused:
@@ -265,7 +265,7 @@ def _how_html(about: Mapping[str, object], notes: Sequence[str], left_out: Seque
 
 
 def _flat(about: Mapping[str, object]) -> list[tuple[str, object]]:
-    """What is inside a mapping of it stands beside the rest."""
+    """A flat copy: entries of nested mappings are moved to the top level."""
     found: list[tuple[str, object]] = []
     for name, value in about.items():
         found += list(value.items()) if isinstance(value, Mapping) else [(name, value)]

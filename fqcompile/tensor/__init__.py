@@ -1,1 +1,1 @@
-"""What a packed weight is: its format, its codes and scales. Knows neither kernels nor graphs."""
+"""Packed weights: format, codes and scales. Independent of kernels and graphs."""

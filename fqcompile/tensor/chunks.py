@@ -1,4 +1,4 @@
-"""Work on a matrix in pieces of whole rows that stay in the cache, outside autograd."""
+"""Process a matrix in pieces of whole rows that fit the CPU cache, without autograd."""
 
 import ctypes
 import os
@@ -67,7 +67,7 @@ def _pool(workers: int) -> ThreadPoolExecutor | None:
 
 
 def _use_one_thread() -> None:
-    """For this thread alone: `torch.set_num_threads` would also tell all threads to come."""
+    """Set the number for this thread only: `torch.set_num_threads` also sets it for new threads."""
     # A thread takes over the process's number when first asked, whatever was set on it before.
     torch.get_num_threads()
     # OpenMP as the linker finds it for PyTorch: in what is loaded for all, or in what that needs.

@@ -1,4 +1,4 @@
-"""Codes: the plain layout of [N, K] in storage and back, exactly, and the values they stand for.
+"""Codes: pack [N, K] codes into the plain layout, unpack them exactly, and dequantize them.
 
 int8: byte k of a row is code k
 int4: byte j of a row is (code[2j] + 8) | (code[2j+1] + 8) << 4; an odd K is padded with code 0

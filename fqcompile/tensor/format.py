@@ -1,4 +1,4 @@
-"""What codes and scales are: number formats, groups along K, and the format of a packed weight.
+"""Number formats, groups along K, and the format of a packed weight.
 
 A number format is a value: to add one, add a line here. A group is `group_size` neighboring
 weights of one row that share a scale:
@@ -65,11 +65,11 @@ class Format:
     """How the codes and scales of a weight are read; kernels read equal formats alike.
 
     Attributes:
-        group_size: K where there is one scale per column.
-        rows, k: of the matrix, or of one of `experts` matrices (0: there is no stack).
-        transposed: the weight is the matrices' transpose, [K, N] or [E, K, N].
-        scale_method: how scales were chosen; new values that are copied in are quantized so.
-        layout: the name of the order in memory.
+        group_size: K for per-channel scales.
+        rows, k: shape of the matrix, or of each of `experts` matrices (0: not a stack).
+        transposed: the weight is the transpose of the matrices, [K, N] or [E, K, N].
+        scale_method: how scales were chosen; also used for new values that are copied in.
+        layout: the name of the memory layout.
     """
 
     bits: int
@@ -95,7 +95,7 @@ class Format:
 
     @property
     def num_groups(self) -> int:
-        """Scales of a row."""
+        """Number of scales per row."""
         return num_groups(self.k, self.group_size)
 
     @property
@@ -105,7 +105,7 @@ class Format:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight that it stands for."""
+        """Shape of the dense weight."""
         *experts, rows, k = self.matrices
         return (*experts, k, rows) if self.transposed else self.matrices
 

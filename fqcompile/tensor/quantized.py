@@ -1,4 +1,4 @@
-"""QuantizedTensor: a weight as codes and scales, and what can be done to it without a kernel."""
+"""QuantizedTensor: a weight as codes and scales, and its operations that need no kernel."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,7 @@
-"""DenseView: what a view of a packed weight shows that no codes can; and what runs dense.
+"""DenseView: a dequantized view of a packed weight, if codes cannot represent the view.
 
-Its values are dequantized ones, of no effect on the weight. So nothing may be written to them: what
-whole rows get by copy_ is quantized into the weight, and any other write is refused.
+Its values are a dequantized copy, so writes to it would be lost: copy_ into whole rows is quantized
+into the weight, and any other write is refused. Operators without a packed form also run here.
 """
 
 import logging

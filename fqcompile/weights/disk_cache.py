@@ -1,16 +1,16 @@
-"""The cache of quantized weights on disk, so that the next start of the same model finds them.
+"""The disk cache of quantized weights, which makes the next start of the same model faster.
 
-A weight is found by its content and all else that its codes depend on, never by its name:
+A weight is found by its content and everything else its codes depend on, never by its name:
 
     w, options, scale type, versions of the quantizer and of torch  ──►  key
     key  ──►  <cache directory>/weights/<key>.safetensors
 
-Files are replaced in one step under a lock, so processes may share them. Those used longest ago go
-first where the bound would be exceeded. A file that is not as it was written is removed and counts
-as missing; a directory that cannot be written, or that others may write to, is said once, and
-nothing is kept.
+Files are replaced atomically under a lock, so processes may share them. If the size limit would be
+exceeded, the least recently used files are deleted. A damaged file is deleted and counts as
+missing. If the directory cannot be written, or others may write to it, a warning is logged once and
+nothing is stored.
 
-FQCOMPILE_CACHE_SIZE is the bound in GiB; 0 switches the cache off.
+FQCOMPILE_CACHE_SIZE is the limit in GiB; 0 disables the cache.
 """
 
 import json
@@ -171,7 +171,7 @@ def _cache(directory: Path, limit: int) -> DiskCache:
 
 @cache
 def _limit(gib: str) -> int:
-    """Bytes; what is no size is said once, and switches the cache off."""
+    """The limit in bytes; an invalid size is logged once and disables the cache."""
     try:
         size = float(gib)
     except ValueError:

@@ -5,12 +5,11 @@ args ──► ids of the weights seen before? ──► unchanged? ──► in
                  │     what is held of it?  │
                  └──────── bind: decide, pack, (compile a variant) ◄──┘
 
-A weight that is changed or replaced in every call would be quantized in every call. Where two calls
-in a row have found the weights of one input changed since the call before, or four all of them
-replaced, the variant for all that follows reads that input as it comes. A call that finds them
-unchanged starts the count again, so an optimizer's step or a state dict now and then costs nothing
-but the packing. After a thousand calls they are quantized again, should they have come to rest; if
-not, it is twice as many calls until the next time.
+A weight that changes in every call would be quantized in every call. If two calls in a row find the
+weights of one input changed, or four calls in a row find all weights replaced, later calls use a
+variant that reads the input dense. A call that finds them unchanged resets the count, so that an
+occasional optimizer step or state dict only costs the packing. After a thousand calls the weights
+are quantized again, in case they no longer change; if they do, the interval doubles.
 """
 
 import weakref

@@ -1,6 +1,6 @@
-"""One quantized weight in a safetensors file, which is believed only if all of it is as written.
+"""One quantized weight in a safetensors file, which is used only if its digest matches.
 
-qweight, scale   the plain layout, which no machine is bound to
+qweight, scale   the plain layout, which does not depend on the machine
 __metadata__     plan: how the weight was quantized, as JSON
                  digest: SHA-256 over the key, the plan, and the types, shapes and bytes of both
 """

@@ -1,11 +1,11 @@
-"""What tells that a weight is not what it was: versions and addresses, and its content.
+"""Change detection for weights: versions and addresses, and digests of the content.
 
-Versions and addresses are compared on every call. They do not see a write through `.data`, which a
-digest of the content does; that is compared when a graph meets a weight for the first time.
+Versions and addresses are compared on every call. They do not detect a write through `.data`; a
+digest of the content does, and is compared when a graph sees a weight for the first time.
 
-The digest is SHA-256 of pieces of rows, several at a time, and then of their digests, so that two
-contents of one name are not to be found. A core that has instructions for it digests 1.8 GB/s
-(BLAKE2b .9), and quantizes .04 to .12 GB/s of bf16 weights.
+The digest is SHA-256 over the digests of pieces of rows, which are computed in parallel, so that
+collisions cannot be constructed. A core with SHA instructions digests 1.8 GB/s (BLAKE2b .9), and
+quantizes .04 to .12 GB/s of bf16 weights.
 """
 
 from collections.abc import Iterable, Iterator

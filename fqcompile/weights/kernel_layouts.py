@@ -1,4 +1,4 @@
-"""Packed weights and kernels: into the layout of the one that runs a weight here, and out of it."""
+"""Convert packed weights into the layout of the kernel that runs them here, and back."""
 
 from functools import cache
 from typing import Literal

@@ -1,7 +1,7 @@
-"""Memory: codes and scales that a packed weight and its views share; NoMemory: such a tensor.
+"""Memory: the codes and scales that a packed weight and its views share; NoMemory: such tensors.
 
-A write replaces or overwrites them here, so every view shows it, whatever their new format. The
-tensors themselves have no values to be read or written, and say so to whoever asks where they are.
+A write replaces or overwrites the codes and scales here, so every view sees it, even if the format
+changes. The tensors themselves have no storage to read or write; requests for an address raise.
 """
 
 from collections import OrderedDict

@@ -1,7 +1,7 @@
-"""NodeWeight: what a node reads, as a value that any instance's weights can fill, packed or not.
+"""NodeWeight: the weight of a node, as a value that does not depend on the model instance.
 
-Parameters that are packed already are met here alone: their codes serve as they are, and where the
-graph stacks them, they become rows of the stack.
+Packed parameters are handled only here: their codes are used unchanged, and if the graph stacks
+them, they become rows of the stack.
 """
 
 import math

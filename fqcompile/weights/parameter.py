@@ -1,8 +1,8 @@
-"""PackedWeight: codes and scales that stand in a module where a dense weight stood.
+"""PackedWeight: codes and scales that replace a dense weight in a module.
 
-A tensor of the weight's shape and type whose memory is two other tensors. Matmuls with it run on
-them (see `parameter_ops`); what cannot gets the dequantized weight. torch.compile takes it apart
-into the two, under every backend.
+A tensor subclass of the weight's shape and dtype whose storage is two other tensors. Matmuls run on
+the codes (see `parameter_ops`); operators without a packed form get the dequantized weight.
+torch.compile splits it into the two tensors, under every backend.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
-"""copy_ into a packed weight or into whole rows of one: quantized as what stood there was.
+"""copy_ into a packed weight or whole rows of one: new values are quantized in the same format.
 
-It is how load_state_dict and loaders of fused projections write. The rest of the weight keeps its
-codes, bit for bit. What would change a part of a row is refused: its scales serve the other part.
+load_state_dict and loaders of fused projections write this way. The rest of the weight keeps its
+codes, bit for bit. Writing a part of a row is refused, because the other part uses its scales.
 """
 
 import math

@@ -2,8 +2,8 @@
 
     w_q, w_k, w_v --cat--> [3N, K]        in_proj --chunk--> [0] --t--> [K, N]
 
-Folding the weight-only part of a graph into a recipe lets every later pass see one matrix, and lets
-the same steps run again on another instance's weights.
+Folding the weight-only part of a graph into a recipe gives later passes a single matrix, and allows
+the same steps to be run again on another instance's weights.
 """
 
 import operator

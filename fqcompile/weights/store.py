@@ -1,8 +1,8 @@
-"""The one table of packed weights: found by the identity of the weight passed in, held weakly.
+"""The table of packed weights, keyed by the identity of the dense weight, with weak references.
 
 Parameters are graph inputs without identity guards, so one compiled graph serves many instances;
-nothing about a weight may live in the graph. An entry dies with its weight, and is stale when the
-weight's storage or version changes, or its content where that is compared.
+no state of a weight may be stored in the graph. An entry is deleted with its weight, and is
+invalidated when the weight's storage or version changes, or its content if that is compared.
 """
 
 import threading
@@ -98,7 +98,7 @@ _Held = QuantizedTensor | _InPacked | None
 
 
 class _Made(NamedTuple):
-    """What answers a request, and what else is held for (weights, request) from then on."""
+    """The result of a request, and other tensors to store for (weights, request)."""
 
     result: Any
     held: tuple[tuple[Tensors, object, object], ...] = ()
@@ -107,8 +107,8 @@ class _Made(NamedTuple):
 class WeightStore:
     """Weak-keyed results per weight: chosen plans, and packed tensors.
 
-    Any number of threads may ask. One makes at a time, so that nothing is made twice; who waits
-    for `lock` may hold the lock of torch's compiler, and who holds `lock` must not ask for that.
+    Thread-safe. One thread computes at a time, so that nothing is computed twice. A thread that
+    waits for `lock` may hold the lock of torch's compiler; one that holds `lock` must not take it.
     """
 
     def __init__(self) -> None:
@@ -126,7 +126,7 @@ class WeightStore:
     ) -> QuantPlan | str:
         """The plan for this matrix, or the reason why it cannot be quantized.
 
-        To know the error that a plan delivers is to quantize; the result is kept for `quantized`.
+        Computing a plan's error requires quantizing; the result is stored for `quantized`.
         """
 
         request = ("plan", recipe.key, options, scale_dtype)
@@ -153,10 +153,10 @@ class WeightStore:
         return result
 
     def quantized(self, part: Part, sources: Tensors) -> QuantizedTensor:
-        """One site's codes and scales in the plain layout, made on the first request.
+        """One site's codes and scales in the plain layout, computed on the first request.
 
-        Where a kernel's layout holds them alone they are recovered from it, bit for bit; only where
-        that cannot be undone are they computed again.
+        If only a kernel's layout holds them, they are recovered from it, bit for bit; if the layout
+        cannot be undone, they are computed again.
         """
         held: _Held = self._get(sources, ("part", part.key), lambda w: _Made(part.quantize(w)))
         if held is None:
@@ -165,7 +165,7 @@ class WeightStore:
         return held.recover() if isinstance(held, _InPacked) else held
 
     def packed(self, spec: NodeWeight, sources: Tensors) -> QuantizedTensor:
-        """What a node reads: the parts stacked, in its kernel's layout; one copy for all."""
+        """The weight of a node: its parts stacked, in the kernel's layout; one shared copy."""
         packed: QuantizedTensor = self._get(
             sources, ("packed", spec.key), partial(self._pack, spec)
         )
@@ -192,11 +192,11 @@ class WeightStore:
         return _Made(packed, tuple(holds))
 
     def _get(self, sources: Tensors, request: object, make: Callable[[Tensors], _Made]) -> Any:
-        """One entry per (weights, request): remade when the weights' values have changed.
+        """One entry per (weights, request): recomputed when the weights' values have changed.
 
-        Their values are numbered before anything is made of them, and what is made is kept only
-        where they still have these numbers. Where another thread changes them each time, the result
-        is that of a copy, and kept for nobody.
+        The values are numbered before the computation, and its result is stored only if they still
+        have these numbers. If another thread changes them in every attempt, the result is computed
+        from a copy and not stored.
         """
         with self._lock:
             for _ in range(ATTEMPTS):
@@ -243,10 +243,9 @@ class WeightStore:
         return known
 
     def changed(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """Those of which something is held whose content is another, however it was written.
+        """Invalidate and return stored weights whose content changed, however it was written.
 
-        What is held of them is stale from now on. Reads every byte of them: for a graph that meets
-        its weights, not for a call.
+        Reads every byte of them: used when a graph first sees its weights, not in every call.
         """
         with self._lock:
             known = [(tensor, self._known.get(tensor)) for tensor in tensors]
@@ -255,19 +254,19 @@ class WeightStore:
             return found
 
     def forget(self, tensors: Iterable[Tensor]) -> None:
-        """Take these tensors for changed: what is held of them is stale."""
+        """Mark these tensors as changed, which invalidates their entries."""
         with self._lock:
             for tensor in tensors:
                 self._known.pop(tensor, None)
 
     def tensors_of(self, sources: Tensors) -> list[Tensor]:
-        """Every tensor that is held for these weights, packed or plain; some share memory."""
+        """Every tensor that is stored for these weights, packed or plain; some share memory."""
         with self._lock:
             results = [e.result for w in sources for e in self._entries.get(w, {}).values()]
         return [t for r in results if isinstance(r, QuantizedTensor) for t in r.tensors]
 
     def clear(self) -> None:
-        """Forget everything; it is made again where it is asked for."""
+        """Delete all entries; they are computed again on request."""
         with self._lock:
             self._entries.clear()
 

@@ -112,7 +112,7 @@ def test_the_report_has_every_trial(
     assert case["best"] == str(FAST[-2])
     assert case["choice"] == str(CLOSED.at(16))
     assert case["choice_over_best"] == pytest.approx(50.0 / time_of(FAST[-2]))
-    assert report["choice"] == "closed form"
+    assert report["choice"] == "heuristic"
     assert case["trials"][0] == {
         "config": str(CLOSED.at(16)),
         "microseconds": 50.0,

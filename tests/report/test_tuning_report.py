@@ -50,12 +50,12 @@ def test_every_candidate_is_there_with_its_time_or_its_refusal(page: Page) -> No
     assert len(rows) == sum(len(case.candidates) for case in TINY) == 14
     assert rows[0] == [
         "1.", f"64x256 {FORM}", "M <= 1", "a", "20.0", "19.0", "21.0", "10.0%", "50%", "1.00x",
-        "best, closed form",
+        "best, heuristic",
     ]  # fmt: skip
     assert rows[1][4:] == ["25.0", "24.0", "26.0", "8.0%", "40%", "1.25x", ""]
-    assert rows[3][-2:] == ["1.05x", "within the spread, closed form"]
+    assert rows[3][-2:] == ["1.05x", "within the spread, heuristic"]
     assert rows[2][3:] == ["c", "", "", "", "", "", "", f"refused: {REASON}"]
-    assert rows[12][3:] == ["a", *[""] * 6, f"closed form, refused: {REASON}"]
+    assert rows[12][3:] == ["a", *[""] * 6, f"heuristic, refused: {REASON}"]
 
 
 def test_facts_count_what_is_in_the_tables(page: Page) -> None:
@@ -64,8 +64,8 @@ def test_facts_count_what_is_in_the_tables(page: Page) -> None:
         "candidates measured, each after its result was checked": "8",
         "candidates refused": "6",
         "of the roofline, by the best": "49% to 62%",
-        "cases where the closed form is slower": "2 of 4",
-        "the most that the closed form takes of the best's time": "1.88x",
+        "cases where the heuristic is slower": "2 of 4",
+        "the most that the heuristic takes of the best's time": "1.88x",
     }
 
 
@@ -93,7 +93,7 @@ def test_text_has_the_table_the_losses_and_every_refusal() -> None:
     for text in ("M <= 16", "16.0 [15.0, 17.0]", "62%", "1.88x", "3, 1 refused"):
         assert text in third
     assert (
-        "closed form: the best in 1 of 4 cases, within the spread of the best in 1, slower in 2; "
+        "heuristic: the best in 1 of 4 cases, within the spread of the best in 1, slower in 2; "
         f"at the most 1.88x (512x256 {FORM}, M <= 16)"
     ) in lines
     where = f"64x256 {FORM}, M <= 1, M <= 16; 512x256 {FORM}, M <= 16"
@@ -123,7 +123,7 @@ def test_json_has_everything(tmp_path: Path) -> None:
     path = tiny().write(tmp_path / "tuned.json")
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     assert content["fingerprint"] == {"torch": "2.13.0"}
-    assert (content["choice"], content["left_out"]) == ("closed form", ["9x9: no time"])
+    assert (content["choice"], content["left_out"]) == ("heuristic", ["9x9: no time"])
     fourth = content["cases"][3]
     assert (fourth["n"], fourth["k"], fourth["rows"]) == (512, 256, 64)
     assert (fourth["best"], fourth["choice"], fourth["verdict"]) == ("b", "a", "slower")

@@ -1,10 +1,10 @@
 """Builds the x86 kernel's C++ on first use and loads it: the widest path that this processor has.
 
-The compiler is the one that Inductor takes for CPU graphs. What it makes is kept in the cache
-directory under a name made of the source, the compiler, the flags and torch's version, so it is
-built once for all processes and another version builds anew. Importing this builds nothing.
+The compiler is the one that Inductor uses for CPU graphs. The library is kept in the cache
+directory under a name derived from the source, the compiler, the flags and torch's version, so it
+is built once for all processes and again for another version. Importing this module builds nothing.
 
-<name>.so   the library, and the SHA-256 of it: damaged code would end the process that loads it
+<name>.so   the library, and its SHA-256: loading a damaged library would crash the process
 
 FQCOMPILE_CPU_ISA names a narrower path, or "none", to be used instead.
 """
@@ -89,7 +89,7 @@ def native_library() -> NativeLibrary:
 
 
 def refusal() -> str | None:
-    """Why there is no kernel here, or None. Builds it."""
+    """Build the kernel; return why that is impossible here, or None."""
     found = loaded()
     return found if isinstance(found, str) else None
 

@@ -1,4 +1,4 @@
-"""Our x86 kernel: packed weights at the memory's speed for few rows of x, at the cores' for many.
+"""The x86 kernel: memory-bound for few rows of x, compute-bound for many.
 
 The C++ (native/) does the whole layer in one call: routing, product, bias, activation, gate x up,
 residual. Sums are fp32. bf16 activations meet codes in bf16, which is exact, where the processor

@@ -31,7 +31,7 @@ _MANY_ROWS_OF_EACH = 256  # of an expert, on average
 
 
 def launches(spec: GemmSpec) -> LaunchTable:
-    """The closed form: the model's fastest for the spec's rows; where they are open, in steps.
+    """The heuristic: the model's fastest for the spec's rows; where they are open, in steps.
 
     Three, of grouped experts four. The last begins where dequantizing and cuBLAS become faster, as
     the model solves it.

@@ -1,1 +1,1 @@
-"""Measured configurations: their tables, the search that fills them, the choice when compiling."""
+"""Measured configurations: tuned tables, the search that fills them, and the choice of one."""

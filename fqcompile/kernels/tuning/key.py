@@ -1,4 +1,4 @@
-"""What a measured configuration holds for: the matmul, a bucket of M, and the machine and versions.
+"""The scope of a measured configuration: the matmul, a bucket of M, the machine and versions.
 
 Layers of one shape share a key, whatever their names, bias, activation or residual.
 """
@@ -44,7 +44,7 @@ def rows_of(bucket: Bucket, spec: GemmSpec) -> int:
 
 
 def bucket_name(bucket: Bucket, spec: GemmSpec) -> str:
-    """For people: "M <= 16", and "M > 512" for the open one."""
+    """A label for reports: "M <= 16", or "M > 512" for the open bucket."""
     return f"M > {buckets(spec)[-1]}" if bucket is None else f"M <= {bucket}"
 
 
@@ -69,7 +69,7 @@ def tuning_key(spec: GemmSpec, layout_name: str) -> str:
 
 
 def fingerprint(gpu: Gpu, source_hash: str) -> dict[str, str]:
-    """What must be as it was for a measurement to hold, beside what is in the key."""
+    """The facts besides the key that must be unchanged for a measurement to be valid."""
     return {
         "gpu": gpu.name,
         "sms": str(gpu.num_sms),
@@ -83,7 +83,7 @@ def fingerprint(gpu: Gpu, source_hash: str) -> dict[str, str]:
 
 @cache
 def kernel_source_hash() -> str:
-    """A digest of the Triton kernels' source: an edit there makes every table foreign."""
+    """A digest of the Triton kernels' source: an edit there invalidates every tuned table."""
     digest = sha256()
     for path in sorted(_TRITON_SOURCE.rglob("*.py")):
         digest.update(path.relative_to(_TRITON_SOURCE).as_posix().encode())
@@ -104,7 +104,7 @@ def _triton_version() -> str:
 
 @cache
 def _driver() -> str:
-    """NVIDIA's driver version; "unknown" where the system does not tell."""
+    """NVIDIA's driver version; "unknown" if the system does not report it."""
     if not _NVIDIA_DRIVER.exists():
         return "unknown"
     found = re.search(r"\b\d+\.\d+(\.\d+)?\b", _NVIDIA_DRIVER.read_text())

@@ -1,4 +1,4 @@
-"""Which configuration a kernel gets: from a tuned table, a search, or the closed form."""
+"""Choose a kernel's configuration: from a tuned table, a search, or the heuristic."""
 
 from dataclasses import replace
 from typing import Final, Literal, NamedTuple
@@ -10,8 +10,8 @@ from fqcompile.kernels.tuning.measure import measure_on_gpu
 from fqcompile.kernels.tuning.search import MakeMeasure, at_bucket, search
 from fqcompile.kernels.tuning.table import Case, TunedTable, table_for
 
-Source = Literal["closed form", "tuned table", "searched"]
-CLOSED_FORM: Final = "closed form"
+Source = Literal["heuristic", "tuned table", "searched"]
+CLOSED_FORM: Final = "heuristic"
 TABLE: Final = "tuned table"
 SEARCHED: Final = "searched"
 _FROM_GUESS_TO_KNOWLEDGE: tuple[Source, ...] = (CLOSED_FORM, TABLE, SEARCHED)
@@ -37,11 +37,11 @@ def tuned_launches(
     make_measure: MakeMeasure = measure_on_gpu,
     table: TunedTable | None = None,
 ) -> Chosen:
-    """The closed form's launches with each configuration replaced by the fastest one measured.
+    """The heuristic's launches with each configuration replaced by the fastest one measured.
 
-    "off" takes what the table has; "fast" searches where it has nothing; "max" where nothing of a
-    full search. The bounds of M are the closed form's: it knows where kernels change in kind. A
-    step is measured at its largest number of rows, which no smaller number takes longer than.
+    "off" uses the table only; "fast" searches if the table has no entry; "max" if it has no entry
+    of a full search. The bounds of M are the heuristic's, which knows where the kind of kernel
+    changes. A step is measured at its largest number of rows, which takes the longest.
     """
     closed = template.launches(spec)
     if closed is None or spec.gpu is None:
@@ -108,7 +108,7 @@ def _tuned(
 
 
 def _offered(case: Case, template: Template, spec: GemmSpec) -> Case:
-    """Without what the template does not offer: a table is a file, and anyone may write to it."""
+    """Drop configurations that the template does not offer: the file may have been edited."""
     modes: tuple[SearchMode, ...] = ("fast", "max")
     offered = {config for mode in modes for config in template.candidates(spec, spec.m, mode)}
     return replace(case, trials=tuple(t for t in case.trials if t.config in offered))

@@ -1,7 +1,7 @@
-"""Measuring one configuration on the GPU: first that it computes the right thing, then how fast.
+"""Measure one configuration on the GPU: first check its result, then time it.
 
-Decoding finds each weight in device memory and not in the L2 cache, so more packed weights are read
-in turn than any cache holds. CUDA graphs of many calls keep Python's time out of the measurement.
+In decoding, weights come from device memory and not from the L2 cache, so the timed calls cycle
+through more packed weights than any cache holds. CUDA graphs of many calls exclude Python overhead.
 """
 
 from collections.abc import Callable, Sequence

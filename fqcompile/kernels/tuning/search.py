@@ -1,6 +1,6 @@
-"""The search: measure each candidate once, keep every result at once, survive every failure.
+"""The search: measure each candidate once, store each result immediately, survive failures.
 
-What was tried before is not tried again, so a search that was killed goes on where it stopped.
+Candidates that were tried before are skipped, so a killed search resumes where it stopped.
 """
 
 import logging
@@ -25,15 +25,15 @@ _LONGEST_REFUSAL = 200
 
 
 class WrongResult(FineQuantError):
-    """A configuration computes something else than the reference; the text says how far off."""
+    """A configuration's result differs from the reference; the message says by how much."""
 
 
 class DeviceLost(FineQuantError):
-    """A configuration broke the process's connection to its GPU: nothing more can be measured."""
+    """A configuration destroyed the process's CUDA context: nothing more can be measured."""
 
 
 class Searched(NamedTuple):
-    """What a search knows in the end, and why it could not do what it should, or None."""
+    """The results of a search, and why it is incomplete, or None."""
 
     case: Case
     problem: str | None

@@ -1,8 +1,8 @@
-"""TunedTable: what was measured on one machine, kept in a JSON file that many processes may share.
+"""TunedTable: measurements of one machine, in a JSON file that many processes may share.
 
-A file that cannot be used (missing, cut off, of another machine or version) counts as empty, and
-the log says why. Every change is merged into what the file holds by then, and replaces it in one
-step.
+A file that cannot be used (missing, truncated, of another machine or version) counts as empty, and
+the reason is logged. Every change is merged with the current content of the file, which is replaced
+atomically.
 """
 
 import json
@@ -82,7 +82,7 @@ class Case:
 
     @property
     def failure(self) -> str | None:
-        """What to say where every trial was refused; None elsewhere."""
+        """The message if every trial was refused, else None."""
         if not self.trials or self.best is not None:
             return None
         first = self.trials[0]
@@ -121,19 +121,19 @@ class TunedTable:
         return cls(path, fingerprint, _own_cases(path, fingerprint))
 
     def case(self, key: str, bucket: Bucket) -> Case:
-        """What is known."""
+        """The trials of this matmul and bucket; empty if there are none."""
         return self._cases.get((key, bucket), Case())
 
     def add(self, key: str, bucket: Bucket, trial: Trial) -> None:
-        """Keep one more trial, in the file too."""
+        """Store one more trial, in memory and in the file."""
         self._merge({(key, bucket): Case((trial,))})
 
     @contextmanager
     def search_alone(self) -> Iterator[None]:
-        """Of the processes that share the file one searches; who waited knows what it has found.
+        """Let one of the processes that share the file search; the others wait and use its result.
 
-        So the ranks of a model, which want the same kernels at the same time, measure them once.
-        Where no lock can be had each searches for itself, and `add` says why nothing is kept.
+        So the ranks of a model, which need the same kernels at the same time, measure them once.
+        If locking fails, each process searches itself, and `add` logs why nothing is stored.
         """
         with ExitStack() as held:
             if not self._in_memory:

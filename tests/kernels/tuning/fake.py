@@ -19,7 +19,7 @@ CLOSED = LaunchTable(
 
 
 def candidates(spec: GemmSpec, m: int, mode: SearchMode) -> Sequence[Config]:
-    """The closed form, then 11 more; twice as many in mode "max"."""
+    """The heuristic, then 11 more; twice as many in mode "max"."""
     closed = CLOSED.at(m)
     stages = range(2, 14 if mode == "fast" else 26)
     others: list[Config] = [TileConfig(16, 64, 64, num_stages=s) for s in stages]
@@ -37,7 +37,7 @@ FAST, MAX = candidates(SPEC, 16, "fast"), candidates(SPEC, 16, "max")
 
 
 def time_of(config: Config) -> float:
-    """The more stages the faster, and the closed form in between."""
+    """The more stages the faster, and the heuristic in between."""
     return 50.0 if config in dict(CLOSED.steps).values() else 60.0 - config.num_stages
 
 

@@ -39,7 +39,7 @@ def test_off_without_a_table_is_the_closed_form(table: TunedTable) -> None:
     measure = FakeMeasure()
     for spec in (SPEC, DYNAMIC):
         chosen = tuned_launches(spec, TEMPLATE, "off", measure, table)
-        assert chosen == Chosen(TEMPLATE.launches(spec), "closed form")
+        assert chosen == Chosen(TEMPLATE.launches(spec), "heuristic")
     assert not measure.set_up
 
 
@@ -60,7 +60,7 @@ def test_all_rows_of_a_bucket_share_its_entry(m: int, table: TunedTable) -> None
     spec = replace(SPEC, m=m)
     assert tuned_launches(spec, TEMPLATE, "off", table=table).source == "tuned table"
     other = replace(SPEC, m=17)
-    assert tuned_launches(other, TEMPLATE, "off", table=table).source == "closed form"
+    assert tuned_launches(other, TEMPLATE, "off", table=table).source == "heuristic"
 
 
 def test_fast_searches_once_and_then_reads(table: TunedTable) -> None:
@@ -102,7 +102,7 @@ def test_where_every_candidate_fails_the_closed_form_stays_with_the_reason(
     for mode in ("fast", "off", "fast"):
         chosen = tuned_launches(SPEC, TEMPLATE, mode, measure, table)  # type: ignore[arg-type]
         assert chosen.launches == LaunchTable.of(CLOSED.at(16))
-        assert chosen.source == "closed form"
+        assert chosen.source == "heuristic"
         assert len(chosen.notes) == 1
         assert chosen.notes[0].startswith("M <= 16: all 12 configurations failed")
     assert len(measure.tried) == len(FAST)
@@ -111,7 +111,7 @@ def test_where_every_candidate_fails_the_closed_form_stays_with_the_reason(
 def test_a_configuration_that_the_kernel_does_not_offer_is_not_used(table: TunedTable) -> None:
     table.add(KEY, 16, _trial(TileConfig(256, 256, 256, 64, 16, 9), 0.5))
     chosen = tuned_launches(SPEC, TEMPLATE, "off", table=table)
-    assert chosen == (LaunchTable.of(CLOSED.at(16)), "closed form", ())
+    assert chosen == (LaunchTable.of(CLOSED.at(16)), "heuristic", ())
     table.add(KEY, 16, _trial(MAX[-1], 2.0))
     chosen = tuned_launches(SPEC, TEMPLATE, "off", table=table)
     assert chosen.launches == LaunchTable.of(MAX[-1])
@@ -119,9 +119,9 @@ def test_a_configuration_that_the_kernel_does_not_offer_is_not_used(table: Tuned
 
 def test_a_kernel_without_configurations_and_a_cpu_are_left_alone(table: TunedTable) -> None:
     measure = FakeMeasure()
-    assert tuned_launches(SPEC, DEQUANTIZE, "max", measure, table) == (None, "closed form", ())
+    assert tuned_launches(SPEC, DEQUANTIZE, "max", measure, table) == (None, "heuristic", ())
     on_cpu = replace(SPEC, gpu=None)
-    expected = (LaunchTable.of(CLOSED.at(16)), "closed form", ())
+    expected = (LaunchTable.of(CLOSED.at(16)), "heuristic", ())
     assert tuned_launches(on_cpu, TEMPLATE, "max", measure, table) == expected
     assert not measure.set_up
 
