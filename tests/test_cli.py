@@ -46,8 +46,8 @@ def test_each_argument_of_a_command_is_explained_in_one_line(command: str) -> No
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("quantize", "no command is called 'quantize'; there are demo, "),
-        ("quantize", "doctor; did you mean 'quantize'?"),
+        ("quantise", "no command is called 'quantise'; there are demo, "),
+        ("quantise", "doctor; did you mean 'quantize'?"),
         ("xyz", "doctor\n"),
         ("plan", "'plan' was renamed; give: fqcompile estimate"),
     ],
