@@ -29,8 +29,8 @@ _OTHERS = {
     "model*.safetensors of the same model",
     "diffusion_pytorch_model": ", a model of diffusers; load it there, from_pretrained(directory), "
     "and call fqcompile.quantize_(model)",
-    "adapter_model": ", an adapter of peft, which is no model; load the base model, quantize it, "
-    "and give both to PeftModel.from_pretrained",
+    "adapter_model": ", an adapter of peft, which is not a model; load the base model, quantize "
+    "it, and give both to PeftModel.from_pretrained",
 }
 # What a directory of weights needs beside them: configs, tokenizers, templates, code, licenses.
 _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
@@ -98,7 +98,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The content of `config.json`.
 
     Raises:
-        CheckpointError: there is none, or it is no JSON object; or a save of ours is there.
+        CheckpointError: there is none, or it is not a JSON object; or a save of ours is there.
     """
     names = {name for name in (MANIFEST, SINGLE, INDEX) if (directory / name).is_file()}
     if names == {MANIFEST}:  # beside weights of Hugging Face it says nothing of these
@@ -182,7 +182,7 @@ def _check_index(path: Path, tensors: dict[str, TensorPlace]) -> None:
 def _json(path: Path, directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(
-            f"{directory} has no {path.name}: it is no checkpoint of Hugging Face; give a local "
+            f"{directory} has no {path.name}: it is not a Hugging Face checkpoint; give a local "
             "directory that save_pretrained wrote or that was downloaded"
         )
     return read_json(path)
@@ -237,7 +237,7 @@ _OF_DIRECTORIES = {
     "export.json": "holds an unfinished export ({0}); repeat its command with --resume",
     "model_index.json": "holds a pipeline of diffusers ({0}); load it there, and call "
     "fqcompile.quantize_(pipeline.transformer)",
-    "adapter_config.json": "holds an adapter of peft ({0}), which is no model; load the base "
+    "adapter_config.json": "holds an adapter of peft ({0}), which is not a model; load the base "
     "model, quantize it, and give both to PeftModel.from_pretrained",
     **_OF_FILES,
 }
@@ -255,8 +255,9 @@ def recognized(path: Path) -> str:
         return _text(path, [path.name], _OF_FILES)
     if _HUB_NAME.fullmatch(str(path)):
         return (
-            "it is no directory here; if it is a name on the Hugging Face hub, download it first: "
-            f"hf download {path} --local-dir {path.name}; then: fqcompile quantize {path.name} OUT"
+            "it is not a directory here; if it is a name on the Hugging Face hub, download it "
+            f"first: hf download {path} --local-dir {path.name}; then: fqcompile quantize "
+            f"{path.name} OUT"
         )
     return f"it is not there; {_WRITERS}"
 

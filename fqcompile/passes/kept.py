@@ -122,7 +122,7 @@ def _why_not(
     if node.op == "get_attr":
         return IN_THE_GRAPH
     if node not in state.constants:
-        return "an argument of the compiled function: what the caller passes in is no weight"
+        return "an argument of the compiled function: what the caller passes in is not a weight"
     names = dict.fromkeys(target_name(reader.target) for reader in readers)
     inside = [transformed[reader] for reader in readers if reader in transformed]
     if inside:

@@ -47,7 +47,7 @@ class Timing:
 
     def __post_init__(self) -> None:
         if not 0 < self.low <= self.microseconds <= self.high < math.inf:
-            raise ValueError(f"{self} is no timing: 0 < low <= median <= high must hold")
+            raise ValueError(f"{self} is not a timing: 0 < low <= median <= high must hold")
 
     @property
     def spread(self) -> float:
