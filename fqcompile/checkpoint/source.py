@@ -1,6 +1,6 @@
-"""A checkpoint of Hugging Face in a local directory: its config, and where each tensor lies.
+"""A Hugging Face checkpoint in a local directory: its config, and the location of each tensor.
 
-Also what lies where somebody expects a model, but none for `load`, and the command for it.
+Also recognizes other contents of a directory passed to `load`, and names the right command.
 """
 
 import os
@@ -32,14 +32,14 @@ _OTHERS = {
     "adapter_model": ", an adapter of peft, which is not a model; load the base model, quantize "
     "it, and give both to PeftModel.from_pretrained",
 }
-# What a directory of weights needs beside them: configs, tokenizers, templates, code, licenses.
+# Files that belong to a checkpoint besides weights: configs, tokenizers, templates, code, licenses.
 _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
 
 @dataclass(frozen=True)
 class Source:
-    """The config as JSON has it, and the tensors by their names in the checkpoint."""
+    """The parsed config, and the tensors by their names in the checkpoint."""
 
     directory: Path
     config: dict[str, Any]
@@ -51,24 +51,24 @@ class Source:
 
     @property
     def identity(self) -> list[Any]:
-        """Changes when a file of weights is replaced."""
+        """A value that changes when a weight file is replaced."""
         stats = {path: path.stat() for path in {place.path for place in self.tensors.values()}}
         files = sorted((path.name, s.st_size, s.st_mtime_ns) for path, s in stats.items())
         return [str(self.directory.resolve()), self.config, files]
 
 
 def other_files(directory: Path) -> dict[str, bytes]:
-    """What lies beside weights and belongs to them: configs, tokenizers, templates, licenses."""
+    """The files that belong to the weights: configs, tokenizers, templates, licenses."""
     files = (path for path in sorted(directory.iterdir()) if path.is_file())
     return {path.name: path.read_bytes() for path in files if _is_copied(path)}
 
 
 def open_source(directory: Path) -> Source:
-    """Reads the config and the headers, no tensor.
+    """Read the config and the headers, but no tensor.
 
     Raises:
-        CheckpointError: it is no checkpoint, has none in safetensors files, lacks one of them, or
-            is quantized already.
+        CheckpointError: it is not a checkpoint, has no safetensors files, lacks one of them, or is
+            quantized already.
     """
     config = read_config(directory)
     quantization = config.get("quantization_config")
@@ -89,7 +89,7 @@ def open_source(directory: Path) -> Source:
 
 
 def packed_by(names: Iterable[str]) -> tuple[str, str] | None:
-    """Who quantized the layers of these tensors, and one of them; None: they are not packed."""
+    """The program that packed these tensors, and one of their names; None if not packed."""
     last = {name.rpartition(".")[2]: name for name in names}
     return next(((program, last[end]) for end, program in _PACKED.items() if end in last), None)
 
@@ -98,7 +98,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The content of `config.json`.
 
     Raises:
-        CheckpointError: there is none, or it is not a JSON object; or a save of ours is there.
+        CheckpointError: it is missing or not a JSON object; or the directory is a save of ours.
     """
     names = {name for name in (MANIFEST, SINGLE, INDEX) if (directory / name).is_file()}
     if names == {MANIFEST}:  # beside weights of Hugging Face it says nothing of these
@@ -111,7 +111,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def read_tensors(directory: Path) -> dict[str, TensorPlace]:
-    """Where each tensor lies, told from the headers of the files.
+    """The location of each tensor, from the headers of the files.
 
     Raises:
         CheckpointError: there are no safetensors files, or one is missing, damaged or cut short.
@@ -125,7 +125,7 @@ def read_tensors(directory: Path) -> dict[str, TensorPlace]:
 
 
 def _files(directory: Path) -> list[Path]:
-    """The files of weights, as `from_pretrained` finds them."""
+    """The weight files, as `from_pretrained` finds them."""
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
     if (directory / INDEX).is_file():
@@ -146,7 +146,7 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _other(directory: Path) -> str:
-    """What weights of another name are, and what is to be done with them."""
+    """A description of weight files with other names, and the remedy."""
     names = sorted(path.name for path in directory.iterdir() if path.suffix == ".safetensors")
     if not names:
         return ""
@@ -195,7 +195,7 @@ def _is_copied(path: Path) -> bool:
 
 
 def will_read(places: list[TensorPlace]) -> None:
-    """Ask the system to fetch these meanwhile, into its own cache, where it takes such advice."""
+    """Ask the system to prefetch these into the page cache, if it supports such advice."""
     if not hasattr(os, "posix_fadvise"):
         return
     for place in places:
@@ -244,7 +244,7 @@ _OF_DIRECTORIES = {
 
 
 def recognized(path: Path) -> str:
-    """A sentence without its subject, the path, about what no `save` of ours has written.
+    """A description of a directory that no `save` of ours wrote, as a sentence about "it".
 
     Raises:
         CheckpointError: its safetensors files are damaged.

@@ -110,8 +110,8 @@ class PackedWeight(NoMemory):
 
         Args:
             weight: in the plain layout.
-            dtype: of the weight it stands for, and so of the activations.
-            name: of the parameter, for messages.
+            dtype: dtype of the dense weight, and so of the activations.
+            name: name of the parameter, for messages.
         """
         return cls.whole(in_kernel_layout(weight, dtype), dtype, name)
 
