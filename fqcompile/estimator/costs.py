@@ -237,7 +237,7 @@ def matmul_parts(
 
 
 def _attention(decoder: Decoder, sharing: Sharing, rows: Rows, where: Device) -> float:
-    """Of one layer: the longer of reading the cache and computing."""
+    """Seconds of attention in one layer: the longer of reading the cache and computing."""
     kv_heads = kv_heads_of_a_gpu(decoder, sharing)
     read: float = kv_bytes(1, kv_heads, decoder.head_dim, rows.cached) / where.bandwidth
     heads = decoder.heads // sharing.tp

@@ -215,7 +215,7 @@ def configured_scheme(config: QuantizationConfig, layer: Layer) -> Scheme | None
 
 
 def find_match(config: QuantizationConfig, name: str, parts: Iterable[str], engine: str) -> Match:
-    """What the engine finds.
+    """The match that the engine finds.
 
     Args:
         name: of the layer as the engine has it.

@@ -137,7 +137,7 @@ def _why_not(
 
 
 def _edges_to_sites(state: GraphState) -> dict[Edge, bool]:
-    """What brings weights to their sites, as pairs of a node and its user: is this the product?"""
+    """Edges from weights to sites, as pairs (node, user); True if the user is the product."""
     folder = ConstantFolder(state)
     edges: dict[Edge, bool] = {}
     for site in state.sites:

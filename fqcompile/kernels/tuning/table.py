@@ -30,7 +30,7 @@ Fingerprint = Mapping[str, str]
 _UNUSABLE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError
 )  # fmt: skip
-_LONGEST_SEARCH = 1800.0  # seconds; who has waited so long searches too
+_LONGEST_SEARCH = 1800.0  # seconds; a process that has waited this long searches too
 
 
 @dataclass(frozen=True)
