@@ -84,6 +84,6 @@ def initialize_missing(model: Any) -> None:
 
 
 def can_switch_experts(model_class: Any) -> bool | None:
-    """Whether `set_experts_implementation` works for it; None for what is no model class."""
+    """Whether `set_experts_implementation` works for a class; None if it is not a model class."""
     ask = getattr(model_class, "_can_set_experts_implementation", None)
     return None if ask is None else bool(ask())

@@ -156,7 +156,7 @@ def _regex(label: str, pattern: object) -> str:
         re.compile(pattern)
     except (re.error, OverflowError) as error:
         raise OptionError(
-            f"option {label} is {pattern!r}, which is no regular expression: {error}"
+            f"option {label} is {pattern!r}, which is not a regular expression: {error}"
         ) from error
     return pattern
 

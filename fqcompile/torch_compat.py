@@ -140,7 +140,7 @@ def sources_of_attributes(module: fx.GraphModule) -> dict[str, Source]:
 
 
 def copy_sources(old: fx.GraphModule, new: fx.GraphModule, nodes: dict[fx.Node, fx.Node]) -> None:
-    """What Dynamo noted at a graph and its nodes, for a copy of it."""
+    """Metadata that Dynamo stored at a graph and its nodes, for a copy of it."""
     for node, copied in nodes.items():
         if hasattr(node, "_dynamo_source"):
             set_source(copied, source_of(node))

@@ -44,8 +44,8 @@ OPTIONS = [
     ({"alpha": 1.0}, "option alpha is 1.0 (float); allowed: a number with 0 < alpha < 1"),
     ({"alpha": 0}, "option alpha is 0 (int); allowed: a number with 0 < alpha < 1"),
     ({"granularity": 0}, "option granularity is 0 (int); allowed: 'adaptive', 'range', 'column'"),
-    ({"include": ["("]}, "option include[0] is '(', which is no regular expression: missing )"),
-    ({"overrides": {"*": {}}}, "option overrides (a key) is '*', which is no regular expression"),
+    ({"include": ["("]}, "option include[0] is '(', which is not a regular expression: missing )"),
+    ({"overrides": {"*": {}}}, "option overrides (a key) is '*', which is not a regular"),
     ({"inner_backend": "finequant"}, "a torch.compile backend other than 'finequant'"),
 ]
 

@@ -1,7 +1,7 @@
-"""Blocks: tensors that were saved in parts, cut and joined to what another number of ranks holds.
+"""Blocks: reshard tensors that were saved in shards for another number of ranks.
 
-Of packed weights codes and scales go along unchanged. Rows can be cut anywhere. Columns can be cut
-and joined where groups end, or where finer groups, with scales repeated, would.
+Codes and scales of packed weights are not changed. Rows can be cut anywhere. Columns can be cut and
+joined at group boundaries, also of finer groups with repeated scales.
 """
 
 import math
@@ -25,10 +25,10 @@ Block = Tensor | QuantizedTensor
 
 
 def narrow(block: Block, dim: int, start: int, stop: int) -> Block:
-    """From `start` to `stop` of one dimension.
+    """The part from `start` to `stop` of one dimension.
 
     Raises:
-        CheckpointError: a group of a packed weight would be cut, or nothing of it would be left.
+        CheckpointError: a group of a packed weight would be cut, or the part would be empty.
     """
     size = stop - start
     if isinstance(block, Tensor):
@@ -45,11 +45,11 @@ def narrow(block: Block, dim: int, start: int, stop: int) -> Block:
 
 
 def join(blocks: Sequence[Block], dim: int) -> Block:
-    """One behind the other.
+    """Concatenate parts along a dimension.
 
     Raises:
-        CheckpointError: some are packed and some are not, or they have unlike bits, or groups that
-            do not go together.
+        CheckpointError: only some are packed, or their bits differ, or their groups are
+            incompatible.
     """
     if len(blocks) == 1:
         return blocks[0]
@@ -73,10 +73,10 @@ def _axis(weight: QuantizedTensor, dim: int) -> str:
 
 
 def assemble(part: Callable[[int], Block], saved: Layout, wanted: Layout | None) -> Block:
-    """What this process wants (None: all) of what `saved` says the parts hold.
+    """Assemble the part that this process needs (None: all) from the parts that `saved` describes.
 
     Raises:
-        CheckpointError: a group would be cut, or the parts do not go together.
+        CheckpointError: a group would be cut, or the parts are incompatible.
     """
     size = max(stop for runs in saved.runs for _, stop in runs)
     along = wanted is not None and wanted.dim == saved.dim
@@ -88,7 +88,7 @@ def assemble(part: Callable[[int], Block], saved: Layout, wanted: Layout | None)
 
 
 def _take(part: Callable[[int], Block], saved: Layout, runs: Sequence[Run]) -> Block:
-    """The runs of the dimension that the parts share, from whichever parts have them."""
+    """The runs of the sharded dimension, each from a part that has it."""
     pieces = []
     for number, held in enumerate(saved.runs):
         offset = 0
@@ -106,7 +106,7 @@ def _take(part: Callable[[int], Block], saved: Layout, runs: Sequence[Run]) -> B
 
 
 def _columns(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
-    """Part of each row; where it begins inside a group, in finer groups."""
+    """A part of each row; if it begins inside a group, in finer groups."""
     k, group = weight.k, weight.group_size
     if (start, stop) == (0, k):
         return weight
@@ -121,7 +121,7 @@ def _columns(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
 
 
 def _beside(weights: Sequence[QuantizedTensor]) -> QuantizedTensor:
-    """Rows that go on in the next part."""
+    """Concatenate rows that continue in the next part."""
     regrouped = _regrouped(weights, math.gcd(*(w.k for w in weights[:-1])))
     codes = torch.cat([unpack(w.as_rows()[0], w.format.qtype, w.k) for w in weights], 1)
     scale = torch.cat([w.scale for w in regrouped], -1)
@@ -132,14 +132,14 @@ def _beside(weights: Sequence[QuantizedTensor]) -> QuantizedTensor:
 def _of_columns(
     like: QuantizedTensor, codes: Tensor, scale: Tensor, group_size: int
 ) -> QuantizedTensor:
-    """Codes [all rows, columns] and their scales as the weight `like` is, but for its columns."""
+    """A weight of codes [all rows, columns] and scales, in the format of `like` except for K."""
     form = replace(like.format, k=codes.shape[1], group_size=group_size)
     qweight = pack(codes.contiguous(), form.qtype)
     return QuantizedTensor.of_rows(qweight, scale.reshape(len(codes), -1).contiguous(), form)
 
 
 def _regrouped(weights: Sequence[QuantizedTensor], ends: int) -> list[QuantizedTensor]:
-    """At the coarsest groups that all have and that also end at multiples of `ends`."""
+    """Regroup to the coarsest group size that fits all parts and divides `ends`."""
     sizes = {w.group_size for w in weights}
     if len(sizes) == 1 and not ends:
         return list(weights)

@@ -1,4 +1,4 @@
-"""A checkpoint's model without values, and how the checkpoint's tensors become its own."""
+"""A checkpoint's model on the meta device, and the conversion of the checkpoint's tensors to it."""
 
 import re
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ class CheckpointModel:
     """The class that the config names, on the meta device.
 
     Attributes:
-        steps: which tensors of the checkpoint become which of the model.
-        unused: tensors of the checkpoint that the model has no place for, unexpectedly.
-        missing: names that the checkpoint need not hold, and does not.
+        steps: conversions from tensors of the checkpoint to tensors of the model.
+        unused: tensors of the checkpoint that the model unexpectedly does not use.
+        missing: tensors of the model that the checkpoint may omit, and does.
     """
 
     source: Source
@@ -37,10 +37,10 @@ class CheckpointModel:
 
     @classmethod
     def of(cls, source: Source, dtype: torch.dtype | None) -> "CheckpointModel":
-        """Reads no tensor.
+        """Build the model without reading a tensor.
 
         Raises:
-            CheckpointError: the class is unknown here, or needs what the checkpoint lacks.
+            CheckpointError: the class is unknown, or needs tensors that the checkpoint lacks.
         """
         names = source.config.get("architectures")
         names = [names] if isinstance(names, str) else names
@@ -67,26 +67,26 @@ class CheckpointModel:
 
     @cached_property
     def given(self) -> tuple[str, ...]:
-        """The names in the model that the checkpoint has a value for."""
+        """The names in the model for which the checkpoint has a value."""
         return tuple(name for step in self.steps for name in step.targets)
 
     def convert(self, step: Conversion, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The model's tensors that a step gives, of that type.
+        """The model's tensors that a step produces, in that dtype.
 
         Raises:
-            CheckpointError: the checkpoint's are not of shapes that can be converted.
+            CheckpointError: the checkpoint's tensors have shapes that cannot be converted.
         """
         places = self.source.tensors
         return step.run(self.model, lambda name: read_tensor(places[name]).to(dtype))
 
     @property
     def config_file(self) -> bytes:
-        """The model's `config.json`, with the type that it was given."""
+        """The model's `config.json`, with the dtype of this model."""
         return hugging_face_files(self.model)["config.json"]
 
 
 def _dtype(source: Source) -> torch.dtype:
-    """As `from_pretrained` decides: the config's, else that of the first tensor with a fraction."""
+    """The dtype, as `from_pretrained` decides: the config's, else the first floating-point one."""
     named = source.config.get("dtype") or source.config.get("torch_dtype")
     if isinstance(named, str) and isinstance(getattr(torch, named, None), torch.dtype):
         found: torch.dtype = getattr(torch, named)
@@ -96,7 +96,7 @@ def _dtype(source: Source) -> torch.dtype:
 
 
 def _missing(model: Any, given: Sequence[str]) -> list[str]:
-    """Names that nothing gives a value, nor what they are tied to."""
+    """Names without a value, whose tied names have no value either."""
     tensors = {slot.name: id(slot.tensor) for slot in slots(model)}
     there = {tensors[name] for name in given if name in tensors}
     return [name for name in model.state_dict() if tensors[name] not in there]

@@ -62,7 +62,7 @@ def model_class(name: object, directory: Path) -> Any:
     found = getattr(transformers(), name, None) if isinstance(name, str) else None
     if not is_model_class(found):
         raise CheckpointError(
-            f"{directory} holds a {shown(name)}, which is no model class of this transformers; "
+            f"{directory} holds a {shown(name)}, which is not a model class of this transformers; "
             "give a function that builds the model"
         )
     return found
@@ -158,8 +158,8 @@ def generation_config(path: Path) -> Any:
         )
     except Exception as error:  # whatever it makes of values that it does not expect
         raise CheckpointError(
-            f"{path} is no generation config: {type(error).__name__}: {shown(error)}; download it "
-            "again, or remove it"
+            f"{path} is not a generation config: {type(error).__name__}: {shown(error)}; download "
+            "it again, or remove it"
         ) from error
 
 

@@ -167,7 +167,7 @@ class Manifest:
         """
         outer = parse_json(text, str(path), "it was cut short or changed: save the model again")
         if not isinstance(outer, dict) or outer.get("format") != FORMAT:
-            raise CheckpointError(f"{path} is no manifest of fqcompile: save the model again")
+            raise CheckpointError(f"{path} is not a manifest of fqcompile: save the model again")
         form = outer.get("version")
         if form not in (VERSION, VERSION_OF_PARTS):
             raise CheckpointError(
@@ -235,7 +235,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     """Problems: records that contradict each other, or refer to missing records."""
     for shard in manifest.shards:
         if Path(shard.file).name != shard.file or shard.file == "..":
-            yield f"shard {shard.file!r} is no file of the directory"
+            yield f"shard {shard.file!r} is not a file of the directory"
     for name, tensor in manifest.tensors.items():
         if not is_shape(tensor.shape):
             yield f"tensor {name} has the shape {shown(tensor.shape)}"

@@ -1,4 +1,4 @@
-"""Shards: safetensors files that are written whole, and mapped to be read."""
+"""Shards: safetensors files that are written atomically, and memory-mapped for reading."""
 
 import hashlib
 import mmap
@@ -22,20 +22,20 @@ from fqcompile.files.safetensors_file import (
 )
 from fqcompile.tensor.quantized import QuantizedTensor
 
-# What is collected before it is written: a killed run loses no more work than that, and packed
-# tensors that wait take no more memory.
+# Bytes collected before a shard is written: the most work that a killed run loses, and the most
+# memory that waiting tensors take.
 SHARD_BYTES = 256 << 20
 
 
 def shard_name(generation: str, index: int) -> str:
-    """Of the file; no other save uses it."""
+    """The file name of a shard, which no other save uses."""
     return f"fqcompile-{generation}-{index:05d}.safetensors"
 
 
 class ShardWriter:
     """Collects tensors, and writes them as shards of about `shard_bytes` (SHARD_BYTES).
 
-    Of several writers of one save each takes every `step`-th number of a file, from `first` on.
+    Several writers of one save use every `step`-th file number each, starting at `first`.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ShardWriter:
         self._waiting: dict[str, Tensor] = {}
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """These go into one shard; they must not change until it is written.
+        """Add tensors to one shard; they must not change until it is written.
 
         Raises:
             CheckpointError: the format has no name for a tensor's type.
@@ -70,7 +70,7 @@ class ShardWriter:
             self._waiting[name] = tensor.detach().cpu().contiguous()
 
     def add_packed(self, name: str, weight: QuantizedTensor, dtype: torch.dtype) -> PackedRecord:
-        """The same with a weight of this type, experts one below the other; how to read it."""
+        """Add a packed weight of this dtype, experts stacked along the rows; return its record."""
         form = weight.format
         record = PackedRecord(
             codes=f"{name}.codes",
@@ -92,7 +92,7 @@ class ShardWriter:
         return sum(t.nbytes for t in self._waiting.values()) >= self._limit
 
     def flush(self) -> dict[str, TensorRecord]:
-        """Write what waits as a shard; returns the records of its tensors."""
+        """Write the waiting tensors as a shard; return their records."""
         if not self._waiting:
             return {}
         # Those of odd sizes last: the others stay aligned.
@@ -120,17 +120,17 @@ class ShardWriter:
 
 
 class DigestWriter(ShardWriter):
-    """Writes nothing: only the tensors' records, to compare with those of who does."""
+    """Writes nothing: makes only the tensors' records, to compare with the writing rank's."""
 
     def _write(self, file: str, pieces: Sequence[Piece]) -> None:
         pass
 
 
 class MappedShards:
-    """The tensors that a manifest names, in mapped files: privately, so nothing is written back.
+    """The tensors of a manifest, in private memory maps: changes are not written back.
 
     Args:
-        verify: compare the checksum of each tensor when it is read first.
+        verify: compare the checksum of each tensor when it is first read.
 
     Raises:
         CheckpointError: a file is missing, or has another size or header than was written.
@@ -147,7 +147,7 @@ class MappedShards:
             self._starts.append(len(header))
 
     def packed(self, record: PackedRecord) -> QuantizedTensor:
-        """Codes and scales; views, as `tensor` gives."""
+        """Codes and scales, as views of the mapped file."""
         tensors = self.tensor(record.codes), self.tensor(record.scale)
         return QuantizedTensor.of_rows(*tensors, record.format)
 
@@ -155,7 +155,7 @@ class MappedShards:
         """A view of the mapped file.
 
         Raises:
-            CheckpointError: its bytes are not those that were written, or lie outside.
+            CheckpointError: its bytes are damaged, or beyond the end of the file.
         """
         record = self._manifest.tensors[name]
         file = self._directory / self._manifest.shards[record.shard].file
@@ -178,7 +178,7 @@ class MappedShards:
         return flat.view(record.shape)
 
     def release(self, name: str) -> None:
-        """The memory of a tensor that was copied: its pages are read again if they are needed."""
+        """Release the pages of a tensor that was copied; they are read again if needed."""
         record = self._manifest.tensors[name]
         start = self._starts[record.shard] + record.start
         first, last = -(-start // mmap.PAGESIZE), (start + record.nbytes) // mmap.PAGESIZE

@@ -1,7 +1,7 @@
-"""Where a model keeps tensors, and whether a directory has one for each of these places.
+"""Slots: the places where a model keeps tensors, and the check that a directory fills all of them.
 
-Parameters, buffers (persistent or not) and plain attributes. Buffers that no state dict has, such
-as rotary frequencies, count too: a model on the meta device never computed them.
+Slots are parameters, buffers (persistent or not) and plain attributes. Buffers that are in no state
+dict, such as rotary frequencies, count too: a model on the meta device has no values for them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +39,7 @@ class Slot:
             )
 
     def put(self, value: Tensor) -> None:
-        """`value` becomes what the module has there."""
+        """Assign `value` to the slot of the module."""
         if self.kind == "parameter":
             self.module._parameters[self.attribute] = value  # type: ignore[assignment]
         elif self.kind == "buffer":
@@ -49,7 +49,7 @@ class Slot:
 
 
 def slots(model: nn.Module) -> Iterator[Slot]:
-    """All of them, by every name that they have."""
+    """All slots of a model, under each of their names."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         path = [part for part in prefix.split(".") if part and part != _WRAPPER]
         for kind, tensors in (
@@ -69,10 +69,10 @@ _SHOWN = 5
 def check_fits(
     manifest: Manifest, places: Mapping[str, Slot], model: nn.Module, directory: Path
 ) -> None:
-    """Each slot of the model has a value of its shape, and each value a slot.
+    """Check that each slot of the model has a value of its shape, and each value a slot.
 
     Raises:
-        CheckpointError: not so; the message names the first few of each kind.
+        CheckpointError: otherwise; the message names the first few of each kind.
     """
     missing = [n for n, slot in places.items() if n not in manifest.slots and _needs_value(slot)]
     unexpected = [
@@ -97,7 +97,7 @@ def check_fits(
 
 
 def put(model: nn.Module, slot: Slot | None, name: str, value: Tensor) -> None:
-    """`value` to its place, which may be an attribute that the model did not have yet."""
+    """Assign `value` to its slot, or to an attribute that the model does not have yet."""
     if slot is not None:
         slot.put(value)
     else:
@@ -106,12 +106,12 @@ def put(model: nn.Module, slot: Slot | None, name: str, value: Tensor) -> None:
 
 
 def _needs_value(slot: Slot) -> bool:
-    """Plain attributes may be constants that the constructor made; but not on the meta device."""
+    """Whether a file must provide it: plain attributes may be constants, but not on meta."""
     return slot.kind != "attribute" or slot.tensor.is_meta
 
 
 def _makes_room(manifest: Manifest, name: str, model: nn.Module) -> bool:
-    """A plain attribute can be made where its module is."""
+    """Whether it is a plain attribute whose module exists, so that it can be created."""
     if manifest.slots[name].kind != "attribute":
         return False
     path = name.rpartition(".")[0]

@@ -1,6 +1,6 @@
-"""A checkpoint of Hugging Face in a local directory: its config, and where each tensor lies.
+"""A Hugging Face checkpoint in a local directory: its config, and the location of each tensor.
 
-Also what lies where somebody expects a model, but none for `load`, and the command for it.
+Also recognizes other contents of a directory passed to `load`, and names the right command.
 """
 
 import os
@@ -29,17 +29,17 @@ _OTHERS = {
     "model*.safetensors of the same model",
     "diffusion_pytorch_model": ", a model of diffusers; load it there, from_pretrained(directory), "
     "and call fqcompile.quantize_(model)",
-    "adapter_model": ", an adapter of peft, which is no model; load the base model, quantize it, "
-    "and give both to PeftModel.from_pretrained",
+    "adapter_model": ", an adapter of peft, which is not a model; load the base model, quantize "
+    "it, and give both to PeftModel.from_pretrained",
 }
-# What a directory of weights needs beside them: configs, tokenizers, templates, code, licenses.
+# Files that belong to a checkpoint besides weights: configs, tokenizers, templates, code, licenses.
 _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
 
 @dataclass(frozen=True)
 class Source:
-    """The config as JSON has it, and the tensors by their names in the checkpoint."""
+    """The parsed config, and the tensors by their names in the checkpoint."""
 
     directory: Path
     config: dict[str, Any]
@@ -51,24 +51,24 @@ class Source:
 
     @property
     def identity(self) -> list[Any]:
-        """Changes when a file of weights is replaced."""
+        """A value that changes when a weight file is replaced."""
         stats = {path: path.stat() for path in {place.path for place in self.tensors.values()}}
         files = sorted((path.name, s.st_size, s.st_mtime_ns) for path, s in stats.items())
         return [str(self.directory.resolve()), self.config, files]
 
 
 def other_files(directory: Path) -> dict[str, bytes]:
-    """What lies beside weights and belongs to them: configs, tokenizers, templates, licenses."""
+    """The files that belong to the weights: configs, tokenizers, templates, licenses."""
     files = (path for path in sorted(directory.iterdir()) if path.is_file())
     return {path.name: path.read_bytes() for path in files if _is_copied(path)}
 
 
 def open_source(directory: Path) -> Source:
-    """Reads the config and the headers, no tensor.
+    """Read the config and the headers, but no tensor.
 
     Raises:
-        CheckpointError: it is no checkpoint, has none in safetensors files, lacks one of them, or
-            is quantized already.
+        CheckpointError: it is not a checkpoint, has no safetensors files, lacks one of them, or is
+            quantized already.
     """
     config = read_config(directory)
     quantization = config.get("quantization_config")
@@ -89,7 +89,7 @@ def open_source(directory: Path) -> Source:
 
 
 def packed_by(names: Iterable[str]) -> tuple[str, str] | None:
-    """Who quantized the layers of these tensors, and one of them; None: they are not packed."""
+    """The program that packed these tensors, and one of their names; None if not packed."""
     last = {name.rpartition(".")[2]: name for name in names}
     return next(((program, last[end]) for end, program in _PACKED.items() if end in last), None)
 
@@ -98,7 +98,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The content of `config.json`.
 
     Raises:
-        CheckpointError: there is none, or it is no JSON object; or a save of ours is there.
+        CheckpointError: it is missing or not a JSON object; or the directory is a save of ours.
     """
     names = {name for name in (MANIFEST, SINGLE, INDEX) if (directory / name).is_file()}
     if names == {MANIFEST}:  # beside weights of Hugging Face it says nothing of these
@@ -111,7 +111,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def read_tensors(directory: Path) -> dict[str, TensorPlace]:
-    """Where each tensor lies, told from the headers of the files.
+    """The location of each tensor, from the headers of the files.
 
     Raises:
         CheckpointError: there are no safetensors files, or one is missing, damaged or cut short.
@@ -125,7 +125,7 @@ def read_tensors(directory: Path) -> dict[str, TensorPlace]:
 
 
 def _files(directory: Path) -> list[Path]:
-    """The files of weights, as `from_pretrained` finds them."""
+    """The weight files, as `from_pretrained` finds them."""
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
     if (directory / INDEX).is_file():
@@ -146,7 +146,7 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _other(directory: Path) -> str:
-    """What weights of another name are, and what is to be done with them."""
+    """A description of weight files with other names, and the remedy."""
     names = sorted(path.name for path in directory.iterdir() if path.suffix == ".safetensors")
     if not names:
         return ""
@@ -182,7 +182,7 @@ def _check_index(path: Path, tensors: dict[str, TensorPlace]) -> None:
 def _json(path: Path, directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(
-            f"{directory} has no {path.name}: it is no checkpoint of Hugging Face; give a local "
+            f"{directory} has no {path.name}: it is not a Hugging Face checkpoint; give a local "
             "directory that save_pretrained wrote or that was downloaded"
         )
     return read_json(path)
@@ -195,7 +195,7 @@ def _is_copied(path: Path) -> bool:
 
 
 def will_read(places: list[TensorPlace]) -> None:
-    """Ask the system to fetch these meanwhile, into its own cache, where it takes such advice."""
+    """Ask the system to prefetch these into the page cache, if it supports such advice."""
     if not hasattr(os, "posix_fadvise"):
         return
     for place in places:
@@ -237,14 +237,14 @@ _OF_DIRECTORIES = {
     "export.json": "holds an unfinished export ({0}); repeat its command with --resume",
     "model_index.json": "holds a pipeline of diffusers ({0}); load it there, and call "
     "fqcompile.quantize_(pipeline.transformer)",
-    "adapter_config.json": "holds an adapter of peft ({0}), which is no model; load the base "
+    "adapter_config.json": "holds an adapter of peft ({0}), which is not a model; load the base "
     "model, quantize it, and give both to PeftModel.from_pretrained",
     **_OF_FILES,
 }
 
 
 def recognized(path: Path) -> str:
-    """A sentence without its subject, the path, about what no `save` of ours has written.
+    """A description of a directory that no `save` of ours wrote, as a sentence about "it".
 
     Raises:
         CheckpointError: its safetensors files are damaged.
@@ -255,8 +255,9 @@ def recognized(path: Path) -> str:
         return _text(path, [path.name], _OF_FILES)
     if _HUB_NAME.fullmatch(str(path)):
         return (
-            "it is no directory here; if it is a name on the Hugging Face hub, download it first: "
-            f"hf download {path} --local-dir {path.name}; then: fqcompile quantize {path.name} OUT"
+            "it is not a directory here; if it is a name on the Hugging Face hub, download it "
+            f"first: hf download {path} --local-dir {path.name}; then: fqcompile quantize "
+            f"{path.name} OUT"
         )
     return f"it is not there; {_WRITERS}"
 

@@ -1,11 +1,11 @@
-"""What a run over a checkpoint writes: each tensor quantized or as it is, and the journal of it.
+"""The writer of a run over a checkpoint: quantized or unchanged tensors, and a journal.
 
-The journal tells which shards are finished, so that a killed run goes on from there:
+The journal lists complete shards, so that a killed run can resume:
 
     {"identity": ..., "generation": ...}        of what, how
     {"shards": [...], "tensors": {...}, ...}    one line per finished shard
 
-A line is appended when its shard is on the disk. A torn last line is a shard that is written again.
+A line is appended when its shard is on disk. The shard of an incomplete last line is written again.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ class _Head:
 
 @dataclass
 class Progress:
-    """What one shard holds, or all up to now; `sites` are rows of the plan by name."""
+    """The contents of one shard, or of all so far; `sites` are rows of the plan by name."""
 
     shards: tuple[ShardRecord, ...] = ()
     tensors: Mapping[str, TensorRecord] = field(default_factory=dict)
@@ -74,12 +74,12 @@ class Journal:
         self.path = directory / JOURNAL
 
     def start(self, identity: str, generation: str, progress: Progress) -> None:
-        """In place of any other, and of one whose last line is torn."""
+        """Start the journal, replacing any other, or one with an incomplete last line."""
         waiting = staged(self.path.parent, JOURNAL, generation)
         replace_durably(self.path, [_line(_Head(identity, generation)), _line(progress)], waiting)
 
     def note(self, progress: Progress) -> None:
-        """One more shard is on the disk, and its name in the directory."""
+        """Record another shard, which must be on disk with its directory entry."""
         sync_directory(self.path.parent)
         append_to_file(self.path, _line(progress))
 
@@ -87,10 +87,10 @@ class Journal:
         remove(self.path)
 
     def read(self, identity: str) -> tuple[str, Progress] | None:
-        """Generation and progress of a run that was not finished; None where there is none.
+        """Generation and progress of an unfinished run; None if there is none.
 
         Raises:
-            CheckpointError: it was a run of something else.
+            CheckpointError: it was a run with another checkpoint, options or versions.
         """
         if not self.path.is_file():
             return None
@@ -129,12 +129,12 @@ def _parsed(kind: type[T], line: bytes, where: str) -> T:
 
 
 class StreamWriter:
-    """Takes the tensors of a model without values by name, in any order.
+    """Writes the tensors of a model, given by name in any order.
 
     Args:
-        model: on the meta device; tells what is tied, and which weights are to be quantized.
-        given: the names that will be written; those tied to one of them take its value.
-        done: what an earlier run wrote.
+        model: on the meta device; defines tied tensors, and which weights to quantize.
+        given: the names that will be written; names tied to one of them share its value.
+        done: progress of an earlier run.
     """
 
     def __init__(
@@ -176,11 +176,11 @@ class StreamWriter:
         return all(name in self.done.slots for name in names)
 
     def wrote(self, name: str) -> bool:
-        """Whether there is a value for this name, be it in no shard yet."""
+        """Whether there is a value for this name, even if it is in no shard yet."""
         return name in self.done.slots or name in self._waiting.slots
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """A tensor, and what is tied to it; CheckpointError if the model's has another shape."""
+        """Write a tensor and its tied names; CheckpointError if the model's has another shape."""
         if self.wrote(name):
             return
         self._places[name].check_shape(tensor)
@@ -193,7 +193,7 @@ class StreamWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Finish a shard, and note that it is."""
+        """Finish a shard, and record it in the journal."""
         tensors = self._shards.flush()
         if tensors:
             own = tuple(self._shards.shards[-1:])
@@ -210,7 +210,7 @@ class StreamWriter:
         )
 
     def _write_packed(self, names: list[str], tensor: Tensor) -> bool:
-        """False, and the reason in its site, where the values do not allow it."""
+        """Quantize and write it; False, with the reason in its site, if its values forbid it."""
         found = replace(self._packable[names[0]], parameter=tensor)
         try:
             site, record = self._quantized(found, names[0])
@@ -254,7 +254,7 @@ class StreamWriter:
         self._waiting += Progress(slots={n: SlotRecord(self._places[n].kind, value) for n in names})
 
     def _same_value(self, name: str, tensor: Tensor) -> str | None:
-        """The value of a tied name, where the checkpoint has it twice and it is the same."""
+        """The value of a tied name, if the checkpoint has it twice with equal values."""
         group = self._groups[self._identities[name]]
         if len(group) == 1:
             return None
@@ -266,7 +266,7 @@ class StreamWriter:
 
 
 def _receivers(groups: Iterable[list[str]], given: set[str]) -> dict[str, list[str]]:
-    """For each given name: itself; for the first of a group, those too that are not given."""
+    """For each given name, itself; for the first of a tied group, also the names not given."""
     result = {}
     for names in groups:
         present = [name for name in names if name in given]
@@ -280,7 +280,7 @@ def site_from(row: Mapping[str, Any]) -> Site:
     """The row of a plan that `Site.as_dict` wrote.
 
     Raises:
-        CheckpointError: it did not.
+        CheckpointError: the row was not written by it.
     """
     check_name(row.get("name"), "a site of the plan")
     try:

@@ -80,7 +80,7 @@ def counts(text: str) -> list[int]:
     parts = text.split(",")
     if all(part.isdecimal() and int(part) > 0 for part in parts):
         return [int(part) for part in parts]
-    raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers from 1 up, such as 1,16,64")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers from 1 up, e.g. 1,16,64")
 
 
 def require(*packages: str) -> None:

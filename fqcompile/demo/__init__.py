@@ -1,4 +1,4 @@
-"""What `fqcompile demo` runs: two real models, compiled, measured and checked.
+"""The code of `fqcompile demo`: compile two real models, measure them and check the results.
 
-In the package, so that the demo is there wherever fqcompile is installed: a wheel has no examples.
+Part of the package, so that the demo is available wherever fqcompile is installed.
 """

@@ -46,7 +46,7 @@ def tell(text: str, end: str = "\n") -> None:
 
 @contextmanager
 def telling(what: str) -> Iterator[None]:
-    """What is being done, and then how long it took, on one line."""
+    """Print the current step, and then its duration, on one line."""
     tell(f"  {what} ... ", end="")
     start = time.perf_counter()
     yield

@@ -1,1 +1,1 @@
-"""What a model takes and how fast it runs, by arithmetic: no GPU, no weights, only its shape."""
+"""Estimate memory, speed and cost of a model from its shape alone: without a GPU or weights."""

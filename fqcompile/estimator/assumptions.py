@@ -1,4 +1,4 @@
-"""What an estimate takes for granted: in words with its numbers, and as the formulas themselves.
+"""The assumptions of an estimate: as sentences with numbers, and as formulas.
 
 The formulas are the same functions that `costs` and `devices` use, called with symbols.
 """

@@ -1,6 +1,6 @@
-"""Bytes on one GPU, and seconds of a step of decoding and of a pass of prefill, part by part.
+"""Bytes on one GPU, and seconds of a decoding step and of a prefill pass, part by part.
 
-What is assumed stands in the constants here and in `devices`; nothing is fitted to a measurement.
+Assumptions are constants here and in `devices`; nothing is fitted to a measurement.
 Functions of plain numbers take symbols as well: `assumptions` prints them.
 """
 
@@ -115,7 +115,7 @@ def _widest_mlp(decoder: Decoder, sharing: Sharing, held: list[Matrix]) -> int:
 def memory_of(
     decoder: Decoder, sharing: Sharing, form: WeightFormat, load: Workload, device: Device
 ) -> Memory:
-    """Everything that one GPU has to hold."""
+    """The memory that one GPU needs."""
     kv_heads = kv_heads_of_a_gpu(decoder, sharing)
     sequence = int(kv_bytes(decoder.layers, kv_heads, decoder.head_dim, load.context))
     return Memory(
@@ -237,7 +237,7 @@ def matmul_parts(
 
 
 def _attention(decoder: Decoder, sharing: Sharing, rows: Rows, where: Device) -> float:
-    """Of one layer: the longer of reading the cache and computing."""
+    """Seconds of attention in one layer: the longer of reading the cache and computing."""
     kv_heads = kv_heads_of_a_gpu(decoder, sharing)
     read: float = kv_bytes(1, kv_heads, decoder.head_dim, rows.cached) / where.bandwidth
     heads = decoder.heads // sharing.tp

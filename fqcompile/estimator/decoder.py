@@ -1,6 +1,6 @@
-"""Decoder: the shape of a language model, all that memory and speed follow from.
+"""Decoder: the shape of a language model, which determines memory and speed.
 
-It is read from a config.json that anybody may have written: each key is there, and sensible.
+It is read from an untrusted config.json: each key is checked for presence and range.
 """
 
 import json
@@ -156,14 +156,14 @@ def read_fields(path: Path) -> ConfigFields:
     """The keys of a config.json.
 
     Raises:
-        EstimateError: it cannot be read, or is no JSON object.
+        EstimateError: it cannot be read, or is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise EstimateError(f"{path} cannot be read: {error}") from None
     except (json.JSONDecodeError, RecursionError) as error:
-        raise EstimateError(f"{path} is no JSON: {error}") from None
+        raise EstimateError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise EstimateError(f"{path} holds a {type(content).__name__}, not the keys of a model")
     return ConfigFields(content, str(path))

@@ -1,4 +1,4 @@
-"""What a device has and reaches, and the links between devices with the seconds of their exchanges.
+"""Memory and achievable rates of devices, links between devices, and the time of collectives.
 
 Memory is the vendor's decimal gigabytes. Rates of memory and matrix units are dense bf16 figures of
 the vendor's data sheets times `COPY_SHARE` and `MATRIX_SHARE`, but for the GPUs that `kernels.spec`

@@ -1,7 +1,7 @@
-"""Estimates: for each model, device, way to share out, workload and format, what is to be expected.
+"""Estimates for each combination of model, device, parallel layout, workload and weight format.
 
-`estimates` goes through all combinations; one that cannot be has its reason instead of figures.
-They are shown as text and as JSON.
+`estimates` yields all combinations; an impossible one has a reason instead of figures. The results
+are shown as text and as JSON.
 """
 
 import math

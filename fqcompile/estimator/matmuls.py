@@ -1,4 +1,4 @@
-"""How a model is shared out over GPUs, and the matmuls that follow, as kernels see them.
+"""How a model is sharded over GPUs, and the resulting matmuls, as kernels see them.
 
 A replica has max(tp, ep) GPUs. Attention, dense MLPs and the head are divided by tp: q, k, v, gate
 and up by columns, the output projection and down by rows (of a head that does not divide, the

@@ -29,7 +29,7 @@ def read_json(path: Path) -> dict[str, Any]:
         )
     found = parse_json(path.read_bytes(), str(path))
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is no JSON object; download it again")
+        raise CheckpointError(f"{path} is not a JSON object; download it again")
     return found
 
 

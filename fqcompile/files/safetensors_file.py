@@ -119,13 +119,13 @@ def read_header(path: Path) -> Header:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, LARGEST):
             raise CheckpointError(
-                f"{path} is no safetensors file, or was cut short: it has {size} bytes and a "
+                f"{path} is not a safetensors file, or was cut short: it has {size} bytes and a "
                 f"header of {length}; download it again"
             )
         text = file.read(length)
     entries = parse_json(text, f"the header of {path}")
     if not isinstance(entries, dict):
-        raise CheckpointError(f"the header of {path} is no JSON object")
+        raise CheckpointError(f"the header of {path} is not a JSON object")
     metadata = entries.pop(_METADATA, None)
     places = {n: _place(path, n, entry, 8 + length, size) for n, entry in entries.items()}
     return Header(places, metadata)

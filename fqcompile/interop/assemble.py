@@ -1,8 +1,8 @@
-"""Packed layers of a checkpoint as one weight of the model: experts stacked, gate above up.
+"""Assemble packed layers of a checkpoint into one weight of the model: stacked experts, gate_up.
 
-The converters of transformers are run on row numbers in place of the layers, so their order is
-known; rows of codes and scales are then put there. Scales are repeated to the finest group size
-among the layers, and int4 codes widened beside int8 ones, as far as these differ.
+The converters of transformers are run on row numbers instead of weights, which gives the order of
+the rows; rows of codes and scales are then arranged accordingly. If the layers differ, scales are
+repeated to the finest group size, and int4 codes are widened to int8.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ from fqcompile.weights.parameter import PackedWeight
 
 @dataclass(frozen=True)
 class ForeignLayer:
-    """`read` gives rows [N, K]; `places` are the files' tensors that it is made of."""
+    """A packed layer; `read` returns rows [N, K]; `places` are its tensors in the files."""
 
     name: str
     n: int
@@ -42,7 +42,7 @@ class ForeignLayer:
 def symmetric(
     codes: Tensor, zeros: Tensor, scale: Tensor, group_size: int, where: str
 ) -> QuantizedTensor:
-    """(q - z) * s as codes q - z: as int4 where all fit, else as int8, which is exact too.
+    """Codes q - z of (q - z) * s: int4 if all of them fit, else int8; both are exact.
 
     Args:
         codes: q, int8 or int16 [N, K]. zeros: z [N, groups] of the same convention. scale: s.
@@ -69,14 +69,14 @@ def symmetric(
 def assemble(
     step: Conversion, model: Any, layers: Mapping[str, ForeignLayer], dtype: torch.dtype
 ) -> PackedWeight:
-    """The model's weight that the layers of a step become.
+    """Assemble the layers of a step into the model's weight.
 
     Args:
-        layers: by the names that the step has for their weights.
-        dtype: of the weight.
+        layers: by the weight names that the step uses.
+        dtype: dtype of the dense weight.
 
     Raises:
-        CheckpointError: the model has no weight [.., N, K] of these rows there.
+        CheckpointError: the model has no weight [.., N, K] with these rows there.
     """
     own = [layers[name] for name in step.names]
     order, experts, transposed = _row_order(step, model, own)
@@ -89,7 +89,7 @@ def assemble(
 def _row_order(
     step: Conversion, model: Any, own: Sequence[ForeignLayer]
 ) -> tuple[Tensor, int, bool]:
-    """For each row of the result the row among those of all layers; experts; whether [K, N]."""
+    """Source row of each row of the result; number of experts; whether the model has [K, N]."""
     numbers, start = {}, 0
     for name, layer in zip(step.names, own, strict=True):
         numbers[name] = torch.arange(start, start + layer.n, dtype=torch.int32)[:, None]
@@ -112,7 +112,7 @@ def _row_order(
 
 
 def _is_conv1d(model: Any, name: str) -> bool:
-    """The linears of GPT-2 hold [K, N]; GPTQ and AWQ pack them as all others, by rows of K."""
+    """Whether it is GPT-2's Conv1D, which holds [K, N]; GPTQ and AWQ pack it like other layers."""
     module = model.get_submodule(name.rpartition(".")[0])
     return type(module).__name__ == "Conv1D"
 
@@ -139,7 +139,7 @@ def _gathered(own: Sequence[ForeignLayer], order: Tensor) -> QuantizedTensor:
 def _common(
     own: Sequence[ForeignLayer], weights: Sequence[QuantizedTensor]
 ) -> tuple[int, int, torch.dtype]:
-    """Bits, group size and type of scales that hold all of them."""
+    """Bits, group size and scale dtype that can represent all of the layers."""
     k, names = {layer.k for layer in own}, f"{own[0].name} ... {own[-1].name}"
     if len(k) > 1:
         raise CheckpointError(f"{names} are one weight in the model, and have K of {sorted(k)}")

@@ -27,7 +27,7 @@ from fqcompile.interop.gptq import (
 from fqcompile.tensor.quantized import QuantizedTensor
 
 _COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
-# How codes lie in words; programs write it under any of these.
+# Config keys of the packing order; programs use any of them.
 _VERSION_KEYS = ("version", "format", "checkpoint_format")
 # Keys of AutoAWQ's own files, and what transformers calls them.
 _OWN_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
@@ -64,7 +64,7 @@ def read_awq(
 def _read(
     name: str, places: Mapping[str, TensorPlace], size: int, symmetric_by: str | None
 ) -> QuantizedTensor:
-    """`symmetric_by`: the config that says there are no zero points but the middle."""
+    """`symmetric_by`: the config that declares all zero points to be the middle."""
     codes, zeros = (_columns(read_tensor(places[part])) for part in ("qweight", "qzeros"))
     scale = read_tensor(places["scales"]).t()
     where = f"{places['qweight'].path}: {name}"

@@ -32,7 +32,7 @@ def read_compressed_tensors(
 ) -> dict[str, ForeignLayer]:
     """The packed layers by name; no codes are read.
 
-    Bits and numbers of groups are those of the tensors; the config decides what these leave open.
+    Bits and numbers of groups come from the tensors; the config decides where these are ambiguous.
 
     Raises:
         CheckpointError: config or tensors are damaged, contradict each other, or are of a format
@@ -71,7 +71,7 @@ def read_compressed_tensors(
 
 
 def _check_order(layer: Layer, scheme: Scheme, places: Mapping[str, TensorPlace]) -> None:
-    """Columns that share a scale are neighbors; -1 throughout: nobody has said otherwise."""
+    """Check that groups are contiguous columns; a g_idx of -1 means the default order."""
     place = places.get("weight_g_idx")
     if place is None:
         return
@@ -110,7 +110,7 @@ def _read(layer: Layer, scheme: Scheme, places: Mapping[str, TensorPlace]) -> Qu
 
 
 def read_layers(tensors: Mapping[str, TensorPlace]) -> list[Layer]:
-    """All layers that multiply: packed ones, and dense matrices that are no embeddings.
+    """All linear layers: packed ones, and dense matrices that are not embeddings.
 
     Raises:
         CheckpointError: tensors of a packed layer are missing or do not fit; file and tensor are

@@ -1,4 +1,4 @@
-"""Rules on stacks of experts, which engines hold as two tensors for all experts of a layer."""
+"""Rules for stacks of experts, which engines store as two tensors for all experts of a layer."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,8 +9,8 @@ from fqcompile.interop.layer_rules import tp_rule
 from fqcompile.interop.layers import Layer, Scheme, is_split_along_k, stack_of
 from fqcompile.interop.quantization_config import Group, find_match
 
-# transformers 5.23 loaded 12 of 12 exports beside compressed-tensors 0.20, and 8 beside 0.17, which
-# vLLM 0.33 pins: the experts of Qwen3-MoE are not known there.
+# transformers 5.23 loaded 12 of 12 exports with compressed-tensors 0.20, and 8 with 0.17, which
+# vLLM 0.33 pins: 0.17 does not support the experts of Qwen3-MoE.
 EXPERTS_NEED = (0, 20)
 _TILE = 128
 # The names that vLLM and SGLang look up, whatever those in the checkpoint.
@@ -39,7 +39,7 @@ def _schemes(layers: Sequence[Layer]) -> set[Scheme | None]:
 
 
 def _alike(stack: str, layers: Sequence[Layer]) -> list[Rule]:
-    """The first expert's scheme is taken for all, and engines look at its projections alone."""
+    """Engines take the first expert's scheme for all, and look only at its projections."""
     schemes = _schemes(layers)
     first = _schemes([layer for layer in layers if layer.name.startswith(f"{stack}.0.")])
     kinds = ", ".join(sorted(str(s or "dense") for s in schemes))
@@ -55,7 +55,7 @@ def _alike(stack: str, layers: Sequence[Layer]) -> list[Rule]:
 
 
 def _matched(subject: Subject, stack: str, layers: Sequence[Layer]) -> Iterator[Rule]:
-    """Looked up by the projections of the first expert."""
+    """Rules for the target that engines look up by the projections of the first expert."""
     stored = layers[0].scheme
     for projection in _LOOKED_UP:
         match = find_match(subject.config, f"{stack}.0.{projection}", (), subject.engine)
@@ -77,7 +77,7 @@ def _split(subject: Subject, stack: str, layers: Sequence[Layer]) -> Iterator[Ru
     experts = len({layer.name.removeprefix(stack).split(".")[1] for layer in layers})
     yield (
         "ep-splits-experts", "refused", experts % subject.ep,
-        f"{experts} experts are no multiple of --ep {subject.ep}",
+        f"{experts} experts are not a multiple of --ep {subject.ep}",
         "take a degree of expert parallelism that divides them",
     )  # fmt: skip
     tp = subject.tp if subject.ep == 1 else 1  # experts are then whole
@@ -95,13 +95,13 @@ def _split(subject: Subject, stack: str, layers: Sequence[Layer]) -> Iterator[Ru
     hidden = next((layer.k for layer in layers if not is_split_along_k(layer.name)), 0)
     yield (
         "experts-tile", "slow", subject.has_gpu_kernels and hidden % _TILE,
-        f"a hidden size of {hidden} is no multiple of {_TILE}: the fastest kernel for experts does "
-        "not take it", "none: it is the model's shape",
+        f"a hidden size of {hidden} is not a multiple of {_TILE}: the fastest kernel for experts "
+        "does not take it", "none: it is the model's shape",
     )  # fmt: skip
 
 
 def _transformers(subject: Subject, stacks: Mapping[str, Sequence[Layer]]) -> Iterator[Finding]:
-    """They are made dense while loading, all by one scheme."""
+    """Rules of transformers, which dequantizes experts while loading, all with one scheme."""
     if not stacks:
         return
     dense = [stack for stack, layers in stacks.items() if None in _schemes(layers)]
@@ -139,7 +139,7 @@ def _loaded(layers: Sequence[Layer], taken: Scheme) -> list[Rule]:
 
 
 def _installed() -> tuple[int, ...] | None:
-    """Of compressed-tensors, on this machine, which need not be the one that serves."""
+    """The compressed-tensors version installed here, which may differ from the server's."""
     try:
         return tuple(map(int, re.findall(r"\d+", version("compressed-tensors"))[:2]))
     except PackageNotFoundError:
@@ -147,7 +147,7 @@ def _installed() -> tuple[int, ...] | None:
 
 
 def _experts_group(groups: Sequence[Group]) -> Group:
-    """The one that transformers takes for all experts."""
+    """The scheme that transformers uses for all experts."""
     named = (g for g in groups if any(t.startswith("re:") and "experts" in t for t in g.targets))
     by_class = (g for g in groups if any(not t.startswith("re:") for t in g.targets))
     return next(named, None) or next(by_class, groups[0])

@@ -1,12 +1,12 @@
-"""What each layer becomes in the files, in their order: packed in an engine's scheme, or dense.
+"""The form of each layer in the exported files, in order: packed in an engine's scheme, or dense.
 
-`harmonize` gives one scheme to what an engine holds in one tensor, without changing a value: a
-scale per group of 256 is the same scale for two groups of 128, and a code of int4 is a code of
-int8. So a unit of layers takes the coarsest group size that all of them reach, and the most bits.
+`harmonize` gives one scheme to layers that an engine fuses into one tensor, without changing a
+value: a scale of a group of 256 is repeated for two groups of 128, and an int4 code is also an int8
+code. So fused layers get the coarsest group size that divides all of theirs, and the most bits.
 
-    q column, k group 64, v group 256  ->  group 64 for all          gate int4, up int8  ->  int8
+    q channel, k group 64, v group 256  ->  group 64 for all         gate int4, up int8  ->  int8
 
-Shapes are known before, values are made when written.
+Shapes are computed first; values are computed when they are written.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -112,7 +112,7 @@ def _choose(
 
 
 def group_sizes(saved: Saved, piece: Piece, tp: int) -> set[int | None]:
-    """Those that a layer's own groups can be cut into; None: one scale per channel."""
+    """Group sizes that a layer's own groups can be split into; None: one scale per channel."""
     own, k = saved.manifest.packed[piece.value].group_size, piece.k
     shard, rest = divmod(k, tp) if is_split_along_k(piece.name) else (k, 0)
     column = own >= k
@@ -136,7 +136,7 @@ def _built_dense(saved: Saved, piece: Piece) -> str | None:
 
 
 def _type_problem(saved: Saved, value: str) -> str | None:
-    """Engines keep scales in the model's type; None where that holds these exactly."""
+    """Why scales are not exact in the model's dtype, which engines use for them; else None."""
     record = saved.manifest.packed[value]
     if record.dtype != saved.dtype:
         return f"it is {record.dtype} in a model of {saved.dtype}"
@@ -154,10 +154,10 @@ _PART = 1 << 25  # weights that are dequantized at once, and not a whole output 
 
 @dataclass(frozen=True)
 class Block:
-    """Neighbors in a file: {name: (dtype of safetensors, shape)}, and how they are made.
+    """Adjacent tensors in a file: {name: (safetensors dtype, shape)}, and how to compute them.
 
-    `make` yields their values in this order, a large one in parts; `release` gives back the memory
-    of what they were made from.
+    `make` yields their values in this order, large ones in parts; `release` frees the memory of
+    their sources.
     """
 
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
@@ -217,7 +217,7 @@ def _packed(saved: Saved, piece: Piece, scheme: Scheme) -> Iterator[Tensor]:
 
 
 def _dense_block(saved: Saved, piece: Piece) -> Block:
-    """Codes that the format cannot carry: the values that they stand for."""
+    """A weight that the format cannot represent, as dequantized values."""
     dtype = saved.manifest.packed[piece.value].dtype
     name = f"{piece.name}.weight"
 

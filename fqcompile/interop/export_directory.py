@@ -1,8 +1,8 @@
-"""A checkpoint that appears whole, by one rename, and whose writing goes on where it was killed.
+"""Write a checkpoint atomically, by one rename, and resume after a kill.
 
-OUT.partial/export.json                      which export this is
-OUT.partial/model-00001-of-00009.safetensors  finished: written under another name, then renamed
-OUT.partial  ->  OUT                         when all is there
+OUT.partial/export.json                      identifies the export
+OUT.partial/model-00001-of-00009.safetensors  complete: written under another name, then renamed
+OUT.partial  ->  OUT                         when all files are complete
 """
 
 import json
@@ -37,11 +37,11 @@ QUANTIZED = "quantized"  # a checkpoint of Hugging Face on its way
 
 
 class _NotOurs(CheckpointError):
-    """Somebody has put a file where this export would write: all stays as it is."""
+    """A foreign file exists where this export would write; nothing is changed."""
 
 
 def real_path(out: Path) -> Path:
-    """What is to be written where links lead, so that the directory there is made by one rename."""
+    """The output path with links resolved, so that one rename creates the target directory."""
     return Path(os.path.realpath(out))
 
 
@@ -50,10 +50,10 @@ def partial_directory(out: Path) -> Path:
 
 
 def check_free(out: Path, resume: bool) -> None:
-    """Whether there may be written.
+    """Check that the export may write to these paths.
 
     Raises:
-        CheckpointError: something is there, or nothing can be.
+        CheckpointError: the output exists, or cannot be created.
     """
     with writing_to(out):
         _check_free(out, resume)
@@ -72,7 +72,7 @@ def _check_free(out: Path, resume: bool) -> None:
 
 
 def _check_own(partial: Path) -> None:
-    """What has no journal of ours is somebody's: nothing of it is taken up or removed."""
+    """Refuse a directory without our journal: its files may belong to someone else."""
     if partial.is_symlink():  # it, not what it leads to, would become OUT
         raise CheckpointError(f"{partial} is a link, and exports are written there; rename it")
     if not partial.exists():
@@ -89,10 +89,10 @@ def _check_own(partial: Path) -> None:
 
 @contextmanager
 def exporting(out: Path, identity: str) -> Iterator[Path]:
-    """The directory to write to, for one writer alone; it becomes `out` at the end.
+    """Lock and return the directory to write to; it is renamed to `out` at the end.
 
     Raises:
-        CheckpointError: what is unfinished there is of another export, another process writes, or
+        CheckpointError: it holds an unfinished different export, another process writes to it, or
             it cannot be written.
     """
     partial = partial_directory(out)
@@ -134,7 +134,7 @@ def _identity(path: Path) -> Any:
 
 
 def _remove_own(partial: Path) -> None:
-    """What this has written; whatever else somebody has put there stays."""
+    """Delete the files that this export wrote; all others stay."""
     for path in partial.iterdir():
         if path.name == QUANTIZED:
             remove_save(path)
@@ -147,7 +147,7 @@ def _remove_own(partial: Path) -> None:
 
 
 def write_checkpoint(directory: Path, blocks: Sequence[Block], files: dict[str, bytes]) -> None:
-    """Shards, their index, and what lies beside them; shards that are there stay."""
+    """Write the shards, their index and the other files; existing complete shards are kept."""
     shards = _shards(blocks)
     names = [_shard_name(i, len(shards)) for i in range(len(shards))]
     total = sum(block.nbytes for block in blocks)

@@ -1,7 +1,7 @@
-"""A saved directory, and where the rows of its packed weights go in a checkpoint.
+"""A saved directory, and the destination of the rows of its packed weights in a checkpoint.
 
-The converters are asked themselves: they are run on a column of row numbers in place of the weight,
-so whatever they split, reorder or rename is known before a code is read:
+The converters of transformers are run on a column of row numbers instead of the weight, so that
+splits, reorderings and renamings are known before any code is read:
 
     experts.gate_up_proj [E, 2I, K]: rows 0, 1, 2, ...  ->  experts.0.gate_proj: rows 0 .. I-1, ...
 """
@@ -27,7 +27,7 @@ from fqcompile.tensor.quantized import QuantizedTensor
 
 @dataclass(frozen=True)
 class Saved:
-    """What is in it, and its model on the meta device."""
+    """The contents of a saved directory, and its model on the meta device."""
 
     directory: Path
     manifest: Manifest
@@ -39,8 +39,8 @@ class Saved:
         """Reads no tensor.
 
         Raises:
-            CheckpointError: the directory is not whole or was saved in parts, or its model is none
-                of Hugging Face.
+            CheckpointError: the directory is incomplete, was saved by several ranks, or its model
+                is not a Hugging Face model.
         """
         manifest = read_manifest(directory)
         if manifest.sharded:
@@ -59,7 +59,7 @@ class Saved:
 
     @cached_property
     def values(self) -> dict[str, str]:
-        """For each name of the state dict: the value that it has. Of tied names only the first."""
+        """The value of each name of the state dict; for tied names only the first."""
         slots = self.manifest.slots
         lost = [name for name in self.model.state_dict() if name not in slots]
         if lost:
@@ -70,7 +70,7 @@ class Saved:
 
     @cached_property
     def tied(self) -> frozenset[str]:
-        """Names that loading ties to others; none where one of them has a value of its own."""
+        """Names that loading ties to others; empty if one of them has a value of its own."""
         return frozenset() if self.untied else frozenset(self.ties)
 
     @property
@@ -87,7 +87,7 @@ class Saved:
 
     @cached_property
     def dtype(self) -> str:
-        """The type of most packed weights, by its name in safetensors: what engines run in."""
+        """The most common dtype of packed weights, by its safetensors name: engines run in it."""
         counts = Counter(record.dtype for record in self.manifest.packed.values())
         return counts.most_common(1)[0][0]
 
@@ -100,7 +100,7 @@ class Saved:
         return self.shards.packed(self.manifest.packed[value])
 
     def release(self, value: str) -> None:
-        """The memory of what was read of a value."""
+        """Release the memory pages of a value that was read."""
         record = self.record(value)
         for name in (value,) if record is None else (record.codes, record.scale):
             self.shards.release(name)
@@ -129,7 +129,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Whole:
-    """Tensors of the checkpoint that are made at once, dense, from whole tensors of the model."""
+    """Dense tensors of the checkpoint that are computed together from tensors of the model."""
 
     reversion: Reversion
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -137,7 +137,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Layout:
-    """Everything that a checkpoint holds; `reasons` by source: why a packed one cannot be there."""
+    """The contents of a checkpoint; `reasons`, by source: why a packed weight is written dense."""
 
     pieces: tuple[Piece, ...]
     wholes: tuple[Whole, ...]
@@ -201,7 +201,7 @@ def _pieces(saved: Saved, reversion: Reversion, values: Mapping[str, str]) -> li
 def _per_expert(
     saved: Saved, reversion: Reversion, values: Mapping[str, str]
 ) -> list[Piece] | None:
-    """A stack whose experts have linears of their own only where they are quantized."""
+    """Whether it is a stack whose experts are separate linears only in quantized checkpoints."""
     source = reversion.names[0]
     stack, _, parameter = source.rpartition(".")
     record = saved.record(values[source])
@@ -219,7 +219,7 @@ def _per_expert(
 
 
 def _row_numbers(record: PackedRecord) -> Tensor:
-    """As a weight of two columns: transformers 5.17 squeezes one away where it splits a stack."""
+    """Convert row numbers as two columns: transformers 5.17 squeezes a single one in a split."""
     numbers = torch.arange(record.all_rows, dtype=torch.int32).view(-1, 1).repeat(1, 2)
     return numbers.view(*((record.experts,) if record.experts else ()), record.rows, 2)
 

@@ -1,13 +1,13 @@
-"""GPTQ checkpoints in the order of the columns: w = (q - z) * s, codes and zero points in 4 bits.
+"""GPTQ checkpoints without act-order: w = (q - z) * s, codes and zero points in 4 bits.
 
 M.qweight int32 [K/8, N]     nibble j of a word is the code of row 8i + j
 M.qzeros  int32 [G, N/8]     nibble j is z of column 8i + j; format "gptq" stores z - 1
 M.scales  [G, N]             M.g_idx int32 [K] = k // group_size
 
-The config decides what the tensors leave open: `group_size`, and with `sym` the zero point, which
-then is 8 whichever way it was stored (some programs write the one way and name the other).
+The config decides what the tensors do not determine: `group_size`, and with `sym` the zero point,
+which is then 8 in either encoding (some programs write one encoding and name the other).
 
-AWQ has such matrices too, and shares the checks of config keys, of a layer's tensors and groups.
+AWQ shares the checks of config keys, of a layer's tensors and of groups.
 """
 
 from collections.abc import Mapping, Sequence
@@ -65,7 +65,7 @@ def read_gptq(
 
 
 def _format(options: Mapping[str, Any], where: str) -> str:
-    """Programs write it under one key, the other, or both; the first GPTQ where neither is."""
+    """The format, which programs store under either key or both; "gptq" if under neither."""
     given = {key: options[key] for key in ("checkpoint_format", "format") if options.get(key)}
     for key, value in given.items():
         if not isinstance(value, str) or value not in _FORMATS:
@@ -82,7 +82,7 @@ def _format(options: Mapping[str, Any], where: str) -> str:
 
 
 def _changes(options: Mapping[str, Any], where: str) -> dict[str, Mapping[str, Any]]:
-    """What `dynamic` changes for layers whose names match; the first that does decides."""
+    """Settings that `dynamic` overrides for matching layer names; the first match decides."""
     dynamic, where = options.get("dynamic") or {}, f"{where}: quantization_config.dynamic"
     if not isinstance(dynamic, Mapping):
         raise CheckpointError(f"{where} is {shown(dynamic)}; it must be a JSON object")
@@ -108,7 +108,7 @@ def _check_order(
     options: Mapping[str, Any],
     where: str,
 ) -> None:
-    """Columns are in groups of neighbors. `desc_act` alone does not tell: static groups are too."""
+    """Check that groups are contiguous columns; with static groups they are, despite `desc_act`."""
     place = places.get("g_idx")
     if place is None:
         if options.get("desc_act") and size < k:
@@ -148,10 +148,10 @@ def _read(
 def _zero_points(
     symmetric: bool | None, added: int, config: str, where: str, stored: Tensor
 ) -> Tensor:
-    """What the numbers [N, G] in a file mean.
+    """The zero points that the stored numbers [N, G] encode.
 
     Args:
-        symmetric: `sym` of the config. added: what its format adds to what is stored.
+        symmetric: `sym` of the config. added: the offset that the format adds to stored numbers.
 
     Raises:
         CheckpointError: they contradict `sym`, or could mean two things.
@@ -192,7 +192,7 @@ def check_options(
     bits: tuple[str, int],
     allowed: Mapping[str, Sequence[object]],
 ) -> None:
-    """The values of `quantization_config` are among those allowed.
+    """Check that values of `quantization_config` are allowed.
 
     Args:
         bits: the key of the width, and the only one.
@@ -213,7 +213,7 @@ def check_options(
 def check_groups(
     layer: str, place: TensorPlace, k: int, options: Mapping[str, Any], key: str, where: str
 ) -> int:
-    """Columns in a group, as the config says: the number of scales alone leaves several open.
+    """The group size from the config: the number of scales alone is ambiguous.
 
     Args:
         place: of the scales [groups, N].

@@ -1,4 +1,4 @@
-"""Rules on single linear layers, on those that an engine fuses into one, and on all on a CPU."""
+"""Rules for single linear layers, for layers that an engine fuses, and for serving on a CPU."""
 
 from collections.abc import Iterator, Sequence
 
@@ -18,7 +18,7 @@ from fqcompile.interop.layers import (
 )
 from fqcompile.interop.quantization_config import find_match, is_class, is_ignored
 
-# What the fastest CUDA kernel takes without filling up with zeros.
+# Tile sizes that the fastest CUDA kernel accepts without zero padding.
 _TILE_K, _TILE_N = 128, 64
 # One kernel for linears on a CPU, and few for experts. Facts of vLLM 0.32, in vllm/model_executor:
 # - kernels/linear/mixed_precision/cpu.py, CPUWNA16LinearKernel.can_implement: uint4 and uint4b8
@@ -26,7 +26,7 @@ _TILE_K, _TILE_N = 128, 64
 # - layers/fused_moe/oracle/int_wna16.py, _get_priority_backends: ZEN_CPU and CPU alone; then
 #   layers/fused_moe/experts/cpu_moe.py, CPUExpertsInt4: int4, on x86 with AMX; and
 #   experts/zentorch_moe.py, ZentorchExpertsInt4: int4 in groups, where zentorch is installed.
-# vLLM was seen to stop so: "No WNA16 MoE backend supports the deployment configuration".
+# vLLM's error then: "No WNA16 MoE backend supports the deployment configuration".
 _CPU_BITS, _CPU_MULTIPLE = 4, 32
 _ON_GPU = "serve it on a GPU"
 _LEAVE = "leave it dense, and name it in ignore"
@@ -49,7 +49,7 @@ def layer_rules(subject: Subject) -> Iterator[Finding]:
 
 
 def _engine_layers(subject: Subject) -> dict[str, list[Layer]]:
-    """The linear layers as the engine has them, with their parts; experts are not among them."""
+    """The linear layers as the engine fuses them, with their parts; without experts."""
     linears = [layer for layer in subject.layers if stack_of(layer.name) is None]
     names = {layer.name for layer in linears}
     found: dict[str, list[Layer]] = {}
@@ -68,7 +68,7 @@ def _format(subject: Subject, layer: Layer) -> list[Rule]:
         ("bits", "refused", scheme.bits not in BITS,
          f"{scheme} has no kernel", "quantize to 4 or 8 bits"),
         ("group-divides-k", "refused", size and k % size,
-         f"K = {k} is no multiple of {size}",
+         f"K = {k} is not a multiple of {size}",
          f"repeat the scales to a group size that divides {k}"),
         ("group-size", "refused", size and size not in GROUP_SIZES and subject.has_gpu_kernels,
          f"group {size} has no kernel: they take {', '.join(map(str, GROUP_SIZES))} or channel",
@@ -79,7 +79,7 @@ def _format(subject: Subject, layer: Layer) -> list[Rule]:
 
 
 def _place(subject: Subject, layer: Layer) -> list[Rule]:
-    """Layers that engines keep dense."""
+    """Rules for layers that engines keep dense."""
     return [
         ("embedding", "refused", is_embedding(layer.name),
          "embeddings are looked up, not multiplied", _LEAVE),
@@ -92,7 +92,7 @@ def _place(subject: Subject, layer: Layer) -> list[Rule]:
 
 
 def _shards(subject: Subject, layer: Layer) -> list[Rule]:
-    """What tensor parallelism leaves of the layer on each device, and the kernels for that."""
+    """Rules for the shard of the layer on each device, and the kernels for it."""
     scheme, tp = layer.scheme, subject.tp
     assert scheme is not None
     k, n = _on_each_device(subject, layer.name, layer.k, layer.n)
@@ -101,9 +101,10 @@ def _shards(subject: Subject, layer: Layer) -> list[Rule]:
     return [
         tp_rule(subject, layer, tp if is_split_along_k(layer.name) else 0, "a smaller --tp"),
         ("tp-splits-n", "refused", along_n and layer.n % tp,
-         f"N = {layer.n} is no multiple of --tp {tp}", "take another degree of tensor parallelism"),
+         f"N = {layer.n} is not a multiple of --tp {tp}",
+         "take another degree of tensor parallelism"),
         ("words", "refused", k % words,
-         f"K = {k} is no multiple of {words}, the codes in a word", "leave the layer dense"),
+         f"K = {k} is not a multiple of {words}, the codes in a word", "leave the layer dense"),
         ("tile", "slow", subject.has_gpu_kernels and (k % _TILE_K or n % _TILE_N),
          f"{n} x {k} on each device is filled up to multiples of {_TILE_N} x {_TILE_K}",
          "take a smaller --tp" if tp > 1 else "none: it is the layer's shape"),
@@ -117,7 +118,7 @@ def _on_each_device(subject: Subject, name: str, k: int, n: int) -> tuple[int, i
 
 
 def tp_rule(subject: Subject, layer: Layer, degree: int, other: str) -> Rule:
-    """K, split over devices, breaks a group; `degree` 0: it is not split."""
+    """The rule that splitting K over devices must not cut a group; `degree` 0: not split."""
     scheme, k, tp = layer.scheme, layer.k, subject.tp
     assert scheme is not None
     size = scheme.group_size
@@ -136,7 +137,7 @@ def tp_rule(subject: Subject, layer: Layer, degree: int, other: str) -> Rule:
 
 
 def _fused(parts: Sequence[Layer]) -> list[Rule]:
-    """Parts of one fused layer must be alike."""
+    """The rule that parts of a fused layer must have the same scheme."""
     schemes = {layer.scheme for layer in parts}
     kinds = ", ".join(f"{last(p.name)} {p.scheme or 'dense'}" for p in parts)
     problem, unlike = f"one fused layer of different schemes ({kinds}): ", len(schemes) > 1
@@ -149,7 +150,7 @@ def _fused(parts: Sequence[Layer]) -> list[Rule]:
 
 
 def _matched(subject: Subject, name: str, parts: Sequence[Layer]) -> list[Rule]:
-    """The config must lead the engine to the scheme that is stored."""
+    """The rule that the engine's lookup in the config must yield the stored scheme."""
     names, stored, config = [layer.name for layer in parts], parts[0].scheme, subject.config
     if stored is None and (is_head(name) or is_router(name)):
         return []  # built dense by the engines, whatever matches
@@ -177,7 +178,7 @@ def _matched(subject: Subject, name: str, parts: Sequence[Layer]) -> list[Rule]:
 
 
 def cpu_rules(subject: Subject) -> Iterator[Finding]:
-    """All findings that are about the CPU."""
+    """All findings for serving on a CPU."""
     if subject.engine != "vllm" or subject.device != "cpu":
         return
     for parts in _engine_layers(subject).values():
@@ -206,7 +207,7 @@ def _linear_on_cpu(subject: Subject, parts: Sequence[Layer]) -> list[Rule]:
         ("cpu-group-size", "refused", fits and size and size % 2,
          f"group {size} is odd", "repeat the scales to an even group size"),
         ("cpu-shape", "refused", fits and (k % _CPU_MULTIPLE or n % _CPU_MULTIPLE),
-         f"{n} x {k} on each device are no multiples of {_CPU_MULTIPLE}, as a CPU's kernel needs",
+         f"{n} x {k} on each device are not multiples of {_CPU_MULTIPLE}, as a CPU's kernel needs",
          f"leave the layer dense, or {_ON_GPU}"),
     ]  # fmt: skip
 

@@ -1,6 +1,6 @@
-"""The layers of a checkpoint: their schemes, and what engines tell from their names.
+"""The layers of a checkpoint: their schemes, and the properties that engines derive from names.
 
-Names tell which layers an engine fuses, which are experts, which are split:
+Names determine which layers an engine fuses, which are experts and which are split:
 
 q_proj, k_proj, v_proj -> qkv_proj           experts.0.gate_proj, experts.1... -> experts
 """
@@ -81,7 +81,7 @@ def stack_of(name: str) -> str | None:
 
 
 def fused_name(name: str, present: Iterable[str]) -> str:
-    """What an engine calls the layer that this one is a part of; the name itself if of none.
+    """The engine's name of the fused layer that contains this one; its own name if not fused.
 
     Args:
         present: names of all layers (a set); a part without its partner is not fused.

@@ -1,7 +1,7 @@
-"""Regular expressions that files bring: what `re.match` finds, in bounded time.
+"""Match untrusted regular expressions with the semantics of `re.match`, in bounded time.
 
-Most go to `re`. One that `re` might try in too many ways (repeats in repeats, several in a row) is
-followed without going back: from the set of positions that it can have reached, part by part.
+Most are passed to `re`. Patterns that could make `re` backtrack too much (nested repeats, several
+repeats in a row) are matched without backtracking: part by part, as a set of reachable positions.
 
     (a+)+b on "aaac":   {0}  -(a+)+->  {1, 2, 3}  -b->  {}
 """
@@ -46,11 +46,11 @@ _Part = Callable[[_Search, set[int]], set[int]]
 
 
 def check_pattern(pattern: str, where: str) -> None:
-    """Whether `matches_pattern` takes it.
+    """Check that `matches_pattern` accepts the pattern.
 
     Raises:
-        CheckpointError: it is no regular expression, is absurdly long, or has parts that cannot be
-            matched in bounded time.
+        CheckpointError: it is not a regular expression, is absurdly long, or has parts that cannot
+            be matched in bounded time.
     """
     if len(pattern) > LONGEST_PATTERN:
         raise CheckpointError(
@@ -60,7 +60,7 @@ def check_pattern(pattern: str, where: str) -> None:
         _matcher(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise CheckpointError(
-            f"{where} is {shown(repr(pattern))}, which is no regular expression: {error}"
+            f"{where} is {shown(repr(pattern))}, which is not a regular expression: {error}"
         ) from error
     except NotImplementedError as error:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""`quantization_config` of a compressed-tensors checkpoint, read strictly; what it gives a layer.
+"""Strict reader of a compressed-tensors `quantization_config`, and the lookup of layers in it.
 
 {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
  "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, ...}}}}
@@ -33,7 +33,7 @@ _GROUP_KEYS = frozenset("targets weights input_activations output_activations fo
 
 @dataclass(frozen=True)
 class Group:
-    """A scheme, and the patterns of names that have it."""
+    """A scheme, and the patterns of layer names that use it."""
 
     name: str
     targets: tuple[str, ...]
@@ -155,7 +155,7 @@ def _mapping(content: Any, where: str) -> Mapping[str, Any]:
 def _known(found: Mapping[str, Any], known: frozenset[str], where: str) -> None:
     for key in found:
         if key not in known:
-            raise CheckpointError(f"{where}.{shown(key)} is no key that compressed-tensors knows")
+            raise CheckpointError(f"{where}.{shown(key)} is not a key of compressed-tensors")
 
 
 def _refuse(where: str, value: object, allowed: str) -> NoReturn:
@@ -215,7 +215,7 @@ def configured_scheme(config: QuantizationConfig, layer: Layer) -> Scheme | None
 
 
 def find_match(config: QuantizationConfig, name: str, parts: Iterable[str], engine: str) -> Match:
-    """What the engine finds.
+    """The match that the engine finds.
 
     Args:
         name: of the layer as the engine has it.

@@ -68,7 +68,7 @@ def _build(
     weight: QuantizedTensor,
     epilogue: Epilogue,
 ) -> tuple[Any, ...]:
-    """What a kernel is compiled for."""
+    """The properties that a kernel is compiled for."""
     formats = (x.dtype, weight.scale.dtype, weight.format, epilogue.activation, epilogue.gated)
     return (choice.template.name, config, x.device, *formats)
 

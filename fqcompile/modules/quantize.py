@@ -90,7 +90,7 @@ def packing_config(options: Mapping[str, object]) -> FineQuantConfig:
     given = [name for name in _OF_COMPILING if name in options]
     if given:
         raise OptionError(
-            f"option {given[0]} is one of compiling, which this does not: give it to "
+            f"option {given[0]} is one of compiling, which this function does not do: pass it to "
             "torch.compile(model, backend='finequant', options=...)"
         )
     return config

@@ -122,7 +122,7 @@ def _why_not(
     if node.op == "get_attr":
         return IN_THE_GRAPH
     if node not in state.constants:
-        return "an argument of the compiled function: what the caller passes in is no weight"
+        return "an argument of the compiled function: what the caller passes in is not a weight"
     names = dict.fromkeys(target_name(reader.target) for reader in readers)
     inside = [transformed[reader] for reader in readers if reader in transformed]
     if inside:
@@ -137,7 +137,7 @@ def _why_not(
 
 
 def _edges_to_sites(state: GraphState) -> dict[Edge, bool]:
-    """What brings weights to their sites, as pairs of a node and its user: is this the product?"""
+    """Edges from weights to sites, as pairs (node, user); True if the user is the product."""
     folder = ConstantFolder(state)
     edges: dict[Edge, bool] = {}
     for site in state.sites:

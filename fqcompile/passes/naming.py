@@ -247,7 +247,7 @@ def _unwrapped(
 
 
 def _variables(function: Any, args: Sequence[Any]) -> dict[str, Any]:
-    """What a Python function is given and refers to: arguments, closure, globals."""
+    """Objects that a Python function can reach: arguments, closure, globals."""
     if not inspect.isfunction(function):
         return {str(index): arg for index, arg in enumerate(args)}
     code = function.__code__

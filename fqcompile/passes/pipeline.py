@@ -38,7 +38,7 @@ def analyze(
     name: str = "the graph",
     changing: frozenset[int] = frozenset(),
 ) -> GraphState:
-    """All that happens before compilation; what `explain` shows."""
+    """Run the passes before compilation, whose result `explain` shows."""
     state = recorder.start("capture", lambda: capture(module, args, config))
     state.name, state.changing = name, changing
     recorder.run("normalize", state, normalize)
@@ -132,7 +132,7 @@ def verify(state: GraphState, after: str) -> None:
 
 
 def shared_facts(state: GraphState) -> Mapping[str, str]:
-    """What must be the same on all ranks of a sharded model, by name, in the order of the graph.
+    """Facts that must agree on all ranks of a sharded model, by name, in graph order.
 
     Collectives and sites in their order, and the options. Of a weight that every rank holds whole
     also the plan and the kernel; of a part each rank chooses its own.

@@ -68,7 +68,7 @@ class LocalGraph:
     sharded: tuple[int, ...]
 
     def arguments(self, args: Sequence[Any]) -> list[Any]:
-        """What the graph takes where Dynamo's takes `args`."""
+        """The arguments of the rewritten graph, for Dynamo's `args`."""
         note_updates([args[i] for i in self.sharded])
         return [*args, *(local_part(args[i]) for i in self.sharded)]
 

@@ -63,7 +63,7 @@ class Contraction:
 
     @property
     def routing(self) -> fx.Node | None:
-        """What says which expert a row belongs to."""
+        """The routing: which expert each row belongs to."""
         return self.ids or self.offsets
 
     @property
@@ -173,7 +173,7 @@ class GraphState:
         return self.module.graph
 
     def known_in(self, args: Sequence[Any]) -> dict[fx.Node, InputName]:
-        """What `known` is where another instance runs the graph, whose weights are in `args`."""
+        """`known` for another instance that runs the graph with its weights in `args`."""
         return self.known | name_inputs(self.named, args)
 
     def replace_op(self, ops: Sequence[fx.Node], fused: fx.Node, weight: NodeWeight) -> None:
@@ -185,7 +185,7 @@ class GraphState:
 
 
 def part_of(state: GraphState, site: WeightSite, plan: QuantPlan) -> Part:
-    """The site's rows as quantized by this plan, whoever's weights come in."""
+    """The site's rows as quantized by this plan, for the weights of any instance."""
     *experts, rows, k = site.shape
     inputs = tuple(state.constants[source] for source in site.sources)
     return Part(site.recipe, inputs, plan, rows, k, *experts)

@@ -62,7 +62,7 @@ class Row:
     Attributes:
         inputs: the positions of the tensors that it is named after.
         part: ends the name.
-        table: whether it is called after who reads its rows.
+        table: whether it is named after the reader of its rows.
         decision: the place of its site among those that are not settled.
     """
 
@@ -143,7 +143,7 @@ def rows_beside(
 ) -> tuple[Site, ...]:
     """The rows of weights that run the graph of `rows`, and whose names are not among those told.
 
-    None of what no module holds: it has the name of its path, whoever runs the graph.
+    Without weights that no module holds: these are named by their path in every instance.
     """
     held = [row for row in rows if any(known[i].held for i in row.inputs)]
     found = (row.of(known, decisions) for row in held)

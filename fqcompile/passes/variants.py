@@ -62,7 +62,7 @@ _VERSIONS = {name: version(name) for name in ("fqcompile", "torch")}
 def compile_graph(
     module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig, name: str | None = None
 ) -> Inner:
-    """What Dynamo gets back for one graph: a callable with the graph's own arguments.
+    """The callable that Dynamo gets for one graph, with the graph's own arguments.
 
     Raises:
         RankError: other ranks of a sharded model compile something else, or do not answer.

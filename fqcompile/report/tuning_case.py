@@ -190,7 +190,7 @@ def summary(cases: Sequence[TuningCase], choice: str) -> str:
         f"slower in {counts['slower']}"
     )
     worst, where = max(ratios, key=lambda pair: pair[0])
-    return f"{text}; at the most {worst:.2f}x ({where.name})" if worst > 1 else text
+    return f"{text}; at most {worst:.2f}x ({where.name})" if worst > 1 else text
 
 
 def doubts(cases: Sequence[TuningCase]) -> list[str]:

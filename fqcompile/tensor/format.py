@@ -111,10 +111,10 @@ class Format:
 
     @cached_property
     def flipped(self) -> "Format":
-        """Of the transpose, in the same memory."""
+        """The format of the transpose, in the same memory."""
         return replace(self, transposed=not self.transposed)
 
     @cached_property
     def one(self) -> "Format":
-        """Of one expert."""
+        """The format of one expert."""
         return replace(self, experts=0)

@@ -57,7 +57,7 @@ class QuantizedTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the matrices, (N, K) or (E, N, K)."""
+        """Shape of the matrices, (N, K) or (E, N, K)."""
         return self.format.matrices
 
     @property
@@ -86,7 +86,7 @@ class QuantizedTensor:
         return [self.expert(index) for index in range(self.format.experts)]
 
     def some_experts(self, start: int, count: int) -> Self:
-        """Those from `start` on, as a stack again; views."""
+        """`count` experts from `start` on, as a stack; views."""
         some = slice(start, start + count)
         form = replace(self.format, experts=count)
         return type(self)(self.qweight[some], self.scale[some], form)

@@ -65,7 +65,7 @@ class DenseView(NoMemory):
 
     @property
     def shown(self) -> Tensor:
-        """What the weight has there now, as an ordinary tensor that nothing may write to."""
+        """The current values of the view, as an ordinary tensor that must not be written to."""
         if self.memory is not None and self.memory.number != self._number:
             number = self.memory.number
             self._shown = values(self.memory, self.dtype).as_strided(*self.place)
@@ -123,7 +123,7 @@ class DenseView(NoMemory):
         return array
 
     def data_ptr(self) -> int:
-        """What is written there would be lost."""
+        """Refuse, because writes there would be lost."""
         raise no_memory(self.memory.name if self.memory is not None else "")
 
 
@@ -159,7 +159,7 @@ HANDLERS[None] = densely
 
 
 def refusal(func: object, written: _Views) -> FineQuantError:
-    """What to raise where `func` would write to a packed weight or a view of one."""
+    """The error for a `func` that would write to a packed weight or a view of one."""
     memory = written.memory
     name = memory.name if memory is not None else ""
     place = f", {name}" if name else ""

@@ -55,7 +55,7 @@ VERSION = sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()
 
 
 class Usage(NamedTuple):
-    """What a cache holds."""
+    """The number of entries in a cache, and their bytes."""
 
     entries: int
     nbytes: int

@@ -122,10 +122,10 @@ class WeightDispatch(SerializableCallable):
 
     Args:
         weight_inputs: positions of the constant weights among the outer arguments.
-        variant_for: decides the plans for these arguments and returns their variant; the inputs of
-            its second argument are to be read as they come.
+        variant_for: decides the plans for these arguments and returns their variant; the inputs in
+            its second argument are read dense.
         detect_updates: compare storage and version of every weight on each call, and repack on a
-            change; otherwise only new identities are noticed.
+            change; otherwise only new identities are detected.
     """
 
     def __init__(

@@ -37,7 +37,7 @@ _CORRUPT = (
 
 
 def encoded(key: str, entry: Entry) -> list[Piece]:
-    """The pieces of the file with this weight, which is on a CPU, for who asks for `key`."""
+    """The pieces of the file with this weight, which is on a CPU, for requests of `key`."""
     plan, weight = entry
     about = {**vars(plan), "scale_dtype": _name(plan.scale_dtype), "k": weight.k}
     text = json.dumps(about)

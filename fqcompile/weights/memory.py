@@ -33,7 +33,7 @@ _numbers = count(1)
 
 
 class Place(NamedTuple):
-    """Where a view's elements are in the weight that was packed, as `torch.as_strided` takes it."""
+    """Size, stride and offset of a view in the packed weight, as `torch.as_strided` takes them."""
 
     size: Sequence[int]
     stride: Sequence[int]
@@ -41,7 +41,7 @@ class Place(NamedTuple):
 
 
 def whole_place(size: Sequence[int]) -> Place:
-    """That of a weight which is contiguous."""
+    """The place of a contiguous weight."""
     lengths = [max(length, 1) for length in size[:0:-1]]
     return Place(size, tuple(accumulate(lengths, mul, initial=1))[::-1])
 
@@ -79,7 +79,7 @@ class Memory:
             old.scale.dtype,
             old.scale.device,
         )
-        self.number = next(_numbers)  # who reads meanwhile, and looks again, sees that it changed
+        self.number = next(_numbers)  # a concurrent reader that compares numbers sees the change
         if fit:
             old.qweight.copy_(new.qweight)
             old.scale.copy_(new.scale)
@@ -196,7 +196,7 @@ class NoMemory(Tensor):
         return storage
 
     def other_shape(self, values: Tensor) -> FineQuantError:
-        """What to raise where values of another shape would be written to it."""
+        """The error for writing values of another shape to it."""
         name = self._weight_name()
         return FineQuantError(
             f"a packed weight of shape {tuple(self.shape)}{f', {name},' if name else ''} got one "
@@ -234,12 +234,12 @@ class _Storage(torch.UntypedStorage):
         raise no_memory()
 
     def nbytes(self) -> int:
-        """What a dense weight would take."""
+        """Bytes that a dense weight would take."""
         return self.dense_bytes
 
 
 def no_memory(name: str = "") -> FineQuantError:
-    """What to raise where the memory of the parameter `name`, or of a view of it, is asked for."""
+    """The error for a request of the memory of the parameter `name`, or of a view of it."""
     return FineQuantError(
         f"a packed weight{f', {name},' if name else ''} has no memory of its own to be read or "
         "written as a dense one: save the model with fqcompile.save(model, directory), or "

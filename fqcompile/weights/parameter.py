@@ -41,7 +41,7 @@ HANDLERS: dict[str | None, Handler] = {}
 
 @cache
 def handler_of(func: Any) -> Handler:
-    """What answers this operator. Its name takes a microsecond to make, and is asked for once."""
+    """The handler of this operator, cached: building its name takes a microsecond."""
     return HANDLERS.get(str(func)) or HANDLERS[None]
 
 
@@ -100,7 +100,7 @@ class PackedWeight(NoMemory):
 
     @classmethod
     def whole(cls, weight: QuantizedTensor, dtype: torch.dtype, name: str = "") -> "PackedWeight":
-        """One whose memory no other tensor shares, in whatever layout it is."""
+        """A packed weight whose memory no other tensor shares, in the layout of the codes."""
         return cls.showing(Memory(weight, name), dtype, whole_place(weight.format.shape))
 
     @classmethod
@@ -110,8 +110,8 @@ class PackedWeight(NoMemory):
 
         Args:
             weight: in the plain layout.
-            dtype: of the weight it stands for, and so of the activations.
-            name: of the parameter, for messages.
+            dtype: dtype of the dense weight, and so of the activations.
+            name: name of the parameter, for messages.
         """
         return cls.whole(in_kernel_layout(weight, dtype), dtype, name)
 
@@ -234,7 +234,7 @@ class PackedWeight(NoMemory):
         return self.packed_bytes / max(1, self.numel())
 
     def _stable_hash_for_caching(self) -> str:
-        """What AOTAutograd's cache knows it by: all that its compiled code depends on."""
+        """The key in AOTAutograd's cache: everything its compiled code depends on."""
         inner = [(t.shape, t.stride(), t.dtype) for t in (self.qweight, self.scale)]
         outer = (self.shape, self.stride(), self.dtype, self.device, self.requires_grad)
         gathered = None if self.ids is None else self.ids.dtype
@@ -268,7 +268,7 @@ def rebuild_packed_weight(
     scale_method: str,
     is_parameter: bool,
 ) -> Tensor:
-    """What `torch.load` and unpickling call."""
+    """Called by `torch.load` and unpickling."""
     rows, k = shape[0] // max(1, experts), shape[1]
     form = Format(bits, group_size, rows, k, experts, transposed, scale_method)
     weight = PackedWeight.of(QuantizedTensor.of_rows(qweight, scale, form), dtype)

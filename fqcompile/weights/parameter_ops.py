@@ -1,4 +1,4 @@
-"""What PackedWeight answers itself: views, copies, rows, experts. The rest gets the dense weight.
+"""Operators with a packed form: views, copies, rows, experts. Others get the dense weight.
 
 t, transpose            the same memory, read the other way round
 select, unbind          one expert of a stack; a view

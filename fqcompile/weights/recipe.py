@@ -151,7 +151,7 @@ class WeightRecipe:
         return result
 
     def _places(self, values: list[Any]) -> Any:
-        """What the steps make of the sources `values` when casts do nothing."""
+        """The result of the steps on the sources `values`, with casts ignored."""
         for step in self.steps:
             cast = step.name in CASTS
             values.append(values[step.args[0].index] if cast else step.run(values))

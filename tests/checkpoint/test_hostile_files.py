@@ -192,7 +192,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a size of nothing": ({"num_attention_heads": 0}, "cannot be built from its config"),
     "another type": ({"hidden_size": {"a": 1}}, "cannot be built from its config"),
     "escapes": ({"hidden_act": "\x1b[2J\n"}, "cannot be built from its config"),
-    "a class that is no name": ({"architectures": {"a": 1}}, "holds a None, which is no model"),
+    "a class that is no name": ({"architectures": {"a": 1}}, "holds a None, which is not a model"),
     "a class with escapes": ({"architectures": ["\x1b[31mA\n"]}, r"holds a \\x1b\[31mA\\n, which"),
 }
 

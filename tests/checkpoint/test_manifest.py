@@ -116,7 +116,7 @@ def _with(*path: str | int, to: Any) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (_with("shards", 0, "file", to="../a"), r"shard '\.\./a' is no file"),
+        (_with("shards", 0, "file", to="../a"), r"shard '\.\./a' is not a file"),
         (_with("shards", 0, "bytes", to=-1), "shards.0..bytes is -1"),
         (_with("shards", 0, "bytes", to=True), "is bool, not int"),
         (_with("tensors", "b", "shard", to=1), "tensor b .* in shard 1"),

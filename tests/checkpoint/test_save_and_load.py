@@ -332,7 +332,7 @@ def test_attributes_of_the_constructor_stay_where_nobody_saved_them(saved: Path)
 
 
 def test_a_class_that_is_not_of_hugging_face_needs_a_function(saved: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds a Small, which is no model class"):
+    with pytest.raises(CheckpointError, match="holds a Small, which is not a model class"):
         fqcompile.load(None, saved)
 
 

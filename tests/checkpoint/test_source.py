@@ -70,11 +70,11 @@ def _cut(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (Path.mkdir, "has no config.json: it is no checkpoint of Hugging Face"),
+        (Path.mkdir, "has no config.json: it is not a Hugging Face checkpoint"),
         (_without("model.safetensors.index.json"), r"has neither model\.safetensors nor"),
         (_without("model-1.safetensors"), r"lacks model-1\.safetensors, which"),
         (_with_index({}), "has no weight_map"),
-        (_with_index([]), "no JSON object"),
+        (_with_index([]), "not a JSON object"),
         (_with_index({"weight_map": {"a.weight": "../a"}}), "has no weight_map of files beside it"),
         (_with_index({"weight_map": {"c": "model-0.safetensors"}}), "no file has tensor c"),
         (_quantized, r"is quantized already \(gptq\)"),
@@ -106,7 +106,7 @@ def test_a_class_that_transformers_does_not_have_is_named(names: Any, tmp_path: 
     pytest.importorskip("transformers", reason="the demo extra is not installed")
     _write(tmp_path / "in", {**CONFIG, "architectures": names})
     named = (names or [None])[0]
-    with pytest.raises(CheckpointError, match=f"holds a {named}, which is no model class"):
+    with pytest.raises(CheckpointError, match=f"holds a {named}, which is not a model class"):
         fqcompile.quantize_checkpoint(tmp_path / "in", tmp_path / "out")
 
 

@@ -97,7 +97,7 @@ def test_unknown_and_incomplete_configs_say_what_is_missing(tmp_path: Path) -> N
         ('{"model_type": ["llama"]}', "model_type ['llama']"),
         ('{"model_type": "opt", "hidden_size": 8}', "lacks ffn_dim, num_hidden_layers"),
         ("[1]", "holds a list"),
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         (json.dumps({**LLAMA, "hidden_size": "8"}), "hidden_size is '8'"),
         (json.dumps({**LLAMA, "num_hidden_layers": 0}), "num_hidden_layers is 0"),
         (json.dumps({**LLAMA, "vocab_size": True}), "vocab_size is True"),

@@ -241,7 +241,7 @@ BAD = {
         everywhere("group-size", "refused", SERVERS),
         "model.layers.0.mlp.up_proj", "repeat the scales to 128",
     ),
-    "K that is no multiple of the group": Bad(
+    "K that is not a multiple of the group": Bad(
         config((["Linear"], INT4)), [replace(x, k=600) if x.name.endswith("fc1") else x for x in
         [*dense_model(), Layer("model.layers.0.fc1", 512, 600, INT4)]],
         everywhere("group-divides-k", "refused"), "model.layers.0.fc1", "that divides 600",

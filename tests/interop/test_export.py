@@ -234,7 +234,7 @@ def test_models_of_our_own_and_other_directories_are_refused(tmp_path: Path) -> 
     model = torch.nn.Sequential(torch.nn.Linear(64, 64))
     fqcompile.quantize_(model, min_elements=1)
     fqcompile.save(model, tmp_path / "own")
-    with pytest.raises(CheckpointError, match="Sequential, which is no model class"):
+    with pytest.raises(CheckpointError, match="Sequential, which is not a model class"):
         fqcompile.export(tmp_path / "own", tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         fqcompile.export(tmp_path / "nothing", tmp_path / "out")

@@ -333,7 +333,7 @@ def test_gptq_whose_layers_differ(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dynamic", "message"),
     [
-        ({"(": {}}, "dynamic.* which is no regular expression"),
+        ({"(": {}}, "dynamic.* which is not a regular expression"),
         ({".*": 3}, r"dynamic\.\.\* is 3; it must be"),
         ([1], r"dynamic is \[1\]; it must be"),
         ({".*_proj": {"bits": 8}}, "quantization_config.bits is 8, and only 4"),
@@ -433,7 +433,7 @@ def test_scales_of_no_group_size(tmp_path: Path) -> None:
     """No groups of one size make 100 of K = 128."""
     scale = torch.ones(128, 100, dtype=torch.bfloat16)
     write_in_groups(tmp_path, 32, 64, weight_scale=scale)
-    refused(tmp_path / "packed", "are no codes and scales of")
+    refused(tmp_path / "packed", "are not codes and scales of")
 
 
 def test_a_config_of_packed_layers_that_are_not_there(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_text_has_the_table_the_losses_and_every_refusal() -> None:
         assert text in third
     assert (
         "heuristic: the best in 1 of 4 cases, within the spread of the best in 1, slower in 2; "
-        f"at the most 1.88x (512x256 {FORM}, M <= 16)"
+        f"at most 1.88x (512x256 {FORM}, M <= 16)"
     ) in lines
     where = f"64x256 {FORM}, M <= 1, M <= 16; 512x256 {FORM}, M <= 16"
     assert f"{where}: c refused: {REASON}" in lines

@@ -203,7 +203,7 @@ def _compiler() -> str:
 
 
 def _digest(command: list[str]) -> str:
-    """Of all that the library is made of."""
+    """A digest of everything that determines the library."""
     version = _run([command[0], "--version"])
     parts = [*command, version, torch.__version__, f"{_DIGEST_BYTES} bytes follow"]
     parts += [path.read_text(encoding="utf-8") for path in sorted(_SOURCES.iterdir())]
@@ -211,7 +211,7 @@ def _digest(command: list[str]) -> str:
 
 
 def _compile(command: list[str], path: Path) -> None:
-    """Compile to a file of its own first: whoever finds `path` finds all of it."""
+    """Compile to a temporary file first, so that `path` is always a complete library."""
     made = path.with_name(".made")
     libraries = Path(torch.__file__).parent / "lib"
     command = [*command, str(_MAIN), "-o", str(made), f"-L{libraries}", "-ltorch_cpu"]

@@ -87,7 +87,7 @@ def _has_amx() -> bool:
 def _multiply(
     x: Tensor, weight: QuantizedTensor, routing: Routing | None, epilogue: Epilogue
 ) -> tuple[Tensor, bool]:
-    """One C++ call, of little Python; False where the routing names what is not there."""
+    """One C++ call with little Python; False if the routing names a missing expert or row."""
     qweight, scale, f = weight.qweight, weight.scale, weight.format
     rows, k = f.rows, f.k
     bias, residual, activation, gated = epilogue

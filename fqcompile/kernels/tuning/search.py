@@ -92,7 +92,7 @@ def _try_all(
         try:
             trial = Trial(config, measure(config))
         except torch.OutOfMemoryError as error:
-            # Says less about the configuration than about who else uses the GPU.
+            # Says less about the configuration than about other users of the GPU.
             problem = f"{config} could not be measured: {_first_line(error)}"
             continue
         except DeviceLost as error:

@@ -30,7 +30,7 @@ Fingerprint = Mapping[str, str]
 _UNUSABLE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError
 )  # fmt: skip
-_LONGEST_SEARCH = 1800.0  # seconds; who has waited so long searches too
+_LONGEST_SEARCH = 1800.0  # seconds; a process that has waited this long searches too
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Timing:
 
     def __post_init__(self) -> None:
         if not 0 < self.low <= self.microseconds <= self.high < math.inf:
-            raise ValueError(f"{self} is no timing: 0 < low <= median <= high must hold")
+            raise ValueError(f"{self} is not a timing: 0 < low <= median <= high must hold")
 
     @property
     def spread(self) -> float:
