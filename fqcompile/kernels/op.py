@@ -226,6 +226,24 @@ def _bias_gradient(dz: Tensor, bias: Tensor, offsets: Tensor | None, ids: Tensor
 torch.library.register_autograd(matmul, _backward, setup_context=_setup_context, lib=_library)
 
 
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, qweight, scale, *form, kernel, offsets, ids = inputs
+    ctx.save_for_backward(qweight, scale, offsets, ids)
+    ctx.form, ctx.kernel = form, kernel.partition(":")[0]
+
+
+def _second_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+    """ddz = ddx @ ŵᵀ: dx is linear in dz, and zero for rows of no expert."""
+    qweight, scale, offsets, ids = ctx.saved_tensors
+    plain = ("none", False, ctx.kernel, offsets, ids, offsets is not None)
+    return (matmul(ddx, qweight, scale, None, None, *ctx.form, *plain), *(None,) * 9)
+
+
+torch.library.register_autograd(
+    matmul_backward, _second_backward, setup_context=_setup_second, lib=_library
+)
+
+
 def _register_autocast(device_type: str, op: Any, name: str) -> None:
     key = f"Autocast{device_type.upper()}"
     excluded = key_set(key)

@@ -275,6 +275,25 @@ def test_backward_is_that_of_the_composition(op: Any, activation: str, gated: bo
     assert not x.grad[4:].any(), "rows of no expert have no gradient"
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("op", [grouped, gathered], ids=["grouped", "gathered"])
+def test_second_derivative_is_that_of_the_composition(op: Any) -> None:
+    """Where an operator has no derivative PyTorch warns that values may be wrong silently."""
+    call = make_experts([0, 1, 1, 3], 4, beyond=2, n=6, k=37)
+    if op is gathered:
+        call = replace(call, x=call.x[:4], of_row=torch.tensor([3, 1, 0, 1]))
+    x, exact_x = call.x.clone().requires_grad_(), call.x.double().requires_grad_()
+    w = torch.stack([unpacked(p.qweight, p.scale, p.bits, 32, 37) for p in call.problems])
+    exact = torch.einsum("mk,mnk->mn", exact_x[:4], w[call.of_row])
+    second = []
+    for value, y in ((x, call.run(op, x)), (exact_x, exact)):
+        (dx,) = torch.autograd.grad(y[:4].pow(3).sum(), value, create_graph=True)
+        second.append(torch.autograd.grad(dx.pow(2).sum(), value)[0].double())
+    got, want = second
+    assert float((got - want).norm()) <= 1e-5 * float(want.norm())
+    assert not got[4:].any(), "rows of no expert have no gradient"
+
+
 def test_compiled_ops_are_one_graph_for_every_number_of_rows() -> None:
     call = make_experts([0, 1, 1, 0, 1, 0], 2, bias=True)
     qweight, scale, *rest = call.arguments
