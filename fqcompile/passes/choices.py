@@ -15,7 +15,7 @@ from fqcompile.passes.effects import has_effects
 from fqcompile.passes.fold import ConstantFolder
 from fqcompile.passes.kept import is_like, reads_values
 from fqcompile.passes.state import GraphState, WeightSite, example
-from fqcompile.weights.recipe import CASTS, target_name
+from fqcompile.weights.recipe import CASTS, MOVING, target_name
 
 # A router scores each of its experts; far fewer rows than any vocabulary that is sampled by top-k.
 _ROUTER_MAX_EXPERTS = 1024
@@ -23,6 +23,7 @@ _ROUTER_MAX_HOPS = 8
 _CODEBOOK_MAX_ENTRIES = 1 << 14  # vocabularies, from which a head may choose as well, are larger
 _RANKINGS = ("topk", "sort", "argsort")
 _LEAST = ("argmin", "min")
+_ONE_HOT = CASTS | {"one_hot"}
 _MIXING = frozenset(
     "linear matmul bmm mm addmm baddbmm einsum scaled_dot_product_attention".split()
 )
@@ -126,6 +127,14 @@ def is_codebook(state: GraphState, site: WeightSite) -> bool:
     return nearest or any(_looks_up(choice, of_weight) for choice in choices)
 
 
+def is_table_product(site: WeightSite) -> bool:
+    """Whether the product reads rows of the weight: one_hot(ids) @ w, through casts and views."""
+    node: object = site.contraction.x
+    while isinstance(node, fx.Node) and target_name(node.target) in CASTS | MOVING:
+        node = node.args[0]
+    return isinstance(node, fx.Node) and target_name(node.target) == "one_hot"
+
+
 def _read_of(scores: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
     """What is computed of the scores, and the indices, ranks and comparisons made of that.
 
@@ -162,8 +171,11 @@ def _chooser(choice: fx.Node) -> str:
 
 
 def _looks_up(choice: fx.Node, of_weight: Callable[[object], bool]) -> bool:
-    """Whether rows of the weight are read by the index that was chosen, or by its indices."""
-    indices = {choice, *choice.users, *(far for user in choice.users for far in user.users)}
+    """Whether what was chosen reads rows of the weight: w[ids], one_hot(ids) @ w."""
+    indices = [choice, *choice.users, *(far for user in choice.users for far in user.users)]
+    for index in indices:  # grows while it is read: by one-hot rows, their casts, and their readers
+        near = index.users if target_name(index.target) in _ONE_HOT else ()
+        indices += [user for user in near if user not in indices]
     tables = (arg for reader in indices for arg in reader.all_input_nodes if arg not in indices)
     return any(of_weight(table) for table in tables)
 

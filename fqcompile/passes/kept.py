@@ -26,7 +26,7 @@ IN_THE_GRAPH = "it is a constant of the graph, not one of its inputs"
 INTO_AN_INPUT = (
     "turn torch._inductor.config.freezing off, or call fqcompile.quantize_(model) before compiling"
 )
-_TABLE = "embedding table: embeddings are not quantized"
+TABLE = "embedding table: embeddings are not quantized"
 _ROW_READS = frozenset("embedding embedding_bag index_select index gather take_along_dim".split())
 # What takes nothing but shape, dtype and device: of any operand, or of one that is not the first.
 _LIKE = frozenset(
@@ -89,7 +89,7 @@ def kept_matrices(state: GraphState) -> list[KeptWeight]:
         sharded, weight = is_dtensor(whole), local_part(whole)
         if not _is_matrix(weight, state.config.min_elements):
             continue
-        reason = _TABLE if table else _why_not(state, node, readers, transformed)
+        reason = TABLE if table else _why_not(state, node, readers, transformed)
         reason = NOT_LOCAL if sharded and "embedding" not in reason else reason
         kept.append(
             KeptWeight(

@@ -18,7 +18,8 @@ from fqcompile.config import ROUTER
 from fqcompile.distributed.ranks import progress
 from fqcompile.distributed.shards import NOT_LOCAL, is_dtensor
 from fqcompile.errors import UnquantizableWeight
-from fqcompile.passes.choices import experts_outside, is_codebook, is_router
+from fqcompile.passes.choices import experts_outside, is_codebook, is_router, is_table_product
+from fqcompile.passes.kept import TABLE
 from fqcompile.passes.naming import InputName, joined_name
 from fqcompile.passes.state import GraphState, WeightSite, example
 from fqcompile.quant.checks import OTHER_DTYPE, WEIGHT_DTYPES
@@ -197,6 +198,8 @@ def _settled_reason(state: GraphState, site: WeightSite) -> str | None:
         return (
             "its input is a nested tensor: multiply x.values(), the rows of all its parts, instead"
         )
+    if is_table_product(site) and not state.config.override_matches(site.name):
+        return TABLE
     if is_codebook(state, site) and not state.config.override_matches(site.name):
         return "codebook: its scores only choose an entry; name it in overrides to quantize it"
     if is_router(state, site) and not state.config.override_matches(site.name):
