@@ -150,7 +150,7 @@ def _packed_layer(module: str, tensors: Mapping[str, TensorPlace]) -> Layer:
     scheme = Scheme(bits or 0, size, zero not in tensors)
     if min(n, k) < 1 or rows != n or scales != n or not bits or scheme.groups(k) != groups:
         raise CheckpointError(
-            f"{file}: {packed} {[rows, words]} and {scale} {[scales, groups]} are no "
+            f"{file}: {packed} {[rows, words]} and {scale} {[scales, groups]} are not "
             f"codes and scales of {shape}, which says {[n, k]}"
         )
     return Layer(module, n, k, scheme)

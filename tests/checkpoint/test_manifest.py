@@ -87,8 +87,8 @@ def test_any_config_and_site_survives(value: Any) -> None:
     [
         ("", "not JSON"),
         ("[" * 100_000, "not JSON"),
-        ("[]", "no manifest of fqcompile"),
-        ('{"format": "other"}', "no manifest of fqcompile"),
+        ("[]", "not a manifest of fqcompile"),
+        ('{"format": "other"}', "not a manifest of fqcompile"),
         (signed(content(), version=3), "format version 3"),
         (signed(content(), version="1"), "format version '1'"),
         (signed(content(), sha256="00"), "checksum differs"),
