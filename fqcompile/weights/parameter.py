@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from multiprocessing.reduction import ForkingPickler
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -276,3 +277,24 @@ def rebuild_packed_weight(
 
 
 torch.serialization.add_safe_globals([rebuild_packed_weight])
+
+
+def _to_process(w: PackedWeight) -> tuple[Any, ...]:
+    """How another process is given the weight: it shares the memory, as for dense weights.
+
+    Codes made for the pickle alone would be gone before a spawned process opens them.
+    """
+    if w.memory is not w.memory.root or w.flipped or w.ids is not None:
+        return w.__reduce_ex__(2)
+    shown = (w.dtype, w.memory.root.name, isinstance(w, nn.Parameter))
+    return _from_process, (*w.memory.weight.tensors, w.memory.weight.format, *shown)
+
+
+def _from_process(
+    qweight: Tensor, scale: Tensor, form: Format, dtype: torch.dtype, name: str, is_parameter: bool
+) -> Tensor:
+    w = PackedWeight.whole(QuantizedTensor(qweight, scale, form), dtype, name)
+    return nn.Parameter(w, requires_grad=False) if is_parameter else w
+
+
+ForkingPickler.register(PackedWeight, _to_process)

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
@@ -353,6 +354,33 @@ def test_moving_and_casting_a_module() -> None:
     assert copy.deepcopy(layer).to("meta").weight.device.type == "meta"
     layer.share_memory()
     assert layer.weight.is_shared() and torch.equal(layer(x), y)
+
+
+def test_another_process_shares_the_memory() -> None:
+    layer = _module(make(64, 80))
+    sent = ForkingPickler.loads(bytes(ForkingPickler.dumps(layer.weight)))
+    assert isinstance(sent, nn.Parameter) and torch.equal(dense(sent), dense(layer.weight))
+    layer.weight.qweight.zero_()
+    assert torch.equal(sent.qweight, layer.weight.qweight)
+
+
+def _put(layer: nn.Module, x: Tensor, results: Any) -> None:
+    with torch.no_grad():
+        results.put(layer(x).tolist())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [False, True])
+def test_a_spawned_process_is_given_a_packed_module(share: bool) -> None:
+    layer, x = _module(make(64, 80)), torch.randn(3, 80)
+    layer = layer.share_memory() if share else layer
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=_put, args=(layer, x, results))
+    process.start()
+    with torch.no_grad():
+        assert results.get(timeout=120) == layer(x).tolist()
+    process.join()
 
 
 def test_nothing_is_copied_to_make_a_parameter_of_it() -> None:
