@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import fqcompile
 from fqcompile.kernels.registry import TEMPLATES, KernelChoice
 from fqcompile.kernels.spec import LaunchTable
+from fqcompile.passes.op_nodes import argument
 from tests.helpers import (
     InnerGraphs,
     Mlp,
@@ -267,5 +268,6 @@ def test_every_quantized_linear_carries_the_kernel_that_select_chose(
     choice = KernelChoice(template, launches)
     monkeypatch.setattr("fqcompile.passes.select.select_kernel", lambda spec: choice)
     finequant(frozen(Mlp()), inner_backend="fqtest_spy")(X)
-    assert [node.args[-1] for node in inner_graphs.linears()] == [f"dequantize:{launches}"] * 2
+    kernels = [argument(node, "kernel") for node in inner_graphs.linears()]
+    assert kernels == [f"dequantize:{launches}"] * 2
     assert {site.kernel for site in report().sites} == {f"dequantize:{launches}"}
