@@ -43,7 +43,8 @@ def _assert_nothing_forgotten(model: nn.Module) -> None:
     assert set(found) == expected
     for site in report().plan.kept:
         assert site.reason, site.name
-        if parameters[site.name] in _matrices(model):
+        # a buffer may be multiplied with too, as the frequencies of a rotary embedding are
+        if parameters.get(site.name) in _matrices(model):
             assert "min_elements" in site.reason
 
 

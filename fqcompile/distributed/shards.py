@@ -4,7 +4,7 @@ A process that has not imported torch.distributed.tensor has no DTensors and nee
 """
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -76,12 +76,6 @@ def note_updates(tensors: Sequence[Tensor]) -> None:
 def partial_sum() -> Any:
     """The placement of a tensor of which each rank has one summand, where there are DTensors."""
     return sys.modules["torch.distributed.tensor"].Partial()
-
-
-def from_local() -> Callable[..., Any]:
-    """What makes a DTensor of the ranks' parts, where there are DTensors."""
-    made: Callable[..., Any] = sys.modules["torch.distributed.tensor"].DTensor.from_local
-    return made
 
 
 def rank_groups(values: Iterable[Any]) -> list[tuple[int, ...]]:

@@ -22,7 +22,6 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fqcompile.distributed.shards import (
-    from_local,
     fsdp_refusal,
     is_dtensor,
     local_part,
@@ -34,7 +33,7 @@ from fqcompile.errors import ShardingError
 from fqcompile.passes.capture import enables_grad, is_constant_input
 from fqcompile.passes.effects import has_effects
 from fqcompile.passes.naming import qualified_name
-from fqcompile.passes.state import copy_module, erase_unused, example, placeholders
+from fqcompile.passes.state import constant, copy_module, erase_unused, example, placeholders
 from fqcompile.torch_compat import STATIC_INPUT, AttrSource, set_source, source_of
 from fqcompile.weights.recipe import target_name
 
@@ -57,7 +56,7 @@ class LocalLinear:
     local_bias: bool
     out: tuple[Any, ...]
     whole: Mapping[str, Any]
-    grad_of_x: dict[str, Any]
+    grad_of_x: tuple[Any, ...] | None
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,10 @@ def _part_input(graph: fx.Graph, weight: fx.Node) -> fx.Node:
 
 def _replace_linear(graph: fx.Graph, node: fx.Node, form: LocalLinear, part: fx.Node) -> None:
     with graph.inserting_before(node):
-        x = graph.call_method("to_local", (form.x,), form.grad_of_x)
+        backward = {}
+        if form.grad_of_x:
+            backward["grad_placements"] = constant(graph, f"{node.name}_grad", form.grad_of_x)
+        x = graph.call_method("to_local", (form.x,), backward)
         x.meta["example_value"] = _fake_part(form.x)
         bias = None
         if form.local_bias:
@@ -170,7 +172,9 @@ def _replace_linear(graph: fx.Graph, node: fx.Node, form: LocalLinear, part: fx.
         product.meta["example_value"] = _fake_part(node)
         mesh = graph.call_function(getattr, (form.x, "device_mesh"))
         options = {"run_check": False, **form.whole}
-        result = graph.call_function(from_local(), (product, mesh, list(form.out)), options)
+        out = constant(graph, f"{node.name}_out", form.out)
+        # a static method, and under its own name no code that PyTorch 2.11 could run
+        result = graph.call_method("from_local", (form.x, product, mesh, out), options)
         result.meta = dict(node.meta)
         if form.bias is not None and not form.local_bias:
             result = graph.call_function(torch.add, (result, form.bias))
@@ -191,7 +195,7 @@ def _straighten(graph: fx.Graph) -> None:
         while _is(made, "redistribute") and _same_layout(made, made.args[0]):
             made = made.args[0]
         if _is(made, "from_local") and _keeps(made):
-            node.replace_all_uses_with(made.args[0])
+            node.replace_all_uses_with(made.args[made.op == "call_method"])
             graph.erase_node(node)
 
 
@@ -215,7 +219,7 @@ def _fake_part(node: fx.Node | None) -> Tensor:
 
 
 def _only_converts(node: fx.Node) -> bool:
-    return any(_is(node, name) for name in _CONVERSIONS)
+    return node.op == "get_attr" or any(_is(node, name) for name in _CONVERSIONS)
 
 
 if TYPE_CHECKING:
@@ -242,11 +246,11 @@ def local_linear(node: fx.Node, weight: fx.Node) -> LocalLinear | None:
     local_bias = "sum" not in kinds
     if is_dtensor(b) and local_bias and not all(map(_adds, kinds, x.placements, b.placements)):
         return None
-    gradient = [
+    gradient = tuple(
         partial_sum() if kind == "rows" else own
         for kind, own in zip(kinds, x.placements, strict=True)
-    ]
-    grad_of_x = {"grad_placements": gradient} if "rows" in kinds else {}
+    )
+    grad_of_x = gradient if "rows" in kinds else None
     return LocalLinear(
         call["input"], bias, bias is not None and local_bias, tuple(y.placements), whole, grad_of_x
     )

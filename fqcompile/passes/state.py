@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fqcompile.config import FineQuantConfig
@@ -229,6 +229,20 @@ def copy_module(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, f
     copied.meta = dict(module.meta)
     copy_sources(module, copied, mapping)
     return copied, mapping
+
+
+class _Constant(nn.Module):
+    def __init__(self, value: object) -> None:
+        super().__init__()
+        self.value = value
+
+
+def constant(graph: fx.Graph, name: str, value: object) -> fx.Node:
+    """A node with a value whose repr is no code; the graph's module holds it under the name."""
+    owner = graph.owning_module
+    assert isinstance(owner, fx.GraphModule)
+    owner.add_submodule(name, _Constant(value))
+    return graph.call_function(getattr, (graph.get_attr(name), "value"))
 
 
 def erase_unused(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:

@@ -7,9 +7,11 @@ have none, by PyTorch's parallelize_module.
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import transformers as hf
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -24,6 +26,14 @@ from tests.helpers import Mlp, frozen
 
 RANKS = 2
 MOE = ("mixtral", "qwen3-moe")
+_EXPERTS: dict[str, int] = {"ep_size": RANKS}
+if not hasattr(hf.distributed.DistributedConfig, "ep_size"):  # before transformers 5.23
+    _EXPERTS = {"enable_expert_parallel": True}
+# What a stack of gate and up is: half of each on a rank.
+GATHERS_STRIDED = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.13"),
+    reason="DTensor of PyTorch 2.11 makes no whole tensor of strided shards",
+)
 _ATTENTION = {"q_proj": "rows", "k_proj": "rows", "v_proj": "rows", "out_proj": "columns"}
 _OPT = {f"self_attn.{name}": kind for name, kind in _ATTENTION.items()}
 _OPT |= {"fc1": "rows", "fc2": "columns"}
@@ -47,8 +57,7 @@ def sharded(
     if dist.get_rank() == 0:
         model.save_pretrained(folder)
     dist.barrier()
-    sizes = {"tp_size": RANKS, **({"ep_size": RANKS} if way == "ep" else {})}
-    config = hf.distributed.DistributedConfig(**sizes)
+    config = hf.distributed.DistributedConfig(tp_size=RANKS, **(_EXPERTS if way == "ep" else {}))
     found = type(model).from_pretrained(folder, dtype=dtype, distributed_config=config)
     found.eval().requires_grad_(False)
     if name in MOE:

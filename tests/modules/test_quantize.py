@@ -33,8 +33,6 @@ def _packed(model: nn.Module, **options: Any) -> tuple[nn.Module, fqcompile.Plan
 @pytest.mark.parametrize("name", CASES)
 def test_dense_model_equals_its_oracle_eagerly_and_compiled(name: str, dtype: torch.dtype) -> None:
     model, inputs = build(name, dtype)
-    if model.config.is_encoder_decoder:  # makes its cache of a deepcopy, which Dynamo 2.11 refuses
-        inputs = inputs | {"use_cache": False}
     packed, plan = _packed(model)
     expected = run(oracle(model, plan), inputs)
     depth = CHAIN * CASES[name].layers
