@@ -159,7 +159,7 @@ def _part_input(graph: fx.Graph, weight: fx.Node) -> fx.Node:
 
 def _replace_linear(graph: fx.Graph, node: fx.Node, form: LocalLinear, part: fx.Node) -> None:
     with graph.inserting_before(node):
-        backward = {}
+        backward: dict[str, Any] = {}
         if form.grad_of_x:
             backward["grad_placements"] = constant(graph, f"{node.name}_grad", form.grad_of_x)
         x = graph.call_method("to_local", (form.x,), backward)
