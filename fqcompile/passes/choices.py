@@ -131,7 +131,7 @@ def is_table_product(site: WeightSite) -> bool:
     """Whether the product reads rows of the weight: one_hot(ids) @ w, through casts and views."""
     node: object = site.contraction.x
     while isinstance(node, fx.Node) and target_name(node.target) in CASTS | MOVING:
-        node = node.args[0]
+        node = next(iter(node.all_input_nodes), None)
     return isinstance(node, fx.Node) and target_name(node.target) == "one_hot"
 
 
