@@ -131,7 +131,8 @@ def is_table_product(site: WeightSite) -> bool:
     """Whether the product reads rows of the weight: one_hot(ids) @ w, through casts and views."""
     node: object = site.contraction.x
     while isinstance(node, fx.Node) and target_name(node.target) in CASTS | MOVING:
-        node = next(iter(node.all_input_nodes), None)
+        sources = node.all_input_nodes
+        node = sources[0] if len(sources) == 1 else None  # cat joins it with what is no index
     return isinstance(node, fx.Node) and target_name(node.target) == "one_hot"
 
 

@@ -243,3 +243,18 @@ def test_distance_that_is_used_as_a_value_is_no_codebook() -> None:
         return torch.exp(F.linear(x, CODES) - CODES.pow(2).sum(1))
 
     assert run_passes(kernel, X).counts["rewrite"] == 1
+
+
+def test_a_product_with_more_than_one_hot_rows_is_no_table() -> None:
+    """As in models of tables: categories beside numbers. Rows of one matrix read alone stay."""
+    ids = torch.tensor([1, 0, 3, 2, 1, 0])
+
+    def joined(x: Tensor) -> Tensor:
+        return F.linear(torch.cat([F.one_hot(ids, 16).float(), x[:, :48]], 1), UP)
+
+    def alone(x: Tensor) -> Tensor:
+        return F.linear(F.one_hot(ids, 64).float().view(2, 3, 64), UP)
+
+    assert [site.reason for site in run_passes(joined, X).state.sites] == [None]
+    (site,) = run_passes(alone, X).state.sites
+    assert str(site.reason).startswith("embedding table")
