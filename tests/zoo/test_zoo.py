@@ -78,8 +78,11 @@ def test_reports_say_what_explain_said(trial: Trial) -> None:
     met = facts([s for s in trial.plan.sites if not (s.reason or "").startswith(UNREAD[0])])
     told = facts(trial.compiled[2])
     assert told <= met
-    # A graph with nothing to quantize runs for layers alike without a word of theirs.
-    assert {row for row in met - told if row[3] != "kept"} == set()
+    # A graph with nothing to quantize runs for equal layers without a word of theirs, and one of
+    # open sizes for convolutions that are larger than its first, which was too small for a row.
+    by_first = {row[1:] for row in told if row[3] == "kept"}
+    missing = {row for row in met - told if row[1:] not in by_first}
+    assert {row for row in missing if (row[1], row[3]) != ("other", "kept")} == set()
 
 
 def test_what_is_table_and_matrix_at_once_is_refused_by_name(trial: Trial) -> None:
