@@ -7,6 +7,7 @@ the finest, because one kernel runs all experts and outliers of one expert must 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -16,8 +17,8 @@ from fqcompile.quant.affine import choose_scale, quantize_affine
 from fqcompile.quant.checks import check_quantizable, relative_error_from, squared_norms
 from fqcompile.quant.granularity import RULES, group_size_candidates
 from fqcompile.tensor.chunks import each_chunk, plain_tensors
-from fqcompile.tensor.codes import dequantize_affine, pack
-from fqcompile.tensor.format import INT8, QTYPES, Format, QType, packed_columns
+from fqcompile.tensor.codes import dequantize_rows, pack
+from fqcompile.tensor.format import INT8, QTYPES, UNIFORM, Format, QType, packed_columns, qtype_for
 from fqcompile.tensor.quantized import QuantizedTensor
 
 
@@ -34,6 +35,18 @@ class QuantPlan:
     scale_dtype: torch.dtype
     relative_error: float
     expert_errors: tuple[float, ...] = ()
+    levels: str = UNIFORM
+
+    @classmethod
+    def of(cls, form: Format, scale_dtype: torch.dtype) -> Self:
+        """The plan of a weight in this format, whose error is not known any more."""
+        known = (form.bits, form.group_size, form.scale_method, scale_dtype)
+        return cls(*known, math.nan, levels=form.levels)
+
+    @property
+    def choice(self) -> tuple[int, int, str, str, torch.dtype]:
+        """What codes and scales of given values depend on."""
+        return self.bits, self.group_size, self.levels, self.scale_method, self.scale_dtype
 
     @property
     def worst_error(self) -> float:
@@ -56,7 +69,8 @@ def choose_and_quantize(
     budget = math.inf if options.error_budget is None else options.error_budget
     plans = []
     for bits, size in _attempts(options, group_size, w.shape[-1]):
-        plan, weight = _deliver(w, QTYPES[bits], size, options.scale_method, scale_dtype)
+        qtype = qtype_for(bits, options.levels)
+        plan, weight = _deliver(w, qtype, size, options.scale_method, scale_dtype)
         if plan.worst_error <= budget:
             return plan, weight
         plans.append(plan)
@@ -106,7 +120,7 @@ def choose_plan(w: torch.Tensor, options: SiteOptions, scale_dtype: torch.dtype)
 def quantize_weight(w: torch.Tensor, plan: QuantPlan) -> QuantizedTensor:
     """w [N, K] or [E, N, K] quantized as planned, in fresh ordinary tensors on the device of w."""
     _checked_matrices(w)
-    qtype = QTYPES[plan.bits]
+    qtype = QTYPES[plan.bits, plan.levels]
     return _deliver(w, qtype, plan.group_size, plan.scale_method, plan.scale_dtype)[1]
 
 
@@ -155,10 +169,12 @@ def _deliver(
     ]
     errors = tuple(map(relative_error_from, norms)) if w.dim() == 3 else ()
     whole = relative_error_from([piece for pieces in norms for piece in pieces])
-    plan = QuantPlan(qtype.bits, group_size, method, scales[0].dtype, whole, errors)
+    plan = QuantPlan(
+        qtype.bits, group_size, method, scales[0].dtype, whole, errors, levels=qtype.levels
+    )
     scale = scales[0] if w.dim() == 2 else torch.stack(scales)
     experts = len(matrices) if w.dim() == 3 else 0
-    form = Format(qtype.bits, group_size, n, k, experts, scale_method=method)
+    form = Format(qtype.bits, group_size, n, k, experts, scale_method=method, levels=qtype.levels)
     return plan, QuantizedTensor(qweight, scale, form)
 
 
@@ -170,7 +186,8 @@ def _encode(
     def encode(rows: slice) -> torch.Tensor:
         codes = quantize_affine(w[rows], scale[rows], qtype, group_size)
         qweight[rows] = pack(codes, qtype)
-        w_hat = dequantize_affine(codes, scale[rows], group_size, torch.float32)
+        k = w.shape[1]
+        w_hat = dequantize_rows(qweight[rows], scale[rows], qtype, group_size, k, torch.float32)
         return squared_norms(w[rows], w_hat)
 
     return each_chunk(encode, w)

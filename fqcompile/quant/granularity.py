@@ -8,7 +8,7 @@ import torch
 from fqcompile.config import SiteOptions
 from fqcompile.quant.scale_search import estimate_squared_error, search_share
 from fqcompile.tensor.chunks import each_chunk, grouped
-from fqcompile.tensor.format import QTYPES, num_groups
+from fqcompile.tensor.format import num_groups, qtype_for
 
 # An error that needs no finer groups, and no comparison of what they would cost.
 GOOD_ENOUGH = 0.01
@@ -78,7 +78,7 @@ def estimate_errors(
     w: torch.Tensor, candidates: Sequence[int], options: SiteOptions
 ) -> list[float]:
     """The relative error of all of w [N, K] under each candidate, too high by 2% at most."""
-    method, qtype = options.scale_method, QTYPES[options.bits]
+    method, qtype = options.scale_method, qtype_for(options.bits, options.levels)
 
     def squares(rows: slice) -> torch.Tensor:
         chunk = w[rows].float()
