@@ -13,7 +13,9 @@ from fqcompile.tensor.quantized import QuantizedTensor
 _CPU_CHUNK = 1 << 21
 
 
-def multiply(x: torch.Tensor, weight: QuantizedTensor, epilogue: Epilogue) -> torch.Tensor:
+def multiply_dequantized(
+    x: torch.Tensor, weight: QuantizedTensor, epilogue: Epilogue
+) -> torch.Tensor:
     """`act(x @ ŵᵀ + bias) + residual` [M, N] for one matrix in the plain layout."""
     bias, n = epilogue.bias, weight.format.rows
     step = max(1, _CPU_CHUNK // max(1, weight.format.k))
@@ -32,4 +34,6 @@ def _refuse(spec: GemmSpec) -> str | None:
     return None
 
 
-DEQUANTIZE = Template("dequantize", PLAIN, _refuse, lambda spec: None, one_by_one(multiply))
+DEQUANTIZE = Template(
+    "dequantize", PLAIN, _refuse, lambda spec: None, one_by_one(multiply_dequantized)
+)

@@ -77,7 +77,7 @@ class Run(Protocol):
 
     With a routing the weight is a stack of experts, the bias [E, rows of one], and there is no
     residual: `act(x[m] @ ŵ[e(m)]ᵀ + bias[e(m)])`. Experts without rows are not read, rows without
-    an expert are not written. The operator has checked all sizes and types (see `arguments`).
+    an expert are not written. The operator has checked all sizes and types (see `kernels.run`).
     """
 
     def __call__(

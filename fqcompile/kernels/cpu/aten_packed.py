@@ -52,7 +52,7 @@ def _refuse_int8(spec: GemmSpec) -> str | None:
 
 def _multiply_int8(x: torch.Tensor, weight: QuantizedTensor, epilogue: Epilogue) -> torch.Tensor:
     if x.shape[0] > INT8_MAX_ROWS:
-        return dequantize.multiply(x, weight, epilogue)
+        return dequantize.multiply_dequantized(x, weight, epilogue)
     z = int8pack_mm(x.contiguous(), weight.qweight, weight.scale.view(-1))
     return epilogue.apply(z)
 
