@@ -9,10 +9,9 @@ from functools import cache
 from fqcompile.errors import NoKernelError
 from fqcompile.kernels.cpu.aten_packed import INT4PACK, INT8PACK
 from fqcompile.kernels.cpu.stream import X86_STREAM
-from fqcompile.kernels.dequantize import DEQUANTIZE
 from fqcompile.kernels.epilogue import HAS_TRITON
 from fqcompile.kernels.spec import GemmSpec, LaunchTable
-from fqcompile.kernels.template import Layout, Template
+from fqcompile.kernels.template import DEQUANTIZE, Layout, Template
 
 if HAS_TRITON:
     from fqcompile.kernels.triton.template import TRITON_GEMMS

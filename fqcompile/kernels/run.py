@@ -1,4 +1,4 @@
-"""Check the arguments of a call, and run the kernel it names, or dequantize where it does not build.
+"""Check the arguments of a call, then run the kernel it names, or dequantize if it does not build.
 
 One set of rules serves implementations and fakes. Kernels take raw addresses and sizes, so a wrong
 x, bias, residual or routing must not reach one. Each check raises RuntimeError, as the dense call
