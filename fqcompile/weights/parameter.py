@@ -19,17 +19,18 @@ from torch import Tensor, nn
 
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels.op import CACHE_TAG
+from fqcompile.kernels.registry import in_kernel_layout, in_plain_layout
 from fqcompile.tensor.chunks import plain_tensors
 from fqcompile.tensor.format import Format
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import no_torch_function, traced_modules
-from fqcompile.weights.kernel_layouts import in_kernel_layout, in_plain_layout, matrices
 from fqcompile.weights.memory import (
     Lifetime,
     Memory,
     MemoryPart,
     NoMemory,
     Place,
+    matrices,
     never_compiled,
     refuse_trace,
     whole_place,
@@ -47,8 +48,7 @@ def handler_of(func: Any) -> Handler:
 
 
 # Compiled code takes packed weights and their views apart, and makes them, as these files say.
-_MODULES = ("parameter", "dense_view", "memory")
-_FILES = [Path(__file__).with_name(f"{name}.py") for name in _MODULES]
+_FILES = map(Path(__file__).with_name, ("parameter.py", "dense_view.py", "memory.py"))
 _CODE = hashlib.sha256(b"".join(path.read_bytes() for path in _FILES)).hexdigest()[:16]
 # Added to the address of codes: whoever reads there is stopped by the processor or the driver.
 _NO_ADDRESS = 1 << 63

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fqcompile.kernels.op import matmul_inference
+from fqcompile.kernels.registry import Routed, kernel_for
 from fqcompile.tensor.format import Format
-from fqcompile.weights.kernel_layouts import Routed, kernel_for
 from fqcompile.weights.parameter import PackedWeight
 from fqcompile.weights.parameter_ops import implements
 

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fqcompile.kernels.registry import LAYOUTS
+from fqcompile.kernels.registry import LAYOUTS, in_kernel_layout, in_plain_layout
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import DispatchKey, cond_op, return_and_correct_aliasing
 from fqcompile.weights.dense_view import DenseView, densely, refusal
-from fqcompile.weights.kernel_layouts import in_kernel_layout, in_plain_layout, matrices
-from fqcompile.weights.memory import Memory, MemoryPart, Place, whole_place
+from fqcompile.weights.memory import Memory, MemoryPart, Place, matrices, whole_place
 from fqcompile.weights.parameter import HANDLERS, PackedWeight
 from fqcompile.weights.parameter_writes import write
 
