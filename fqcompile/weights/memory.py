@@ -66,10 +66,6 @@ class Memory:
     def root(self) -> "Memory":
         return self
 
-    @property
-    def device(self) -> torch.device:
-        return self.weight.qweight.device
-
     def put(self, new: QuantizedTensor) -> None:
         """Other values: in the same memory where they fit, as compiled graphs hold it.
 
@@ -120,10 +116,6 @@ class MemoryPart:
     @property
     def root(self) -> Memory:
         return self.whole.root
-
-    @property
-    def device(self) -> torch.device:
-        return self.whole.device
 
 
 def matrices(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,7 @@
 """PackedWeight: codes and scales that replace a dense weight in a module.
 
 A tensor subclass of the weight's shape and dtype whose storage is two other tensors. Matmuls run on
-the codes (see `parameter_ops`); operators without a packed form get the dequantized weight.
+the codes (see `parameter_matmuls`); operators without a packed form get the dequantized weight.
 torch.compile splits it into the two tensors, under every backend.
 """
 
@@ -37,7 +37,7 @@ from fqcompile.weights.memory import (
 )
 
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
-# What answers an operator, by its full name; None: all others. `parameter_ops` fills it.
+# What answers an operator, by its full name; None: all others. `implements` fills it.
 HANDLERS: dict[str | None, Handler] = {}
 
 
@@ -95,7 +95,7 @@ class PackedWeight(NoMemory):
         ids: Tensor | None = None,
     ) -> "PackedWeight":
         """A view of the memory."""
-        self = cls.shaped(place, dtype, memory.device)
+        self = cls.shaped(place, dtype, memory.weight.qweight.device)
         self.memory, self.flipped, self.ids, self.lifetime = memory, flipped, ids, Lifetime()
         return self
 

@@ -1,5 +1,6 @@
 """Matmuls with a PackedWeight, each one call of `fqcompile::matmul` on its two tensors.
 
+t(w), transpose, permute                            -> the same memory, read the other way round
 linear(x, w, b); mm, addmm, matmul with w.t()       -> matmul(x, w, b)
 _grouped_mm(x, w.mT, offsets)                       -> matmul(x, w, offsets)
 bmm(w, x), baddbmm: C rows for each expert          -> the same
@@ -9,6 +10,8 @@ The operator is the one without a backward: a gradient for x flows through the a
 this one, whose own backward multiplies with the dequantized weight.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -17,8 +20,61 @@ from torch import Tensor
 from fqcompile.kernels.op import matmul_inference
 from fqcompile.kernels.registry import Routed, kernel_for
 from fqcompile.tensor.format import Format
-from fqcompile.weights.parameter import PackedWeight
-from fqcompile.weights.parameter_ops import implements
+from fqcompile.torch_compat import return_and_correct_aliasing
+from fqcompile.weights.dense_view import densely
+from fqcompile.weights.memory import Place
+from fqcompile.weights.parameter import HANDLERS, PackedWeight
+
+Handler = Callable[..., Any]
+
+
+def implements(*names: str, view: bool = False) -> Callable[[Handler], Handler]:
+    """Registers `handler(*args, **kwargs)`; where it returns NotImplemented, the dense way runs.
+
+    `view`: the result shares its argument's memory, which autograd is told.
+    """
+
+    def register(handler: Handler) -> Handler:
+        @wraps(handler)
+        def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            result = handler(*args, **kwargs)
+            if result is NotImplemented:
+                return densely(func, args, kwargs)
+            return return_and_correct_aliasing(func, args, kwargs, result) if view else result
+
+        HANDLERS.update(dict.fromkeys(names, answer))
+        return handler
+
+    return register
+
+
+@implements("aten.detach.default", "aten.alias.default", "aten.lift_fresh.default", view=True)
+def same(w: PackedWeight) -> PackedWeight:
+    """Another tensor that shows the same of the same memory."""
+    return PackedWeight.showing(w.memory, w.dtype, w.place, flipped=w.flipped, ids=w.ids)
+
+
+@implements("aten.t.default", view=True)
+def _t(w: PackedWeight) -> Any:
+    *sizes, rows, columns = w.size()
+    *strides, row, column = w.stride()
+    turned = Place((*sizes, columns, rows), (*strides, column, row), w.storage_offset())
+    return PackedWeight.showing(w.memory, w.dtype, turned, flipped=not w.flipped, ids=w.ids)
+
+
+@implements("aten.transpose.int", view=True)
+def _transpose(w: PackedWeight, dim0: int, dim1: int) -> Any:
+    dims = {dim0 % w.dim(), dim1 % w.dim()}
+    return _t(w) if dims == {w.dim() - 2, w.dim() - 1} else NotImplemented
+
+
+@implements("aten.permute.default", view=True)
+def _permute(w: PackedWeight, dims: Any) -> Any:
+    order, last = [d % w.dim() for d in dims], list(range(w.dim()))
+    if order == last:
+        return same(w)
+    last[-2:] = last[:-3:-1]
+    return _t(w) if order == last else NotImplemented
 
 
 def _kernel(w: PackedWeight, form: Format, x: Tensor, routing: Routed | None = None) -> str | None:
@@ -68,13 +124,15 @@ def _experts(
 def _is_matrix(w: object, *, transposed: bool) -> bool:
     if not isinstance(w, PackedWeight):
         return False
-    form = w.format
-    return not form.experts and form.transposed == transposed
+    form = w.memory.weight.format
+    return not form.experts and (form.transposed != w.flipped) == transposed
 
 
 @implements("aten.linear.default")
 def _aten_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Any:
-    if not _is_matrix(w, transposed=False) or not (bias is None or _is_row(bias, x, w)):
+    if not _is_matrix(w, transposed=False):
+        return NotImplemented
+    if bias is not None and (bias.dtype != x.dtype or not _is_row(bias, w)):
         return NotImplemented
     return _linear(x, w, bias)  # type: ignore[arg-type]
 
@@ -94,15 +152,15 @@ def _addmm(bias: Tensor, x: Tensor, w: Tensor, beta: float = 1, alpha: float = 1
     plain = (beta, alpha) == (1, 1) and x.dim() == 2 and bias.dtype == x.dtype
     if not plain or not _is_matrix(w, transposed=True):
         return NotImplemented
-    if _is_row(bias, x, w):
+    if _is_row(bias, w):
         return _linear(x, w, bias)  # type: ignore[arg-type]
     return _plus(_linear(x, w), bias)  # type: ignore[arg-type]
 
 
-def _is_row(bias: Tensor, x: Tensor, w: Tensor) -> bool:
+def _is_row(bias: Tensor, w: Tensor) -> bool:
     """Whether it is what the operator adds; with any other the dense call broadcasts, or raises."""
     assert isinstance(w, PackedWeight)
-    return bias.dtype == x.dtype and bias.shape == (w.format.rows,)
+    return bias.shape == (w.memory.weight.format.rows,)
 
 
 def _plus(y: Any, bias: Tensor) -> Any:
