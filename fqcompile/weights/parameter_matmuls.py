@@ -12,7 +12,7 @@ this one, whose own backward multiplies with the dequantized weight.
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -121,7 +121,7 @@ def _experts(
     return matmul_inference(x, weight.qweight, weight.scale, None, None, *formats, *routing)
 
 
-def _is_matrix(w: object, *, transposed: bool) -> bool:
+def _is_matrix(w: object, *, transposed: bool) -> TypeGuard[PackedWeight]:
     if not isinstance(w, PackedWeight):
         return False
     form = w.memory.weight.format
@@ -132,14 +132,14 @@ def _is_matrix(w: object, *, transposed: bool) -> bool:
 def _aten_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Any:
     if not _is_matrix(w, transposed=False):
         return NotImplemented
-    if bias is not None and (bias.dtype != x.dtype or not _is_row(bias, w)):
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != (w.memory.weight.format.rows,)):
         return NotImplemented
-    return _linear(x, w, bias)  # type: ignore[arg-type]
+    return _linear(x, w, bias)
 
 
 @implements("aten.matmul.default")
 def _matmul(x: Tensor, w: Tensor) -> Any:
-    return _linear(x, w) if _is_matrix(w, transposed=True) else NotImplemented  # type: ignore[arg-type]
+    return _linear(x, w) if _is_matrix(w, transposed=True) else NotImplemented
 
 
 @implements("aten.mm.default")
@@ -152,15 +152,10 @@ def _addmm(bias: Tensor, x: Tensor, w: Tensor, beta: float = 1, alpha: float = 1
     plain = (beta, alpha) == (1, 1) and x.dim() == 2 and bias.dtype == x.dtype
     if not plain or not _is_matrix(w, transposed=True):
         return NotImplemented
-    if _is_row(bias, w):
-        return _linear(x, w, bias)  # type: ignore[arg-type]
-    return _plus(_linear(x, w), bias)  # type: ignore[arg-type]
-
-
-def _is_row(bias: Tensor, w: Tensor) -> bool:
-    """Whether it is what the operator adds; with any other the dense call broadcasts, or raises."""
-    assert isinstance(w, PackedWeight)
-    return bias.shape == (w.memory.weight.format.rows,)
+    # With any other than a row the dense call broadcasts, or raises.
+    if bias.shape == (w.memory.weight.format.rows,):
+        return _linear(x, w, bias)
+    return _plus(_linear(x, w), bias)
 
 
 def _plus(y: Any, bias: Tensor) -> Any:
@@ -181,7 +176,7 @@ def _grouped_mm(
         return NotImplemented
     if offs.dtype != torch.int32:
         return NotImplemented
-    return _experts(x, w, offs)  # type: ignore[arg-type]
+    return _experts(x, w, offs)
 
 
 @implements("transformers.grouped_mm_fallback.default")
@@ -192,10 +187,10 @@ def _grouped_mm_fallback(x: Tensor, w: Tensor, offs: Tensor) -> Any:
     """
     if x.dim() != 2 or not _is_stack(w, transposed=True) or offs.shape != w.shape[:1]:
         return NotImplemented
-    return _experts(x, w, offs, zero_rest=True)  # type: ignore[arg-type]
+    return _experts(x, w, offs, zero_rest=True)
 
 
-def _is_stack(w: object, *, transposed: bool) -> bool:
+def _is_stack(w: object, *, transposed: bool) -> TypeGuard[PackedWeight]:
     if not isinstance(w, PackedWeight) or w.format.transposed != transposed:
         return False
     return w.format.experts > 0 and w.ids is None
