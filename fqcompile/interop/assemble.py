@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fqcompile.checkpoint.conversion import Conversion
 from fqcompile.errors import CheckpointError
-from fqcompile.files.json_text import shown
 from fqcompile.files.safetensors_file import TensorPlace
+from fqcompile.files.untrusted import shown
 from fqcompile.quant.granularity import group_size_candidates
 from fqcompile.tensor.codes import pack, unpack
 from fqcompile.tensor.format import INT4, INT8, QTYPES, Format, num_groups, packed_columns

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from fqcompile.errors import CheckpointError
-from fqcompile.files.json_text import shown
 from fqcompile.files.safetensors_file import TensorPlace, read_tensor
+from fqcompile.files.untrusted import check_pattern, matches_pattern, shown
 from fqcompile.interop.assemble import (
     ForeignLayer,
     check_groups,
@@ -30,7 +30,6 @@ from fqcompile.interop.assemble import (
     layer_parts,
     symmetric,
 )
-from fqcompile.interop.patterns import check_pattern, matches_pattern
 from fqcompile.tensor.quantized import QuantizedTensor
 
 _CODES_PER_WORD, _BITS = 8, 4
