@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from fqcompile.files.replace import replace_text
+from fqcompile.files.trusted import replace_text
 from fqcompile.kernels.spec import gpu_of
 from fqcompile.kernels.tuning.key import fingerprint, kernel_source_hash
 from fqcompile.kernels.tuning.measure import check_device

@@ -25,7 +25,7 @@ from fqcompile.estimator.estimate import (
 )
 from fqcompile.estimator.matmuls import Sharing, Workload, formats
 from fqcompile.estimator.model_shapes import named_models, read_decoder
-from fqcompile.files.replace import replace_text
+from fqcompile.files.trusted import replace_text
 from fqcompile.report.page import (
     Axis,
     Cell,
