@@ -16,7 +16,7 @@ from torch import nn
 from fqcompile.cli import COMMANDS, main
 from fqcompile.demo import decoder, embedding
 from fqcompile.demo.embedding import stdlib_sentences
-from fqcompile.demo.timing import time_interleaved
+from fqcompile.demo import time_interleaved
 
 
 def tiny_model() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
