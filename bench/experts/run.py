@@ -27,7 +27,7 @@ from bench.core.measure import LEASE, Record, Replay, microseconds, recorded_on_
 from bench.core.results import Results, Row, Step
 from bench.core.shapes import DTYPES, EXPERTS, GROUPED_MM, MATRICES
 from bench.experts.layers import DENSE_WAY, GATHERED, GROUPED, ExpertLayer, Way
-from fqcompile.commands.arguments import counts, group_size
+from fqcompile.commands import counts, group_size
 from fqcompile.kernels.roofline import ideal_seconds
 from fqcompile.kernels.spec import Gpu, gpu_of
 from fqcompile.kernels.tuning.launches import Mode

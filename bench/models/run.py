@@ -35,7 +35,7 @@ from bench.core.shapes import DTYPES, MADE_UP, MODELS, build, parameter_bytes
 from bench.models import section
 from bench.models.phases import Decoding, Phase, Prefill, Rates, rates_of
 from bench.models.rows import WAYS, Way, measured_rows
-from fqcompile.commands.arguments import counts as row_counts
+from fqcompile.commands import counts as row_counts
 from fqcompile.kernels.spec import gpu_of
 from fqcompile.kernels.tuning.search import DeviceLost
 

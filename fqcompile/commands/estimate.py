@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fqcompile.commands.arguments import counts, group_size
+from fqcompile.commands import counts, group_size
 from fqcompile.errors import EstimateError, nearest
 from fqcompile.estimator.assumptions import assumptions, formulas_text, general_text
 from fqcompile.estimator.costs import Speed

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from tqdm import tqdm
 
-from fqcompile.commands.arguments import counts, group_size, load_model
+from fqcompile.commands import counts, group_size, load_model
 from fqcompile.errors import FineQuantError, OptionError
 from fqcompile.explain import gemm_specs
 from fqcompile.kernels.registry import select_kernel
