@@ -24,8 +24,7 @@ import torch
 from fqcompile.files.trusted import replace_text
 from fqcompile.kernels.spec import gpu_of
 from fqcompile.kernels.tuning.key import fingerprint, kernel_source_hash
-from fqcompile.kernels.tuning.measure import check_device
-from fqcompile.kernels.tuning.search import DeviceLost, WrongResult
+from fqcompile.kernels.tuning.measure import DeviceLost, WrongResult, check_device
 
 COMMIT_VARIABLE = "BENCH_COMMIT"
 ROOT = Path(__file__).parents[2]

@@ -31,7 +31,7 @@ from fqcompile.commands import counts, group_size
 from fqcompile.kernels.roofline import ideal_seconds
 from fqcompile.kernels.spec import Gpu, gpu_of
 from fqcompile.kernels.tuning.launches import Mode
-from fqcompile.kernels.tuning.search import WrongResult
+from fqcompile.kernels.tuning.measure import WrongResult
 
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
 REGIMES = (GATHERED, GROUPED, DENSE_WAY)  # in the order in which more tokens make them the fastest

@@ -16,9 +16,8 @@ from fqcompile.kernels.registry import select_kernel
 from fqcompile.kernels.spec import GemmSpec, Gpu, gpu_of
 from fqcompile.kernels.template import SearchMode, Template
 from fqcompile.kernels.tuning.key import Bucket, bucket_of, tuning_key
-from fqcompile.kernels.tuning.launches import buckets_of_a_model
+from fqcompile.kernels.tuning.launches import buckets_of_a_model, search
 from fqcompile.kernels.tuning.measure import measure_on_gpu
-from fqcompile.kernels.tuning.search import search
 from fqcompile.kernels.tuning.table import TunedTable, table_for
 from fqcompile.report.tuning_case import TuningCase, searched_case
 from fqcompile.report.tuning_report import SUFFIXES, TuningReport
