@@ -25,8 +25,8 @@ from fqcompile.checkpoint.manifest import (
     SlotRecord,
     TensorRecord,
 )
+from fqcompile.checkpoint.model import slots
 from fqcompile.checkpoint.shards import ShardWriter
-from fqcompile.checkpoint.slots import slots
 from fqcompile.config import FineQuantConfig
 from fqcompile.errors import CheckpointError, UnquantizableWeight
 from fqcompile.files.safetensors_file import bytes_of
