@@ -10,16 +10,24 @@ from collections.abc import Callable
 
 import torch
 
-from fqcompile.quant.scale_search import search_scale, search_share, signed_extremes
+from fqcompile.quant.scale_search import (
+    group_weights,
+    search_scale,
+    search_share,
+    signed_extremes,
+)
 from fqcompile.tensor.chunks import each_chunk, group_parts, grouped, plain_tensors
 from fqcompile.tensor.format import QType, num_groups
 
 
-def _absmax_scale(groups: torch.Tensor, extremes: torch.Tensor, qtype: QType) -> torch.Tensor:
+def _absmax_scale(
+    groups: torch.Tensor, extremes: torch.Tensor, qtype: QType, h: torch.Tensor | None
+) -> torch.Tensor:
     return extremes.abs() / qtype.qmax
 
 
-SCALE_METHODS: dict[str, Callable[[torch.Tensor, torch.Tensor, QType], torch.Tensor]] = {
+Method = Callable[[torch.Tensor, torch.Tensor, QType, torch.Tensor | None], torch.Tensor]
+SCALE_METHODS: dict[str, Method] = {
     "mse": search_scale,
     "absmax": _absmax_scale,
 }
@@ -27,18 +35,27 @@ SCALE_METHODS: dict[str, Callable[[torch.Tensor, torch.Tensor, QType], torch.Ten
 
 @plain_tensors()
 def choose_scale(
-    w: torch.Tensor, qtype: QType, group_size: int, method: str, scale_dtype: torch.dtype
+    w: torch.Tensor,
+    qtype: QType,
+    group_size: int,
+    method: str,
+    scale_dtype: torch.dtype,
+    h: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Scales [N, G] of w [N, K] in `scale_dtype`, or in float32 if that cannot hold them all."""
+    """Scales [N, G] of w [N, K] in `scale_dtype`, or in float32 if that cannot hold them all.
+
+    `h` [K], float32: weights of squared errors, where the method minimizes their sum.
+    """
     n, k = w.shape
     scale = torch.empty(n, num_groups(k, group_size), dtype=torch.float32, device=w.device)
     # No product of a code and a scale may leave the range of the weight's own type.
     largest = min(torch.finfo(w.dtype).max, torch.finfo(torch.float32).max) / -qtype.qmin
+    weights = None if h is None else group_weights(h, group_size)[0]
 
     def fill(rows: slice) -> None:
         groups = grouped(w[rows], group_size)
-        extremes = signed_extremes(groups)
-        found = SCALE_METHODS[method](groups, extremes, qtype).clamp_(-largest, largest)
+        extremes = signed_extremes(groups, weights)
+        found = SCALE_METHODS[method](groups, extremes, qtype, weights).clamp_(-largest, largest)
         # The smallest normal number: a denormal scale would lose the bound on w - q * scale.
         tiny = found.abs() < torch.finfo(torch.float32).tiny
         found.masked_fill_(tiny, torch.finfo(torch.float32).tiny)

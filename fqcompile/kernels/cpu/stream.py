@@ -42,7 +42,7 @@ class _Numbers(dict[torch.dtype, int]):
 DTYPES = _Numbers({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})
 _ACTIVATIONS = {name: i for i, name in enumerate(ACTIVATIONS)}
 # The structs that the two C++ functions read; all fields have eight bytes.
-_MATMUL, _DEQUANTIZE = Struct("=23q"), Struct("=13q")
+_MATMUL, _DEQUANTIZE = Struct("=24q"), Struct("=14q")
 
 # With AMX, PyTorch's GEMM does 8 times the bf16 products of AVX-512 a cycle: from so many rows on
 # that pays for dequantizing. From the instructions' rates: no such processor was measured.
@@ -115,7 +115,7 @@ def _multiply(
         told = told.contiguous()
         experts, told_at, told_bytes = qweight.shape[0], told.data_ptr(), told.element_size()
     fields = _MATMUL.pack(
-        qweight.data_ptr(), scale.data_ptr(), DTYPES[scale.dtype],
+        qweight.data_ptr(), scale.data_ptr(), DTYPES[scale.dtype], 0,
         f.bits, f.group_size if f.group_size < k else k, rows, k,
         x.data_ptr(), x_rows, DTYPES[x.dtype], m,
         bias_at, bias_type, residual_at, residual_rows,
@@ -146,6 +146,7 @@ def _transposed(weight: QuantizedTensor, first: int, last: int, dtype: torch.dty
             qweight.data_ptr(),
             scale.data_ptr(),
             DTYPES[scale.dtype],
+            0,
             f.bits,
             min(f.group_size, f.k),
             f.rows,

@@ -35,6 +35,7 @@ struct Weight {
   const uint32_t* words;
   const void* scales;
   DType scale_type;
+  const float* values;  // of the codes -8 to 7; null where codes are integers
   int64_t bits, group, rows, k;
 
   int64_t padded_k() const { return (k + STEP - 1) / STEP * STEP; }
@@ -97,10 +98,11 @@ void in_parallel(int64_t count, bool one_thread, const Task& task, int64_t run =
 
 // sums[row][64] of one block for ROWS rows of packed x: [k / PER_UNIT][ROWS].
 template <class Code, int ROWS>
-void tile(const Weight& w, int64_t block, const Bits* x, float* sums, int64_t stride) {
+void tile(const Weight& w, const Levels& levels, int64_t block, const Bits* x, float* sums, int64_t stride) {
   // As many vectors of outputs as leave registers for their codes; one row has two sums for each.
   constexpr int WIDE = LANES == 16 ? (ROWS <= 4 ? 4 : 2) : (ROWS <= 2 ? 4 : ROWS <= 4 ? 2 : 1);
   constexpr int CHAINS = ROWS == 1 ? 2 : 1;
+  const Code code(levels);
   const uint32_t* words = w.words + block * w.block_words();
   const int64_t padded = w.padded_k(), scales = block * w.block_scales();
   for (int64_t start = 0, end; start < padded; start = end) {
@@ -125,7 +127,7 @@ void tile(const Weight& w, int64_t block, const Bits* x, float* sums, int64_t st
         for (int u = 0; u < Code::UNITS; u++)
 #pragma GCC unroll 4
           for (int j = 0; j < WIDE; j++) {
-            const auto unit = Code::unit(word[j], u);
+            const auto unit = code.unit(word[j], u);
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) {
               F32& s = sum[u % CHAINS][r][j];
@@ -150,9 +152,10 @@ void tile(const Weight& w, int64_t block, const Bits* x, float* sums, int64_t st
 }
 
 // ŵ of one block, k from start to end, as fp32 [k - start][64]; start is a multiple of 8.
-template <int BITS>
-void values(const Weight& w, int64_t block, int64_t start, int64_t end, float* to) {
-  constexpr int WORD = Codes<BITS>::WORD;
+template <class Code>
+void values(const Weight& w, const Levels& levels, int64_t block, int64_t start, int64_t end, float* to) {
+  constexpr int WORD = Code::WORD;
+  const Code codes(levels);
   const uint32_t* words = w.words + block * w.block_words() + start / WORD * OUTPUTS;
   int64_t group = std::min(start / w.group, w.groups() - 1) - 1, group_end = 0;
   F32 scale[VECTORS];
@@ -166,7 +169,7 @@ void values(const Weight& w, int64_t block, int64_t start, int64_t end, float* t
         for (int v = 0; v < VECTORS; v++) scale[v] = load_as(w.scales, w.scale_type, at + v * LANES);
       }
       for (int v = 0; v < VECTORS; v++) {
-        const F32 code = Codes<BITS>::at(load_words(words + v * LANES), i);
+        const F32 code = codes.at(load_words(words + v * LANES), i);
         store(to + v * LANES, multiply(code, scale[v]));
       }
     }
@@ -184,14 +187,14 @@ INLINE F32 splat_x(const Bits* x, int64_t k, int rows, int r) {
 // As `tile`, with every weight scaled before it is multiplied: for groups that end within a word, and for
 // sums that are not finite. Infinity times half a code, or a large number times a code that no scale has
 // made small yet, must not decide whether the product with the weight is.
-template <int BITS, DType X>
-void scaled_tile(const Weight& w, int64_t block, const Bits* x, int rows, float* sums, int64_t stride) {
+template <class Code, DType X>
+void scaled_tile(const Weight& w, const Levels& levels, int64_t block, const Bits* x, int rows, float* sums, int64_t stride) {
   constexpr int64_t PART = 32;
   float part[PART * OUTPUTS];
   const int64_t padded = w.padded_k();
   for (int64_t start = 0; start < padded; start += PART) {
     const int64_t end = std::min(start + PART, padded);
-    values<BITS>(w, block, start, end, part);
+    values<Code>(w, levels, block, start, end, part);
     for (int r = 0; r < rows; r++) {
       float* to = sums + r * stride;
       F32 sum[VECTORS];
@@ -206,37 +209,67 @@ void scaled_tile(const Weight& w, int64_t block, const Bits* x, int rows, float*
   }
 }
 
-template <class Few, class Code>  // one way for one or two rows, one for more
-void tile_of(const Weight& w, int64_t block, const Bits* x, int rows, float* sums, int64_t stride) {
-  switch (rows) {
-    case 1: return tile<Few, 1>(w, block, x, sums, stride);
-    case 2: return tile<Few, 2>(w, block, x, sums, stride);
-    case 3: return tile<Code, 3>(w, block, x, sums, stride);
-    case 4: return tile<Code, 4>(w, block, x, sums, stride);
-    case 5: return tile<Code, 5>(w, block, x, sums, stride);
-    case 6: return tile<Code, 6>(w, block, x, sums, stride);
-    case 7: return tile<Code, 7>(w, block, x, sums, stride);
-    default: return tile<Code, 8>(w, block, x, sums, stride);
+// ŵᵀ of one block: [k][rows of it], `stride` numbers from one k to the next.
+template <class Code>
+void dequantize_block(const Weight& w, const Levels& levels, int64_t block, DType type, char* to,
+                      int64_t stride) {
+  constexpr int64_t PART = 32;
+  float part[PART * OUTPUTS];
+  const int64_t count = std::min<int64_t>(OUTPUTS, w.rows - block * OUTPUTS);
+  for (int64_t start = 0; start < w.k; start += PART) {
+    const int64_t end = std::min(start + PART, w.k);
+    values<Code>(w, levels, block, start, std::min(start + PART, w.padded_k()), part);
+    for (int64_t k = start; k < end; k++)
+      for (int64_t i = 0; i < count; i += LANES)
+        store_some(to, type, k * stride + i, load(part + (k - start) * OUTPUTS + i), count - i);
   }
 }
 
-using Multiply = void (*)(const Weight&, int64_t, const Bits*, int, float*, int64_t);
+template <class Few, class Code>  // one way for one or two rows, one for more
+void tile_of(const Weight& w, const Levels& levels, int64_t block, const Bits* x, int rows, float* sums,
+             int64_t stride) {
+  switch (rows) {
+    case 1: return tile<Few, 1>(w, levels, block, x, sums, stride);
+    case 2: return tile<Few, 2>(w, levels, block, x, sums, stride);
+    case 3: return tile<Code, 3>(w, levels, block, x, sums, stride);
+    case 4: return tile<Code, 4>(w, levels, block, x, sums, stride);
+    case 5: return tile<Code, 5>(w, levels, block, x, sums, stride);
+    case 6: return tile<Code, 6>(w, levels, block, x, sums, stride);
+    case 7: return tile<Code, 7>(w, levels, block, x, sums, stride);
+    default: return tile<Code, 8>(w, levels, block, x, sums, stride);
+  }
+}
 
-// How a call is multiplied: the function, the one for sums that it leaves infinite or NaN, and the type
-// that both want x in.
+using Multiply = void (*)(const Weight&, const Levels&, int64_t, const Bits*, int, float*, int64_t);
+using Dequantize = void (*)(const Weight&, const Levels&, int64_t, DType, char*, int64_t);
+
+// How a weight is multiplied: the function, the one for sums that it leaves infinite or NaN, and the type
+// that both want x in; and how it is dequantized.
 struct Way {
   Multiply multiply, scaled;
   DType x;
+  Dequantize dequantize;
 };
 
-template <int BITS>
+template <int BITS, bool LOOKED_UP>
 Way way_of(const Weight& w, [[maybe_unused]] DType x) {
-  if (w.odd_groups()) return {scaled_tile<BITS, FP32>, nullptr, FP32};
+  using Code = Codes<BITS, LOOKED_UP>;
+  const Dequantize dequantize = dequantize_block<Code>;
+  if (w.odd_groups()) return {scaled_tile<Code, FP32>, nullptr, FP32, dequantize};
 #if defined(__AVX512BF16__)
-  using Few = std::conditional_t<BITS == 8, Halved, Paired<BITS>>;
-  if (x == BF16) return {tile_of<Few, Paired<BITS>>, scaled_tile<BITS, BF16>, BF16};
+  using Few = std::conditional_t<BITS == 8, Halved, PairedNibbles>;
+  using Many = std::conditional_t<BITS == 8, PairedBytes, PairedNibbles>;
+  if (x == BF16) return {tile_of<Few, Many>, scaled_tile<Code, BF16>, BF16, dequantize};
 #endif
-  return {tile_of<Single<BITS>, Single<BITS>>, scaled_tile<BITS, FP32>, FP32};
+  using Widened = Single<BITS, LOOKED_UP>;
+  return {tile_of<Widened, Widened>, scaled_tile<Code, FP32>, FP32, dequantize};
+}
+
+Way way_of(const Weight& w, const Levels& levels, DType x) {
+  if (w.bits == 8) return way_of<8, false>(w, x);
+  if constexpr (LANES < 16)
+    if (levels.integers) return way_of<4, false>(w, x);
+  return way_of<4, true>(w, x);
 }
 
 // Rows of x that meet one expert, at most MAX_TILE: `order[first ...]`.
@@ -253,7 +286,7 @@ struct Job {
 class Matmul {
  public:
   Matmul(const Call& call)
-      : c(call), way(call.weight.bits == 4 ? way_of<4>(c.weight, c.type) : way_of<8>(c.weight, c.type)) {}
+      : c(call), levels(call.weight.values), way(way_of(c.weight, levels, c.type)) {}
 
   bool run() {
     if (!route()) return false;
@@ -268,6 +301,7 @@ class Matmul {
 
  private:
   const Call& c;
+  const Levels levels;
   const Way way;
   std::vector<int64_t> order;  // rows of x, those of one expert side by side
   std::vector<Job> jobs;
@@ -364,12 +398,12 @@ class Matmul {
   }
 
   void sums(const Weight& w, int64_t block, const Bits* x, int rows, float* z) const {
-    way.multiply(w, block, x, rows, z, 2 * OUTPUTS);
+    way.multiply(w, levels, block, x, rows, z, 2 * OUTPUTS);
     if (!way.scaled) return;
     F32 zeros = zero();  // unless something is infinite or NaN
     for (int r = 0; r < rows; r++)
       for (int v = 0; v < VECTORS; v++) zeros = fma(load(z + r * 2 * OUTPUTS + v * LANES), zero(), zeros);
-    if (any_nan(zeros)) way.scaled(w, block, x, rows, z, 2 * OUTPUTS);
+    if (any_nan(zeros)) way.scaled(w, levels, block, x, rows, z, 2 * OUTPUTS);
   }
 
   void finish(const Job& job, const Tile& t, int64_t block) const {
@@ -400,20 +434,6 @@ class Matmul {
   }
 };
 
-template <int BITS>
-void dequantize_block(const Weight& w, int64_t block, DType type, char* to, int64_t stride) {
-  constexpr int64_t PART = 32;
-  float part[PART * OUTPUTS];
-  const int64_t count = std::min<int64_t>(OUTPUTS, w.rows - block * OUTPUTS);
-  for (int64_t start = 0; start < w.k; start += PART) {
-    const int64_t end = std::min(start + PART, w.k);
-    values<BITS>(w, block, start, std::min(start + PART, w.padded_k()), part);
-    for (int64_t k = start; k < end; k++)
-      for (int64_t i = 0; i < count; i += LANES)
-        store_some(to, type, k * stride + i, load(part + (k - start) * OUTPUTS + i), count - i);
-  }
-}
-
 }  // namespace
 
 // 0, or 1 where the routing names a row or an expert that there is not.
@@ -423,7 +443,7 @@ extern "C" EXPORT int64_t fqcompile_matmul(const char* bytes) {
   return Matmul(call).run() ? 0 : 1;
 }
 
-// ŵᵀ of `count` blocks from `first` on: [k][rows of them], `stride` numbers from one k to the next.
+// ŵᵀ of `count` blocks from `first` on, one beside the other.
 extern "C" EXPORT void fqcompile_dequantize(const char* bytes) {
   struct {
     Weight weight;
@@ -433,9 +453,10 @@ extern "C" EXPORT void fqcompile_dequantize(const char* bytes) {
     int64_t stride, one_thread;
   } call;
   memcpy(&call, bytes, sizeof(call));
+  const Levels levels(call.weight.values);
+  const Way way = way_of(call.weight, levels, call.type);
   in_parallel(call.count, call.one_thread, [&](int64_t i) {
     char* to = (char*)call.to + i * OUTPUTS * bytes_of(call.type);
-    const auto run = call.weight.bits == 4 ? dequantize_block<4> : dequantize_block<8>;
-    run(call.weight, call.first + i, call.type, to, call.stride);
+    way.dequantize(call.weight, levels, call.first + i, call.type, to, call.stride);
   });
 }

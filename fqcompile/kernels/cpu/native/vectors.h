@@ -7,7 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
-#define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
+#define INLINE static INLINE_MEMBER
 #define EXPORT __attribute__((visibility("default")))
 
 // Four bytes of x, wherever they lie: an fp32 or two bf16.
@@ -41,6 +42,8 @@ INLINE U32 right(U32 v, int n) { return _mm512_srli_epi32(v, (unsigned)n); }
 INLINE U32 right_signed(U32 v, int n) { return _mm512_srai_epi32(v, (unsigned)n); }
 INLINE F32 from_int(U32 v) { return _mm512_cvtepi32_ps(v); }
 INLINE U32 to_int(F32 v) { return _mm512_cvtps_epi32(v); }
+// Entry v & 15 of the 16 that `low` holds; with 8 lanes `high` holds the last 8 of them.
+INLINE F32 look_up(U32 v, F32 low, F32) { return _mm512_permutexvar_ps(v, low); }
 INLINE F32 where_nan(F32 test, F32 yes, F32 no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(test, test, _CMP_UNORD_Q), no, yes);
 }
@@ -83,6 +86,10 @@ INLINE U32 right(U32 v, int n) { return _mm256_srli_epi32(v, n); }
 INLINE U32 right_signed(U32 v, int n) { return _mm256_srai_epi32(v, n); }
 INLINE F32 from_int(U32 v) { return _mm256_cvtepi32_ps(v); }
 INLINE U32 to_int(F32 v) { return _mm256_cvtps_epi32(v); }
+INLINE F32 look_up(U32 v, F32 low, F32 high) {
+  const F32 from_low = _mm256_permutevar8x32_ps(low, v), from_high = _mm256_permutevar8x32_ps(high, v);
+  return _mm256_blendv_ps(from_low, from_high, as_float(left(v, 28)));
+}
 INLINE F32 where_nan(F32 test, F32 yes, F32 no) {
   return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(test, test, _CMP_UNORD_Q));
 }
