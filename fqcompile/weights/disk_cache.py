@@ -34,8 +34,6 @@ from torch import Tensor
 
 from fqcompile.config import SiteOptions
 from fqcompile.errors import CorruptEntry
-from fqcompile.files.cache_directory import cache_directory, check_trusted, warn_unusable, writing
-from fqcompile.files.replace import Piece, replace_file
 from fqcompile.files.safetensors_file import (
     DTYPE_NAMES,
     bytes_of,
@@ -43,6 +41,14 @@ from fqcompile.files.safetensors_file import (
     encode_header,
     read_header,
     read_tensor,
+)
+from fqcompile.files.trusted import (
+    Piece,
+    cache_directory,
+    check_trusted,
+    replace_file,
+    warn_unusable,
+    writing,
 )
 from fqcompile.kernels.cpu.huge_pages import in_huge_pages
 from fqcompile.quant.choose import QuantPlan, choose_and_quantize
