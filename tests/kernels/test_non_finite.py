@@ -14,8 +14,8 @@ from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.registry import TEMPLATES
 from fqcompile.tensor.format import Format
 from fqcompile.tensor.quantized import QuantizedTensor
-from tests.kernels.cpu.paths import NAMES, path
 from tests.kernels.test_op import oracle, unpacked
+from tests.native.paths import NAMES, path
 from tests.strategies import Problem, make_problem, matmul
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

@@ -15,7 +15,6 @@ from struct import Struct
 import torch
 from torch import Tensor
 
-from fqcompile.kernels.cpu import native_library as native
 from fqcompile.kernels.cpu.stream_layout import (
     OUTPUTS,
     dequantize,
@@ -28,6 +27,7 @@ from fqcompile.kernels.epilogue import ACTIVATIONS, Epilogue
 from fqcompile.kernels.spec import Config, GemmSpec
 from fqcompile.kernels.template import Layout, Routing, Template
 from fqcompile.locks import in_forked_child
+from fqcompile.native import library as native
 from fqcompile.tensor.format import QTYPES
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import has_amx

@@ -15,8 +15,8 @@ from fqcompile.kernels.epilogue import ACTIVATIONS, Epilogue
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.tensor.format import Format
 from fqcompile.tensor.quantized import QuantizedTensor
-from tests.kernels.cpu.paths import NAMES, path
 from tests.kernels.test_op import oracle
+from tests.native.paths import NAMES, path
 from tests.strategies import Problem, make_problem, matmul
 
 if not NAMES:

@@ -14,9 +14,9 @@ from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.tensor.quantized import QuantizedTensor
 from tests.children import FORK
 from tests.kernels.cpu.guarded import at_end_of_page, at_start_of_page
-from tests.kernels.cpu.paths import NAMES, path
 from tests.kernels.cpu.test_stream import DTYPES, packed
 from tests.kernels.test_op import oracle
+from tests.native.paths import NAMES, path
 from tests.strategies import make_problem
 
 if not NAMES:

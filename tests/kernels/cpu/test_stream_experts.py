@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fqcompile.kernels.epilogue import ACTIVATIONS
 from fqcompile.tensor.quantized import QuantizedTensor
-from tests.kernels.cpu.paths import NAMES, path
 from tests.kernels.cpu.test_stream import DTYPES, packed
 from tests.kernels.test_op import oracle
 from tests.kernels.test_op_experts import gathered, grouped
+from tests.native.paths import NAMES, path
 from tests.strategies import Problem, make_problem
 
 if not NAMES:
