@@ -236,6 +236,7 @@ def _site(name: str, record: PackedRecord, written: _Written) -> Site:
         shape=(record.experts, *matrix) if record.experts else matrix,
         status="quantized",
         bits=record.bits,
+        levels=record.levels,
         group_size=record.group_size,
         bytes_before=record.all_rows * record.k * DTYPES[record.dtype].itemsize,
         bytes_after=sum(tensor.nbytes for tensor in tensors),

@@ -237,6 +237,7 @@ class StreamWriter:
             site_of(found),
             status="quantized",
             bits=plan.bits,
+            levels=plan.levels,
             group_size=plan.group_size,
             bytes_after=codes.nbytes,
             relative_error=plan.relative_error,

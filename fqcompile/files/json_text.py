@@ -1,11 +1,12 @@
 """Parse untrusted JSON: bounded size and depth, and only printable names.
 
-`checked` converts it to dataclasses and checks that every field exists and has its type.
+`checked` converts it to dataclasses, and checks that every field has its type, and exists unless
+it has a default.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -116,11 +117,14 @@ def _of_type(kind: type[T], value: Any, where: str) -> T:
 
 
 def _dataclass(kind: Any, value: dict[str, Any], where: str) -> Any:
-    names = [field.name for field in fields(kind)]
-    wrong = set(names) ^ value.keys()
+    known = {field.name: field for field in fields(kind)}
+    missing = {n for n, f in known.items() if f.default is f.default_factory is MISSING}
+    wrong = (missing - value.keys()) | (value.keys() - known.keys())
     if wrong:
         raise CheckpointError(
             f"{where} lacks or has too many: {shown(sorted(wrong))}; save it again"
         )
     hints = get_type_hints(kind)
-    return kind(**{name: checked(hints[name], value[name], f"{where}.{name}") for name in names})
+    return kind(
+        **{name: checked(hints[name], item, f"{where}.{name}") for name, item in value.items()}
+    )

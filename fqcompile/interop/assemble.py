@@ -17,7 +17,7 @@ from fqcompile.errors import CheckpointError
 from fqcompile.files.safetensors_file import TensorPlace
 from fqcompile.quant.granularity import group_size_candidates
 from fqcompile.tensor.codes import pack, unpack
-from fqcompile.tensor.format import INT4, INT8, QTYPES, Format, num_groups, packed_columns
+from fqcompile.tensor.format import INT4, INT8, QTYPES, UNIFORM, Format, num_groups, packed_columns
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.tensor.words import widen
 from fqcompile.weights.parameter import PackedWeight
@@ -55,7 +55,7 @@ def symmetric(
     spread = zeros.to(torch.int16).repeat_interleave(group_size, 1)[:, :k]
     difference = codes.to(torch.int16) - spread
     low, high = int(difference.min()), int(difference.max())
-    qtype = next((q for q in QTYPES.values() if q.qmin <= low and high <= q.qmax), None)
+    qtype = next((q for q in (INT4, INT8) if q.qmin <= low and high <= q.qmax), None)
     if qtype is None:
         raise CheckpointError(
             f"{where}: codes less zero points reach from {low} to {high}, which no int8 holds: it "
@@ -126,7 +126,7 @@ def _gathered(own: Sequence[ForeignLayer], order: Tensor) -> QuantizedTensor:
     k, rows = own[0].k, len(order)
     places = torch.empty(rows, dtype=torch.long)
     places[order.long()] = torch.arange(rows)
-    qtype = QTYPES[bits]
+    qtype = QTYPES[bits, UNIFORM]
     qweight = torch.empty(rows, packed_columns(qtype, k), dtype=qtype.storage_dtype)
     scale = torch.empty(rows, num_groups(k, size), dtype=dtype)
     for target in places.split([layer.n for layer in own]):

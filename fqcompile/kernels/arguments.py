@@ -18,7 +18,7 @@ from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.epilogue import activation as activation_entry
 from fqcompile.kernels.registry import parse_kernel
 from fqcompile.kernels.template import Routing, Shape
-from fqcompile.tensor.format import Format
+from fqcompile.tensor.format import QTYPES, Format
 from fqcompile.tensor.quantized import QuantizedTensor
 
 Holds = Callable[[Any], bool]
@@ -33,6 +33,7 @@ def checked_weight(
     qweight: Tensor,
     scale: Tensor,
     bits: int,
+    levels: str,
     group_size: int,
     rows: int,
     k: int,
@@ -48,7 +49,7 @@ def checked_weight(
     """
     # Symbolic numbers of experts, which fakes may have, cannot be looked up.
     find = _expected if experts is None or type(experts) is int else _expected.__wrapped__
-    form, codes, scales = find(kernel, activation, bits, group_size, rows, k, experts)
+    form, codes, scales = find(kernel, activation, bits, levels, group_size, rows, k, experts)
     if qweight.shape != codes or scale.shape != scales:
         raise _other_form(qweight, scale, form, kernel)
     return QuantizedTensor(qweight, scale, form)
@@ -56,12 +57,21 @@ def checked_weight(
 
 @lru_cache(_MOST_FORMS)
 def _expected(
-    kernel: str, activation: str, bits: int, group_size: int, rows: int, k: int, experts: int | None
+    kernel: str,
+    activation: str,
+    bits: int,
+    levels: str,
+    group_size: int,
+    rows: int,
+    k: int,
+    experts: int | None,
 ) -> tuple[Format, Shape, Shape]:
     """The format, and the shapes of qweight and scale."""
     activation_entry(activation)
+    if (bits, levels) not in QTYPES:
+        raise RuntimeError(f"no format has {bits} bits and {levels} levels; there are {[*QTYPES]}")
     layout = parse_kernel(kernel).template.layout
-    form = Format(bits, group_size, rows, k, experts or 0, layout=layout.name)
+    form = Format(bits, group_size, rows, k, experts or 0, layout=layout.name, levels=levels)
     stack = () if experts is None else (experts,)
     codes, scales = layout.shapes(bits, group_size, rows, k)
     return form, (*stack, *codes), (*stack, *scales)

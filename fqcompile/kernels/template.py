@@ -12,7 +12,7 @@ from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import Config, GemmSpec, LaunchTable
 from fqcompile.tensor import format as formats
 from fqcompile.tensor.codes import dequantize_rows
-from fqcompile.tensor.format import QTYPES, num_groups, packed_columns
+from fqcompile.tensor.format import QTYPES, UNIFORM, num_groups, packed_columns
 from fqcompile.tensor.quantized import QuantizedTensor
 
 PackedTensors = tuple[torch.Tensor, torch.Tensor]
@@ -165,13 +165,13 @@ class Layout:
 
 def plain_shapes(bits: int, group_size: int, rows: int, k: int) -> tuple[Shape, Shape]:
     """A row of bytes and its scales for each row."""
-    return (rows, packed_columns(QTYPES[bits], k)), (rows, num_groups(k, group_size))
+    return (rows, packed_columns(QTYPES[bits, UNIFORM], k)), (rows, num_groups(k, group_size))
 
 
 def dequantize_plain(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
     """ŵ [rows, K] in `dtype`, from the plain layout."""
     f = weight.format
-    return dequantize_rows(weight.qweight, weight.scale, f.bits, f.group_size, f.k, dtype)
+    return dequantize_rows(weight.qweight, weight.scale, f.qtype, f.group_size, f.k, dtype)
 
 
 def _same(weight: QuantizedTensor) -> PackedTensors:

@@ -75,7 +75,7 @@ def _shared_facts(
     """The facts that must agree on all ranks; for a shard, each rank chooses its own plan."""
     facts = {f"option {name}": str(value) for name, value in config.as_dict().items()}
     for site in sites:
-        chosen = (site.status, site.reason, site.bits, site.group_size)
+        chosen = (site.status, site.reason, site.bits, site.levels, site.group_size)
         facts[site.name] = str(chosen) if site.name in whole else site.kind
     return facts
 
@@ -162,6 +162,7 @@ def packed_site(found: ModuleWeight, plan: QuantPlan, packed: PackedWeight) -> S
         site_of(found),
         status="quantized",
         bits=plan.bits,
+        levels=plan.levels,
         group_size=plan.group_size,
         bytes_after=packed.packed_bytes,
         relative_error=plan.relative_error,

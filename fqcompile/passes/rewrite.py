@@ -102,7 +102,8 @@ def _operator(
 ) -> fx.Node:
     """The call for x [..., K], or [rows, K] where a routing says which expert a row belongs to."""
     *_, n, k = site.shape
-    roles, form = site.contraction, (weight.bits, weight.group_size, n, k, "none", False, "")
+    roles = site.contraction
+    form = (weight.bits, weight.levels, weight.group_size, n, k, "none", False, "")
     routed = {} if routing is None else {"ids" if roles.ids else "offsets": routing}
     arguments = matmul_arguments(*tensors, None, *form, **routed, zero_rest=roles.zero_rest)
     with emit.graph.inserting_before(site.node):

@@ -80,7 +80,10 @@ def _entry(about: dict[str, Any], qweight: Tensor, scale: Tensor) -> Entry:
     plan = QuantPlan(**about)
     experts = len(plan.expert_errors)
     rows = qweight.shape[0] // max(1, experts)
-    form = Format(plan.bits, plan.group_size, rows, k, experts, scale_method=plan.scale_method)
+    form = Format(
+        plan.bits, plan.group_size, rows, k, experts,
+        scale_method=plan.scale_method, levels=plan.levels,
+    )  # fmt: skip
     return plan, QuantizedTensor.of_rows(qweight, scale, form)
 
 

@@ -33,7 +33,8 @@ def matrices(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     f, kernel = weight.format, reader(weight.format)
     each = weight.unbind() if f.experts else [weight]
     found = [
-        dequantize(*one.tensors, f.bits, f.group_size, f.rows, f.k, dtype, kernel) for one in each
+        dequantize(*one.tensors, f.bits, f.levels, f.group_size, f.rows, f.k, dtype, kernel)
+        for one in each
     ]
     return torch.stack(found) if f.experts else found[0]
 
@@ -73,6 +74,7 @@ def spec_of(
         n=format.rows,
         k=format.k,
         bits=format.bits,
+        levels=format.levels,
         group_size=format.group_size,
         dtype=dtype,
         scale_dtype=scale_dtype,

@@ -41,7 +41,7 @@ def _linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Any:
     kernel = _kernel(w, form, x)
     if kernel is None:
         return NotImplemented
-    formats = (form.bits, form.group_size, form.rows, form.k, "none", False, kernel)
+    formats = (form.bits, form.levels, form.group_size, form.rows, form.k, "none", False, kernel)
     unrouted = (None, None, False)
     return matmul_inference(x, weight.qweight, weight.scale, bias, None, *formats, *unrouted)
 
@@ -60,7 +60,7 @@ def _experts(
     kernel = _kernel(w, form, x, "gathered" if offsets is None else "grouped")
     if kernel is None:
         return NotImplemented
-    formats = (form.bits, form.group_size, form.rows, form.k, "none", False, kernel)
+    formats = (form.bits, form.levels, form.group_size, form.rows, form.k, "none", False, kernel)
     routing = (offsets, ids, zero_rest)
     return matmul_inference(x, weight.qweight, weight.scale, None, None, *formats, *routing)
 

@@ -162,7 +162,7 @@ def _cat(tensors: Any, dim: int = 0) -> Any:
     if not all(isinstance(w, PackedWeight) and not w.format.experts for w in tensors):
         return NotImplemented
     formats = [w.format for w in tensors]
-    kinds = {(f.bits, f.k, f.transposed, w.dtype) for f, w in zip(formats, tensors, strict=True)}
+    kinds = {(f.qtype, f.k, f.transposed, w.dtype) for f, w in zip(formats, tensors, strict=True)}
     finest = min(f.group_size for f in formats)
     fits = all(f.group_size % finest == 0 or f.group_size >= f.k for f in formats)
     if len(kinds) > 1 or not fits or dim % first.dim() != _row_dim(first):

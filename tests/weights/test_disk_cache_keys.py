@@ -21,8 +21,8 @@ from tests.weights.test_entry_file import assert_same
 BF16 = torch.bfloat16
 W = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
 OTHER_OPTIONS = {
-    "bits": 8, "granularity": 32, "alpha": 0.8, "min_group_size": 64, "error_budget": 0.5,
-    "scale_method": "absmax",
+    "bits": 8, "levels": "uniform", "granularity": 32, "alpha": 0.8, "min_group_size": 64,
+    "error_budget": 0.5, "scale_method": "absmax",
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from fqcompile.kernels.template import (
     one_by_one,
 )
 from fqcompile.tensor.codes import unpack
-from fqcompile.tensor.format import QTYPES
+from fqcompile.tensor.format import INT4, UNIFORM
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import int4pack_mm, int8pack_mm, pack_int4
 
@@ -37,6 +37,8 @@ def _refuse_common(spec: GemmSpec, bits: int) -> str | None:
         return f"runs on cpu, not {spec.device_type}"
     if spec.bits != bits:
         return f"takes {bits}-bit weights, not {spec.bits}-bit"
+    if spec.levels != UNIFORM:
+        return f"takes {UNIFORM} levels, not {spec.levels}"
     if spec.dtype != torch.bfloat16 or spec.scale_dtype != torch.bfloat16:
         return f"takes bf16 activations and scales, not {spec.dtype} and {spec.scale_dtype}"
     return None
@@ -76,7 +78,7 @@ def _int4_shapes(bits: int, group_size: int, rows: int, k: int) -> tuple[Shape, 
 
 def _pack_int4(weight: QuantizedTensor) -> PackedTensors:
     """Codes offset to 0..15 in aten's order; scales [K/G, N, 2], each with aten's zero point."""
-    codes = unpack(weight.qweight, QTYPES[4], weight.format.k).to(torch.int32) + 8
+    codes = unpack(weight.qweight, INT4, weight.format.k).to(torch.int32) + 8
     qweight = pack_int4(codes, 1)
     scale = weight.scale.t().contiguous()
     return qweight, torch.stack((scale, torch.zeros_like(scale)), dim=-1)
