@@ -17,8 +17,8 @@ from typing import Any, Self
 
 from fqcompile.distributed.shards import Layout
 from fqcompile.errors import CheckpointError
-from fqcompile.files.json_text import check_name, checked, parse_json, shown
 from fqcompile.files.safetensors_file import DTYPES, byte_size, encode_header, is_shape
+from fqcompile.files.untrusted import check_name, checked, parse_json, shown
 from fqcompile.quant.checks import WEIGHT_DTYPES
 from fqcompile.tensor.format import QTYPES, UNIFORM, Format, num_groups, packed_columns
 

@@ -28,13 +28,13 @@ from fqcompile.checkpoint.manifest import (
     TensorRecord,
     versions,
 )
+from fqcompile.checkpoint.model import Slot, slots
 from fqcompile.checkpoint.shards import DigestWriter, ShardWriter
-from fqcompile.checkpoint.slots import Slot, slots
 from fqcompile.distributed.ranks import Team
 from fqcompile.distributed.shards import Layout, layout_of, local_part, team_of
 from fqcompile.errors import CheckpointError, OptionError
-from fqcompile.files.json_text import check_name
 from fqcompile.files.safetensors_file import DTYPE_NAMES, DTYPES
+from fqcompile.files.untrusted import check_name
 from fqcompile.report import CompileReport, Plan, Site
 from fqcompile.weights.parameter import PackedWeight
 

@@ -29,15 +29,17 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import expect_true
 
-from fqcompile.kernels.arguments import (
+from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.run import (
     check_backward,
     check_matmul,
     checked_weight,
+    dequantize_weight,
     experts_in,
     on_one_device,
+    run_backward,
+    run_matmul,
 )
-from fqcompile.kernels.epilogue import Epilogue
-from fqcompile.kernels.run import dequantize_weight, run_backward, run_matmul
 from fqcompile.kernels.template import Routing
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import key_set, without_keys

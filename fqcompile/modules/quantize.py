@@ -16,13 +16,13 @@ from fqcompile.distributed.shards import (
     with_part,
 )
 from fqcompile.errors import OptionError, UnquantizableWeight
+from fqcompile.kernels.registry import kernel_for
 from fqcompile.modules.weights import ModuleWeight, module_weights
 from fqcompile.passes.summary import SiteRecipe
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
 from fqcompile.report import Plan, Site
 from fqcompile.weights.disk_cache import find_or_quantize
 from fqcompile.weights.fingerprint import ATTEMPTS, fingerprint
-from fqcompile.weights.kernel_layouts import kernel_for
 from fqcompile.weights.parameter import PackedWeight
 from fqcompile.weights.recipe import IDENTITY
 from fqcompile.weights.store import plain_eager

@@ -16,8 +16,7 @@ from itertools import permutations
 import torch
 from torch import Tensor, fx
 
-from fqcompile.passes.emit import VIEWS, Emitter, Size
-from fqcompile.passes.fold import ConstantFolder
+from fqcompile.passes.fold import VIEWS, ConstantFolder, Emitter, Size
 from fqcompile.passes.op_nodes import MATMUL, matmul_arguments
 from fqcompile.passes.state import (
     Contraction,

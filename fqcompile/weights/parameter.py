@@ -1,7 +1,7 @@
 """PackedWeight: codes and scales that replace a dense weight in a module.
 
 A tensor subclass of the weight's shape and dtype whose storage is two other tensors. Matmuls run on
-the codes (see `parameter_ops`); operators without a packed form get the dequantized weight.
+the codes (see `parameter_matmuls`); operators without a packed form get the dequantized weight.
 torch.compile splits it into the two tensors, under every backend.
 """
 
@@ -19,24 +19,25 @@ from torch import Tensor, nn
 
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels.op import CACHE_TAG
+from fqcompile.kernels.registry import in_kernel_layout, in_plain_layout
 from fqcompile.tensor.chunks import plain_tensors
 from fqcompile.tensor.format import UNIFORM, Format
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import no_torch_function, traced_modules
-from fqcompile.weights.kernel_layouts import in_kernel_layout, in_plain_layout, matrices
 from fqcompile.weights.memory import (
     Lifetime,
     Memory,
     MemoryPart,
     NoMemory,
     Place,
+    matrices,
     never_compiled,
     refuse_trace,
     whole_place,
 )
 
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
-# What answers an operator, by its full name; None: all others. `parameter_ops` fills it.
+# What answers an operator, by its full name; None: all others. `implements` fills it.
 HANDLERS: dict[str | None, Handler] = {}
 
 
@@ -47,8 +48,7 @@ def handler_of(func: Any) -> Handler:
 
 
 # Compiled code takes packed weights and their views apart, and makes them, as these files say.
-_MODULES = ("parameter", "dense_view", "memory")
-_FILES = [Path(__file__).with_name(f"{name}.py") for name in _MODULES]
+_FILES = map(Path(__file__).with_name, ("parameter.py", "dense_view.py", "memory.py"))
 _CODE = hashlib.sha256(b"".join(path.read_bytes() for path in _FILES)).hexdigest()[:16]
 # Added to the address of codes: whoever reads there is stopped by the processor or the driver.
 _NO_ADDRESS = 1 << 63
@@ -95,7 +95,7 @@ class PackedWeight(NoMemory):
         ids: Tensor | None = None,
     ) -> "PackedWeight":
         """A view of the memory."""
-        self = cls.shaped(place, dtype, memory.device)
+        self = cls.shaped(place, dtype, memory.weight.qweight.device)
         self.memory, self.flipped, self.ids, self.lifetime = memory, flipped, ids, Lifetime()
         return self
 

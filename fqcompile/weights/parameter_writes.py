@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fqcompile.errors import UnquantizableWeight
+from fqcompile.kernels.registry import in_kernel_layout, in_plain_layout
 from fqcompile.quant.choose import QuantPlan, quantize_weight, scale_dtype_beside
 from fqcompile.tensor.format import PLAIN, Format
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.weights.dense_view import DenseView, refusal
-from fqcompile.weights.kernel_layouts import in_kernel_layout, in_plain_layout
 from fqcompile.weights.memory import Memory, values
 from fqcompile.weights.parameter import PackedWeight
 

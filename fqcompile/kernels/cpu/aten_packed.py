@@ -8,7 +8,6 @@ Measured on two AVX-512 BF16 cores, N = K = 4096, bf16, milliseconds at M = 1, 1
 
 import torch
 
-from fqcompile.kernels import dequantize
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import (
@@ -17,6 +16,7 @@ from fqcompile.kernels.template import (
     PackedTensors,
     Shape,
     Template,
+    multiply_dequantized,
     one_by_one,
 )
 from fqcompile.tensor.codes import unpack
@@ -54,7 +54,7 @@ def _refuse_int8(spec: GemmSpec) -> str | None:
 
 def _multiply_int8(x: torch.Tensor, weight: QuantizedTensor, epilogue: Epilogue) -> torch.Tensor:
     if x.shape[0] > INT8_MAX_ROWS:
-        return dequantize.multiply(x, weight, epilogue)
+        return multiply_dequantized(x, weight, epilogue)
     z = int8pack_mm(x.contiguous(), weight.qweight, weight.scale.view(-1))
     return epilogue.apply(z)
 
