@@ -20,7 +20,7 @@ LAYERS = [
     {"options"},
     {"distributed"},
     {"config"},
-    {"tensor"},
+    {"native", "tensor"},
     {"quant"},
     {"kernels"},
     {"weights", "report", "estimator"},

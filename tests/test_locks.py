@@ -20,13 +20,13 @@ import fqcompile.backend
 from fqcompile import locks
 from fqcompile.files import trusted
 from fqcompile.files.trusted import cache_directory
-from fqcompile.kernels.cpu import native_library as native
 from fqcompile.locks import fork_safe, locked
+from fqcompile.native import library as native
 from fqcompile.weights.disk_cache import DiskCache
 from fqcompile.weights.store import WeightStore
 from tests.children import FORK, NOBODY, in_child, needs_root, open_folder
 from tests.helpers import assert_close, finequant
-from tests.kernels.cpu.paths import NAMES, copying_compiler
+from tests.native.paths import NAMES, copying_compiler
 from tests.tiers import examples
 from tests.weights.test_disk_cache_entries import assert_same, entry
 
