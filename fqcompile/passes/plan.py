@@ -8,7 +8,9 @@ the weight. Decisions that depend on the graph and the options are made once (`s
 that depend on values are made again for other instances that run the graph (`decide`).
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -27,12 +29,14 @@ from fqcompile.quant.calibration import Calibration
 from fqcompile.quant.checks import OTHER_DTYPE, WEIGHT_DTYPES
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
 from fqcompile.torch_compat import FakeTensor
-from fqcompile.weights.disk_cache import use_logged
+from fqcompile.weights.disk_cache import disk_cache
 from fqcompile.weights.fingerprint import fingerprint
 from fqcompile.weights.node_weight import any_packed
 from fqcompile.weights.parameter import PackedWeight
 from fqcompile.weights.recipe import WeightRecipe
 from fqcompile.weights.store import STORE
+
+log = logging.getLogger("fqcompile")
 
 Decision = QuantPlan | str
 PlanKey = tuple[int, int, str, str, torch.dtype] | None
@@ -102,7 +106,7 @@ def decide(
     pairs = list(zip(open_sites, asked, strict=True))
     calibrations = _calibrations(state, args, dict(pairs))
     bar = progress(pairs, "fqcompile: quantizing", unit="weight", delay=2)
-    with use_logged():
+    with _use_logged():
         return tuple(
             [a if isinstance(a, str) else STORE.plan(*a, calibrations.get(s)) for s, a in bar]
         )
@@ -124,6 +128,20 @@ def _calibrations(
             found[site] = STORE.calibration(ask.recipe, ask.sources, option)
     made = run(args, [site for site, known in found.items() if known is None])
     return {site: known or made[site] for site, known in found.items()}
+
+
+@contextmanager
+def _use_logged() -> Iterator[None]:
+    """Says afterwards how many weights were found on disk."""
+    found = disk_cache()
+    before = (found.hits, found.misses) if found else (0, 0)
+    yield
+    if found:
+        hits, misses = found.hits - before[0], found.misses - before[1]
+        if hits or misses:
+            log.info(
+                "%d of %d weights were found quantized in %s", hits, hits + misses, found.directory
+            )
 
 
 def key_of(decisions: Sequence[Decision]) -> Key:
