@@ -52,7 +52,6 @@ from fqcompile.files.trusted import (
 )
 from fqcompile.kernels.cpu.huge_pages import in_huge_pages
 from fqcompile.quant.choose import QuantPlan, choose_and_quantize
-from fqcompile.tensor.format import Format
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.weights.fingerprint import Values, content_digest, values_of
 
@@ -124,11 +123,7 @@ def _entry(about: dict[str, Any], qweight: Tensor, scale: Tensor) -> Entry:
     about["expert_errors"] = tuple(about["expert_errors"])
     plan = QuantPlan(**about)
     experts = len(plan.expert_errors)
-    rows = qweight.shape[0] // max(1, experts)
-    form = Format(
-        plan.bits, plan.group_size, rows, k, experts,
-        scale_method=plan.scale_method, levels=plan.levels,
-    )  # fmt: skip
+    form = plan.form(qweight.shape[0] // max(1, experts), k, experts)
     return plan, QuantizedTensor.of_rows(qweight, scale, form)
 
 
