@@ -31,7 +31,7 @@ from tests.children import NOBODY, in_child, needs_root, open_folder
 from tests.helpers import assert_close, finequant
 from tests.kernels.cpu.paths import NAMES, copying_compiler
 from tests.weights.test_disk_cache import put, unwanted
-from tests.weights.test_entry_file import assert_same, entry
+from tests.weights.test_disk_cache_entries import assert_same, entry
 
 if not NAMES or shutil.which("g++") is None:
     pytest.skip("this machine builds no x86 kernel", allow_module_level=True)

@@ -27,7 +27,7 @@ from tests.children import FORK, NOBODY, in_child, needs_root, open_folder
 from tests.helpers import assert_close, finequant
 from tests.kernels.cpu.paths import NAMES, copying_compiler
 from tests.tiers import examples
-from tests.weights.test_entry_file import assert_same, entry
+from tests.weights.test_disk_cache_entries import assert_same, entry
 
 PACKAGE = Path(fqcompile.__file__).parent
 fcntl = pytest.importorskip("fcntl")

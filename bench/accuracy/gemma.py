@@ -21,7 +21,7 @@ import transformers as hf
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from bench.accuracy.corpus import Corpus, Document
+from bench.accuracy.corpus import Document
 from bench.accuracy.language_model import IGNORED, Windows, windows_of
 from bench.core.results import missing
 from fqcompile.kernels.tuning.table import cache_directory

@@ -83,6 +83,7 @@ class ShardWriter:
             experts=form.experts,
             transposed=form.transposed,
             scale_method=form.scale_method,
+            levels=form.levels,
         )
         self.add(dict(zip((record.codes, record.scale), weight.as_rows(), strict=True)))
         return record

@@ -22,6 +22,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The `--help` text of each option.
 _HELP = {
     "bits": "bits of a quantized weight: 4 or 8 (default: 4)",
+    "levels": "4 bits: 16 levels that fit a normal distribution (default: normal), or uniform ones",
     "granularity": "group size along K, or the rule that chooses it: adaptive, range, column",
     "alpha": "range: finer groups while the mean range shrinks below this factor (default: 0.9)",
     "min_group_size": "smallest group size that a rule may choose (default: 32)",

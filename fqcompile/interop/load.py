@@ -17,12 +17,11 @@ from fqcompile.checkpoint.manifest import MANIFEST
 from fqcompile.checkpoint.slots import Slot, shortened, slots
 from fqcompile.checkpoint.source import Source, read_config, read_tensors, recognized
 from fqcompile.errors import CheckpointError
-from fqcompile.files.json_text import shown
 from fqcompile.files.safetensors_file import TensorPlace
+from fqcompile.files.untrusted import shown
 from fqcompile.interop.assemble import ForeignLayer, assemble
-from fqcompile.interop.awq import read_awq
 from fqcompile.interop.compressed_tensors import read_compressed_tensors
-from fqcompile.interop.gptq import read_gptq
+from fqcompile.interop.gptq_awq import read_awq, read_gptq
 from fqcompile.tensor.format import INT8
 from fqcompile.weights.parameter import PackedWeight
 

@@ -164,5 +164,4 @@ def _choice(site: WeightSite) -> str:
     if site.plan is None:
         return f"kept: {site.reason}"
     plan, kernel = site.plan, None if site.op is None else argument(site.op, "kernel")
-    chosen = (plan.bits, plan.group_size, plan.scale_method, str(plan.scale_dtype))
-    return f"{chosen}, kernel {kernel}"
+    return f"{tuple(map(str, plan.choice))}, kernel {kernel}"

@@ -31,7 +31,7 @@ from fqcompile.weights.parameter import PackedWeight
 from fqcompile.weights.store import STORE
 
 Decision = QuantPlan | str
-PlanKey = tuple[int, int, str, torch.dtype] | None
+PlanKey = tuple[int, int, str, str, torch.dtype] | None
 Key = tuple[PlanKey, ...]
 
 
@@ -98,10 +98,7 @@ def decide(
 
 def key_of(decisions: Sequence[Decision]) -> Key:
     """A key that is equal if the rewritten graphs are equal."""
-    return tuple(
-        None if isinstance(d, str) else (d.bits, d.group_size, d.scale_method, d.scale_dtype)
-        for d in decisions
-    )
+    return tuple(None if isinstance(d, str) else d.choice for d in decisions)
 
 
 def serves(offered: PlanKey, asked: PlanKey, bounded: bool) -> bool:

@@ -52,6 +52,7 @@ def gemm_spec(state: GraphState, op: fx.Node) -> GemmSpec:
         n=argument(op, "n"),
         k=spec.k,
         bits=spec.bits,
+        levels=spec.levels,
         group_size=spec.group_size,
         dtype=out.dtype,
         scale_dtype=spec.scale_dtype,

@@ -179,6 +179,7 @@ def _site(state: GraphState, site: WeightSite) -> Site:
         kept,
         status="quantized",
         bits=site.plan.bits,
+        levels=site.plan.levels,
         group_size=group_size,
         bytes_after=_packed_bytes(site, group_size),
         **_errors(site.plan),

@@ -11,7 +11,7 @@ multiples up to the rounding of h. The relative errors in plans are not weighted
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 
@@ -26,8 +26,8 @@ from fqcompile.quant.checks import (
 )
 from fqcompile.quant.granularity import RULES, group_size_candidates
 from fqcompile.tensor.chunks import each_chunk, plain_tensors
-from fqcompile.tensor.codes import dequantize_affine, pack
-from fqcompile.tensor.format import INT8, QTYPES, Format, QType, packed_columns
+from fqcompile.tensor.codes import dequantize_rows, pack
+from fqcompile.tensor.format import INT8, QTYPES, UNIFORM, Format, QType, packed_columns, qtype_for
 from fqcompile.tensor.quantized import QuantizedTensor
 
 T = TypeVar("T")
@@ -46,6 +46,18 @@ class QuantPlan:
     scale_dtype: torch.dtype
     relative_error: float
     expert_errors: tuple[float, ...] = ()
+    levels: str = UNIFORM
+
+    @classmethod
+    def of(cls, form: Format, scale_dtype: torch.dtype) -> Self:
+        """The plan of a weight in this format, whose error is not known any more."""
+        known = (form.bits, form.group_size, form.scale_method, scale_dtype)
+        return cls(*known, math.nan, levels=form.levels)
+
+    @property
+    def choice(self) -> tuple[int, int, str, str, torch.dtype]:
+        """What codes and scales of given values depend on."""
+        return self.bits, self.group_size, self.levels, self.scale_method, self.scale_dtype
 
     @property
     def worst_error(self) -> float:
@@ -75,7 +87,8 @@ def choose_and_quantize(
     budget = math.inf if options.error_budget is None else options.error_budget
     plans = []
     for bits, size in _attempts(options, group_size, w.shape[-1]):
-        plan, weight = _deliver(w, QTYPES[bits], size, options.scale_method, scale_dtype, own)
+        qtype = qtype_for(bits, options.levels)
+        plan, weight = _deliver(w, qtype, size, options.scale_method, scale_dtype, own)
         if plan.worst_error <= budget:
             return plan, weight
         plans.append(plan)
@@ -136,7 +149,7 @@ def quantize_weight(
     """
     _checked_matrices(w)
     own = error_weights_of(w, h)
-    qtype = QTYPES[plan.bits]
+    qtype = QTYPES[plan.bits, plan.levels]
     return _deliver(w, qtype, plan.group_size, plan.scale_method, plan.scale_dtype, own)[1]
 
 
@@ -197,10 +210,12 @@ def _deliver(
     ]
     errors = tuple(map(relative_error_from, norms)) if w.dim() == 3 else ()
     whole = relative_error_from([piece for pieces in norms for piece in pieces])
-    plan = QuantPlan(qtype.bits, group_size, method, scales[0].dtype, whole, errors)
+    plan = QuantPlan(
+        qtype.bits, group_size, method, scales[0].dtype, whole, errors, levels=qtype.levels
+    )
     scale = scales[0] if w.dim() == 2 else torch.stack(scales)
     experts = len(matrices) if w.dim() == 3 else 0
-    form = Format(qtype.bits, group_size, n, k, experts, scale_method=method)
+    form = Format(qtype.bits, group_size, n, k, experts, scale_method=method, levels=qtype.levels)
     return plan, QuantizedTensor(qweight, scale, form)
 
 
@@ -212,7 +227,8 @@ def _encode(
     def encode(rows: slice) -> torch.Tensor:
         codes = quantize_affine(w[rows], scale[rows], qtype, group_size)
         qweight[rows] = pack(codes, qtype)
-        w_hat = dequantize_affine(codes, scale[rows], group_size, torch.float32)
+        k = w.shape[1]
+        w_hat = dequantize_rows(qweight[rows], scale[rows], qtype, group_size, k, torch.float32)
         return squared_norms(w[rows], w_hat)
 
     return each_chunk(encode, w)

@@ -8,7 +8,7 @@ import torch
 from fqcompile.config import SiteOptions
 from fqcompile.quant.scale_search import estimate_squared_error, group_weights, search_share
 from fqcompile.tensor.chunks import each_chunk, grouped
-from fqcompile.tensor.format import QTYPES, num_groups
+from fqcompile.tensor.format import num_groups, qtype_for
 
 # An error that needs no finer groups, and no comparison of what they would cost.
 GOOD_ENOUGH = 0.01
@@ -94,7 +94,7 @@ def estimate_errors(
 
     `h` [K] are weights of squares, or None for 1.
     """
-    method, qtype = options.scale_method, QTYPES[options.bits]
+    method, qtype = options.scale_method, qtype_for(options.bits, options.levels)
     weights = [(None, None) if h is None else group_weights(h, g) for g in candidates]
 
     def squares(rows: slice) -> torch.Tensor:

@@ -3,11 +3,11 @@
 Divided by its extreme (the weight of largest magnitude), a group becomes u in [-1, 1], the extreme
 at -1. The error of one u under one candidate step,
 
-    f_c(u) = (u - c * clamp(round(u / c), qmin, qmax))^2,
+    f_c(u) = (u - c * nearest level(u / c))^2,
 
 is then the same function for every group of every matrix. So f is tabulated once, u is sorted into
 bins, and one look-up per weight sums the errors of all candidates at a time. The best one is
-refined by least squares: for fixed codes q, the step sum(u q) / sum(q^2) is optimal. Weights h of
+refined by least squares: for fixed levels v, the step sum(u v) / sum(v^2) is optimal. Weights h of
 squared errors stand in each of these sums.
 """
 
@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import embedding_bag
 
+from fqcompile.quant.rounding import nearest_levels
 from fqcompile.tensor.chunks import grouped, plain_tensors
 from fqcompile.tensor.format import QType
 
@@ -75,7 +76,7 @@ def estimate_squared_error(
     u = groups / pivots[..., None]
     steps = _best_candidate(u, method, qtype, h)[..., None]
     # Bins would blur the error of a group whose weights are all tiny beside its extreme.
-    errors = _codes(u, steps, qtype).mul_(steps).sub_(u).square_()
+    errors = nearest_levels(u / steps, qtype).mul_(steps).sub_(u).square_()
     sums = (errors if h is None else errors.mul_(h)).sum(-1)
     return sums.double() * pivots.double().square()
 
@@ -87,17 +88,19 @@ def search_share(group_size: int) -> float:
 
 def candidate_steps(method: str, qtype: QType) -> torch.Tensor:
     """Steps tried on a group whose extreme is -1, in float64."""
+    low, high = -qtype.values[0], qtype.values[-1]
     if method == "absmax":
-        return torch.tensor([1 / qtype.qmax], dtype=torch.float64, device="cpu")
-    codes = -qtype.qmin
+        return torch.tensor([-1 / high], dtype=torch.float64, device="cpu")
     down, up = _CANDIDATES
     # Both ends at 1 of their range: there the extreme has the outermost code exactly.
-    negative = torch.linspace(qtype.least_step, 1, down, dtype=torch.float64)
+    negative = torch.linspace(qtype.least_step, 1, down, dtype=torch.float64, device="cpu")
     least_up = 1 - (1 - qtype.least_step) / 2
-    positive = torch.linspace(least_up, codes / qtype.qmax, up, dtype=torch.float64)
+    if qtype.sixteenths is not None:  # levels that differ on both sides: the sign always counts
+        least_up, up = qtype.least_step, down
+    positive = torch.linspace(least_up, low / high, up, dtype=torch.float64, device="cpu")
     # Half a code coarser still: refits come back from there.
-    beyond = torch.tensor([1 + 0.5 / codes], dtype=torch.float64)
-    return torch.cat([negative, beyond, -positive]) / codes
+    beyond = torch.tensor([1 + 0.5 / low], dtype=torch.float64, device="cpu")
+    return torch.cat([negative, beyond, -positive]) / low
 
 
 @lru_cache(maxsize=16)
@@ -114,8 +117,8 @@ def _error_table(
     u = (((samples + 0.5) / _SAMPLES_PER_BIN - 0.5) * 2 / bins - 1)[:, None]
     u[:_SAMPLES_PER_BIN] = -1
     steps = candidate_steps(method, qtype)
-    codes = _codes(u, steps, qtype)
-    errors = (u - codes * steps).square_().view(bins + 1, _SAMPLES_PER_BIN, -1).mean(1)
+    levels = nearest_levels(u / steps, qtype).double()
+    errors = (u - levels * steps).square_().view(bins + 1, _SAMPLES_PER_BIN, -1).mean(1)
     return steps.float().to(device), errors.float().to(device)
 
 
@@ -144,12 +147,8 @@ def _best_candidate(
 def _refit(
     u: torch.Tensor, steps: torch.Tensor, qtype: QType, h: torch.Tensor | None
 ) -> torch.Tensor:
-    codes = _codes(u, steps[..., None], qtype)
-    weighted = codes if h is None else codes * h
+    levels = nearest_levels(u / steps[..., None], qtype)
+    weighted = levels if h is None else levels * h
     dot = (u * weighted).sum(-1)
-    energy = (weighted * codes).sum(-1)
+    energy = (weighted * levels).sum(-1)
     return torch.where(energy > 0, dot / energy, steps)
-
-
-def _codes(u: torch.Tensor, steps: torch.Tensor, qtype: QType) -> torch.Tensor:
-    return (u / steps).round_().clamp_(qtype.qmin, qtype.qmax)

@@ -11,6 +11,7 @@ from typing import Any, Self
 from tabulate import tabulate
 
 from fqcompile.report.page import Cell, Table
+from fqcompile.tensor.format import QTYPES
 
 LeastTime = float | Callable[[], float | None] | None
 
@@ -48,6 +49,7 @@ class Site:
     status: str
     reason: str | None = None
     bits: int | None = None
+    levels: str | None = None
     group_size: int | None = None
     bytes_before: int
     bytes_after: int
@@ -98,7 +100,9 @@ def format_shape(shape: Sequence[int]) -> str:
 
 
 def format_status(site: Site) -> str:
-    return f"int{site.bits}" if site.status == "quantized" else site.status
+    if site.bits is None or site.levels is None:
+        return site.status
+    return QTYPES[site.bits, site.levels].name
 
 
 def format_group(site: Site) -> str:

@@ -4,7 +4,6 @@ Packed parameters are handled only here: their codes are used unchanged, and if 
 them, they become rows of the stack.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -25,7 +24,7 @@ Tensors = tuple[Tensor, ...]
 
 def part_key(recipe: WeightRecipe, plan: QuantPlan) -> tuple[object, ...]:
     """Equal where the same sources give the same codes and scales."""
-    return (recipe.key, plan.bits, plan.group_size, plan.scale_method, plan.scale_dtype)
+    return (recipe.key, *plan.choice)
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,10 @@ class NodeWeight:
     @property
     def bits(self) -> int:
         return self.parts[0].plan.bits
+
+    @property
+    def levels(self) -> str:
+        return self.parts[0].plan.levels
 
     @property
     def k(self) -> int:
@@ -176,7 +179,7 @@ def plan_of_packed(w: Tensor) -> QuantPlan | str:
     if not isinstance(w, PackedWeight) or w.format.transposed or w.ids is not None:
         return "the weight is packed, and is read here in a way that its codes cannot follow"
     form = w.format
-    return QuantPlan(form.bits, form.group_size, form.scale_method, w.scale.dtype, math.nan)
+    return QuantPlan.of(form, w.scale.dtype)
 
 
 def packed_already(spec: NodeWeight, sources: Sequence[Tensor]) -> QuantizedTensor | None:

@@ -11,9 +11,9 @@ from torch import nn
 
 from fqcompile.cli import main
 from fqcompile.commands import tune
-from fqcompile.kernels.dequantize import DEQUANTIZE
 from fqcompile.kernels.registry import KernelChoice
 from fqcompile.kernels.spec import H200, TileConfig
+from fqcompile.kernels.template import DEQUANTIZE
 from fqcompile.kernels.tuning.search import WrongResult
 from tests.kernels.tuning.fake import CLOSED, FAST, TEMPLATE, FakeMeasure, time_of
 from tests.report.page_parser import Page

@@ -51,7 +51,7 @@ def run(template: str, p: Problem) -> Tensor:
 
 
 def eager(p: Problem) -> Tensor:
-    w_hat = unpacked(p.qweight, p.scale, p.bits, p.group_size, p.k).float()
+    w_hat = unpacked(p.qweight, p.scale, p.bits, p.levels, p.group_size, p.k).float()
     z = p.x.float() @ w_hat.t()
     return Epilogue(p.bias, p.residual, p.activation, p.gated).apply(z).to(p.x.dtype)
 

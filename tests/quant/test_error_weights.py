@@ -97,7 +97,7 @@ def test_rows_do_not_know_each_other(order: list[int], seed: int) -> None:
 @pytest.mark.parametrize("kind", ["gaussian", "heavy", "outlier"])
 def test_estimates_are_weighted(kind: str) -> None:
     w, h, sizes = matrix(kind, 16, 1024), error_weights(1024), (1024, 128, 32)
-    estimates = estimate_errors(w, sizes, SiteOptions(), h)
+    estimates = estimate_errors(w, sizes, SiteOptions(levels="uniform"), h)
     exact, weights = w.double().numpy(), h.double().numpy()
     for g, estimate in zip(sizes, estimates, strict=True):
         scale = choose_scale(w, INT4, g, "mse", torch.float32, h).double().numpy()

@@ -28,7 +28,7 @@ from fqcompile.kernels.epilogue import ACTIVATIONS, Epilogue
 from fqcompile.kernels.spec import Config, GemmSpec
 from fqcompile.kernels.template import Layout, Routing, Template
 from fqcompile.locks import in_forked_child
-from fqcompile.tensor.format import QTYPES
+from fqcompile.tensor.format import QTYPES, UNIFORM
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import has_amx
 
@@ -53,8 +53,10 @@ _PANEL = 1 << 20  # weights that are dequantized at a time, and multiplied while
 def _refuse(spec: GemmSpec) -> str | None:
     if spec.device_type != "cpu":
         return f"runs on cpu, not {spec.device_type}"
-    if spec.bits not in QTYPES:
+    if (spec.bits, spec.levels) not in QTYPES:
         return f"takes int4 and int8, not {spec.bits} bits"
+    if spec.levels != UNIFORM:
+        return f"takes {UNIFORM} levels, not {spec.levels}"
     odd = [t for t in (spec.dtype, spec.scale_dtype) if t not in DTYPES]
     if odd:
         return f"takes fp32, bf16 and fp16, not {odd[0]}"

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from fqcompile.kernels.template import PackedTensors, Shape
 from fqcompile.tensor.codes import pack as pack_plain
 from fqcompile.tensor.codes import unpack as unpack_plain
-from fqcompile.tensor.format import QTYPES, num_groups
+from fqcompile.tensor.format import num_groups
 from fqcompile.tensor.quantized import QuantizedTensor
 
 VERSION = 1
@@ -64,7 +64,7 @@ def shapes(bits: int, group_size: int, rows: int, k: int) -> tuple[Shape, Shape]
 def pack(weight: QuantizedTensor, kwidth: int) -> PackedTensors:
     """qweight and scale as above; rows and K are filled up with zeros."""
     rows, k = weight.rows, weight.k
-    codes = unpack_plain(weight.qweight, QTYPES[weight.bits], k)
+    codes = unpack_plain(weight.qweight, weight.format.qtype, k)
     codes = F.pad(codes, (0, -k % BLOCK_K, 0, -rows % MICRO_ROWS))
     order = column_order(weight.bits, kwidth, codes.device)
     blocks = codes.view(-1, MICRO_ROWS, codes.shape[1] // BLOCK_K, BLOCK_K).transpose(1, 2)
@@ -84,7 +84,7 @@ def unpack(weight: QuantizedTensor, kwidth: int) -> PackedTensors:
         unsigned = (words >> (bits * place)) & ((1 << bits) - 1)
         codes[..., order[:, place]] = (unsigned - (1 << (bits - 1))).to(torch.int8)
     rows = codes.transpose(1, 2).reshape(-1, words.shape[1] * BLOCK_K)[: weight.rows, :k]
-    return pack_plain(rows, QTYPES[bits]), _unpack_scales(weight)
+    return pack_plain(rows, weight.format.qtype), _unpack_scales(weight)
 
 
 def narrow(weight: QuantizedTensor, start: int, rows: int) -> PackedTensors | None:

@@ -143,7 +143,7 @@ def random_problem(
     overflows fp16, gated or not.
     """
     generator = torch.Generator(device).manual_seed(0)
-    qtype, rows, k = QTYPES[spec.bits], spec.weight_rows * max(1, spec.experts), spec.k
+    qtype, rows, k = QTYPES[spec.bits, spec.levels], spec.weight_rows * max(1, spec.experts), spec.k
     codes = torch.randint(
         qtype.qmin, qtype.qmax + 1, (rows, k), dtype=torch.int8, device=device, generator=generator
     )
@@ -151,7 +151,8 @@ def random_problem(
     scale = torch.rand(rows, groups, device=device, generator=generator).add_(0.5).div_(qtype.qmax)
     x = torch.randn(m, k, device=device, generator=generator).mul_(k**-0.5).to(spec.dtype)
     scale = scale.to(spec.scale_dtype)
-    form = Format(spec.bits, spec.group_size, spec.weight_rows, k, spec.experts)
+    sizes = (spec.group_size, spec.weight_rows, k, spec.experts)
+    form = Format(spec.bits, *sizes, levels=spec.levels)
     return QuantizedTensor.of_rows(pack(codes, qtype), scale, form), x
 
 
@@ -162,7 +163,9 @@ def reference(x: torch.Tensor, weight: QuantizedTensor, spec: GemmSpec) -> torch
     for start in range(0, spec.weight_rows, step):
         rows = slice(start, start + step)
         codes, scale = weight.qweight[rows], weight.scale[rows]
-        w_hat = dequantize_rows(codes, scale, spec.bits, spec.group_size, spec.k, torch.float64)
+        w_hat = dequantize_rows(
+            codes, scale, weight.format.qtype, spec.group_size, spec.k, torch.float64
+        )
         parts.append(x.double() @ w_hat.t())
     return Epilogue(activation=spec.activation, gated=spec.gated).apply(torch.cat(parts, 1))
 

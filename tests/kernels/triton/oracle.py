@@ -15,7 +15,7 @@ from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import TileConfig
 from fqcompile.kernels.triton import launch, layout
 from fqcompile.tensor.codes import pack
-from fqcompile.tensor.format import QTYPES, Format
+from fqcompile.tensor.format import QTYPES, UNIFORM, Format
 from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.triton.interpreter import interpreted
 from tests.kernels.triton.interpreter_memory import Memory
@@ -93,7 +93,7 @@ def group_of(k: int, group_size: int) -> Tensor:
 def quantized(codes: Tensor, scale: Tensor, bits: int, group_size: int) -> QuantizedTensor:
     rows, k = codes.shape
     return QuantizedTensor(
-        pack(codes, QTYPES[bits]), scale, Format(bits, min(group_size, k), rows, k)
+        pack(codes, QTYPES[bits, UNIFORM]), scale, Format(bits, min(group_size, k), rows, k)
     )
 
 

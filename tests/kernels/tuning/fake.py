@@ -6,9 +6,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fqcompile.kernels.dequantize import DEQUANTIZE
 from fqcompile.kernels.spec import DENSE, H200, Config, GemmSpec, LaunchTable, TileConfig
-from fqcompile.kernels.template import SearchMode, Template
+from fqcompile.kernels.template import DEQUANTIZE, SearchMode, Template
 from fqcompile.kernels.tuning.search import Measure
 from fqcompile.kernels.tuning.table import Timing
 

@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fqcompile.errors import FineQuantError
-from fqcompile.kernels.dequantize import DEQUANTIZE
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.registry import select_kernel
 from fqcompile.kernels.spec import DENSE, GemmSpec, gpu_of
-from fqcompile.kernels.template import PLAIN, Template
+from fqcompile.kernels.template import DEQUANTIZE, PLAIN, Template
 from fqcompile.kernels.tuning import measure as measure_module
 from fqcompile.kernels.tuning.measure import (
     allowed_error,

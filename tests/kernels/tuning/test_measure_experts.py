@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fqcompile.kernels.cpu.stream import X86_STREAM
-from fqcompile.kernels.dequantize import DEQUANTIZE
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import DENSE, GemmSpec
+from fqcompile.kernels.template import DEQUANTIZE
 from fqcompile.kernels.tuning import measure as measure_module
 from fqcompile.kernels.tuning.measure import (
     expert_reference,

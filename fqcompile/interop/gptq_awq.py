@@ -1,13 +1,15 @@
-"""GPTQ checkpoints without act-order: w = (q - z) * s, codes and zero points in 4 bits.
+"""GPTQ and AWQ checkpoints: w = (q - z) * s, codes and zero points in 4 bits, eight in a word.
 
-M.qweight int32 [K/8, N]     nibble j of a word is the code of row 8i + j
-M.qzeros  int32 [G, N/8]     nibble j is z of column 8i + j; format "gptq" stores z - 1
-M.scales  [G, N]             M.g_idx int32 [K] = k // group_size
+GPTQ, without act-order:
+    M.qweight int32 [K/8, N]     nibble j of a word is the code of row 8i + j
+    M.qzeros  int32 [G, N/8]     nibble j is z of column 8i + j; format "gptq" stores z - 1
+    M.scales  [G, N]             M.g_idx int32 [K] = k // group_size
+    The config decides what the tensors do not determine: `group_size`, and with `sym` the zero
+    point, which is then 8 in either encoding (some programs write one encoding and name the other).
 
-The config decides what the tensors do not determine: `group_size`, and with `sym` the zero point,
-which is then 8 in either encoding (some programs write one encoding and name the other).
-
-AWQ shares the checks of config keys, of a layer's tensors and of groups.
+AWQ, version "gemm":
+    M.qweight int32 [K, N/8]     M.qzeros int32 [G, N/8]     M.scales [G, N]
+    nibbles 0 .. 7 of a word are columns 0 2 4 6 1 3 5 7 of its eight
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,18 +20,28 @@ import torch
 from torch import Tensor
 
 from fqcompile.errors import CheckpointError
-from fqcompile.files.json_text import shown
 from fqcompile.files.safetensors_file import TensorPlace, read_tensor
-from fqcompile.interop.assemble import ForeignLayer, symmetric
-from fqcompile.interop.patterns import check_pattern, matches_pattern
-from fqcompile.tensor.format import num_groups
+from fqcompile.files.untrusted import check_pattern, matches_pattern, shown
+from fqcompile.interop.assemble import (
+    ForeignLayer,
+    check_groups,
+    check_options,
+    check_part,
+    layer_parts,
+    symmetric,
+)
 from fqcompile.tensor.quantized import QuantizedTensor
 
-CODES_PER_WORD, BITS = 8, 4
-MIDDLE = 8  # the zero point of symmetric codes
+_CODES_PER_WORD, _BITS = 8, 4
+_MIDDLE = 8  # the zero point of symmetric codes
 _FORMATS = {"gptq": 1, "gptq_v2": 0}  # and what is added to stored zero points
-_LARGEST = (1 << BITS) - 1
+_LARGEST = (1 << _BITS) - 1
 _EITHER = (True, False, None)
+_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
+# Config keys of the packing order; programs use any of them.
+_VERSION_KEYS = ("version", "format", "checkpoint_format")
+# Keys of AutoAWQ's own files, and what transformers calls them.
+_OWN_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
 
 
 def read_gptq(
@@ -50,16 +62,16 @@ def read_gptq(
     ).items():
         own = {**options, **next((c for p, c in changes.items() if matches_pattern(p, name)), {})}
         check_options(
-            own, where, bits=("bits", BITS), allowed={"sym": _EITHER, "desc_act": _EITHER}
+            own, where, bits=("bits", _BITS), allowed={"sym": _EITHER, "desc_act": _EITHER}
         )
         rows, n = check_part(name, places, "qweight", ("I32",))
-        k = rows * CODES_PER_WORD
+        k = rows * _CODES_PER_WORD
         groups, _ = check_part(name, places, "scales", ("F16", "BF16", "F32"), (None, n))
-        check_part(name, places, "qzeros", ("I32",), (groups, -(-n // CODES_PER_WORD)))
+        check_part(name, places, "qzeros", ("I32",), (groups, -(-n // _CODES_PER_WORD)))
         size = check_groups(name, places["scales"], k, own, "group_size", where)
         _check_order(name, places, k, size, own, where)
         zero_points = partial(_zero_points, own.get("sym"), _FORMATS[stored], where)
-        read = partial(_read, name, places, (n, k), size, zero_points)
+        read = partial(_read_gptq_layer, name, places, (n, k), size, zero_points)
         found[name] = ForeignLayer(name, n, k, places, read)
     return found
 
@@ -129,7 +141,7 @@ def _check_order(
         )
 
 
-def _read(
+def _read_gptq_layer(
     name: str,
     places: Mapping[str, TensorPlace],
     shape: tuple[int, int],
@@ -138,8 +150,8 @@ def _read(
 ) -> QuantizedTensor:
     n, k = shape
     scale = read_tensor(places["scales"]).t()
-    codes = nibbles(read_tensor(places["qweight"]).t()).reshape(n, k)
-    stored = nibbles(read_tensor(places["qzeros"])).flatten(1)[:, :n].t()
+    codes = _nibbles(read_tensor(places["qweight"]).t()).reshape(n, k)
+    stored = _nibbles(read_tensor(places["qzeros"])).flatten(1)[:, :n].t()
     where = f"{places['qweight'].path}: {name}"
     zeros = zero_points(f"{where}.qzeros", stored.to(torch.int16))
     return symmetric(codes.to(torch.int16), zeros, scale, size, where)
@@ -157,18 +169,18 @@ def _zero_points(
         CheckpointError: they contradict `sym`, or could mean two things.
     """
     low, high = map(int, stored.aminmax())
-    middle = low == high and low in (MIDDLE - 1, MIDDLE)
+    middle = low == high and low in (_MIDDLE - 1, _MIDDLE)
     if symmetric:
         if not middle:
             raise CheckpointError(
                 f"{where} stores {low} to {high}, and quantization_config.sym in {config} is True: "
-                f"the zero point would be {MIDDLE}, stored as {MIDDLE - 1} or {MIDDLE}; say "
+                f"the zero point would be {_MIDDLE}, stored as {_MIDDLE - 1} or {_MIDDLE}; say "
                 '"sym": false there if it was quantized so'
             )
-        return torch.full_like(stored, MIDDLE)
-    if symmetric is None and middle and low + added != MIDDLE:
+        return torch.full_like(stored, _MIDDLE)
+    if symmetric is None and middle and low + added != _MIDDLE:
         raise CheckpointError(
-            f"{where} stores {low} alone, which is {MIDDLE} for symmetric codes and {low + added} "
+            f"{where} stores {low} alone, which is {_MIDDLE} for symmetric codes and {low + added} "
             f"for others, and {config} has no quantization_config.sym; say there which it is"
         )
     if added and high == _LARGEST:
@@ -179,116 +191,60 @@ def _zero_points(
     return stored + added
 
 
-def nibbles(words: Tensor) -> Tensor:
+def _nibbles(words: Tensor) -> Tensor:
     """int32 [..., W] -> uint8 [..., W, 8], the lowest bits first."""
-    shifts = torch.arange(0, CODES_PER_WORD * BITS, BITS, dtype=torch.int32)
+    shifts = torch.arange(0, _CODES_PER_WORD * _BITS, _BITS, dtype=torch.int32)
     return ((words[..., None] >> shifts) & 0xF).to(torch.uint8)
 
 
-def check_options(
-    options: Mapping[str, Any],
-    where: str,
-    *,
-    bits: tuple[str, int],
-    allowed: Mapping[str, Sequence[object]],
-) -> None:
-    """Check that values of `quantization_config` are allowed.
-
-    Args:
-        bits: the key of the width, and the only one.
-        allowed: values by key; None among them: the key may be missing.
+def read_awq(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorPlace], where: str
+) -> dict[str, ForeignLayer]:
+    """The packed layers by name; codes are read later.
 
     Raises:
-        CheckpointError: a value is another; file and key are named.
+        CheckpointError: tensors are missing or do not fit, or the version packs in another order;
+            file and key are named.
     """
-    for key, values in {**allowed, bits[0]: (bits[1],)}.items():
-        value = options.get(key)
-        if not any(type(value) is type(v) and value == v for v in values):  # 0 is not False
-            raise CheckpointError(
-                f"{where}: quantization_config.{key} is {shown(repr(value))}, and only "
-                f"{' or '.join(repr(v) for v in values if v is not None)} can be converted exactly"
-            )
-
-
-def check_groups(
-    layer: str, place: TensorPlace, k: int, options: Mapping[str, Any], key: str, where: str
-) -> int:
-    """The group size from the config: the number of scales alone is ambiguous.
-
-    Args:
-        place: of the scales [groups, N].
-        key: of the size among the options; -1 there is one group of all K columns.
-
-    Raises:
-        CheckpointError: the config has no such size, or the scales are of another; file, key and
-            tensor are named.
-    """
-    size = options.get(key)
-    if type(size) is not int or (size < 1 and size != -1):
-        raise CheckpointError(
-            f"{where}: quantization_config.{key} is {shown(repr(size))}; it must be the "
-            "number of columns that share a scale, or -1 for all"
-        )
-    groups = 1 if size == -1 else num_groups(k, size)
-    if place.shape[0] != groups:
-        raise CheckpointError(
-            f"{place.path}: {layer}.scales has {place.shape[0]} groups, and K = {k} in groups of "
-            f"{size} makes {groups}: quantization_config.{key} in {where} contradicts it; give it "
-            "the value that the file was quantized with"
-        )
-    return k if size == -1 else min(size, k)
-
-
-def layer_parts(
-    tensors: Mapping[str, TensorPlace], needed: Sequence[str], optional: Sequence[str], where: str
-) -> dict[str, dict[str, TensorPlace]]:
-    """The tensors of each packed layer by part.
-
-    Raises:
-        CheckpointError: one is there without the others, it is named with its file; or there is
-            none at all, which a config of such layers contradicts.
-    """
-    found: dict[str, dict[str, TensorPlace]] = {}
-    for name, place in tensors.items():
-        layer, _, part = name.rpartition(".")
-        if part in (*needed, *optional):
-            found.setdefault(layer, {})[part] = place
-    if not found:
-        raise CheckpointError(
-            f"{where} has a quantization_config, and no tensor beside it is a {needed[0]}: its "
-            "weights are not packed; remove quantization_config and run: fqcompile quantize "
-            "CHECKPOINT OUT, or give the directory that it was written for"
-        )
-    for layer, places in found.items():
-        missing = [part for part in needed if part not in places]
-        if missing:
-            part, place = next(iter(places.items()))
-            raise CheckpointError(
-                f"{place.path}: {layer}.{part} is there, {layer}.{missing[0]} is not"
-            )
+    options: Mapping[str, Any] = config["quantization_config"]
+    bits, size_key = (own if own in options else key for own, key in _OWN_KEYS.items())
+    gemm = ("gemm", "GEMM", None)
+    allowed: dict[str, Sequence[object]] = dict.fromkeys(_VERSION_KEYS, gemm)
+    allowed["zero_point"] = (True, False, None)
+    check_options(options, where, bits=(bits, _BITS), allowed=allowed)
+    found = {}
+    for name, places in layer_parts(tensors, ("qweight", "qzeros", "scales"), (), where).items():
+        k, words = check_part(name, places, "qweight", ("I32",))
+        n = words * _CODES_PER_WORD
+        groups, _ = check_part(name, places, "scales", ("F16", "BF16", "F32"), (None, n))
+        check_part(name, places, "qzeros", ("I32",), (groups, words))
+        size = check_groups(name, places["scales"], k, options, size_key, where)
+        middle = where if options.get("zero_point") is False else None
+        read = partial(_read_awq_layer, name, places, size, middle)
+        found[name] = ForeignLayer(name, n, k, places, read)
     return found
 
 
-def check_part(
-    layer: str,
-    places: Mapping[str, TensorPlace],
-    part: str,
-    dtypes: Sequence[str],
-    shape: tuple[int | None, int] | None = None,
-) -> tuple[int, int]:
-    """The shape of a matrix, which must be as expected; None: any size.
-
-    Raises:
-        CheckpointError: type or shape differ; file and tensor are named.
-    """
-    place = places[part]
-    fits = len(place.shape) == 2 and min(place.shape) > 0 and place.dtype in dtypes
-    if fits and shape is not None:
-        fits = all(b in (None, a) for a, b in zip(place.shape, shape, strict=True))
-    if not fits:
-        wanted = "a matrix" if shape is None else f"{list(shape)}"
+def _read_awq_layer(
+    name: str, places: Mapping[str, TensorPlace], size: int, symmetric_by: str | None
+) -> QuantizedTensor:
+    """`symmetric_by`: the config that declares all zero points to be the middle."""
+    codes, zeros = (_columns(read_tensor(places[part])) for part in ("qweight", "qzeros"))
+    scale = read_tensor(places["scales"]).t()
+    where = f"{places['qweight'].path}: {name}"
+    if symmetric_by is not None and bool((zeros != _MIDDLE).any()):
+        low, high = map(int, zeros.aminmax())
         raise CheckpointError(
-            f"{place.path}: {layer}.{part} is {place.dtype} {list(place.shape)}; it must be "
-            f"{' or '.join(dtypes)} {wanted}"
+            f"{where}.qzeros stores {low} to {high}, and quantization_config.zero_point in "
+            f"{symmetric_by} is False: it would be {_MIDDLE} throughout; say "
+            '"zero_point": true there if it was quantized so'
         )
-    return place.shape[0], place.shape[1]
+    return symmetric(codes.t().to(torch.int16), zeros.t(), scale, size, where)
+
+
+def _columns(words: Tensor) -> Tensor:
+    """int32 [R, N/8] -> uint8 [R, N]."""
+    found = _nibbles(words)
+    result = torch.empty_like(found)
+    result[..., list(_COLUMNS)] = found
+    return result.flatten(1)

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from fqcompile.errors import CheckpointError
-from fqcompile.interop import patterns
-from fqcompile.interop.patterns import LONGEST_PATTERN, check_pattern, matches_pattern
+from fqcompile.files import untrusted
+from fqcompile.files.untrusted import LONGEST_PATTERN, check_pattern, matches_pattern
 
 ATOMS = """a b ab . [ab] [^a] (?:a|b) (a|ab) a* b+ (?:ab)* a? (?:a|) (?:a*b)* ^ $ (?=a) (?!b) a{2,3}
     (?:a?){3} \\w \\b (?:(?:a|b?)*c)* (?:a?b?)*? a+? (?:^a)* (?:$|a){2,} (?:(?!a)|b){3}""".split()
@@ -18,8 +18,8 @@ ATOMS = """a b ab . [ab] [^a] (?:a|b) (a|ab) a* b+ (?:ab)* a? (?:a|) (?:a*b)* ^ 
 def test_they_match_what_re_matches(always: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """`always`: without handing anything to `re`."""
     if always:
-        monkeypatch.setattr(patterns, "_FEW_WAYS", -1)
-    patterns._matcher.cache_clear()
+        monkeypatch.setattr(untrusted, "_FEW_WAYS", -1)
+    untrusted._matcher.cache_clear()
     rng, matched = random.Random(0), 0
     for _ in range(5000):
         pattern = "".join(rng.choice(ATOMS) for _ in range(rng.randint(1, 4)))
@@ -28,7 +28,7 @@ def test_they_match_what_re_matches(always: bool, monkeypatch: pytest.MonkeyPatc
         assert matches_pattern(pattern, name) == expected, (pattern, name)
         matched += expected
     assert 1000 < matched < 4000
-    patterns._matcher.cache_clear()
+    untrusted._matcher.cache_clear()
 
 
 SLOW = {  # each takes `re` more than years on a name of 500 characters, or as good as that

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from fqcompile.report import Plan, Site
-from fqcompile.report.error_plots import errors_html, worst_experts
+from fqcompile.report.plots import errors_html, worst_experts
 from tests.report.page_parser import Page
 
 

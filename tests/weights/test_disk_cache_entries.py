@@ -15,7 +15,7 @@ from fqcompile.errors import CorruptEntry
 from fqcompile.quant.choose import QuantPlan
 from fqcompile.tensor.format import Format
 from fqcompile.tensor.quantized import QuantizedTensor
-from fqcompile.weights.entry_file import Entry, encoded, read_entry
+from fqcompile.weights.disk_cache import Entry, encoded, read_entry
 from tests.strategies import random_codes
 
 KEY = "0123abcd"
