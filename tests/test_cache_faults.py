@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 import fqcompile
-from fqcompile.files import cache_directory as place
+from fqcompile.files import trusted as place
 from fqcompile.kernels.cpu import native_library as native
 from fqcompile.weights import disk_cache
 from fqcompile.weights.disk_cache import DiskCache

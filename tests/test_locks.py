@@ -18,7 +18,7 @@ from torch._dynamo.convert_frame import compile_lock
 import fqcompile
 import fqcompile.backend
 from fqcompile import locks
-from fqcompile.files import cache_directory
+from fqcompile.files.trusted import cache_directory
 from fqcompile.kernels.cpu import native_library as native
 from fqcompile.locks import fork_safe, locked
 from fqcompile.weights.disk_cache import DiskCache
@@ -259,7 +259,7 @@ def test_children_of_a_busy_process_do_not_hang(
     Each child calls what its parent has compiled, compiles anew, and quantizes.
     """
     if NAMES:
-        made = native.build(native.ISAS[NAMES[0]], cache_directory.cache_directory() / "x86")
+        made = native.build(native.ISAS[NAMES[0]], cache_directory() / "x86")
         compiler = copying_compiler(tmp_path, made)
         monkeypatch.setattr(native, "_compiler", lambda: compiler)
     monkeypatch.setenv("FQCOMPILE_CACHE_DIR", str(tmp_path))

@@ -28,8 +28,8 @@ from fqcompile.checkpoint.manifest import (
     TensorRecord,
     versions,
 )
+from fqcompile.checkpoint.model import Slot, slots
 from fqcompile.checkpoint.shards import DigestWriter, ShardWriter
-from fqcompile.checkpoint.slots import Slot, slots
 from fqcompile.distributed.ranks import Team
 from fqcompile.distributed.shards import Layout, layout_of, local_part, team_of
 from fqcompile.errors import CheckpointError, OptionError

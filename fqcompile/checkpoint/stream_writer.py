@@ -25,12 +25,12 @@ from fqcompile.checkpoint.manifest import (
     SlotRecord,
     TensorRecord,
 )
+from fqcompile.checkpoint.model import slots
 from fqcompile.checkpoint.shards import ShardWriter
-from fqcompile.checkpoint.slots import slots
 from fqcompile.config import FineQuantConfig
 from fqcompile.errors import CheckpointError, UnquantizableWeight
-from fqcompile.files.replace import append_to_file, remove, replace_durably, sync_directory
 from fqcompile.files.safetensors_file import bytes_of
+from fqcompile.files.trusted import append_to_file, remove, replace_durably, sync_directory
 from fqcompile.files.untrusted import check_name, checked, parse_json, shown
 from fqcompile.modules.quantize import site_of
 from fqcompile.modules.weights import ModuleWeight, module_weights

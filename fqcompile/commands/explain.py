@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fqcompile.commands.arguments import DTYPES, add_option_flags, given_options, load_model
+from fqcompile.commands import DTYPES, add_option_flags, given_options, load_model
 from fqcompile.explain import explain
 
 

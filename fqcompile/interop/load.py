@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fqcompile.checkpoint.checkpoint_model import CheckpointModel
 from fqcompile.checkpoint.conversion import Conversion, initialize, target_types
 from fqcompile.checkpoint.hugging_face import generation_config
 from fqcompile.checkpoint.load import load_saved
 from fqcompile.checkpoint.manifest import MANIFEST
-from fqcompile.checkpoint.slots import Slot, shortened, slots
+from fqcompile.checkpoint.model import CheckpointModel, Slot, shortened, slots
 from fqcompile.checkpoint.source import Source, read_config, read_tensors, recognized
 from fqcompile.errors import CheckpointError
 from fqcompile.files.safetensors_file import TensorPlace

@@ -59,6 +59,18 @@ class QuantPlan:
         """What codes and scales of given values depend on."""
         return self.bits, self.group_size, self.levels, self.scale_method, self.scale_dtype
 
+    def form(self, rows: int, k: int, experts: int = 0) -> Format:
+        """The format of a weight of this size, in the plain layout."""
+        return Format(
+            self.bits,
+            self.group_size,
+            rows,
+            k,
+            experts,
+            scale_method=self.scale_method,
+            levels=self.levels,
+        )
+
     @property
     def worst_error(self) -> float:
         """Error of the matrix, or of the worst expert: the value that `error_budget` bounds."""
@@ -215,8 +227,7 @@ def _deliver(
     )
     scale = scales[0] if w.dim() == 2 else torch.stack(scales)
     experts = len(matrices) if w.dim() == 3 else 0
-    form = Format(qtype.bits, group_size, n, k, experts, scale_method=method, levels=qtype.levels)
-    return plan, QuantizedTensor(qweight, scale, form)
+    return plan, QuantizedTensor(qweight, scale, plan.form(n, k, experts))
 
 
 def _encode(

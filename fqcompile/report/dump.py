@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from fqcompile.distributed.ranks import own_folder
-from fqcompile.files.replace import replace_text
+from fqcompile.files.trusted import replace_text
 from fqcompile.report.compile_report import CompileReport, PassRecord
 from fqcompile.torch_compat import trace_log, trace_structured
 

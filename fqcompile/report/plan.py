@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from fqcompile.config import FineQuantConfig
-from fqcompile.files.replace import replace_text
+from fqcompile.files.trusted import replace_text
 from fqcompile.report.granularity_map import map_html, place_of
 from fqcompile.report.page import (
     Cell,

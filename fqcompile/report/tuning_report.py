@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from fqcompile.files.replace import replace_text
+from fqcompile.files.trusted import replace_text
 from fqcompile.kernels.tuning.table import Timing
 from fqcompile.report.page import (
     Cell,

@@ -34,8 +34,6 @@ from torch import Tensor
 
 from fqcompile.config import SiteOptions
 from fqcompile.errors import CorruptEntry
-from fqcompile.files.cache_directory import cache_directory, check_trusted, warn_unusable, writing
-from fqcompile.files.replace import Piece, replace_file
 from fqcompile.files.safetensors_file import (
     DTYPE_NAMES,
     bytes_of,
@@ -44,9 +42,16 @@ from fqcompile.files.safetensors_file import (
     read_header,
     read_tensor,
 )
+from fqcompile.files.trusted import (
+    Piece,
+    cache_directory,
+    check_trusted,
+    replace_file,
+    warn_unusable,
+    writing,
+)
 from fqcompile.kernels.cpu.huge_pages import in_huge_pages
 from fqcompile.quant.choose import QuantPlan, choose_and_quantize
-from fqcompile.tensor.format import Format
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.weights.fingerprint import Values, content_digest, values_of
 
@@ -118,11 +123,7 @@ def _entry(about: dict[str, Any], qweight: Tensor, scale: Tensor) -> Entry:
     about["expert_errors"] = tuple(about["expert_errors"])
     plan = QuantPlan(**about)
     experts = len(plan.expert_errors)
-    rows = qweight.shape[0] // max(1, experts)
-    form = Format(
-        plan.bits, plan.group_size, rows, k, experts,
-        scale_method=plan.scale_method, levels=plan.levels,
-    )  # fmt: skip
+    form = plan.form(qweight.shape[0] // max(1, experts), k, experts)
     return plan, QuantizedTensor.of_rows(qweight, scale, form)
 
 

@@ -14,7 +14,7 @@ from fqcompile.commands import tune
 from fqcompile.kernels.registry import KernelChoice
 from fqcompile.kernels.spec import H200, TileConfig
 from fqcompile.kernels.template import DEQUANTIZE
-from fqcompile.kernels.tuning.search import WrongResult
+from fqcompile.kernels.tuning.measure import WrongResult
 from tests.kernels.tuning.fake import CLOSED, FAST, TEMPLATE, FakeMeasure, time_of
 from tests.report.page_parser import Page
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from fqcompile.config import SiteOptions
 from fqcompile.distributed.ranks import own_folder, progress
-from fqcompile.kernels.tuning.search import search
+from fqcompile.kernels.tuning.launches import search
 from fqcompile.kernels.tuning.table import TunedTable
 from fqcompile.quant.choose import choose_and_quantize
 from fqcompile.weights.disk_cache import DiskCache, Entry

@@ -13,7 +13,7 @@ from tests.quant.strategies import METHODS, SCALE_DTYPES, group_sizes, matrices,
 
 methods = st.sampled_from(METHODS)
 # In sixteenths.
-NORMAL_LEVELS = [-127, -94, -73, -57, -43, -31, -19, -8, 0, 14, 26, 39, 53, 69, 89, 116]
+NORMAL_LEVELS = [-127, -97, -76, -60, -46, -33, -21, -10, 0, 11, 23, 36, 50, 66, 87, 117]
 scale_dtypes = st.sampled_from(SCALE_DTYPES)
 
 

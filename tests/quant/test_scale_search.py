@@ -12,7 +12,7 @@ from fqcompile.tensor.format import INT4, INT8, QTYPES, QType
 from tests.quant.strategies import KINDS, group_sizes, matrix, qtypes
 
 # In sixteenths.
-NORMAL_LEVELS = [-127, -94, -73, -57, -43, -31, -19, -8, 0, 14, 26, 39, 53, 69, 89, 116]
+NORMAL_LEVELS = [-127, -97, -76, -60, -46, -33, -21, -10, 0, 11, 23, 36, 50, 66, 87, 117]
 
 
 def squared_errors(groups: np.ndarray, scale: np.ndarray, kind: str) -> np.ndarray:
@@ -35,7 +35,7 @@ def exhaustive(groups: np.ndarray, qtype: QType) -> np.ndarray:
     return np.min([squared_errors(groups, peak * c, qtype.name) for c in steps], axis=0)
 
 
-LARGEST_LEVELS = {"int4": 7, "int8": 127, "normal4": 116 / 16}
+LARGEST_LEVELS = {"int4": 7, "int8": 127, "normal4": 117 / 16}
 every_qtype = pytest.mark.parametrize("qtype", QTYPES.values(), ids=lambda qtype: qtype.name)
 
 

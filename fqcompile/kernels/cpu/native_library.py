@@ -24,14 +24,14 @@ from pathlib import Path
 import torch
 
 from fqcompile.errors import KernelBuildError
-from fqcompile.files.cache_directory import (
+from fqcompile.files.trusted import (
     cache_directory,
     check_trusted,
     fallback_directory,
+    replace_file,
     warn_unusable,
     writing,
 )
-from fqcompile.files.replace import replace_file
 from fqcompile.torch_compat import InvalidCxxCompiler, cpp_compiler, has_feature
 
 log = logging.getLogger("fqcompile")

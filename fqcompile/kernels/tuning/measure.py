@@ -15,7 +15,6 @@ from fqcompile.errors import FineQuantError
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import Config, GemmSpec
 from fqcompile.kernels.template import Layout, Routing, Template
-from fqcompile.kernels.tuning.search import DeviceLost, Measure, WrongResult
 from fqcompile.kernels.tuning.table import Timing
 from fqcompile.tensor.chunks import plain_tensors
 from fqcompile.tensor.codes import dequantize_rows, pack
@@ -23,12 +22,21 @@ from fqcompile.tensor.format import QTYPES, Format, num_groups
 from fqcompile.tensor.quantized import QuantizedTensor
 
 Run = Callable[[Config], torch.Tensor]
+Measure = Callable[[Config], Timing]
 ROTATED_BYTES = 256 << 20
 _DEVICE = torch.device("cuda")
 _MOST_COPIES = 257
 _LEAST_CALLS = 16  # in one graph, so that starting it counts for little
 _WARM_UPS, _REPLAYS = 5, 25
 _REFERENCE_CHUNK = 1 << 26  # weights of the reference that are dequantized at a time
+
+
+class WrongResult(FineQuantError):
+    """A configuration's result differs from the reference; the message says by how much."""
+
+
+class DeviceLost(FineQuantError):
+    """A configuration destroyed the process's CUDA context: nothing more can be measured."""
 
 
 def measure_on_gpu(template: Template, spec: GemmSpec, m: int) -> Measure:

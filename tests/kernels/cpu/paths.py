@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fqcompile.errors import KernelBuildError
-from fqcompile.files.cache_directory import cache_directory
+from fqcompile.files.trusted import cache_directory
 from fqcompile.kernels.cpu import native_library
 from fqcompile.kernels.cpu.native_library import ISAS, NativeLibrary, build, load
 

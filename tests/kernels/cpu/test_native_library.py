@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fqcompile.errors import KernelBuildError
-from fqcompile.files.cache_directory import cache_directory
+from fqcompile.files.trusted import cache_directory
 from fqcompile.kernels.cpu import native_library as native
 from fqcompile.kernels.cpu import stream
 from fqcompile.kernels.cpu.native_library import ISAS, build, chosen_isa, load

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fqcompile.files.replace import replace_text
+from fqcompile.files.trusted import replace_text
 
 
 def test_text_lands_in_folders_made_for_it(tmp_path: Path) -> None:

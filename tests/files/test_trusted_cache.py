@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from fqcompile.files import cache_directory as place
-from fqcompile.files.cache_directory import (
+from fqcompile.files import trusted as place
+from fqcompile.files.trusted import (
     cache_directory,
     check_trusted,
     fallback_directory,
+    replace_file,
     writing,
 )
-from fqcompile.files.replace import replace_file
 from fqcompile.locks import locked
 from tests.children import NOBODY, in_child, needs_root, open_folder
 
