@@ -26,7 +26,7 @@ class Calibration:
     """How much errors count in each column of a weight, and the inputs that said so.
 
     Attributes:
-        h: float32 [K], or [E, K] of a stack of experts, on the weight's device; about 1 on average.
+        h: float32 [K], or [E, K] of a stack of experts, on the CPU; about 1 on average.
         source: what the inputs were, as in reports.
         rows: the number of rows that were multiplied with the weight, of all experts together.
         unseen: experts that had no row; they count errors as their stack does on average.
@@ -46,12 +46,12 @@ class Moments:
     """Sums of the squares of the inputs of one weight, for each column and expert, in float64.
 
     Attributes:
-        total: [E, K], with E = 1 for a matrix.
+        total: [E, K] on the CPU, with E = 1 for a matrix.
         rows: for each expert, how many rows were added.
     """
 
-    def __init__(self, k: int, experts: int = 1, device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(experts, k, dtype=torch.float64, device=device)
+    def __init__(self, k: int, experts: int = 1) -> None:
+        self.total = torch.zeros(experts, k, dtype=torch.float64)
         self.rows = [0] * experts
 
     def add(self, x: Tensor, expert: int = 0) -> None:
@@ -59,11 +59,11 @@ class Moments:
         rows = x.reshape(-1, x.shape[-1])
         self.rows[expert] += len(rows)
         for piece in rows.split(max(1, _CHUNK // max(1, rows.shape[1]))):
-            self.total[expert] += piece.double().square().sum(0)
+            self.total[expert] += piece.double().square().sum(0).cpu()
 
     def merge(self, other: "Moments") -> None:
         """Count the rows of another as well, such as another rank's."""
-        self.total += other.total.to(self.total.device)
+        self.total += other.total
         self.rows = [a + b for a, b in zip(self.rows, other.rows, strict=True)]
 
     def mean_square(self) -> float:
