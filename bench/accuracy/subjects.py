@@ -5,16 +5,17 @@ nats, the mean over the tokens of a document; of sentence embeddings it is 1 - c
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from bench.accuracy.corpus import stdlib_corpus
+from bench.accuracy.corpus import Document, stdlib_corpus
 from bench.accuracy.gemma import gemma_windows, load_gemma, narrowed, texts
-from bench.accuracy.language_model import IGNORED, Trained, Windows, evaluate, windows_of
+from bench.accuracy.language_model import IGNORED, Windows, evaluate, windows_of
 from bench.accuracy.quantized import NO_HEAD
+from bench.accuracy.train_lm import SIZES, trained
 from fqcompile.config import FineQuantConfig
 from fqcompile.demo.embedding import load_embedder
 from fqcompile.modules.calibrate import collect_inputs
@@ -22,7 +23,8 @@ from fqcompile.modules.weights import ModuleWeight, module_weights
 from fqcompile.quant.calibration import Moments, token_generator, token_ids
 
 _SYNTHETIC = 32, 16  # sequences and tokens of each, as a compile has them
-_DOCUMENTS, _CALIBRATING = 6, 16  # files of each kind, prose and code
+_DOCUMENTS, _CALIBRATING = 6, 16  # Gemma's, of each kind: prose and code
+_FILES = 24  # of the small models
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,19 @@ class Subject:
     divergence: Callable[[], Tensor]
     synthetic: list[Tensor]
     text: list[Tensor]
+
+
+@dataclass
+class Moment:
+    """Xᵀ X [K, K] of the rows seen, and their number."""
+
+    sum: Tensor
+    rows: int = 0
+
+    def add(self, x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        self.sum.addmm_(rows.T, rows)
+        self.rows += len(rows)
 
 
 def _subject(
@@ -67,15 +82,20 @@ def gemma_subject(documents: int = _DOCUMENTS) -> Subject:
     windows = gemma_windows(tokenizer, texts(corpus.held_out, documents))
     narrow, windows = narrowed(model, windows)
     text = gemma_windows(tokenizer, texts(corpus.train, _CALIBRATING)).tokens
-    vocabulary = narrow.decoder.config.vocab_size
+    vocabulary = narrow.model.config.vocab_size
     return _subject("gemma", narrow, divergence_of(narrow, windows), vocabulary, text)
 
 
-def trained_subject(family: str, trained: Trained, windows: Windows, context: int) -> Subject:
-    """One of the small models, on the windows that its other rows are measured on."""
-    text = windows_of(stdlib_corpus().train[: 2 * _CALIBRATING], trained.tokenizer, context, 1)
-    model, vocabulary = trained.model, trained.tokenizer.get_vocab_size()
-    return _subject(family, model, divergence_of(model, windows), vocabulary, text.tokens)
+def trained_subject(family: str, size: str) -> Subject:
+    """One of the small models, on the start of files that are held out."""
+    corpus, own = stdlib_corpus(), trained(family, size)
+
+    def windows(documents: Sequence[Document]) -> Windows:
+        return windows_of(documents, own.tokenizer, SIZES[size].context, 1)
+
+    held_out, text = windows(corpus.held_out[:_FILES]), windows(corpus.train[:_FILES]).tokens
+    vocabulary = own.tokenizer.get_vocab_size()
+    return _subject(family, own.model, divergence_of(own.model, held_out), vocabulary, text)
 
 
 def minilm_subject() -> Subject:
@@ -95,19 +115,34 @@ def minilm_subject() -> Subject:
 
 def error_weights(subject: Subject, batches: Iterable[Tensor]) -> dict[str, Tensor]:
     """h of each weight, float32 [K] or [E, K], from the inputs of its matmuls in these batches."""
-    moments = {
-        name: Moments(w.matrix.shape[-1], len(w.matrix) if w.matrix.dim() == 3 else 1)
-        for name, w in subject.weights.items()
-    }
-    collect_inputs(
-        subject.model,
-        batches,
-        subject.weights.values(),
-        lambda weight, expert, x: moments[weight.name].add(x, expert),
-    )
+    moments = {name: Moments(k, experts or 1) for name, (experts, k) in _sizes(subject).items()}
+    _collect(subject, batches, lambda name, expert, x: moments[name].add(x, expert))
     found = {}
     for name, own in moments.items():
         h = own.h()
         assert h is not None, f"no input of {name} was seen"
-        found[name] = h.view(*subject.weights[name].matrix.shape[:-2], -1)
+        found[name] = h if _sizes(subject)[name][0] else h[0]
     return found
+
+
+def second_moments(subject: Subject, batches: Iterable[Tensor]) -> dict[str, list[Moment]]:
+    """Xᵀ X of each matrix, of each expert of a stack, and the rows of X."""
+    found = {
+        name: [Moment(torch.zeros(k, k)) for _ in range(experts or 1)]
+        for name, (experts, k) in _sizes(subject).items()
+    }
+    _collect(subject, batches, lambda name, expert, x: found[name][expert].add(x))
+    return found
+
+
+def _sizes(subject: Subject) -> dict[str, tuple[int, int]]:
+    """Experts, 0 of a matrix, and K."""
+    shapes = {name: w.matrix.shape for name, w in subject.weights.items()}
+    return {name: (s[0] if len(s) == 3 else 0, s[-1]) for name, s in shapes.items()}
+
+
+def _collect(
+    subject: Subject, batches: Iterable[Tensor], add: Callable[[str, int, Tensor], None]
+) -> None:
+    weights = subject.weights.values()
+    collect_inputs(subject.model, batches, weights, lambda w, expert, x: add(w.name, expert, x))
