@@ -8,7 +8,9 @@ the weight. Decisions that depend on the graph and the options are made once (`s
 that depend on values are made again for other instances that run the graph (`decide`).
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,10 +27,12 @@ from fqcompile.passes.state import GraphState, WeightSite, example
 from fqcompile.quant.checks import OTHER_DTYPE, WEIGHT_DTYPES
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
 from fqcompile.torch_compat import FakeTensor
-from fqcompile.weights.disk_cache import use_logged
+from fqcompile.weights.disk_cache import disk_cache
 from fqcompile.weights.fingerprint import fingerprint
 from fqcompile.weights.parameter import PackedWeight
 from fqcompile.weights.store import STORE
+
+log = logging.getLogger("fqcompile")
 
 Decision = QuantPlan | str
 PlanKey = tuple[int, int, str, str, torch.dtype] | None
@@ -92,8 +96,22 @@ def decide(
     """
     open_sites = [site for site in state.sites if not site.settled]
     bar = progress(open_sites, "fqcompile: quantizing", unit="weight", delay=2)
-    with use_logged():
+    with _use_logged():
         return tuple([_decide_site(state, site, args, known, changing) for site in bar])
+
+
+@contextmanager
+def _use_logged() -> Iterator[None]:
+    """Says afterwards how many weights were found on disk."""
+    found = disk_cache()
+    before = (found.hits, found.misses) if found else (0, 0)
+    yield
+    if found:
+        hits, misses = found.hits - before[0], found.misses - before[1]
+        if hits or misses:
+            log.info(
+                "%d of %d weights were found quantized in %s", hits, hits + misses, found.directory
+            )
 
 
 def key_of(decisions: Sequence[Decision]) -> Key:

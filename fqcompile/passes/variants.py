@@ -198,7 +198,7 @@ class GraphCompiler:
         `key` is that of the plans that were asked for, by which a failure is found again.
         """
         start = time.perf_counter()
-        recorder = self._recorder()
+        recorder = Recorder(keep_graphs=self._config.debug_dir is not None or is_traced())
         try:
             state, rows, variant = self._run(args, changing, recorder)
         except Exception as error:
@@ -238,9 +238,6 @@ class GraphCompiler:
                 if attempt == ATTEMPTS - 1:
                     raise
         raise AssertionError("unreachable")
-
-    def _recorder(self) -> Recorder:
-        return Recorder(keep_graphs=self._config.debug_dir is not None or is_traced())
 
     def _agree(self, args: Sequence[Any], facts: Mapping[str, str]) -> None:
         """With the other ranks of a sharded model, once: later variants are each rank's own."""

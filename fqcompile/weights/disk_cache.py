@@ -22,7 +22,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache, partial
 from hashlib import sha256
@@ -284,17 +284,3 @@ def entry_key(digest: str, options: SiteOptions, scale_dtype: torch.dtype) -> st
     chosen = {f.name: getattr(options, f.name) for f in fields(SiteOptions)}
     parts = [VERSION, torch.__version__, chosen, str(scale_dtype), digest]
     return sha256(json.dumps(parts).encode()).hexdigest()
-
-
-@contextmanager
-def use_logged() -> Iterator[None]:
-    """Says afterwards how many weights were found on disk."""
-    found = disk_cache()
-    before = (found.hits, found.misses) if found else (0, 0)
-    yield
-    if found:
-        hits, misses = found.hits - before[0], found.misses - before[1]
-        if hits or misses:
-            log.info(
-                "%d of %d weights were found quantized in %s", hits, hits + misses, found.directory
-            )

@@ -114,9 +114,6 @@ class NodeWeight:
         parts = tuple(part.key for part in self.parts)
         return (parts, self.experts, self.group_size, self.layout.name, self.interleaved)
 
-    def with_layout(self, layout: Layout) -> "NodeWeight":
-        return replace(self, layout=layout)
-
     def part_sources(self, sources: Sequence[Tensor]) -> Iterator[tuple[Part, Tensors]]:
         """Each part with its own share of the tensors that `inputs` names."""
         start = 0
