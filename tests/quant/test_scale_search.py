@@ -35,7 +35,7 @@ def exhaustive(groups: np.ndarray, qtype: QType) -> np.ndarray:
     return np.min([squared_errors(groups, peak * c, qtype.name) for c in steps], axis=0)
 
 
-LARGEST_LEVELS = {"int4": 7, "int8": 127, "normal4": 116 / 16}
+LARGEST_LEVELS = {"int4": 7, "int8": 127, "normal4": 117 / 16}
 every_qtype = pytest.mark.parametrize("qtype", QTYPES.values(), ids=lambda qtype: qtype.name)
 
 
