@@ -1,6 +1,6 @@
 """Pack the weights of a model in place, without compiling it (`quantize_`), and `restore` them."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +16,12 @@ from fqcompile.distributed.shards import (
     refuse_fsdp_modules,
     with_part,
 )
-from fqcompile.errors import OptionError, UnquantizableWeight
+from fqcompile.errors import OptionError, ShardingError, UnquantizableWeight
 from fqcompile.kernels.registry import kernel_for
-from fqcompile.modules.calibrate import calibrated
+from fqcompile.modules.calibrate import batches_of, calibrated
+from fqcompile.modules.gptq import GPTQ, ModelInputs, compensated
 from fqcompile.modules.weights import ModuleWeight, module_weights
+from fqcompile.options import one_of
 from fqcompile.passes.summary import SiteRecipe, said_of
 from fqcompile.quant.calibration import Calibration
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
@@ -34,15 +36,21 @@ from fqcompile.weights.store import plain_eager
 OF_COMPILING = "weight_updates autotune debug_dir inner_backend inductor mode".split()
 
 
-def quantize_(model: nn.Module, *, calibration: Any = "synthetic", **options: object) -> Plan:
+def quantize_(
+    model: nn.Module,
+    *,
+    calibration: Any = "synthetic",
+    method: str = "scale",
+    **options: object,
+) -> Plan:
     """Replace the weights of linears, Conv1Ds and stacks of experts with packed ones, in place.
 
     The model then runs eagerly and under every torch.compile backend, including "finequant", which
     uses the packed weights as they are. A linear that shares its weight with an embedding, or with
     another module that may read it as a table, gets a packed copy; the original stays dense.
     Packed weights cannot be trained; adapters on top of them can. Weights are packed one at a time,
-    so peak memory is the model plus one weight. In a sharded model each rank packs its own shards,
-    and all ranks must call this function.
+    so peak memory is the model plus one weight; with "gptq", plus up to 4 GiB. In a sharded model
+    each rank packs its own shards, and all ranks must call this function.
 
     Args:
         calibration: what the model is run on first, to see in which columns of its weights errors
@@ -50,6 +58,10 @@ def quantize_(model: nn.Module, *, calibration: Any = "synthetic", **options: ob
             inputs, as a tensor, a dict of keyword arguments, or an iterable of such; or None, not
             at all. A copy that shares the parameters runs, so that buffers, caches, the training
             mode and random numbers stay as they are.
+        method: "scale" rounds each weight, at the best scales. "gptq" needs your own inputs, some
+            thousand rows: codes of 4 bits then make up for each other's errors, in weights and
+            experts that at least 512 rows came to. An interrupted run that is repeated finds on
+            disk what it had made.
         options: the fields of `FineQuantConfig` that choose which weights are quantized, and how.
 
     Returns:
@@ -58,7 +70,7 @@ def quantize_(model: nn.Module, *, calibration: Any = "synthetic", **options: ob
     Raises:
         OptionError: an option is unknown, its value is not allowed, or it only affects compilation.
         UnquantizableWeight: a weight cannot be quantized and `on_unsupported="error"`.
-        ShardingError: FSDP wraps the model or a part of it.
+        ShardingError: FSDP wraps the model or a part of it; or it is sharded, for "gptq".
         RankError: ranks of a sharded model used different options or plans.
     """
     known = calibration is None or isinstance(calibration, str)
@@ -70,6 +82,10 @@ def quantize_(model: nn.Module, *, calibration: Any = "synthetic", **options: ob
         )
     refuse_fsdp_modules(model)
     waiting = module_weights(model, config)[::-1]
+    inputs = None
+    if _is_gptq(method, calibration, waiting):
+        calibration = list(batches_of(calibration))
+        inputs = ModelInputs(model, calibration, _worth_it(waiting, config))
     calibrations: dict[str, Calibration] = {}
     if calibration is not None:
         calibrations = calibrated(model, _worth_it(waiting, config), calibration)
@@ -80,11 +96,35 @@ def quantize_(model: nn.Module, *, calibration: Any = "synthetic", **options: ob
     bar: tqdm[object] = progress(desc="fqcompile: packing", total=size, unit="weight", delay=2)
     with bar:
         while waiting:  # a list of them all would hold every original until the end
-            sites.append(_pack(waiting.pop(), config, calibrations))
+            found = waiting.pop()
+            sites.append(_pack(found, config, calibrations.get(found.name), inputs))
             bar.update()
     agree("what quantize_ packs", _shared_facts(sites, whole, config), groups)
     given = {} if known else {"calibration": "batches"}
     return Plan(tuple(sites), config.as_dict() | given)
+
+
+def _is_gptq(method: str, calibration: object, weights: Iterable[ModuleWeight]) -> bool:
+    """Whether it is asked for.
+
+    Raises:
+        OptionError: there is no such method, or it is given no inputs.
+        ShardingError: a weight is sharded.
+    """
+    if one_of("scale", GPTQ)("method", method) != GPTQ:
+        return False
+    if calibration is None or isinstance(calibration, str):
+        raise OptionError(
+            f"method is {GPTQ!r}, which needs your own inputs, and calibration is {calibration!r}: "
+            "give it batches of some thousand rows in all"
+        )
+    for weight in weights:
+        if is_part(weight.parameter):
+            raise ShardingError(
+                f"method is {GPTQ!r}, and {weight.name} is sharded: call quantize_ on one device, "
+                "fqcompile.save the model there and fqcompile.load it on all"
+            )
+    return True
 
 
 def _worth_it(weights: Sequence[ModuleWeight], config: FineQuantConfig) -> list[ModuleWeight]:
@@ -121,13 +161,16 @@ def packing_config(options: Mapping[str, object]) -> FineQuantConfig:
 
 
 def _pack(
-    found: ModuleWeight, config: FineQuantConfig, calibrations: Mapping[str, Calibration]
+    found: ModuleWeight,
+    config: FineQuantConfig,
+    calibration: Calibration | None,
+    inputs: ModelInputs | None,
 ) -> Site:
     reason = found.reason
     if reason is None:
         try:
             options = config.site_options(found.name, head=found.head)
-            plan, packed = pack_weight(found, options, calibrations.get(found.name))
+            plan, packed = _pack_weight(found, options, calibration, inputs)
         except UnquantizableWeight as error:
             reason = str(error)
             if config.on_unsupported == "error":
@@ -137,11 +180,16 @@ def _pack(
     for module, attribute in found.holders:
         parameter = nn.Parameter(with_part(found.parameter, packed), requires_grad=False)
         module._parameters[attribute] = parameter
-    return packed_site(found, plan, packed)
+    site = packed_site(found, plan, packed)
+    # What GPTQ makes cannot be made again of the weight and its plan.
+    return site if inputs is None else replace(site, recipe=None)
 
 
-def pack_weight(
-    found: ModuleWeight, options: SiteOptions, calibration: Calibration | None = None
+def _pack_weight(
+    found: ModuleWeight,
+    options: SiteOptions,
+    calibration: Calibration | None,
+    inputs: ModelInputs | None,
 ) -> tuple[QuantPlan, PackedWeight]:
     """Choose bits and groups of a weight and quantize it, on its device.
 
@@ -150,7 +198,7 @@ def pack_weight(
     """
     for _ in range(ATTEMPTS):
         before = fingerprint((found.weight,))
-        result = _packed(found, options, calibration)
+        result = _packed(found, options, calibration, inputs)
         if fingerprint((found.weight,)) == before:
             return result
     # Packing a copy would replace a weight that is still being written to, and lose the writes.
@@ -161,16 +209,22 @@ def pack_weight(
 
 
 def _packed(
-    found: ModuleWeight, options: SiteOptions, calibration: Calibration | None
+    found: ModuleWeight,
+    options: SiteOptions,
+    calibration: Calibration | None,
+    inputs: ModelInputs | None,
 ) -> tuple[QuantPlan, PackedWeight]:
     weight = found.weight
     with plain_eager(weight.device.type):
         scale_dtype = scale_dtype_beside(weight.dtype)
         h = None if calibration is None else calibration.h
         plan, codes = find_or_quantize(found.matrix, options, scale_dtype, h=h)
+        plan = replace(plan, calibration=calibration)
+        if inputs is not None and calibration is not None:
+            plan, codes = compensated(found, (plan, codes), inputs, options.error_budget)
         codes = codes.changed(transposed=found.transposed)
         packed = PackedWeight.of(codes, weight.dtype, found.name)
-    return replace(plan, calibration=calibration), packed
+    return plan, packed
 
 
 def site_of(found: ModuleWeight) -> Site:
