@@ -97,6 +97,7 @@ class FineQuantConfig(SiteOptions):
     on_unsupported: str = "keep"
     weight_updates: str = "detect"
     autotune: str = "off"
+    calibration: str | None = "synthetic"
     debug_dir: str | Path | None = field(default_factory=_debug_dir_from_environment)
     inner_backend: str = "inductor"
     inductor: Mapping[str, object] = field(default_factory=FrozenMapping)

@@ -243,6 +243,7 @@ RULES: Mapping[str, Rule] = {
     "on_unsupported": one_of("keep", "error"),
     "weight_updates": one_of("detect", "ignore"),
     "autotune": one_of("off", "fast", "max"),
+    "calibration": one_of(None, "synthetic", "first_call"),
     "debug_dir": optional(directory),
     "inner_backend": backend_name,
     "inductor": inductor_patches,

@@ -37,10 +37,11 @@ def analyze(
     *,
     name: str = "the graph",
     changing: frozenset[int] = frozenset(),
+    ranks_here: bool = True,
 ) -> GraphState:
     """Run the passes before compilation, whose result `explain` shows."""
     state = recorder.start("capture", lambda: capture(module, args, config))
-    state.name, state.changing = name, changing
+    state.name, state.changing, state.ranks_here = name, changing, ranks_here
     recorder.run("normalize", state, normalize)
     recorder.run("match", state, match)
     recorder.run("plan", state, plan)
