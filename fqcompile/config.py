@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from fqcompile.errors import OptionError
-from fqcompile.options import RULES, FrozenMapping, check_names
+from fqcompile.options import RULES, FrozenMapping, check_levels, check_names
 
 HEAD_BITS = 8
 # The usual names of output heads; other heads are recognized because they share their weight with
@@ -61,6 +61,7 @@ class SiteOptions:
     """The options that may differ from weight to weight: the ones `quant` needs for one weight."""
 
     bits: int = 4
+    levels: str = "normal"
     granularity: str | int = "adaptive"
     alpha: float = 0.9
     min_group_size: int = 32
@@ -69,7 +70,10 @@ class SiteOptions:
 
     def __new__(cls, **options: object) -> Self:
         # Before the generated __init__, whose TypeError would not suggest a name.
-        check_names(options, [f.name for f in fields(cls)])
+        names = [f.name for f in fields(cls)]
+        check_names(options, names)
+        if len(options) < len(names):  # else a copy, as of dataclasses.replace, which asks for none
+            check_levels(options)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -93,6 +97,7 @@ class FineQuantConfig(SiteOptions):
     on_unsupported: str = "keep"
     weight_updates: str = "detect"
     autotune: str = "off"
+    calibration: str | None = "synthetic"
     debug_dir: str | Path | None = field(default_factory=_debug_dir_from_environment)
     inner_backend: str = "inductor"
     inductor: Mapping[str, object] = field(default_factory=FrozenMapping)

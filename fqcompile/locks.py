@@ -10,8 +10,9 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,9 +31,9 @@ _held: dict[object, int] = {}  # what holds a lock on a file: its descriptor
 _guard = threading.RLock()  # no fork between opening a descriptor and noting it
 
 
-def in_forked_child() -> bool:
-    """True in a child of os.fork: libgomp would wait there for the parent's threads forever."""
-    return _state["forked"]
+# True in a child of os.fork: libgomp would wait there for the parent's threads forever. In C, as
+# every call of the x86 kernel asks.
+in_forked_child: Callable[[], bool] = partial(_state.__getitem__, "forked")
 
 
 def fork_safe(lock: Lock) -> Lock:

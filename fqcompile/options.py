@@ -78,6 +78,18 @@ def check_names(names: Iterable[object], allowed: Iterable[str], owner: str = ""
         raise OptionError(f"unknown option {owner}{name}; allowed: {', '.join(known)}{hint}")
 
 
+def check_levels(options: Mapping[str, object], owner: str = "") -> None:
+    """Raise OptionError if these options, given together, ask for levels that 8 bits do not have.
+
+    By default nothing is asked for: then 4 bits have normal levels and 8 bits uniform ones.
+    """
+    if options.get("bits") == 8 and options.get("levels") == "normal":
+        raise OptionError(
+            f"option {owner}levels is 'normal' with {owner}bits 8; 8 bits are always uniform: drop "
+            f"{owner}levels, or give {owner}bits 4"
+        )
+
+
 def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -179,6 +191,7 @@ def overrides(label: str, value: object) -> object:
         if not isinstance(options, Mapping):
             raise _refusal(here, options, f"a dict of {', '.join(SITE_RULES)}")
         check_names(options, SITE_RULES, owner=f"{here}.")
+        check_levels(options, owner=f"{here}.")
         checked[pattern] = FrozenMapping(
             {key: SITE_RULES[key](f"{here}.{key}", item) for key, item in options.items()}
         )
@@ -215,6 +228,7 @@ def backend_name(label: str, value: object) -> object:
 
 SITE_RULES: Mapping[str, Rule] = {
     "bits": one_of(4, 8),
+    "levels": one_of("normal", "uniform"),
     "granularity": granularity,
     "alpha": number(0, 1, "a number with 0 < alpha < 1"),
     "min_group_size": power_of_two,
@@ -230,6 +244,7 @@ RULES: Mapping[str, Rule] = {
     "on_unsupported": one_of("keep", "error"),
     "weight_updates": one_of("detect", "ignore"),
     "autotune": one_of("off", "fast", "max"),
+    "calibration": one_of(None, "synthetic", "first_call"),
     "debug_dir": optional(directory),
     "inner_backend": backend_name,
     "inductor": inductor_patches,

@@ -18,13 +18,13 @@ _UNROUTED = (None, None, False)
 
 def matmul(*arguments: Any) -> Tensor:
     """The operator; for one matrix where no routing is given."""
-    y: Tensor = op.matmul(*arguments, *_UNROUTED[len(arguments) - 12 :])
+    y: Tensor = op.matmul(*arguments, *_UNROUTED[len(arguments) - 13 :])
     return y
 
 
 def opcheck_matmul(*arguments: Any) -> None:
     """PyTorch's checks of the operator, given these."""
-    torch.library.opcheck(op.matmul, (*arguments, *_UNROUTED[len(arguments) - 12 :]))
+    torch.library.opcheck(op.matmul, (*arguments, *_UNROUTED[len(arguments) - 13 :]))
 
 
 def make_weight(kind: str, n: int, k: int, seed: int) -> Tensor:
@@ -62,6 +62,7 @@ class Problem:
     bias: Tensor | None
     residual: Tensor | None
     bits: int
+    levels: str
     group_size: int
     n: int
     k: int
@@ -86,6 +87,7 @@ def make_problem(
     n: int = 5,
     k: int = 40,
     bits: int = 4,
+    levels: str = "uniform",
     group_size: int = 32,
     activation: str = "none",
     gated: bool = False,
@@ -117,6 +119,7 @@ def make_problem(
         bias=normal(rows) if bias else None,
         residual=normal(*leading, n) if residual else None,
         bits=bits,
+        levels=levels,
         group_size=group_size,
         n=n,
         k=k,
@@ -129,13 +132,15 @@ def make_problem(
 def problems(draw: st.DrawFn) -> Problem:
     """Any combination of format, shape (M 0 and 1, odd K, short last group), epilogue and types."""
     k = draw(st.one_of(st.integers(1, 5), st.sampled_from([33, 64, 96, 97])), label="k")
+    bits = draw(st.sampled_from([4, 8]), label="bits")
     sides = st.one_of(st.sampled_from([0, 1]), st.integers(2, 5))
     leading = draw(st.lists(sides, max_size=3).map(tuple), label="leading")
     return make_problem(
         leading=leading,
         n=draw(st.integers(1, 9), label="n"),
         k=k,
-        bits=draw(st.sampled_from([4, 8]), label="bits"),
+        bits=bits,
+        levels=draw(st.sampled_from(["uniform", "normal"][: 8 // bits]), label="levels"),
         group_size=draw(st.sampled_from([1, 3, 32, 64, k]), label="group_size"),
         activation=draw(
             st.sampled_from(["none", "relu", "gelu", "gelu_tanh", "silu"]), label="activation"

@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from fqcompile.cli import COMMANDS, main
-from fqcompile.demo import decoder, embedding
+from fqcompile.demo import decoder, embedding, time_interleaved
 from fqcompile.demo.embedding import stdlib_sentences
-from fqcompile.demo.timing import time_interleaved
 from fqcompile.modules.quantize import OF_COMPILING
 
 

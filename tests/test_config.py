@@ -16,6 +16,7 @@ from fqcompile.errors import OptionError
 
 DEFAULTS = {
     "bits": 4,
+    "levels": "normal",
     "granularity": "adaptive",
     "alpha": 0.9,
     "min_group_size": 32,

@@ -18,16 +18,17 @@ from torch._dynamo.convert_frame import compile_lock
 import fqcompile
 import fqcompile.backend
 from fqcompile import locks
-from fqcompile.files import cache_directory
-from fqcompile.kernels.cpu import native_library as native
+from fqcompile.files import trusted
+from fqcompile.files.trusted import cache_directory
 from fqcompile.locks import fork_safe, locked
+from fqcompile.native import library as native
 from fqcompile.weights.disk_cache import DiskCache
 from fqcompile.weights.store import WeightStore
 from tests.children import FORK, NOBODY, in_child, needs_root, open_folder
 from tests.helpers import assert_close, finequant
-from tests.kernels.cpu.paths import NAMES, copying_compiler
+from tests.native.paths import NAMES, copying_compiler
 from tests.tiers import examples
-from tests.weights.test_entry_file import assert_same, entry
+from tests.weights.test_disk_cache_entries import assert_same, entry
 
 PACKAGE = Path(fqcompile.__file__).parent
 fcntl = pytest.importorskip("fcntl")
@@ -192,7 +193,7 @@ def test_who_holds_a_lock_for_ever_is_not_waited_for(
     cache = tmp_path / "cache" / "weights"
     cache.mkdir(parents=True)
     brief = partial(locked, seconds=0.3)
-    monkeypatch.setattr(cache_directory, "locked", lambda path, seconds: brief(path))
+    monkeypatch.setattr(trusted, "locked", lambda path, seconds: brief(path))
     with (cache / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         start = time.monotonic()
@@ -259,7 +260,7 @@ def test_children_of_a_busy_process_do_not_hang(
     Each child calls what its parent has compiled, compiles anew, and quantizes.
     """
     if NAMES:
-        made = native.build(native.ISAS[NAMES[0]], cache_directory.cache_directory() / "x86")
+        made = native.build(native.ISAS[NAMES[0]], cache_directory() / "x86")
         compiler = copying_compiler(tmp_path, made)
         monkeypatch.setattr(native, "_compiler", lambda: compiler)
     monkeypatch.setenv("FQCOMPILE_CACHE_DIR", str(tmp_path))

@@ -75,7 +75,11 @@ GLOBAL_REFUSALS = [
     ("overrides", ["a"], r"is \['a'\] \(list\); allowed: a dict \{regular expression: \{option"),
     ("overrides", {"a(b": {}}, r"overrides \(a key\) is 'a\(b'.*missing \).*position 1$"),
     ("overrides", {7: {}}, r"overrides \(a key\) is 7 \(int\)"),
-    ("overrides", {"a": 8}, r"overrides\['a'\] is 8 \(int\); allowed: a dict of bits, gran"),
+    (
+        "overrides",
+        {"a": 8},
+        r"overrides\['a'\] is 8 \(int\); allowed: a dict of bits, levels, gran",
+    ),
     ("overrides", {"a": {"bit": 8}}, r"option overrides\['a'\]\.bit; .* did you mean 'bits'\?"),
     (
         "overrides",

@@ -73,17 +73,18 @@ class Trained:
 
 
 def windows_of(
-    documents: Sequence[Document], tokenizer: Tokenizer, context: int, most: int
+    documents: Sequence[Document], tokenizer: Tokenizer, context: int, most: int, begin: int = 0
 ) -> Windows:
     """At most `most` windows of each document, from its start, each of `context` - 1 tokens."""
     tokens, targets, owners, lengths = [], [], [], []
     for number, document in enumerate(documents):
-        ids = tokenizer.encode(document.text).ids[: most * (context - 1)]
+        encoded = tokenizer.encode(document.text, add_special_tokens=False)
+        ids = encoded.ids[: most * (context - 1)]
         lengths.append(len(tokenizer.decode(ids).encode()))
         for start in range(0, len(ids), context - 1):
             part = ids[start : start + context - 1]
             missing = context - 1 - len(part)
-            tokens.append([0, *part[:-1], *[0] * missing])
+            tokens.append([begin, *part[:-1], *[begin] * missing])
             targets.append([*part, *[IGNORED] * missing])
             owners.append(number)
     return Windows(*map(torch.tensor, (tokens, targets, owners, lengths)))

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from bench.accuracy.corpus import Corpus, Document, stdlib_corpus
 from bench.accuracy.language_model import Trained, evaluate, windows_of
-from fqcompile.files.replace import replace_text
+from fqcompile.files.trusted import replace_text
 from fqcompile.kernels.tuning.table import cache_directory
 
 BOS = "<s>"

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.core.results import Row, failure
-from fqcompile.kernels.tuning.measure import captured, replayed, rounds_of, timing_of
-from fqcompile.kernels.tuning.search import WrongResult
+from fqcompile.kernels.tuning.measure import WrongResult, captured, replayed, rounds_of, timing_of
 from fqcompile.kernels.tuning.table import Timing
 
 ROUNDS, WARM_UPS, REPLAYS = 5, 2, 5

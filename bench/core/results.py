@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 
-from fqcompile.files.replace import replace_text
+from fqcompile.files.trusted import replace_text
 from fqcompile.kernels.spec import gpu_of
 from fqcompile.kernels.tuning.key import fingerprint, kernel_source_hash
-from fqcompile.kernels.tuning.measure import check_device
-from fqcompile.kernels.tuning.search import DeviceLost, WrongResult
+from fqcompile.kernels.tuning.measure import DeviceLost, WrongResult, check_device
 
 COMMIT_VARIABLE = "BENCH_COMMIT"
 ROOT = Path(__file__).parents[2]

@@ -27,11 +27,11 @@ from bench.core.measure import LEASE, Record, Replay, microseconds, recorded_on_
 from bench.core.results import Results, Row, Step
 from bench.core.shapes import DTYPES, EXPERTS, GROUPED_MM, MATRICES
 from bench.experts.layers import DENSE_WAY, GATHERED, GROUPED, ExpertLayer, Way
-from fqcompile.commands.arguments import counts, group_size
+from fqcompile.commands import counts, group_size
 from fqcompile.kernels.roofline import ideal_seconds
 from fqcompile.kernels.spec import Gpu, gpu_of
 from fqcompile.kernels.tuning.launches import Mode
-from fqcompile.kernels.tuning.search import WrongResult
+from fqcompile.kernels.tuning.measure import WrongResult
 
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
 REGIMES = (GATHERED, GROUPED, DENSE_WAY)  # in the order in which more tokens make them the fastest

@@ -32,7 +32,7 @@ from bench.core.shapes import STARTED, build
 from bench.export import section
 from fqcompile.checkpoint.manifest import read_manifest
 from fqcompile.checkpoint.shards import MappedShards
-from fqcompile.kernels.tuning.search import WrongResult
+from fqcompile.kernels.tuning.measure import WrongResult
 from fqcompile.tensor.quantized import QuantizedTensor
 
 _SPACE = 4  # times the model in bf16: itself, quantized twice, exported twice

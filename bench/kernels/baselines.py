@@ -22,7 +22,7 @@ from fqcompile.kernels.roofline import weight_bytes
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.tuning.measure import rotation
 from fqcompile.tensor.codes import unpack
-from fqcompile.tensor.format import QTYPES
+from fqcompile.tensor.format import QTYPES, UNIFORM
 
 _INNER_K_TILES = 8
 _TINYGEMM_GROUPS = (32, 64, 128, 256)
@@ -71,7 +71,7 @@ def _torchao_refuses(spec: GemmSpec) -> str | None:
 
 def _codes(problem: Problem) -> Tensor:
     """int8 [N, K], signed."""
-    return unpack(problem.weight.qweight, QTYPES[problem.spec.bits], problem.spec.k)
+    return unpack(problem.weight.qweight, QTYPES[problem.spec.bits, UNIFORM], problem.spec.k)
 
 
 def _copies(problem: Problem) -> int:

@@ -26,8 +26,7 @@ from bench.kernels.cpu_ways import Way, ways
 from bench.kernels.section import cpu_kernels
 from fqcompile.kernels.roofline import read_bandwidth, weight_bytes
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.kernels.tuning.measure import random_problem, reference
-from fqcompile.kernels.tuning.search import WrongResult
+from fqcompile.kernels.tuning.measure import WrongResult, random_problem, reference
 
 BF16 = torch.bfloat16
 _MOST_SECONDS = 1.5  # a call; PyTorch's int4 kernel takes 20 for 256 rows of fp32

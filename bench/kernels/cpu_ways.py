@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.core.shapes import OURS
-from fqcompile.kernels.cpu import native_library
 from fqcompile.kernels.cpu.aten_packed import INT4PACK, INT8PACK
 from fqcompile.kernels.cpu.stream import X86_STREAM
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import Template
+from fqcompile.native import library as native_library
 from fqcompile.tensor.codes import unpack
-from fqcompile.tensor.format import QTYPES, Format
+from fqcompile.tensor.format import INT4, Format
 from fqcompile.tensor.quantized import QuantizedTensor
 
 # Calls on one copy of a weight lie so many bytes of other copies apart: three times this L3.
@@ -134,7 +134,7 @@ def _matmul_nbits(weight: QuantizedTensor, level: int) -> bytes:
     onnx = import_module("onnx")
     helper, kinds, n, k = onnx.helper, onnx.TensorProto, *weight.shape
     group = weight.group_size
-    blocks = unpack(weight.qweight, QTYPES[4], k).view(n, k // group, group).to(torch.int16) + 8
+    blocks = unpack(weight.qweight, INT4, k).view(n, k // group, group).to(torch.int16) + 8
     halves = (blocks[..., ::2] | blocks[..., 1::2] << 4).to(torch.uint8).contiguous()
     codes = onnx.numpy_helper.from_array(halves.numpy(), "codes")
     scale = onnx.numpy_helper.from_array(weight.scale.float().flatten().numpy(), "scale")

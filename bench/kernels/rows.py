@@ -13,7 +13,7 @@ from bench.kernels.contenders import Contender, Ours, Problem, wrong_result
 from fqcompile.kernels.roofline import ideal_seconds
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.tuning.launches import Mode
-from fqcompile.kernels.tuning.search import WrongResult
+from fqcompile.kernels.tuning.measure import WrongResult
 
 
 class Layer:

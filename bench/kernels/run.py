@@ -30,8 +30,8 @@ from bench.kernels.baselines import BASELINES, MAX_AUTOTUNE
 from bench.kernels.contenders import Problem
 from bench.kernels.rows import Layer, identified, measured_rows
 from bench.kernels.section import gpu_kernels
-from fqcompile.commands.arguments import counts as row_counts
-from fqcompile.commands.arguments import group_size
+from fqcompile.commands import counts as row_counts
+from fqcompile.commands import group_size
 from fqcompile.kernels.spec import GemmSpec, Gpu, gpu_of
 from fqcompile.kernels.tuning.launches import Mode
 

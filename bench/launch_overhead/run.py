@@ -62,7 +62,7 @@ def ways(device: torch.device) -> dict[str, Callable[[], object]]:
     )  # fmt: skip
     options = {"num_warps": CONFIG.num_warps, "num_stages": CONFIG.num_stages}
     kernel = str(KernelChoice(TRITON_GEMM, LaunchTable.of(CONFIG)))
-    format_ = (spec.bits, GROUP, N, K, "none", False, kernel, None, None, False)
+    format_ = (spec.bits, spec.levels, GROUP, N, K, "none", False, kernel, None, None, False)
 
     def op() -> object:
         return operator.matmul_inference(x, *tensors, None, None, *format_)

@@ -34,7 +34,7 @@ from bench.models.phases import (
 )
 from bench.models.section import PLAIN
 from fqcompile.backend import finequant
-from fqcompile.kernels.tuning.search import WrongResult
+from fqcompile.kernels.tuning.measure import WrongResult
 from fqcompile.modules.fake_quantize import fake_quantize_
 from fqcompile.report import CompileReport, clear_reports, reports
 

@@ -35,9 +35,9 @@ from bench.core.shapes import DTYPES, MADE_UP, MODELS, build, parameter_bytes
 from bench.models import section
 from bench.models.phases import Decoding, Phase, Prefill, Rates, rates_of
 from bench.models.rows import WAYS, Way, measured_rows
-from fqcompile.commands.arguments import counts as row_counts
+from fqcompile.commands import counts as row_counts
 from fqcompile.kernels.spec import gpu_of
-from fqcompile.kernels.tuning.search import DeviceLost
+from fqcompile.kernels.tuning.measure import DeviceLost
 
 _STEPS = WARM_UPS + REPLAYS + 1
 PHASES = ("prefill", "decode")

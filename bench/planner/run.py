@@ -25,7 +25,7 @@ from bench.planner.rows import (
     compared,
     machine_of,
 )
-from fqcompile.files.replace import replace_text
+from fqcompile.files.trusted import replace_text
 
 HEADERS = ("part", "what", "way", "measured", "predicted", "error")
 SUMMARY = ("part", "way", "figures", "off by", "errors from", "to")

@@ -59,8 +59,9 @@ def join(blocks: Sequence[Block], dim: int) -> Block:
         raise CheckpointError("some of its parts are packed and some are not")
     if dense:
         return torch.cat(dense, dim)
-    if len({weight.bits for weight in weights}) > 1:
-        raise CheckpointError(f"its parts have {sorted(w.bits for w in weights)} bits")
+    kinds = sorted({(weight.bits, weight.format.levels) for weight in weights})
+    if len(kinds) > 1:
+        raise CheckpointError(f"its parts have bits and levels of {kinds}; they must be equal")
     axis = _axis(weights[0], dim)
     if axis == "k":
         return _beside(weights)

@@ -19,7 +19,7 @@ from pathlib import Path
 from fqcompile import locks
 from fqcompile.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from fqcompile.errors import CheckpointError
-from fqcompile.files.replace import remove, rename, sync_directory, write_file
+from fqcompile.files.trusted import remove, rename, sync_directory, write_file
 
 LOCK = ".fqcompile.lock"
 

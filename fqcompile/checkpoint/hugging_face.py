@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from fqcompile.errors import CheckpointError
-from fqcompile.files.json_text import read_json, shown
+from fqcompile.files.untrusted import read_json, shown
 from fqcompile.hf_compat import is_model_class, meta_safe, model_from_config
 from fqcompile.torch_compat import TorchDispatchMode, schema_of, tree_iter, tree_map_only
 

@@ -17,8 +17,8 @@ from fqcompile.checkpoint.manifest import (
     PartsRecord,
     read_manifest,
 )
+from fqcompile.checkpoint.model import Slot, check_fits, put, slots
 from fqcompile.checkpoint.shards import MappedShards
-from fqcompile.checkpoint.slots import Slot, check_fits, put, slots
 from fqcompile.distributed.shards import (
     Layout,
     is_dtensor,

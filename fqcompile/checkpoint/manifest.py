@@ -1,6 +1,6 @@
 """The manifest `fqcompile.json`: the contents of a directory, with checksums.
 
-    {"format": "fqcompile", "version": 1, "sha256": of the content, "content": {...}}
+    {"format": "fqcompile", "version": 3, "sha256": of the content, "content": {...}}
 
 A slot is a name in the model (a parameter, a buffer or a plain attribute); its value is a packed
 weight, a dense tensor, or the shards of either that several ranks wrote. Tied names share a value.
@@ -17,14 +17,14 @@ from typing import Any, Self
 
 from fqcompile.distributed.shards import Layout
 from fqcompile.errors import CheckpointError
-from fqcompile.files.json_text import check_name, checked, parse_json, shown
 from fqcompile.files.safetensors_file import DTYPES, byte_size, encode_header, is_shape
+from fqcompile.files.untrusted import check_name, checked, parse_json, shown
 from fqcompile.quant.checks import WEIGHT_DTYPES
-from fqcompile.tensor.format import QTYPES, Format, num_groups, packed_columns
+from fqcompile.tensor.format import QTYPES, UNIFORM, Format, num_groups, packed_columns
 
 MANIFEST, JOURNAL = "fqcompile.json", "fqcompile.journal"
-# Version 2 adds sharded values; a manifest without them is written as version 1.
-FORMAT, VERSION, VERSION_OF_PARTS = "fqcompile", 1, 2
+# Version 2 added sharded values, version 3 levels: without them there were none, and uniform ones.
+FORMAT, VERSION, OLDEST_VERSION = "fqcompile", 3, 1
 KINDS = ("parameter", "buffer", "attribute")
 
 
@@ -69,12 +69,14 @@ class PackedRecord:
     experts: int
     transposed: bool
     scale_method: str
+    levels: str = UNIFORM
 
     @property
     def format(self) -> Format:
         """The format of the tensors in the file."""
         of_matrix = (self.bits, self.group_size, self.rows, self.k)
-        return Format(*of_matrix, self.experts, self.transposed, self.scale_method)
+        stack = (self.experts, self.transposed, self.scale_method)
+        return Format(*of_matrix, *stack, levels=self.levels)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -149,14 +151,9 @@ class Manifest:
         return self.packed[value].shape if value in self.packed else self.tensors[value].shape
 
     def to_json(self) -> str:
-        content, form = asdict(self), VERSION_OF_PARTS
-        if not self.sharded:
-            del content["sharded"]
-            form = VERSION
-        return json.dumps(
-            {"format": FORMAT, "version": form, "sha256": _digest(content), "content": content},
-            indent=1,
-        )
+        content = asdict(self)
+        outer = {"format": FORMAT, "version": VERSION, "sha256": _digest(content)}
+        return json.dumps({**outer, "content": content}, indent=1)
 
     @classmethod
     def from_json(cls, text: str | bytes, path: Path) -> Self:
@@ -169,10 +166,10 @@ class Manifest:
         if not isinstance(outer, dict) or outer.get("format") != FORMAT:
             raise CheckpointError(f"{path} is not a manifest of fqcompile: save the model again")
         form = outer.get("version")
-        if form not in (VERSION, VERSION_OF_PARTS):
+        if form not in range(OLDEST_VERSION, VERSION + 1):
             raise CheckpointError(
                 f"{path} has format version {shown(repr(form))}, and this fqcompile reads "
-                f"{VERSION} and {VERSION_OF_PARTS}: install the fqcompile that wrote it, or save "
+                f"{OLDEST_VERSION} to {VERSION}: install the fqcompile that wrote it, or save "
                 "the model again"
             )
         content = outer.get("content")
@@ -181,8 +178,6 @@ class Manifest:
                 f"{path} is not what was written: its checksum differs; copy it again or save the "
                 "model again"
             )
-        if form == VERSION and isinstance(content, dict):
-            content = {"sharded": {}, **content}
         manifest = checked(cls, content, f"{path}: content")
         for name in _names(manifest):
             check_name(name, f"{path}: content")
@@ -283,13 +278,14 @@ def _packed_problem(
     record: PackedRecord, codes: TensorRecord | None, scale: TensorRecord | None
 ) -> str | None:
     """Why the tensors do not match the record, or None."""
-    if record.bits not in QTYPES or not 1 <= record.group_size <= max(1, record.k):
-        return f"{record.bits} bits in groups of {record.group_size} of {record.k}"
+    qtype = QTYPES.get((record.bits, record.levels))
+    if qtype is None or not 1 <= record.group_size <= max(1, record.k):
+        kind = f"{record.bits} bits, {record.levels} levels"
+        return f"{kind}, in groups of {record.group_size} of {record.k}"
     if DTYPES.get(record.dtype) not in WEIGHT_DTYPES:
         return f"dtype {record.dtype!r}"
     if codes is None or scale is None:
         return "its codes or scales are not there"
-    qtype = QTYPES[record.bits]
     expected = (record.all_rows, packed_columns(qtype, record.k))
     if codes.shape != expected or DTYPES[codes.dtype] != qtype.storage_dtype:
         return f"codes {codes.dtype} {list(codes.shape)}, expected {list(expected)}"

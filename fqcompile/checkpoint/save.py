@@ -28,13 +28,13 @@ from fqcompile.checkpoint.manifest import (
     TensorRecord,
     versions,
 )
+from fqcompile.checkpoint.model import Slot, slots
 from fqcompile.checkpoint.shards import DigestWriter, ShardWriter
-from fqcompile.checkpoint.slots import Slot, slots
 from fqcompile.distributed.ranks import Team
 from fqcompile.distributed.shards import Layout, layout_of, local_part, team_of
 from fqcompile.errors import CheckpointError, OptionError
-from fqcompile.files.json_text import check_name
 from fqcompile.files.safetensors_file import DTYPE_NAMES, DTYPES
+from fqcompile.files.untrusted import check_name
 from fqcompile.report import CompileReport, Plan, Site
 from fqcompile.weights.parameter import PackedWeight
 
@@ -236,6 +236,7 @@ def _site(name: str, record: PackedRecord, written: _Written) -> Site:
         shape=(record.experts, *matrix) if record.experts else matrix,
         status="quantized",
         bits=record.bits,
+        levels=record.levels,
         group_size=record.group_size,
         bytes_before=record.all_rows * record.k * DTYPES[record.dtype].itemsize,
         bytes_after=sum(tensor.nbytes for tensor in tensors),

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fqcompile.checkpoint.manifest import Manifest, PackedRecord, ShardRecord, TensorRecord
 from fqcompile.errors import CheckpointError
-from fqcompile.files.replace import Piece, write_file
 from fqcompile.files.safetensors_file import (
     ALIGNMENT,
     DTYPE_NAMES,
@@ -20,6 +19,7 @@ from fqcompile.files.safetensors_file import (
     consecutive,
     encode_header,
 )
+from fqcompile.files.trusted import Piece, write_file
 from fqcompile.tensor.quantized import QuantizedTensor
 
 # Bytes collected before a shard is written: the most work that a killed run loses, and the most
@@ -83,6 +83,7 @@ class ShardWriter:
             experts=form.experts,
             transposed=form.transposed,
             scale_method=form.scale_method,
+            levels=form.levels,
         )
         self.add(dict(zip((record.codes, record.scale), weight.as_rows(), strict=True)))
         return record

@@ -13,8 +13,8 @@ from typing import Any
 
 from fqcompile.checkpoint.manifest import JOURNAL, MANIFEST
 from fqcompile.errors import CheckpointError
-from fqcompile.files.json_text import check_name, read_json, shown
 from fqcompile.files.safetensors_file import TensorPlace, read_header
+from fqcompile.files.untrusted import check_name, read_json, shown
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The ends of tensors' names that only quantized layers have; FOREIGN: whatever a config says.

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from fqcompile.checkpoint.checkpoint_model import CheckpointModel
 from fqcompile.checkpoint.conversion import initialize, target_types
 from fqcompile.checkpoint.directory import (
     check_not_replaced,
@@ -27,7 +26,7 @@ from fqcompile.checkpoint.directory import (
 )
 from fqcompile.checkpoint.hugging_face import config_of
 from fqcompile.checkpoint.manifest import MANIFEST, Manifest, versions
-from fqcompile.checkpoint.slots import shortened, slots
+from fqcompile.checkpoint.model import CheckpointModel, shortened, slots
 from fqcompile.checkpoint.source import open_source, other_files, will_read
 from fqcompile.checkpoint.stream_writer import Journal, Progress, StreamWriter, site_from
 from fqcompile.config import FineQuantConfig

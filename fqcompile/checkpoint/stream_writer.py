@@ -25,13 +25,13 @@ from fqcompile.checkpoint.manifest import (
     SlotRecord,
     TensorRecord,
 )
+from fqcompile.checkpoint.model import slots
 from fqcompile.checkpoint.shards import ShardWriter
-from fqcompile.checkpoint.slots import slots
 from fqcompile.config import FineQuantConfig
 from fqcompile.errors import CheckpointError, UnquantizableWeight
-from fqcompile.files.json_text import check_name, checked, parse_json, shown
-from fqcompile.files.replace import append_to_file, remove, replace_durably, sync_directory
 from fqcompile.files.safetensors_file import bytes_of
+from fqcompile.files.trusted import append_to_file, remove, replace_durably, sync_directory
+from fqcompile.files.untrusted import check_name, checked, parse_json, shown
 from fqcompile.modules.quantize import site_of
 from fqcompile.modules.weights import ModuleWeight, module_weights
 from fqcompile.quant.choose import choose_and_quantize, scale_dtype_beside
@@ -237,6 +237,7 @@ class StreamWriter:
             site_of(found),
             status="quantized",
             bits=plan.bits,
+            levels=plan.levels,
             group_size=plan.group_size,
             bytes_after=codes.nbytes,
             relative_error=plan.relative_error,

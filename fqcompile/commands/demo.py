@@ -6,7 +6,7 @@ import os
 import torch
 from torch import nn
 
-from fqcompile.commands.arguments import count, load_model, require
+from fqcompile.commands import count, load_model, require
 from fqcompile.demo.decoder import random_decoder, run_decoder_demo
 from fqcompile.demo.embedding import run_embedding_demo
 from fqcompile.errors import FineQuantError

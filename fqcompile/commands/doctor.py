@@ -14,11 +14,11 @@ from textwrap import indent
 import torch
 from tabulate import tabulate
 
-from fqcompile.kernels.cpu import native_library
 from fqcompile.kernels.cpu.stream import X86_STREAM
 from fqcompile.kernels.registry import TEMPLATES
 from fqcompile.kernels.spec import GemmSpec, gpu_of
 from fqcompile.kernels.template import Template
+from fqcompile.native import library as native_library
 from fqcompile.weights.disk_cache import SIZE, disk_cache
 
 DISTRIBUTIONS = ("fqcompile", "torch", "triton", "transformers", "numpy", "safetensors")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fqcompile.commands.arguments import count, counts, group_size
+from fqcompile.commands import count, counts, group_size
 from fqcompile.errors import EstimateError, nearest
 from fqcompile.estimator.assumptions import assumptions, formulas_text, general_text
 from fqcompile.estimator.costs import Speed
@@ -25,7 +25,7 @@ from fqcompile.estimator.estimate import (
 )
 from fqcompile.estimator.matmuls import Sharing, Workload, formats
 from fqcompile.estimator.model_shapes import named_models, read_decoder
-from fqcompile.files.replace import replace_text
+from fqcompile.files.trusted import replace_text
 from fqcompile.report.page import (
     Axis,
     Cell,

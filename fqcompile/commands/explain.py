@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from fqcompile.commands.arguments import DTYPES, add_option_flags, given_options, load_model
+from fqcompile.commands import DTYPES, add_option_flags, given_options, load_model
 from fqcompile.explain import explain
-from fqcompile.files.replace import replace_text
+from fqcompile.files.trusted import replace_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from fqcompile.commands.arguments import DTYPES, add_option_flags, given_options
+from fqcompile.commands import DTYPES, add_option_flags, given_options
 from fqcompile.interop.export import FORMATS, PROFILES, export
 
 

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from fqcompile.checkpoint.stream import quantize_checkpoint
-from fqcompile.commands.arguments import DTYPES, add_option_flags, given_options
+from fqcompile.commands import DTYPES, add_option_flags, given_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

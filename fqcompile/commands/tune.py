@@ -9,16 +9,15 @@ from typing import Literal, NamedTuple
 import torch
 from tqdm import tqdm
 
-from fqcompile.commands.arguments import counts, group_size, load_model
+from fqcompile.commands import counts, group_size, load_model
 from fqcompile.errors import FineQuantError, OptionError
 from fqcompile.explain import gemm_specs
 from fqcompile.kernels.registry import select_kernel
 from fqcompile.kernels.spec import GemmSpec, Gpu, gpu_of
 from fqcompile.kernels.template import SearchMode, Template
 from fqcompile.kernels.tuning.key import Bucket, bucket_of, tuning_key
-from fqcompile.kernels.tuning.launches import buckets_of_a_model
+from fqcompile.kernels.tuning.launches import buckets_of_a_model, search
 from fqcompile.kernels.tuning.measure import measure_on_gpu
-from fqcompile.kernels.tuning.search import search
 from fqcompile.kernels.tuning.table import TunedTable, table_for
 from fqcompile.report.tuning_case import TuningCase, searched_case
 from fqcompile.report.tuning_report import SUFFIXES, TuningReport

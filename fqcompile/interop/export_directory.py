@@ -25,9 +25,9 @@ from fqcompile.checkpoint.directory import (
 )
 from fqcompile.checkpoint.source import INDEX, SINGLE
 from fqcompile.errors import CheckpointError, FineQuantError
-from fqcompile.files.json_text import parse_json, shown
-from fqcompile.files.replace import remove, replace_durably, sync_directory, write_file
 from fqcompile.files.safetensors_file import bytes_of, consecutive, encode_header
+from fqcompile.files.trusted import remove, replace_durably, sync_directory, write_file
+from fqcompile.files.untrusted import parse_json, shown
 from fqcompile.interop.export_blocks import Block
 
 SHARD_BYTES = 4 << 30

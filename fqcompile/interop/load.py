@@ -9,20 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fqcompile.checkpoint.checkpoint_model import CheckpointModel
 from fqcompile.checkpoint.conversion import Conversion, initialize, target_types
 from fqcompile.checkpoint.hugging_face import generation_config
 from fqcompile.checkpoint.load import load_saved
 from fqcompile.checkpoint.manifest import MANIFEST
-from fqcompile.checkpoint.slots import Slot, shortened, slots
+from fqcompile.checkpoint.model import CheckpointModel, Slot, shortened, slots
 from fqcompile.checkpoint.source import Source, read_config, read_tensors, recognized
 from fqcompile.errors import CheckpointError
-from fqcompile.files.json_text import shown
 from fqcompile.files.safetensors_file import TensorPlace
+from fqcompile.files.untrusted import shown
 from fqcompile.interop.assemble import ForeignLayer, assemble
-from fqcompile.interop.awq import read_awq
 from fqcompile.interop.compressed_tensors import read_compressed_tensors
-from fqcompile.interop.gptq import read_gptq
+from fqcompile.interop.gptq_awq import read_awq, read_gptq
 from fqcompile.tensor.format import INT8
 from fqcompile.weights.parameter import PackedWeight
 

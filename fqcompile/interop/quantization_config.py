@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from fqcompile.errors import CheckpointError
-from fqcompile.files.json_text import check_name, shown
+from fqcompile.files.untrusted import check_name, check_pattern, matches_pattern, shown
 from fqcompile.interop.layers import Layer, Scheme
-from fqcompile.interop.patterns import check_pattern, matches_pattern
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 # The library refuses all others.

@@ -29,30 +29,32 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import expect_true
 
-from fqcompile.kernels.arguments import (
+from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.run import (
     check_backward,
     check_matmul,
     checked_weight,
+    dequantize_weight,
     experts_in,
     on_one_device,
+    run_backward,
+    run_matmul,
 )
-from fqcompile.kernels.epilogue import Epilogue
-from fqcompile.kernels.run import dequantize_weight, run_backward, run_matmul
 from fqcompile.kernels.template import Routing
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import key_set, without_keys
 
 MATMUL_SCHEMA = (
     "(Tensor x, Tensor qweight, Tensor scale, Tensor? bias, Tensor? residual, int bits, "
-    "int group_size, int n, int k, str activation, bool gated, str kernel, "
+    "str levels, int group_size, int n, int k, str activation, bool gated, str kernel, "
     "Tensor? offsets, Tensor? ids, bool zero_rest) -> Tensor"
 )
 BACKWARD_SCHEMA = (
-    "(Tensor dz, Tensor qweight, Tensor scale, int bits, int group_size, int rows, int k, "
-    "str kernel, Tensor? offsets, Tensor? ids) -> Tensor"
+    "(Tensor dz, Tensor qweight, Tensor scale, int bits, str levels, int group_size, int rows, "
+    "int k, str kernel, Tensor? offsets, Tensor? ids) -> Tensor"
 )
 DEQUANTIZE_SCHEMA = (
-    "(Tensor qweight, Tensor scale, int bits, int group_size, int rows, int k, "
+    "(Tensor qweight, Tensor scale, int bits, str levels, int group_size, int rows, int k, "
     "ScalarType dtype, str kernel) -> Tensor"
 )
 
@@ -68,6 +70,7 @@ def _matmul_impl(
     bias: Tensor | None,
     residual: Tensor | None,
     bits: int,
+    levels: str,
     group_size: int,
     n: int,
     k: int,
@@ -80,7 +83,8 @@ def _matmul_impl(
 ) -> Tensor:
     routing = None if offsets is None and ids is None else Routing(offsets, ids)
     experts, rows = None if routing is None else experts_in(qweight), 2 * n if gated else n
-    weight = checked_weight(kernel, activation, experts, qweight, scale, bits, group_size, rows, k)
+    form = (bits, levels, group_size, rows, k)
+    weight = checked_weight(kernel, activation, experts, qweight, scale, *form)
     epilogue = Epilogue(bias, residual, activation, gated)
     check_matmul(x, weight, routing, epilogue, zero_rest)
     if x.dim() == 2 and x.numel() and n:
@@ -114,6 +118,7 @@ def _matmul_fake(
     bias: Tensor | None,
     residual: Tensor | None,
     bits: int,
+    levels: str,
     group_size: int,
     n: int,
     k: int,
@@ -126,7 +131,8 @@ def _matmul_fake(
 ) -> Tensor:
     routing = None if offsets is None and ids is None else Routing(offsets, ids)
     experts, rows = None if routing is None else experts_in(qweight), 2 * n if gated else n
-    weight = checked_weight(kernel, activation, experts, qweight, scale, bits, group_size, rows, k)
+    form = (bits, levels, group_size, rows, k)
+    weight = checked_weight(kernel, activation, experts, qweight, scale, *form)
     epilogue = Epilogue(bias, residual, activation, gated)
     check_matmul(x, weight, routing, epilogue, zero_rest, holds=expect_true)
     return x.new_empty((*x.shape[:-1], n))
@@ -188,8 +194,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """dz through the activation (its pre-activation recomputed), then dx = dz @ ŵ."""
     x, qweight, scale, bias, offsets, ids = ctx.saved_tensors
-    bits, group_size, n, k, activation, gated, kernel = ctx.form
-    form = (bits, group_size, 2 * n if gated else n, k)
+    bits, levels, group_size, n, k, activation, gated, kernel = ctx.form
+    form = (bits, levels, group_size, 2 * n if gated else n, k)
     dz = dy
     if gated or activation != "none":
         template = kernel.partition(":")[0]  # a configuration tuned for the fused form stays there
@@ -207,7 +213,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if bias is not None and ctx.needs_input_grad[3]:
         dbias = _bias_gradient(dz, bias, offsets, ids)
     dresidual = dy if ctx.needs_input_grad[4] else None
-    return (dx, None, None, dbias, dresidual, *(None,) * 10)
+    return (dx, None, None, dbias, dresidual, *(None,) * 11)
 
 
 def _bias_gradient(dz: Tensor, bias: Tensor, offsets: Tensor | None, ids: Tensor | None) -> Tensor:
@@ -236,7 +242,7 @@ def _second_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
     """ddz = ddx @ ŵᵀ: dx is linear in dz, and zero for rows of no expert."""
     qweight, scale, offsets, ids = ctx.saved_tensors
     plain = ("none", False, ctx.kernel, offsets, ids, offsets is not None)
-    return (matmul(ddx, qweight, scale, None, None, *ctx.form, *plain), *(None,) * 9)
+    return (matmul(ddx, qweight, scale, None, None, *ctx.form, *plain), *(None,) * 10)
 
 
 torch.library.register_autograd(

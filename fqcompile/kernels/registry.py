@@ -1,18 +1,25 @@
 """The templates in order of preference; selection takes the first one that accepts the spec.
 
+Packed weights are converted into the layout of the kernel that runs them here, and back.
+
 To add a template: write its file, add it to TEMPLATES.
 """
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
+
+import torch
 
 from fqcompile.errors import NoKernelError
 from fqcompile.kernels.cpu.aten_packed import INT4PACK, INT8PACK
 from fqcompile.kernels.cpu.stream import X86_STREAM
-from fqcompile.kernels.dequantize import DEQUANTIZE
 from fqcompile.kernels.epilogue import HAS_TRITON
-from fqcompile.kernels.spec import GemmSpec, LaunchTable
-from fqcompile.kernels.template import Layout, Template
+from fqcompile.kernels.spec import GemmSpec, LaunchTable, gpu_of
+from fqcompile.kernels.template import DEQUANTIZE, Layout, Template
+from fqcompile.kernels.tuning.launches import tuned_launches
+from fqcompile.tensor.format import Format
+from fqcompile.tensor.quantized import QuantizedTensor
 
 if HAS_TRITON:
     from fqcompile.kernels.triton.template import TRITON_GEMMS
@@ -24,6 +31,7 @@ else:
 _CPU = (X86_STREAM, INT4PACK, INT8PACK)
 TEMPLATES: dict[str, Template] = {t.name: t for t in (*_TRITON, *_CPU, DEQUANTIZE)}
 LAYOUTS: dict[str, Layout] = {t.layout.name: t.layout for t in TEMPLATES.values()}
+Routed = Literal["grouped", "gathered"]  # how rows are told their experts
 
 
 @dataclass(frozen=True)
@@ -68,3 +76,57 @@ def parse_kernel(text: str) -> KernelChoice:
     if name not in TEMPLATES:
         raise NoKernelError(f"kernel {name!r} is not installed; there are {', '.join(TEMPLATES)}")
     return KernelChoice(TEMPLATES[name], LaunchTable.parse(launches) if launches else None)
+
+
+def in_kernel_layout(weight: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
+    """From the plain layout to that of the kernel which runs it here for activations of `dtype`."""
+    spec = _spec_of(weight.format, dtype, weight.scale.dtype, weight.qweight.device, None)
+    return select_kernel(spec).template.layout.pack(weight)
+
+
+def in_plain_layout(weight: QuantizedTensor) -> QuantizedTensor:
+    """The plain layout again, bit for bit."""
+    return LAYOUTS[weight.format.layout].unpack(weight)
+
+
+@cache
+def kernel_for(
+    format: Format,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    device: torch.device,
+    routing: Routed | None,
+) -> str | None:
+    """The operator's `kernel`, for any number of rows; None where nothing reads that layout."""
+    spec = _spec_of(format, dtype, scale_dtype, device, routing)
+    try:
+        choice = select_kernel(spec, format.layout)
+    except NoKernelError:
+        return None
+    return str(KernelChoice(choice.template, tuned_launches(spec, choice.template, "off").launches))
+
+
+def _spec_of(
+    format: Format,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    device: torch.device,
+    routing: Routed | None,
+) -> GemmSpec:
+    """Any number of rows of x; experts without a routing as grouped ones."""
+    return GemmSpec(
+        m=1,
+        n=format.rows,
+        k=format.k,
+        bits=format.bits,
+        levels=format.levels,
+        group_size=format.group_size,
+        dtype=dtype,
+        scale_dtype=scale_dtype,
+        device_type=device.type,
+        needs_backward=True,
+        m_range=(0, None),
+        gpu=gpu_of(device) if device.type == "cuda" and torch.cuda.is_available() else None,
+        experts=format.experts,
+        routing=(routing or "grouped") if format.experts else None,
+    )

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 import torch
 
 from fqcompile.errors import NoKernelError, OptionError
+from fqcompile.tensor.format import UNIFORM
 
 # Dense fp16/bf16 flop per SM and clock, by compute capability (vendor's white papers).
 _MATRIX_FLOPS_PER_CLOCK = {80: 2048, 86: 1024, 89: 1024, 90: 4096, 100: 8192}
@@ -105,6 +106,7 @@ class GemmSpec:
         dtype: of x and of the output.
         needs_backward: the weight must be dequantizable again, since x may require grad or since
             the packed copy is its only one.
+        levels: the levels of the codes, see `tensor.format.QType`.
         m_range: least and largest number of rows (None: no bound) where the graph leaves it open.
         gpu: the GPU that it will run on; None elsewhere.
         experts: matrices in the stack; 0 for a plain linear, which has one and no routing.
@@ -129,6 +131,7 @@ class GemmSpec:
     gpu: Gpu | None = None
     experts: int = 0
     routing: Literal["grouped", "gathered"] | None = None
+    levels: str = UNIFORM
 
     @property
     def weight_rows(self) -> int:

@@ -1,4 +1,7 @@
-"""Template: one way to run a quantized matmul: its conditions, layout, configurations, kernel."""
+"""Template: one way to run a quantized matmul: its conditions, layout, configurations, kernel.
+
+`DEQUANTIZE` is the one that always works: dequantize the weight, then let PyTorch multiply.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -6,18 +9,22 @@ from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from fqcompile.kernels.cpu.huge_pages import in_huge_pages
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import Config, GemmSpec, LaunchTable
 from fqcompile.tensor import format as formats
 from fqcompile.tensor.codes import dequantize_rows
-from fqcompile.tensor.format import QTYPES, num_groups, packed_columns
+from fqcompile.tensor.format import QTYPES, UNIFORM, num_groups, packed_columns
 from fqcompile.tensor.quantized import QuantizedTensor
 
 PackedTensors = tuple[torch.Tensor, torch.Tensor]
 Shape = tuple[int, ...]
 SearchMode = Literal["fast", "max"]
+# Weights dequantized at a time: they are multiplied while in the cache, and no large buffer is
+# mapped anew on every call. Measured, 4096 x 4096, int4, M = 1, fp32: 9 ms against 35.
+_CPU_CHUNK = 1 << 21
 
 
 class Routing(NamedTuple):
@@ -77,7 +84,7 @@ class Run(Protocol):
 
     With a routing the weight is a stack of experts, the bias [E, rows of one], and there is no
     residual: `act(x[m] @ ŵ[e(m)]ᵀ + bias[e(m)])`. Experts without rows are not read, rows without
-    an expert are not written. The operator has checked all sizes and types (see `arguments`).
+    an expert are not written. The operator has checked all sizes and types (see `kernels.run`).
     """
 
     def __call__(
@@ -165,13 +172,13 @@ class Layout:
 
 def plain_shapes(bits: int, group_size: int, rows: int, k: int) -> tuple[Shape, Shape]:
     """A row of bytes and its scales for each row."""
-    return (rows, packed_columns(QTYPES[bits], k)), (rows, num_groups(k, group_size))
+    return (rows, packed_columns(QTYPES[bits, UNIFORM], k)), (rows, num_groups(k, group_size))
 
 
 def dequantize_plain(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
     """ŵ [rows, K] in `dtype`, from the plain layout."""
     f = weight.format
-    return dequantize_rows(weight.qweight, weight.scale, f.bits, f.group_size, f.k, dtype)
+    return dequantize_rows(weight.qweight, weight.scale, f.qtype, f.group_size, f.k, dtype)
 
 
 def _same(weight: QuantizedTensor) -> PackedTensors:
@@ -211,3 +218,29 @@ class Template:
     launches: Callable[[GemmSpec], LaunchTable | None]
     run: Run
     candidates: Callable[[GemmSpec, int, SearchMode], Sequence[Config]] = nothing_to_search
+
+
+def multiply_dequantized(
+    x: torch.Tensor, weight: QuantizedTensor, epilogue: Epilogue
+) -> torch.Tensor:
+    """`act(x @ ŵᵀ + bias) + residual` [M, N] for one matrix in the plain layout."""
+    bias, n = epilogue.bias, weight.format.rows
+    step = max(1, _CPU_CHUNK // max(1, weight.format.k))
+    if x.device.type != "cpu" or n <= step:
+        z = F.linear(x, dequantize_plain(weight, x.dtype), bias)
+    else:
+        z = x.new_empty(x.shape[0], n)
+        for start in range(0, n, step):
+            rows = slice(start, min(start + step, n))
+            w_hat = dequantize_plain(weight.narrow(start, rows.stop - start), x.dtype)
+            z[:, rows] = F.linear(x, w_hat, None if bias is None else bias[rows])
+    return epilogue.apply_to_biased(z)
+
+
+def _refuse(spec: GemmSpec) -> str | None:
+    return None
+
+
+DEQUANTIZE = Template(
+    "dequantize", PLAIN, _refuse, lambda spec: None, one_by_one(multiply_dequantized)
+)

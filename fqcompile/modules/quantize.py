@@ -16,13 +16,13 @@ from fqcompile.distributed.shards import (
     with_part,
 )
 from fqcompile.errors import OptionError, UnquantizableWeight
+from fqcompile.kernels.registry import kernel_for
 from fqcompile.modules.weights import ModuleWeight, module_weights
 from fqcompile.passes.summary import SiteRecipe
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
 from fqcompile.report import Plan, Site
 from fqcompile.weights.disk_cache import find_or_quantize
 from fqcompile.weights.fingerprint import ATTEMPTS, fingerprint
-from fqcompile.weights.kernel_layouts import kernel_for
 from fqcompile.weights.parameter import PackedWeight
 from fqcompile.weights.recipe import IDENTITY
 from fqcompile.weights.store import plain_eager
@@ -75,7 +75,7 @@ def _shared_facts(
     """The facts that must agree on all ranks; for a shard, each rank chooses its own plan."""
     facts = {f"option {name}": str(value) for name, value in config.as_dict().items()}
     for site in sites:
-        chosen = (site.status, site.reason, site.bits, site.group_size)
+        chosen = (site.status, site.reason, site.bits, site.levels, site.group_size)
         facts[site.name] = str(chosen) if site.name in whole else site.kind
     return facts
 
@@ -162,6 +162,7 @@ def packed_site(found: ModuleWeight, plan: QuantPlan, packed: PackedWeight) -> S
         site_of(found),
         status="quantized",
         bits=plan.bits,
+        levels=plan.levels,
         group_size=plan.group_size,
         bytes_after=packed.packed_bytes,
         relative_error=plan.relative_error,

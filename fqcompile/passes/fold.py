@@ -1,14 +1,24 @@
-"""Constant folding: find nodes that depend on constant inputs only, and record their recipes."""
+"""Expressions of a graph: constant ones are read as recipes, new ones are written before a node.
 
-from collections.abc import Callable
+A new call gets its example value; where an equal one is there already, it is used again.
+"""
+
+import operator
+from collections.abc import Sequence
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
-from fqcompile.passes.effects import has_effects
-from fqcompile.passes.state import GraphState
-from fqcompile.torch_compat import tree_map_only
+from fqcompile.passes.effects import effects_between, has_effects
+from fqcompile.passes.state import GraphState, example, same_shape
+from fqcompile.torch_compat import memory_id, tree_map_only
 from fqcompile.weights.recipe import FOLDABLE, Ref, Step, WeightRecipe, target_name
+
+VIEWS = frozenset(
+    "view reshape squeeze unsqueeze flatten unflatten transpose permute expand t mT".split()
+)
+Size = int | fx.Node
 
 
 class ConstantFolder:
@@ -43,7 +53,7 @@ class ConstantFolder:
         folded = []
         for step in steps:
             args, kwargs = tree_map_only(fx.Node, refs.__getitem__, (step.args, step.kwargs))
-            folded.append(Step(_callable(step), tuple(args), dict(kwargs)))
+            folded.append(Step(step.target, tuple(args), dict(kwargs)))
         return WeightRecipe(len(sources), tuple(folded)), tuple(sources)
 
     def _ancestors(self, node: fx.Node) -> list[fx.Node]:
@@ -60,5 +70,75 @@ class ConstantFolder:
         return list(seen)
 
 
-def _callable(node: fx.Node) -> str | Callable[..., Any]:
-    return node.target
+class Emitter:
+    """Adds calls to a graph before a node (`at`), and knows those that it added."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self._before: fx.Node = next(iter(graph.nodes))
+        self.made: dict[fx.Node, None] = {}  # in their order
+
+    def at(self, before: fx.Node) -> "Emitter":
+        """From now on, new calls stand before this node."""
+        self._before = before
+        return self
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call of a tensor method by its name, or of a function.
+
+        A view that is an earlier one again is that one; an equal call made before, with nothing
+        written since, is not made twice.
+        """
+        method = isinstance(target, str)
+        fakes, named = tree_map_only(fx.Node, lambda n: n.meta["example_value"], (args, kwargs))
+        value = getattr(fakes[0], target)(*fakes[1:]) if method else target(*fakes, **named)
+        known = _same_view_before(args[0], value) if target in VIEWS else None
+        known = known or self._made_earlier(target, args, kwargs)
+        if known is not None:
+            return known
+        with self.graph.inserting_before(self._before):
+            call = self.graph.call_method if method else self.graph.call_function
+            node = call(target, args, kwargs)
+        node.meta["example_value"] = value
+        self.made[node] = None
+        return node
+
+    def _made_earlier(
+        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> fx.Node | None:
+        sources = [arg for arg in args if isinstance(arg, fx.Node)]
+        for user in sources[0].users if sources else self.made:
+            equal = user.target == target and user.args == args and user.kwargs == kwargs
+            if user in self.made and equal and user < self._before:
+                return None if effects_between(user, self._before) else user
+        return None
+
+    def size(self, value: fx.Node, dim: int) -> Size:
+        """A dimension's size: the number, or a node that reads it where it is symbolic."""
+        found = value.meta["example_value"].shape[dim]
+        return self("size", value, dim) if isinstance(found, torch.SymInt) else int(found)
+
+    def product(self, sizes: Sequence[Size]) -> Size:
+        """The number of elements of these sizes, as a number where all are."""
+        total: Size = 1
+        for one in sizes:
+            numbers = isinstance(total, int) and isinstance(one, int)
+            total = total * one if numbers else self(operator.mul, total, one)  # type: ignore[operator]
+        return total
+
+
+def _same_view_before(node: fx.Node, value: Tensor) -> fx.Node | None:
+    """The value from which the node was viewed, if `value` is the same view of the same memory."""
+    while True:
+        fake = example(node)
+        if fake is not None and _is_same_view(fake, value):
+            return node
+        source = node.args[0] if node.args else None
+        if target_name(node.target) not in VIEWS or not isinstance(source, fx.Node):
+            return None
+        node = source
+
+
+def _is_same_view(a: Tensor, b: Tensor) -> bool:
+    places = [(*t.shape, *t.stride(), t.storage_offset()) for t in (a, b)]
+    return a.dtype == b.dtype and same_shape(*places) and memory_id(a) == memory_id(b)

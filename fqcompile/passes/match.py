@@ -3,19 +3,46 @@
 linear(x, cat([wq, wk]).to(bf16), b)   ->   WeightSite(x, recipe: cat, to; sources: wq, wk; bias: b)
 bmm(w[ids], x.unsqueeze(-1))           ->   WeightSite(x, recipe: identity; source: w; ids)
 _grouped_mm(x, w.mT, offs=offsets)     ->   WeightSite(x, the same recipe; offsets)
+
+Each is read as a `Contraction`, by the roles of its indices:
+
+bsk, nk -> bsn           rows b s                     a linear layer
+nk, bkm -> bnm           rows b m                     its weight on the left
+emk, ekn -> emn          batch e, rows m              equally many rows for every expert
+pmk, pkn -> pmn          batch p, rows m              w[ids]: rows gathered, one id each
+ti, taoi -> tao          batch t a                    w[ids], ids [t, a]; x is repeated along a
+mk, Ekn -> mn            rows m                       rows sorted by expert
+
+The weight may be [1, K, N], or [K, N] expanded to a batch. Operations between w[ids] and the
+product (transposes, casts, a chunk of its rows) count as part of the stack.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import fx
 
-from fqcompile.passes.contraction import contraction
 from fqcompile.passes.effects import effects_between, in_transforms
 from fqcompile.passes.fold import ConstantFolder
+from fqcompile.passes.gather import Gathered, gathered
 from fqcompile.passes.kept import kept_matrices, note_tables, warnings_of_kept
 from fqcompile.passes.naming import is_table, joined_name
-from fqcompile.passes.state import Contraction, GraphState, Kind, WeightSite, example
-from fqcompile.weights.recipe import simplified
+from fqcompile.passes.products import STACK, Names, Operand, Product, product, shape_of
+from fqcompile.passes.state import (
+    Contraction,
+    GraphState,
+    Kind,
+    Step,
+    WeightSite,
+    example,
+    same_shape,
+)
+from fqcompile.weights.recipe import simplified, target_name
+
+IsConstant = Callable[[object], bool]
+Steps = tuple[Step, ...]
+_EXPANDS = ("expand", "expand_as", "broadcast_to")
 
 
 def match(state: GraphState) -> int:
@@ -109,3 +136,143 @@ def _number_equal_names(sites: list[WeightSite]) -> None:
         if len(keys) > 1:
             site.part = f"[{keys.index(site.recipe.key)}]"
             site.name += site.part
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The operand `node` as `steps` on a constant stack: all of it, or what `ids` pick.
+
+    `dims` and `shape` are those of the stack after the steps; `batch` are its indices that x and
+    the result have too, or those of `ids`.
+    """
+
+    node: fx.Node
+    stack: fx.Node
+    dims: Names
+    shape: Sequence[int]
+    batch: Names
+    steps: Steps = ()
+    ids: fx.Node | None = None
+    gather: tuple[fx.Node, ...] = ()
+
+
+def contraction(node: fx.Node, is_constant: IsConstant) -> Contraction | None:
+    """The node as a product with a constant weight, or None where it is not one."""
+    read = product(node)
+    if read is None:
+        return None
+    for weight, x in read.sides:
+        if is_constant(x.node) and not read.of_layer:
+            continue
+        constant, steps = _unbatched(weight.node) if read.broadcasts else (weight.node, ())
+        if is_constant(constant):
+            found = _of_constant(Operand(node, read.out), x, weight.dims, constant, steps)
+        elif (picked := gathered(weight.node, is_constant)) is not None:
+            x = _without_singles(x, weight)
+            found = _of_picked(x, weight, picked)
+        else:
+            continue
+        return None if found is None else _with_roles(read, x, found)
+    return None
+
+
+def _unbatched(operand: fx.Node) -> tuple[fx.Node, Steps]:
+    """The matrix under a batch of equal copies: [1, K, N], or [K, N] expanded to [B, K, N]."""
+    base = next(iter(operand.args), None) if target_name(operand.target) in _EXPANDS else None
+    before, after = shape_of(base), shape_of(operand)
+    whole = len(after) == 3 and same_shape(before[-2:], after[-2:])
+    if isinstance(base, fx.Node) and whole and (len(before) == 2 or before[0] == 1):
+        operand, after = base, before
+    return operand, (("squeeze", (0,)),) if len(after) == 3 and after[0] == 1 else ()
+
+
+def _of_constant(
+    out: Operand, x: Operand, dims: Names, constant: fx.Node, steps: Steps
+) -> Weight | None:
+    """The constant, without those of the leading dimensions that `_unbatched` has dropped."""
+    shape = shape_of(constant)[len(steps) :]
+    dropped, dims = dims[: len(dims) - len(shape)], dims[len(dims) - len(shape) :]
+    if not all(same_shape([x.sizes.get(i, out.sizes[i])], [out.sizes[i]]) for i in dropped):
+        return None  # the batch comes from the weight alone
+    batch = [i for i in dims if i in x.dims and i in out.dims]
+    if not batch and any(name.startswith("...") for name in dims):
+        return None
+    return Weight(constant, constant, dims, shape, batch, steps)
+
+
+def _of_picked(x: Operand, weight: Operand, picked: Gathered) -> Weight | None:
+    """What was gathered from a constant stack."""
+    original = [weight.dims[picked.dims.index(i)] for i in range(len(weight.dims))]
+    batch, dims = original[: picked.num_ids], [STACK, *original[picked.num_ids :]]
+    ids = zip(batch, shape_of(picked.ids), strict=True)
+    if not all(same_shape([size], [x.sizes.get(i, size)]) for i, size in ids):
+        return None  # a single id, broadcast over rows of x
+    chosen = (picked.steps, picked.ids, picked.nodes)
+    return Weight(weight.node, picked.stack, dims, picked.shape, batch, *chosen)
+
+
+def _without_singles(x: Operand, weight: Operand) -> Operand:
+    """x without the dimensions of size one that broadcast against the weight's."""
+    singles = [
+        name
+        for name, size in x.sizes.items()
+        if name in weight.dims
+        and same_shape([size], [1])
+        and not same_shape([weight.sizes[name]], [1])
+    ]
+    places = tuple(x.dims.index(name) for name in singles)
+    return Operand(x.node, [name for name in x.dims if name not in singles], places)
+
+
+def _with_roles(read: Product, x: Operand, weight: Weight) -> Contraction | None:
+    """The roles of all indices, or None where it is no product of rows and matrices.
+
+    Nor where an index has one size in x and another in the weight, which broadcasts.
+    """
+    out, batch = read.out, weight.batch
+    own = [i for i in weight.dims if i != STACK and i not in batch]
+    contracted = [i for i in own if i in x.dims and i not in out]
+    free = [i for i in own if i in out and i not in x.dims]
+    rows = [i for i in x.dims if i in out and i not in batch]
+    complete = (
+        bool(contracted and free)
+        and len(contracted) + len(free) == len(own)
+        and sorted(out) == sorted([*batch, *rows, *free])
+        and set(x.dims) <= {*batch, *rows, *contracted}
+        and all(len(set(names)) == len(names) for names in (x.dims, weight.dims, out))
+    )
+    if not complete:
+        return None
+    # `int` fixes what Dynamo left symbolic
+    sizes = dict(zip(weight.dims, map(int, weight.shape), strict=True))
+    if not all(same_shape([n], [sizes.get(i, n)]) for i, n in x.sizes.items()):
+        return None
+    experts = [STACK] if STACK in weight.dims else batch
+    groups = [experts, free, contracted] if experts else [free, contracted]
+    return Contraction(
+        x=x.node,
+        weight=weight.node,
+        stack=weight.stack,
+        weight_steps=(*weight.steps, *_to_matrices(weight.dims, groups, sizes)),
+        x_dims=tuple(x.dims),
+        x_singles=x.singles,
+        out_dims=tuple(out),
+        batch=tuple(batch),
+        rows=tuple(rows),
+        contracted=tuple(contracted),
+        free=tuple(free),
+        bias=read.bias,
+        ids=weight.ids,
+        offsets=read.offsets,
+        gather=weight.gather,
+        zero_rest=read.zero_rest,
+    )
+
+
+def _to_matrices(dims: Names, groups: Sequence[Names], sizes: Mapping[str, int]) -> Steps:
+    """Tensor methods that make [N, K] or [E, N, K], each a group of dimensions, of any order."""
+    order = [dims.index(i) for group in groups for i in group]
+    steps: Steps = () if order == sorted(order) else (("permute", tuple(order)),)
+    if len(order) == len(groups):
+        return steps
+    return (*steps, ("reshape", tuple(math.prod(sizes[i] for i in group) for group in groups)))

@@ -166,7 +166,7 @@ def can_stack(
 ) -> bool:
     """Whether one op can serve all: equal formats, nothing written in between, biases at hand."""
     specs = [state.packed[op] for op in ops]
-    formats = {(spec.bits, spec.k, spec.scale_dtype, spec.experts) for spec in specs}
+    formats = {(spec.bits, spec.levels, spec.k, spec.scale_dtype, spec.experts) for spec in specs}
     if len(formats) > 1 or common_group_size(specs) is None or effects_between(first, last):
         return False
     biases = [bias for op in ops if (bias := argument(op, "bias")) is not None]

@@ -47,10 +47,11 @@ def analyze(
     *,
     name: str = "the graph",
     changing: frozenset[int] = frozenset(),
+    ranks_here: bool = True,
 ) -> GraphState:
     """Run the passes before compilation, whose result `explain` shows."""
     state = recorder.start("capture", lambda: capture(module, args, config))
-    state.name, state.changing = name, changing
+    state.name, state.changing, state.ranks_here = name, changing, ranks_here
     for word, step in PASSES.items():
         recorder.run(word, state, step)
     return state
@@ -170,5 +171,4 @@ def _choice(site: WeightSite) -> str:
     if site.plan is None:
         return f"kept: {site.reason}"
     plan, kernel = site.plan, None if site.op is None else argument(site.op, "kernel")
-    chosen = (plan.bits, plan.group_size, plan.scale_method, str(plan.scale_dtype))
-    return f"{chosen}, kernel {kernel}"
+    return f"{tuple(map(str, plan.choice))}, kernel {kernel}"

@@ -16,8 +16,7 @@ from itertools import permutations
 import torch
 from torch import Tensor, fx
 
-from fqcompile.passes.emit import VIEWS, Emitter, Size
-from fqcompile.passes.fold import ConstantFolder
+from fqcompile.passes.fold import VIEWS, ConstantFolder, Emitter, Size
 from fqcompile.passes.op_nodes import MATMUL, matmul_arguments
 from fqcompile.passes.state import (
     Contraction,
@@ -102,7 +101,8 @@ def _operator(
 ) -> fx.Node:
     """The call for x [..., K], or [rows, K] where a routing says which expert a row belongs to."""
     *_, n, k = site.shape
-    roles, form = site.contraction, (weight.bits, weight.group_size, n, k, "none", False, "")
+    roles = site.contraction
+    form = (weight.bits, weight.levels, weight.group_size, n, k, "none", False, "")
     routed = {} if routing is None else {"ids" if roles.ids else "offsets": routing}
     arguments = matmul_arguments(*tensors, None, *form, **routed, zero_rest=roles.zero_rest)
     with emit.graph.inserting_before(site.node):

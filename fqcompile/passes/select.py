@@ -35,7 +35,7 @@ def select(state: GraphState) -> int:
         if not state.grad_possible:
             op.target = INFERENCE
         state.gemms[op] = spec
-        state.packed[op] = weight.with_layout(choice.template.layout)
+        state.packed[op] = replace(weight, layout=choice.template.layout)
         source = "" if chosen.launches is None else f" ({chosen.source})"
         state.matched.append(f"{op.name}: {choice}{source}")
     return len(state.packed)
@@ -52,6 +52,7 @@ def gemm_spec(state: GraphState, op: fx.Node) -> GemmSpec:
         n=argument(op, "n"),
         k=spec.k,
         bits=spec.bits,
+        levels=spec.levels,
         group_size=spec.group_size,
         dtype=out.dtype,
         scale_dtype=spec.scale_dtype,

@@ -1,25 +1,39 @@
-"""Symmetric quantization along K:
+"""Quantization along K to the nearest level:
 
-    q = clamp(round(w / scale), qmin, qmax)        w ≈ q * scale
+    q = nearest(w / scale)        w ≈ level[q] * scale
 
 One signed scale per group; `scale` is rounded to the type it is stored in before q is computed, so
-|w - q * scale| <= |scale| / 2 wherever nothing is clipped. A group of zeros has scale 1, codes 0.
+|w - level[q] * scale| <= |scale| * gap / 2 wherever nothing is clipped, where gap is the distance
+of the levels on both sides of w / scale: 1 if levels are uniform. A group of zeros has scale 1,
+codes 0.
 """
 
 from collections.abc import Callable
 
 import torch
 
-from fqcompile.quant.scale_search import search_scale, search_share, signed_extremes
+from fqcompile.quant.rounding import nearest_codes
+from fqcompile.quant.scale_search import (
+    group_weights,
+    search_scale,
+    search_share,
+    signed_extremes,
+)
 from fqcompile.tensor.chunks import each_chunk, group_parts, grouped, plain_tensors
-from fqcompile.tensor.format import QType, num_groups
+from fqcompile.tensor.format import UNIFORM, QType, num_groups
 
 
-def _absmax_scale(groups: torch.Tensor, extremes: torch.Tensor, qtype: QType) -> torch.Tensor:
-    return extremes.abs() / qtype.qmax
+def _absmax_scale(
+    groups: torch.Tensor, extremes: torch.Tensor, qtype: QType, h: torch.Tensor | None
+) -> torch.Tensor:
+    """The extreme gets the uppermost level, and clips nothing: the lowest is farther from zero."""
+    # The step's sign makes no difference to uniform levels: a positive one, as others have it.
+    signed = extremes.abs() if qtype.levels == UNIFORM else extremes
+    return signed / qtype.values[-1]
 
 
-SCALE_METHODS: dict[str, Callable[[torch.Tensor, torch.Tensor, QType], torch.Tensor]] = {
+Method = Callable[[torch.Tensor, torch.Tensor, QType, torch.Tensor | None], torch.Tensor]
+SCALE_METHODS: dict[str, Method] = {
     "mse": search_scale,
     "absmax": _absmax_scale,
 }
@@ -27,19 +41,29 @@ SCALE_METHODS: dict[str, Callable[[torch.Tensor, torch.Tensor, QType], torch.Ten
 
 @plain_tensors()
 def choose_scale(
-    w: torch.Tensor, qtype: QType, group_size: int, method: str, scale_dtype: torch.dtype
+    w: torch.Tensor,
+    qtype: QType,
+    group_size: int,
+    method: str,
+    scale_dtype: torch.dtype,
+    h: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Scales [N, G] of w [N, K] in `scale_dtype`, or in float32 if that cannot hold them all."""
+    """Scales [N, G] of w [N, K] in `scale_dtype`, or in float32 if that cannot hold them all.
+
+    `h` [K], float32: weights of squared errors, where the method minimizes their sum.
+    """
     n, k = w.shape
     scale = torch.empty(n, num_groups(k, group_size), dtype=torch.float32, device=w.device)
-    # No product of a code and a scale may leave the range of the weight's own type.
+    # No product of a level and a scale may leave the range of the weight's own type; no level is
+    # beyond qmin, and a division by that power of two is exact.
     largest = min(torch.finfo(w.dtype).max, torch.finfo(torch.float32).max) / -qtype.qmin
+    weights = None if h is None else group_weights(h, group_size)[0]
 
     def fill(rows: slice) -> None:
         groups = grouped(w[rows], group_size)
-        extremes = signed_extremes(groups)
-        found = SCALE_METHODS[method](groups, extremes, qtype).clamp_(-largest, largest)
-        # The smallest normal number: a denormal scale would lose the bound on w - q * scale.
+        extremes = signed_extremes(groups, weights)
+        found = SCALE_METHODS[method](groups, extremes, qtype, weights).clamp_(-largest, largest)
+        # The smallest normal number: a denormal scale would lose the bound on the error.
         tiny = found.abs() < torch.finfo(torch.float32).tiny
         found.masked_fill_(tiny, torch.finfo(torch.float32).tiny)
         scale[rows] = found.masked_fill_(extremes == 0, 1)
@@ -68,7 +92,7 @@ def quantize_affine(
         values = w[rows].to(torch.float32, copy=True)
         for part, s in group_parts(values, scale[rows].float(), group_size):
             part.div_(s)
-        codes[rows] = values.round_().clamp_(qtype.qmin, qtype.qmax)
+        codes[rows] = nearest_codes(values, qtype)
 
     each_chunk(fill, w)
     return codes

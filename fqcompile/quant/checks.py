@@ -61,6 +61,38 @@ def _raise_not_finite(w: torch.Tensor) -> None:
     raise UnquantizableWeight(f"{count} of {w.numel()} values are {kind}; the first is {first}")
 
 
+def error_weights_of(w: torch.Tensor, h: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
+    """The weights of squared errors, [K] or None, of each matrix of w [N, K] or [E, N, K].
+
+    Zeros throughout are None: they say nothing. The largest is made 1 to 2 by a power of two.
+
+    Raises:
+        ValueError: `h` is not float32 [K] or [E, K], or is negative, infinite or NaN somewhere.
+    """
+    experts = w.shape[0] if w.dim() == 3 else 1
+    if h is None:
+        return [None] * experts
+    shape = (*w.shape[:-2], w.shape[-1])
+    if h.dtype != torch.float32 or h.shape != shape:
+        raise ValueError(
+            f"h is {h.dtype} {tuple(h.shape)}; the weights of the squared errors of a weight of "
+            f"shape {tuple(w.shape)} must be torch.float32 {shape}"
+        )
+    if not bool((h.isfinite() & (h >= 0)).all()):
+        raise ValueError(
+            "h is negative, infinite or NaN somewhere; the weights of squared errors must be "
+            "finite and not negative: pass None to weigh all errors alike"
+        )
+    return [_normalized(one.to(w.device)) for one in h.view(experts, -1)]
+
+
+def _normalized(h: torch.Tensor) -> torch.Tensor | None:
+    largest = h.max()
+    if not bool(largest > 0):
+        return None
+    return (h.double() * 2.0 ** (1 - torch.frexp(largest).exponent.item())).float()
+
+
 @plain_tensors()
 def relative_error(w: torch.Tensor, w_hat: torch.Tensor) -> float:
     """‖w - ŵ‖ / ‖w‖ (Frobenius) in float64; 0 if both w and ŵ are zero."""

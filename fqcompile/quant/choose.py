@@ -1,24 +1,37 @@
-"""Choose how to quantize a matrix or a stack of experts, from the weights alone, and quantize it.
+"""Choose how to quantize a matrix or a stack of experts, and quantize it.
 
 A group size is chosen for each expert [N, K] of a stack [E, N, K] as for a matrix; the stack gets
 the finest, because one kernel runs all experts and outliers of one expert must not lose accuracy.
+
+`h` are the weights of squared errors, float32 [K], or [E, K] for a stack, or None for 1: scales and
+group sizes minimize sum h (w - ŵ)^2. Codes are the same for h times a power of two, and for other
+multiples up to the rounding of h. The relative errors in plans are not weighted.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Self, TypeVar
 
 import torch
 
 from fqcompile.config import SiteOptions
 from fqcompile.errors import UnquantizableWeight
 from fqcompile.quant.affine import choose_scale, quantize_affine
-from fqcompile.quant.checks import check_quantizable, relative_error_from, squared_norms
+from fqcompile.quant.calibration import Calibration
+from fqcompile.quant.checks import (
+    check_quantizable,
+    error_weights_of,
+    relative_error_from,
+    squared_norms,
+)
 from fqcompile.quant.granularity import RULES, group_size_candidates
 from fqcompile.tensor.chunks import each_chunk, plain_tensors
-from fqcompile.tensor.codes import dequantize_affine, pack
-from fqcompile.tensor.format import INT8, QTYPES, Format, QType, packed_columns
+from fqcompile.tensor.codes import dequantize_rows, pack
+from fqcompile.tensor.format import INT8, QTYPES, UNIFORM, Format, QType, packed_columns, qtype_for
 from fqcompile.tensor.quantized import QuantizedTensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,6 +39,7 @@ class QuantPlan:
     """How a weight is quantized, and the resulting relative error of the whole weight.
 
     `expert_errors` are the errors of the experts of a stack, in order; empty for a matrix.
+    `calibration` is what its errors were weighed with; None where nobody asked for it.
     """
 
     bits: int
@@ -34,6 +48,36 @@ class QuantPlan:
     scale_dtype: torch.dtype
     relative_error: float
     expert_errors: tuple[float, ...] = ()
+    levels: str = UNIFORM
+    calibration: Calibration | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, form: Format, scale_dtype: torch.dtype) -> Self:
+        """The plan of a weight in this format, whose error is not known any more."""
+        known = (form.bits, form.group_size, form.scale_method, scale_dtype)
+        return cls(*known, math.nan, levels=form.levels)
+
+    @property
+    def choice(self) -> tuple[int, int, str, str, torch.dtype]:
+        """What codes and scales of given values depend on."""
+        return self.bits, self.group_size, self.levels, self.scale_method, self.scale_dtype
+
+    def form(self, rows: int, k: int, experts: int = 0) -> Format:
+        """The format of a weight of this size, in the plain layout."""
+        return Format(
+            self.bits,
+            self.group_size,
+            rows,
+            k,
+            experts,
+            scale_method=self.scale_method,
+            levels=self.levels,
+        )
+
+    @property
+    def asked(self) -> str | None:
+        """The calibration that was asked for, which codes and scales depend on too."""
+        return None if self.calibration is None else self.calibration.asked
 
     @property
     def worst_error(self) -> float:
@@ -43,20 +87,28 @@ class QuantPlan:
 
 @plain_tensors()
 def choose_and_quantize(
-    w: torch.Tensor, options: SiteOptions, scale_dtype: torch.dtype
+    w: torch.Tensor,
+    options: SiteOptions,
+    scale_dtype: torch.dtype,
+    h: torch.Tensor | None = None,
 ) -> tuple[QuantPlan, QuantizedTensor]:
     """Choose bits, group size and scale dtype of w [N, K] or [E, N, K] and quantize; deterministic.
 
-    Raises UnquantizableWeight, whose message is the reason in the report.
+    Raises:
+        UnquantizableWeight: its message is the reason in the report.
+        ValueError: `h` has another shape or dtype, or is negative, infinite or NaN somewhere.
     """
     matrices = _checked_matrices(w)
+    own = error_weights_of(w, h)
     group_size = min(
-        _first_group_size(matrix, options, scale_dtype) for matrix in _distinct(matrices, options)
+        _first_group_size(matrix, options, scale_dtype, weights)
+        for matrix, weights in _distinct(list(zip(matrices, own, strict=True)), options)
     )
     budget = math.inf if options.error_budget is None else options.error_budget
     plans = []
     for bits, size in _attempts(options, group_size, w.shape[-1]):
-        plan, weight = _deliver(w, QTYPES[bits], size, options.scale_method, scale_dtype)
+        qtype = qtype_for(bits, options.levels)
+        plan, weight = _deliver(w, qtype, size, options.scale_method, scale_dtype, own)
         if plan.worst_error <= budget:
             return plan, weight
         plans.append(plan)
@@ -82,7 +134,7 @@ def _checked_matrices(w: torch.Tensor) -> Sequence[torch.Tensor]:
     return w.unbind()
 
 
-def _distinct(matrices: Sequence[torch.Tensor], options: SiteOptions) -> Sequence[torch.Tensor]:
+def _distinct(matrices: Sequence[T], options: SiteOptions) -> Sequence[T]:
     """The matrices to choose group sizes for: all of them, if the rule depends on their values."""
     return matrices if options.granularity in RULES else matrices[:1]
 
@@ -97,20 +149,35 @@ def scale_dtype_beside(activation: torch.dtype) -> torch.dtype:
     return torch.float16 if activation == torch.float32 else activation
 
 
-def choose_plan(w: torch.Tensor, options: SiteOptions, scale_dtype: torch.dtype) -> QuantPlan:
+def choose_plan(
+    w: torch.Tensor,
+    options: SiteOptions,
+    scale_dtype: torch.dtype,
+    h: torch.Tensor | None = None,
+) -> QuantPlan:
     """Only the plan of `choose_and_quantize`."""
-    return choose_and_quantize(w, options, scale_dtype)[0]
+    return choose_and_quantize(w, options, scale_dtype, h)[0]
 
 
 @plain_tensors()
-def quantize_weight(w: torch.Tensor, plan: QuantPlan) -> QuantizedTensor:
-    """w [N, K] or [E, N, K] quantized as planned, in fresh ordinary tensors on the device of w."""
+def quantize_weight(
+    w: torch.Tensor, plan: QuantPlan, h: torch.Tensor | None = None
+) -> QuantizedTensor:
+    """w [N, K] or [E, N, K] quantized as planned, in fresh ordinary tensors on the device of w.
+
+    Without `h`, errors are weighed as the plan's calibration says. Raises as `choose_and_quantize`.
+    """
     _checked_matrices(w)
-    qtype = QTYPES[plan.bits]
-    return _deliver(w, qtype, plan.group_size, plan.scale_method, plan.scale_dtype)[1]
+    if h is None and plan.calibration is not None:
+        h = plan.calibration.h
+    own = error_weights_of(w, h)
+    qtype = QTYPES[plan.bits, plan.levels]
+    return _deliver(w, qtype, plan.group_size, plan.scale_method, plan.scale_dtype, own)[1]
 
 
-def _first_group_size(w: torch.Tensor, options: SiteOptions, scale_dtype: torch.dtype) -> int:
+def _first_group_size(
+    w: torch.Tensor, options: SiteOptions, scale_dtype: torch.dtype, h: torch.Tensor | None
+) -> int:
     k, granularity = w.shape[1], options.granularity
     if granularity == "column":
         return k
@@ -124,7 +191,7 @@ def _first_group_size(w: torch.Tensor, options: SiteOptions, scale_dtype: torch.
     candidates = group_size_candidates(k, options.min_group_size)
     if len(candidates) == 1:
         return k
-    return RULES[granularity](w, candidates, options, torch.finfo(scale_dtype).bits)
+    return RULES[granularity](w, candidates, options, torch.finfo(scale_dtype).bits, h)
 
 
 def _attempts(options: SiteOptions, group_size: int, k: int) -> Iterator[tuple[int, int]]:
@@ -137,16 +204,26 @@ def _attempts(options: SiteOptions, group_size: int, k: int) -> Iterator[tuple[i
 
 
 def _deliver(
-    w: torch.Tensor, qtype: QType, group_size: int, method: str, scale_dtype: torch.dtype
+    w: torch.Tensor,
+    qtype: QType,
+    group_size: int,
+    method: str,
+    scale_dtype: torch.dtype,
+    h: Sequence[torch.Tensor | None],
 ) -> tuple[QuantPlan, QuantizedTensor]:
     """w quantized at this group size, and the plan with the resulting errors."""
     n, k = w.shape[-2:]
     matrices = [w] if w.dim() == 2 else w.unbind()
     shape = (*w.shape[:-1], packed_columns(qtype, k))
     qweight = torch.empty(shape, dtype=qtype.storage_dtype, device=w.device)
-    scales = [choose_scale(m, qtype, group_size, method, scale_dtype) for m in matrices]
+
+    def scales_in(dtype: torch.dtype) -> list[torch.Tensor]:
+        pairs = zip(matrices, h, strict=True)
+        return [choose_scale(m, qtype, group_size, method, dtype, own) for m, own in pairs]
+
+    scales = scales_in(scale_dtype)
     if len({scale.dtype for scale in scales}) > 1:  # 16 bits cannot hold those of some expert
-        scales = [choose_scale(m, qtype, group_size, method, torch.float32) for m in matrices]
+        scales = scales_in(torch.float32)
     norms = [
         _encode(matrix, scale, part, qtype, group_size)
         for matrix, scale, part in zip(
@@ -155,11 +232,12 @@ def _deliver(
     ]
     errors = tuple(map(relative_error_from, norms)) if w.dim() == 3 else ()
     whole = relative_error_from([piece for pieces in norms for piece in pieces])
-    plan = QuantPlan(qtype.bits, group_size, method, scales[0].dtype, whole, errors)
+    plan = QuantPlan(
+        qtype.bits, group_size, method, scales[0].dtype, whole, errors, levels=qtype.levels
+    )
     scale = scales[0] if w.dim() == 2 else torch.stack(scales)
     experts = len(matrices) if w.dim() == 3 else 0
-    form = Format(qtype.bits, group_size, n, k, experts, scale_method=method)
-    return plan, QuantizedTensor(qweight, scale, form)
+    return plan, QuantizedTensor(qweight, scale, plan.form(n, k, experts))
 
 
 def _encode(
@@ -170,7 +248,8 @@ def _encode(
     def encode(rows: slice) -> torch.Tensor:
         codes = quantize_affine(w[rows], scale[rows], qtype, group_size)
         qweight[rows] = pack(codes, qtype)
-        w_hat = dequantize_affine(codes, scale[rows], group_size, torch.float32)
+        k = w.shape[1]
+        w_hat = dequantize_rows(qweight[rows], scale[rows], qtype, group_size, k, torch.float32)
         return squared_norms(w[rows], w_hat)
 
     return each_chunk(encode, w)

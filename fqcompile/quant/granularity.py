@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fqcompile.config import SiteOptions
-from fqcompile.quant.scale_search import estimate_squared_error, search_share
+from fqcompile.quant.scale_search import estimate_squared_error, group_weights, search_share
 from fqcompile.tensor.chunks import each_chunk, grouped
-from fqcompile.tensor.format import QTYPES, num_groups
+from fqcompile.tensor.format import num_groups, qtype_for
 
 # An error that needs no finer groups, and no comparison of what they would cost.
 GOOD_ENOUGH = 0.01
@@ -34,19 +34,24 @@ def bits_per_weight(bits: int, n: int, k: int, group_size: int, scale_bits: int)
 
 
 def adaptive_rule(
-    w: torch.Tensor, candidates: Sequence[int], options: SiteOptions, scale_bits: int
+    w: torch.Tensor,
+    candidates: Sequence[int],
+    options: SiteOptions,
+    scale_bits: int,
+    h: torch.Tensor | None = None,
 ) -> int:
     """The rate-distortion rule. One more bit halves the rounding error, so the cost is
 
         log2(relative_error(g)) + bits_per_weight(g).
 
     The coarsest group size that is GOOD_ENOUGH wins; else the lowest cost, the coarser of a tie.
+    With `h` [K], squares are weighted in both norms of the relative error.
     """
     costs = {}
     n, k = w.shape
-    errors = estimate_errors(w, candidates[:1], options)
+    errors = estimate_errors(w, candidates[:1], options, h)
     if errors[0] > GOOD_ENOUGH:  # else most int8 matrices are decided here, in one look
-        errors += estimate_errors(w, candidates[1:], options)
+        errors += estimate_errors(w, candidates[1:], options, h)
     for size, error in zip(candidates, errors, strict=False):
         if error <= GOOD_ENOUGH:
             return size
@@ -55,14 +60,19 @@ def adaptive_rule(
 
 
 def range_rule(
-    w: torch.Tensor, candidates: Sequence[int], options: SiteOptions, scale_bits: int
+    w: torch.Tensor,
+    candidates: Sequence[int],
+    options: SiteOptions,
+    scale_bits: int,
+    h: torch.Tensor | None = None,
 ) -> int:
     """The paper's rule: go on to finer groups while the mean absmax shrinks below alpha times.
 
     `alpha` is meant for a halving of the group size; a step of several halvings, from K to its
-    largest power of two, must shrink by alpha to that power.
+    largest power of two, must shrink by alpha to that power. With `h` [K], a group counts as much
+    as the sum of its h.
     """
-    ranges = mean_ranges(w, candidates)
+    ranges = mean_ranges(w, candidates, h)
     for i in range(len(candidates) - 1):
         halvings = math.log2(candidates[i] / candidates[i + 1])
         if ranges[i + 1] >= options.alpha**halvings * ranges[i]:
@@ -70,34 +80,56 @@ def range_rule(
     return candidates[-1]
 
 
-Rule = Callable[[torch.Tensor, Sequence[int], SiteOptions, int], int]
+Rule = Callable[[torch.Tensor, Sequence[int], SiteOptions, int, torch.Tensor | None], int]
 RULES: dict[str, Rule] = {"adaptive": adaptive_rule, "range": range_rule}
 
 
 def estimate_errors(
-    w: torch.Tensor, candidates: Sequence[int], options: SiteOptions
+    w: torch.Tensor,
+    candidates: Sequence[int],
+    options: SiteOptions,
+    h: torch.Tensor | None = None,
 ) -> list[float]:
-    """The relative error of all of w [N, K] under each candidate, too high by 2% at most."""
-    method, qtype = options.scale_method, QTYPES[options.bits]
+    """The relative error of all of w [N, K] under each candidate, too high by 2% at most.
+
+    `h` [K] are weights of squares, or None for 1.
+    """
+    method, qtype = options.scale_method, qtype_for(options.bits, options.levels)
+    weights = [(None, None) if h is None else group_weights(h, g) for g in candidates]
 
     def squares(rows: slice) -> torch.Tensor:
         chunk = w[rows].float()
-        errors = (estimate_squared_error(grouped(chunk, g), method, qtype) for g in candidates)
-        return torch.stack([chunk.double().square_().sum(), *errors])
+        total = chunk.double().square_()
+        sums = [(total if h is None else total.mul_(h)).sum()]
+        for g, (own, factors) in zip(candidates, weights, strict=True):
+            errors = estimate_squared_error(grouped(chunk, g), method, qtype, own)
+            sums.append((errors if factors is None else errors.mul_(factors[:, 0])).sum())
+        return torch.stack(sums)
 
     sums = torch.stack(each_chunk(squares, w, search_share(min(candidates)))).sum(0)
     total, *errors = sums.tolist()
     return [math.sqrt(error / total) if total else 0.0 for error in errors]
 
 
-def mean_ranges(w: torch.Tensor, candidates: Sequence[int]) -> list[float]:
-    """The mean absmax of the groups of w [N, K] under each candidate."""
+def mean_ranges(
+    w: torch.Tensor, candidates: Sequence[int], h: torch.Tensor | None = None
+) -> list[float]:
+    """The mean absmax of the groups of w [N, K] under each candidate, weighted by sums of h [K]."""
+    n, k = w.shape
+    shares = [
+        torch.full((num_groups(k, g),), 1 / num_groups(k, g), dtype=torch.float64, device=w.device)
+        if h is None
+        else grouped(h[None], g)[0].double().sum(-1) / h.double().sum()
+        for g in candidates
+    ]
 
     def ranges(rows: slice) -> torch.Tensor:
         magnitudes = w[rows].float().abs()
-        sums = [grouped(magnitudes, g).amax(-1).double().sum() for g in candidates]
+        sums = [
+            (grouped(magnitudes, g).amax(-1) * share).sum()
+            for g, share in zip(candidates, shares, strict=True)
+        ]
         return torch.stack(sums)
 
     sums = torch.stack(each_chunk(ranges, w)).sum(0)
-    n, k = w.shape
-    return [s / (n * num_groups(k, g)) for s, g in zip(sums.tolist(), candidates, strict=True)]
+    return [s / n for s in sums.tolist()]

@@ -17,7 +17,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from fqcompile.files.replace import replace_text
+from fqcompile.files.trusted import replace_text
 from fqcompile.report.page import (
     Cell,
     Section,

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from fqcompile.config import FineQuantConfig
-from fqcompile.files.replace import replace_text
-from fqcompile.report.error_plots import errors_html
+from fqcompile.files.trusted import replace_text
 from fqcompile.report.granularity_map import map_html, place_of
 from fqcompile.report.page import (
     Cell,
@@ -23,6 +22,7 @@ from fqcompile.report.page import (
     table_html,
     unordered,
 )
+from fqcompile.report.plots import errors_html
 from fqcompile.report.site import (
     Site,
     format_mib,

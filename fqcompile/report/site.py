@@ -11,6 +11,7 @@ from typing import Any, Self
 from tabulate import tabulate
 
 from fqcompile.report.page import Cell, Table
+from fqcompile.tensor.format import QTYPES
 
 LeastTime = float | Callable[[], float | None] | None
 
@@ -39,6 +40,8 @@ class Site:
     ‖w-ŵ‖/‖w‖ of the stored codes; `expert_errors` has it for each expert. `least_us` is the
     roofline lower bound in microseconds for the rows of the example call: the time to move its
     bytes or, on a GPU, to compute if that is longer; a CPU's bandwidth is measured on first use.
+    `calibration` says what its errors were weighed with: "synthetic", "first_call", "batches", or
+    "none" and why; `calibration_rows` how many rows that were.
     `recipe` locates the weight in a model, for `fake_quantize_`; it is never written to files.
     """
 
@@ -48,10 +51,13 @@ class Site:
     status: str
     reason: str | None = None
     bits: int | None = None
+    levels: str | None = None
     group_size: int | None = None
     bytes_before: int
     bytes_after: int
     relative_error: float | None = None
+    calibration: str | None = None
+    calibration_rows: int | None = None
     expert_errors: tuple[float, ...] | None = None
     kernel: str | None = None
     least_us: _OnceAsked = _OnceAsked()
@@ -98,7 +104,9 @@ def format_shape(shape: Sequence[int]) -> str:
 
 
 def format_status(site: Site) -> str:
-    return f"int{site.bits}" if site.status == "quantized" else site.status
+    if site.bits is None or site.levels is None:
+        return site.status
+    return QTYPES[site.bits, site.levels].name
 
 
 def format_group(site: Site) -> str:

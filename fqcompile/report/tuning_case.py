@@ -13,7 +13,7 @@ from fqcompile.kernels.roofline import ideal_seconds
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import Template
 from fqcompile.kernels.tuning.key import Bucket, bucket_name, rows_of, tuning_key
-from fqcompile.kernels.tuning.search import at_bucket
+from fqcompile.kernels.tuning.launches import at_bucket
 from fqcompile.kernels.tuning.table import Case, Timing
 
 Verdict = Literal["best", "within the spread", "slower"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from fqcompile.files.replace import replace_text
+from fqcompile.files.trusted import replace_text
 from fqcompile.kernels.tuning.table import Timing
 from fqcompile.report.page import (
     Cell,
@@ -20,8 +20,8 @@ from fqcompile.report.page import (
     table_html,
     unordered,
 )
+from fqcompile.report.plots import case_query, plots_html
 from fqcompile.report.tuning_case import Candidate, TuningCase, doubts, summary
-from fqcompile.report.tuning_plots import case_query, plots_html
 
 SUFFIXES = (".json", ".html")
 

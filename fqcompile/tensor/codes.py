@@ -4,11 +4,13 @@ int8: byte k of a row is code k
 int4: byte j of a row is (code[2j] + 8) | (code[2j+1] + 8) << 4; an odd K is padded with code 0
 """
 
+from functools import lru_cache
+
 import torch
 from torch.nn.functional import pad
 
-from fqcompile.tensor.chunks import group_parts, row_chunks
-from fqcompile.tensor.format import QTYPES, QType
+from fqcompile.tensor.chunks import group_parts, plain_tensors, row_chunks
+from fqcompile.tensor.format import QType
 
 # Dequantizing keeps few copies of a piece, so longer ones fit the cache.
 _DEQUANTIZE_SHARE = 4.0
@@ -33,36 +35,41 @@ def unpack(qweight: torch.Tensor, qtype: QType, k: int) -> torch.Tensor:
     return nibbles.add_(qtype.qmin)[:, :k]
 
 
-def dequantize_affine(
-    codes: torch.Tensor, scale: torch.Tensor, group_size: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """q * scale [N, K], rounded once to `dtype`."""
-    values = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    for rows in row_chunks(codes, _DEQUANTIZE_SHARE):
-        _write_values(values[rows], codes[rows], scale[rows], group_size)
-    return values
-
-
 def dequantize_rows(
     qweight: torch.Tensor,
     scale: torch.Tensor,
-    bits: int,
+    qtype: QType,
     group_size: int,
     k: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The same from packed codes: [rows of qweight, K]."""
+    """Storage [N, packed_columns] and scales [N, G] -> level * scale [N, K] in `dtype`.
+
+    A product of two types is formed in the wider one and rounded once.
+    """
     values = torch.empty(qweight.shape[0], k, dtype=dtype, device=qweight.device)
     for rows in row_chunks(values, _DEQUANTIZE_SHARE):
-        codes = unpack(qweight[rows], QTYPES[bits], k)
-        _write_values(values[rows], codes, scale[rows], group_size)
+        out = values[rows]
+        out.copy_(_levels(qweight[rows], qtype, dtype)[:, :k])
+        for part, s in group_parts(out, scale[rows], group_size):
+            part.mul_(s)
     return values
 
 
-def _write_values(
-    out: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, group_size: int
-) -> None:
-    """out = codes * scale; a product of two types is formed in the wider one and rounded once."""
-    out.copy_(codes)
-    for part, s in group_parts(out, scale, group_size):
-        part.mul_(s)
+def _levels(qweight: torch.Tensor, qtype: QType, dtype: torch.dtype) -> torch.Tensor:
+    """The levels of all codes; in `dtype` or in a type that holds them exactly."""
+    if qtype.codes_per_byte == 1:
+        return qweight
+    pairs = _levels_of_bytes(qtype, dtype, qweight.device)
+    found = pairs.index_select(0, qweight.int().flatten())
+    return found.view(qweight.shape).view(dtype if dtype.itemsize == 2 else torch.float32)
+
+
+@lru_cache(maxsize=16)
+@plain_tensors()
+def _levels_of_bytes(qtype: QType, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Both levels of each of the 256 bytes, as one integer: one look-up then finds two."""
+    levels = torch.tensor(qtype.values, dtype=dtype if dtype.itemsize == 2 else torch.float32)
+    byte = torch.arange(256)
+    pairs = torch.stack([levels[byte & 15], levels[byte >> 4]], -1)
+    return pairs.view(torch.int64 if pairs.dtype.itemsize == 4 else torch.int32)[:, 0].to(device)

@@ -15,7 +15,7 @@ from fqcompile.tensor.format import PLAIN, Format, num_groups
 # Not frozen: operators make one in every call, and that would take them four times as long.
 @dataclass(slots=True, eq=False)
 class QuantizedTensor:
-    """Codes and scales, w ≈ q * scale, and how to read them. `==` is identity, as for modules.
+    """Codes and scales, w ≈ level[q] * scale, and how to read them; compared by identity.
 
     In the plain layout `qweight` is [N, bytes of a row] and `scale` [N, G]; those of a stack of
     experts have one more dimension in front, in every layout. What follows `dequantize` needs the
@@ -103,7 +103,7 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """ŵ [N, K] or [E, N, K] in `dtype`."""
         f, (codes, scale) = self.format, self.as_rows()
-        return dequantize_rows(codes, scale, f.bits, f.group_size, f.k, dtype).view(f.matrices)
+        return dequantize_rows(codes, scale, f.qtype, f.group_size, f.k, dtype).view(f.matrices)
 
     def as_rows(self) -> tuple[Tensor, Tensor]:
         """Codes and scales as `of_rows` takes them: all experts' rows one below the other."""
@@ -154,11 +154,11 @@ class QuantizedTensor:
     @plain_tensors()
     def cat(cls, weights: Sequence[Self], dim: int = -2) -> Self:
         """Weights that read the same input, one below the other; with `dim` 0, stacks as one."""
-        layouts = {(w.bits, w.group_size, w.k) for w in weights}
+        layouts = {(w.bits, w.format.levels, w.group_size, w.k) for w in weights}
         if len(layouts) != 1:
             raise ValueError(
-                f"cat got weights of (bits, group_size, K) {sorted(layouts)}; they must be equal "
-                "and at least one: regroup them first"
+                f"cat got weights of (bits, levels, group_size, K) {sorted(layouts)}; they must be "
+                "equal and at least one: regroup them first"
             )
         if len(weights) == 1:
             return weights[0]

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import pad
 
 from fqcompile.tensor.codes import unpack
-from fqcompile.tensor.format import INT4, INT8, QTYPES, packed_columns
+from fqcompile.tensor.format import INT4, INT8, QTYPES, UNIFORM, packed_columns
 from fqcompile.tensor.quantized import QuantizedTensor
 
 WORD_BITS = 32
@@ -42,7 +42,7 @@ def to_words(qweight: torch.Tensor, bits: int, k: int) -> torch.Tensor:
 def from_words(words: torch.Tensor, bits: int, k: int) -> torch.Tensor:
     """int32 [N, words_per_row] -> plain storage [N, packed_columns]."""
     _check_byte_order()
-    qtype = QTYPES[bits]
+    qtype = QTYPES[bits, UNIFORM]
     data = words.contiguous().view(torch.uint8)[:, : packed_columns(qtype, k)]
     if qtype is INT8:
         return (data ^ _OFFSET).view(torch.int8)
@@ -53,7 +53,8 @@ def from_words(words: torch.Tensor, bits: int, k: int) -> torch.Tensor:
 
 
 def widen(weight: QuantizedTensor) -> QuantizedTensor:
-    """The same values with their int4 codes stored as int8 codes."""
+    """The same values with their int4 codes stored as int8 codes; levels must be uniform."""
+    assert weight.format.levels == UNIFORM, "other levels are no int8 codes"
     if weight.bits == INT8.bits:
         return weight
     codes = unpack(weight.qweight, weight.format.qtype, weight.k).contiguous()

@@ -2,13 +2,17 @@
 
 A weight is found by its content and everything else its codes depend on, never by its name:
 
-    w, options, scale type, versions of the quantizer and of torch  ──►  key
+    w, h, options, scale type, versions of the quantizer and of torch  ──►  key
     key  ──►  <cache directory>/weights/<key>.safetensors
 
+    qweight, scale      the plain layout, which does not depend on the machine
+    __metadata__.plan   how the weight was quantized, as JSON
+    __metadata__.digest SHA-256 over the key, the plan, and the types, shapes and bytes of both
+
 Files are replaced atomically under a lock, so processes may share them. If the size limit would be
-exceeded, the least recently used files are deleted. A damaged file is deleted and counts as
-missing. If the directory cannot be written, or others may write to it, a warning is logged once and
-nothing is stored.
+exceeded, the least recently used files are deleted. A file whose digest does not match is deleted
+and counts as missing. If the directory cannot be written, or others may write to it, a warning is
+logged once and nothing is stored.
 
 FQCOMPILE_CACHE_SIZE is the limit in GiB; 0 disables the cache.
 """
@@ -18,23 +22,38 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fqcompile.config import SiteOptions
 from fqcompile.errors import CorruptEntry
-from fqcompile.files.cache_directory import cache_directory, check_trusted, warn_unusable, writing
-from fqcompile.files.replace import replace_file
-from fqcompile.quant.choose import choose_and_quantize
-from fqcompile.weights.entry_file import Entry, encoded, read_entry
-from fqcompile.weights.fingerprint import Values, values_of
+from fqcompile.files.safetensors_file import (
+    DTYPE_NAMES,
+    bytes_of,
+    consecutive,
+    encode_header,
+    read_header,
+    read_tensor,
+)
+from fqcompile.files.trusted import (
+    Piece,
+    cache_directory,
+    check_trusted,
+    replace_file,
+    warn_unusable,
+    writing,
+)
+from fqcompile.kernels.cpu.huge_pages import in_huge_pages
+from fqcompile.quant.choose import QuantPlan, choose_and_quantize
+from fqcompile.tensor.quantized import QuantizedTensor
+from fqcompile.weights.fingerprint import Values, content_digest, values_of
 
 log = logging.getLogger("fqcompile")
 
@@ -48,10 +67,64 @@ LEAST_WEIGHTS = 1 << 16
 _PACKAGE = Path(__file__).parent.parent
 _SOURCES = (
     *(p for name in ("tensor", "quant") for p in sorted((_PACKAGE / name).glob("*.py"))),
-    _PACKAGE / "weights" / "entry_file.py",
+    Path(__file__),
     _PACKAGE / "files" / "safetensors_file.py",
 )
 VERSION = sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()
+
+Entry = tuple[QuantPlan, QuantizedTensor]
+
+_CORRUPT = (
+    ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError, MemoryError
+)  # fmt: skip
+
+
+def encoded(key: str, entry: Entry) -> list[Piece]:
+    """The pieces of the file with this weight, which is on a CPU, for requests of `key`."""
+    plan, weight = entry
+    scale_dtype = str(plan.scale_dtype).removeprefix("torch.")
+    about = {**vars(plan), "scale_dtype": scale_dtype, "k": weight.k}
+    text = json.dumps(about)
+    # The wider type first, so that each value lies on a multiple of its size.
+    qweight, scale = weight.as_rows()
+    tensors = {"scale": scale.contiguous(), "qweight": qweight.contiguous()}
+    digest = _digest(key, text, tensors["qweight"], tensors["scale"])
+    forms = {name: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+    header = encode_header(consecutive(forms), {"plan": text, "digest": digest})
+    return [header, *map(bytes_of, tensors.values())]
+
+
+def read_entry(path: Path, key: str) -> Entry:
+    """The weight that was written for `key`, in memory of its own.
+
+    Raises:
+        CorruptEntry: the file is cut off, changed, or was written for another key.
+        OSError: it cannot be read, or is not there.
+    """
+    try:
+        places, metadata = read_header(path)
+        qweight, scale = (read_tensor(places[name], in_huge_pages) for name in ("qweight", "scale"))
+        text = metadata["plan"]
+        if metadata["digest"] != _digest(key, text, qweight, scale):
+            raise CorruptEntry("its digest is that of other content")
+        return _entry(json.loads(text), qweight, scale)
+    except _CORRUPT as error:
+        raise CorruptEntry(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def _digest(key: str, plan: str, qweight: Tensor, scale: Tensor) -> str:
+    parts = [key, plan, content_digest(qweight), content_digest(scale)]
+    return sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _entry(about: dict[str, Any], qweight: Tensor, scale: Tensor) -> Entry:
+    k = about.pop("k")
+    about["scale_dtype"] = getattr(torch, about["scale_dtype"])
+    about["expert_errors"] = tuple(about["expert_errors"])
+    plan = QuantPlan(**about)
+    experts = len(plan.expert_errors)
+    form = plan.form(qweight.shape[0] // max(1, experts), k, experts)
+    return plan, QuantizedTensor.of_rows(qweight, scale, form)
 
 
 class Usage(NamedTuple):
@@ -185,7 +258,11 @@ def _limit(gib: str) -> int:
 
 
 def find_or_quantize(
-    w: Tensor, options: SiteOptions, scale_dtype: torch.dtype, values: Values | None = None
+    w: Tensor,
+    options: SiteOptions,
+    scale_dtype: torch.dtype,
+    values: Values | None = None,
+    h: Tensor | None = None,
 ) -> Entry:
     """`choose_and_quantize` where its result is not on disk; w is [N, K] or [E, N, K].
 
@@ -196,32 +273,22 @@ def find_or_quantize(
     Weights on a GPU are quantized there each time: to name them, all their bytes would go to the
     host and through its cores first.
     """
-    make = partial(choose_and_quantize, w, options, scale_dtype)
+    make = partial(choose_and_quantize, w, options, scale_dtype, h)
     found = disk_cache()
     worth_it = w.device.type == "cpu" and w.dim() in (2, 3) and w.numel() >= LEAST_WEIGHTS
     if found is None or not worth_it:
         return make()
     before = values or values_of(w)
-    key = entry_key(before.digest, options, scale_dtype)
+    key = entry_key(before.digest, options, scale_dtype, h)
     return found.get_or_make(key, make, lambda: values_of(w) == before)
 
 
-def entry_key(digest: str, options: SiteOptions, scale_dtype: torch.dtype) -> str:
+def entry_key(
+    digest: str, options: SiteOptions, scale_dtype: torch.dtype, h: Tensor | None = None
+) -> str:
     """Equal where the same version makes the same codes and scales of weights of this digest."""
     chosen = {f.name: getattr(options, f.name) for f in fields(SiteOptions)}
     parts = [VERSION, torch.__version__, chosen, str(scale_dtype), digest]
+    if h is not None:
+        parts.append(sha256(bytes_of(h.cpu().contiguous())).hexdigest())
     return sha256(json.dumps(parts).encode()).hexdigest()
-
-
-@contextmanager
-def use_logged() -> Iterator[None]:
-    """Says afterwards how many weights were found on disk."""
-    found = disk_cache()
-    before = (found.hits, found.misses) if found else (0, 0)
-    yield
-    if found:
-        hits, misses = found.hits - before[0], found.misses - before[1]
-        if hits or misses:
-            log.info(
-                "%d of %d weights were found quantized in %s", hits, hits + misses, found.directory
-            )

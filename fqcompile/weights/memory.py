@@ -14,6 +14,9 @@ import torch
 from torch import SymInt, Tensor, nn
 
 from fqcompile.errors import FineQuantError
+from fqcompile.kernels.op import dequantize
+from fqcompile.kernels.registry import TEMPLATES
+from fqcompile.tensor.format import Format
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import (
     make_wrapper_subclass,
@@ -22,7 +25,6 @@ from fqcompile.torch_compat import (
     traced_modules,
     tree_leaves,
 )
-from fqcompile.weights.kernel_layouts import matrices
 
 Code = TypeVar("Code", bound=Callable[..., Any])
 _LIFETIME = "_fqcompile_lifetime"  # attribute of a dense tensor
@@ -63,10 +65,6 @@ class Memory:
     @property
     def root(self) -> "Memory":
         return self
-
-    @property
-    def device(self) -> torch.device:
-        return self.weight.qweight.device
 
     def put(self, new: QuantizedTensor) -> None:
         """Other values: in the same memory where they fit, as compiled graphs hold it.
@@ -119,9 +117,21 @@ class MemoryPart:
     def root(self) -> Memory:
         return self.whole.root
 
-    @property
-    def device(self) -> torch.device:
-        return self.whole.device
+
+def matrices(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """ŵ [N, K] or [E, N, K], by the operator that knows the layout."""
+    f, kernel = weight.format, _reader(weight.format)
+    each = weight.unbind() if f.experts else [weight]
+    found = [
+        dequantize(*one.tensors, f.bits, f.levels, f.group_size, f.rows, f.k, dtype, kernel)
+        for one in each
+    ]
+    return torch.stack(found) if f.experts else found[0]
+
+
+def _reader(format: Format) -> str:
+    """A kernel that knows the layout."""
+    return next(t.name for t in TEMPLATES.values() if t.layout.name == format.layout)
 
 
 def values(memory: Memory | MemoryPart, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,6 @@ Packed parameters are handled only here: their codes are used unchanged, and if 
 them, they become rows of the stack.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -25,7 +24,7 @@ Tensors = tuple[Tensor, ...]
 
 def part_key(recipe: WeightRecipe, plan: QuantPlan) -> tuple[object, ...]:
     """Equal where the same sources give the same codes and scales."""
-    return (recipe.key, plan.bits, plan.group_size, plan.scale_method, plan.scale_dtype)
+    return (recipe.key, *plan.choice, plan.asked)
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,10 @@ class NodeWeight:
         return self.parts[0].plan.bits
 
     @property
+    def levels(self) -> str:
+        return self.parts[0].plan.levels
+
+    @property
     def k(self) -> int:
         return self.parts[0].k
 
@@ -110,9 +113,6 @@ class NodeWeight:
     def key(self) -> tuple[object, ...]:
         parts = tuple(part.key for part in self.parts)
         return (parts, self.experts, self.group_size, self.layout.name, self.interleaved)
-
-    def with_layout(self, layout: Layout) -> "NodeWeight":
-        return replace(self, layout=layout)
 
     def part_sources(self, sources: Sequence[Tensor]) -> Iterator[tuple[Part, Tensors]]:
         """Each part with its own share of the tensors that `inputs` names."""
@@ -176,7 +176,7 @@ def plan_of_packed(w: Tensor) -> QuantPlan | str:
     if not isinstance(w, PackedWeight) or w.format.transposed or w.ids is not None:
         return "the weight is packed, and is read here in a way that its codes cannot follow"
     form = w.format
-    return QuantPlan(form.bits, form.group_size, form.scale_method, w.scale.dtype, math.nan)
+    return QuantPlan.of(form, w.scale.dtype)
 
 
 def packed_already(spec: NodeWeight, sources: Sequence[Tensor]) -> QuantizedTensor | None:

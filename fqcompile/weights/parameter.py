@@ -1,7 +1,7 @@
 """PackedWeight: codes and scales that replace a dense weight in a module.
 
 A tensor subclass of the weight's shape and dtype whose storage is two other tensors. Matmuls run on
-the codes (see `parameter_ops`); operators without a packed form get the dequantized weight.
+the codes (see `parameter_matmuls`); operators without a packed form get the dequantized weight.
 torch.compile splits it into the two tensors, under every backend.
 """
 
@@ -19,24 +19,25 @@ from torch import Tensor, nn
 
 from fqcompile.errors import FineQuantError
 from fqcompile.kernels.op import CACHE_TAG
+from fqcompile.kernels.registry import in_kernel_layout, in_plain_layout
 from fqcompile.tensor.chunks import plain_tensors
-from fqcompile.tensor.format import Format
+from fqcompile.tensor.format import UNIFORM, Format
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import no_torch_function, traced_modules
-from fqcompile.weights.kernel_layouts import in_kernel_layout, in_plain_layout, matrices
 from fqcompile.weights.memory import (
     Lifetime,
     Memory,
     MemoryPart,
     NoMemory,
     Place,
+    matrices,
     never_compiled,
     refuse_trace,
     whole_place,
 )
 
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
-# What answers an operator, by its full name; None: all others. `parameter_ops` fills it.
+# What answers an operator, by its full name; None: all others. `implements` fills it.
 HANDLERS: dict[str | None, Handler] = {}
 
 
@@ -47,8 +48,7 @@ def handler_of(func: Any) -> Handler:
 
 
 # Compiled code takes packed weights and their views apart, and makes them, as these files say.
-_MODULES = ("parameter", "dense_view", "memory")
-_FILES = [Path(__file__).with_name(f"{name}.py") for name in _MODULES]
+_FILES = map(Path(__file__).with_name, ("parameter.py", "dense_view.py", "memory.py"))
 _CODE = hashlib.sha256(b"".join(path.read_bytes() for path in _FILES)).hexdigest()[:16]
 # Added to the address of codes: whoever reads there is stopped by the processor or the driver.
 _NO_ADDRESS = 1 << 63
@@ -95,7 +95,7 @@ class PackedWeight(NoMemory):
         ids: Tensor | None = None,
     ) -> "PackedWeight":
         """A view of the memory."""
-        self = cls.shaped(place, dtype, memory.device)
+        self = cls.shaped(place, dtype, memory.weight.qweight.device)
         self.memory, self.flipped, self.ids, self.lifetime = memory, flipped, ids, Lifetime()
         return self
 
@@ -169,16 +169,15 @@ class PackedWeight(NoMemory):
         group = "column" if f.group_size >= f.k else f"groups of {f.group_size}"
         return (
             f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, "
-            f"device={self.device}, int{f.bits}, {group}, layout={f.layout})"
+            f"device={self.device}, {f.qtype.name}, {group}, layout={f.layout})"
         )
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """In the plain layout, which every machine reads."""
         f, tensors = self.format, self.quantized().as_rows()
-        shape = (f.rows * max(1, f.experts), f.k)
-        parts = (*tensors, f.bits, f.group_size, shape, self.dtype)
+        parts = (*tensors, f.bits, f.group_size, (f.rows * max(1, f.experts), f.k), self.dtype)
         stack = (f.experts, f.transposed, f.scale_method)
-        return rebuild_packed_weight, (*parts, *stack, isinstance(self, nn.Parameter))
+        return rebuild_packed_weight, (*parts, *stack, isinstance(self, nn.Parameter), f.levels)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedWeight":
         if id(self) not in memo:
@@ -268,10 +267,11 @@ def rebuild_packed_weight(
     transposed: bool,
     scale_method: str,
     is_parameter: bool,
+    levels: str = UNIFORM,  # the only ones in files of earlier versions
 ) -> Tensor:
     """Called by `torch.load` and unpickling."""
     rows, k = shape[0] // max(1, experts), shape[1]
-    form = Format(bits, group_size, rows, k, experts, transposed, scale_method)
+    form = Format(bits, group_size, rows, k, experts, transposed, scale_method, levels=levels)
     weight = PackedWeight.of(QuantizedTensor.of_rows(qweight, scale, form), dtype)
     return nn.Parameter(weight, requires_grad=False) if is_parameter else weight
 

@@ -1,5 +1,6 @@
 """Matmuls with a PackedWeight, each one call of `fqcompile::matmul` on its two tensors.
 
+t(w), transpose, permute                            -> the same memory, read the other way round
 linear(x, w, b); mm, addmm, matmul with w.t()       -> matmul(x, w, b)
 _grouped_mm(x, w.mT, offsets)                       -> matmul(x, w, offsets)
 bmm(w, x), baddbmm: C rows for each expert          -> the same
@@ -9,16 +10,71 @@ The operator is the one without a backward: a gradient for x flows through the a
 this one, whose own backward multiplies with the dequantized weight.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from fqcompile.kernels.op import matmul_inference
+from fqcompile.kernels.registry import Routed, kernel_for
 from fqcompile.tensor.format import Format
-from fqcompile.weights.kernel_layouts import Routed, kernel_for
-from fqcompile.weights.parameter import PackedWeight
-from fqcompile.weights.parameter_ops import implements
+from fqcompile.torch_compat import return_and_correct_aliasing
+from fqcompile.weights.dense_view import densely
+from fqcompile.weights.memory import Place
+from fqcompile.weights.parameter import HANDLERS, PackedWeight
+
+Handler = Callable[..., Any]
+
+
+def implements(*names: str, view: bool = False) -> Callable[[Handler], Handler]:
+    """Registers `handler(*args, **kwargs)`; where it returns NotImplemented, the dense way runs.
+
+    `view`: the result shares its argument's memory, which autograd is told.
+    """
+
+    def register(handler: Handler) -> Handler:
+        @wraps(handler)
+        def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            result = handler(*args, **kwargs)
+            if result is NotImplemented:
+                return densely(func, args, kwargs)
+            return return_and_correct_aliasing(func, args, kwargs, result) if view else result
+
+        HANDLERS.update(dict.fromkeys(names, answer))
+        return handler
+
+    return register
+
+
+@implements("aten.detach.default", "aten.alias.default", "aten.lift_fresh.default", view=True)
+def same(w: PackedWeight) -> PackedWeight:
+    """Another tensor that shows the same of the same memory."""
+    return PackedWeight.showing(w.memory, w.dtype, w.place, flipped=w.flipped, ids=w.ids)
+
+
+@implements("aten.t.default", view=True)
+def _t(w: PackedWeight) -> Any:
+    *sizes, rows, columns = w.size()
+    *strides, row, column = w.stride()
+    turned = Place((*sizes, columns, rows), (*strides, column, row), w.storage_offset())
+    return PackedWeight.showing(w.memory, w.dtype, turned, flipped=not w.flipped, ids=w.ids)
+
+
+@implements("aten.transpose.int", view=True)
+def _transpose(w: PackedWeight, dim0: int, dim1: int) -> Any:
+    dims = {dim0 % w.dim(), dim1 % w.dim()}
+    return _t(w) if dims == {w.dim() - 2, w.dim() - 1} else NotImplemented
+
+
+@implements("aten.permute.default", view=True)
+def _permute(w: PackedWeight, dims: Any) -> Any:
+    order, last = [d % w.dim() for d in dims], list(range(w.dim()))
+    if order == last:
+        return same(w)
+    last[-2:] = last[:-3:-1]
+    return _t(w) if order == last else NotImplemented
 
 
 def _kernel(w: PackedWeight, form: Format, x: Tensor, routing: Routed | None = None) -> str | None:
@@ -41,7 +97,7 @@ def _linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Any:
     kernel = _kernel(w, form, x)
     if kernel is None:
         return NotImplemented
-    formats = (form.bits, form.group_size, form.rows, form.k, "none", False, kernel)
+    formats = (form.bits, form.levels, form.group_size, form.rows, form.k, "none", False, kernel)
     unrouted = (None, None, False)
     return matmul_inference(x, weight.qweight, weight.scale, bias, None, *formats, *unrouted)
 
@@ -60,28 +116,30 @@ def _experts(
     kernel = _kernel(w, form, x, "gathered" if offsets is None else "grouped")
     if kernel is None:
         return NotImplemented
-    formats = (form.bits, form.group_size, form.rows, form.k, "none", False, kernel)
+    formats = (form.bits, form.levels, form.group_size, form.rows, form.k, "none", False, kernel)
     routing = (offsets, ids, zero_rest)
     return matmul_inference(x, weight.qweight, weight.scale, None, None, *formats, *routing)
 
 
-def _is_matrix(w: object, *, transposed: bool) -> bool:
+def _is_matrix(w: object, *, transposed: bool) -> TypeGuard[PackedWeight]:
     if not isinstance(w, PackedWeight):
         return False
-    form = w.format
-    return not form.experts and form.transposed == transposed
+    form = w.memory.weight.format
+    return not form.experts and (form.transposed != w.flipped) == transposed
 
 
 @implements("aten.linear.default")
 def _aten_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Any:
-    if not _is_matrix(w, transposed=False) or not (bias is None or _is_row(bias, x, w)):
+    if not _is_matrix(w, transposed=False):
         return NotImplemented
-    return _linear(x, w, bias)  # type: ignore[arg-type]
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != (w.memory.weight.format.rows,)):
+        return NotImplemented
+    return _linear(x, w, bias)
 
 
 @implements("aten.matmul.default")
 def _matmul(x: Tensor, w: Tensor) -> Any:
-    return _linear(x, w) if _is_matrix(w, transposed=True) else NotImplemented  # type: ignore[arg-type]
+    return _linear(x, w) if _is_matrix(w, transposed=True) else NotImplemented
 
 
 @implements("aten.mm.default")
@@ -94,15 +152,10 @@ def _addmm(bias: Tensor, x: Tensor, w: Tensor, beta: float = 1, alpha: float = 1
     plain = (beta, alpha) == (1, 1) and x.dim() == 2 and bias.dtype == x.dtype
     if not plain or not _is_matrix(w, transposed=True):
         return NotImplemented
-    if _is_row(bias, x, w):
-        return _linear(x, w, bias)  # type: ignore[arg-type]
-    return _plus(_linear(x, w), bias)  # type: ignore[arg-type]
-
-
-def _is_row(bias: Tensor, x: Tensor, w: Tensor) -> bool:
-    """Whether it is what the operator adds; with any other the dense call broadcasts, or raises."""
-    assert isinstance(w, PackedWeight)
-    return bias.dtype == x.dtype and bias.shape == (w.format.rows,)
+    # With any other than a row the dense call broadcasts, or raises.
+    if bias.shape == (w.memory.weight.format.rows,):
+        return _linear(x, w, bias)
+    return _plus(_linear(x, w), bias)
 
 
 def _plus(y: Any, bias: Tensor) -> Any:
@@ -123,7 +176,7 @@ def _grouped_mm(
         return NotImplemented
     if offs.dtype != torch.int32:
         return NotImplemented
-    return _experts(x, w, offs)  # type: ignore[arg-type]
+    return _experts(x, w, offs)
 
 
 @implements("transformers.grouped_mm_fallback.default")
@@ -134,10 +187,10 @@ def _grouped_mm_fallback(x: Tensor, w: Tensor, offs: Tensor) -> Any:
     """
     if x.dim() != 2 or not _is_stack(w, transposed=True) or offs.shape != w.shape[:1]:
         return NotImplemented
-    return _experts(x, w, offs, zero_rest=True)  # type: ignore[arg-type]
+    return _experts(x, w, offs, zero_rest=True)
 
 
-def _is_stack(w: object, *, transposed: bool) -> bool:
+def _is_stack(w: object, *, transposed: bool) -> TypeGuard[PackedWeight]:
     if not isinstance(w, PackedWeight) or w.format.transposed != transposed:
         return False
     return w.format.experts > 0 and w.ids is None

@@ -1,6 +1,5 @@
-"""Operators with a packed form: views, copies, rows, experts. Others get the dense weight.
+"""Operators with a packed form besides matmuls: views, copies, rows, experts.
 
-t, transpose            the same memory, read the other way round
 select, unbind          one expert of a stack; a view
 slice, split, cat       rows of the matrix; plain codes and scales, never quantized again
 W[ids]                  a stack with an index; what multiplies with it reads only those experts;
@@ -9,106 +8,41 @@ copy_                   new values are quantized as the old ones were, see `para
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fqcompile.kernels.registry import LAYOUTS
+from fqcompile.kernels.registry import LAYOUTS, in_kernel_layout, in_plain_layout
 from fqcompile.tensor.quantized import QuantizedTensor
-from fqcompile.torch_compat import DispatchKey, cond_op, return_and_correct_aliasing
-from fqcompile.weights.dense_view import DenseView, densely, refusal
-from fqcompile.weights.kernel_layouts import in_kernel_layout, in_plain_layout, matrices
-from fqcompile.weights.memory import Memory, MemoryPart, Place, whole_place
-from fqcompile.weights.parameter import HANDLERS, PackedWeight
+from fqcompile.torch_compat import DispatchKey, cond_op
+from fqcompile.weights.dense_view import DenseView, refusal
+from fqcompile.weights.memory import Memory, MemoryPart, Place, matrices, whole_place
+from fqcompile.weights.parameter import PackedWeight
+from fqcompile.weights.parameter_matmuls import implements, same
 from fqcompile.weights.parameter_writes import write
 
 log = logging.getLogger("fqcompile")
 _read_as_tables: set[str] = set()  # parameters of which it has been said
 _BLOCKS = (1, 16, 32, 64)  # rows that layouts may hold together
 _SAME = {"dtype", "device", "layout", "pin_memory", "non_blocking", "memory_format"}
-Handler = Callable[..., Any]
-
-
-def implements(*names: str) -> Callable[[Handler], Handler]:
-    """Registers `handler(*args, **kwargs)`; where it returns NotImplemented, the dense way runs."""
-
-    def register(handler: Handler) -> Handler:
-        @wraps(handler)
-        def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            result = handler(*args, **kwargs)
-            return densely(func, args, kwargs) if result is NotImplemented else result
-
-        HANDLERS.update(dict.fromkeys(names, answer))
-        return handler
-
-    return register
-
-
-def views(*names: str) -> Callable[[Handler], Handler]:
-    """As `implements`, for results that share their argument's memory, which autograd is told."""
-
-    def register(handler: Handler) -> Handler:
-        @wraps(handler)
-        def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            result = handler(*args, **kwargs)
-            if result is NotImplemented:
-                return densely(func, args, kwargs)
-            return return_and_correct_aliasing(func, args, kwargs, result)
-
-        HANDLERS.update(dict.fromkeys(names, answer))
-        return handler
-
-    return register
 
 
 # In eager calls, where the predicate has a value, as of dense tensors.
 cond_op.py_impl(PackedWeight)(cond_op.py_kernels[DispatchKey.CompositeExplicitAutograd])
 
 
-@views("aten.detach.default", "aten.alias.default", "aten.lift_fresh.default")
-def _same(w: PackedWeight) -> PackedWeight:
-    return PackedWeight.showing(w.memory, w.dtype, w.place, flipped=w.flipped, ids=w.ids)
-
-
-@views("aten.view.default", "aten.expand.default")
+@implements("aten.view.default", "aten.expand.default", view=True)
 def _viewed(w: PackedWeight, size: Any, **_: Any) -> Any:
-    return _same(w) if tuple(size) == tuple(w.shape) else NotImplemented
+    return same(w) if tuple(size) == tuple(w.shape) else NotImplemented
 
 
 @implements("aten._unsafe_view.default")
 def _unsafe_view(w: PackedWeight, size: Any) -> Any:
-    return _same(w) if tuple(size) == tuple(w.shape) else NotImplemented
+    return same(w) if tuple(size) == tuple(w.shape) else NotImplemented
 
 
-@views("aten.t.default")
-def _t(w: PackedWeight) -> Any:
-    size, stride, offset = w.place
-    turned = Place(_swapped(size), _swapped(stride), offset)
-    return PackedWeight.showing(w.memory, w.dtype, turned, flipped=not w.flipped, ids=w.ids)
-
-
-def _swapped(values: Sequence[int]) -> Sequence[int]:
-    return (*values[:-2], values[-1], values[-2])
-
-
-@views("aten.transpose.int")
-def _transpose(w: PackedWeight, dim0: int, dim1: int) -> Any:
-    dims = {dim0 % w.dim(), dim1 % w.dim()}
-    return _t(w) if dims == {w.dim() - 2, w.dim() - 1} else NotImplemented
-
-
-@views("aten.permute.default")
-def _permute(w: PackedWeight, dims: Any) -> Any:
-    order, last = [d % w.dim() for d in dims], list(range(w.dim()))
-    if order == last:
-        return _same(w)
-    return _t(w) if tuple(order) == _swapped(tuple(last)) else NotImplemented
-
-
-@views("aten.select.int")
+@implements("aten.select.int", view=True)
 def _select(w: PackedWeight, dim: int, index: int) -> Any:
     outside = not -w.shape[dim] <= index < w.shape[dim]
     if dim % w.dim() or outside or not w.format.experts or w.ids is not None:
@@ -116,7 +50,7 @@ def _select(w: PackedWeight, dim: int, index: int) -> Any:
     return _expert(w, index)
 
 
-@views("aten.unbind.int")
+@implements("aten.unbind.int", view=True)
 def _unbind(w: PackedWeight, dim: int = 0) -> Any:
     if dim % w.dim() or not w.format.experts or w.ids is not None:
         return NotImplemented
@@ -137,7 +71,7 @@ def _slice(
     size = w.shape[dim]
     first, last, _ = slice(start, end).indices(size)
     if (first, last, step) == (0, size, 1):
-        return _same(w)
+        return same(w)
     if dim % w.dim() != _row_dim(w) or step != 1 or w.format.experts or last <= first:
         return NotImplemented
     return _rows(w, first, last - first)
@@ -162,7 +96,7 @@ def _cat(tensors: Any, dim: int = 0) -> Any:
     if not all(isinstance(w, PackedWeight) and not w.format.experts for w in tensors):
         return NotImplemented
     formats = [w.format for w in tensors]
-    kinds = {(f.bits, f.k, f.transposed, w.dtype) for f, w in zip(formats, tensors, strict=True)}
+    kinds = {(f.qtype, f.k, f.transposed, w.dtype) for f, w in zip(formats, tensors, strict=True)}
     finest = min(f.group_size for f in formats)
     fits = all(f.group_size % finest == 0 or f.group_size >= f.k for f in formats)
     if len(kinds) > 1 or not fits or dim % first.dim() != _row_dim(first):

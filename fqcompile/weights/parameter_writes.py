@@ -4,18 +4,17 @@ load_state_dict and loaders of fused projections write this way. The rest of the
 codes, bit for bit. Writing a part of a row is refused, because the other part uses its scales.
 """
 
-import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fqcompile.errors import UnquantizableWeight
+from fqcompile.kernels.registry import in_kernel_layout, in_plain_layout
 from fqcompile.quant.choose import QuantPlan, quantize_weight, scale_dtype_beside
 from fqcompile.tensor.format import PLAIN, Format
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.weights.dense_view import DenseView, refusal
-from fqcompile.weights.kernel_layouts import in_kernel_layout, in_plain_layout
 from fqcompile.weights.memory import Memory, values
 from fqcompile.weights.parameter import PackedWeight
 
@@ -77,7 +76,8 @@ def _write_rows(w: PackedWeight | DenseView, root: Memory, source: Tensor) -> No
     new = _quantized(_rows_of(dense, form)[rows], form, w)
     if isinstance(w, PackedWeight) and _shows_rows_alike(source, w) and source.shape == w.shape:
         assert isinstance(source, PackedWeight)
-        if (source.format.bits, source.format.group_size) == (form.bits, form.group_size):
+        given = source.format
+        if (given.qtype, given.group_size) == (form.qtype, form.group_size):
             new = source.quantized()
     root.put(in_kernel_layout(_replaced(in_plain_layout(root.weight), rows, new), w.dtype))
 
@@ -113,7 +113,7 @@ def _quantized(rows: Tensor, form: Format, w: PackedWeight | DenseView) -> Quant
     scale_dtype = w.memory.root.weight.scale.dtype
     if scale_dtype == torch.float32:  # the old values may have needed it, and the new ones not
         scale_dtype = scale_dtype_beside(w.dtype)
-    plan = QuantPlan(form.bits, form.group_size, form.scale_method, scale_dtype, math.nan)
+    plan = QuantPlan.of(form, scale_dtype)
     try:
         return quantize_weight(rows.to(w.device), plan)
     except UnquantizableWeight as error:

@@ -15,7 +15,7 @@ from bench.core import results
 from bench.core.results import Budget, Results
 from bench.core.steps import Step, session
 from bench.launch_overhead.run import host_microseconds
-from fqcompile.kernels.tuning.search import DeviceLost
+from fqcompile.kernels.tuning.measure import DeviceLost
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,6 +1,6 @@
 """A disk whose power fails: at a chosen operation, and then what was not synced may be lost.
 
-It stands in for the operating system below `replace`. After the failure every
+It stands in for the operating system below `trusted`. After the failure every
 operation fails, so nothing can be cleaned up, as after SIGKILL. Then
 
     a file that was not synced keeps some of its bytes
@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from fqcompile.files import replace as replace
+from fqcompile.files import trusted
 
 
 class PowerFailure(BaseException):
@@ -35,10 +35,10 @@ class Disk:
         self._undo: list[Callable[[], object]] = []
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(replace, "open", self.open, raising=False)
+        patch.setattr(trusted, "open", self.open, raising=False)
         replaced = {"fsync": self.fsync, "replace": self.replace, "unlink": self.unlink}
         kept = {name: getattr(os, name) for name in ("open", "close", "O_RDONLY")}
-        patch.setattr(replace, "os", SimpleNamespace(**kept, **replaced))
+        patch.setattr(trusted, "os", SimpleNamespace(**kept, **replaced))
 
     def operation(self) -> None:
         if self._failed or self.operations == self._fails_at:

@@ -15,7 +15,7 @@ import fqcompile
 from fqcompile.checkpoint import source
 from fqcompile.checkpoint.hugging_face import BoundedComputing
 from fqcompile.errors import CheckpointError
-from fqcompile.files.json_text import read_json
+from fqcompile.files.untrusted import read_json
 from tests.checkpoint.test_hostile_files import _llama, _refused
 
 transformers: Any = pytest.importorskip("transformers", reason="the demo extra is not installed")

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 import fqcompile
 from fqcompile.checkpoint import hugging_face
 from fqcompile.errors import CheckpointError
-from fqcompile.files.json_text import LARGEST
 from fqcompile.files.safetensors_file import read_header
+from fqcompile.files.untrusted import LARGEST
 from tests.checkpoint.small_models import small
 
 transformers: Any = pytest.importorskip("transformers", reason="the demo extra is not installed")

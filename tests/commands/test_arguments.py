@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fqcompile.commands.arguments import add_option_flags, given_options, load_model
+from fqcompile.commands import add_option_flags, given_options, load_model
 from fqcompile.config import FineQuantConfig
 from fqcompile.errors import CheckpointError, FineQuantError
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from fqcompile.cli import main
 from fqcompile.commands import tune
-from fqcompile.kernels.dequantize import DEQUANTIZE
 from fqcompile.kernels.registry import KernelChoice
 from fqcompile.kernels.spec import H200, TileConfig
-from fqcompile.kernels.tuning.search import WrongResult
+from fqcompile.kernels.template import DEQUANTIZE
+from fqcompile.kernels.tuning.measure import WrongResult
 from tests.kernels.tuning.fake import CLOSED, FAST, TEMPLATE, FakeMeasure, time_of
 from tests.report.page_parser import Page
 

@@ -10,11 +10,10 @@ import torch.distributed as dist
 
 from fqcompile.config import SiteOptions
 from fqcompile.distributed.ranks import own_folder, progress
-from fqcompile.kernels.tuning.search import search
+from fqcompile.kernels.tuning.launches import search
 from fqcompile.kernels.tuning.table import TunedTable
 from fqcompile.quant.choose import choose_and_quantize
-from fqcompile.weights.disk_cache import DiskCache
-from fqcompile.weights.entry_file import Entry
+from fqcompile.weights.disk_cache import DiskCache, Entry
 from tests.distributed.pair import Pair
 from tests.distributed.sharded_models import net
 from tests.helpers import finequant

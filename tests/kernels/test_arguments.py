@@ -62,8 +62,8 @@ def arguments(call: str, template: str) -> dict[str, Any]:
         "qweight": qweight, "scale": scale, "bias": None, "residual": None,
         "offsets": ends if call in (GROUPED, BACKWARD) else None,
         "ids": rows if call == GATHERED else None,
-        "bits": bits, "group_size": group, "n": N, "rows": N, "k": K, "activation": "none",
-        "gated": False, "dtype": BF16, "kernel": template, "zero_rest": False,
+        "bits": bits, "levels": "uniform", "group_size": group, "n": N, "rows": N, "k": K,
+        "activation": "none", "gated": False, "dtype": BF16, "kernel": template, "zero_rest": False,
     }  # fmt: skip
     return {argument.name: given[argument.name] for argument in OPS[call]._schema.arguments}
 
@@ -110,6 +110,7 @@ WRONG: dict[str, tuple[str, Callable[[dict[str, Any]], Change], str]] = {
     "gated by mistake": (LINEAR, lambda g: {"gated": True}, "128 rows and K=256"),
     "finer groups": (LINEAR, lambda g: {"group_size": 32}, "groups of 32"),
     "other bits": (LINEAR, lambda g: {"bits": 12 - g["bits"]}, "qweight and scale have the shapes"),
+    "other levels": (LINEAR, lambda g: {"levels": "odd"}, "no format has . bits and odd levels"),
     "a larger k": (LINEAR, lambda g: {"k": 512, "x": ones(M, 512)}, "64 rows and K=512"),
     "half a weight": (LINEAR, lambda g: {"qweight": short(g, "qweight")}, "qweight and scale have"),
     "half the scales": (LINEAR, lambda g: {"scale": short(g, "scale")}, "qweight and scale have"),

@@ -1,6 +1,7 @@
 """The two operators against an oracle in float64 that unpacks and multiplies by itself."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from fqcompile.kernels.epilogue import ACTIVATIONS
 from fqcompile.kernels.op import dequantize
 from fqcompile.quant.affine import choose_scale, quantize_affine
 from fqcompile.tensor.codes import pack
-from fqcompile.tensor.format import QTYPES
+from fqcompile.tensor.format import QTYPES, UNIFORM
 from tests.strategies import Problem, make_problem, matmul, problems, weights
 
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -21,12 +22,20 @@ UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-
 STEEPEST = 1.13
 
 
-def unpacked(qweight: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
-    """ŵ [rows, K] in float64, code by code as packing.py draws them."""
+# Of codes -8 to 7, in sixteenths.
+NORMAL_LEVELS = [-127, -97, -76, -60, -46, -33, -21, -10, 0, 11, 23, 36, 50, 66, 87, 117]
+
+
+def unpacked(
+    qweight: Tensor, scale: Tensor, bits: int, levels: str, group_size: int, k: int
+) -> Tensor:
+    """ŵ [rows, K] in float64, code by code as codes.py draws them."""
     if bits == 4:
         low = (qweight % 16).double() - 8
         high = (qweight // 16).double() - 8
         codes = torch.stack([low, high], dim=-1).flatten(1)[:, :k]
+        if levels == "normal":
+            codes = (torch.tensor(NORMAL_LEVELS).double() / 16)[codes.long() + 8]
     else:
         codes = qweight.double()
     columns = torch.arange(k) // group_size
@@ -61,7 +70,7 @@ def oracle(p: Problem) -> tuple[Tensor, Tensor]:
     of second order.
     """
     u = UNIT[p.x.dtype]
-    w = unpacked(p.qweight, p.scale, p.bits, p.group_size, p.k)
+    w = unpacked(p.qweight, p.scale, p.bits, p.levels, p.group_size, p.k)
     x, bias = p.x.double(), 0 if p.bias is None else p.bias.double()
     z = x @ w.t() + bias
     ez = (u + 2 * p.k * 2.0**-24) * (x.abs() @ w.abs().t()) + 2 * u * (z.abs() + abs(bias))
@@ -122,10 +131,22 @@ def test_linear_of_a_quantized_weight_stays_within_half_a_step(
     """End to end from a weight: x = I reads ŵ itself. absmax clips nothing, so |w - ŵ| <= s/2."""
     n, k = w.shape
     group = min(group, k)
-    scale = choose_scale(w, QTYPES[bits], group, "absmax", torch.float32)
-    qweight = pack(quantize_affine(w, scale, QTYPES[bits], group), QTYPES[bits])
+    scale = choose_scale(w, QTYPES[bits, UNIFORM], group, "absmax", torch.float32)
+    qweight = pack(quantize_affine(w, scale, QTYPES[bits, UNIFORM], group), QTYPES[bits, UNIFORM])
     w_hat = matmul(
-        torch.eye(k), qweight, scale, None, None, bits, group, n, k, "none", False, "dequantize"
+        torch.eye(k),
+        qweight,
+        scale,
+        None,
+        None,
+        bits,
+        "uniform",
+        group,
+        n,
+        k,
+        "none",
+        False,
+        "dequantize",
     )
     steps = scale.abs()[:, torch.arange(k) // group]
     # The stored scale is absmax/qmax rounded, so the extreme may lie 2^-24 of itself beyond qmax.
@@ -136,19 +157,34 @@ def test_linear_of_a_quantized_weight_stays_within_half_a_step(
 def test_dequantize_rounds_the_exact_product_once(problem: Problem, dtype: torch.dtype) -> None:
     p = problem
     got = dequantize(
-        p.qweight, p.scale, p.bits, p.group_size, p.qweight.shape[0], p.k, dtype, "dequantize"
+        p.qweight,
+        p.scale,
+        p.bits,
+        p.levels,
+        p.group_size,
+        p.qweight.shape[0],
+        p.k,
+        dtype,
+        "dequantize",
     )
-    want = unpacked(p.qweight, p.scale, p.bits, p.group_size, p.k)
+    want = unpacked(p.qweight, p.scale, p.bits, p.levels, p.group_size, p.k)
     assert (got.shape, got.dtype) == (want.shape, dtype)
     # 8 bits times at most 24 bits: the fp32 product may be rounded, and then once to dtype.
     bound = want.abs() * (UNIT[dtype] + 2.0**-24) * 1.01 + torch.finfo(dtype).smallest_normal
     assert bool(((got.double() - want).abs() <= bound).all())
 
 
-def test_dequantize_of_every_int4_byte_is_exact() -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("levels", "values"),
+    [("uniform", range(-8, 8)), ("normal", [n / 16 for n in NORMAL_LEVELS])],
+)
+def test_dequantize_of_every_int4_byte_is_exact(
+    levels: str, values: Sequence[float], dtype: torch.dtype
+) -> None:
     qweight = torch.arange(256, dtype=torch.uint8).view(256, 1)
-    w = dequantize(qweight, torch.ones(256, 1), 4, 2, 256, 2, torch.float32, "dequantize")
-    assert w.tolist() == [[byte % 16 - 8, byte // 16 - 8] for byte in range(256)]
+    w = dequantize(qweight, torch.ones(256, 1), 4, levels, 2, 256, 2, dtype, "dequantize")
+    assert w.tolist() == [[values[byte % 16], values[byte // 16]] for byte in range(256)]
 
 
 def test_odd_k_ignores_the_padding_code() -> None:

@@ -41,7 +41,9 @@ def test_linear_passes_opcheck_with_gradients() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dequantize_passes_opcheck(bits: int, dtype: torch.dtype) -> None:
     p = make_problem(bits=bits)
-    torch.library.opcheck(dequantize, (p.qweight, p.scale, bits, 32, 5, 40, dtype, "dequantize"))
+    torch.library.opcheck(
+        dequantize, (p.qweight, p.scale, bits, "uniform", 32, 5, 40, dtype, "dequantize")
+    )
 
 
 def gradients(p: Problem, *, exact: bool) -> list[Tensor]:
@@ -49,7 +51,7 @@ def gradients(p: Problem, *, exact: bool) -> list[Tensor]:
     leaves = [t.double() if exact else t for t in (p.x, p.bias, p.residual) if t is not None]
     x, bias, residual = leaves = [t.detach().clone().requires_grad_() for t in leaves]
     if exact:
-        w = unpacked(p.qweight, p.scale, p.bits, p.group_size, p.k)
+        w = unpacked(p.qweight, p.scale, p.bits, p.levels, p.group_size, p.k)
         z = x @ w.t() + bias
         gate, up = z.chunk(2, -1) if p.gated else (z, torch.ones(()))
         y = exact_activation(p.activation, gate) * exact_up(p.activation, up) + residual

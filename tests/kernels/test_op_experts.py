@@ -21,7 +21,7 @@ def grouped(
     x: Tensor, qweight: Tensor, scale: Tensor, offsets: Tensor, bias: Tensor | None, *rest: Any
 ) -> Tensor:
     """The operator with offsets; `rest` may end with zero_rest."""
-    form, zero_rest = rest[:7], rest[7:]
+    form, zero_rest = rest[:8], rest[8:]
     return matmul(x, qweight, scale, bias, None, *form, offsets, None, *zero_rest)
 
 
@@ -49,7 +49,8 @@ class Experts:
         qweights, scales = zip(*((p.qweight, p.scale) for p in self.problems), strict=True)
         biased = first.bias is not None
         bias = torch.stack([p.bias for p in self.problems]) if biased else None
-        form = (first.bits, first.group_size, first.n, first.k, first.activation, first.gated)
+        matrix = (first.bits, first.levels, first.group_size, first.n, first.k)
+        form = (*matrix, first.activation, first.gated)
         return (torch.stack(qweights), torch.stack(scales), bias, *form)
 
     def run(self, op: Any, x: Tensor | None = None, kernel: str = "dequantize") -> Tensor:
@@ -95,6 +96,7 @@ def expert_calls(draw: st.DrawFn, *, in_order: bool) -> Experts:
     if skew == "one":
         of_row = [experts - 1] * len(of_row)
     k = draw(st.sampled_from([1, 3, 33, 64]), label="k")
+    bits = draw(st.sampled_from([4, 8]), label="bits")
     call = make_experts(
         sorted(of_row) if in_order else of_row,
         experts,
@@ -102,7 +104,8 @@ def expert_calls(draw: st.DrawFn, *, in_order: bool) -> Experts:
         beyond=draw(st.integers(0, 3), label="beyond") if in_order else 0,
         n=draw(st.integers(1, 6), label="n"),
         k=k,
-        bits=draw(st.sampled_from([4, 8]), label="bits"),
+        bits=bits,
+        levels=draw(st.sampled_from(["uniform", "normal"][: 8 // bits]), label="levels"),
         group_size=draw(st.sampled_from([1, 16, 32, k]), label="group_size"),
         activation=draw(st.sampled_from(list(ACTIVATIONS)), label="activation"),
         gated=draw(st.booleans(), label="gated"),
@@ -166,9 +169,9 @@ def test_rows_of_no_expert_are_zeros_where_that_is_asked_for(
         call = make_experts(of_row, 3, beyond=5, **form)
         x, (qweight, scale, *rest) = call.x.clone(), call.arguments
         x[len(of_row) :] = torch.nan
-        bits, group_size, k = rest[1], rest[2], call.problems[0].k
+        bits, levels, group_size, k = *rest[1:4], call.problems[0].k
         each = [
-            QuantizedTensor(*pair, Format(bits, group_size, pair[0].shape[0], k))
+            QuantizedTensor(*pair, Format(bits, group_size, pair[0].shape[0], k, levels=levels))
             for pair in zip(qweight, scale, strict=True)
         ]
         pairs = [TEMPLATES[kernel].layout.pack(weight).tensors for weight in each]
@@ -264,7 +267,7 @@ def test_backward_is_that_of_the_composition(op: Any, activation: str, gated: bo
     (y[:4] * probe).sum().backward()
 
     exact_x, exact_bias = (t.detach().double().requires_grad_() for t in (x, bias))
-    w = torch.stack([unpacked(p.qweight, p.scale, p.bits, 32, 37) for p in call.problems])
+    w = torch.stack([unpacked(p.qweight, p.scale, p.bits, p.levels, 32, 37) for p in call.problems])
     z = torch.einsum("mk,mnk->mn", exact_x[:4], w[call.of_row]) + exact_bias[call.of_row]
     gate, up = z.chunk(2, -1) if gated else (z, torch.ones(()))
     want = exact_activation(activation, gate) * (exact_up(activation, up) if gated else 1)
@@ -283,7 +286,7 @@ def test_second_derivative_is_that_of_the_composition(op: Any) -> None:
     if op is gathered:
         call = replace(call, x=call.x[:4], of_row=torch.tensor([3, 1, 0, 1]))
     x, exact_x = call.x.clone().requires_grad_(), call.x.double().requires_grad_()
-    w = torch.stack([unpacked(p.qweight, p.scale, p.bits, 32, 37) for p in call.problems])
+    w = torch.stack([unpacked(p.qweight, p.scale, p.bits, p.levels, 32, 37) for p in call.problems])
     exact = torch.einsum("mk,mnk->mn", exact_x[:4], w[call.of_row])
     second = []
     for value, y in ((x, call.run(op, x)), (exact_x, exact)):

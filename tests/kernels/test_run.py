@@ -14,11 +14,11 @@ from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.run import dequantize_weight, run_matmul
 from fqcompile.kernels.template import PLAIN, Layout, Template
 from fqcompile.tensor.codes import pack
-from fqcompile.tensor.format import QTYPES, Format
+from fqcompile.tensor.format import INT4, Format
 from fqcompile.tensor.quantized import QuantizedTensor
 
 CODES = torch.randint(-8, 8, (6, 10), dtype=torch.int8)
-WEIGHT = QuantizedTensor(pack(CODES, QTYPES[4]), torch.full((6, 1), 0.5), Format(4, 10, 6, 10))
+WEIGHT = QuantizedTensor(pack(CODES, INT4), torch.full((6, 1), 0.5), Format(4, 10, 6, 10))
 X = torch.randn(3, 10)
 
 

@@ -7,12 +7,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fqcompile.quant.affine import choose_scale, quantize_affine
-from fqcompile.tensor.codes import dequantize_affine, dequantize_rows, pack
-from fqcompile.tensor.format import INT4, INT8, QTYPES
+from fqcompile.tensor.codes import dequantize_rows, pack
+from fqcompile.tensor.format import INT4, INT8, QTYPES, UNIFORM, QType
 from tests.quant.strategies import METHODS, SCALE_DTYPES, group_sizes, matrices, matrix, qtypes
 
 methods = st.sampled_from(METHODS)
+# In sixteenths.
+NORMAL_LEVELS = [-127, -97, -76, -60, -46, -33, -21, -10, 0, 11, 23, 36, 50, 66, 87, 117]
 scale_dtypes = st.sampled_from(SCALE_DTYPES)
+
+
+def dequantized(
+    codes: torch.Tensor, scale: torch.Tensor, qtype: QType, g: int, dtype: torch.dtype
+) -> torch.Tensor:
+    return dequantize_rows(pack(codes, qtype), scale, qtype, g, codes.shape[1], dtype)
+
+
+def levels_of(qtype: QType) -> np.ndarray:
+    """Of codes from the smallest on."""
+    if qtype.levels == "normal":
+        return np.array(NORMAL_LEVELS) / 16
+    return np.arange(-(2.0 ** (qtype.bits - 1)), 2 ** (qtype.bits - 1))
 
 
 def spread(scale: torch.Tensor, g: int, k: int) -> np.ndarray:
@@ -28,13 +43,18 @@ def test_codes_are_nearest_and_errors_bounded_by_the_scale(w, qtype, g, method, 
     assert scale.dtype in (scale_dtype, torch.float32)
     assert scale.isfinite().all() and (scale != 0).all()
     exact, s = w.float().double().numpy(), spread(scale, g, w.shape[1])
-    error = np.abs(exact - codes.double().numpy() * s)
-    nearest = np.clip(np.rint(exact / s), qtype.qmin, qtype.qmax)
-    # The quotient is rounded in float32: an error of |q| 2^-24 <= 2^-17 of a step.
+    levels, index = levels_of(qtype), codes.numpy().astype(int) + 2 ** (qtype.bits - 1)
+    error = np.abs(exact - levels[index] * s)
+    nearest = np.abs(exact[..., None] - levels * s[..., None]).min(-1)
+    # The quotient is rounded in float32: an error of |level| 2^-24 <= 2^-17 of a step.
     slack = np.abs(s) * 2.0**-17
-    assert (error <= np.abs(exact - nearest * s) + slack).all()
-    inside = (exact / s >= qtype.qmin - 0.5) & (exact / s <= qtype.qmax + 0.5)
-    assert (error[inside] <= np.abs(s[inside]) / 2 + slack[inside]).all()
+    assert (error <= nearest + slack).all()
+    # Half the wider gap beside the level, and beyond the outermost ones what is clipped.
+    gaps = np.diff(levels)
+    beside = np.maximum(np.append(gaps, 0)[index], np.insert(gaps, 0, 0)[index])
+    low, high = np.sort([levels[0] * s, levels[-1] * s], axis=0)
+    clipped = np.maximum(np.maximum(exact - high, low - exact), 0)
+    assert (error <= np.abs(s) * beside / 2 + clipped + slack).all()
 
 
 @given(matrices(), qtypes, group_sizes, scale_dtypes)
@@ -42,7 +62,7 @@ def test_absmax_clips_nothing_by_more_than_the_rounding_of_its_scale(w, qtype, g
     scale = choose_scale(w, qtype, g, "absmax", scale_dtype)
     ratio = np.abs(w.float().double().numpy() / spread(scale, g, w.shape[1]))
     # Half a unit in the last place: 2^-9 in bfloat16, the coarsest.
-    assert ratio.max() <= qtype.qmax * (1 + 2.0**-8)
+    assert ratio.max() <= levels_of(qtype)[-1] * (1 + 2.0**-8)
 
 
 @given(matrices(), group_sizes)
@@ -68,27 +88,29 @@ def test_layout_of_the_weight_does_not_matter(w, qtype, g, method):
 
 
 @given(st.data(), qtypes, group_sizes, st.integers(1, 4), st.integers(1, 70))
-def test_multiples_of_the_scale_survive_exactly(data, qtype, g, n, k):
+def test_levels_times_the_scale_survive_exactly(data, qtype, g, n, k):
     values = st.lists(st.integers(qtype.qmin, qtype.qmax), min_size=n * k, max_size=n * k)
     codes = torch.tensor(data.draw(values, label="codes"), dtype=torch.int8).view(n, k)
-    # Powers of two: products with integers are exact in every type.
+    # Powers of two: products with levels are exact in every type.
     exponents = st.lists(st.integers(-9, 6), min_size=n * -(-k // g), max_size=n * -(-k // g))
     exponent = torch.tensor(data.draw(exponents, label="exponents"), dtype=torch.float32)
     scale = torch.exp2(exponent).view(n, -1)
-    w = codes.float() * torch.from_numpy(spread(scale, g, k)).float()
+    levels = torch.from_numpy(levels_of(qtype)).float()[codes.long() - qtype.qmin]
+    w = levels * torch.from_numpy(spread(scale, g, k)).float()
     assert torch.equal(quantize_affine(w, scale, qtype, g), codes)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        assert torch.equal(dequantize_affine(codes, scale, g, dtype).double(), w.double())
+        assert torch.equal(dequantized(codes, scale, qtype, g, dtype).double(), w.double())
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_full_range_integers_get_scale_one(bits, method):
+    qtype = QTYPES[bits, UNIFORM]
     low, high = -(2 ** (bits - 1)) + (method == "absmax"), 2 ** (bits - 1) - 1
     w = torch.arange(low, high + 1).float().repeat(3, 2)
-    scale = choose_scale(w, QTYPES[bits], w.shape[1], method, torch.float16)
-    codes = quantize_affine(w, scale, QTYPES[bits], w.shape[1])
-    assert torch.equal(dequantize_affine(codes, scale, w.shape[1], torch.float32), w)
+    scale = choose_scale(w, qtype, w.shape[1], method, torch.float16)
+    codes = quantize_affine(w, scale, qtype, w.shape[1])
+    assert torch.equal(dequantized(codes, scale, qtype, w.shape[1], torch.float32), w)
 
 
 @given(matrices(), qtypes, group_sizes, scale_dtypes, st.sampled_from(SCALE_DTYPES))
@@ -96,12 +118,11 @@ def test_dequantized_value_is_the_product_rounded_once(w, qtype, g, scale_dtype,
     scale = choose_scale(w, qtype, g, "mse", scale_dtype)
     codes = quantize_affine(w, scale, qtype, g)
     k = w.shape[1]
-    product = torch.from_numpy(codes.double().numpy() * spread(scale, g, k))
+    levels = levels_of(qtype)[codes.numpy().astype(int) + 2 ** (qtype.bits - 1)]
+    product = torch.from_numpy(levels * spread(scale, g, k))
     # A product of 8 and 24 bits is rounded to float32 before a narrower type: hence .float().
     expected = product.float().to(dtype)
-    assert torch.equal(dequantize_affine(codes, scale, g, dtype), expected)
-    packed = pack(codes, qtype)
-    assert torch.equal(dequantize_rows(packed, scale, qtype.bits, g, k, dtype), expected)
+    assert torch.equal(dequantized(codes, scale, qtype, g, dtype), expected)
 
 
 def test_chunk_borders_do_not_show():
@@ -112,7 +133,7 @@ def test_chunk_borders_do_not_show():
         # Sums of 64 terms may be added in another order: one unit in the last place of float16.
         torch.testing.assert_close(scale[row : row + 1], alone, rtol=2.0**-10, atol=0)
     codes = quantize_affine(w, scale, INT4, 64)
-    values = dequantize_rows(pack(codes, INT4), scale, 4, 64, 2050, torch.float32)
+    values = dequantized(codes, scale, INT4, 64, torch.float32)
     assert torch.equal(values, (codes * torch.from_numpy(spread(scale, 64, 2050))).float())
 
 
@@ -123,7 +144,7 @@ class TestEdges:
     def values(self, w, method, qtype=INT4, g=32, scale_dtype=torch.float16):
         scale = choose_scale(w, qtype, g, method, scale_dtype)
         codes = quantize_affine(w, scale, qtype, g)
-        values = dequantize_affine(codes, scale, g, torch.float32)
+        values = dequantized(codes, scale, qtype, g, torch.float32)
         assert scale.isfinite().all() and values.isfinite().all()
         return scale, codes, values
 
@@ -156,13 +177,13 @@ class TestEdges:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
-    @pytest.mark.parametrize("bits", [4, 8])
-    def test_largest_numbers_do_not_overflow(self, method, dtype, scale_dtype, bits):
+    @pytest.mark.parametrize("qtype", QTYPES.values(), ids=lambda qtype: qtype.name)
+    def test_largest_numbers_do_not_overflow(self, method, dtype, scale_dtype, qtype):
         w = torch.full((2, 40), torch.finfo(dtype).max, dtype=dtype)
         w[0, ::2] *= -1
         w[1, 1:] /= 3
-        scale, codes, values = self.values(w, method, QTYPES[bits], scale_dtype=scale_dtype)
-        assert dequantize_affine(codes, scale, 32, dtype).isfinite().all()
+        scale, codes, values = self.values(w, method, qtype, scale_dtype=scale_dtype)
+        assert dequantized(codes, scale, qtype, 32, dtype).isfinite().all()
         assert (values.sign() == w.float().sign()).all()
 
     @pytest.mark.parametrize("magnitude", [1e-6, 1e5, 1e7])

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fqcompile.tensor.codes import pack, unpack
-from fqcompile.tensor.format import QTYPES, Format
+from fqcompile.tensor.format import INT4, INT8, QTYPES, UNIFORM, Format
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.tensor.words import from_words, to_words, widen
 
@@ -37,7 +37,7 @@ def test_words_are_the_numbers_that_the_format_says(
     bits: int, shape: tuple[int, int], seed: int
 ) -> None:
     codes = codes_of(bits, *shape, seed)
-    storage = pack(codes, QTYPES[bits])
+    storage = pack(codes, QTYPES[bits, UNIFORM])
     before = storage.clone()
     words = to_words(storage, bits, shape[1])
     assert torch.equal(storage, before), "the codes themselves were changed"
@@ -50,7 +50,7 @@ def test_words_are_the_numbers_that_the_format_says(
 def test_the_library_packs_and_unpacks_the_same(bits: int, k: int) -> None:
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     codes = codes_of(bits, 3, k, k)
-    words = to_words(pack(codes, QTYPES[bits]), bits, k)
+    words = to_words(pack(codes, QTYPES[bits, UNIFORM]), bits, k)
     assert torch.equal(words, helpers.pack_to_int32(codes, bits))
     assert torch.equal(helpers.unpack_from_int32(words, bits, codes.shape), codes)
 
@@ -59,9 +59,9 @@ def test_the_library_packs_and_unpacks_the_same(bits: int, k: int) -> None:
 def test_wider_codes_are_the_same_numbers(shape: tuple[int, int], seed: int) -> None:
     codes = codes_of(4, *shape, seed)
     scale = torch.rand(shape[0], 1)
-    weight = QuantizedTensor(pack(codes, QTYPES[4]), scale, Format(4, shape[1], *shape))
+    weight = QuantizedTensor(pack(codes, INT4), scale, Format(4, shape[1], *shape))
     wide = widen(weight)
     assert wide.bits == 8
-    assert torch.equal(unpack(wide.qweight, QTYPES[8], shape[1]), codes)
+    assert torch.equal(unpack(wide.qweight, INT8, shape[1]), codes)
     assert torch.equal(wide.dequantize(torch.float32), weight.dequantize(torch.float32))
     assert widen(wide) is wide

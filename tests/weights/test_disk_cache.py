@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from fqcompile.errors import UnquantizableWeight
-from fqcompile.weights.disk_cache import DiskCache, Usage
-from fqcompile.weights.entry_file import Entry, encoded
-from tests.weights.test_entry_file import assert_same, entry
+from fqcompile.weights.disk_cache import DiskCache, Entry, Usage, encoded
+from tests.weights.test_disk_cache_entries import assert_same, entry
 
 SIZE = sum(map(len, encoded("a", entry())))
 

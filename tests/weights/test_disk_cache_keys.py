@@ -16,13 +16,13 @@ from fqcompile.weights.disk_cache import DiskCache, disk_cache, entry_key, find_
 from fqcompile.weights.fingerprint import content_digest
 from fqcompile.weights.recipe import IDENTITY
 from fqcompile.weights.store import WeightStore
-from tests.weights.test_entry_file import assert_same
+from tests.weights.test_disk_cache_entries import assert_same
 
 BF16 = torch.bfloat16
 W = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
 OTHER_OPTIONS = {
-    "bits": 8, "granularity": 32, "alpha": 0.8, "min_group_size": 64, "error_budget": 0.5,
-    "scale_method": "absmax",
+    "bits": 8, "levels": "uniform", "granularity": 32, "alpha": 0.8, "min_group_size": 64,
+    "error_budget": 0.5, "scale_method": "absmax",
 }  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def test_the_version_is_of_all_that_makes_codes_and_files() -> None:
     package = Path(module.__file__).parent.parent
     folders = (package / "tensor", package / "quant")
     made = {p.name for folder in folders for p in folder.iterdir() if p.suffix == ".py"}
-    files = {"entry_file.py", "safetensors_file.py"}
+    files = {"disk_cache.py", "safetensors_file.py"}
     assert {path.name for path in module._SOURCES} == made | files
 
 

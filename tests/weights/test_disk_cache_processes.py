@@ -15,7 +15,7 @@ import pytest
 
 from fqcompile.weights.disk_cache import DiskCache
 from tests.weights.test_disk_cache import SIZE, kept, put, unwanted
-from tests.weights.test_entry_file import assert_same, entry
+from tests.weights.test_disk_cache_entries import assert_same, entry
 
 FORK = multiprocessing.get_context("fork")
 

@@ -1,5 +1,7 @@
 """What was stacked and packed comes back part by part, bit for bit; nothing is quantized twice."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -120,7 +122,7 @@ def test_what_cannot_be_unpacked_is_quantized_again(quantized: list[Part]) -> No
     store, sources = WeightStore(), (weight(),)
     spec = NodeWeight((part(0),), 32, ATEN_INT4_CPU)
     store.packed(spec, sources)
-    store.packed(spec.with_layout(STREAM), sources)
+    store.packed(replace(spec, layout=STREAM), sources)
     assert len(quantized) == 2
 
 

@@ -8,7 +8,6 @@ Measured on two AVX-512 BF16 cores, N = K = 4096, bf16, milliseconds at M = 1, 1
 
 import torch
 
-from fqcompile.kernels import dequantize
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import (
@@ -17,10 +16,11 @@ from fqcompile.kernels.template import (
     PackedTensors,
     Shape,
     Template,
+    multiply_dequantized,
     one_by_one,
 )
 from fqcompile.tensor.codes import unpack
-from fqcompile.tensor.format import QTYPES
+from fqcompile.tensor.format import INT4, UNIFORM
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import int4pack_mm, int8pack_mm, pack_int4
 
@@ -37,6 +37,8 @@ def _refuse_common(spec: GemmSpec, bits: int) -> str | None:
         return f"runs on cpu, not {spec.device_type}"
     if spec.bits != bits:
         return f"takes {bits}-bit weights, not {spec.bits}-bit"
+    if spec.levels != UNIFORM:
+        return f"takes {UNIFORM} levels, not {spec.levels}"
     if spec.dtype != torch.bfloat16 or spec.scale_dtype != torch.bfloat16:
         return f"takes bf16 activations and scales, not {spec.dtype} and {spec.scale_dtype}"
     return None
@@ -52,7 +54,7 @@ def _refuse_int8(spec: GemmSpec) -> str | None:
 
 def _multiply_int8(x: torch.Tensor, weight: QuantizedTensor, epilogue: Epilogue) -> torch.Tensor:
     if x.shape[0] > INT8_MAX_ROWS:
-        return dequantize.multiply(x, weight, epilogue)
+        return multiply_dequantized(x, weight, epilogue)
     z = int8pack_mm(x.contiguous(), weight.qweight, weight.scale.view(-1))
     return epilogue.apply(z)
 
@@ -76,7 +78,7 @@ def _int4_shapes(bits: int, group_size: int, rows: int, k: int) -> tuple[Shape, 
 
 def _pack_int4(weight: QuantizedTensor) -> PackedTensors:
     """Codes offset to 0..15 in aten's order; scales [K/G, N, 2], each with aten's zero point."""
-    codes = unpack(weight.qweight, QTYPES[4], weight.format.k).to(torch.int32) + 8
+    codes = unpack(weight.qweight, INT4, weight.format.k).to(torch.int32) + 8
     qweight = pack_int4(codes, 1)
     scale = weight.scale.t().contiguous()
     return qweight, torch.stack((scale, torch.zeros_like(scale)), dim=-1)

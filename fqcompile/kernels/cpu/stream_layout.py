@@ -77,7 +77,7 @@ def narrow(weight: QuantizedTensor, start: int, rows: int) -> PackedTensors | No
 def dequantize(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """ŵ [rows, K] in `dtype` by PyTorch's operations alone; where the kernel runs it is faster."""
     f = weight.format
-    return dequantize_rows(*unpack(weight), f.bits, f.group_size, f.k, dtype)
+    return dequantize_rows(*unpack(weight), f.qtype, f.group_size, f.k, dtype)
 
 
 def _move(words: Tensor, bits: int, *, to_pairs: bool) -> Tensor:

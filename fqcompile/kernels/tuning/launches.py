@@ -1,14 +1,22 @@
-"""Choose a kernel's configuration: from a tuned table, a search, or the heuristic."""
+"""Choose a kernel's configuration: from a tuned table, a search, or the heuristic.
 
+A search measures each candidate once, stores each result immediately, and survives failures.
+Candidates that were tried before are skipped, so a killed search resumes where it stopped.
+"""
+
+import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final, Literal, NamedTuple
 
+import torch
+
+from fqcompile.distributed.ranks import progress
 from fqcompile.kernels.spec import Config, GemmSpec, LaunchTable, Step
 from fqcompile.kernels.template import SearchMode, Template
-from fqcompile.kernels.tuning.key import Bucket, bucket_name, bucket_of, tuning_key
-from fqcompile.kernels.tuning.measure import measure_on_gpu
-from fqcompile.kernels.tuning.search import MakeMeasure, at_bucket, search
-from fqcompile.kernels.tuning.table import Case, TunedTable, table_for
+from fqcompile.kernels.tuning.key import Bucket, bucket_name, bucket_of, rows_of, tuning_key
+from fqcompile.kernels.tuning.measure import DeviceLost, Measure, WrongResult, measure_on_gpu
+from fqcompile.kernels.tuning.table import Case, Trial, TunedTable, table_for
 
 Source = Literal["heuristic", "tuned table", "searched"]
 CLOSED_FORM: Final = "heuristic"
@@ -17,6 +25,9 @@ SEARCHED: Final = "searched"
 _FROM_GUESS_TO_KNOWLEDGE: tuple[Source, ...] = (CLOSED_FORM, TABLE, SEARCHED)
 Mode = Literal["off"] | SearchMode
 MAX_KERNELS = 4  # no more are compiled for one node; dense layers have three
+MakeMeasure = Callable[[Template, GemmSpec, int], Measure]
+_LONGEST_REFUSAL = 200
+log = logging.getLogger("fqcompile")
 
 
 class Chosen(NamedTuple):
@@ -112,3 +123,82 @@ def _offered(case: Case, template: Template, spec: GemmSpec) -> Case:
     modes: tuple[SearchMode, ...] = ("fast", "max")
     offered = {config for mode in modes for config in template.candidates(spec, spec.m, mode)}
     return replace(case, trials=tuple(t for t in case.trials if t.config in offered))
+
+
+class Searched(NamedTuple):
+    """The results of a search, and why it is incomplete, or None."""
+
+    case: Case
+    problem: str | None
+
+
+def at_bucket(spec: GemmSpec, bucket: Bucket) -> GemmSpec:
+    """The matmul with the number of rows that the bucket is measured at."""
+    return replace(spec, m=rows_of(bucket, spec), m_range=None)
+
+
+def search(
+    template: Template,
+    spec: GemmSpec,
+    bucket: Bucket,
+    mode: SearchMode,
+    make_measure: MakeMeasure,
+    table: TunedTable,
+) -> Searched:
+    """Try the template's candidates for one bucket of M, those that `table` knows left out.
+
+    `make_measure(template, spec, m)` sets up what the trials share. An exception of a trial is
+    its result; KeyboardInterrupt and the like pass through, and lose the trial at work.
+    """
+    key, spec = tuning_key(spec, template.layout.name), at_bucket(spec, bucket)
+    candidates = template.candidates(spec, spec.m, mode)
+    with table.search_alone():
+        known = table.case(key, bucket)
+        left = [config for config in candidates if known.trial(config) is None]
+        problem = _try_all(left, template, spec, make_measure, lambda t: table.add(key, bucket, t))
+    if problem is None:
+        table.finish(key, bucket, mode)
+        problem = table.case(key, bucket).failure
+    if problem is not None:
+        log.warning("tuning %s, M = %d: %s", key, spec.m, problem)
+    return Searched(table.case(key, bucket), problem)
+
+
+def _try_all(
+    configs: list[Config],
+    template: Template,
+    spec: GemmSpec,
+    make_measure: MakeMeasure,
+    keep: Callable[[Trial], None],
+) -> str | None:
+    """Why some of `configs` have no result; None where all have one."""
+    if not configs:
+        return None
+    try:
+        measure = make_measure(template, spec, spec.m)
+    except Exception as error:
+        return f"nothing could be measured: {_first_line(error)}"
+    stack = f"{spec.experts}x" if spec.experts else ""
+    shape = f"tuning {stack}{spec.n}x{spec.k} int{spec.bits} M={spec.m}"
+    problem = None
+    for config in progress(configs, shape, leave=False):
+        try:
+            trial = Trial(config, measure(config))
+        except torch.OutOfMemoryError as error:
+            # Says less about the configuration than about other users of the GPU.
+            problem = f"{config} could not be measured: {_first_line(error)}"
+            continue
+        except DeviceLost as error:
+            keep(Trial(config, refusal=_first_line(error)))
+            return f"stopped after {config}: {_first_line(error)}"
+        except Exception as error:
+            trial = Trial(config, refusal=_first_line(error))
+        keep(trial)
+    return problem
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    if isinstance(error, WrongResult):
+        return f"wrong result: {lines[0]}"[:_LONGEST_REFUSAL]
+    return f"{type(error).__name__}: {lines[0]}"[:_LONGEST_REFUSAL]

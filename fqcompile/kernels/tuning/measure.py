@@ -15,7 +15,6 @@ from fqcompile.errors import FineQuantError
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import Config, GemmSpec
 from fqcompile.kernels.template import Layout, Routing, Template
-from fqcompile.kernels.tuning.search import DeviceLost, Measure, WrongResult
 from fqcompile.kernels.tuning.table import Timing
 from fqcompile.tensor.chunks import plain_tensors
 from fqcompile.tensor.codes import dequantize_rows, pack
@@ -23,12 +22,21 @@ from fqcompile.tensor.format import QTYPES, Format, num_groups
 from fqcompile.tensor.quantized import QuantizedTensor
 
 Run = Callable[[Config], torch.Tensor]
+Measure = Callable[[Config], Timing]
 ROTATED_BYTES = 256 << 20
 _DEVICE = torch.device("cuda")
 _MOST_COPIES = 257
 _LEAST_CALLS = 16  # in one graph, so that starting it counts for little
 _WARM_UPS, _REPLAYS = 5, 25
 _REFERENCE_CHUNK = 1 << 26  # weights of the reference that are dequantized at a time
+
+
+class WrongResult(FineQuantError):
+    """A configuration's result differs from the reference; the message says by how much."""
+
+
+class DeviceLost(FineQuantError):
+    """A configuration destroyed the process's CUDA context: nothing more can be measured."""
 
 
 def measure_on_gpu(template: Template, spec: GemmSpec, m: int) -> Measure:
@@ -143,7 +151,7 @@ def random_problem(
     overflows fp16, gated or not.
     """
     generator = torch.Generator(device).manual_seed(0)
-    qtype, rows, k = QTYPES[spec.bits], spec.weight_rows * max(1, spec.experts), spec.k
+    qtype, rows, k = QTYPES[spec.bits, spec.levels], spec.weight_rows * max(1, spec.experts), spec.k
     codes = torch.randint(
         qtype.qmin, qtype.qmax + 1, (rows, k), dtype=torch.int8, device=device, generator=generator
     )
@@ -151,7 +159,8 @@ def random_problem(
     scale = torch.rand(rows, groups, device=device, generator=generator).add_(0.5).div_(qtype.qmax)
     x = torch.randn(m, k, device=device, generator=generator).mul_(k**-0.5).to(spec.dtype)
     scale = scale.to(spec.scale_dtype)
-    form = Format(spec.bits, spec.group_size, spec.weight_rows, k, spec.experts)
+    sizes = (spec.group_size, spec.weight_rows, k, spec.experts)
+    form = Format(spec.bits, *sizes, levels=spec.levels)
     return QuantizedTensor.of_rows(pack(codes, qtype), scale, form), x
 
 
@@ -162,7 +171,9 @@ def reference(x: torch.Tensor, weight: QuantizedTensor, spec: GemmSpec) -> torch
     for start in range(0, spec.weight_rows, step):
         rows = slice(start, start + step)
         codes, scale = weight.qweight[rows], weight.scale[rows]
-        w_hat = dequantize_rows(codes, scale, spec.bits, spec.group_size, spec.k, torch.float64)
+        w_hat = dequantize_rows(
+            codes, scale, weight.format.qtype, spec.group_size, spec.k, torch.float64
+        )
         parts.append(x.double() @ w_hat.t())
     return Epilogue(activation=spec.activation, gated=spec.gated).apply(torch.cat(parts, 1))
 

@@ -17,8 +17,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self, cast, get_args
 
-from fqcompile.files.cache_directory import cache_directory, check_trusted, warn_unusable, writing
-from fqcompile.files.replace import replace_file
+from fqcompile.files.trusted import (
+    cache_directory,
+    check_trusted,
+    replace_file,
+    warn_unusable,
+    writing,
+)
 from fqcompile.kernels.spec import Config, Gpu, parse_config
 from fqcompile.kernels.template import SearchMode
 from fqcompile.kernels.tuning.key import Bucket, fingerprint, kernel_source_hash

@@ -28,7 +28,7 @@ from fqcompile.kernels.registry import KernelChoice
 from fqcompile.kernels.spec import DENSE, H200
 from fqcompile.kernels.tuning import measure as measure_module
 from fqcompile.kernels.tuning.launches import CLOSED_FORM, Chosen
-from fqcompile.kernels.tuning.search import DeviceLost
+from fqcompile.kernels.tuning.measure import DeviceLost
 from tests.kernels.tuning.fake import CLOSED, TEMPLATE, launches
 
 CPU = torch.device("cpu")

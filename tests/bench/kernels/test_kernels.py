@@ -25,7 +25,7 @@ from fqcompile.kernels.roofline import ideal_seconds
 from fqcompile.kernels.spec import DENSE, H200, LaunchTable
 from fqcompile.kernels.tuning import measure as measure_module
 from fqcompile.kernels.tuning.launches import SEARCHED, Chosen
-from fqcompile.kernels.tuning.search import DeviceLost
+from fqcompile.kernels.tuning.measure import DeviceLost
 from tests.bench.made_up_results import cells
 from tests.kernels.tuning.fake import CLOSED, TEMPLATE
 

@@ -14,7 +14,7 @@ from bench.core.processes import ChildFailed
 from bench.core.results import Row
 from bench.core.shapes import build, prompt
 from bench.start import memory
-from fqcompile.kernels.tuning.search import WrongResult
+from fqcompile.kernels.tuning.measure import WrongResult
 from tests.bench.made_up_results import cells
 
 TINY, LAYERS = "tiny", 2

@@ -45,7 +45,16 @@ def arguments(
     one, weight = case.one, stacked(case, inputs, device)
     x, bias = (on_device(t, device) for t in (inputs.x, inputs.bias))
     routing = case.routing(device)
-    form = (one.bits, min(one.group_size, one.k), one.n, one.k, one.activation, one.gated, kernel)
+    form = (
+        one.bits,
+        "uniform",
+        min(one.group_size, one.k),
+        one.n,
+        one.k,
+        one.activation,
+        one.gated,
+        kernel,
+    )
     return (x, weight.qweight, weight.scale, bias, None, *form, *routing)
 
 

@@ -54,7 +54,7 @@ class Call:
         c = self.case
         group_size = min(c.group_size, c.k)
         tensors = (self.x, self.qweight, self.scale, self.bias, self.residual)
-        return (*tensors, c.bits, group_size, c.n, c.k, c.activation, c.gated, kernel)
+        return (*tensors, c.bits, "uniform", group_size, c.n, c.k, c.activation, c.gated, kernel)
 
     def __call__(self, kernel: str) -> Tensor:
         y: Tensor = matmul(*self.arguments(kernel))

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fqcompile.kernels.dequantize import DEQUANTIZE
 from fqcompile.kernels.spec import DENSE, H200, Config, GemmSpec, LaunchTable, TileConfig
-from fqcompile.kernels.template import SearchMode, Template
-from fqcompile.kernels.tuning.search import Measure
+from fqcompile.kernels.template import DEQUANTIZE, SearchMode, Template
+from fqcompile.kernels.tuning.measure import Measure
 from fqcompile.kernels.tuning.table import Timing
 
 SPEC = GemmSpec(16, 4096, 14336, 4, 128, torch.bfloat16, torch.bfloat16, "cuda", gpu=H200)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fqcompile.kernels.dequantize import DEQUANTIZE
 from fqcompile.kernels.spec import DENSE, LaunchTable, TileConfig
+from fqcompile.kernels.template import DEQUANTIZE
 from fqcompile.kernels.tuning import launches as launches_module
 from fqcompile.kernels.tuning.key import bucket_of, tuning_key
 from fqcompile.kernels.tuning.launches import (

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fqcompile.errors import FineQuantError
-from fqcompile.kernels.dequantize import DEQUANTIZE
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.registry import select_kernel
 from fqcompile.kernels.spec import DENSE, GemmSpec, gpu_of
-from fqcompile.kernels.template import PLAIN, Template
+from fqcompile.kernels.template import DEQUANTIZE, PLAIN, Template
 from fqcompile.kernels.tuning import measure as measure_module
 from fqcompile.kernels.tuning.measure import (
+    DeviceLost,
+    WrongResult,
     allowed_error,
     captured,
     difference,
@@ -28,7 +29,6 @@ from fqcompile.kernels.tuning.measure import (
     rotation,
     timing_of,
 )
-from fqcompile.kernels.tuning.search import DeviceLost, WrongResult
 from fqcompile.kernels.tuning.table import Timing
 from fqcompile.tensor.format import Format
 from fqcompile.tensor.quantized import QuantizedTensor

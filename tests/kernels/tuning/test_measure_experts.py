@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from fqcompile.kernels.cpu.stream import X86_STREAM
-from fqcompile.kernels.dequantize import DEQUANTIZE
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import DENSE, GemmSpec
+from fqcompile.kernels.template import DEQUANTIZE
 from fqcompile.kernels.tuning import measure as measure_module
 from fqcompile.kernels.tuning.measure import (
+    WrongResult,
     expert_reference,
     measure_on_gpu,
     random_problem,
     routings,
 )
-from fqcompile.kernels.tuning.search import WrongResult
 from fqcompile.kernels.tuning.table import Timing
 from fqcompile.tensor.format import Format
 from fqcompile.tensor.quantized import QuantizedTensor

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from fqcompile.errors import FineQuantError
-from fqcompile.kernels.tuning import search as search_module
+from fqcompile.kernels.tuning import launches
 from fqcompile.kernels.tuning.key import tuning_key
-from fqcompile.kernels.tuning.search import DeviceLost, Searched, WrongResult, search
+from fqcompile.kernels.tuning.launches import Searched, search
+from fqcompile.kernels.tuning.measure import DeviceLost, WrongResult
 from fqcompile.kernels.tuning.table import Case, TunedTable
 from tests.children import FORK
 from tests.kernels.tuning.fake import FAST, MAX, SPEC, TEMPLATE, FakeMeasure
@@ -195,4 +196,4 @@ def test_long_reasons_are_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     case, _ = _search(tmp_path, FakeMeasure({FAST[1]: RuntimeError("x" * 10_000)}))
     refused = case.trial(FAST[1])
     assert refused is not None
-    assert len(str(refused.refusal)) == search_module._LONGEST_REFUSAL
+    assert len(str(refused.refusal)) == launches._LONGEST_REFUSAL

@@ -1,0 +1,271 @@
+"""Builds the package's C++ on first use and loads it: the widest path that this processor has.
+
+The compiler is the one that Inductor uses for CPU graphs. The library is kept in the cache
+directory under a name derived from the source, the compiler, the flags and torch's version, so it
+is built once for all processes and again for another version. Importing this module builds nothing.
+
+<name>.so   the library, and its SHA-256: loading a damaged library would crash the process
+
+FQCOMPILE_CPU_ISA names a narrower path, or "none", to be used instead.
+"""
+
+import ctypes
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+
+from fqcompile.errors import KernelBuildError
+from fqcompile.files.trusted import (
+    cache_directory,
+    check_trusted,
+    fallback_directory,
+    replace_file,
+    warn_unusable,
+    writing,
+)
+from fqcompile.torch_compat import InvalidCxxCompiler, cpp_compiler, has_feature
+
+log = logging.getLogger("fqcompile")
+
+OVERRIDE = "FQCOMPILE_CPU_ISA"
+_SOURCES = sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".h", ".cpp"))
+# Inductor's own builds take minutes at most; a compiler that hangs must not hang a model.
+_TIME_LIMIT = 600.0
+_DIGEST_BYTES = sha256().digest_size
+# What is not written as a fused multiply-add is none: the quantizer's bits depend on it.
+_FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-ffp-contract=off"),
+)
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+
+
+@dataclass(frozen=True)
+class Isa:
+    """A path of the kernel: the instructions that it is compiled for, and whether they are here."""
+
+    name: str
+    flags: tuple[str, ...]
+    supported: Callable[[], bool]
+
+
+ISAS = {
+    isa.name: isa
+    for isa in (
+        Isa("avx512_bf16", (*_AVX512, "-mavx512bf16"), lambda: has_feature("avx512_bf16")),
+        Isa("avx512", _AVX512, lambda: has_feature("avx512")),
+        Isa("avx2", _AVX2, lambda: has_feature("avx2")),
+    )
+}
+
+
+@dataclass(frozen=True)
+class NativeLibrary:
+    """Its functions; each takes the bytes of its arguments, see `matmul.cpp`, `quantize.cpp`."""
+
+    isa: str
+    matmul: Callable[[bytes], int]
+    dequantize: Callable[[bytes], None]
+    search: Callable[[bytes], None]
+    encode: Callable[[bytes], None]
+
+
+def native_library() -> NativeLibrary:
+    """The kernel for this machine, built if no process has built it before.
+
+    Raises:
+        KernelBuildError: no path fits this processor, or it does not build; the text says why. It
+            is not tried again in this process.
+    """
+    found = loaded()
+    if isinstance(found, str):
+        raise KernelBuildError(found)
+    return found
+
+
+def refusal() -> str | None:
+    """Build the kernel; return why that is impossible here, or None."""
+    found = loaded()
+    return found if isinstance(found, str) else None
+
+
+@cache
+def loaded() -> NativeLibrary | str:
+    """The kernel, or why there is none; found out once in a process."""
+    try:
+        isa = chosen_isa()
+    except KernelBuildError as error:
+        return str(error)
+    try:
+        return _built_somewhere(isa)
+    except KernelBuildError as error:
+        log.warning("the kernel for x86 is not used, but a slower one: %s", error)
+        return str(error)
+
+
+def _built_somewhere(isa: Isa) -> NativeLibrary:
+    """In the cache; where that cannot be used in the fallback; for this process alone at last.
+
+    Raises:
+        KernelBuildError: in none of them; it is that of the first.
+    """
+    kept, fallback = cache_directory() / "x86", fallback_directory() / "x86"
+    try:
+        return load(isa, build(isa, kept))
+    except KernelBuildError as error:
+        try:
+            found = load(isa, build(isa, fallback))
+        except KernelBuildError:
+            found = _built_for_now(isa, error)
+        warn_unusable(kept, error.__cause__ or error)  # the cause has no remedy, the warning one
+        return found
+
+
+def _built_for_now(isa: Isa, error: KernelBuildError) -> NativeLibrary:
+    """In a directory that nobody could have prepared; what is loaded needs no file any longer.
+
+    Raises:
+        KernelBuildError: `error`, where that fails too.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="fqcompile-") as fresh:
+            return load(isa, build(isa, Path(fresh) / "x86"))
+    except (KernelBuildError, OSError):
+        raise error from None
+
+
+def chosen_isa() -> Isa:
+    """The path that FQCOMPILE_CPU_ISA names, else the widest one that this processor has.
+
+    Raises:
+        KernelBuildError: there is none.
+    """
+    wanted = os.environ.get(OVERRIDE)
+    if wanted == "none":
+        raise KernelBuildError(f"{OVERRIDE}=none says so")
+    if wanted and wanted not in ISAS:
+        raise KernelBuildError(f"{OVERRIDE}={wanted!r} is not one of {', '.join(ISAS)}, none")
+    if sys.platform != "linux":
+        raise KernelBuildError(f"is built on linux, not {sys.platform}")
+    for isa in [ISAS[wanted]] if wanted else ISAS.values():
+        if isa.supported():
+            return isa
+    raise KernelBuildError(f"this processor has none of {wanted or ', '.join(ISAS)}")
+
+
+def build(isa: Isa, directory: Path) -> Path:
+    """The shared library for `isa` in `directory`, compiled if it is not there.
+
+    Raises:
+        KernelBuildError: the compiler is missing or fails, or the directory cannot be written, or
+            others may write to it.
+    """
+    compiler = _compiler()
+    command = [compiler, *_FLAGS, *isa.flags]
+    path = directory / f"{isa.name}-{_digest(command)}.so"
+    try:
+        if _is_whole(path):
+            return path
+        with writing(directory, seconds=_TIME_LIMIT):
+            if not _is_whole(path):  # built by another process meanwhile
+                if path.exists():
+                    log.warning("%s is not as it was written: it is built anew", path)
+                _compile(command, path)
+    except OSError as error:
+        raise KernelBuildError(
+            f"cannot be built in {directory} ({error}); set FQCOMPILE_CACHE_DIR to a directory "
+            "that you alone can write to"
+        ) from error
+    return path
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        check_trusted(path)
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    return sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
+
+
+def _compiler() -> str:
+    try:
+        return cpp_compiler()
+    except (InvalidCxxCompiler, OSError) as error:
+        raise KernelBuildError(
+            "no C++ compiler: install g++ or clang++, or set CXX; Inductor on CPU needs it too"
+        ) from error
+
+
+def _digest(command: list[str]) -> str:
+    """A digest of everything that determines the library."""
+    version = _run([command[0], "--version"])
+    parts = [*command, version, torch.__version__, f"{_DIGEST_BYTES} bytes follow"]
+    parts += [path.read_text(encoding="utf-8") for path in _SOURCES]
+    return sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _compile(command: list[str], path: Path) -> None:
+    """Compile to a temporary file first, so that `path` is always a complete library."""
+    made = path.with_name(".made")
+    libraries = Path(torch.__file__).parent / "lib"
+    mains = [str(path) for path in _SOURCES if path.suffix == ".cpp"]
+    command = [*command, *mains, "-o", str(made), f"-L{libraries}", "-ltorch_cpu"]
+    made.unlink(missing_ok=True)  # a pipe of that name would be waited for
+    try:
+        # What lies between the compiler and the linker fits where the library does.
+        _run(command, {**os.environ, "TMPDIR": str(path.parent.absolute())})
+        content = made.read_bytes()
+        replace_file(path, [content, sha256(content).digest()])
+    finally:
+        made.unlink(missing_ok=True)
+
+
+def _run(command: list[str], environment: dict[str, str] | None = None) -> str:
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="backslashreplace",  # a compiler may speak in any encoding
+            timeout=_TIME_LIMIT,
+            env=environment,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelBuildError(f"the compiler {command[0]} does not run: {error}") from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr]
+        raise KernelBuildError(
+            f"the compiler {command[0]} failed with {done.returncode}: {lines[0].strip()}"
+        )
+    return done.stdout
+
+
+def load(isa: Isa, path: Path) -> NativeLibrary:
+    """The functions of the shared library at `path`.
+
+    Raises:
+        KernelBuildError: it is not one, or not one of ours.
+    """
+    try:
+        library = ctypes.CDLL(str(path))
+        matmul, *others = (
+            getattr(library, f"fqcompile_{name}")
+            for name in ("matmul", "dequantize", "search", "encode")
+        )
+    except (OSError, AttributeError) as error:
+        raise KernelBuildError(f"{path} does not load: {error}") from error
+    matmul.argtypes, matmul.restype = [ctypes.c_char_p], ctypes.c_int64
+    for function in others:
+        function.argtypes, function.restype = [ctypes.c_char_p], None
+    return NativeLibrary(isa.name, matmul, *others)

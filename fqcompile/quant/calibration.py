@@ -1,0 +1,126 @@
+"""Calibration: how much an error counts in each column of a weight, from the inputs of its matmuls.
+
+    h[k] = mean over rows of x[:, k]² / its mean over k, and then half and half with 1
+
+Half of it is 1, so that few rows, or rows that are alike, cannot make a column count for nothing.
+h is the same for x of any scale. It is rounded to eight bits: what a library may do otherwise from
+one process to the next, in the last bit of an activation, is hardly ever seen in it.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from fqcompile.tensor.chunks import plain_tensors
+
+_SEED = 0
+_CHUNK = 1 << 22  # elements that are squared in float64 at a time
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Calibration:
+    """How much errors count in each column of a weight, and the inputs that said so.
+
+    Attributes:
+        asked: the option; other options give the same weight other codes.
+        h: float32 [K], or [E, K] of a stack of experts, on the CPU; None where all count alike.
+        source: what the inputs were: "synthetic", "first_call", "batches", or "none" and why.
+        rows: the number of rows that were multiplied with the weight, of all experts together.
+    """
+
+    asked: str
+    h: Tensor | None = None
+    source: str = "none"
+    rows: int = 0
+
+    @classmethod
+    def of(cls, moments: "Moments", asked: str, source: str, mean_square: float = 0.0) -> Self:
+        """As the moments say; for `mean_square` see `Moments.h`."""
+        h, rows = moments.h(mean_square), sum(moments.rows)
+        if h is None:
+            what = "its inputs were zeros or not finite" if rows else "no row came to it"
+            return cls(asked=asked, source=f"none: {what}", rows=rows)
+        unseen = moments.rows.count(0)
+        text = f"{source}, {unseen} of {len(h)} experts without rows" if unseen else source
+        return cls(asked=asked, h=h if moments.stacked else h[0], source=text, rows=rows)
+
+
+class Moments:
+    """Sums of the squares of the inputs of one weight, for each column and expert, in float64.
+
+    Attributes:
+        total: [E, K] on the CPU, with E = 1 for a matrix.
+        rows: for each expert, how many rows were added.
+        stacked: whether it is of a stack of experts.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        """For a weight of shape [N, K] or [E, N, K]."""
+        *experts, _, k = shape
+        self.stacked = bool(experts)
+        self.rows = [0] * (experts[0] if experts else 1)
+        self.total = torch.zeros(len(self.rows), k, dtype=torch.float64)
+
+    def add(self, x: Tensor, expert: int = 0) -> None:
+        """Count the rows x [..., K], which one matrix is multiplied with."""
+        rows = x.reshape(-1, x.shape[-1])
+        self.rows[expert] += len(rows)
+        for piece in rows.split(max(1, _CHUNK // max(1, rows.shape[1]))):
+            self.total[expert] += piece.double().square().sum(0).cpu()
+
+    @classmethod
+    def sum(cls, each: Sequence["Moments"]) -> "Moments":
+        """Of the rows of all, as of several products with one weight, or of several ranks."""
+        first, *others = each
+        total = copy(first)
+        for other in others:
+            total.total = total.total + other.total
+            total.rows = [a + b for a, b in zip(total.rows, other.rows, strict=True)]
+        return total
+
+    def mean_square(self) -> float:
+        """The mean over all rows, columns and experts that were seen."""
+        return float(self.total.sum()) / max(1, sum(self.rows) * self.total.shape[1])
+
+    def h(self, mean_square: float = 0.0) -> Tensor | None:
+        """float32 [E, K]; None where no row was seen, or none that is finite and not zero.
+
+        `mean_square`, if there is one, takes the place of the matrix's own mean, where other ranks
+        have more of its columns.
+        """
+        if not 0 < self.mean_square() < math.inf:
+            return None
+        # an expert without rows, or with zeros alone, counts errors as its stack does
+        whole = self.total.sum(0) / sum(self.rows)
+        pairs = zip(self.total, self.rows, strict=True)
+        means = [total / rows if rows and total.any() else whole for total, rows in pairs]
+        each = [(mean / (mean_square or mean.mean()) + 1) / 2 for mean in means]
+        return torch.stack(each).to(torch.bfloat16).float()
+
+
+def token_ids(shape: Sequence[int], rows: int, generator: torch.Generator) -> Tensor:
+    """Random ids of a table with so many rows; int64 on the CPU, where the generator is."""
+    return torch.randint(0, rows, tuple(shape), generator=generator)
+
+
+def token_generator() -> torch.Generator:
+    """The random numbers that ids are drawn from, the same in every process."""
+    return torch.Generator().manual_seed(_SEED)
+
+
+@contextmanager
+def fixed_random_numbers(devices: Iterable[torch.device]) -> Iterator[None]:
+    """What draws random numbers, such as dropout, draws the same ones; afterwards all is as before.
+
+    Without gradients, and with ordinary tensors even in a caller's inference mode.
+    """
+    gpus = sorted({device.index or 0 for device in devices if device.type == "cuda"})
+    with plain_tensors(), torch.random.fork_rng(gpus, device_type="cuda"):
+        torch.manual_seed(_SEED)
+        yield
