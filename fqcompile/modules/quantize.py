@@ -28,7 +28,7 @@ from fqcompile.weights.recipe import IDENTITY
 from fqcompile.weights.store import plain_eager
 
 # Options that only affect compilation; `quantize_` refuses them.
-_OF_COMPILING = "weight_updates autotune debug_dir inner_backend inductor mode".split()
+OF_COMPILING = "weight_updates autotune debug_dir inner_backend inductor mode".split()
 
 
 def quantize_(model: nn.Module, **options: object) -> Plan:
@@ -87,7 +87,7 @@ def packing_config(options: Mapping[str, object]) -> FineQuantConfig:
         OptionError: one is unknown, its value is not allowed, or it only affects compilation.
     """
     config = FineQuantConfig.from_options(options)
-    given = [name for name in _OF_COMPILING if name in options]
+    given = [name for name in OF_COMPILING if name in options]
     if given:
         raise OptionError(
             f"option {given[0]} is one of compiling, which this function does not do: pass it to "

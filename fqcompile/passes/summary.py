@@ -85,7 +85,8 @@ class Row:
         recipe = site.recipe
         assert isinstance(recipe, SiteRecipe) and isinstance(decision, QuantPlan)
         if key_of([decision]) != key_of([recipe.plan]):  # what it would deliver nobody has asked
-            decision = replace(recipe.plan, relative_error=math.nan, expert_errors=())
+            asked = replace(recipe.plan, relative_error=math.nan, expert_errors=())
+            decision = replace(asked, calibration=decision.calibration)
         pairs = zip(recipe.names, names, strict=True)
         shared = frozenset(new for old, new in pairs if old in recipe.shared)
         recipe = replace(recipe, names=names, plan=decision, shared=shared)
@@ -191,8 +192,11 @@ def _site(state: GraphState, site: WeightSite) -> Site:
 
 def _errors(plan: QuantPlan) -> dict[str, Any]:
     error = plan.relative_error  # not a number where the weight came packed
+    calibration = plan.calibration
     return {
         "relative_error": None if math.isnan(error) else error,
+        "calibration": None if calibration is None else calibration.source,
+        "calibration_rows": None if calibration is None else calibration.rows,
         "expert_errors": plan.expert_errors or None,
     }
 
