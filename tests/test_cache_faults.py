@@ -24,12 +24,12 @@ from torch import nn
 
 import fqcompile
 from fqcompile.files import trusted as place
-from fqcompile.kernels.cpu import native_library as native
+from fqcompile.native import library as native
 from fqcompile.weights import disk_cache
 from fqcompile.weights.disk_cache import DiskCache
 from tests.children import NOBODY, in_child, needs_root, open_folder
 from tests.helpers import assert_close, finequant
-from tests.kernels.cpu.paths import NAMES, copying_compiler
+from tests.native.paths import NAMES, copying_compiler
 from tests.weights.test_disk_cache import put, unwanted
 from tests.weights.test_disk_cache_entries import assert_same, entry
 

@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.core.shapes import OURS
-from fqcompile.kernels.cpu import native_library
 from fqcompile.kernels.cpu.aten_packed import INT4PACK, INT8PACK
 from fqcompile.kernels.cpu.stream import X86_STREAM
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import Template
+from fqcompile.native import library as native_library
 from fqcompile.tensor.codes import unpack
 from fqcompile.tensor.format import INT4, Format
 from fqcompile.tensor.quantized import QuantizedTensor

@@ -32,7 +32,7 @@ from bench.core.results import Results, Row, failure
 from bench.core.section import show
 from bench.core.shapes import MODELS, STARTED, build, prompt
 from bench.start.section import startup as section
-from fqcompile.kernels.cpu import native_library
+from fqcompile.native import library as native_library
 from fqcompile.passes import lower
 from fqcompile.weights import disk_cache, fingerprint
 from fqcompile.weights.disk_cache import DiskCache

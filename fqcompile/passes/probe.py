@@ -84,7 +84,7 @@ class Probe:
         if tables:  # a graph may be right for some sizes alone, as for sequences within a window
             tried.insert(0, many_short(inputs, tried[0], tables))
         for sizes in tried:
-            moments = [_moments(site) for site in self.sites]
+            moments = [Moments(site.shape) for site in self.sites]
             devices = [arg.device for arg in args if isinstance(arg, Tensor)]
             try:
                 with fixed_random_numbers(devices):
@@ -175,11 +175,6 @@ def _experts(site: WeightSite, ids: Tensor | None) -> tuple[Tensor, tuple[int, .
     assert out is not None
     sizes = tuple(int(out.shape[roles.out_dims.index(i)]) for i in roles.batch)
     return torch.arange(prod(sizes)), sizes
-
-
-def _moments(site: WeightSite) -> Moments:
-    *experts, _, k = site.shape
-    return Moments(k, experts[0] if experts else 1)
 
 
 def _noted(state: GraphState, sites: Sequence[WeightSite]) -> fx.GraphModule:

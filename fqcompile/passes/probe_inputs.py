@@ -4,7 +4,7 @@ Integer inputs that index a table get random ids from a fixed seed, and symbolic
 32 sequences of 16 ids. All else is as in the call, and copied where the graph may write to it.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -68,8 +68,9 @@ def sizes_of(inputs: Nodes, args: Sequence[Any]) -> dict[Any, int]:
     found: dict[Any, int] = {}
     for node, arg in zip(inputs, args, strict=True):
         fake = node.meta.get("example_value")
-        tensor = isinstance(fake, Tensor) and isinstance(arg, Tensor)
-        pairs = zip(fake.shape, arg.shape, strict=True) if tensor else [(fake, arg)]
+        pairs: Iterable[tuple[Any, Any]] = [(fake, arg)]
+        if isinstance(fake, Tensor) and isinstance(arg, Tensor):
+            pairs = zip(fake.shape, arg.shape, strict=True)
         found |= {symbol_of(s): hint_of(size) for s, size in pairs if symbol_of(s)}
     return found
 
@@ -165,6 +166,6 @@ def _is_plain(tensor: Tensor) -> bool:
 def _span(tensor: Tensor) -> tuple[int, int]:
     """The bytes of its memory from its first element to behind its last."""
     size = tensor.dtype.itemsize
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.storage_offset()
+    last = int(sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)))
+    start = int(tensor.storage_offset())
     return start * size, (start + last + 1) * size

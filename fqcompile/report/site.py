@@ -40,6 +40,8 @@ class Site:
     ‖w-ŵ‖/‖w‖ of the stored codes; `expert_errors` has it for each expert. `least_us` is the
     roofline lower bound in microseconds for the rows of the example call: the time to move its
     bytes or, on a GPU, to compute if that is longer; a CPU's bandwidth is measured on first use.
+    `calibration` says what its errors were weighed with: "synthetic", "first_call", "batches", or
+    "none" and why; `calibration_rows` how many rows that were.
     `recipe` locates the weight in a model, for `fake_quantize_`; it is never written to files.
     """
 
@@ -54,6 +56,8 @@ class Site:
     bytes_before: int
     bytes_after: int
     relative_error: float | None = None
+    calibration: str | None = None
+    calibration_rows: int | None = None
     expert_errors: tuple[float, ...] | None = None
     kernel: str | None = None
     least_us: _OnceAsked = _OnceAsked()

@@ -24,7 +24,7 @@ Tensors = tuple[Tensor, ...]
 
 def part_key(recipe: WeightRecipe, plan: QuantPlan) -> tuple[object, ...]:
     """Equal where the same sources give the same codes and scales."""
-    return (recipe.key, *plan.choice)
+    return (recipe.key, *plan.choice, plan.asked)
 
 
 @dataclass(frozen=True)

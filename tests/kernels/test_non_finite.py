@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.registry import TEMPLATES
-from fqcompile.tensor.format import Format
+from fqcompile.tensor.format import QTYPES, UNIFORM, Format
 from fqcompile.tensor.quantized import QuantizedTensor
-from tests.kernels.cpu.paths import NAMES, path
 from tests.kernels.test_op import oracle, unpacked
+from tests.native.paths import NAMES, path
 from tests.strategies import Problem, make_problem, matmul
 
+FORMS = [{"bits": qtype.bits, "levels": qtype.levels} for qtype in QTYPES.values()]
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # (n, k, group): tails of K and of N, one scale a column, groups that end within a word, two blocks
 SHAPES = [(128, 64, 32), (70, 37, 37), (70, 48, 5), (64, 600, 600), (64, 128, 128)]
@@ -40,13 +42,15 @@ def takes(template: str, p: Problem) -> bool:
         return True
     n, k, group = p.n, p.k, p.group_size
     of_int8 = p.bits == 8 and group >= k and k % 16 == 0
-    of_int4 = p.bits == 4 and n % 64 == 0 and group in (32, 64, 128) and k % group == 0
+    uniform = p.levels == UNIFORM
+    of_int4 = p.bits == 4 and uniform and n % 64 == 0 and group in (32, 64, 128) and k % group == 0
     return p.x.dtype == BF16 and (of_int8 if template.endswith("8pack") else of_int4)
 
 
 def run(template: str, p: Problem) -> Tensor:
     rows = p.qweight.shape[0]
-    plain = QuantizedTensor(p.qweight, p.scale, Format(p.bits, p.group_size, rows, p.k))
+    form = Format(p.bits, p.group_size, rows, p.k, levels=p.levels)
+    plain = QuantizedTensor(p.qweight, p.scale, form)
     return matmul(p.x, *TEMPLATES[template].layout.pack(plain).tensors, *p.arguments[3:], template)
 
 
@@ -72,10 +76,10 @@ def both_infinities(p: Problem) -> Problem:
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("m", [1, 2, 3, 8, 11])
 def test_results_are_infinite_and_nan_as_in_eager(
-    m: int, bits: int, dtype: torch.dtype, name: str
+    m: int, form: dict[str, Any], dtype: torch.dtype, name: str
 ) -> None:
     # Not gelu: PyTorch's own makes NaN of infinity for fp32 and bf16, and for fp16 does not.
     forms = [("none", False), ("relu", False), ("gelu_tanh", True), ("silu", False)]
@@ -84,7 +88,7 @@ def test_results_are_infinite_and_nan_as_in_eager(
         for n, k, group in SHAPES:
             for activation, gated in [*forms, ("swiglu_oai", True)]:
                 p = make_problem(
-                    leading=(m,), n=n, k=k, bits=bits, group_size=group, dtype=dtype,
+                    leading=(m,), n=n, k=k, **form, group_size=group, dtype=dtype,
                     activation=activation, gated=gated,
                 )  # fmt: skip
                 signs = with_values(p, math.inf, -math.inf), with_values(p, -math.inf, math.inf)
@@ -95,17 +99,17 @@ def test_results_are_infinite_and_nan_as_in_eager(
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("m", [1, 2, 8])
 def test_large_numbers_are_not_made_infinite(
-    m: int, bits: int, dtype: torch.dtype, name: str
+    m: int, form: dict[str, Any], dtype: torch.dtype, name: str
 ) -> None:
     """Their products with codes are, and those with the weight are not."""
     template, where = KERNELS[name]
     largest = torch.finfo(dtype).max
     with where():
         for n, k, group in SHAPES:
-            p = make_problem(leading=(m,), n=n, k=k, bits=bits, group_size=group, dtype=dtype)
+            p = make_problem(leading=(m,), n=n, k=k, **form, group_size=group, dtype=dtype)
             p = with_values(p, largest, -largest)
             if takes(template, p):
                 want, bound = oracle(p)
@@ -115,8 +119,8 @@ def test_large_numbers_are_not_made_infinite(
 
 
 def test_other_rows_of_a_tile_keep_their_values() -> None:
-    for bits in (4, 8):
-        p = make_problem(leading=(8,), n=70, k=64, bits=bits, dtype=BF16)
+    for form in FORMS:
+        p = make_problem(leading=(8,), n=70, k=64, **form, dtype=BF16)
         x = p.x.clone()
         x[3, 5] = math.inf
         y = run("x86_stream" if NAMES else "dequantize", replace(p, x=x))

@@ -7,10 +7,10 @@ import torch
 
 from fqcompile.errors import NoKernelError
 from fqcompile.kernels import registry
-from fqcompile.kernels.cpu import native_library
 from fqcompile.kernels.epilogue import HAS_TRITON
 from fqcompile.kernels.registry import TEMPLATES, KernelChoice, parse_kernel, select_kernel
 from fqcompile.kernels.spec import DENSE, H200, GemmSpec, LaunchTable, TileConfig
+from fqcompile.native import library as native_library
 
 BF16 = torch.bfloat16
 SPEC = GemmSpec(4, 64, 128, 4, 64, BF16, BF16, "cpu")

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fqcompile.kernels.cpu import native_library
+from fqcompile.native import library as native_library
 from fqcompile.passes.op_nodes import argument
 from fqcompile.passes.select import gemm_spec
 from tests.passes.graphs import run_passes, weight

@@ -12,8 +12,9 @@ from fqcompile.config import SiteOptions
 from fqcompile.quant.affine import choose_scale
 from fqcompile.quant.choose import choose_and_quantize, choose_plan, quantize_weight
 from fqcompile.quant.granularity import estimate_errors, mean_ranges
-from fqcompile.tensor.format import INT4
+from fqcompile.tensor.format import INT4, NORMAL4, QType
 from tests.quant.strategies import KINDS, group_sizes, matrices, matrix
+from tests.quant.test_scale_search import squared_errors
 
 
 def error_weights(k: int, seed: int = 0) -> torch.Tensor:
@@ -22,31 +23,36 @@ def error_weights(k: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(k, generator=generator).mul(1.5).exp()
 
 
-def weighted_errors(groups: np.ndarray, scale: np.ndarray, h: np.ndarray) -> np.ndarray:
-    """sum h (w - ŵ)^2 of each int4 group [N, G, g], in float64."""
-    codes = np.clip(np.rint(groups / scale[..., None]), -8, 7)
-    return (h * (groups - codes * scale[..., None]) ** 2).sum(-1)
+def weighted_errors(
+    groups: np.ndarray, scale: np.ndarray, h: np.ndarray, qtype: QType
+) -> np.ndarray:
+    """sum h (w - ŵ)^2 of each group [N, G, g], in float64: each weight as a group of its own."""
+    each = np.repeat(scale[..., None], groups.shape[-1], -1)
+    return (h * squared_errors(groups[..., None], each, qtype.name)).sum(-1)
 
 
-def least_errors(groups: np.ndarray, h: np.ndarray) -> np.ndarray:
+def least_errors(groups: np.ndarray, h: np.ndarray, qtype: QType) -> np.ndarray:
     """The least weighted error of each group over 600 steps of both signs."""
     peak = np.abs(groups).max(-1)
     fractions = np.linspace(0.01, 1.15, 400) / 8
     steps = np.concatenate([fractions, -fractions])
-    return np.min([weighted_errors(groups, peak * c, h) for c in steps], axis=0)
+    return np.min([weighted_errors(groups, peak * c, h, qtype) for c in steps], axis=0)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "heavy", "outlier"])
 @pytest.mark.parametrize("g", [32, 128, 1024])
-def test_weighted_search_is_as_good_as_800_exact_candidates(kind: str, g: int) -> None:
+@pytest.mark.parametrize("qtype", [INT4, NORMAL4], ids=lambda qtype: qtype.name)
+def test_weighted_search_is_as_good_as_800_exact_candidates(
+    qtype: QType, kind: str, g: int
+) -> None:
     w, h = matrix(kind, 16, 1024), error_weights(1024)
-    scale = choose_scale(w, INT4, g, "mse", torch.float32, h).double().numpy()
-    plain = choose_scale(w, INT4, g, "mse", torch.float32).double().numpy()
+    scale = choose_scale(w, qtype, g, "mse", torch.float32, h).double().numpy()
+    plain = choose_scale(w, qtype, g, "mse", torch.float32).double().numpy()
     groups, weights = w.double().numpy().reshape(16, -1, g), h.double().numpy().reshape(-1, g)
-    found = weighted_errors(groups, scale, weights).sum()
+    found = weighted_errors(groups, scale, weights, qtype).sum()
     # Without weights within 1%; few weights count much here, which is as if groups were smaller.
-    assert found < 1.02 * least_errors(groups, weights).sum()
-    assert found < weighted_errors(groups, plain, weights).sum()
+    assert found < 1.02 * least_errors(groups, weights, qtype).sum()
+    assert found < weighted_errors(groups, plain, weights, qtype).sum()
 
 
 @given(matrices(), group_sizes, st.integers(0, 99), st.integers(-120, 120))
@@ -95,13 +101,15 @@ def test_rows_do_not_know_each_other(order: list[int], seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "heavy", "outlier"])
-def test_estimates_are_weighted(kind: str) -> None:
+@pytest.mark.parametrize("qtype", [INT4, NORMAL4], ids=lambda qtype: qtype.name)
+def test_estimates_are_weighted(qtype: QType, kind: str) -> None:
     w, h, sizes = matrix(kind, 16, 1024), error_weights(1024), (1024, 128, 32)
-    estimates = estimate_errors(w, sizes, SiteOptions(levels="uniform"), h)
+    estimates = estimate_errors(w, sizes, SiteOptions(levels=qtype.levels), h)
     exact, weights = w.double().numpy(), h.double().numpy()
     for g, estimate in zip(sizes, estimates, strict=True):
-        scale = choose_scale(w, INT4, g, "mse", torch.float32, h).double().numpy()
-        squares = weighted_errors(exact.reshape(16, -1, g), scale, weights.reshape(-1, g))
+        scale = choose_scale(w, qtype, g, "mse", torch.float32, h).double().numpy()
+        groups = exact.reshape(16, -1, g)
+        squares = weighted_errors(groups, scale, weights.reshape(-1, g), qtype)
         relative = math.sqrt(squares.sum() / (weights * exact**2).sum())
         assert relative * (1 - 1e-4) < estimate < relative * 1.025
 

@@ -9,13 +9,13 @@ N = K = 4096, int4, milliseconds at M = 64, 128, 256, 512: this 14, 31, 60, 121,
 dense bf16 weight 20, 31, 60, 114, by panels 28, 38, 70, 132. Only AMX multiplies bf16 much faster.
 """
 
+from array import array
 from functools import cache
 from struct import Struct
 
 import torch
 from torch import Tensor
 
-from fqcompile.kernels.cpu import native_library as native
 from fqcompile.kernels.cpu.stream_layout import (
     OUTPUTS,
     dequantize,
@@ -28,6 +28,7 @@ from fqcompile.kernels.epilogue import ACTIVATIONS, Epilogue
 from fqcompile.kernels.spec import Config, GemmSpec
 from fqcompile.kernels.template import Layout, Routing, Template
 from fqcompile.locks import in_forked_child
+from fqcompile.native import library as native
 from fqcompile.tensor.format import QTYPES, UNIFORM
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import has_amx
@@ -38,6 +39,9 @@ class _Numbers(dict[torch.dtype, int]):
         raise RuntimeError(f"the x86 kernel takes fp32, bf16 and fp16, not {dtype}")
 
 
+# The levels of 16 codes; none where codes are their own.
+_LEVELS = {q.levels: array("f", q.values) for q in QTYPES.values() if q.levels != UNIFORM}
+_LEVELS_AT = {UNIFORM: 0} | {name: found.buffer_info()[0] for name, found in _LEVELS.items()}
 # As enumerated in vectors.h and epilogue.h.
 DTYPES = _Numbers({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})
 _ACTIVATIONS = {name: i for i, name in enumerate(ACTIVATIONS)}
@@ -54,9 +58,8 @@ def _refuse(spec: GemmSpec) -> str | None:
     if spec.device_type != "cpu":
         return f"runs on cpu, not {spec.device_type}"
     if (spec.bits, spec.levels) not in QTYPES:
-        return f"takes int4 and int8, not {spec.bits} bits"
-    if spec.levels != UNIFORM:
-        return f"takes {UNIFORM} levels, not {spec.levels}"
+        known = ", ".join(qtype.name for qtype in QTYPES.values())
+        return f"takes {known}, not {spec.bits} bits with {spec.levels} levels"
     odd = [t for t in (spec.dtype, spec.scale_dtype) if t not in DTYPES]
     if odd:
         return f"takes fp32, bf16 and fp16, not {odd[0]}"
@@ -117,7 +120,7 @@ def _multiply(
         told = told.contiguous()
         experts, told_at, told_bytes = qweight.shape[0], told.data_ptr(), told.element_size()
     fields = _MATMUL.pack(
-        qweight.data_ptr(), scale.data_ptr(), DTYPES[scale.dtype], 0,
+        qweight.data_ptr(), scale.data_ptr(), DTYPES[scale.dtype], _LEVELS_AT[f.levels],
         f.bits, f.group_size if f.group_size < k else k, rows, k,
         x.data_ptr(), x_rows, DTYPES[x.dtype], m,
         bias_at, bias_type, residual_at, residual_rows,
@@ -148,7 +151,7 @@ def _transposed(weight: QuantizedTensor, first: int, last: int, dtype: torch.dty
             qweight.data_ptr(),
             scale.data_ptr(),
             DTYPES[scale.dtype],
-            0,
+            _LEVELS_AT[f.levels],
             f.bits,
             min(f.group_size, f.k),
             f.rows,

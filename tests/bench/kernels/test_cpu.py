@@ -10,7 +10,7 @@ from bench.kernels import cpu as kernels_cpu
 from bench.kernels import cpu_ways
 from bench.kernels import run as kernels
 from bench.kernels.cpu_ways import Way, ways
-from fqcompile.kernels.cpu import native_library
+from fqcompile.native import library as native_library
 from fqcompile.tensor.quantized import QuantizedTensor
 from tests.bench.made_up_results import cells
 

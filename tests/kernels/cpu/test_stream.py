@@ -1,5 +1,6 @@
 """The x86 kernel on every path against the float64 oracle: shapes, formats, layouts of x."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,23 +14,32 @@ from fqcompile.kernels.cpu.stream import STREAM, X86_STREAM
 from fqcompile.kernels.cpu.stream_layout import dequantize as dequantize_by_torch
 from fqcompile.kernels.epilogue import ACTIVATIONS, Epilogue
 from fqcompile.kernels.spec import GemmSpec
-from fqcompile.tensor.format import Format
+from fqcompile.tensor.codes import pack
+from fqcompile.tensor.format import INT4, QTYPES, Format
 from fqcompile.tensor.quantized import QuantizedTensor
-from tests.kernels.cpu.paths import NAMES, path
-from tests.kernels.test_op import oracle
+from tests.kernels.test_op import NORMAL_LEVELS, oracle
+from tests.native.paths import NAMES, path
 from tests.strategies import Problem, make_problem, matmul
 
 if not NAMES:
     pytest.skip("this processor has none of the kernel's paths", allow_module_level=True)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FORMS = [{"bits": qtype.bits, "levels": qtype.levels} for qtype in QTYPES.values()]
 paths = st.sampled_from(NAMES)
-problems = st.fixed_dictionaries(
+
+
+def of_every_form(options: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    """These arguments of `make_problem`, with bits and levels of a number format."""
+    both = st.tuples(st.sampled_from(FORMS), st.fixed_dictionaries(options))
+    return both.map(lambda found: {**found[0], **found[1]})
+
+
+problems = of_every_form(
     {
         "leading": st.integers(0, 40).map(lambda m: (m,)),
         "n": st.one_of(st.integers(1, 140), st.sampled_from([63, 64, 65, 128, 192])),
         "k": st.one_of(st.integers(1, 70), st.sampled_from([128, 256, 257, 520, 777])),
-        "bits": st.sampled_from([4, 8]),
         "group_size": st.sampled_from([1, 5, 8, 24, 31, 32, 64, 100, 128, 4096]),
         "activation": st.sampled_from(list(ACTIVATIONS)),
         "gated": st.booleans(),
@@ -46,8 +56,8 @@ problems = st.fixed_dictionaries(
 def packed(p: Problem) -> QuantizedTensor:
     rows = p.qweight.shape[0]
     group = min(p.group_size, p.k)
-    plain = QuantizedTensor(p.qweight, p.scale, Format(p.bits, group, rows, p.k))
-    return STREAM.pack(plain)
+    form = Format(p.bits, group, rows, p.k, levels=p.levels)
+    return STREAM.pack(QuantizedTensor(p.qweight, p.scale, form))
 
 
 def assert_is_oracle(p: Problem) -> None:
@@ -69,18 +79,42 @@ def test_every_path_is_the_oracle(name: str, threads: int, options: dict[str, An
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-def test_every_height_of_a_tile(name: str, dtype: torch.dtype, bits: int, gated: bool) -> None:
+def test_every_height_of_a_tile(
+    name: str, dtype: torch.dtype, form: dict[str, Any], gated: bool
+) -> None:
     """From one row to more than two tiles, over a long K with two sums and a short last group."""
     with path(name):
         for m in (1, 2, 3, 4, 5, 6, 7, 8, 9, 17):
             for group in (96, 4096):
                 p = make_problem(
-                    leading=(m,), n=70, k=600, bits=bits, group_size=group, dtype=dtype, seed=m,
+                    leading=(m,), n=70, k=600, **form, group_size=group, dtype=dtype, seed=m,
                     bias=True, residual=True, activation="silu", gated=gated,
                 )  # fmt: skip
                 assert_is_oracle(p)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", [32, 5], ids=["whole words", "groups within words"])
+@pytest.mark.parametrize(
+    ("levels", "sixteenths"), [("uniform", range(-128, 128, 16)), ("normal", NORMAL_LEVELS)]
+)
+def test_every_code_at_every_place_of_a_word_is_exact(
+    name: str, dtype: torch.dtype, group: int, levels: str, sixteenths: Sequence[int]
+) -> None:
+    """x = I reads ŵ itself, all rows of it and one at a time."""
+    codes = torch.arange(65 * 64).view(65, 64).add(torch.arange(65)[:, None]) % 16
+    values = torch.tensor(list(sixteenths), dtype=dtype)[codes] / 16
+    scale = torch.ones(65, -(-64 // group), dtype=dtype)
+    form = Format(4, group, 65, 64, levels=levels)
+    plain = QuantizedTensor(pack((codes - 8).to(torch.int8), INT4), scale, form)
+    weight, x = STREAM.pack(plain), torch.eye(64, dtype=dtype)
+    with path(name):
+        for some in (x, *x.split(8), *x[:4].split(1)):
+            got = X86_STREAM.run(some, weight, None, Epilogue(), None)
+            assert torch.equal(got, values.t()[some.argmax(1)])
 
 
 @given(name=paths, options=problems, dtype=st.sampled_from(DTYPES))
@@ -89,9 +123,8 @@ def test_the_weight_comes_back_as_it_was(
 ) -> None:
     p = make_problem(**options)
     weight = packed(p)
-    plain = QuantizedTensor(
-        p.qweight, p.scale, Format(p.bits, weight.group_size, weight.rows, p.k)
-    ).dequantize(dtype)
+    form = replace(weight.format, layout="plain")
+    plain = QuantizedTensor(p.qweight, p.scale, form).dequantize(dtype)
     assert STREAM.dequantize is not None
     with path(name):
         by_kernel = STREAM.dequantize(weight, dtype)
@@ -121,7 +154,18 @@ def test_activations_far_from_zero(name: str, dtype: torch.dtype, activation: st
     codes = torch.arange(-128, 128, dtype=torch.int8).view(1, -1).repeat(3, 1)
     scale = torch.tensor([[8.0], [0.1], [1e-5]], dtype=dtype)
     p = Problem(
-        torch.eye(256, dtype=dtype), codes, scale, None, None, 8, 256, 3, 256, activation, False
+        torch.eye(256, dtype=dtype),
+        codes,
+        scale,
+        None,
+        None,
+        8,
+        "uniform",
+        256,
+        3,
+        256,
+        activation,
+        False,
     )
     with path(name):
         assert_is_oracle(p)
@@ -160,7 +204,8 @@ SPEC = GemmSpec(4, 64, 128, 4, 64, torch.bfloat16, torch.bfloat16, "cpu")
     ("changes", "text"),
     [
         ({"device_type": "cuda"}, "runs on cpu, not cuda"),
-        ({"bits": 3}, "takes int4 and int8, not 3 bits"),
+        ({"bits": 3}, "takes int4, normal4, int8, not 3 bits with uniform levels"),
+        ({"levels": "log"}, "takes int4, normal4, int8, not 4 bits with log levels"),
         ({"dtype": torch.float64}, "takes fp32, bf16 and fp16, not torch.float64"),
     ],
     ids=str,

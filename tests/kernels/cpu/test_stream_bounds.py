@@ -14,9 +14,9 @@ from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.tensor.quantized import QuantizedTensor
 from tests.children import FORK
 from tests.kernels.cpu.guarded import at_end_of_page, at_start_of_page
-from tests.kernels.cpu.paths import NAMES, path
-from tests.kernels.cpu.test_stream import DTYPES, packed
+from tests.kernels.cpu.test_stream import DTYPES, FORMS, packed
 from tests.kernels.test_op import oracle
+from tests.native.paths import NAMES, path
 from tests.strategies import make_problem
 
 if not NAMES:
@@ -37,9 +37,9 @@ def test_nothing_beyond_the_tensors_is_touched(
     name: str, side: object, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes = [(1, 1, 1), (1, 70, 40), (3, 64, 33), (9, 65, 264), (2, 130, 7)]
-    for (m, n, k), bits, group, gated in product(shapes, (4, 8), (5, 32, 4096), (False, True)):
+    for (m, n, k), form, group, gated in product(shapes, FORMS, (5, 32, 4096), (False, True)):
         p = make_problem(
-            leading=(m,), n=n, k=k, bits=bits, group_size=group, dtype=dtype, gated=gated,
+            leading=(m,), n=n, k=k, **form, group_size=group, dtype=dtype, gated=gated,
             bias=True, residual=True, activation="silu",
         )  # fmt: skip
         weight = packed(p)

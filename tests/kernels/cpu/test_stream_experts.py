@@ -11,20 +11,19 @@ from torch import Tensor
 
 from fqcompile.kernels.epilogue import ACTIVATIONS
 from fqcompile.tensor.quantized import QuantizedTensor
-from tests.kernels.cpu.paths import NAMES, path
-from tests.kernels.cpu.test_stream import DTYPES, packed
+from tests.kernels.cpu.test_stream import DTYPES, of_every_form, packed
 from tests.kernels.test_op import oracle
 from tests.kernels.test_op_experts import gathered, grouped
+from tests.native.paths import NAMES, path
 from tests.strategies import Problem, make_problem
 
 if not NAMES:
     pytest.skip("this processor has none of the kernel's paths", allow_module_level=True)
 
-stacks = st.fixed_dictionaries(
+stacks = of_every_form(
     {
         "n": st.sampled_from([1, 64, 70, 192]),
         "k": st.sampled_from([1, 40, 72, 256]),
-        "bits": st.sampled_from([4, 8]),
         "group_size": st.sampled_from([5, 32, 4096]),
         "activation": st.sampled_from(list(ACTIVATIONS)),
         "gated": st.booleans(),
@@ -43,7 +42,15 @@ def stack_of(experts: int, options: dict[str, Any], rows: int) -> tuple[list[Pro
     first = problems[0]
     bias = None if first.bias is None else torch.stack([p.bias for p in problems])
     tensors = QuantizedTensor.stack(weights).tensors
-    form = [first.bits, weights[0].group_size, first.n, first.k, first.activation, first.gated]
+    form = [
+        first.bits,
+        first.levels,
+        weights[0].group_size,
+        first.n,
+        first.k,
+        first.activation,
+        first.gated,
+    ]
     return problems, [*tensors, bias, *form, "x86_stream"]
 
 

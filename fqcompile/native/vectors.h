@@ -25,6 +25,7 @@ INLINE F32 splat(float x) { return _mm512_set1_ps(x); }
 INLINE F32 load(const float* p) { return _mm512_loadu_ps(p); }
 INLINE void store(float* p, F32 v) { _mm512_storeu_ps(p, v); }
 INLINE F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+INLINE F32 subtract(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
 INLINE F32 multiply(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
 INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE F32 divide(F32 a, F32 b) { return _mm512_div_ps(a, b); }
@@ -42,6 +43,30 @@ INLINE U32 right(U32 v, int n) { return _mm512_srli_epi32(v, (unsigned)n); }
 INLINE U32 right_signed(U32 v, int n) { return _mm512_srai_epi32(v, (unsigned)n); }
 INLINE F32 from_int(U32 v) { return _mm512_cvtepi32_ps(v); }
 INLINE U32 to_int(F32 v) { return _mm512_cvtps_epi32(v); }
+INLINE U32 truncated(F32 v) { return _mm512_cvttps_epi32(v); }
+INLINE U32 clamped(U32 v, int low, int high) {
+  return _mm512_min_epi32(_mm512_max_epi32(v, splat_bits((uint32_t)low)), splat_bits((uint32_t)high));
+}
+INLINE U32 multiply_bits(U32 a, U32 b) { return _mm512_mullo_epi32(a, b); }
+// v + bits where a >= b, else v.
+INLINE U32 add_where_least(F32 a, F32 b, U32 v, U32 bits) {
+  return _mm512_mask_add_epi32(v, _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), v, bits);
+}
+// v where test > 0, else 0.
+INLINE F32 where_positive(F32 test, F32 v) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(test, zero(), _CMP_GT_OQ), v);
+}
+INLINE float least_lane(F32 v) { return _mm512_reduce_min_ps(v); }
+INLINE float most_lane(F32 v) { return _mm512_reduce_max_ps(v); }
+// By halves: lane i and lane i + 8, then + 4, + 2, + 1.
+INLINE float sum_of_lanes(F32 v) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+INLINE uint32_t equal_lanes(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+INLINE void store_bytes(uint8_t* p, U32 v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(v)); }
 // Entry v & 15 of the 16 that `low` holds; with 8 lanes `high` holds the last 8 of them.
 INLINE F32 look_up(U32 v, F32 low, F32) { return _mm512_permutexvar_ps(v, low); }
 INLINE F32 where_nan(F32 test, F32 yes, F32 no) {
@@ -69,6 +94,7 @@ INLINE F32 splat(float x) { return _mm256_set1_ps(x); }
 INLINE F32 load(const float* p) { return _mm256_loadu_ps(p); }
 INLINE void store(float* p, F32 v) { _mm256_storeu_ps(p, v); }
 INLINE F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
+INLINE F32 subtract(F32 a, F32 b) { return _mm256_sub_ps(a, b); }
 INLINE F32 multiply(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
 INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE F32 divide(F32 a, F32 b) { return _mm256_div_ps(a, b); }
@@ -86,6 +112,38 @@ INLINE U32 right(U32 v, int n) { return _mm256_srli_epi32(v, n); }
 INLINE U32 right_signed(U32 v, int n) { return _mm256_srai_epi32(v, n); }
 INLINE F32 from_int(U32 v) { return _mm256_cvtepi32_ps(v); }
 INLINE U32 to_int(F32 v) { return _mm256_cvtps_epi32(v); }
+INLINE U32 truncated(F32 v) { return _mm256_cvttps_epi32(v); }
+INLINE U32 clamped(U32 v, int low, int high) {
+  return _mm256_min_epi32(_mm256_max_epi32(v, splat_bits((uint32_t)low)), splat_bits((uint32_t)high));
+}
+INLINE U32 multiply_bits(U32 a, U32 b) { return _mm256_mullo_epi32(a, b); }
+INLINE U32 add_where_least(F32 a, F32 b, U32 v, U32 bits) {
+  return add_bits(v, and_bits(as_bits(_mm256_cmp_ps(a, b, _CMP_GE_OQ)), bits));
+}
+INLINE F32 where_positive(F32 test, F32 v) {
+  return _mm256_and_ps(v, _mm256_cmp_ps(test, zero(), _CMP_GT_OQ));
+}
+INLINE float least_lane(F32 v) {
+  float lanes[LANES];
+  store(lanes, v);
+  float found = lanes[0];
+  for (const float lane : lanes) found = lane < found ? lane : found;
+  return found;
+}
+INLINE float most_lane(F32 v) { return -least_lane(subtract(zero(), v)); }
+INLINE float sum_of_lanes(F32 v) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+INLINE uint32_t equal_lanes(F32 a, F32 b) {
+  return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ));
+}
+INLINE void store_bytes(uint8_t* p, U32 v) {  // the lowest of each word
+  uint32_t words[LANES];
+  memcpy(words, &v, sizeof(v));
+  for (int i = 0; i < LANES; i++) p[i] = uint8_t(words[i]);
+}
 INLINE F32 look_up(U32 v, F32 low, F32 high) {
   const F32 from_low = _mm256_permutevar8x32_ps(low, v), from_high = _mm256_permutevar8x32_ps(high, v);
   return _mm256_blendv_ps(from_low, from_high, as_float(left(v, 28)));

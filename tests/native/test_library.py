@@ -13,19 +13,19 @@ import torch
 
 from fqcompile.errors import KernelBuildError
 from fqcompile.files.trusted import cache_directory
-from fqcompile.kernels.cpu import native_library as native
 from fqcompile.kernels.cpu import stream
-from fqcompile.kernels.cpu.native_library import ISAS, build, chosen_isa, load
 from fqcompile.kernels.epilogue import Epilogue
-from tests.kernels.cpu.paths import NAMES, library, path
+from fqcompile.native import library as native
+from fqcompile.native.library import ISAS, build, chosen_isa, load
 from tests.kernels.cpu.test_stream import SPEC, packed
+from tests.native.paths import NAMES, library, path
 from tests.strategies import make_problem
 
 if not NAMES:
     pytest.skip("this processor has none of the kernel's paths", allow_module_level=True)
 
 ISA = ISAS[NAMES[-1]]
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -135,7 +135,7 @@ def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
         f'cp {made} "$2"',
     )
     code = (
-        "from fqcompile.kernels.cpu import native_library as native\n"
+        "from fqcompile.native import library as native\n"
         f"native._compiler = lambda: {compiler!r}\n"
         "print(native.native_library().isa)\n"
     )
@@ -194,7 +194,7 @@ def test_threads_are_those_that_torch_has() -> None:
     """With one thread no other is started, with three two more; the result is the same."""
     code = (
         "import os, torch\n"
-        "from tests.kernels.cpu.test_native_library import multiply, problem\n"
+        "from tests.native.test_library import multiply, problem\n"
         "torch.set_num_threads(1)\n"
         "x, weight = problem()\n"
         "first, sums = len(os.listdir('/proc/self/task')), set()\n"

@@ -9,17 +9,13 @@
 // A task is one block for all rows of x that meet it; threads take tasks in turn. Rows are taken up
 // to 8 at a time: a tile, whose sums stay in registers. Codes are summed up before they are scaled.
 #include <algorithm>
-#include <atomic>
 #include <memory>
 #include <type_traits>
 #include <vector>
 
 #include "codes.h"
 #include "epilogue.h"
-
-// PyTorch's own threads, from libtorch (torch/csrc/stable/c/shim.h).
-extern "C" int32_t torch_parallel_for(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
-extern "C" int32_t torch_get_num_threads(uint32_t*);
+#include "parallel.h"
 
 namespace {
 
@@ -28,7 +24,7 @@ constexpr int64_t LONGEST_SUM = 256;  // codes that are summed up unscaled; x's 
 // A thread reads so many bytes in a row, where there are RUNS such runs for each: every start waits for
 // memory. Measured, a layer of experts (8 of 64, 2048x768), 2 threads: blocks one by one 640 us in its
 // two products, in such runs 530.
-constexpr int64_t RUN_BYTES = 1 << 18, RUNS = 4;
+constexpr int64_t RUN_BYTES = 1 << 18;
 constexpr int AHEAD = 4096;           // bytes to prefetch ahead: hardware stops at the page's end
 
 struct Weight {
@@ -71,30 +67,6 @@ struct Call {
 
   int64_t n() const { return gated ? weight.rows / 2 : weight.rows; }
 };
-
-// Calls task(i) for each i, from as many threads as PyTorch uses; a thread takes the next `run` of
-// them, so that one which the system holds up does not hold up the others.
-template <class Task>
-void in_parallel(int64_t count, bool one_thread, const Task& task, int64_t run = 1) {
-  uint32_t threads = 1;
-  if (!one_thread) torch_get_num_threads(&threads);
-  const int64_t workers = std::min<int64_t>(threads, count);
-  if (workers <= 1) {
-    for (int64_t i = 0; i < count; i++) task(i);
-    return;
-  }
-  struct Shared {
-    const Task& task;
-    std::atomic<int64_t> next;
-    int64_t count, run;
-  } shared{task, {0}, count, std::max<int64_t>(1, std::min(run, count / (RUNS * workers)))};
-  auto work = [](int64_t, int64_t, void* context) {
-    auto& s = *(Shared*)context;
-    for (int64_t i; (i = s.next.fetch_add(s.run, std::memory_order_relaxed)) < s.count;)
-      for (const int64_t end = std::min(i + s.run, s.count); i < end; i++) s.task(i);
-  };
-  torch_parallel_for(0, workers, 1, work, &shared);
-}
 
 // sums[row][64] of one block for ROWS rows of packed x: [k / PER_UNIT][ROWS].
 template <class Code, int ROWS>

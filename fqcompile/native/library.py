@@ -1,4 +1,4 @@
-"""Builds the x86 kernel's C++ on first use and loads it: the widest path that this processor has.
+"""Builds the package's C++ on first use and loads it: the widest path that this processor has.
 
 The compiler is the one that Inductor uses for CPU graphs. The library is kept in the cache
 directory under a name derived from the source, the compiler, the flags and torch's version, so it
@@ -37,12 +37,15 @@ from fqcompile.torch_compat import InvalidCxxCompiler, cpp_compiler, has_feature
 log = logging.getLogger("fqcompile")
 
 OVERRIDE = "FQCOMPILE_CPU_ISA"
-_SOURCES = Path(__file__).parent / "native"
-_MAIN = _SOURCES / "matmul.cpp"
+_SOURCES = sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".h", ".cpp"))
 # Inductor's own builds take minutes at most; a compiler that hangs must not hang a model.
 _TIME_LIMIT = 600.0
 _DIGEST_BYTES = sha256().digest_size
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno")
+# What is not written as a fused multiply-add is none: the quantizer's bits depend on it.
+_FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-ffp-contract=off"),
+)
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 
@@ -68,11 +71,13 @@ ISAS = {
 
 @dataclass(frozen=True)
 class NativeLibrary:
-    """The kernel's two functions; each takes the bytes of its arguments, see `matmul.cpp`."""
+    """Its functions; each takes the bytes of its arguments, see `matmul.cpp`, `quantize.cpp`."""
 
     isa: str
     matmul: Callable[[bytes], int]
     dequantize: Callable[[bytes], None]
+    search: Callable[[bytes], None]
+    encode: Callable[[bytes], None]
 
 
 def native_library() -> NativeLibrary:
@@ -206,7 +211,7 @@ def _digest(command: list[str]) -> str:
     """A digest of everything that determines the library."""
     version = _run([command[0], "--version"])
     parts = [*command, version, torch.__version__, f"{_DIGEST_BYTES} bytes follow"]
-    parts += [path.read_text(encoding="utf-8") for path in sorted(_SOURCES.iterdir())]
+    parts += [path.read_text(encoding="utf-8") for path in _SOURCES]
     return sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -214,7 +219,8 @@ def _compile(command: list[str], path: Path) -> None:
     """Compile to a temporary file first, so that `path` is always a complete library."""
     made = path.with_name(".made")
     libraries = Path(torch.__file__).parent / "lib"
-    command = [*command, str(_MAIN), "-o", str(made), f"-L{libraries}", "-ltorch_cpu"]
+    mains = [str(path) for path in _SOURCES if path.suffix == ".cpp"]
+    command = [*command, *mains, "-o", str(made), f"-L{libraries}", "-ltorch_cpu"]
     made.unlink(missing_ok=True)  # a pipe of that name would be waited for
     try:
         # What lies between the compiler and the linker fits where the library does.
@@ -253,9 +259,13 @@ def load(isa: Isa, path: Path) -> NativeLibrary:
     """
     try:
         library = ctypes.CDLL(str(path))
-        matmul, dequantize = library.fqcompile_matmul, library.fqcompile_dequantize
+        matmul, *others = (
+            getattr(library, f"fqcompile_{name}")
+            for name in ("matmul", "dequantize", "search", "encode")
+        )
     except (OSError, AttributeError) as error:
         raise KernelBuildError(f"{path} does not load: {error}") from error
     matmul.argtypes, matmul.restype = [ctypes.c_char_p], ctypes.c_int64
-    dequantize.argtypes, dequantize.restype = [ctypes.c_char_p], None
-    return NativeLibrary(isa.name, matmul, dequantize)
+    for function in others:
+        function.argtypes, function.restype = [ctypes.c_char_p], None
+    return NativeLibrary(isa.name, matmul, *others)

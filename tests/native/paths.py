@@ -11,8 +11,8 @@ import torch
 
 from fqcompile.errors import KernelBuildError
 from fqcompile.files.trusted import cache_directory
-from fqcompile.kernels.cpu import native_library
-from fqcompile.kernels.cpu.native_library import ISAS, NativeLibrary, build, load
+from fqcompile.native import library as native_library
+from fqcompile.native.library import ISAS, NativeLibrary, build, load
 
 if os.environ.get("FQTEST_SANITIZE"):  # as `make sanitize` does, which preloads their runtime
     native_library._FLAGS += (

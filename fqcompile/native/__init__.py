@@ -1,0 +1,1 @@
+"""The package's C++ for x86: the kernel of quantized matmuls and the quantizer."""
