@@ -187,11 +187,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.model:
         ways = {BASE if n == "uniform" else n: _way(qtype) for n, qtype in formats.items()}
         for row in draw_rows(_minilm(), ways):
-            print(
-                "MiniLM 1 - cosine {way:18} {divergence:.5f} sd {spread:.5f} {ratio:.3f}".format(
-                    **row
-                )
-            )
+            loss = f"{row['divergence']:.5f}, sd {row['spread']:.5f}, ratio {row['ratio']:.3f}"
+            print(f"MiniLM, 1 - cosine at groups of {_SIZE}, {row['way']}: {loss}")
 
 
 if __name__ == "__main__":
