@@ -31,6 +31,7 @@ _HELP = {
     "bits": "bits of a quantized weight: 4 or 8 (default: 4)",
     "levels": "4 bits: 16 levels that fit a normal distribution (default: normal), or uniform ones",
     "granularity": "group size along K, or the rule that chooses it: adaptive, range, column",
+    "calibration": "what weighs errors: synthetic (random tokens, default), first_call, or null",
     "alpha": "range: finer groups while the mean range shrinks below this factor (default: 0.9)",
     "min_group_size": "smallest group size that a rule may choose (default: 32)",
     "error_budget": "largest relative error of a matrix: finer groups, then 8 bits, until met",

@@ -1,6 +1,6 @@
 """Pack the weights of a model in place, without compiling it (`quantize_`), and `restore` them."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +16,11 @@ from fqcompile.distributed.shards import (
     refuse_fsdp_modules,
     with_part,
 )
-from fqcompile.errors import OptionError, ShardingError, UnquantizableWeight
+from fqcompile.errors import OptionError, UnquantizableWeight
 from fqcompile.kernels.registry import kernel_for
-from fqcompile.modules.calibrate import batches_of, calibrated
-from fqcompile.modules.gptq import GPTQ, ModelInputs, compensated
+from fqcompile.modules.calibrate import calibrated
+from fqcompile.modules.gptq import ModelInputs, compensated
 from fqcompile.modules.weights import ModuleWeight, module_weights
-from fqcompile.options import one_of
 from fqcompile.passes.summary import SiteRecipe, said_of
 from fqcompile.quant.calibration import Calibration
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
@@ -37,11 +36,7 @@ OF_COMPILING = "weight_updates autotune debug_dir inner_backend inductor mode".s
 
 
 def quantize_(
-    model: nn.Module,
-    *,
-    calibration: Any = "synthetic",
-    method: str = "scale",
-    **options: object,
+    model: nn.Module, *, calibration: Any = "synthetic", method: str = "scale", **options: object
 ) -> Plan:
     """Replace the weights of linears, Conv1Ds and stacks of experts with packed ones, in place.
 
@@ -58,10 +53,9 @@ def quantize_(
             inputs, as a tensor, a dict of keyword arguments, or an iterable of such; or None, not
             at all. A copy that shares the parameters runs, so that buffers, caches, the training
             mode and random numbers stay as they are.
-        method: "scale" rounds each weight, at the best scales. "gptq" needs your own inputs, some
-            thousand rows: codes of 4 bits then make up for each other's errors, in weights and
-            experts that at least 512 rows came to. An interrupted run that is repeated finds on
-            disk what it had made.
+        method: "scale" rounds each weight, at the best scales. "gptq" needs your own inputs: codes
+            of 4 bits make up for each other's errors, where 512 rows or more came to a weight, or
+            expert; some thousand are better. What an interrupted run had made is found on disk.
         options: the fields of `FineQuantConfig` that choose which weights are quantized, and how.
 
     Returns:
@@ -74,57 +68,47 @@ def quantize_(
         RankError: ranks of a sharded model used different options or plans.
     """
     known = calibration is None or isinstance(calibration, str)
-    config = packing_config(options | {"calibration": calibration} if known else options)
-    if config.calibration == "first_call":
-        raise OptionError(
-            "calibration is 'first_call', and quantize_ sees no call: pass its inputs themselves, "
-            "calibration=inputs, or compile with torch.compile(model, backend='finequant')"
-        )
+    config = _config_of(options | {"calibration": calibration} if known else options)
     refuse_fsdp_modules(model)
     waiting = module_weights(model, config)[::-1]
-    inputs = None
-    if _is_gptq(method, calibration, waiting):
-        calibration = list(batches_of(calibration))
-        inputs = ModelInputs(model, calibration, _worth_it(waiting, config))
-    calibrations: dict[str, Calibration] = {}
-    if calibration is not None:
-        calibrations = calibrated(model, _worth_it(waiting, config), calibration)
+    found = _worth_it(waiting, config)
+    inputs = ModelInputs.of(model, found, calibration, method)
+    batches = calibration if inputs is None else inputs.batches
+    calibrations = {} if batches is None else calibrated(model, found, batches)
+    del found  # a list of them all would hold every original until the end
     whole = {w.name for w in waiting if not is_part(w.parameter)}
     groups = rank_groups(weight.parameter for weight in waiting)
-    sites = []
-    size = len(waiting)
-    bar: tqdm[object] = progress(desc="fqcompile: packing", total=size, unit="weight", delay=2)
-    with bar:
-        while waiting:  # a list of them all would hold every original until the end
-            found = waiting.pop()
-            sites.append(_pack(found, config, calibrations.get(found.name), inputs))
-            bar.update()
+    sites = _pack_all(waiting, config, calibrations, inputs)
     agree("what quantize_ packs", _shared_facts(sites, whole, config), groups)
     given = {} if known else {"calibration": "batches"}
     return Plan(tuple(sites), config.as_dict() | given)
 
 
-def _is_gptq(method: str, calibration: object, weights: Iterable[ModuleWeight]) -> bool:
-    """Whether it is asked for.
+def _pack_all(
+    waiting: list[ModuleWeight],
+    config: FineQuantConfig,
+    calibrations: Mapping[str, Calibration],
+    inputs: ModelInputs | None,
+) -> list[Site]:
+    """The rows of the weights, which are taken from the end of the list."""
+    sites, size = [], len(waiting)
+    bar: tqdm[object] = progress(desc="fqcompile: packing", total=size, unit="weight", delay=2)
+    with bar:
+        while waiting:
+            found = waiting.pop()
+            sites.append(_pack(found, config, calibrations.get(found.name), inputs))
+            bar.update()
+    return sites
 
-    Raises:
-        OptionError: there is no such method, or it is given no inputs.
-        ShardingError: a weight is sharded.
-    """
-    if one_of("scale", GPTQ)("method", method) != GPTQ:
-        return False
-    if calibration is None or isinstance(calibration, str):
+
+def _config_of(options: dict[str, object]) -> FineQuantConfig:
+    config = packing_config(options)
+    if config.calibration == "first_call":
         raise OptionError(
-            f"method is {GPTQ!r}, which needs your own inputs, and calibration is {calibration!r}: "
-            "give it batches of some thousand rows in all"
+            "calibration is 'first_call', and quantize_ sees no call: pass its inputs themselves, "
+            "calibration=inputs, or compile with torch.compile(model, backend='finequant')"
         )
-    for weight in weights:
-        if is_part(weight.parameter):
-            raise ShardingError(
-                f"method is {GPTQ!r}, and {weight.name} is sharded: call quantize_ on one device, "
-                "fqcompile.save the model there and fqcompile.load it on all"
-            )
-    return True
+    return config
 
 
 def _worth_it(weights: Sequence[ModuleWeight], config: FineQuantConfig) -> list[ModuleWeight]:
