@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from fqcompile.distributed.ranks import any_rank, rank
-from fqcompile.distributed.shards import is_dtensor, is_part, local_part, rank_groups, team_of
+from fqcompile.distributed.shards import is_dtensor, local_part, rank_groups, team_of
 from fqcompile.errors import ShardingError
 from fqcompile.passes.probe import Probe, ProbeError
 from fqcompile.passes.state import Calibrate, GraphState, WeightSite
-from fqcompile.quant.calibration import Calibration, Moments
+from fqcompile.quant.calibration import Calibration, Moments, over_ranks
 
 Ranks = list[list[Moments]]  # of each site, on each rank
 
@@ -49,7 +49,8 @@ def calibrator(state: GraphState) -> Calibrate:
         found = {}
         for site in wanted:
             each = _of_weight(state, probe, args, site, ranks)
-            moments, mean_square = _joined(each, args, site, state)
+            sources = [args[state.constants[source]] for source in site.sources]
+            moments, mean_square = over_ranks(each, *_sharded(args, sources, site))
             found[site] = Calibration.of(moments, asked, source, mean_square)
         return found
 
@@ -98,23 +99,10 @@ def _of_weight(
     return [Moments.sum([moments[n] for n in same]) for moments in ranks]
 
 
-def _joined(
-    each: Sequence[Moments], args: Sequence[Any], site: WeightSite, state: GraphState
-) -> tuple[Moments, float]:
-    """This rank's moments, or the sum of all; the mean of all columns where ranks share them."""
-    sources = [args[state.constants[source]] for source in site.sources]
-    shards = [d for d in args if is_dtensor(d) and any(local_part(d) is s for s in sources)]
-    if not any(map(is_part, shards)):
-        return Moments.sum(each), 0.0
-    own = each[shards[0].device_mesh.mesh.flatten().tolist().index(rank())]
-    if len(sources) > 1 or not _shares_columns(shards[0], sources[0], site):
-        return own, 0.0
-    count = sum(sum(moments.rows) * moments.total.shape[1] for moments in each)
-    return own, sum(float(moments.total.sum()) for moments in each) / max(1, count)
-
-
-def _shares_columns(whole: Any, part: Tensor, site: WeightSite) -> bool:
-    """Whether each rank has some of the columns of the matrix, by which it is sharded."""
-    like = torch.empty(part.shape, device="meta")
-    column = like.stride().index(site.recipe(like).stride(-1))
-    return any(placed.is_shard(column) for placed in whole.placements)
+def _sharded(args: Sequence[Any], sources: Sequence[Tensor], site: WeightSite) -> tuple[Any, int]:
+    """The DTensor that the weight is a part of, if it is, and its dimension of the columns."""
+    whole = [d for d in args if is_dtensor(d) and any(local_part(d) is s for s in sources)]
+    if len(whole) != 1 or len(sources) > 1:
+        return (whole[0] if whole else None), -1
+    like = torch.empty(sources[0].shape, device="meta")
+    return whole[0], like.stride().index(site.recipe(like).stride(-1))

@@ -90,7 +90,7 @@ class Row:
         pairs = zip(recipe.names, names, strict=True)
         shared = frozenset(new for old, new in pairs if old in recipe.shared)
         recipe = replace(recipe, names=names, plan=decision, shared=shared)
-        return site.but(recipe=recipe, **_errors(decision))
+        return site.but(recipe=recipe, **said_of(decision))
 
 
 def rows_of(state: GraphState) -> dict[RowKey, Row]:
@@ -183,14 +183,15 @@ def _site(state: GraphState, site: WeightSite) -> Site:
         levels=site.plan.levels,
         group_size=group_size,
         bytes_after=_packed_bytes(site, group_size),
-        **_errors(site.plan),
+        **said_of(site.plan),
         kernel=str(argument(site.op, "kernel")),
         least_us=_least_us(state, site),
         recipe=recipe,
     )
 
 
-def _errors(plan: QuantPlan) -> dict[str, Any]:
+def said_of(plan: QuantPlan) -> dict[str, Any]:
+    """The fields of a row that tell of the errors, and of what they were weighed with."""
     error = plan.relative_error  # not a number where the weight came packed
     calibration = plan.calibration
     return {

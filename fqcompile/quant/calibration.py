@@ -12,11 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from fqcompile.distributed.ranks import rank
+from fqcompile.distributed.shards import is_part
 from fqcompile.tensor.chunks import plain_tensors
 
 _SEED = 0
@@ -102,6 +104,24 @@ class Moments:
         means = [total / rows if rows and total.any() else whole for total, rows in pairs]
         each = [(mean / (mean_square or mean.mean()) + 1) / 2 for mean in means]
         return torch.stack(each).to(torch.bfloat16).float()
+
+
+def over_ranks(each: Sequence[Moments], whole: Any, column: int) -> tuple[Moments, float]:
+    """The moments of this rank's weight, from those on each rank, and the mean for `Moments.h`.
+
+    Of a weight that every rank has whole, the sum of all, so that all ranks get the same h.
+
+    Args:
+        whole: the DTensor that the weight is the local part of, if there is one.
+        column: its dimension along the columns of the matrix; -1 where it is not known.
+    """
+    if not is_part(whole):
+        return Moments.sum(each), 0.0
+    own = each[whole.device_mesh.mesh.flatten().tolist().index(rank()) if len(each) > 1 else 0]
+    if not any(placed.is_shard(column) for placed in whole.placements):
+        return own, 0.0
+    count = sum(sum(moments.rows) * moments.total.shape[1] for moments in each)
+    return own, sum(float(moments.total.sum()) for moments in each) / max(1, count)
 
 
 def token_ids(shape: Sequence[int], rows: int, generator: torch.Generator) -> Tensor:
