@@ -42,6 +42,7 @@ _HELP = {
     "on_unsupported": "keep: leave a weight that cannot be quantized, with its reason; error: stop",
     "weight_updates": "detect: pack again what was changed in place; ignore: only new tensors",
     "autotune": "GPU kernels. off: as measured before or modeled; fast, max: measure some, or all",
+    "calibration": "what is run to weigh errors: synthetic, random token ids; first_call; null",
     "debug_dir": "directory for the graph before and after each pass",
     "inner_backend": "torch.compile backend for the rewritten graph (default: inductor)",
     "inductor": "config patches for Inductor, as a JSON object",

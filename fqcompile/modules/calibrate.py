@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fqcompile.distributed.shards import team_of
-from fqcompile.errors import ShardingError
+from fqcompile.errors import OptionError, ShardingError
 from fqcompile.modules.inputs import Collect, WeightInputs
 from fqcompile.modules.weights import ModuleWeight
 from fqcompile.passes.probe_inputs import LEAST_ROWS, TOKENS
@@ -78,10 +78,20 @@ def calibrated(
     Ranks of a sharded model run together, and agree on what each of them has whole.
 
     Args:
-        calibration: "synthetic", or batches as `batches_of` takes them. Random ids with which the
-            model does not run leave a warning, and weights that are quantized from their values.
+        calibration: "synthetic", None, or batches as `batches_of` takes them. Where the model does
+            not run on random ids, a warning says so, and weights are quantized from their values.
+
+    Raises:
+        OptionError: it is another word.
     """
-    random, found = calibration == "synthetic", list(weights)
+    if calibration is None:
+        return {}
+    if isinstance(calibration, str) and calibration != "synthetic":
+        raise OptionError(
+            f"calibration is {calibration!r}, and without compiling there is no call: pass its "
+            "inputs themselves, calibration=inputs; also allowed: 'synthetic', None"
+        )
+    random, found = isinstance(calibration, str), list(weights)
     source = "synthetic" if random else "batches"
 
     def run() -> dict[str, Moments] | str:

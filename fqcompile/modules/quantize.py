@@ -63,16 +63,9 @@ def quantize_(model: nn.Module, *, calibration: Any = "synthetic", **options: ob
     """
     known = calibration is None or isinstance(calibration, str)
     config = packing_config(options | {"calibration": calibration} if known else options)
-    if config.calibration == "first_call":
-        raise OptionError(
-            "calibration is 'first_call', and quantize_ sees no call: pass its inputs themselves, "
-            "calibration=inputs, or compile with torch.compile(model, backend='finequant')"
-        )
     refuse_fsdp_modules(model)
     waiting = module_weights(model, config)[::-1]
-    calibrations: dict[str, Calibration] = {}
-    if calibration is not None:
-        calibrations = calibrated(model, _worth_it(waiting, config), calibration)
+    calibrations = calibrated(model, _worth_it(waiting, config), calibration)
     whole = {w.name for w in waiting if not is_part(w.parameter)}
     groups = rank_groups(weight.parameter for weight in waiting)
     sites = []
@@ -167,7 +160,7 @@ def _packed(
     with plain_eager(weight.device.type):
         scale_dtype = scale_dtype_beside(weight.dtype)
         h = None if calibration is None else calibration.h
-        plan, codes = find_or_quantize(found.matrix, options, scale_dtype, h=h)
+        plan, codes = find_or_quantize(found.matrix, options, scale_dtype, h)
         codes = codes.changed(transposed=found.transposed)
         packed = PackedWeight.of(codes, weight.dtype, found.name)
     return replace(plan, calibration=calibration), packed
