@@ -105,6 +105,8 @@ class FineQuantConfig(SiteOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for pattern, own in self.overrides.items():
+            check_levels({"bits": self.bits, **own}, owner=f"overrides[{pattern!r}].")
         given = [name for name in ("mode", "inductor") if getattr(self, name)]
         if given and self.inner_backend != "inductor":
             raise OptionError(

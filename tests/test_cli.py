@@ -144,7 +144,7 @@ def test_explain_takes_lists_and_dicts_as_json(capsys: pytest.CaptureFixture[str
     assert main(["explain", f"{__name__}:tiny_model", *flags]) == 0
     printed = capsys.readouterr().out
     assert "int8" in printed
-    assert "int4" in printed
+    assert "normal4" in printed
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ def check(compiled: nn.Module, dense: nn.Module) -> None:
 
 
 def oracle(scale: float) -> nn.Module:
-    plan = fqcompile.explain(model(scale), torch.ones(3, 128), granularity=64)
+    plan = fqcompile.explain(model(scale), torch.ones(3, 128), granularity=64, calibration=None)
     return fqcompile.fake_quantize_(model(scale), plan)
 
 
@@ -269,7 +269,7 @@ def test_children_of_a_busy_process_do_not_hang(
     monkeypatch.setattr(nn.Linear, "reset_parameters", lambda self: None)
     dense = [oracle(scale) for scale in (1, 2, 3)]
     torch._dynamo.reset()
-    compiled = finequant(model(1), granularity=64)
+    compiled = finequant(model(1), granularity=64, calibration=None)
     check(compiled, dense[0])
     kept = entry()
     stop, problems = threading.Event(), []
@@ -300,9 +300,9 @@ def test_children_of_a_busy_process_do_not_hang(
 
     def use(number: int) -> None:
         check(compiled, dense[0])
-        check(finequant(model(1 + number), granularity=64), dense[number])
+        check(finequant(model(1 + number), granularity=64, calibration=None), dense[number])
         packed = model(1 + number)
-        fqcompile.quantize_(packed, granularity=64)
+        fqcompile.quantize_(packed, granularity=64, calibration=None)
         check(packed, dense[number])
 
     works = [compile_another, quantize, keep, *([build] if NAMES else [])]

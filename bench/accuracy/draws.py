@@ -16,6 +16,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench.accuracy.draws_section import draws as draws_section
-from bench.accuracy.gemma import gemma_file, gemma_missing, matrices
+from bench.accuracy.gemma import FileMatrix, matrices
 from bench.accuracy.others import BASELINES
 from bench.accuracy.quantized import Quantizer
 from bench.accuracy.rows import interval
@@ -41,6 +42,8 @@ from bench.accuracy.train_lm import FAMILIES, SIZES
 from bench.core.results import Results, Row, commit, missing
 from bench.core.section import show
 from fqcompile.config import SiteOptions
+from fqcompile.demo.gemma import gemma_missing
+from fqcompile.modules.calibrate import random_batch
 from fqcompile.quant.choose import QuantPlan, choose_and_quantize, scale_dtype_beside
 from fqcompile.quant.gptq import compensate, factor_of, refusal
 from fqcompile.quant.granularity import bits_per_weight
@@ -55,22 +58,25 @@ MODELS = "gemma", "MiniLM", *FAMILIES
 Way = Callable[[str, Tensor, Tensor], tuple[Tensor, float]]
 
 
-def our_way(options: Mapping[str, object], h: Mapping[str, Tensor] | None = None) -> Way:
+# Found when they are first asked for, by the model as it is then: before its first matrix changes.
+ErrorWeights = Callable[[], Mapping[str, Tensor]]
+Moments = Callable[[], Mapping[str, Sequence[Moment]]]
+
+
+def our_way(options: Mapping[str, object], h: ErrorWeights | None = None) -> Way:
     """By fqcompile, with the weights of squared errors of each parameter's columns in its order."""
     chosen = SiteOptions(**options)  # type: ignore[arg-type]
     scale_dtype = scale_dtype_beside(torch.float32)
 
     def way(name: str, w: Tensor, order: Tensor) -> tuple[Tensor, float]:
-        weights = None if h is None else h[name][..., order].contiguous()
+        weights = None if h is None else h()[name][..., order].contiguous()
         plan, quantized = choose_and_quantize(w, chosen, scale_dtype, weights)
         return quantized.dequantize(torch.float32), _bits(plan, w)
 
     return way
 
 
-def gptq_way(
-    options: Mapping[str, object], h: Mapping[str, Tensor], moments: Mapping[str, Sequence[Moment]]
-) -> Way:
+def gptq_way(options: Mapping[str, object], h: ErrorWeights, moments: Moments) -> Way:
     """The same with error feedback, each expert alone; too few rows leave it as it is."""
     chosen = SiteOptions(**options)  # type: ignore[arg-type]
     scale_dtype = scale_dtype_beside(torch.float32)
@@ -82,8 +88,8 @@ def gptq_way(
         return quantized.dequantize(torch.float32), _bits(plan, w)
 
     def way(name: str, w: Tensor, order: Tensor) -> tuple[Tensor, float]:
-        matrices, own = (w, h[name]) if w.dim() == 3 else (w[None], h[name][None])
-        pieces = [one(*each, order) for each in zip(matrices, own, moments[name], strict=True)]
+        found = w.view(-1, *w.shape[-2:]), h()[name].view(-1, w.shape[-1]), moments()[name]
+        pieces = [one(*each, order) for each in zip(*found, strict=True)]
         return torch.stack([w_hat for w_hat, _ in pieces]), pieces[0][1]
 
     return way
@@ -171,40 +177,43 @@ def draw_rows(
 
 def ways_of(subject: Subject) -> dict[str, Way]:
     """All that are compared, `BASE` first; libraries that are not installed are not there."""
-    synthetic = error_weights(subject, subject.synthetic)
+
+    def h(calibration: object) -> ErrorWeights:
+        return cache(partial(error_weights, subject, calibration))
+
+    synthetic, text = h("synthetic"), h(subject.text)
     found: dict[str, Way] = {BASE: our_way(_options("uniform", 64))}
     found["int4 normal g64"] = our_way(_options("normal", 64))
     for size in (64, 128, 32, "adaptive", "range", "column"):
         name = f"g{size}" if isinstance(size, int) else size
         found[f"int4 normal {name}, synthetic"] = our_way(_options("normal", size), synthetic)
     found["int4 uniform g64, synthetic"] = our_way(_options("uniform", 64), synthetic)
-    found |= {f"int4 normal g64, {data}": our_way(_options("normal", 64), error_weights(subject, b))
-              for data, b in _data(subject).items()}  # fmt: skip
-    text, moments = error_weights(subject, subject.text), second_moments(subject, subject.text)
+    found["int4 normal g64, text"] = our_way(_options("normal", 64), text)
+    ids = random_batch(subject.model)["input_ids"]
+    for data, few in (("16 ids", ids[:1]), ("one token", ids[:1, :1].expand_as(ids))):
+        found[f"int4 normal g64, {data}"] = our_way(_options("normal", 64), h(few))
+    moments = cache(partial(second_moments, subject, subject.text))
     for levels in ("normal", "uniform"):
         found[f"int4 {levels} g64, gptq"] = gptq_way(_options(levels, 64), text, moments)
     found["int8 g128"] = our_way({"bits": 8, "granularity": 128})
     present = [b for b in BASELINES if missing(b.package) is None]
     found |= {b.name: their_way(b.quantizer) for b in present}
-    return found | ({FILE: file_way(gemma_file())} if subject.name == "gemma" else {})
+    return found | ({FILE: file_way()} if subject.name == "gemma" else {})
 
 
 def _options(levels: str, granularity: int | str) -> dict[str, object]:
     return {"bits": 4, "levels": levels, "granularity": granularity}
 
 
-def _data(subject: Subject) -> dict[str, list[Tensor]]:
-    """Other inputs than those of a compile: real ones, far fewer, and hardly any."""
-    (ids,) = subject.synthetic
-    return {"text": subject.text, "16 ids": [ids[:1]], "one token": [ids[:1, :1].expand_as(ids)]}
-
-
-def file_way(file: Path) -> Way:
+def file_way() -> Way:
     """llama.cpp's own matrices: the dithered ones, rounded to the file's grids."""
-    found = {matrix.name: matrix for matrix in matrices(file)}
+
+    @cache
+    def found() -> dict[str, FileMatrix]:
+        return {matrix.name: matrix for matrix in matrices()}
 
     def way(name: str, w: Tensor, order: Tensor) -> tuple[Tensor, float]:
-        return found[name].values[:, order], found[name].bits
+        return found()[name].values[:, order], found()[name].bits
 
     return way
 

@@ -74,9 +74,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Such as "gemm w4 normal g128 bf16 16x128x128x1w4s4 gated sm_90"; of experts with E x N x K.
+        """Such as "gemm w4 normal g128 bf16 16x128x128x1w4s4 gated sm_90".
 
-        Levels that are uniform are not said.
+        Experts are told by E x N x K; levels that are uniform are not said.
         """
         spec = self.spec
         group = "column" if spec.group_size >= spec.k else f"g{spec.group_size}"

@@ -69,7 +69,7 @@ def quantize_checkpoint(
     """
     if resume and overwrite:
         raise OptionError("resume and overwrite are both given; overwrite starts anew: choose one")
-    config = _config(options)
+    config = _config_of(options)
     found, target = open_source(Path(source)), Path(out)
     if os.path.realpath(target) == os.path.realpath(found.directory):
         raise CheckpointError(f"{target} is the checkpoint itself; give another directory")
@@ -88,7 +88,7 @@ def quantize_checkpoint(
     return plan
 
 
-def _config(options: Mapping[str, object]) -> FineQuantConfig:
+def _config_of(options: dict[str, object]) -> FineQuantConfig:
     if options.get("calibration") is not None:
         raise OptionError(
             f"calibration is {options['calibration']!r}, and a checkpoint is quantized tensor by "

@@ -20,11 +20,14 @@ few rows the loss may be more than rounding alone would make it, and these stay 
 """
 
 import math
+from dataclasses import replace
 
 import torch
 
+from fqcompile.quant.checks import relative_error_from, squared_norms
+from fqcompile.quant.choose import QuantPlan
 from fqcompile.quant.rounding import nearest_codes, nearest_levels
-from fqcompile.tensor.chunks import plain_tensors
+from fqcompile.tensor.chunks import each_chunk, plain_tensors
 from fqcompile.tensor.codes import pack
 from fqcompile.tensor.quantized import QuantizedTensor
 
@@ -41,10 +44,10 @@ _BLOCK = 512  # columns whose losses are found at a time
 def refusal(moments: torch.Tensor, rows: int) -> str | None:
     """Why H [K, K] times any number, of so many rows, is not used; None if it is."""
     if rows < LEAST_ROWS:
-        return f"gptq needs {LEAST_ROWS} rows of inputs, and there were {rows}"
+        return f"it needs {LEAST_ROWS} rows of inputs, and there were {rows}"
     mean = float(moments.diagonal().double().mean())
     if not torch.finfo(torch.float32).tiny <= mean < math.inf:
-        return "gptq needs inputs that are finite and not all zero"
+        return "it needs inputs that are finite and not all zero"
     return None
 
 
@@ -61,7 +64,8 @@ def factor_of(moments: torch.Tensor) -> torch.Tensor:
     moments.mul_((1 - SHRINKAGE) / mean)
     moments.diagonal().copy_(own)
     # The factor of Cholesky is lower triangular; of columns in the reverse order it is upper.
-    return torch.linalg.cholesky(moments.flip(0, 1)).flip(0, 1)
+    lower: torch.Tensor = torch.linalg.cholesky(moments.flip(0, 1))
+    return lower.flip(0, 1)
 
 
 @plain_tensors()
@@ -78,6 +82,24 @@ def compensate(w: torch.Tensor, weight: QuantizedTensor, factor: torch.Tensor) -
         columns.round(0, w.shape[1])
         better = columns.losses < before
         own.qweight[better] = pack(columns.codes()[better], own.format.qtype)
+
+
+@plain_tensors()
+def measured(plan: QuantPlan, w: torch.Tensor, weight: QuantizedTensor) -> QuantPlan:
+    """The plan with the errors of `weight`, which has other codes than by rounding w now."""
+    stack = w.dim() == 3
+    pairs = zip(w, weight.unbind(), strict=True) if stack else [(w, weight)]
+    norms = [_squared_norms(*pair) for pair in pairs]
+    errors = tuple(relative_error_from([one]) for one in norms) if stack else ()
+    return replace(plan, relative_error=relative_error_from(norms), expert_errors=errors)
+
+
+def _squared_norms(w: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
+    def norms(rows: slice) -> torch.Tensor:
+        part = weight.narrow(rows.start, rows.stop - rows.start)
+        return squared_norms(w[rows], part.dequantize(torch.float32))
+
+    return torch.stack(each_chunk(norms, w)).sum(0)
 
 
 class _Columns:

@@ -89,5 +89,5 @@ def trace_report(report: CompileReport) -> None:
         encoding = "json" if name.endswith(".json") else "string"
         # tlparse appends the extension of the encoding itself.
         artifact = f"fqcompile_{_safe(report.graph)}_{name.removesuffix('.json')}"
-        metadata = partial(dict, name=artifact, encoding=encoding)
+        metadata = partial(dict[str, str], name=artifact, encoding=encoding)
         trace_structured("artifact", metadata_fn=metadata, payload_fn=partial(str, text))

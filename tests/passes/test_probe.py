@@ -1,4 +1,4 @@
-"""Calibration by a probe: what h is, what is left alone, and that no compilation fails."""
+"""Calibration by a probe: what h is, what it leaves alone, and that it fails no compilation."""
 
 import copy
 from collections.abc import Callable
@@ -282,7 +282,8 @@ def test_new_weights_are_calibrated_and_changed_ones_keep_what_they_had(assign: 
         model.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
         actual = compiled(IDS)
     kept = fqcompile.fake_quantize_(copy.deepcopy(model), report())(IDS)
-    torch.testing.assert_close(actual, _compiled(other, IDS) if assign else kept)
+    expected = _compiled(other, IDS) if assign else kept
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_codes_do_not_depend_on_threads_or_the_store() -> None:

@@ -80,6 +80,7 @@ def operand(
     """[rows, WIDTH] in DTYPE, level / code_factor, from words [rows, 4, chunks]."""
     ROWS: tl.constexpr = words.shape[0]
     CHUNKS: tl.constexpr = words.shape[2]
+    tl.static_assert(LEVELS == "uniform" or (LEVELS == "normal" and BITS == 4))
     if BITS == 4:
         places = words & 0x77777777
         if LEVELS == "normal":

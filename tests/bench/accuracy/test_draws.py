@@ -37,7 +37,7 @@ def subject_of(family: str) -> Subject:
     tokenizer = train_tokenizer(DOCUMENTS, TINY.vocabulary)
     windows = windows_of(DOCUMENTS, tokenizer, TINY.context, 1)
     model = build(family, TINY).eval().requires_grad_(False)
-    return _subject(family, model, divergence_of(model, windows), TINY.vocabulary, windows.tokens)
+    return _subject(family, model, divergence_of(model, windows), windows.tokens)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_the_weights_of_errors_are_of_the_inputs_in_the_order_of_the_draw(llama:
     h = {name: torch.arange(1.0, 1 + weight.matrix.shape[-1])}
     order = order_of(weight.matrix.shape[-1], draw=1)
     w = weight.matrix[:, order].contiguous()
-    weighted, _ = our_way({"granularity": 64}, h)(name, w, order)
+    weighted, _ = our_way({"granularity": 64}, lambda: h)(name, w, order)
     plain, _ = our_way({"granularity": 64})(name, w, order)
     losses = [((w_hat - w).square() * h[name][order]).sum() for w_hat in (weighted, plain)]
     assert losses[0] < losses[1]
@@ -116,8 +116,8 @@ def test_error_feedback_keeps_the_outputs_on_its_text(family: str) -> None:
     for name, weight in subject.weights.items():
         order = order_of(weight.matrix.shape[-1], draw=1)
         w = weight.matrix[..., order].contiguous()
-        kept = [way(name, w, order)[0].view(w.shape) for way in
-                (gptq_way(options, h, many), our_way(options, h))]  # fmt: skip
+        ways = gptq_way(options, lambda: h, lambda: many), our_way(options, lambda: h)
+        kept = [way(name, w, order)[0].view(w.shape) for way in ways]
         sums = torch.stack([m.sum[order][:, order] for m in moments[name]])
         errors = [((w_hat - w).view(len(sums), -1, w.shape[-1])) for w_hat in kept]
         losses = [(e @ sums * e).sum().item() for e in errors]
