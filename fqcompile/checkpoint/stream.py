@@ -69,12 +69,7 @@ def quantize_checkpoint(
     """
     if resume and overwrite:
         raise OptionError("resume and overwrite are both given; overwrite starts anew: choose one")
-    if options.get("calibration") is not None:
-        raise OptionError(
-            f"calibration is {options['calibration']!r}, and a checkpoint is quantized tensor by "
-            "tensor, without a model to run: leave it out, or load the model and call quantize_"
-        )
-    config = packing_config({**options, "calibration": None})
+    config = _config_of(options)
     found, target = open_source(Path(source)), Path(out)
     if os.path.realpath(target) == os.path.realpath(found.directory):
         raise CheckpointError(f"{target} is the checkpoint itself; give another directory")
@@ -91,6 +86,15 @@ def quantize_checkpoint(
     if work.unused:
         say(f"left out, as {work.name} has no place for them: {shortened(work.unused)}")
     return plan
+
+
+def _config_of(options: dict[str, object]) -> FineQuantConfig:
+    if options.get("calibration") is not None:
+        raise OptionError(
+            f"calibration is {options['calibration']!r}, and a checkpoint is quantized tensor by "
+            "tensor, without a model to run: leave it out, or load the model and call quantize_"
+        )
+    return packing_config({**options, "calibration": None})
 
 
 def _run(

@@ -62,12 +62,7 @@ def quantize_(model: nn.Module, *, calibration: Any = "synthetic", **options: ob
         RankError: ranks of a sharded model used different options or plans.
     """
     known = calibration is None or isinstance(calibration, str)
-    config = packing_config(options | {"calibration": calibration} if known else options)
-    if config.calibration == "first_call":
-        raise OptionError(
-            "calibration is 'first_call', and quantize_ sees no call: pass its inputs themselves, "
-            "calibration=inputs, or compile with torch.compile(model, backend='finequant')"
-        )
+    config = _config_of(options | {"calibration": calibration} if known else options)
     refuse_fsdp_modules(model)
     waiting = module_weights(model, config)[::-1]
     calibrations: dict[str, Calibration] = {}
@@ -85,6 +80,16 @@ def quantize_(model: nn.Module, *, calibration: Any = "synthetic", **options: ob
     agree("what quantize_ packs", _shared_facts(sites, whole, config), groups)
     given = {} if known else {"calibration": "batches"}
     return Plan(tuple(sites), config.as_dict() | given)
+
+
+def _config_of(options: dict[str, object]) -> FineQuantConfig:
+    config = packing_config(options)
+    if config.calibration == "first_call":
+        raise OptionError(
+            "calibration is 'first_call', and quantize_ sees no call: pass its inputs themselves, "
+            "calibration=inputs, or compile with torch.compile(model, backend='finequant')"
+        )
+    return config
 
 
 def _worth_it(weights: Sequence[ModuleWeight], config: FineQuantConfig) -> list[ModuleWeight]:

@@ -1,4 +1,4 @@
-"""Calibration by a probe: what h is, what it leaves alone, and that it never fails a compilation."""
+"""Calibration by a probe: what h is, what it leaves alone, and that it fails no compilation."""
 
 import copy
 from collections.abc import Callable
@@ -181,7 +181,7 @@ def test_copies_share_memory_where_tensors_do() -> None:
     given = [base[1:3], base[2:, ::2].t(), base.clone(), torch.tensor(3), base[:0], base.mH]
     copies = copied(given)
     for old, new in zip(given, copies, strict=True):
-        assert torch.equal(old, new) and old.data_ptr() != new.data_ptr() or not old.numel()
+        assert (torch.equal(old, new) and old.data_ptr() != new.data_ptr()) or not old.numel()
     copies[0].zero_()
     assert copies[1].t()[0].eq(0).all() and copies[5].mH[1].eq(0).all()
     assert base[1, 1] == 7 and copies[2][1, 1] == 7
