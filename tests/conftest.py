@@ -22,6 +22,7 @@ os.environ["FQCOMPILE_CACHE_SIZE"] = "0"  # a weight of one test is not found by
 
 import pytest
 import torch
+from torch._C._dynamo import eval_frame
 from torch._dynamo.backends import registry
 
 from fqcompile.report import clear_reports
@@ -74,11 +75,21 @@ def pytest_collection() -> Generator[None, object, object]:
 def _fresh_process_state() -> Iterator[None]:
     """Compiled code and reports of one test are not seen by the next."""
     torch._dynamo.reset()
+    _take_graph_breaks()
     clear_reports()
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
     clear_reports()
+
+
+def _take_graph_breaks() -> None:
+    """PyTorch 2.11 skips them within a fullgraph call, and after calls of several threads for good.
+
+    Each call sets that for the process and puts back what it found, which another may have set.
+    """
+    if hasattr(eval_frame, "set_eval_frame_override"):
+        eval_frame.set_eval_frame_override(eval_frame._EvalFrameOverride.NONE)
 
 
 @pytest.fixture
