@@ -24,6 +24,7 @@ import pytest
 import torch
 from torch._C._dynamo import eval_frame
 from torch._dynamo.backends import registry
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fqcompile.report import clear_reports
 from fqcompile.torch_compat import trace_log
@@ -32,6 +33,10 @@ from tests.helpers import InnerGraphs
 
 # One process of several (pytest -n): more threads than cores only wait for each other.
 torch.set_num_threads(1)
+
+# With CUDA but no GPU, PyTorch 2.11 crashes where a thread makes the first one of a process.
+with FakeTensorMode():
+    pass
 
 # pytest listens to loggers that do not propagate, and where somebody listens to this one, every
 # compilation writes out its graphs and guards: a fifth of its time.
