@@ -27,6 +27,7 @@ from fqcompile.weights.fingerprint import content_digest, fingerprint
 
 # Bytes of second moments at a time: those of all inputs of a layer of 4096 x 14336.
 _BUDGET = 3 << 29
+GPTQ = "gptq"
 Part = tuple[ModuleWeight, int]  # a weight, and which of its experts; 0 for a matrix
 
 
@@ -162,8 +163,8 @@ def _matrices(weight: ModuleWeight) -> Sequence[Tensor]:
 
 def compensated(
     found: ModuleWeight, entry: Entry, inputs: ModelInputs, budget: float | None
-) -> tuple[Entry, str]:
-    """A rounded weight with codes by its inputs, expert by expert, and what was done, for reports.
+) -> Entry:
+    """A rounded weight with codes by its inputs, expert by expert; its calibration says so.
 
     Where the error of these would be beyond the budget, rounding stays.
     """
@@ -178,12 +179,19 @@ def compensated(
         else:
             refusals.append(own.refusal)
     if len(refusals) == len(parts):
-        return entry, f"no gptq: {refusals[0]}"
+        return _told(plan, f"no gptq: {refusals[0]}"), rounded
     made = measured(plan, found.matrix, weight)
     if budget is not None and made.worst_error > budget:
-        return entry, f"no gptq: its error {made.worst_error:.3g} is beyond error_budget {budget:g}"
+        error = f"its error {made.worst_error:.3g} is beyond error_budget {budget:g}"
+        return _told(plan, f"no gptq: {error}"), rounded
     few = f", but not of {len(refusals)} of {len(parts)} experts: {refusals[0]}" if refusals else ""
-    return (made, weight), f"gptq{few}"
+    return _told(made, f"{GPTQ}{few}"), weight
+
+
+def _told(plan: QuantPlan, done: str) -> QuantPlan:
+    assert plan.calibration is not None
+    source = f"{plan.calibration.source}; {done}"
+    return replace(plan, calibration=replace(plan.calibration, source=source))
 
 
 def _find_or_compensate(w: Tensor, weight: QuantizedTensor, inputs: Inputs) -> None:

@@ -1,5 +1,6 @@
 """GPTQ over models: whose inputs are found, in how many runs; what is made of them and kept."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from fqcompile.config import FineQuantConfig, SiteOptions
 from fqcompile.modules import gptq
 from fqcompile.modules.gptq import ModelInputs, compensated
 from fqcompile.modules.weights import ModuleWeight, module_weights
+from fqcompile.quant.calibration import Calibration
 from fqcompile.quant.choose import choose_and_quantize
 from fqcompile.quant.gptq import compensate
 from fqcompile.tensor.quantized import QuantizedTensor
@@ -97,7 +99,8 @@ def test_moments_are_those_of_the_inputs_however_many_fit_at_a_time(
 
 def rounded(weight: ModuleWeight) -> Entry:
     options = SiteOptions(granularity=32)
-    return choose_and_quantize(weight.matrix.detach(), options, torch.float16)
+    plan, made = choose_and_quantize(weight.matrix.detach(), options, torch.float16)
+    return replace(plan, calibration=Calibration(asked="batches", source="batches")), made
 
 
 def losses(weight: ModuleWeight, made: QuantizedTensor, x: Tensor, expert: int = 0) -> float:
@@ -113,8 +116,10 @@ def test_each_expert_gets_codes_by_its_own_inputs() -> None:
     model[0].forward = lambda x: x[:1] @ weight.parameter[0].T + x @ weight.parameter[2].T
     entry = rounded(weight)
     inputs = ModelInputs(nn.Sequential(model[0]), batches, [weight])
-    (plan, made), how = compensated(weight, entry, inputs, None)
-    assert how == ("gptq, but not of 2 of 3 experts: it needs 512 rows of inputs, and there were 1")
+    plan, made = compensated(weight, entry, inputs, None)
+    assert plan.calibration.source == (
+        "batches; gptq, but not of 2 of 3 experts: it needs 512 rows of inputs, and there were 1"
+    )
     assert torch.equal(made.qweight[:2], entry[1].qweight[:2])
     assert losses(weight, made, batches[0], 2) < 0.7 * losses(weight, entry[1], batches[0], 2)
     errors = weight.matrix.detach() - made.dequantize(torch.float32)
@@ -133,8 +138,9 @@ def test_few_rows_or_an_error_budget_leave_what_was_rounded() -> None:
         (512, entry[0].relative_error, "is beyond error_budget"),
     ):
         own = [torch.randn(rows, 4) @ torch.randn(4, 32)]
-        same, how = compensated(weight, entry, ModelInputs(model, own, [weight]), budget)
-        assert same is entry and expected in how
+        plan, same = compensated(weight, entry, ModelInputs(model, own, [weight]), budget)
+        assert same is entry[1] and plan.relative_error == entry[0].relative_error
+        assert expected in plan.calibration.source
 
 
 def test_what_an_interrupted_run_has_made_is_found_again(
@@ -150,7 +156,7 @@ def test_what_an_interrupted_run_has_made_is_found_again(
         inputs = ModelInputs(model, batches[:times], [weight])
         if times == 1 and runs:
             monkeypatch.setattr(gptq, "compensate", None)  # is not called any more
-        (_, made), _ = compensated(weight, rounded(weight), inputs, None)
+        _, made = compensated(weight, rounded(weight), inputs, None)
         runs.append(made.qweight)
         monkeypatch.setattr(gptq, "compensate", compensate)
     assert torch.equal(runs[0], runs[1])
