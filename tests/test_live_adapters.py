@@ -18,8 +18,7 @@ from tests.dense_models import build
 from tests.helpers import assert_close, finequant, frozen
 
 peft = pytest.importorskip("peft", reason="the dev extra is not installed")
-# What is expected is quantized from the weights as they are, and from nothing else.
-OPTIONS: dict[str, Any] = {"granularity": 64, "min_elements": 1024, "calibration": None}
+OPTIONS: dict[str, Any] = {"calibration": None, "granularity": 64, "min_elements": 1024}
 
 
 def _adapted() -> tuple[Any, Tensor]:

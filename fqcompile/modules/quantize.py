@@ -62,12 +62,10 @@ def quantize_(model: nn.Module, *, calibration: Any = "synthetic", **options: ob
         RankError: ranks of a sharded model used different options or plans.
     """
     known = calibration is None or isinstance(calibration, str)
-    config = _config_of(options | {"calibration": calibration} if known else options)
+    config = packing_config(options | {"calibration": calibration} if known else options)
     refuse_fsdp_modules(model)
     waiting = module_weights(model, config)[::-1]
-    calibrations: dict[str, Calibration] = {}
-    if calibration is not None:
-        calibrations = calibrated(model, _worth_it(waiting, config), calibration)
+    calibrations = calibrated(model, _worth_it(waiting, config), calibration)
     whole = {w.name for w in waiting if not is_part(w.parameter)}
     groups = rank_groups(weight.parameter for weight in waiting)
     sites = []
@@ -80,16 +78,6 @@ def quantize_(model: nn.Module, *, calibration: Any = "synthetic", **options: ob
     agree("what quantize_ packs", _shared_facts(sites, whole, config), groups)
     given = {} if known else {"calibration": "batches"}
     return Plan(tuple(sites), config.as_dict() | given)
-
-
-def _config_of(options: dict[str, object]) -> FineQuantConfig:
-    config = packing_config(options)
-    if config.calibration == "first_call":
-        raise OptionError(
-            "calibration is 'first_call', and quantize_ sees no call: pass its inputs themselves, "
-            "calibration=inputs, or compile with torch.compile(model, backend='finequant')"
-        )
-    return config
 
 
 def _worth_it(weights: Sequence[ModuleWeight], config: FineQuantConfig) -> list[ModuleWeight]:
@@ -172,7 +160,7 @@ def _packed(
     with plain_eager(weight.device.type):
         scale_dtype = scale_dtype_beside(weight.dtype)
         h = None if calibration is None else calibration.h
-        plan, codes = find_or_quantize(found.matrix, options, scale_dtype, h=h)
+        plan, codes = find_or_quantize(found.matrix, options, scale_dtype, h)
         codes = codes.changed(transposed=found.transposed)
         packed = PackedWeight.of(codes, weight.dtype, found.name)
     return replace(plan, calibration=calibration), packed
