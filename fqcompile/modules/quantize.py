@@ -68,13 +68,13 @@ def quantize_(
         RankError: ranks of a sharded model used different options or plans.
     """
     known = calibration is None or isinstance(calibration, str)
-    config = _config_of(options | {"calibration": calibration} if known else options)
+    config = packing_config(options | {"calibration": calibration} if known else options)
     refuse_fsdp_modules(model)
     waiting = module_weights(model, config)[::-1]
     found = _worth_it(waiting, config)
     inputs = ModelInputs.of(model, found, calibration, method)
     batches = calibration if inputs is None else inputs.batches
-    calibrations = {} if batches is None else calibrated(model, found, batches)
+    calibrations = calibrated(model, found, batches)
     del found  # a list of them all would hold every original until the end
     whole = {w.name for w in waiting if not is_part(w.parameter)}
     groups = rank_groups(weight.parameter for weight in waiting)
@@ -99,16 +99,6 @@ def _pack_all(
             sites.append(_pack(found, config, calibrations.get(found.name), inputs))
             bar.update()
     return sites
-
-
-def _config_of(options: dict[str, object]) -> FineQuantConfig:
-    config = packing_config(options)
-    if config.calibration == "first_call":
-        raise OptionError(
-            "calibration is 'first_call', and quantize_ sees no call: pass its inputs themselves, "
-            "calibration=inputs, or compile with torch.compile(model, backend='finequant')"
-        )
-    return config
 
 
 def _worth_it(weights: Sequence[ModuleWeight], config: FineQuantConfig) -> list[ModuleWeight]:
@@ -202,7 +192,7 @@ def _packed(
     with plain_eager(weight.device.type):
         scale_dtype = scale_dtype_beside(weight.dtype)
         h = None if calibration is None else calibration.h
-        plan, codes = find_or_quantize(found.matrix, options, scale_dtype, h=h)
+        plan, codes = find_or_quantize(found.matrix, options, scale_dtype, h)
         plan = replace(plan, calibration=calibration)
         if inputs is not None and calibration is not None:
             plan, codes = compensated(found, (plan, codes), inputs, options.error_budget)
