@@ -53,7 +53,7 @@ def test_the_version_is_of_all_that_makes_codes_and_files() -> None:
     folders = (package / "tensor", package / "quant")
     made = {p.name for folder in folders for p in folder.iterdir() if p.suffix == ".py"}
     files = {"disk_cache.py", "safetensors_file.py"}
-    native = {"quantize.cpp", "rounding.h", "vectors.h"}
+    native = {"quantize.cpp", "rounding.h", "sums.h", "vectors.h"}
     assert {path.name for path in module._SOURCES} == made | native | files
 
 
