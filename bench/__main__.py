@@ -5,6 +5,8 @@ from importlib import import_module
 
 BENCHMARKS = {
     "accuracy": "what quantization costs trained language models, ours and other libraries",
+    "draws": "what 4 bits cost Gemma 3 270M, MiniLM and small models, calibrated and not",
+    "levels": "derives the 16 normal levels, and what other levels would lose",
     "train_lm": "trains the small language models of the accuracy benchmark, once",
     "expert_decode": "a CPU: decoding through a layer of experts, against Inductor on it",
     "startup": "the first start of a model and the second, part by part",
@@ -22,6 +24,8 @@ BENCHMARKS = {
 }
 # Below `bench`, where it is not the `run` of a folder of the benchmark's name.
 MODULES = {
+    "draws": "accuracy.draws",
+    "levels": "accuracy.levels",
     "train_lm": "accuracy.train_lm",
     "expert_decode": "experts.decode",
     "startup": "start.startup",

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from bench.accuracy.draws_section import draws
 from bench.accuracy.section import accuracy, accuracy_short
 from bench.core.section import Content
 from bench.experts.section import expert_decode, expert_decode_short
@@ -35,7 +36,8 @@ class Section:
 
 
 SECTIONS = (
-    Section("accuracy", "Quality", "accuracy", accuracy, accuracy_short),
+    Section("accuracy-draws", "Quality of real models", "accuracy-draws", draws),
+    Section("accuracy", "Quality of small models", "accuracy", accuracy, accuracy_short),
     Section("models", "Whole models on a GPU", "models", models, models_short),
     Section("models-cpu", "Whole models on a CPU", "models-cpu*", models, models_short),
     Section("kernels", "Layers on a GPU", "kernels", gpu_kernels),

@@ -4,9 +4,11 @@ The demo imports transformers, which takes seconds; `fqcompile doctor` should no
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 
 from fqcompile.errors import FineQuantError, nearest
 
@@ -30,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="fqcompile",
         description="FineQuant weight-only quantization as a torch.compile backend.",
     )
+    parser.add_argument("--version", action="version", version=f"fqcompile {version('fqcompile')}")
     chosen = arguments[0] if arguments and not arguments[0].startswith("-") else None
     if chosen is not None and chosen not in COMMANDS:
         print(f"fqcompile: {_unknown(chosen)}", file=sys.stderr)
@@ -41,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if name == chosen:
             import_module(f"fqcompile.commands.{name}").add_arguments(subparser)
-    parsed = parser.parse_args(arguments)
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest:
+        help_text = subparsers.choices[parsed.command].format_help()
+        parser.exit(2, f"fqcompile {parsed.command}: {_superfluous(rest[0], help_text)}\n")
     try:
         import_module(f"fqcompile.commands.{parsed.command}").run(parsed)
     except FineQuantError as error:
@@ -61,3 +67,12 @@ def _unknown(command: str) -> str:
     return f"no command is called {command!r}; there are {', '.join(COMMANDS)}" + nearest(
         command, COMMANDS
     )
+
+
+def _superfluous(argument: str, help_text: str) -> str:
+    """The message for an argument that a command does not take, with the flag that was meant."""
+    flag = argument.partition("=")[0]
+    if not flag.startswith("--"):
+        return f"{argument!r} is one argument too many; --help shows which it takes"
+    flags = sorted(set(re.findall(r"--[a-z][a-z-]+", help_text)))
+    return f"no option is called {flag!r}; there are {', '.join(flags)}{nearest(flag, flags)}"

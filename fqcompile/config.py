@@ -97,6 +97,7 @@ class FineQuantConfig(SiteOptions):
     on_unsupported: str = "keep"
     weight_updates: str = "detect"
     autotune: str = "off"
+    calibration: str | None = "synthetic"
     debug_dir: str | Path | None = field(default_factory=_debug_dir_from_environment)
     inner_backend: str = "inductor"
     inductor: Mapping[str, object] = field(default_factory=FrozenMapping)
@@ -104,6 +105,8 @@ class FineQuantConfig(SiteOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for pattern, own in self.overrides.items():
+            check_levels({"bits": self.bits, **own}, owner=f"overrides[{pattern!r}].")
         given = [name for name in ("mode", "inductor") if getattr(self, name)]
         if given and self.inner_backend != "inductor":
             raise OptionError(

@@ -85,8 +85,8 @@ def check_levels(options: Mapping[str, object], owner: str = "") -> None:
     """
     if options.get("bits") == 8 and options.get("levels") == "normal":
         raise OptionError(
-            f"option {owner}levels is 'normal' with {owner}bits 8; 8 bits are always uniform: drop "
-            f"{owner}levels, or give {owner}bits 4"
+            f"option {owner}levels is 'normal', and bits are 8, which are always uniform: drop "
+            f"levels, or give {owner}bits 4"
         )
 
 
@@ -191,7 +191,6 @@ def overrides(label: str, value: object) -> object:
         if not isinstance(options, Mapping):
             raise _refusal(here, options, f"a dict of {', '.join(SITE_RULES)}")
         check_names(options, SITE_RULES, owner=f"{here}.")
-        check_levels(options, owner=f"{here}.")
         checked[pattern] = FrozenMapping(
             {key: SITE_RULES[key](f"{here}.{key}", item) for key, item in options.items()}
         )
@@ -244,6 +243,7 @@ RULES: Mapping[str, Rule] = {
     "on_unsupported": one_of("keep", "error"),
     "weight_updates": one_of("detect", "ignore"),
     "autotune": one_of("off", "fast", "max"),
+    "calibration": one_of(None, "synthetic", "first_call"),
     "debug_dir": optional(directory),
     "inner_backend": backend_name,
     "inductor": inductor_patches,

@@ -4,6 +4,7 @@ All were seen to work in PyTorch 2.11.0, 2.13.0 and 2.14.1. Where a release has 
 this fails and names it; `tests/test_torch_compat.py` tries what each is used for.
 """
 
+from collections.abc import Mapping
 from importlib import import_module
 from operator import attrgetter
 from typing import Any
@@ -146,6 +147,29 @@ def copy_sources(old: fx.GraphModule, new: fx.GraphModule, nodes: dict[fx.Node, 
             set_source(copied, source_of(node))
     if hasattr(old, "_param_name_to_source"):
         new._param_name_to_source = old._param_name_to_source
+
+
+def symbol_of(size: Any) -> Any:
+    """The symbol that a size is; None for a number, and for what is computed of symbols."""
+    expression = size.node.expr if isinstance(size, torch.SymInt | torch.SymFloat) else None
+    return expression if expression is not None and expression.is_Symbol else None
+
+
+def size_at(size: Any, values: Mapping[Any, int]) -> Any:
+    """A size as a number, where its symbols have these values."""
+    symbolic = isinstance(size, torch.SymInt | torch.SymFloat)
+    return type(hint_of(size))(size.node.expr.xreplace(dict(values))) if symbolic else size
+
+
+def size_within(size: Any, wanted: int) -> int:
+    """The number nearest to `wanted` that a symbol may be."""
+    bounds = size.node.shape_env.var_to_range[size.node.expr]
+    return int(max(bounds.lower, min(wanted, bounds.upper)))
+
+
+def hint_of(size: Any) -> Any:
+    """The number that a symbolic size has in the call that is compiled; any other as it is."""
+    return size.node.hint if isinstance(size, torch.SymInt | torch.SymFloat) else size
 
 
 def is_erased(node: fx.Node) -> bool:

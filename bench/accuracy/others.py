@@ -69,6 +69,14 @@ def _torchao(group_size: int, w: Tensor) -> tuple[Tensor, float]:
     return w_hat, 4 + _stored_bits(scale, zero) / w.numel()
 
 
+def _q4_0(block: int, w: Tensor) -> tuple[Tensor, float]:
+    """llama.cpp's Q4_0. Its Q4_K the package reads, and writes none."""
+    library = import_module("gguf")
+    codes = library.quantize(w.numpy(), library.GGMLQuantizationType.Q4_0)
+    w_hat = torch.from_numpy(library.dequantize(codes, library.GGMLQuantizationType.Q4_0))
+    return w_hat, 8 * codes.nbytes / w.numel()
+
+
 def _stored_bits(*tensors: Tensor) -> int:
     return sum(_SCALE_BITS * t.numel() for t in tensors)
 
@@ -83,4 +91,5 @@ BASELINES = [
     *_baselines("hqq", "hqq", _hqq, 128, 64),
     *_baselines("nf4", "bitsandbytes", _nf4, 64),
     *_baselines("torchao", "torchao", _torchao, 128, 64, 32),
+    *_baselines("llama.cpp q4_0", "gguf", _q4_0, 32),
 ]

@@ -7,6 +7,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import torch
@@ -31,6 +32,7 @@ from fqcompile.kernels.triton.expert_gemm import (
 )
 from fqcompile.kernels.triton.launch import FINISH_BLOCK_N, SCHEDULE_TILE, filled_up, has_two_sums
 from fqcompile.kernels.triton.layout import BLOCK_K
+from fqcompile.tensor.format import NORMAL, UNIFORM
 
 DECODED, PREFILLED = (1, 2, 4, 8, 16), (256, 4096)  # tokens
 IDS, OFFSETS = "*i64", "*i32"
@@ -39,11 +41,12 @@ IDS, OFFSETS = "*i64", "*i32"
 def layer(
     model: str, matrix: Matrix, routing: RoutingName, tokens: int = 1, bits: int = 4,
     group_size: int = 128, dtype: torch.dtype = torch.bfloat16, gpu: Gpu = H200,
+    levels: str = UNIFORM,
 ) -> GemmSpec:  # fmt: skip
     """One of the two matrices of a model's experts, for so many tokens; scales are fp16."""
     form = (bits, group_size, dtype, gpu)
     made = expert_spec(EXPERTS[model], matrix, routing, tokens, *form)
-    return replace(made, scale_dtype=torch.float16)
+    return replace(made, scale_dtype=torch.float16, levels=levels)
 
 
 def routed(spec: GemmSpec, config: TileConfig) -> Case:
@@ -110,12 +113,12 @@ def chosen(arch: int) -> Iterator[Case]:
         "gathered": DECODED,
         "grouped": (*DECODED, *PREFILLED),
     }
-    for model, routing in product(EXPERTS, tokens):
+    for model, routing, levels in product(EXPERTS, tokens, (UNIFORM, NORMAL)):
         for matrix, many in product(MATRICES, tokens[routing]):
-            one = layer(model, matrix, routing, many, gpu=GPUS[arch])
+            one = layer(model, matrix, routing, many, gpu=GPUS[arch], levels=levels)
             config = next(c for c in candidates(one, one.m, "max") if isinstance(c, TileConfig))
             config = replace(config, SPLIT_K=min(config.SPLIT_K, FINISHED_SHARES))
-            found.setdefault((model, matrix, routing, config), routed(one, config))
+            found.setdefault((model, matrix, routing, levels, config), routed(one, config))
     yield from found.values()
 
 
@@ -142,6 +145,11 @@ def selection(arch: int) -> Iterator[Case]:
         yield routed(layer(qwen, "down", routing, gpu=gpu), replace(small, SPLIT_K=8))
         yield routed(layer(mixtral, "down", routing, bits=8, group_size=1 << 20, gpu=gpu), small)
         yield finish(replace(layer(qwen, "gate_up", routing, gpu=gpu), has_bias=True))
+    normal = partial(layer, qwen, gpu=gpu, levels=NORMAL)
+    yield routed(normal("gate_up", "gathered"), gated)
+    yield routed(normal("down", "grouped"), small)
+    yield routed(normal("down", "grouped"), large)
+    yield dequantize(normal("down", "grouped"))
     yield routed(layer(qwen, "down", "grouped", gpu=gpu, group_size=32), small)
     yield routed(layer(qwen, "down", "grouped", gpu=gpu), large)
     yield schedule(layer(qwen, "down", "grouped", gpu=gpu), 16)

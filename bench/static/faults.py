@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from bench.static.launches import Case
 from bench.static.machine_code import MachineCode
 from fqcompile.kernels.triton.layout import BLOCK_K, dot_width
+from fqcompile.tensor.format import NORMAL
 
 FEW_ROWS = 16  # the tile for which memory, not arithmetic, is to be the limit
 LEAST_IN_FLIGHT = 32 << 10  # bytes of an SM: 4.3 TB/s over 132 SMs for 1 µs
 # Of a loop's instructions, in tiles of many rows. On twice the warps such a tile has no spills, and
 # half as many instructions again.
 MOST_SPILLED = 0.03
+_NARROWEST_DOT = 16  # columns
 _COPY = 16  # bytes of the widest copy
 
 
@@ -58,6 +60,11 @@ def _for_few_rows(case: Case, code: MachineCode) -> Iterator[str]:
     in_flight = code.bytes_in_flight(case.weights * case.spec.bits // 8)
     if in_flight < LEAST_IN_FLIGHT:
         yield f"{in_flight} bytes of weights in flight, not {LEAST_IN_FLIGHT}"
+    if (
+        case.spec.levels == NORMAL
+        and dot_width(case.spec.group_size, case.spec.k) == _NARROWEST_DOT
+    ):
+        return  # 5 instructions per weight: 15 % longer than memory takes, on Hopper
     memory = case.bytes_per_weight * case.gpu.num_sms / case.gpu.bandwidth
     issue = code.issue_bound(case.weights, case.gpu)
     if issue >= memory:
@@ -81,7 +88,11 @@ def most_instructions(case: Case) -> float | None:
         return None
     if case.spec.bits == 8:
         return 3.2 if case.spec.group_size > 16 else None
-    wide, narrow = (2.6, 3.1) if case.gpu.capability >= 90 else (3.0, None)
+    hopper = case.gpu.capability >= 90
+    if case.spec.levels == NORMAL:
+        wide, narrow = (3.45, 4.05) if hopper else (4.2, 4.2)
+    else:
+        wide, narrow = (2.6, 3.1) if hopper else (3.0, None)
     if case.spec.group_size >= 128:
         return wide
     return narrow if case.spec.group_size >= 32 else None

@@ -9,6 +9,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -30,8 +31,10 @@ from fqcompile.kernels.triton.launch import (
 )
 from fqcompile.kernels.triton.layout import BLOCK_K, blocks_per_group, dot_width
 from fqcompile.kernels.triton.target import kwidth
+from fqcompile.tensor.format import NORMAL, QTYPES, UNIFORM
 
 N = K = 4096
+FORMATS = tuple(QTYPES)  # bits and levels
 GROUP_SIZES = (K, 128, 64, 32, 16)  # the first: one scale a row
 GPUS = {90: H200, 80: A100}
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -71,12 +74,16 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Such as "gemm w4 g128 bf16 16x128x128x1w4s4 gated sm_90"; of experts with E x N x K."""
+        """Such as "gemm w4 normal g128 bf16 16x128x128x1w4s4 gated sm_90".
+
+        Experts are told by E x N x K; levels that are uniform are not said.
+        """
         spec = self.spec
         group = "column" if spec.group_size >= spec.k else f"g{spec.group_size}"
         parts = [self.kind]
         parts += [f"{spec.experts}x{spec.weight_rows}x{spec.k}"] if spec.experts else []
-        parts += [f"w{spec.bits}", group, TYPES[spec.dtype]]
+        parts += [f"w{spec.bits}"] + ([spec.levels] if spec.levels != UNIFORM else [])
+        parts += [group, TYPES[spec.dtype]]
         parts += [str(self.config)] if self.config else []
         parts += ["gated"] if spec.gated else []
         return " ".join([*parts, self.gpu.arch])
@@ -104,6 +111,7 @@ def spec(
     gpu: Gpu = H200,
     gated: bool = False,
     act: str = ACTIVATION,
+    levels: str = UNIFORM,
 ) -> GemmSpec:
     """A layer of 4096 x 4096 with everything that an epilogue can have."""
     return GemmSpec(
@@ -120,6 +128,7 @@ def spec(
         has_bias=True,
         has_residual=True,
         gpu=gpu,
+        levels=levels,
     )
 
 
@@ -130,6 +139,7 @@ def format_of(spec: GemmSpec) -> dict[str, Any]:
         "BLOCKS_PER_GROUP": blocks_per_group(spec.group_size, spec.k),
         "DOT_K": dot_width(spec.group_size, spec.k),
         "BITS": spec.bits,
+        "LEVELS": spec.levels,
         "KWIDTH": kwidth(spec.gpu),
         "CONVERSION": CONVERSION,
     }
@@ -225,33 +235,33 @@ def matrix(arch: int) -> Iterator[Case]:
     Where it is, gate and up are columns of one product, as in a layer without them.
     """
     gpu = GPUS[arch]
-    for bits, group_size, dtype in product((4, 8), GROUP_SIZES, TYPES):
+    for (bits, levels), group_size, dtype in product(FORMATS, GROUP_SIZES, TYPES):
         for gated in (False, True):
-            layer = spec(bits, group_size, dtype, gpu, gated)
+            layer = spec(bits, group_size, dtype, gpu, gated, levels=levels)
             tiles = [TileConfig.parse(text) for text in TILES[arch, gated]]
             yield from (gemm(layer, tile) for tile in tiles)
             if not gated:
                 yield from (gemm(layer, _shares(tile)) for tile in tiles[:2])
     for dtype, gated in product(TYPES, (False, True)):
         yield finish(spec(4, 128, dtype, gpu, gated))
-    for bits, group_size, dtype in product((4, 8), GROUP_SIZES, TYPES):
-        yield dequantize(spec(bits, group_size, dtype, gpu))
+    for (bits, levels), group_size, dtype in product(FORMATS, GROUP_SIZES, TYPES):
+        yield dequantize(spec(bits, group_size, dtype, gpu, levels=levels))
 
 
 def chosen(arch: int) -> Iterator[Case]:
     """What the closed form picks for the layers of well-known models and up to 16 rows."""
     found: dict[tuple[object, ...], Case] = {}
     sides = {side for shapes in SHAPES.values() for side in shapes} | {(768, 3072), (1024, 1024)}
-    choices = product(sorted(sides), (4, 8), GROUP_SIZES, (False, True), (1, 16))
-    for (n, k), bits, group_size, gated, m in choices:
-        size = k if group_size == K else group_size
-        layer = replace(spec(bits, size, gpu=GPUS[arch], gated=gated), n=n, k=k)
+    choices = product(sorted(sides), FORMATS, GROUP_SIZES, (False, True), (1, 16))
+    for (n, k), (bits, levels), group_size, gated, m in choices:
+        form = partial(spec, bits, gpu=GPUS[arch], gated=gated, levels=levels)
+        layer = replace(form(k if group_size == K else group_size), n=n, k=k)
         config = candidates(layer, m, "fast")[0]
         assert isinstance(config, TileConfig), "few rows are never dequantized first"
         # One kernel serves all layers; of the shares it matters whether there are any.
         config = replace(config, SPLIT_K=min(config.SPLIT_K, FINISHED_SHARES))
-        case = gemm(spec(bits, group_size, gpu=GPUS[arch], gated=gated), config)
-        found.setdefault((bits, group_size, gated, config), case)
+        case = gemm(form(group_size), config)
+        found.setdefault((bits, levels, group_size, gated, config), case)
     yield from found.values()
 
 
@@ -270,6 +280,13 @@ def selection(arch: int) -> Iterator[Case]:
     yield finish(spec(4, 128, gpu=gpu, gated=True))
     yield dequantize(spec(4, 128, gpu=gpu))
     yield dequantize(spec(8, K, gpu=gpu))
+    normal = partial(spec, 4, gpu=gpu, levels=NORMAL)
+    given = [(128, bf16), (128, fp16), (K, bf16), (64, fp16), (32, bf16), (16, bf16)]
+    yield from (gemm(normal(*one), small) for one in given)
+    yield gemm(normal(128), _shares(small))
+    yield gemm(normal(128, gated=True), TileConfig.parse(TILES[arch, True][0]))
+    yield gemm(normal(128), medium)
+    yield dequantize(normal(128))
 
 
 def plain_cases(arch: int) -> Iterator[Case]:

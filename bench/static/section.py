@@ -13,8 +13,10 @@ _COLUMNS = {
     "issue": "issue bound, TB/s of weights",
     "memory": "memory, TB/s",
 }
-# The kernels that decode: int4 in groups of 128 and bf16, up to 16 rows, K not split.
-_DECODING = re.compile(r"((?:gemm|plain|gathered|grouped) .*?w4 g128 bf16) 16x\d+x\d+x1w\ds\d(.*)")
+# The kernels that decode: 4 bits in groups of 128 and bf16, up to 16 rows, K not split.
+_DECODING = re.compile(
+    r"((?:gemm|plain|gathered|grouped) .*?w4 (?:normal )?g128 bf16) 16x\d+x\d+x1w\ds\d(.*)"
+)
 
 
 def static(content: Content) -> str:

@@ -49,7 +49,8 @@ def quantize_checkpoint(
 ) -> Plan:
     """Quantize a Hugging Face checkpoint into a directory that `fqcompile.load` reads.
 
-    The result equals `quantize_` on the model that `from_pretrained` loads. Tensors are read,
+    The result equals `quantize_(model, calibration=None)` on the model that `from_pretrained`
+    loads: what is never held whole cannot be run. Tensors are read,
     converted and quantized one at a time (a stack of experts is one tensor), so peak memory is
     less than a GiB plus the needs of the largest tensor. Tokenizer and configs are copied.
 
@@ -68,7 +69,7 @@ def quantize_checkpoint(
     """
     if resume and overwrite:
         raise OptionError("resume and overwrite are both given; overwrite starts anew: choose one")
-    config = packing_config(options)
+    config = _config_of(options)
     found, target = open_source(Path(source)), Path(out)
     if os.path.realpath(target) == os.path.realpath(found.directory):
         raise CheckpointError(f"{target} is the checkpoint itself; give another directory")
@@ -85,6 +86,15 @@ def quantize_checkpoint(
     if work.unused:
         say(f"left out, as {work.name} has no place for them: {shortened(work.unused)}")
     return plan
+
+
+def _config_of(options: dict[str, object]) -> FineQuantConfig:
+    if options.get("calibration") is not None:
+        raise OptionError(
+            f"calibration is {options['calibration']!r}, and a checkpoint is quantized tensor by "
+            "tensor, without a model to run: leave it out, or load the model and call quantize_"
+        )
+    return packing_config({**options, "calibration": None})
 
 
 def _run(

@@ -6,7 +6,7 @@ import os
 import torch
 from torch import nn
 
-from fqcompile.commands import load_model, require
+from fqcompile.commands import count, load_model, require
 from fqcompile.demo.decoder import random_decoder, run_decoder_demo
 from fqcompile.demo.embedding import run_embedding_demo
 from fqcompile.errors import FineQuantError
@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--part", choices=("all", "embedding", "decoder"), default="all", help="what to run"
     )
-    parser.add_argument("--new-tokens", type=int, default=32, help="tokens to generate")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed rounds")
+    parser.add_argument("--new-tokens", type=count, default=32, help="tokens to generate")
+    parser.add_argument("--rounds", type=count, default=ROUNDS, help="timed rounds")
 
 
 def run(arguments: argparse.Namespace) -> None:

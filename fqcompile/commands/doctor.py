@@ -8,6 +8,7 @@ import platform
 import shlex
 import shutil
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from textwrap import indent
 
@@ -19,6 +20,7 @@ from fqcompile.kernels.registry import TEMPLATES
 from fqcompile.kernels.spec import GemmSpec, gpu_of
 from fqcompile.kernels.template import Template
 from fqcompile.native import library as native_library
+from fqcompile.tensor.format import QTYPES, QType
 from fqcompile.weights.disk_cache import SIZE, disk_cache
 
 DISTRIBUTIONS = ("fqcompile", "torch", "triton", "transformers", "numpy", "safetensors")
@@ -40,7 +42,8 @@ def kernel_availability() -> list[tuple[str, str | None]]:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     rows: list[tuple[str, str | None]] = []
     for template in TEMPLATES.values():
-        reasons = [template.refuse(_decode_spec(device, b)) for device in devices for b in (4, 8)]
+        tried = product(devices, QTYPES.values())
+        reasons = [template.refuse(_decode_spec(device, qtype)) for device, qtype in tried]
         rows.append((_named(template), None if None in reasons else reasons[0]))
     return rows
 
@@ -52,11 +55,12 @@ def _named(template: Template) -> str:
     return f"{template.name} ({native_library.native_library().isa})"
 
 
-def _decode_spec(device_type: str, bits: int) -> GemmSpec:
-    group_size = 64 if bits == 4 else 4096
+def _decode_spec(device_type: str, qtype: QType) -> GemmSpec:
+    group_size = 64 if qtype.bits == 4 else 4096
     bf16 = torch.bfloat16
     gpu = gpu_of(torch.device("cuda")) if device_type == "cuda" else None
-    return GemmSpec(1, 4096, 4096, bits, group_size, bf16, bf16, device_type, gpu=gpu)
+    shape = (1, 4096, 4096, qtype.bits, group_size)
+    return GemmSpec(*shape, bf16, bf16, device_type, gpu=gpu, levels=qtype.levels)
 
 
 def _version(distribution: str) -> str:

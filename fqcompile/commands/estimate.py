@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fqcompile.commands import counts, group_size
+from fqcompile.commands import count, counts, group_size
 from fqcompile.errors import EstimateError, nearest
 from fqcompile.estimator.assumptions import assumptions, formulas_text, general_text
 from fqcompile.estimator.costs import Speed
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--batch", [1, 16, 64], "sequences that a replica serves at once"),
         ("--context", [1024], "tokens of each sequence"),
     )
-    parser.add_argument("--chunk", type=int, default=8192, help="tokens in one pass of prefill")
+    parser.add_argument("--chunk", type=count, default=8192, help="tokens in one pass of prefill")
     parser.add_argument(
         "--format", type=_words, default=list(_FORMATS), metavar="NAME,...", help="formats of "
         f"weights: {', '.join(_FORMATS)}",
@@ -80,7 +80,7 @@ def _add_devices(parser: argparse.ArgumentParser) -> None:
         "--gpu", type=_words, default=["h200"], metavar="NAME,...",
         help=f"GPUs: {', '.join(DEVICES)}",
     )  # fmt: skip
-    parser.add_argument("--machine", type=int, default=8, help="GPUs in one machine")
+    parser.add_argument("--machine", type=count, default=8, help="GPUs in one machine")
     parser.add_argument(
         "--network", type=float, default=50.0, metavar="GB/s", help="rate between machines, of "
         "each GPU in one direction (default: 50, which is 400 Gb/s)",
@@ -126,8 +126,8 @@ def _question(arguments: argparse.Namespace) -> Question:
             f"no format is called {wrong[0]!r}; there are {', '.join(known)}"
             f"{nearest(wrong[0], known)}"
         )
-    if arguments.machine < 1 or not arguments.network > 0:
-        raise EstimateError("--machine is at least 1, and --network more than 0")
+    if not 0 < arguments.network < float("inf"):
+        raise EstimateError(f"--network {arguments.network:g}: give GB/s, more than 0, such as 50")
     loads = [Workload(*both) for both in product(arguments.batch, arguments.context)]
     return Question(
         models=[read_decoder(model) for model in arguments.model],

@@ -7,6 +7,7 @@ import torch
 
 from fqcompile.commands import DTYPES, add_option_flags, given_options, load_model
 from fqcompile.explain import explain
+from fqcompile.files.trusted import replace_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="also write the plan as JSON")
     parser.add_argument("--html", metavar="FILE", help="also write the plan as a page")
-    add_option_flags(parser)
+    add_option_flags(parser, compiles=True)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -30,7 +31,6 @@ def run(arguments: argparse.Namespace) -> None:
         plan = explain(model, *inputs, **options)
     print(plan)
     if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            file.write(plan.to_json())
+        replace_text(arguments.json, plan.to_json())
     if arguments.html:
         plan.to_html(arguments.html)

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on with an export that was killed"
     )
-    add_option_flags(parser)
+    add_option_flags(parser, compiles=False)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     existing.add_argument(
         "--overwrite", action="store_true", help="replace what is in OUT when all is written"
     )
-    add_option_flags(parser)
+    add_option_flags(parser, compiles=False)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from fqcompile.kernels.tuning.measure import measure_on_gpu
 from fqcompile.kernels.tuning.table import TunedTable, table_for
 from fqcompile.report.tuning_case import TuningCase, searched_case
 from fqcompile.report.tuning_report import SUFFIXES, TuningReport
+from fqcompile.tensor.format import NORMAL, UNIFORM, QType, qtype_for
 
 Routing = Literal["grouped", "gathered"]
 ROUTINGS: tuple[Routing, ...] = ("grouped", "gathered")
@@ -54,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a shape: NxK such as 4096x14336, ExNxK of experts",
     )  # fmt: skip
     parser.add_argument("--bits", type=int, choices=(4, 8), default=4, help="bits of the weights")
+    parser.add_argument(
+        "--levels", choices=(NORMAL, UNIFORM), default=NORMAL, help="of weights of 4 bits"
+    )
     parser.add_argument(
         "--group", type=group_size, metavar="SIZE", help='size along K, or "column" (default: '
         f"{DEFAULT_GROUP} for a shape, what is chosen for each matrix of a model)",
@@ -116,7 +120,7 @@ def _searches(specs: list[GemmSpec], rows: list[int] | None) -> tuple[list[_Sear
     for spec in specs:
         template = select_kernel(spec).template
         if template.launches(spec) is None:
-            text = f"{spec.n}x{spec.k} int{spec.bits} g{spec.group_size}"
+            text = f"{spec.n}x{spec.k} {spec.qtype.name} g{spec.group_size}"
             untuned[f"{text}: kernel {template.name} has no configuration to search"] = None
             continue
         buckets = [bucket_of(m, spec) for m in rows] if rows else buckets_of_a_model(spec, template)
@@ -128,8 +132,9 @@ def _searches(specs: list[GemmSpec], rows: list[int] | None) -> tuple[list[_Sear
 
 def _specs(target: str, arguments: argparse.Namespace, gpu: Gpu) -> list[GemmSpec]:
     dtype = _DTYPES[arguments.dtype]
-    bits, group, gated = arguments.bits, arguments.group, arguments.gated
-    found = specs_of_shape(target, bits, group, dtype, gated, arguments.routing, _DEVICE.type, gpu)
+    qtype = qtype_for(arguments.bits, arguments.levels)
+    group, gated, routing = arguments.group, arguments.gated, arguments.routing
+    found = specs_of_shape(target, qtype, group, dtype, gated, routing, _DEVICE.type, gpu)
     return _specs_of_model(target, dtype, arguments, gpu) if found is None else found
 
 
@@ -137,7 +142,7 @@ def _specs_of_model(
     name: str, dtype: torch.dtype, arguments: argparse.Namespace, gpu: Gpu
 ) -> list[GemmSpec]:
     model, inputs = load_model(name, dtype)
-    options = {"bits": arguments.bits}
+    options = {"bits": arguments.bits, "levels": qtype_for(arguments.bits, arguments.levels).levels}
     if arguments.group is not None:
         options["granularity"] = arguments.group
     with torch.no_grad():
@@ -148,7 +153,7 @@ def _specs_of_model(
 
 def specs_of_shape(
     text: str,
-    bits: int,
+    qtype: QType,
     group: int | str | None,
     dtype: torch.dtype,
     gated: bool,
@@ -171,7 +176,10 @@ def specs_of_shape(
     if not n or not k or (shape[1] and not experts):
         raise OptionError(f"shape {text!r} has an empty side; E, N and K are at least 1")
     size = k if group == "column" else min(k, int(group or DEFAULT_GROUP))
-    spec = GemmSpec(1, n, k, bits, size, dtype, dtype, device_type, gated=gated, gpu=gpu)
+    spec = GemmSpec(
+        1, n, k, qtype.bits, size, dtype, dtype, device_type,
+        gated=gated, gpu=gpu, levels=qtype.levels,
+    )  # fmt: skip
     if not experts:
         return [spec]
     asked = ROUTINGS if routing is None else (routing,)

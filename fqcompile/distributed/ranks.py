@@ -105,21 +105,40 @@ def agree(what: str, facts: Mapping[str, str], groups: Sequence[tuple[int, ...]]
         RankError: a rank has other facts, or did not arrive in time.
         OptionError: FQCOMPILE_RANK_TIMEOUT is not a number of seconds.
     """
+    for ranks in groups:
+        for other, theirs in _unlike(what, facts, ranks).items():
+            raise RankError(_difference(what, facts, theirs, other))
+
+
+def any_rank(what: str, flag: bool, groups: Sequence[tuple[int, ...]]) -> bool:
+    """Wait until all ranks of each group have reached this point; whether the flag is set on any.
+
+    Raises as `agree` does, where a rank has reached another point.
+    """
+    facts = {what: str(flag)}
+    unlike = [found for ranks in groups for found in _unlike(what, facts, ranks).items()]
+    for other, theirs in unlike:
+        if theirs.keys() != facts.keys():
+            raise RankError(_difference(what, facts, theirs, other))
+    return flag or bool(unlike)
+
+
+def _unlike(
+    what: str, facts: Mapping[str, str], ranks: tuple[int, ...]
+) -> dict[int, dict[str, str]]:
+    """The facts of the ranks that have others than this one, once all have said theirs."""
     own = json.dumps(dict(facts))
     digest = sha256(own.encode()).hexdigest()
-    for ranks in groups:
-        store, seconds = default_store(), _seconds()
-        place = f"fqcompile/{'-'.join(map(str, ranks))}/{_times[ranks]}"
-        _times[ranks] += 1
-        for key, value in ((f"{place}/{rank()}/facts", own), (f"{place}/{rank()}", digest)):
-            store.set(key, value)
-            _written[ranks].append(key)
-        answers = {r: _wait(store, f"{place}/{r}", what, r, seconds) for r in ranks}
-        _forget(store, ranks)
-        for other, answer in answers.items():
-            if answer != digest.encode():
-                theirs = json.loads(store.get(f"{place}/{other}/facts"))
-                raise RankError(_difference(what, facts, theirs, other))
+    store, seconds = default_store(), _seconds()
+    place = f"fqcompile/{'-'.join(map(str, ranks))}/{_times[ranks]}"
+    _times[ranks] += 1
+    for key, value in ((f"{place}/{rank()}/facts", own), (f"{place}/{rank()}", digest)):
+        store.set(key, value)
+        _written[ranks].append(key)
+    answers = {r: _wait(store, f"{place}/{r}", what, r, seconds) for r in ranks}
+    _forget(store, ranks)
+    unlike = [other for other, answer in answers.items() if answer != digest.encode()]
+    return {other: json.loads(store.get(f"{place}/{other}/facts")) for other in unlike}
 
 
 def _forget(store: Store, ranks: tuple[int, ...]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 import torch
 
 from fqcompile.errors import NoKernelError, OptionError
-from fqcompile.tensor.format import UNIFORM
+from fqcompile.tensor.format import QTYPES, UNIFORM, QType
 
 # Dense fp16/bf16 flop per SM and clock, by compute capability (vendor's white papers).
 _MATRIX_FLOPS_PER_CLOCK = {80: 2048, 86: 1024, 89: 1024, 90: 4096, 100: 8192}
@@ -132,6 +132,11 @@ class GemmSpec:
     experts: int = 0
     routing: Literal["grouped", "gathered"] | None = None
     levels: str = UNIFORM
+
+    @property
+    def qtype(self) -> QType:
+        """The number format of the weight."""
+        return QTYPES[self.bits, self.levels]
 
     @property
     def weight_rows(self) -> int:

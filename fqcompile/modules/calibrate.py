@@ -1,15 +1,34 @@
 """Run a model on data, or on random token ids, and collect the inputs of its weights."""
 
 import copy
+import inspect
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from fqcompile.distributed.shards import team_of
+from fqcompile.errors import ShardingError
 from fqcompile.modules.inputs import Collect, WeightInputs
 from fqcompile.modules.weights import ModuleWeight
-from fqcompile.quant.calibration import fixed_random_numbers
+from fqcompile.passes.probe_inputs import LEAST_ROWS, TOKENS
+from fqcompile.quant.calibration import (
+    Calibration,
+    Moments,
+    fixed_random_numbers,
+    over_ranks,
+    token_generator,
+    token_ids,
+)
 from fqcompile.torch_compat import plain_module
+
+log = logging.getLogger("fqcompile")
+
+_PASS = (
+    "pass calibration=inputs, a tensor, a dict of keyword arguments or an iterable of such, or "
+    "calibration=None"
+)
 
 
 def collect_inputs(
@@ -49,6 +68,77 @@ def _call(model: nn.Module, batch: object) -> None:
         model(*batch)
     else:
         model(batch)
+
+
+def calibrated(
+    model: nn.Module, weights: Iterable[ModuleWeight], calibration: Any
+) -> dict[str, Calibration]:
+    """By name, what each weight is to be quantized with, from the inputs that came to it.
+
+    Ranks of a sharded model run together, and agree on what each of them has whole.
+
+    Args:
+        calibration: "synthetic", or batches as `batches_of` takes them. Random ids with which the
+            model does not run leave a warning, and weights that are quantized from their values.
+    """
+    random, found = calibration == "synthetic", list(weights)
+    source = "synthetic" if random else "batches"
+
+    def run() -> dict[str, Moments] | str:
+        moments = {weight.name: Moments(weight.matrix.shape) for weight in found}
+
+        def collect(weight: ModuleWeight, expert: int, x: Tensor) -> None:
+            moments[weight.name].add(x, expert)
+
+        if not random:
+            collect_inputs(model, batches_of(calibration), found, collect)
+            return moments
+        try:
+            collect_inputs(model, [random_batch(plain_module(model))], found, collect)
+        except Exception as error:
+            log.debug("a model did not run on random ids", exc_info=True)
+            return f"random ids do not run: {type(error).__name__}: {error}"
+        return moments
+
+    try:
+        results = team_of(weight.parameter for weight in found).together(run)
+    except ShardingError as error:
+        results = [str(error)]
+    for failed in (result for result in results if isinstance(result, str)):
+        log.warning("weights are quantized from their values alone: %s; %s", failed, _PASS)
+        return {w.name: Calibration(asked=source, source=f"none: {failed}") for w in found}
+    each = [result for result in results if not isinstance(result, str)]
+    calibrations = {}
+    for weight in found:
+        columns = weight.parameter.dim() - (2 if weight.transposed else 1)
+        own = [moments[weight.name] for moments in each]
+        moments, mean_square = over_ranks(own, weight.parameter, columns)
+        calibrations[weight.name] = Calibration.of(moments, source, source, mean_square)
+    return calibrations
+
+
+def random_batch(model: nn.Module) -> dict[str, Any]:
+    """32 sequences of 16 random ids, as a compiled graph with symbolic sizes is run on them.
+
+    Raises:
+        ValueError: the model's forward takes no `input_ids`, or it has no table of tokens.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    if "input_ids" not in accepted:
+        raise ValueError(f"the forward of {type(model).__name__} takes no input_ids")
+    asked = getattr(model, "get_input_embeddings", lambda: None)()
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)] if asked is None else []
+    table = asked or max(tables, key=lambda table: table.num_embeddings, default=None)
+    if table is None:
+        raise ValueError(f"{type(model).__name__} has no embedding whose rows its input_ids name")
+    rows, generator = table.weight.shape[0], token_generator()
+    names = ["input_ids"]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        names += [name for name in ("decoder_input_ids",) if name in accepted]
+    shape = (LEAST_ROWS // TOKENS, TOKENS)
+    ids = {name: token_ids(shape, rows, generator).to(table.weight.device) for name in names}
+    spared = {"use_cache": False, "logits_to_keep": 1}  # what no weight's input depends on
+    return ids | {name: value for name, value in spared.items() if name in accepted}
 
 
 def batches_of(calibration: Any) -> Iterator[object]:

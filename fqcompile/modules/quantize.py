@@ -2,11 +2,12 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fqcompile.config import FineQuantConfig, SiteOptions
+from fqcompile.config import HEAD_BITS, FineQuantConfig, SiteOptions
 from fqcompile.distributed.ranks import agree, progress
 from fqcompile.distributed.shards import (
     is_part,
@@ -17,8 +18,10 @@ from fqcompile.distributed.shards import (
 )
 from fqcompile.errors import OptionError, UnquantizableWeight
 from fqcompile.kernels.registry import kernel_for
+from fqcompile.modules.calibrate import calibrated
 from fqcompile.modules.weights import ModuleWeight, module_weights
-from fqcompile.passes.summary import SiteRecipe
+from fqcompile.passes.summary import SiteRecipe, said_of
+from fqcompile.quant.calibration import Calibration
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
 from fqcompile.report import Plan, Site
 from fqcompile.weights.disk_cache import find_or_quantize
@@ -28,10 +31,10 @@ from fqcompile.weights.recipe import IDENTITY
 from fqcompile.weights.store import plain_eager
 
 # Options that only affect compilation; `quantize_` refuses them.
-_OF_COMPILING = "weight_updates autotune debug_dir inner_backend inductor mode".split()
+OF_COMPILING = "weight_updates autotune debug_dir inner_backend inductor mode".split()
 
 
-def quantize_(model: nn.Module, **options: object) -> Plan:
+def quantize_(model: nn.Module, *, calibration: Any = "synthetic", **options: object) -> Plan:
     """Replace the weights of linears, Conv1Ds and stacks of experts with packed ones, in place.
 
     The model then runs eagerly and under every torch.compile backend, including "finequant", which
@@ -42,6 +45,11 @@ def quantize_(model: nn.Module, **options: object) -> Plan:
     and all ranks must call this function.
 
     Args:
+        calibration: what the model is run on first, to see in which columns of its weights errors
+            count most: "synthetic", random token ids, if its forward takes `input_ids`; your own
+            inputs, as a tensor, a dict of keyword arguments, or an iterable of such; or None, not
+            at all. A copy that shares the parameters runs, so that buffers, caches, the training
+            mode and random numbers stay as they are.
         options: the fields of `FineQuantConfig` that choose which weights are quantized, and how.
 
     Returns:
@@ -53,9 +61,13 @@ def quantize_(model: nn.Module, **options: object) -> Plan:
         ShardingError: FSDP wraps the model or a part of it.
         RankError: ranks of a sharded model used different options or plans.
     """
-    config = packing_config(options)
+    known = calibration is None or isinstance(calibration, str)
+    config = _config_of(options | {"calibration": calibration} if known else options)
     refuse_fsdp_modules(model)
     waiting = module_weights(model, config)[::-1]
+    calibrations: dict[str, Calibration] = {}
+    if calibration is not None:
+        calibrations = calibrated(model, _worth_it(waiting, config), calibration)
     whole = {w.name for w in waiting if not is_part(w.parameter)}
     groups = rank_groups(weight.parameter for weight in waiting)
     sites = []
@@ -63,10 +75,27 @@ def quantize_(model: nn.Module, **options: object) -> Plan:
     bar: tqdm[object] = progress(desc="fqcompile: packing", total=size, unit="weight", delay=2)
     with bar:
         while waiting:  # a list of them all would hold every original until the end
-            sites.append(_pack(waiting.pop(), config))
+            sites.append(_pack(waiting.pop(), config, calibrations))
             bar.update()
     agree("what quantize_ packs", _shared_facts(sites, whole, config), groups)
-    return Plan(tuple(sites), config.as_dict())
+    given = {} if known else {"calibration": "batches"}
+    return Plan(tuple(sites), config.as_dict() | given)
+
+
+def _config_of(options: dict[str, object]) -> FineQuantConfig:
+    config = packing_config(options)
+    if config.calibration == "first_call":
+        raise OptionError(
+            "calibration is 'first_call', and quantize_ sees no call: pass its inputs themselves, "
+            "calibration=inputs, or compile with torch.compile(model, backend='finequant')"
+        )
+    return config
+
+
+def _worth_it(weights: Sequence[ModuleWeight], config: FineQuantConfig) -> list[ModuleWeight]:
+    """Those packed to less than 8 bits, whose errors are small anyway; in the model's order."""
+    waiting = (weight for weight in reversed(weights) if weight.reason is None)
+    return [w for w in waiting if config.site_options(w.name, head=w.head).bits < HEAD_BITS]
 
 
 def _shared_facts(
@@ -87,7 +116,7 @@ def packing_config(options: Mapping[str, object]) -> FineQuantConfig:
         OptionError: one is unknown, its value is not allowed, or it only affects compilation.
     """
     config = FineQuantConfig.from_options(options)
-    given = [name for name in _OF_COMPILING if name in options]
+    given = [name for name in OF_COMPILING if name in options]
     if given:
         raise OptionError(
             f"option {given[0]} is one of compiling, which this function does not do: pass it to "
@@ -96,11 +125,14 @@ def packing_config(options: Mapping[str, object]) -> FineQuantConfig:
     return config
 
 
-def _pack(found: ModuleWeight, config: FineQuantConfig) -> Site:
+def _pack(
+    found: ModuleWeight, config: FineQuantConfig, calibrations: Mapping[str, Calibration]
+) -> Site:
     reason = found.reason
     if reason is None:
         try:
-            plan, packed = pack_weight(found, config.site_options(found.name, head=found.head))
+            options = config.site_options(found.name, head=found.head)
+            plan, packed = pack_weight(found, options, calibrations.get(found.name))
         except UnquantizableWeight as error:
             reason = str(error)
             if config.on_unsupported == "error":
@@ -113,7 +145,9 @@ def _pack(found: ModuleWeight, config: FineQuantConfig) -> Site:
     return packed_site(found, plan, packed)
 
 
-def pack_weight(found: ModuleWeight, options: SiteOptions) -> tuple[QuantPlan, PackedWeight]:
+def pack_weight(
+    found: ModuleWeight, options: SiteOptions, calibration: Calibration | None = None
+) -> tuple[QuantPlan, PackedWeight]:
     """Choose bits and groups of a weight and quantize it, on its device.
 
     Raises:
@@ -121,7 +155,7 @@ def pack_weight(found: ModuleWeight, options: SiteOptions) -> tuple[QuantPlan, P
     """
     for _ in range(ATTEMPTS):
         before = fingerprint((found.weight,))
-        result = _packed(found, options)
+        result = _packed(found, options, calibration)
         if fingerprint((found.weight,)) == before:
             return result
     # Packing a copy would replace a weight that is still being written to, and lose the writes.
@@ -131,14 +165,17 @@ def pack_weight(found: ModuleWeight, options: SiteOptions) -> tuple[QuantPlan, P
     )
 
 
-def _packed(found: ModuleWeight, options: SiteOptions) -> tuple[QuantPlan, PackedWeight]:
+def _packed(
+    found: ModuleWeight, options: SiteOptions, calibration: Calibration | None
+) -> tuple[QuantPlan, PackedWeight]:
     weight = found.weight
     with plain_eager(weight.device.type):
         scale_dtype = scale_dtype_beside(weight.dtype)
-        plan, codes = find_or_quantize(found.matrix, options, scale_dtype)
+        h = None if calibration is None else calibration.h
+        plan, codes = find_or_quantize(found.matrix, options, scale_dtype, h=h)
         codes = codes.changed(transposed=found.transposed)
         packed = PackedWeight.of(codes, weight.dtype, found.name)
-    return plan, packed
+    return replace(plan, calibration=calibration), packed
 
 
 def site_of(found: ModuleWeight) -> Site:
@@ -165,8 +202,7 @@ def packed_site(found: ModuleWeight, plan: QuantPlan, packed: PackedWeight) -> S
         levels=plan.levels,
         group_size=plan.group_size,
         bytes_after=packed.packed_bytes,
-        relative_error=plan.relative_error,
-        expert_errors=plan.expert_errors or None,
+        **said_of(plan),
         kernel=kernel_for(packed.format, packed.dtype, scale, device, None),
         recipe=SiteRecipe(recipe, (found.name,), plan),
     )

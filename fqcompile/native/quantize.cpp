@@ -102,6 +102,41 @@ float signed_extreme(const float* w, int64_t count) {
   return -lowest >= highest ? lowest : highest;
 }
 
+INLINE F32 weighted(F32 v, const float* h, int64_t i, int64_t count) {
+  return h ? multiply(v, load_some(h, FP32, i, count - i)) : v;
+}
+
+// Loops take levels by value: what they store might be a part of what others can see.
+
+// sum h (level * step - u)^2
+template <class Levels>
+float squared_error_of(const Levels levels, const float* u, const float* h, int64_t count, float step,
+                       float* squares) {
+  const F32 steps = splat(step), inverse = splat(1 / step);
+  for (int64_t i = 0; i < count; i += LANES) {
+    const F32 exact = load(u + i);
+    const F32 off = subtract(multiply(levels.nearest_level(multiply(exact, inverse)), steps), exact);
+    store(squares + i, weighted(multiply(off, off), h, i, count));
+  }
+  return halving_sum(squares, count);
+}
+
+// The best step for the levels that this one gives: sum h u level / sum h level^2
+template <class Levels>
+float refit_of(const Levels levels, const float* u, const float* h, int64_t count, float step, float* dots,
+               float* energies) {
+  const F32 inverse = splat(1 / step);
+  for (int64_t i = 0; i < count; i += LANES) {
+    const F32 exact = load(u + i);
+    const F32 level = levels.nearest_level(multiply(exact, inverse));
+    const F32 counted = weighted(level, h, i, count);
+    store(dots + i, multiply(exact, counted));
+    store(energies + i, multiply(counted, level));
+  }
+  const float dot = halving_sum(dots, count), energy = halving_sum(energies, count);
+  return energy > 0 ? dot / energy : step;
+}
+
 // Steps and errors of one row; each step of the way for all groups, so that they overlap.
 template <class Levels>
 class RowSearch {
@@ -150,12 +185,15 @@ class RowSearch {
     const float pivot = std::fabs(extreme) < LEAST_PIVOT ? LEAST_PIVOT : -extreme;
     to.pivots[size_t(g)] = extreme == 0 ? 0 : pivot;
     const float half = float(s.bins) / 2;
-    for (int64_t i = 0; i < m.group; i += LANES) {
+    float* to_u = to.u.data() + g * m.group;
+    int32_t* to_bins = to.bins.data() + g * m.group;
+    const int64_t group = m.group;
+    for (int64_t i = 0; i < group; i += LANES) {
       const F32 u = divide(load(w + i), splat(pivot));
       const U32 bin = clamped(truncated(add(multiply(u, splat(half)), splat(half + 0.5f))), 0, int(s.bins));
       const U32 at = left(bin, LOG2_CANDIDATES);
-      store(&to.u[size_t(g * m.group + i)], u);
-      memcpy(&to.bins[size_t(g * m.group + i)], &at, sizeof(at));
+      store(to_u + i, u);
+      memcpy(to_bins + i, &at, sizeof(at));
     }
   }
 
@@ -212,35 +250,16 @@ class RowSearch {
     return s.steps[0];  // some are NaN, as a weight may become while it is read
   }
 
-  F32 weighted(F32 v, int64_t g, int64_t i) const {
-    return s.h ? multiply(v, load_some(h(g), FP32, i, m.group - i)) : v;
-  }
-
   // sum h (level * step - u)^2 in units of w
   double squared_error(int64_t g) const {
-    const F32 step = splat(to.steps[size_t(g)]), inverse = divide(splat(1.0f), step);
-    float* squares = to.first.data();
-    for (int64_t i = 0; i < m.group; i += LANES) {
-      const F32 exact = load(u(g) + i);
-      const F32 off = subtract(multiply(levels.nearest_level(multiply(exact, inverse)), step), exact);
-      store(squares + i, weighted(multiply(off, off), g, i));
-    }
-    const double error = halving_sum(squares, m.group), pivot = to.pivots[size_t(g)];
+    const double error = squared_error_of(levels, u(g), h(g), m.group, to.steps[size_t(g)], to.first.data());
+    const double pivot = to.pivots[size_t(g)];
     return error * (pivot * pivot) * (s.factors ? s.factors[g] : 1.0);
   }
 
-  // The best step for the levels that this one gives: sum h u level / sum h level^2
   void refit(int64_t g) const {
-    const F32 inverse = divide(splat(1.0f), splat(to.steps[size_t(g)]));
-    float *dots = to.first.data(), *energies = to.second.data();
-    for (int64_t i = 0; i < m.group; i += LANES) {
-      const F32 exact = load(u(g) + i);
-      const F32 level = levels.nearest_level(multiply(exact, inverse)), counted = weighted(level, g, i);
-      store(dots + i, multiply(exact, counted));
-      store(energies + i, multiply(counted, level));
-    }
-    const float dot = halving_sum(dots, m.group), energy = halving_sum(energies, m.group);
-    if (energy > 0) to.steps[size_t(g)] = dot / energy;
+    float& step = to.steps[size_t(g)];
+    step = refit_of(levels, u(g), h(g), m.group, step, to.first.data(), to.second.data());
   }
 
   float scale(int64_t g) const {
@@ -248,6 +267,26 @@ class RowSearch {
     return pivot == 0 ? 1.0f : to.steps[size_t(g)] * pivot;
   }
 };
+
+// Indices of a row as the plain layout has its codes.
+void pack(const Matrix& m, uint8_t* indices, int64_t bytes, uint8_t* to) {
+  if (m.bits == 8) {
+    for (int64_t k = 0; k < bytes; k++) to[k] = uint8_t(indices[k] ^ 0x80);
+  } else {
+    indices[m.k] = 8;  // code 0 fills up the last byte
+    for (int64_t j = 0; j < bytes; j++) to[j] = uint8_t(indices[2 * j] | indices[2 * j + 1] << 4);
+  }
+}
+
+template <class Levels>
+void encode_group(const Levels levels, const float* w, int64_t count, float scale, uint8_t* indices,
+                  float* w_hat) {
+  for (int64_t k = 0; k < count; k += LANES) {
+    const U32 index = levels.index(divide(load(w + k), splat(scale)));
+    store_bytes(indices + k, index);
+    store(w_hat + k, multiply(levels.level(index), splat(scale)));
+  }
+}
 
 // The codes of one row, and the squared norms of what they are off and of the weights.
 template <class Levels>
@@ -258,11 +297,8 @@ void encode_row(const Encode& e, const Levels& levels, int64_t r) {
   for (int64_t g = 0; g < m.groups(); g++) {
     float scale[LANES];
     store(scale, load_some(e.scales, e.scale_type, r * m.groups() + g, 1));
-    for (int64_t k = g * m.group; k < (g + 1) * m.group; k += LANES) {
-      const U32 index = levels.index(divide(load(&to.w[size_t(k)]), splat(scale[0])));
-      store_bytes(&to.codes[size_t(k)], index);
-      store(&to.u[size_t(k)], multiply(levels.level(index), splat(scale[0])));
-    }
+    encode_group(levels, to.w.data() + g * m.group, m.group, scale[0], to.codes.data() + g * m.group,
+                 to.u.data() + g * m.group);
   }
   std::fill(to.u.data() + m.k, to.u.data() + m.row_buffer(), 0.0f);
   const float *w = to.w.data(), *w_hat = to.u.data();
@@ -270,14 +306,7 @@ void encode_row(const Encode& e, const Levels& levels, int64_t r) {
   e.norms[2 * r] = halving_sum_of(m.k, to.partial.data(),
                                   [=](int64_t k) { return square(double(w[k]) - double(w_hat[k])); });
   e.norms[2 * r + 1] = halving_sum_of(m.k, to.partial.data(), [=](int64_t k) { return square(w[k]); });
-  uint8_t* codes = e.codes + r * e.row_bytes;
-  if (m.bits == 8) {
-    for (int64_t k = 0; k < m.k; k++) codes[k] = uint8_t(to.codes[size_t(k)] ^ 0x80);
-  } else {
-    to.codes[size_t(m.k)] = 8;  // code 0 fills up the last byte
-    for (int64_t j = 0; j < e.row_bytes; j++)
-      codes[j] = uint8_t(to.codes[size_t(2 * j)] | to.codes[size_t(2 * j + 1)] << 4);
-  }
+  pack(m, to.codes.data(), e.row_bytes, e.codes + r * e.row_bytes);
 }
 
 // task(levels, row) for every row

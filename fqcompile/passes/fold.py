@@ -4,7 +4,7 @@ A new call gets its example value; where an equal one is there already, it is us
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class ConstantFolder:
         folded = []
         for step in steps:
             args, kwargs = tree_map_only(fx.Node, refs.__getitem__, (step.args, step.kwargs))
-            folded.append(Step(_callable(step), tuple(args), dict(kwargs)))
+            folded.append(Step(step.target, tuple(args), dict(kwargs)))
         return WeightRecipe(len(sources), tuple(folded)), tuple(sources)
 
     def _ancestors(self, node: fx.Node) -> list[fx.Node]:
@@ -68,10 +68,6 @@ class ConstantFolder:
 
         visit(node)
         return list(seen)
-
-
-def _callable(node: fx.Node) -> str | Callable[..., Any]:
-    return node.target
 
 
 class Emitter:

@@ -28,6 +28,16 @@ from fqcompile.weights.recipe import target_name
 
 VERIFY = os.environ.get("FQCOMPILE_VERIFY") == "1"
 
+# In their order, between `capture`, which makes the state, and `lower`, which compiles it.
+PASSES: dict[str, Callable[[GraphState], int]] = {
+    "normalize": normalize,
+    "match": match,
+    "plan": plan,
+    "rewrite": rewrite,
+    "fuse": fuse,
+    "select": select,
+}
+
 
 def analyze(
     module: fx.GraphModule,
@@ -37,16 +47,13 @@ def analyze(
     *,
     name: str = "the graph",
     changing: frozenset[int] = frozenset(),
+    ranks_here: bool = True,
 ) -> GraphState:
     """Run the passes before compilation, whose result `explain` shows."""
     state = recorder.start("capture", lambda: capture(module, args, config))
-    state.name, state.changing = name, changing
-    recorder.run("normalize", state, normalize)
-    recorder.run("match", state, match)
-    recorder.run("plan", state, plan)
-    recorder.run("rewrite", state, rewrite)
-    recorder.run("fuse", state, fuse)
-    recorder.run("select", state, select)
+    state.name, state.changing, state.ranks_here = name, changing, ranks_here
+    for word, step in PASSES.items():
+        recorder.run(word, state, step)
     return state
 
 

@@ -8,27 +8,35 @@ the weight. Decisions that depend on the graph and the options are made once (`s
 that depend on values are made again for other instances that run the graph (`decide`).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
-from fqcompile.config import ROUTER
+from fqcompile.config import ROUTER, SiteOptions
 from fqcompile.distributed.ranks import progress
 from fqcompile.distributed.shards import NOT_LOCAL, is_dtensor
 from fqcompile.errors import UnquantizableWeight
+from fqcompile.passes.calibrate import calibrator
 from fqcompile.passes.choices import experts_outside, is_codebook, is_router, is_table_product
 from fqcompile.passes.kept import TABLE
 from fqcompile.passes.naming import InputName, joined_name
 from fqcompile.passes.state import GraphState, WeightSite, example
+from fqcompile.quant.calibration import Calibration
 from fqcompile.quant.checks import OTHER_DTYPE, WEIGHT_DTYPES
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
 from fqcompile.torch_compat import FakeTensor
-from fqcompile.weights.disk_cache import use_logged
+from fqcompile.weights.disk_cache import disk_cache
 from fqcompile.weights.fingerprint import fingerprint
+from fqcompile.weights.node_weight import any_packed
 from fqcompile.weights.parameter import PackedWeight
+from fqcompile.weights.recipe import WeightRecipe
 from fqcompile.weights.store import STORE
+
+log = logging.getLogger("fqcompile")
 
 Decision = QuantPlan | str
 PlanKey = tuple[int, int, str, str, torch.dtype] | None
@@ -57,8 +65,11 @@ def plan(state: GraphState) -> int:
     for site in state.sites:
         site.reason = _settled_reason(state, site)
         site.settled = site.reason is not None
+    if state.config.calibration is not None:
+        state.calibrate = calibrator(state)
     state.decided_for = fingerprint(tuple(state.args[i] for i in weight_inputs(state)))
     apply_decisions(state, decide(state, state.args, state.known, state.changing))
+    state.ranks_here = False
     state.warnings += experts_outside(state)
     hidden = [site.name for site in state.sites if site.reason == NO_VALUES]
     if hidden:
@@ -91,9 +102,46 @@ def decide(
     `changing`: the inputs whose weights change in every call.
     """
     open_sites = [site for site in state.sites if not site.settled]
-    bar = progress(open_sites, "fqcompile: quantizing", unit="weight", delay=2)
-    with use_logged():
-        return tuple([_decide_site(state, site, args, known, changing) for site in bar])
+    asked = [_asked(state, site, args, known, changing) for site in open_sites]
+    pairs = list(zip(open_sites, asked, strict=True))
+    calibrations = _calibrations(state, args, dict(pairs))
+    bar = progress(pairs, "fqcompile: quantizing", unit="weight", delay=2)
+    with _use_logged():
+        return tuple(
+            [a if isinstance(a, str) else STORE.plan(*a, calibrations.get(s)) for s, a in bar]
+        )
+
+
+def _calibrations(
+    state: GraphState, args: Sequence[Any], asked: Mapping[WeightSite, "_Ask | str"]
+) -> dict[WeightSite, Calibration]:
+    """What each weight is quantized with: what it was before, or what the graph is run for now.
+
+    Errors of 8 bits are too small to be worth it, and packed weights have their codes.
+    """
+    option, run = state.config.calibration, state.calibrate
+    if option is None or run is None:
+        return {}
+    found: dict[WeightSite, Calibration | None] = {}
+    for site, ask in asked.items():
+        if not (isinstance(ask, str) or ask.options.bits == 8 or any_packed(ask.sources)):
+            found[site] = STORE.calibration(ask.recipe, ask.sources, option)
+    made = run(args, [site for site, known in found.items() if known is None])
+    return {site: known or made[site] for site, known in found.items()}
+
+
+@contextmanager
+def _use_logged() -> Iterator[None]:
+    """Says afterwards how many weights were found on disk."""
+    found = disk_cache()
+    before = (found.hits, found.misses) if found else (0, 0)
+    yield
+    if found:
+        hits, misses = found.hits - before[0], found.misses - before[1]
+        if hits or misses:
+            log.info(
+                "%d of %d weights were found quantized in %s", hits, hits + misses, found.directory
+            )
 
 
 def key_of(decisions: Sequence[Decision]) -> Key:
@@ -132,13 +180,23 @@ def apply_decisions(state: GraphState, decisions: tuple[Decision, ...]) -> None:
             site.plan = decision
 
 
-def _decide_site(
+class _Ask(NamedTuple):
+    """What the store plans."""
+
+    recipe: WeightRecipe
+    sources: tuple[Tensor, ...]
+    options: SiteOptions
+    scale_dtype: torch.dtype
+
+
+def _asked(
     state: GraphState,
     site: WeightSite,
     args: Sequence[Any],
     known: Mapping[fx.Node, InputName],
     changing: frozenset[int],
-) -> Decision:
+) -> _Ask | str:
+    """What to plan for a site, or the reason why it is skipped."""
     out = example(site.node)
     assert out is not None
     name = joined_name(known, site.sources) + site.part
@@ -156,7 +214,7 @@ def _decide_site(
     if out.dtype not in WEIGHT_DTYPES:
         return OTHER_DTYPE.format(out.dtype)
     refused = _trainable(state, sources) or _unsupported(sources)
-    return refused or STORE.plan(site.recipe, sources, options, scale_dtype_beside(out.dtype))
+    return refused or _Ask(site.recipe, sources, options, scale_dtype_beside(out.dtype))
 
 
 def _unsupported(sources: tuple[Tensor, ...]) -> str | None:

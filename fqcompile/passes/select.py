@@ -35,7 +35,7 @@ def select(state: GraphState) -> int:
         if not state.grad_possible:
             op.target = INFERENCE
         state.gemms[op] = spec
-        state.packed[op] = weight.with_layout(choice.template.layout)
+        state.packed[op] = replace(weight, layout=choice.template.layout)
         source = "" if chosen.launches is None else f" ({chosen.source})"
         state.matched.append(f"{op.name}: {choice}{source}")
     return len(state.packed)

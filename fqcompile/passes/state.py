@@ -1,7 +1,7 @@
 """State that the passes share: the graph being rewritten, the sites found, helpers for graphs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from fqcompile.config import FineQuantConfig
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.passes.effects import has_effects
 from fqcompile.passes.naming import InputName, name_inputs
+from fqcompile.quant.calibration import Calibration
 from fqcompile.quant.choose import QuantPlan
 from fqcompile.torch_compat import copy_sources, is_erased
 from fqcompile.weights.fingerprint import Fingerprint
@@ -130,6 +131,10 @@ class KeptWeight:
     reason: str
 
 
+# For the arguments of a call, what each of these sites' weights is to be quantized with.
+Calibrate = Callable[[Sequence[Any], Sequence[WeightSite]], Mapping[WeightSite, Calibration]]
+
+
 @dataclass
 class GraphState:
     """One graph on its way through the pipeline; `module` is a private copy, `args` are real.
@@ -144,6 +149,8 @@ class GraphState:
         changing: positions among `args` of weights that are others in every call.
         decided_for: the state of the weights whose values the plans are for.
         name: the graph's, for messages.
+        calibrate: what sees what weights are multiplied with, for the weights of any instance.
+        ranks_here: all ranks of a sharded model are here, at the same pass of the same graph.
     """
 
     module: fx.GraphModule
@@ -164,6 +171,8 @@ class GraphState:
     changing: frozenset[int] = frozenset()
     decided_for: Fingerprint = ((), ())
     name: str = "the graph"
+    calibrate: Calibrate | None = None
+    ranks_here: bool = False
 
     def __post_init__(self) -> None:
         self.names = {node: known.name for node, known in self.known.items()}

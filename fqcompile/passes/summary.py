@@ -85,11 +85,12 @@ class Row:
         recipe = site.recipe
         assert isinstance(recipe, SiteRecipe) and isinstance(decision, QuantPlan)
         if key_of([decision]) != key_of([recipe.plan]):  # what it would deliver nobody has asked
-            decision = replace(recipe.plan, relative_error=math.nan, expert_errors=())
+            asked = replace(recipe.plan, relative_error=math.nan, expert_errors=())
+            decision = replace(asked, calibration=decision.calibration)
         pairs = zip(recipe.names, names, strict=True)
         shared = frozenset(new for old, new in pairs if old in recipe.shared)
         recipe = replace(recipe, names=names, plan=decision, shared=shared)
-        return site.but(recipe=recipe, **_errors(decision))
+        return site.but(recipe=recipe, **said_of(decision))
 
 
 def rows_of(state: GraphState) -> dict[RowKey, Row]:
@@ -182,17 +183,21 @@ def _site(state: GraphState, site: WeightSite) -> Site:
         levels=site.plan.levels,
         group_size=group_size,
         bytes_after=_packed_bytes(site, group_size),
-        **_errors(site.plan),
+        **said_of(site.plan),
         kernel=str(argument(site.op, "kernel")),
         least_us=_least_us(state, site),
         recipe=recipe,
     )
 
 
-def _errors(plan: QuantPlan) -> dict[str, Any]:
+def said_of(plan: QuantPlan) -> dict[str, Any]:
+    """The fields of a row that tell of the errors, and of what they were weighed with."""
     error = plan.relative_error  # not a number where the weight came packed
+    calibration = plan.calibration
     return {
         "relative_error": None if math.isnan(error) else error,
+        "calibration": None if calibration is None else calibration.source,
+        "calibration_rows": None if calibration is None else calibration.rows,
         "expert_errors": plan.expert_errors or None,
     }
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -130,13 +131,15 @@ class GraphCompiler:
         """
         state = self._analyzed
         assert state is not None
-        known = state.known_in(args)
+        known, told = state.known_in(args), len(state.warnings)
         decisions = decide(state, args, known, changing)
         key = key_of(decisions)
         found = self._compiled.get(key)
         if found is None:
             with compile_lock, tracing(self._context):
                 found = self._compiled.get(key) or self._add(args, key, changing)
+        for text in state.warnings[told:]:
+            self._say_once(found, text)
         if changing:
             self._say_once(found, read_as_it_comes(state, changing))
         self._tell(found, {i: known[node] for node, i in state.named.items()}, decisions)
@@ -198,7 +201,7 @@ class GraphCompiler:
         `key` is that of the plans that were asked for, by which a failure is found again.
         """
         start = time.perf_counter()
-        recorder = self._recorder()
+        recorder = Recorder(keep_graphs=self._config.debug_dir is not None or is_traced())
         try:
             state, rows, variant = self._run(args, changing, recorder)
         except Exception as error:
@@ -225,12 +228,12 @@ class GraphCompiler:
         self, args: Sequence[Any], changing: frozenset[int], recorder: Recorder
     ) -> tuple[GraphState, Sequence[Row], Variant]:
         """All passes; again where another thread has written to a weight between two of them."""
+        run = partial(analyze, self._module, args, self._config, recorder)
         for attempt in range(ATTEMPTS):
             recorder.records.clear()
             try:
-                state = analyze(
-                    self._module, args, self._config, recorder, name=self._name, changing=changing
-                )
+                first = not (self._agreed or attempt)
+                state = run(name=self._name, changing=changing, ranks_here=first)
                 rows = list(rows_of(state).values())  # sites before what no form reads
                 self._agree(args, shared_facts(state))
                 return state, rows, compile_state(state, args, recorder)
@@ -238,9 +241,6 @@ class GraphCompiler:
                 if attempt == ATTEMPTS - 1:
                     raise
         raise AssertionError("unreachable")
-
-    def _recorder(self) -> Recorder:
-        return Recorder(keep_graphs=self._config.debug_dir is not None or is_traced())
 
     def _agree(self, args: Sequence[Any], facts: Mapping[str, str]) -> None:
         """With the other ranks of a sharded model, once: later variants are each rank's own."""

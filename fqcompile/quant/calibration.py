@@ -10,83 +10,118 @@ one process to the next, in the last bit of an activation, is hardly ever seen i
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from fqcompile.distributed.ranks import rank
+from fqcompile.distributed.shards import is_part
 from fqcompile.tensor.chunks import plain_tensors
 
 _SEED = 0
 _CHUNK = 1 << 22  # elements that are squared in float64 at a time
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Calibration:
     """How much errors count in each column of a weight, and the inputs that said so.
 
     Attributes:
-        h: float32 [K], or [E, K] of a stack of experts, on the weight's device; about 1 on average.
-        source: what the inputs were, as in reports.
+        asked: the option; other options give the same weight other codes.
+        h: float32 [K], or [E, K] of a stack of experts, on the CPU; None where all count alike.
+        source: what the inputs were: "synthetic", "first_call", "batches", or "none" and why.
         rows: the number of rows that were multiplied with the weight, of all experts together.
-        unseen: experts that had no row; they count errors as their stack does on average.
     """
 
-    h: Tensor
-    source: str
-    rows: int
-    unseen: int = 0
+    asked: str
+    h: Tensor | None = None
+    source: str = "none"
+    rows: int = 0
 
-    def __str__(self) -> str:
-        unseen = f", {self.unseen} experts without any" if self.unseen else ""
-        return f"{self.source}: {self.rows} rows{unseen}"
+    @classmethod
+    def of(cls, moments: "Moments", asked: str, source: str, mean_square: float = 0.0) -> Self:
+        """As the moments say; for `mean_square` see `Moments.h`."""
+        h, rows = moments.h(mean_square), sum(moments.rows)
+        if h is None:
+            what = "its inputs were zeros or not finite" if rows else "no row came to it"
+            return cls(asked=asked, source=f"none: {what}", rows=rows)
+        unseen = moments.rows.count(0)
+        text = f"{source}, {unseen} of {len(h)} experts without rows" if unseen else source
+        return cls(asked=asked, h=h if moments.stacked else h[0], source=text, rows=rows)
 
 
 class Moments:
     """Sums of the squares of the inputs of one weight, for each column and expert, in float64.
 
     Attributes:
-        total: [E, K], with E = 1 for a matrix.
+        total: [E, K] on the CPU, with E = 1 for a matrix.
         rows: for each expert, how many rows were added.
+        stacked: whether it is of a stack of experts.
     """
 
-    def __init__(self, k: int, experts: int = 1, device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(experts, k, dtype=torch.float64, device=device)
-        self.rows = [0] * experts
+    def __init__(self, shape: Sequence[int]) -> None:
+        """For a weight of shape [N, K] or [E, N, K]."""
+        *experts, _, k = shape
+        self.stacked = bool(experts)
+        self.rows = [0] * (experts[0] if experts else 1)
+        self.total = torch.zeros(len(self.rows), k, dtype=torch.float64)
 
     def add(self, x: Tensor, expert: int = 0) -> None:
         """Count the rows x [..., K], which one matrix is multiplied with."""
         rows = x.reshape(-1, x.shape[-1])
         self.rows[expert] += len(rows)
         for piece in rows.split(max(1, _CHUNK // max(1, rows.shape[1]))):
-            self.total[expert] += piece.double().square().sum(0)
+            self.total[expert] += piece.double().square().sum(0).cpu()
 
-    def merge(self, other: "Moments") -> None:
-        """Count the rows of another as well, such as another rank's."""
-        self.total += other.total.to(self.total.device)
-        self.rows = [a + b for a, b in zip(self.rows, other.rows, strict=True)]
+    @classmethod
+    def sum(cls, each: Sequence["Moments"]) -> "Moments":
+        """Of the rows of all, as of several products with one weight, or of several ranks."""
+        first, *others = each
+        total = copy(first)
+        for other in others:
+            total.total = total.total + other.total
+            total.rows = [a + b for a, b in zip(total.rows, other.rows, strict=True)]
+        return total
 
     def mean_square(self) -> float:
         """The mean over all rows, columns and experts that were seen."""
         return float(self.total.sum()) / max(1, sum(self.rows) * self.total.shape[1])
 
-    def h(self, mean_square: float | None = None) -> Tensor | None:
+    def h(self, mean_square: float = 0.0) -> Tensor | None:
         """float32 [E, K]; None where no row was seen, or none that is finite and not zero.
 
-        `mean_square` takes the place of the matrix's own mean where other ranks have more columns.
+        `mean_square`, if there is one, takes the place of the matrix's own mean, where other ranks
+        have more of its columns.
         """
-        whole = self.mean_square()
-        if not 0 < whole < math.inf:
+        if not 0 < self.mean_square() < math.inf:
             return None
-        return torch.stack(list(self._each(mean_square))).to(torch.bfloat16).float()
+        # an expert without rows, or with zeros alone, counts errors as its stack does
+        whole = self.total.sum(0) / sum(self.rows)
+        pairs = zip(self.total, self.rows, strict=True)
+        means = [total / rows if rows and total.any() else whole for total, rows in pairs]
+        each = [(mean / (mean_square or mean.mean()) + 1) / 2 for mean in means]
+        return torch.stack(each).to(torch.bfloat16).float()
 
-    def _each(self, mean_square: float | None) -> Iterator[Tensor]:
-        for total, rows in zip(self.total, self.rows, strict=True):
-            # an expert without rows, or with zeros alone, counts errors as its stack does
-            mean = (
-                total / rows if rows and bool(total.any()) else self.total.sum(0) / sum(self.rows)
-            )
-            yield (mean / (mean_square or mean.mean()) + 1) / 2
+
+def over_ranks(each: Sequence[Moments], whole: Any, column: int) -> tuple[Moments, float]:
+    """The moments of this rank's weight, from those on each rank, and the mean for `Moments.h`.
+
+    Of a weight that every rank has whole, the sum of all, so that all ranks get the same h.
+
+    Args:
+        whole: the DTensor that the weight is the local part of, if there is one.
+        column: its dimension along the columns of the matrix; -1 where it is not known.
+    """
+    if not is_part(whole):
+        return Moments.sum(each), 0.0
+    own = each[whole.device_mesh.mesh.flatten().tolist().index(rank()) if len(each) > 1 else 0]
+    if not any(placed.is_shard(column) for placed in whole.placements):
+        return own, 0.0
+    count = sum(sum(moments.rows) * moments.total.shape[1] for moments in each)
+    return own, sum(float(moments.total.sum()) for moments in each) / max(1, count)
 
 
 def token_ids(shape: Sequence[int], rows: int, generator: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ multiples up to the rounding of h. The relative errors in plans are not weighted
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ import torch
 from fqcompile.config import SiteOptions
 from fqcompile.errors import UnquantizableWeight
 from fqcompile.quant.affine import choose_scale, encode
+from fqcompile.quant.calibration import Calibration
 from fqcompile.quant.checks import (
     check_quantizable,
     error_weights_of,
@@ -36,6 +37,7 @@ class QuantPlan:
     """How a weight is quantized, and the resulting relative error of the whole weight.
 
     `expert_errors` are the errors of the experts of a stack, in order; empty for a matrix.
+    `calibration` is what its errors were weighed with; None where nobody asked for it.
     """
 
     bits: int
@@ -45,6 +47,7 @@ class QuantPlan:
     relative_error: float
     expert_errors: tuple[float, ...] = ()
     levels: str = UNIFORM
+    calibration: Calibration | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, form: Format, scale_dtype: torch.dtype) -> Self:
@@ -68,6 +71,11 @@ class QuantPlan:
             scale_method=self.scale_method,
             levels=self.levels,
         )
+
+    @property
+    def asked(self) -> str | None:
+        """The calibration that was asked for, which codes and scales depend on too."""
+        return None if self.calibration is None else self.calibration.asked
 
     @property
     def worst_error(self) -> float:
@@ -155,9 +163,11 @@ def quantize_weight(
 ) -> QuantizedTensor:
     """w [N, K] or [E, N, K] quantized as planned, in fresh ordinary tensors on the device of w.
 
-    Raises as `choose_and_quantize` does.
+    Without `h`, errors are weighed as the plan's calibration says. Raises as `choose_and_quantize`.
     """
     _checked_matrices(w)
+    if h is None and plan.calibration is not None:
+        h = plan.calibration.h
     own = error_weights_of(w, h)
     qtype = QTYPES[plan.bits, plan.levels]
     return _deliver(w, qtype, plan.group_size, plan.scale_method, plan.scale_dtype, own)[1]

@@ -76,10 +76,6 @@ def dump_report(report: CompileReport, debug_dir: str | os.PathLike[str]) -> Pat
     return folder
 
 
-def _metadata(name: str, encoding: str) -> dict[str, str]:
-    return {"name": name, "encoding": encoding}
-
-
 def is_traced() -> bool:
     """Whether TORCH_TRACE, or another log handler, receives the artifacts of `trace_report`."""
     return bool(trace_log.handlers)
@@ -93,5 +89,5 @@ def trace_report(report: CompileReport) -> None:
         encoding = "json" if name.endswith(".json") else "string"
         # tlparse appends the extension of the encoding itself.
         artifact = f"fqcompile_{_safe(report.graph)}_{name.removesuffix('.json')}"
-        metadata = partial(_metadata, artifact, encoding)
+        metadata = partial(dict[str, str], name=artifact, encoding=encoding)
         trace_structured("artifact", metadata_fn=metadata, payload_fn=partial(str, text))

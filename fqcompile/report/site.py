@@ -11,7 +11,7 @@ from typing import Any, Self
 from tabulate import tabulate
 
 from fqcompile.report.page import Cell, Table
-from fqcompile.tensor.format import QTYPES
+from fqcompile.tensor.format import QTYPES, UNIFORM
 
 LeastTime = float | Callable[[], float | None] | None
 
@@ -40,6 +40,8 @@ class Site:
     ‖w-ŵ‖/‖w‖ of the stored codes; `expert_errors` has it for each expert. `least_us` is the
     roofline lower bound in microseconds for the rows of the example call: the time to move its
     bytes or, on a GPU, to compute if that is longer; a CPU's bandwidth is measured on first use.
+    `calibration` says what its errors were weighed with: "synthetic", "first_call", "batches", or
+    "none" and why; `calibration_rows` how many rows that were.
     `recipe` locates the weight in a model, for `fake_quantize_`; it is never written to files.
     """
 
@@ -54,6 +56,8 @@ class Site:
     bytes_before: int
     bytes_after: int
     relative_error: float | None = None
+    calibration: str | None = None
+    calibration_rows: int | None = None
     expert_errors: tuple[float, ...] | None = None
     kernel: str | None = None
     least_us: _OnceAsked = _OnceAsked()
@@ -100,9 +104,9 @@ def format_shape(shape: Sequence[int]) -> str:
 
 
 def format_status(site: Site) -> str:
-    if site.bits is None or site.levels is None:
+    if site.status != "quantized" or site.bits is None:
         return site.status
-    return QTYPES[site.bits, site.levels].name
+    return QTYPES[site.bits, site.levels or UNIFORM].name
 
 
 def format_group(site: Site) -> str:

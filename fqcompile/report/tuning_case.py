@@ -60,7 +60,7 @@ class TuningCase:
         dtype = str(spec.dtype).removeprefix("torch.")
         stack = f"{spec.experts}x" if spec.experts else ""
         ends = [word for word in ("gated" if spec.gated else None, spec.routing) if word]
-        return " ".join([f"{stack}{spec.n}x{spec.k} int{spec.bits} {group} {dtype}", *ends])
+        return " ".join([f"{stack}{spec.n}x{spec.k} {spec.qtype.name} {group} {dtype}", *ends])
 
     @property
     def name(self) -> str:
@@ -132,6 +132,7 @@ class TuningCase:
             "n": spec.n,
             "k": spec.k,
             "bits": spec.bits,
+            "levels": spec.levels,
             "group_size": spec.group_size,
             "dtype": str(spec.dtype).removeprefix("torch."),
             "gated": spec.gated,

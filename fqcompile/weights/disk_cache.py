@@ -2,7 +2,7 @@
 
 A weight is found by its content and everything else its codes depend on, never by its name:
 
-    w, options, scale type, versions of the quantizer and of torch  ──►  key
+    w, h, options, scale type, versions of the quantizer and of torch  ──►  key
     key  ──►  <cache directory>/weights/<key>.safetensors
 
     qweight, scale      the plain layout, which does not depend on the machine
@@ -22,7 +22,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache, partial
 from hashlib import sha256
@@ -259,7 +259,11 @@ def _limit(gib: str) -> int:
 
 
 def find_or_quantize(
-    w: Tensor, options: SiteOptions, scale_dtype: torch.dtype, values: Values | None = None
+    w: Tensor,
+    options: SiteOptions,
+    scale_dtype: torch.dtype,
+    values: Values | None = None,
+    h: Tensor | None = None,
 ) -> Entry:
     """`choose_and_quantize` where its result is not on disk; w is [N, K] or [E, N, K].
 
@@ -270,32 +274,22 @@ def find_or_quantize(
     Weights on a GPU are quantized there each time: to name them, all their bytes would go to the
     host and through its cores first.
     """
-    make = partial(choose_and_quantize, w, options, scale_dtype)
+    make = partial(choose_and_quantize, w, options, scale_dtype, h)
     found = disk_cache()
     worth_it = w.device.type == "cpu" and w.dim() in (2, 3) and w.numel() >= LEAST_WEIGHTS
     if found is None or not worth_it:
         return make()
     before = values or values_of(w)
-    key = entry_key(before.digest, options, scale_dtype)
+    key = entry_key(before.digest, options, scale_dtype, h)
     return found.get_or_make(key, make, lambda: values_of(w) == before)
 
 
-def entry_key(digest: str, options: SiteOptions, scale_dtype: torch.dtype) -> str:
+def entry_key(
+    digest: str, options: SiteOptions, scale_dtype: torch.dtype, h: Tensor | None = None
+) -> str:
     """Equal where the same version makes the same codes and scales of weights of this digest."""
     chosen = {f.name: getattr(options, f.name) for f in fields(SiteOptions)}
     parts = [VERSION, torch.__version__, chosen, str(scale_dtype), digest]
+    if h is not None:
+        parts.append(sha256(bytes_of(h.cpu().contiguous())).hexdigest())
     return sha256(json.dumps(parts).encode()).hexdigest()
-
-
-@contextmanager
-def use_logged() -> Iterator[None]:
-    """Says afterwards how many weights were found on disk."""
-    found = disk_cache()
-    before = (found.hits, found.misses) if found else (0, 0)
-    yield
-    if found:
-        hits, misses = found.hits - before[0], found.misses - before[1]
-        if hits or misses:
-            log.info(
-                "%d of %d weights were found quantized in %s", hits, hits + misses, found.directory
-            )

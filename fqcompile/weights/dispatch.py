@@ -73,10 +73,6 @@ class _Binding:
     changes: tuple[int, ...]
     calls: int = 0
 
-    def is_stale(self, weights: Weights) -> bool:
-        """Whether the weights have changed, as far as PyTorch says so."""
-        return self.state != fingerprint(weights) or self.memory.gone()
-
     def counted(self, weights: Weights) -> tuple[int, ...]:
         """How often in a row each input has changed, now that these weights come after its own."""
         if self.calls > 1:
@@ -143,9 +139,11 @@ class WeightDispatch(SerializableCallable):
         table = self._table
         weights = table.weights(args)
         binding = table.bindings.get(tuple(map(id, weights)))
-        if binding is None or (self._detect and binding.is_stale(weights)):
-            if binding is None:
-                forget(STORE.changed(weights))
+        if binding is None:
+            forget(STORE.changed(weights))
+            binding = self.bind(args)
+        # Whether the weights have changed, as far as PyTorch says so.
+        elif self._detect and (binding.state != fingerprint(weights) or binding.memory.gone()):
             binding = self.bind(args)
         binding.calls += 1
         if self._changing:

@@ -24,7 +24,7 @@ Tensors = tuple[Tensor, ...]
 
 def part_key(recipe: WeightRecipe, plan: QuantPlan) -> tuple[object, ...]:
     """Equal where the same sources give the same codes and scales."""
-    return (recipe.key, *plan.choice)
+    return (recipe.key, *plan.choice, plan.asked)
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,6 @@ class NodeWeight:
     def key(self) -> tuple[object, ...]:
         parts = tuple(part.key for part in self.parts)
         return (parts, self.experts, self.group_size, self.layout.name, self.interleaved)
-
-    def with_layout(self, layout: Layout) -> "NodeWeight":
-        return replace(self, layout=layout)
 
     def part_sources(self, sources: Sequence[Tensor]) -> Iterator[tuple[Part, Tensors]]:
         """Each part with its own share of the tensors that `inputs` names."""

@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 from fqcompile.config import SiteOptions
 from fqcompile.errors import UnquantizableWeight
 from fqcompile.locks import fork_safe
+from fqcompile.quant.calibration import Calibration
 from fqcompile.quant.choose import QuantPlan, choose_and_quantize
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.weights.disk_cache import find_or_quantize
@@ -123,13 +124,17 @@ class WeightStore:
         sources: Tensors,
         options: SiteOptions,
         scale_dtype: torch.dtype,
+        calibration: Calibration | None = None,
     ) -> QuantPlan | str:
         """The plan for this matrix, or the reason why it cannot be quantized.
 
-        Computing a plan's error requires quantizing; the result is stored for `quantized`.
+        Computing a plan's error requires quantizing; the result is stored for `quantized`. What is
+        planned stays so while the weight has these values, whatever is calibrated later.
         """
 
-        request = ("plan", recipe.key, options, scale_dtype)
+        asked = None if calibration is None else calibration.asked
+        request = ("plan", recipe.key, options, scale_dtype, asked)
+        h = None if calibration is None else calibration.h
 
         def choose(weights: Tensors) -> _Made:
             w = recipe(*weights)
@@ -139,18 +144,27 @@ class WeightStore:
                 if (request, tuple(map(id, sources))) in self._entries.get(sources[0], {}):
                     # A weight that changes while it is in use is being trained: no other start
                     # will meet it.
-                    plan, weight = choose_and_quantize(w, options, scale_dtype)
+                    plan, weight = choose_and_quantize(w, options, scale_dtype, h)
                 else:
                     values = None if recipe.steps else self._number(weights[0]).values
-                    plan, weight = find_or_quantize(w, options, scale_dtype, values)
+                    plan, weight = find_or_quantize(w, options, scale_dtype, values, h)
             except UnquantizableWeight as error:
                 return _Made(str(error))
+            plan = replace(plan, calibration=calibration)
             part = ("part", part_key(recipe, plan))
             known = self._find(weights, part, self._all(weights)) is not None
-            return _Made(plan, () if known else ((weights, part, weight),))
+            weighed = (weights, ("calibration", recipe.key, asked), calibration)
+            return _Made(plan, (weighed, *(() if known else ((weights, part, weight),))))
 
         result: QuantPlan | str = self._get(sources, request, choose)
         return result
+
+    def calibration(self, recipe: WeightRecipe, sources: Tensors, asked: str) -> Calibration | None:
+        """What the weight was planned with, if it was, for the same option and values."""
+        with self._lock:
+            request = ("calibration", recipe.key, asked)
+            found = self._find(sources, request, self._all(sources))
+            return None if found is None else found.result
 
     def quantized(self, part: Part, sources: Tensors) -> QuantizedTensor:
         """One site's codes and scales in the plain layout, computed on the first request.
@@ -158,6 +172,9 @@ class WeightStore:
         If only a kernel's layout holds them, they are recovered from it, bit for bit; if the layout
         cannot be undone, they are computed again.
         """
+        if part.plan.calibration is not None:  # that of a graph's first instance; this has its own
+            own = self.calibration(part.recipe, sources, part.plan.calibration.asked)
+            part = replace(part, plan=replace(part.plan, calibration=own or part.plan.calibration))
         held: _Held = self._get(sources, ("part", part.key), lambda w: _Made(part.quantize(w)))
         if held is None:
             with plain_eager(sources[0].device.type):

@@ -11,6 +11,7 @@ from fqcompile.checkpoint.blocks import Block, assemble, join, narrow
 from fqcompile.distributed.shards import Layout, _chunks
 from fqcompile.errors import CheckpointError
 from fqcompile.quant.choose import QuantPlan, quantize_weight
+from fqcompile.tensor.format import INT4, INT8, NORMAL4, QTYPES, QType
 from fqcompile.tensor.quantized import QuantizedTensor
 from tests.tiers import examples
 
@@ -26,9 +27,10 @@ def _cut(dense: torch.Tensor, layout: Layout, own: int) -> torch.Tensor:
     return torch.cat(runs, layout.dim)
 
 
-def _packed(dense: torch.Tensor, transposed: bool, bits: int, group: int) -> QuantizedTensor:
+def _packed(dense: torch.Tensor, transposed: bool, qtype: QType, group: int) -> QuantizedTensor:
     matrix = dense.mT if transposed else dense
-    plan = QuantPlan(bits, min(group, matrix.shape[-1]), "mse", torch.float32, 0.0)
+    size = min(group, matrix.shape[-1])
+    plan = QuantPlan(qtype.bits, size, "mse", torch.float32, 0.0, levels=qtype.levels)
     return quantize_weight(matrix.contiguous(), plan).changed(transposed=transposed)
 
 
@@ -64,9 +66,9 @@ def test_any_number_of_ranks_gets_what_any_other_saved(data: Any) -> None:
     saved_by, wanted_by = draw([1, 2, 4]), draw([1, 2, 4])
     saved = _layout(saved_dim, dense.shape[saved_dim], saved_by, draw([1, 2]), 0)
     groups = [draw([16, 32, 1 << 20]) for _ in range(saved_by)]
-    bits = draw([4, 8])
+    qtype = draw([*QTYPES.values()])
     parts = [
-        _packed(_cut(dense, saved, number), transposed, bits, group)
+        _packed(_cut(dense, saved, number), transposed, qtype, group)
         for number, group in enumerate(groups)
     ]
     whole = _put_together(saved, [_dense(part) for part in parts], dense.shape)
@@ -89,15 +91,16 @@ def _put_together(saved: Layout, parts: list[torch.Tensor], shape: torch.Size) -
 
 def test_what_cannot_be_cut_or_joined_is_said() -> None:
     dense = torch.randn(8, 120)
-    block = _packed(dense, False, 4, 32)
+    block = _packed(dense, False, NORMAL4, 32)
     with pytest.raises(CheckpointError, match="column 60 is inside a group of 32"):
         narrow(block, 1, 60, 120)
     with pytest.raises(CheckpointError, match="none of it"):
         narrow(block, 0, 8, 8)
     with pytest.raises(CheckpointError, match=r"groups of \[8, 64\]"):
-        join([_packed(dense[:, :64], False, 4, 8), _packed(dense, False, 4, 64)], 1)
-    with pytest.raises(CheckpointError, match=r"\[4, 8\] bits"):
-        join([block, _packed(dense, False, 8, 32)], 0)
+        join([_packed(dense[:, :64], False, INT4, 8), _packed(dense, False, INT4, 64)], 1)
+    for other in (INT4, INT8):
+        with pytest.raises(CheckpointError, match=r"bits and levels of .*; they must be equal"):
+            join([block, _packed(dense, False, other, 32)], 0)
     layout = Layout(0, (((0, 8),), ((8, 16),)), 0)
     with pytest.raises(CheckpointError, match="some are not"):
         assemble(lambda i: dense if i else block, layout, None)
@@ -106,7 +109,7 @@ def test_what_cannot_be_cut_or_joined_is_said() -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_more_ranks_than_experts_leave_one_with_nothing(packed: bool) -> None:
     dense = torch.randn(2, 32, 64)
-    block = _packed(dense, False, 4, 32) if packed else dense
+    block = _packed(dense, False, NORMAL4, 32) if packed else dense
     saved = _layout(0, 2, 1, 1, 0)
     first, last = (_layout(0, 2, 4, 1, own) for own in (0, 3))
     assert isinstance(assemble(lambda i: block, saved, first), type(block))
@@ -119,7 +122,7 @@ def test_more_ranks_than_experts_leave_one_with_nothing(packed: bool) -> None:
 
 
 def test_a_slice_inside_one_group_is_a_column() -> None:
-    block = _packed(torch.randn(8, 120), False, 4, 120)
+    block = _packed(torch.randn(8, 120), False, NORMAL4, 120)
     part = narrow(block, 1, 60, 120)
     assert isinstance(part, QuantizedTensor) and part.group_size == 60
     assert torch.equal(_dense(part), _dense(block)[:, 60:])

@@ -116,8 +116,8 @@ def test_formulas_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--price", "cheap"], "--price 'cheap'"),
         (["--price", "nan"], "--price 'nan'"),
         (["--price", "l4=1"], "no GPU of this estimate is called 'l4'"),
-        (["--machine", "0"], "--machine is at least 1"),
-        (["--network", "0"], "--network more than 0"),
+        (["--network", "0"], "--network 0: give GB/s, more than 0"),
+        (["--network", "nan"], "--network nan: give GB/s, more than 0"),
     ],
 )
 def test_wrong_arguments_are_named(

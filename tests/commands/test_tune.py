@@ -56,7 +56,7 @@ def test_it_prints_the_best_against_ideal_and_closed_form(
     row = next(line for line in printed.out.splitlines() if line.startswith("4096x14336"))
     best, closed = time_of(BEST), time_of(CLOSED.at(16))
     for text in (
-        "int4 g128 bfloat16",
+        "normal4 g128 bfloat16",
         "M <= 16",
         str(BEST),
         f"{best:.1f} [{best - 1:.1f}, {best + 1:.1f}]",
@@ -138,7 +138,8 @@ def test_a_page_and_json_come_of_one_run(measure: FakeMeasure, tmp_path: Path) -
     (case,) = json.loads(files[1].read_text(encoding="utf-8"))["cases"]
     (row,) = page.rows["best-of-each-case"]
     best, closed = time_of(BEST), time_of(CLOSED.at(16))
-    assert row[:5] == ["1.", "4096x14336 int4 g128 bfloat16", "M <= 16", str(BEST), f"{best:.1f}"]
+    shown = "4096x14336 normal4 g128 bfloat16"
+    assert row[:5] == ["1.", shown, "M <= 16", str(BEST), f"{best:.1f}"]
     assert row[6] == f"{case['ideal_us'] / best:.0%}"
     verdict = "within the spread"  # 50 [49, 51] and 48 [47, 49] µs
     assert row[7:11] == [str(CLOSED.at(16)), f"{closed:.1f}", f"{closed / best:.2f}x", verdict]
@@ -189,7 +190,7 @@ def test_a_stack_of_experts_is_tuned_for_both_routings(
         (128, "grouped", 768, 2048, 8), (128, "grouped", 768, 2048, 8192),
         (128, "gathered", 768, 2048, 8), (128, "gathered", 768, 2048, 2048),
     ]  # fmt: skip
-    assert "128x768x2048 int4 g128 bfloat16 gated grouped" in capsys.readouterr().out
+    assert "128x768x2048 normal4 g128 bfloat16 gated grouped" in capsys.readouterr().out
     (one,) = _report(tmp_path, "8x64x256", "--routing", "gathered", "--m", "1")["cases"]
     assert one["key"].startswith("experts=8 gathered ")
 
@@ -200,7 +201,7 @@ def test_a_kernel_without_configurations_is_named(
     monkeypatch.setattr(tune, "select_kernel", lambda spec: KernelChoice(DEQUANTIZE))
     assert main(["tune", "4096x100"]) == 0
     printed = capsys.readouterr().out
-    assert "4096x100 int4 g100: kernel dequantize has no configuration to search" in printed
+    assert "4096x100 normal4 g100: kernel dequantize has no configuration to search" in printed
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def compile_with_a_failure() -> str:
 
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank():
-            patch.setattr(pipeline, "fuse", fail)
+            patch.setitem(pipeline.PASSES, "fuse", fail)
         return _message(finequant(net(), min_elements=0), RankError)
 
 

@@ -27,9 +27,7 @@ def _moments(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[str, 
     found: dict[str, Moments] = {}
 
     def collect(weight: ModuleWeight, expert: int, x: Tensor) -> None:
-        *experts, _, k = weight.matrix.shape
-        moments = found.setdefault(weight.name, Moments(k, experts[0] if experts else 1))
-        moments.add(x, expert)
+        found.setdefault(weight.name, Moments(weight.matrix.shape)).add(x, expert)
 
     with torch.no_grad(), WeightInputs(_weights(model), collect):
         run(model)

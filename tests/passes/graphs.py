@@ -10,28 +10,15 @@ from torch import Tensor, fx
 
 from fqcompile.config import FineQuantConfig
 from fqcompile.passes.capture import capture
-from fqcompile.passes.fuse import fuse
 from fqcompile.passes.lower import lower
-from fqcompile.passes.match import match
-from fqcompile.passes.normalize import normalize
 from fqcompile.passes.op_nodes import is_quantized
-from fqcompile.passes.pipeline import verify
-from fqcompile.passes.plan import plan
-from fqcompile.passes.rewrite import rewrite
+from fqcompile.passes.pipeline import PASSES, verify
 from fqcompile.passes.select import select
 from fqcompile.passes.state import GraphState, part_of
 from fqcompile.weights.dispatch import Variant
 from fqcompile.weights.recipe import target_name
 
 DEFAULTS: dict[str, object] = {"min_elements": 1, "granularity": 32, "inner_backend": "eager"}
-PASSES: dict[str, Callable[[GraphState], int]] = {
-    "normalize": normalize,
-    "match": match,
-    "plan": plan,
-    "rewrite": rewrite,
-    "fuse": fuse,
-    "select": select,
-}
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """NodeWeight: several sites' codes stacked along the rows, taken apart again, at one group size."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -71,7 +73,7 @@ def test_key_tells_formats_apart_but_not_graph_inputs_or_errors() -> None:
         spec(scale_method="absmax"),
         spec(scale_dtype=torch.float16),
         NodeWeight(same.parts, 64),
-        same.with_layout(Layout("other", PLAIN.pack_matrix, PLAIN.shapes)),
+        replace(same, layout=Layout("other", PLAIN.pack_matrix, PLAIN.shapes)),
         NodeWeight((Part(TRANSPOSE, (0,), plan(64), 3, K),), 32),
         NodeWeight((*same.parts, *same.parts), 32),
     ]

@@ -32,6 +32,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def make(
     *shape: int,
     bits: int = 4,
+    levels: str = "uniform",
     group: int = 32,
     transposed: bool = False,
     dtype: torch.dtype = torch.float32,
@@ -39,7 +40,7 @@ def make(
 ) -> PackedWeight:
     """Of a random matrix [N, K] or stack [E, N, K]; transposed, it is shown as [..., K, N]."""
     w = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-    plan = QuantPlan(bits, min(group, shape[-1]), "mse", torch.float16, 0.0)
+    plan = QuantPlan(bits, min(group, shape[-1]), "mse", torch.float16, 0.0, levels=levels)
     weight = quantize_weight(w, plan)
     return PackedWeight.of(weight.changed(transposed=transposed), dtype)
 
@@ -235,8 +236,12 @@ def test_writes_in_place_are_refused(write: str) -> None:
 
 @pytest.mark.parametrize("way", ["copy_", "data"])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_values_copied_in_are_quantized_as_the_old_were(way: str, transposed: bool) -> None:
-    w = torch.nn.Parameter(make(64, 80, transposed=transposed, seed=5), requires_grad=False)
+@pytest.mark.parametrize("levels", ["uniform", "normal"])
+def test_values_copied_in_are_quantized_as_the_old_were(
+    way: str, transposed: bool, levels: str
+) -> None:
+    made = make(64, 80, levels=levels, transposed=transposed, seed=5)
+    w = torch.nn.Parameter(made, requires_grad=False)
     assert isinstance(w, PackedWeight)
     new = torch.randn(64, 80)
     values = new.t() if transposed else new
@@ -245,7 +250,7 @@ def test_values_copied_in_are_quantized_as_the_old_were(way: str, transposed: bo
         w.copy_(values)
     else:
         w.data = values
-    expected = quantize_weight(new, QuantPlan(4, 32, "mse", torch.float16, 0.0))
+    expected = quantize_weight(new, QuantPlan(4, 32, "mse", torch.float16, 0.0, levels=levels))
     assert torch.equal(w.quantized().qweight, expected.qweight)
     assert torch.equal(w.quantized().scale, expected.scale)
     assert w.qweight is codes, "in the same memory, which compiled graphs hold"
@@ -254,7 +259,8 @@ def test_values_copied_in_are_quantized_as_the_old_were(way: str, transposed: bo
 
 def test_codes_are_copied_as_they_are_whatever_their_format() -> None:
     w = make(64, 80)
-    for other in (make(64, 80, seed=1), make(64, 80, bits=8, group=80, seed=2)):
+    others = {"seed": 1}, {"levels": "normal"}, {"bits": 8, "group": 80}
+    for other in (make(64, 80, **how) for how in others):  # type: ignore[arg-type]
         w.copy_(other)
         assert torch.equal(dense(w), dense(other))
         assert w.qweight.data_ptr() != other.qweight.data_ptr()

@@ -24,9 +24,11 @@ View = Callable[[Tensor], Tensor]
 STEPS = 1.01
 
 
-def make(shape: tuple[int, ...], *, transposed: bool = False, bits: int = 4) -> PackedWeight:
+def make(
+    shape: tuple[int, ...], *, transposed: bool = False, bits: int = 4, levels: str = "uniform"
+) -> PackedWeight:
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    plan = QuantPlan(bits, 8, "absmax", torch.float16, 0.0)
+    plan = QuantPlan(bits, 8, "absmax", torch.float16, 0.0, levels=levels)
     weight = quantize_weight(w, plan).changed(transposed=transposed)
     return PackedWeight.of(weight, torch.float32, "layer.weight")
 

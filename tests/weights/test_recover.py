@@ -1,5 +1,7 @@
 """What was stacked and packed comes back part by part, bit for bit; nothing is quantized twice."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -23,8 +25,10 @@ LAYOUTS = {
 }
 
 
-def plan(bits: int, group_size: int, scale_dtype: torch.dtype = torch.float16) -> QuantPlan:
-    return QuantPlan(bits, group_size, "mse", scale_dtype, 0.0)
+def plan(
+    bits: int, group_size: int, scale_dtype: torch.dtype = torch.float16, levels: str = "uniform"
+) -> QuantPlan:
+    return QuantPlan(bits, group_size, "mse", scale_dtype, 0.0, levels=levels)
 
 
 def random_weight(part: Part, generator: torch.Generator) -> QuantizedTensor:
@@ -33,7 +37,7 @@ def random_weight(part: Part, generator: torch.Generator) -> QuantizedTensor:
     if own.bits == 4 and k % 2:  # the half byte beyond K holds code 0
         codes[:, -1] = (codes[:, -1] & 0x0F) | 0x80
     scale = torch.randn(rows, num_groups(k, own.group_size), generator=generator)
-    form = Format(own.bits, own.group_size, part.rows, k, part.experts)
+    form = Format(own.bits, own.group_size, part.rows, k, part.experts, levels=own.levels)
     return QuantizedTensor.of_rows(codes, scale.to(own.scale_dtype), form)
 
 
@@ -120,7 +124,7 @@ def test_what_cannot_be_unpacked_is_quantized_again(quantized: list[Part]) -> No
     store, sources = WeightStore(), (weight(),)
     spec = NodeWeight((part(0),), 32, ATEN_INT4_CPU)
     store.packed(spec, sources)
-    store.packed(spec.with_layout(STREAM), sources)
+    store.packed(replace(spec, layout=STREAM), sources)
     assert len(quantized) == 2
 
 

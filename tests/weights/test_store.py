@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -177,7 +178,7 @@ def test_kernel_layout_replaces_the_plain_copy_and_plain_can_be_made_again(
 ) -> None:
     w = weight()
     plain = weakref.ref(store.quantized(part(), (w,)).qweight)
-    store.packed(spec().with_layout(ATEN_INT4_CPU), (w,))
+    store.packed(replace(spec(), layout=ATEN_INT4_CPU), (w,))
     assert plain() is None
     assert torch.equal(
         store.packed(spec(), (w,)).qweight, WeightStore().packed(spec(), (weight(),)).qweight

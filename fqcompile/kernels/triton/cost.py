@@ -17,6 +17,7 @@ from fqcompile.kernels.roofline import LAUNCH_SECONDS, M
 from fqcompile.kernels.spec import GemmSpec, Gpu, TileConfig
 from fqcompile.kernels.triton.launch import has_two_sums
 from fqcompile.kernels.triton.layout import BLOCK_K, blocks_per_group, dot_width
+from fqcompile.tensor.format import NORMAL
 
 MAX_REGISTERS = 255
 _REGISTERS, _WARPS = 65536, 64  # of an SM
@@ -28,6 +29,7 @@ _WARP_SHARE = 0.35  # of its scheduler's slots that a warp alone fills: the rest
 # mma.sync (wgmma is one for four warps, and far larger), and the rest.
 _WGMMA = (1.49, 0.87, 13.5, 7.2, 0.0, 48.0)
 _MMA = (1.42, 1.02, 1.2, 33.8, 0.94, 28.9)
+_LOOK_UP = 1.0  # more for each weight of normal levels
 _NOT_HIDDEN = 0.1  # of each resource's time, behind the longest
 _SHARE_BYTES = 8  # of an element of a share: written once, read once
 
@@ -36,8 +38,8 @@ _SHARE_BYTES = 8  # of an element of a share: written once, read once
 class Model:
     """The formulas; fields are numbers, or symbols.
 
-    one_scale, wgmma: 1 or 0. dots: of one block of K. pair: 2 where gate and up have a sum each.
-    kernels: 2 with a schedule, else 1.
+    one_scale, normal, wgmma: 1 or 0. dots: of one block of K. pair: 2 where gate and up have a sum
+    each. kernels: 2 with a schedule, else 1.
     """
 
     rows: Any
@@ -45,6 +47,7 @@ class Model:
     k: Any
     bits: Any
     one_scale: Any
+    normal: Any
     dots: Any
     tile_m: Any
     tile_n: Any
@@ -96,7 +99,8 @@ class Model:
         products = self._sums * BLOCK_K / 32
         counts = (self._weights, scaled, self.dots, self.tile_m / 16, products, 1)
         pairs = zip(_WGMMA, _MMA, counts, strict=True)
-        return sum((w * self.wgmma + m * (1 - self.wgmma)) * count for w, m, count in pairs)
+        uniform = sum((w * self.wgmma + m * (1 - self.wgmma)) * count for w, m, count in pairs)
+        return uniform + _LOOK_UP * self.normal * self._weights
 
     @property
     def _resident(self) -> Any:
@@ -140,6 +144,7 @@ def _model(spec: GemmSpec, config: TileConfig, gpu: Gpu) -> Model:
         k=spec.k,
         bits=spec.bits,
         one_scale=int(blocks_per_group(spec.group_size, spec.k) == 0),
+        normal=int(spec.levels == NORMAL),
         dots=BLOCK_K // dot_width(spec.group_size, spec.k),
         tile_m=config.BLOCK_M,
         tile_n=config.BLOCK_N,

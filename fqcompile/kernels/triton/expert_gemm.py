@@ -93,6 +93,7 @@ def expert_gemm_kernel(
     BLOCKS_PER_GROUP: tl.constexpr,
     DOT_K: tl.constexpr,
     BITS: tl.constexpr,
+    LEVELS: tl.constexpr,
     KWIDTH: tl.constexpr,
     CONVERSION: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -131,7 +132,7 @@ def expert_gemm_kernel(
     x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm
     acc, acc_up = scaled_products(
         x_ptrs, mask_m, qweight_ptr, scale_ptr, offs_n, N, K,
-        BLOCKS_PER_GROUP, DOT_K, BITS, KWIDTH, CONVERSION, GATED, EVEN_K,
+        BLOCKS_PER_GROUP, DOT_K, BITS, LEVELS, KWIDTH, CONVERSION, GATED, EVEN_K,
         BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K,
     )  # fmt: skip
     if not GROUPED:

@@ -14,10 +14,10 @@ With SPLIT_K > 1 each program sums one share of K, and `epilogue` adds the share
 import triton
 import triton.language as tl
 
+from fqcompile.kernels.triton.conversion import code_factor
 from fqcompile.kernels.triton.epilogue import store
 from fqcompile.kernels.triton.fragments import (
     MICRO_ROWS,
-    code_factor,
     first_and_second_half,
     load_scales,
     load_words,
@@ -59,6 +59,7 @@ def _accumulate(
     DOT_K: tl.constexpr,
     GROUPED: tl.constexpr,
     BITS: tl.constexpr,
+    LEVELS: tl.constexpr,
     KWIDTH: tl.constexpr,
     CONVERSION: tl.constexpr,
     GATED: tl.constexpr,
@@ -67,17 +68,17 @@ def _accumulate(
     """The columns k0 to k0 + WIDTH, by one dot for each DOT_K of them: none crosses a group."""
     if WIDTH > DOT_K:
         HALF: tl.constexpr = WIDTH // 2
-        w0, w1 = first_and_second_half(words, WIDTH, BITS)
-        w0_up, w1_up = first_and_second_half(words_up, WIDTH, BITS)
+        w0, w1 = first_and_second_half(words, WIDTH, BITS, LEVELS)
+        w0_up, w1_up = first_and_second_half(words_up, WIDTH, BITS, LEVELS)
         s0, s1 = _halves_of_scales(scales)
         s0_up, s1_up = _halves_of_scales(scales_up)
         acc, acc_up = _accumulate(
             acc, acc_up, w0, w0_up, s0, s0_up, x_ptrs, mask_m, K, k0,
-            HALF, DOT_K, GROUPED, BITS, KWIDTH, CONVERSION, GATED, EVEN_K,
+            HALF, DOT_K, GROUPED, BITS, LEVELS, KWIDTH, CONVERSION, GATED, EVEN_K,
         )  # fmt: skip
         acc, acc_up = _accumulate(
             acc, acc_up, w1, w1_up, s1, s1_up, x_ptrs, mask_m, K, k0 + HALF,
-            HALF, DOT_K, GROUPED, BITS, KWIDTH, CONVERSION, GATED, EVEN_K,
+            HALF, DOT_K, GROUPED, BITS, LEVELS, KWIDTH, CONVERSION, GATED, EVEN_K,
         )  # fmt: skip
     else:
         offs_k = k0 + tl.arange(0, WIDTH)
@@ -86,10 +87,10 @@ def _accumulate(
             mask = mask & (offs_k < K)[:, None]
         # [WIDTH, BLOCK_M]
         x = tl.load(x_ptrs + offs_k[:, None], mask=mask, other=0.0)
-        w = operand(words, WIDTH, BITS, KWIDTH, x.dtype, CONVERSION)
+        w = operand(words, WIDTH, BITS, LEVELS, KWIDTH, x.dtype, CONVERSION)
         acc = _scaled_sum(acc, tl.dot(w, x), scales, GROUPED)
         if GATED:
-            w_up = operand(words_up, WIDTH, BITS, KWIDTH, x.dtype, CONVERSION)
+            w_up = operand(words_up, WIDTH, BITS, LEVELS, KWIDTH, x.dtype, CONVERSION)
             acc_up = _scaled_sum(acc_up, tl.dot(w_up, x), scales_up, GROUPED)
     return acc, acc_up
 
@@ -106,6 +107,7 @@ def scaled_products(
     BLOCKS_PER_GROUP: tl.constexpr,
     DOT_K: tl.constexpr,
     BITS: tl.constexpr,
+    LEVELS: tl.constexpr,
     KWIDTH: tl.constexpr,
     CONVERSION: tl.constexpr,
     GATED: tl.constexpr,
@@ -148,10 +150,10 @@ def scaled_products(
                 scales_up = load_scales(scale_ptr, offs_n + N, rows, group, BLOCK_N, DOTS)
         acc, acc_up = _accumulate(
             acc, acc_up, words, words_up, scales, scales_up, x_ptrs, mask_m, K, block * BLOCK_K,
-            BLOCK_K, DOT_K, GROUPED, BITS, KWIDTH, CONVERSION, GATED, EVEN_K,
+            BLOCK_K, DOT_K, GROUPED, BITS, LEVELS, KWIDTH, CONVERSION, GATED, EVEN_K,
         )  # fmt: skip
 
-    FACTOR: tl.constexpr = code_factor(x_ptrs.dtype.element_ty, CONVERSION)
+    FACTOR: tl.constexpr = code_factor(x_ptrs.dtype.element_ty, LEVELS, CONVERSION)
     acc *= FACTOR
     acc_up *= FACTOR
     if not GROUPED:
@@ -176,6 +178,7 @@ def gemm_kernel(
     BLOCKS_PER_GROUP: tl.constexpr,
     DOT_K: tl.constexpr,
     BITS: tl.constexpr,
+    LEVELS: tl.constexpr,
     KWIDTH: tl.constexpr,
     CONVERSION: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -200,7 +203,7 @@ def gemm_kernel(
     x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm
     acc, acc_up = scaled_products(
         x_ptrs, mask_m, qweight_ptr, scale_ptr, offs_n, N, K,
-        BLOCKS_PER_GROUP, DOT_K, BITS, KWIDTH, CONVERSION, GATED, EVEN_K,
+        BLOCKS_PER_GROUP, DOT_K, BITS, LEVELS, KWIDTH, CONVERSION, GATED, EVEN_K,
         BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K,
     )  # fmt: skip
     mask = (offs_n < N)[:, None] & mask_m[None, :]

@@ -115,7 +115,7 @@ def _gemm(
     gemm_kernel[(tiles, config.SPLIT_K)](
         x, weight.qweight, weight.scale, bias, residual, y,
         m, n, k, x.stride(0), 0 if residual is None else residual.stride(0),
-        *format_of(f.group_size, k), f.bits, kwidth, conversion(x.device, x.dtype),
+        *format_of(f.group_size, k), f.bits, f.levels, kwidth, conversion(x.device, x.dtype),
         *forms_of(activation), gated, k % BLOCK_K == 0,
         config.BLOCK_M, config.BLOCK_N, BLOCK_K, config.SPLIT_K,
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -140,8 +140,9 @@ def dequantize(weight: QuantizedTensor, dtype: torch.dtype, kwidth: int) -> torc
     with device_of(w):
         dequantize_kernel[(tiles, *stack)](
             weight.qweight, weight.scale, w, weight.format.rows, weight.format.k, bool(stack),
-            *format_of(weight.format.group_size, weight.format.k), weight.format.bits, kwidth,
-            conversion(w.device, torch.float16), DEQUANTIZE_ROWS, BLOCK_K,
+            *format_of(weight.format.group_size, weight.format.k), weight.format.bits,
+            weight.format.levels, kwidth, conversion(w.device, torch.float16), DEQUANTIZE_ROWS,
+            BLOCK_K,
         )  # fmt: skip
     return w
 
@@ -228,7 +229,7 @@ def _expert_gemm(
     expert_gemm_kernel[(blocks * cdiv(n, config.BLOCK_N), config.SPLIT_K)](
         x, weight.qweight, weight.scale, rows_of_blocks, epilogue.bias, y,
         m, n, k, weight.qweight.shape[0], blocks, x.stride(0), grouped,
-        *format_of(f.group_size, k), f.bits, kwidth, conversion(x.device, x.dtype),
+        *format_of(f.group_size, k), f.bits, f.levels, kwidth, conversion(x.device, x.dtype),
         *forms_of(epilogue.activation), epilogue.gated, k % BLOCK_K == 0,
         config.BLOCK_M, config.BLOCK_N, BLOCK_K, config.SPLIT_K,
         num_warps=config.num_warps, num_stages=config.num_stages,

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from fqcompile.kernels.spec import Gpu
-from fqcompile.kernels.triton.fragments import code_factor, operand
+from fqcompile.kernels.triton.conversion import code_factor
+from fqcompile.kernels.triton.fragments import operand
 
 log = logging.getLogger("fqcompile")
 _CONVERSIONS: dict[tuple[torch.device, torch.dtype], str] = {}
@@ -31,8 +32,8 @@ def _probe_kernel(words_ptr, out_ptr, DTYPE: tl.constexpr, BITS: tl.constexpr):
     words = tl.load(words_ptr + offs[:, None] * (4 * CHUNKS) + offs_w[None, :])
     words = tl.reshape(words, (64, 4, CHUNKS))
     identity = (offs[:, None] == offs[None, :]).to(DTYPE)
-    w = operand(words, 64, BITS, 2, DTYPE, "subnormal")
-    FACTOR: tl.constexpr = code_factor(DTYPE, "subnormal")
+    w = operand(words, 64, BITS, "uniform", 2, DTYPE, "subnormal")
+    FACTOR: tl.constexpr = code_factor(DTYPE, "uniform", "subnormal")
     tl.store(out_ptr + offs[:, None] * 64 + offs[None, :], tl.dot(w, identity) * FACTOR)
 
 

@@ -21,7 +21,6 @@ from fqcompile.kernels.triton.launch import (
 )
 from fqcompile.kernels.triton.layout import BLOCK_K
 from fqcompile.kernels.triton.target import kwidth as kwidth_of
-from fqcompile.tensor.format import UNIFORM
 from fqcompile.tensor.quantized import QuantizedTensor
 
 # What compiling or loading a kernel raises; errors of a launch that ran are not among them.
@@ -38,8 +37,6 @@ def _refuse(spec: GemmSpec, kwidth: int) -> str | None:
         return f"runs on cuda, not {spec.device_type}"
     if spec.dtype not in _DTYPES:
         return f"takes fp16 or bf16 activations, not {spec.dtype}"
-    if spec.levels != UNIFORM:
-        return f"takes {UNIFORM} levels, not {spec.levels}"
     if spec.group_size < spec.k and spec.group_size % _LEAST_GROUP:
         return f"takes groups of a multiple of {_LEAST_GROUP}, not {spec.group_size}"
     filled = (spec.weight_rows + layout.MICRO_ROWS) * (spec.k + layout.BLOCK_K)

@@ -13,7 +13,6 @@ import torch
 
 from fqcompile.kernels.epilogue import HAS_TRITON
 from fqcompile.kernels.spec import GemmSpec, Gpu
-from fqcompile.tensor.format import QTYPES
 
 # A bucket is named by its largest M; the last one, None, is open.
 Bucket = int | None
@@ -59,7 +58,7 @@ def tuning_key(spec: GemmSpec, layout_name: str) -> str:
         f"experts={spec.experts} {spec.routing}" if spec.experts else "dense",
         f"{spec.gpu.arch}/{spec.gpu.num_sms}",
         f"{spec.n}x{spec.k}",
-        QTYPES[spec.bits, spec.levels].name,
+        spec.qtype.name,
         f"g{spec.group_size}",
         _name(spec.dtype),
         f"scale:{_name(spec.scale_dtype)}",

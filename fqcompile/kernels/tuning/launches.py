@@ -179,7 +179,7 @@ def _try_all(
     except Exception as error:
         return f"nothing could be measured: {_first_line(error)}"
     stack = f"{spec.experts}x" if spec.experts else ""
-    shape = f"tuning {stack}{spec.n}x{spec.k} int{spec.bits} M={spec.m}"
+    shape = f"tuning {stack}{spec.n}x{spec.k} {spec.qtype.name} M={spec.m}"
     problem = None
     for config in progress(configs, shape, leave=False):
         try:

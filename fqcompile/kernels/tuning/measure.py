@@ -18,7 +18,7 @@ from fqcompile.kernels.template import Layout, Routing, Template
 from fqcompile.kernels.tuning.table import Timing
 from fqcompile.tensor.chunks import plain_tensors
 from fqcompile.tensor.codes import dequantize_rows, pack
-from fqcompile.tensor.format import QTYPES, Format, num_groups
+from fqcompile.tensor.format import Format, num_groups
 from fqcompile.tensor.quantized import QuantizedTensor
 
 Run = Callable[[Config], torch.Tensor]
@@ -151,7 +151,7 @@ def random_problem(
     overflows fp16, gated or not.
     """
     generator = torch.Generator(device).manual_seed(0)
-    qtype, rows, k = QTYPES[spec.bits, spec.levels], spec.weight_rows * max(1, spec.experts), spec.k
+    qtype, rows, k = spec.qtype, spec.weight_rows * max(1, spec.experts), spec.k
     codes = torch.randint(
         qtype.qmin, qtype.qmax + 1, (rows, k), dtype=torch.int8, device=device, generator=generator
     )

@@ -20,6 +20,7 @@ from tests.kernels.triton.oracle import (
     expected,
     group_of,
     inside_nans,
+    levels_of,
     on_device,
     packed,
     random_codes,
@@ -96,7 +97,10 @@ def draw(case: ExpertCase) -> ExpertInputs:
         inside_nans(x),
         codes,
         scale,
-        [c.double() * s.double()[:, groups] for c, s in zip(codes, scale, strict=True)],
+        [
+            levels_of(c, one.bits, one.levels) * s.double()[:, groups]
+            for c, s in zip(codes, scale, strict=True)
+        ],
         bias if one.bias else None,
     )
 
@@ -104,7 +108,7 @@ def draw(case: ExpertCase) -> ExpertInputs:
 def stacked(case: ExpertCase, inputs: ExpertInputs, device: str = "cpu") -> QuantizedTensor:
     one = case.one
     each = [
-        packed(c, s, one.bits, one.group_size, one.kwidth, device)
+        packed(c, s, one.bits, one.group_size, one.kwidth, device, one.levels)
         for c, s in zip(inputs.codes, inputs.scale, strict=True)
     ]
     return QuantizedTensor.stack(each)

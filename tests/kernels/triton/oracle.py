@@ -15,7 +15,7 @@ from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import TileConfig
 from fqcompile.kernels.triton import launch, layout
 from fqcompile.tensor.codes import pack
-from fqcompile.tensor.format import QTYPES, UNIFORM, Format
+from fqcompile.tensor.format import QTYPES, Format
 from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.triton.interpreter import interpreted
 from tests.kernels.triton.interpreter_memory import Memory
@@ -26,6 +26,7 @@ FLOATS = (FP16, BF16, FP32)
 NARROW = (FP16, BF16)
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "swiglu_oai")
 CONVERSIONS = ("exponent", "subnormal", "subnormal_prmt")
+FORMATS = ((4, "uniform"), (4, "normal"), (8, "uniform"))  # bits and levels
 COLUMN = 4096  # more than any K here: one scale per row
 GROUPS = (16, 32, 48, 64, 96, 128, 192, 256, 384, COLUMN)
 UNEVEN_GROUPS = (272, 320)  # beyond 256, and no multiple of a block
@@ -35,6 +36,7 @@ SMALL = TileConfig(16, 64, 128, 1, 4, 2)
 U32 = 2.0**-23
 STEEPEST = 1.13  # slope of gelu; silu's is 1.0998
 
+every_format = pytest.mark.parametrize(("bits", "levels"), FORMATS)
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])
 on_every_device = pytest.mark.parametrize("device", ["cpu", CUDA])
@@ -65,6 +67,7 @@ class Case:
     gated: bool = False
     kwidth: int = 2
     conversion: str = "subnormal"
+    levels: str = "uniform"
     config: TileConfig = SMALL
     seed: int = 0
 
@@ -90,21 +93,32 @@ def group_of(k: int, group_size: int) -> Tensor:
     return torch.arange(k) // group_size
 
 
-def quantized(codes: Tensor, scale: Tensor, bits: int, group_size: int) -> QuantizedTensor:
+def quantized(
+    codes: Tensor, scale: Tensor, bits: int, group_size: int, levels: str = "uniform"
+) -> QuantizedTensor:
     rows, k = codes.shape
-    return QuantizedTensor(
-        pack(codes, QTYPES[bits, UNIFORM]), scale, Format(bits, min(group_size, k), rows, k)
-    )
+    form = Format(bits, min(group_size, k), rows, k, levels=levels)
+    return QuantizedTensor(pack(codes, form.qtype), scale, form)
 
 
 def packed(
-    codes: Tensor, scale: Tensor, bits: int, group_size: int, kwidth: int = 2, device: str = "cpu"
+    codes: Tensor,
+    scale: Tensor,
+    bits: int,
+    group_size: int,
+    kwidth: int = 2,
+    device: str = "cpu",
+    levels: str = "uniform",
 ) -> QuantizedTensor:
-    qweight, scales = layout.pack(quantized(codes, scale, bits, group_size), kwidth)
-    rows, k = codes.shape
-    return QuantizedTensor(
-        qweight.to(device), scales.to(device), Format(bits, min(group_size, k), rows, k)
-    )
+    plain = quantized(codes, scale, bits, group_size, levels)
+    qweight, scales = layout.pack(plain, kwidth)
+    return QuantizedTensor(qweight.to(device), scales.to(device), plain.format)
+
+
+def levels_of(codes: Tensor, bits: int, levels: str) -> Tensor:
+    """Each code's level in fp64."""
+    table = torch.tensor(QTYPES[bits, levels].values, dtype=torch.float64)
+    return table[codes.long() + len(table) // 2]
 
 
 def random_codes(bits: int, rows: int, k: int) -> Tensor:
@@ -138,7 +152,8 @@ def draw(case: Case) -> Inputs:
         x=inside_nans(torch.randn(case.m, case.k).to(case.dtype)),
         codes=codes,
         scale=scale,
-        w=codes.double() * scale.double()[:, group_of(case.k, case.group_size)],
+        w=levels_of(codes, case.bits, case.levels)
+        * scale.double()[:, group_of(case.k, case.group_size)],
         bias=torch.randn(2 * case.rows).to(case.dtype)[::2] if case.bias else None,
         residual=inside_nans(torch.randn(case.m, case.n).to(case.dtype)) if case.residual else None,
     )
@@ -154,7 +169,9 @@ def on_device(t: Tensor | None, device: str) -> Tensor | None:
 
 def run(case: Case, inputs: Inputs, device: str = "cpu") -> Tensor:
     """What the family computes, every element of it written by a kernel."""
-    weight = packed(inputs.codes, inputs.scale, case.bits, case.group_size, case.kwidth, device)
+    weight = packed(
+        inputs.codes, inputs.scale, case.bits, case.group_size, case.kwidth, device, case.levels
+    )
     x, bias, residual = (on_device(t, device) for t in (inputs.x, inputs.bias, inputs.residual))
     with pytest.MonkeyPatch.context() as patch, running(device) as memory:
         patch.setattr(launch, "conversion", lambda device, dtype: case.conversion)
@@ -185,7 +202,7 @@ def of_up(z: Tensor, name: str) -> Tensor:
 def expected(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """The result in fp64 and how far a right kernel may be from it.
 
-    Products of x with (code - offset) / factor are exact in fp32: 11 + 8 bits at most. Each then
+    Products of x with level / factor are exact in fp32: 11 + 8 bits at most. Each then
     goes through at most K - 1 sums, whatever their order and however K is shared out, one fma or
     product with its scale, and the sum with the bias; each of them is off by u = 2^-23 of the sum
     of the magnitudes, (K + 4) u (sum |x||w| + |bias|) with the terms of second order. Below the

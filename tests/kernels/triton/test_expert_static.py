@@ -50,6 +50,8 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "finish gathered 128x1536x2048 w4 g128 bf16 gated sm_90": Budget(74, 0, 84.5),
         "grouped 128x1536x2048 w4 g128 bf16 16x64x128x1w4s4 gated sm_90": Budget(115, 40960, 2.19),
         "finish grouped 128x1536x2048 w4 g128 bf16 gated sm_90": Budget(74, 8, 90.75),
+        "dequantize 128x2048x768 w4 normal g128 bf16 sm_90": Budget(37, 8192, 11.16),
+        "dequantize 128x2048x768 w4 normal g128 bf16 sm_80": Budget(32, 8192, 12.16),
         "schedule 128x2048x768 w4 g128 bf16 sm_90": Budget(40, 256, 3384.0),
         "dequantize 128x2048x768 w4 g128 bf16 sm_90": Budget(37, 8192, 10.22),
         "finish gathered 128x1536x2048 w4 g128 bf16 gated sm_80": Budget(72, 0, 83.0),
@@ -151,7 +153,9 @@ def test_the_cases_are_what_is_launched(case: Case, calls: list[Launch]) -> None
     with torch.device("meta"):
         codes = empty(s.experts, 1, 1, 1, 1, dtype=torch.int32)
         scales = empty(s.experts, 1, dtype=s.scale_dtype)
-        weight = QuantizedTensor(codes, scales, Format(s.bits, s.group_size, s.weight_rows, s.k))
+        weight = QuantizedTensor(
+            codes, scales, Format(s.bits, s.group_size, s.weight_rows, s.k, levels=s.levels)
+        )
         rows = many if case.kind == "schedule" else s.m
         x = empty(rows, s.k, dtype=s.dtype)
         bias = empty(s.experts, s.weight_rows, dtype=s.dtype) if s.has_bias else None

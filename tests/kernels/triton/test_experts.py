@@ -26,11 +26,13 @@ from tests.kernels.triton.oracle import (
     COLUMN,
     CONVERSIONS,
     FLOATS,
+    FORMATS,
     GROUPS,
     NARROW,
     SMALL,
     UNEVEN_GROUPS,
     Case,
+    every_format,
     on_device,
     on_every_device,
     running,
@@ -41,7 +43,6 @@ ONE = Case(n=20, k=130)
 GROUPED = ExpertCase(offsets=(3, 3, 8))
 GATHERED = ExpertCase(ids=(2, -3, 1, 2), experts=3)
 every_routing = pytest.mark.parametrize("case", [GROUPED, GATHERED], ids=["grouped", "gathered"])
-every_bits = pytest.mark.parametrize("bits", [4, 8])
 
 # Of 16 rows to a block: none, one, all, as many as a block holds and one more, fewer than experts.
 SPREADS = [
@@ -102,11 +103,17 @@ def test_offsets_that_are_none_reach_no_other_memory(
 @every_routing
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("scale_dtype", FLOATS, ids=str)
-@every_bits
+@every_format
 def test_experts_are_right_for_every_type(
-    bits: int, scale_dtype: torch.dtype, dtype: torch.dtype, case: ExpertCase, device: str
+    bits: int,
+    levels: str,
+    scale_dtype: torch.dtype,
+    dtype: torch.dtype,
+    case: ExpertCase,
+    device: str,
 ) -> None:
-    check(replace(case, one=replace(ONE, bits=bits, dtype=dtype, scale_dtype=scale_dtype)), device)
+    one = replace(ONE, bits=bits, levels=levels, dtype=dtype, scale_dtype=scale_dtype)
+    check(replace(case, one=one), device)
 
 
 @pytest.mark.few(8)
@@ -214,10 +221,12 @@ def test_a_stack_may_be_larger_than_2_gib(bits: int, device: str) -> None:
 def cases(draw: st.DrawFn) -> ExpertCase:
     gated = draw(st.booleans(), label="gated")
     widths = [64, 128] if gated else [64, 128, 256]
+    bits, levels = draw(st.sampled_from(FORMATS), label="format")
     one = Case(
         n=draw(st.integers(1, 40) | st.sampled_from([64, 130, 300]), label="n"),
         k=draw(st.integers(1, 300) | st.sampled_from([384, 512, 700]), label="k"),
-        bits=draw(st.sampled_from([4, 8]), label="bits"),
+        bits=bits,
+        levels=levels,
         group_size=draw(st.sampled_from([*GROUPS, 80, 112]), label="group_size"),
         dtype=draw(st.sampled_from(NARROW), label="dtype"),
         scale_dtype=draw(st.sampled_from(FLOATS), label="scale_dtype"),

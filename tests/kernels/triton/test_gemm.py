@@ -16,58 +16,58 @@ from tests.kernels.triton.oracle import (
     COLUMN,
     CONVERSIONS,
     FLOATS,
+    FORMATS,
     GROUPS,
     NARROW,
     SMALL,
     UNEVEN_GROUPS,
     Case,
     check,
+    every_format,
     on_every_device,
 )
 from tests.tiers import examples
-
-every_bits = pytest.mark.parametrize("bits", [4, 8])
 
 
 @on_every_device
 @pytest.mark.parametrize("scale_dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
-@every_bits
+@every_format
 def test_gemm_is_right_for_every_type(
-    bits: int, dtype: torch.dtype, scale_dtype: torch.dtype, device: str
+    bits: int, levels: str, dtype: torch.dtype, scale_dtype: torch.dtype, device: str
 ) -> None:
-    check(Case(k=131, bits=bits, dtype=dtype, scale_dtype=scale_dtype), device)
+    check(Case(k=131, bits=bits, levels=levels, dtype=dtype, scale_dtype=scale_dtype), device)
 
 
 @on_every_device
 @pytest.mark.parametrize("kwidth", [2, 4])
 @pytest.mark.parametrize("conversion", CONVERSIONS)
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
-@every_bits
+@every_format
 def test_gemm_is_right_for_every_operand(
-    bits: int, dtype: torch.dtype, conversion: str, kwidth: int, device: str
+    bits: int, levels: str, dtype: torch.dtype, conversion: str, kwidth: int, device: str
 ) -> None:
-    case = Case(k=128, bits=bits, dtype=dtype, conversion=conversion, kwidth=kwidth)
+    case = Case(k=128, bits=bits, levels=levels, dtype=dtype, conversion=conversion, kwidth=kwidth)
     check(case, device)
 
 
 @on_every_device
 @pytest.mark.parametrize("k", [300, 512])
 @pytest.mark.parametrize("group_size", GROUPS)
-@every_bits
+@every_format
 def test_gemm_is_right_for_every_group_size(
-    bits: int, group_size: int, k: int, device: str
+    bits: int, levels: str, group_size: int, k: int, device: str
 ) -> None:
-    check(Case(k=k, bits=bits, group_size=group_size), device)
+    check(Case(k=k, bits=bits, levels=levels, group_size=group_size), device)
 
 
 @on_every_device
 @pytest.mark.parametrize("group_size", UNEVEN_GROUPS)
-@every_bits
+@every_format
 def test_gemm_is_right_for_groups_that_end_inside_a_later_block(
-    bits: int, group_size: int, device: str
+    bits: int, levels: str, group_size: int, device: str
 ) -> None:
-    check(Case(k=700, bits=bits, group_size=group_size), device)
+    check(Case(k=700, bits=bits, levels=levels, group_size=group_size), device)
 
 
 @on_every_device
@@ -111,7 +111,9 @@ def test_gated_gemm_finds_the_rows_of_up(
 def test_shares_of_k_add_up(group_size: int, k: int, split_k: int, device: str) -> None:
     """Of 1, 2, 5 and 6 blocks: also with shares that are short or have none at all."""
     config = replace(SMALL, SPLIT_K=split_k)
-    check(Case(k=k, group_size=group_size, bias=True, residual=True, config=config), device)
+    case = Case(k=k, group_size=group_size, bias=True, residual=True, config=config)
+    check(case, device)
+    check(replace(case, levels="normal"), device)
 
 
 @on_every_device
@@ -139,11 +141,13 @@ def cases(draw: st.DrawFn) -> Case:
     k = draw(st.integers(1, 300) | st.sampled_from([384, 512, 699, 700]), label="k")
     gated = draw(st.booleans(), label="gated")
     widths = [64, 128] if gated else [64, 128, 256]
+    bits, levels = draw(st.sampled_from(FORMATS), label="format")
     return Case(
         m=draw(st.integers(0, 33), label="m"),
         n=draw(st.integers(1, 40) | st.sampled_from([64, 127, 160, 255, 300]), label="n"),
         k=k,
-        bits=draw(st.sampled_from([4, 8]), label="bits"),
+        bits=bits,
+        levels=levels,
         group_size=draw(st.sampled_from([*GROUPS, 80, 112]), label="group_size"),
         dtype=draw(st.sampled_from(NARROW), label="dtype"),
         scale_dtype=draw(st.sampled_from(FLOATS), label="scale_dtype"),

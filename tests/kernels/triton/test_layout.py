@@ -13,87 +13,124 @@ from fqcompile.kernels.triton.layout import column_order, pack
 from tests.kernels.triton.oracle import (
     COLUMN,
     FLOATS,
+    FORMATS,
     FP16,
     GROUPS,
     UNEVEN_GROUPS,
+    every_format,
     quantized,
     random_codes,
 )
 
-every_format = pytest.mark.parametrize(("bits", "kwidth"), list(product((4, 8), (2, 4))))
+every_kwidth = pytest.mark.parametrize("kwidth", [2, 4])
+SIGNS = (7, 15, 23, 31, 3, 11, 19, 27)  # of normal levels: the bit of each place's sign
 
 
-def columns(bits: int, kwidth: int) -> dict[tuple[int, int], int]:
+def columns(bits: int, levels: str, kwidth: int) -> dict[tuple[int, int], int]:
     """(word, place in the word) -> column of the block, as the layout's docstring has it."""
     found = {}
     for t, c, h, p in product(range(4), range(4), range(2), range(2)):
         place = h * 8 + t * 2 + p if kwidth == 2 else t * 4 + h * 2 + p
         for part in range(2):
             if bits == 4:  # part is rep
-                found[t * 4 + c, p * 4 + part * 2 + h] = c * 32 + part * 16 + place
+                of_code = part * 4 + p * 2 + h if levels == "normal" else p * 4 + part * 2 + h
+                found[t * 4 + c, of_code] = c * 32 + part * 16 + place
             else:  # part is b
                 found[part * 16 + t * 4 + c, p * 2 + h] = part * 64 + c * 16 + place
     return found
 
 
-def unpacked(qweight: torch.Tensor, bits: int, kwidth: int) -> torch.Tensor:
+def placed(codes: torch.Tensor, place: int, bits: int, levels: str) -> torch.Tensor:
+    """int64: codes as the bits that they are at a place of a word."""
+    if levels == "normal":
+        pair = torch.where(codes < 0, -1 - codes, codes)
+        return pair * 2 ** (4 * place) + (codes < 0) * 2 ** SIGNS[place]
+    return (codes + 2 ** (bits - 1)) * 2 ** (bits * place)
+
+
+def found_at(words: torch.Tensor, place: int, bits: int, levels: str) -> torch.Tensor:
+    """int64: the codes at a place of these words."""
+    if levels == "normal":
+        pair = (words.long() >> (4 * place)) % 8
+        return torch.where((words.long() >> SIGNS[place]) % 2 == 1, -1 - pair, pair)
+    return (words.long() >> (bits * place)) % 2**bits - 2 ** (bits - 1)
+
+
+def unpacked(qweight: torch.Tensor, bits: int, levels: str, kwidth: int) -> torch.Tensor:
     """int64 codes [rows and filling, K and filling]."""
     micro_tiles, blocks = qweight.shape[:2]
     codes = torch.full((micro_tiles, 16, blocks, 128), 99)
-    for (word, place), column in columns(bits, kwidth).items():
-        unsigned = (qweight[..., word].long() >> (bits * place)) % 2**bits
-        codes[..., column] = unsigned.transpose(1, 2) - 2 ** (bits - 1)
+    for (word, place), column in columns(bits, levels, kwidth).items():
+        codes[..., column] = found_at(qweight[..., word], place, bits, levels).transpose(1, 2)
     return codes.reshape(micro_tiles * 16, blocks * 128)
 
 
+@every_kwidth
 @every_format
-def test_every_column_has_one_place(bits: int, kwidth: int) -> None:
-    order = column_order(bits, kwidth)
+def test_every_column_has_one_place(bits: int, levels: str, kwidth: int) -> None:
+    order = column_order(bits, levels, kwidth)
     assert order.shape == (4 * bits, 32 // bits)
+    wanted = columns(bits, levels, kwidth)
     assert sorted(order.flatten().tolist()) == list(range(128))
-    assert {(w, i): int(order[w, i]) for w, i in columns(bits, kwidth)} == columns(bits, kwidth)
+    assert {(w, i): int(order[w, i]) for w, i in wanted} == wanted
 
 
 def test_the_first_words_by_hand() -> None:
     """Thread t begins with columns 2 t and 2 t + 1 (kwidth 2) or 4 t and 4 t + 1 (kwidth 4)."""
-    assert column_order(4, 2)[0].tolist() == [0, 8, 16, 24, 1, 9, 17, 25]
-    assert column_order(4, 2)[4].tolist() == [2, 10, 18, 26, 3, 11, 19, 27]
-    assert column_order(4, 2)[1].tolist() == [32, 40, 48, 56, 33, 41, 49, 57]
-    assert column_order(8, 2)[0].tolist() == [0, 8, 1, 9]
-    assert column_order(8, 2)[21].tolist() == [64 + 18, 64 + 26, 64 + 19, 64 + 27]
-    assert column_order(4, 4)[4].tolist() == [4, 6, 20, 22, 5, 7, 21, 23]
-    assert column_order(8, 4)[0].tolist() == [0, 2, 1, 3]
+    assert column_order(4, "uniform", 2)[0].tolist() == [0, 8, 16, 24, 1, 9, 17, 25]
+    assert column_order(4, "uniform", 2)[4].tolist() == [2, 10, 18, 26, 3, 11, 19, 27]
+    assert column_order(4, "uniform", 2)[1].tolist() == [32, 40, 48, 56, 33, 41, 49, 57]
+    assert column_order(8, "uniform", 2)[0].tolist() == [0, 8, 1, 9]
+    assert column_order(8, "uniform", 2)[21].tolist() == [64 + 18, 64 + 26, 64 + 19, 64 + 27]
+    assert column_order(4, "uniform", 4)[4].tolist() == [4, 6, 20, 22, 5, 7, 21, 23]
+    assert column_order(8, "uniform", 4)[0].tolist() == [0, 2, 1, 3]
+    assert column_order(4, "normal", 2)[0].tolist() == [0, 8, 1, 9, 16, 24, 17, 25]
+    assert column_order(4, "normal", 4)[4].tolist() == [4, 6, 5, 7, 20, 22, 21, 23]
+
+
+def test_a_word_of_normal_levels_by_hand() -> None:
+    """Its columns are 0, 8, 1, 9, 16, ...: pairs are in nibbles, signs in bits between them."""
+    codes = torch.zeros(16, 128, dtype=torch.int8)
+    codes[0, [0, 8, 1, 9]] = torch.tensor([1, -1, 7, -8], dtype=torch.int8)
+    codes[0, [16, 24, 17, 25]] = torch.tensor([-3, 0, -8, 5], dtype=torch.int8)
+    words, _ = pack(quantized(codes, torch.ones(16, 1), 4, 128, "normal"), 2)
+    pairs, signs = 0x57027701, 0x80 << 8 | 0x80 << 24 | 0x08 | 0x08 << 16
+    assert words[0, 0, 0, 0].item() & 0xFFFFFFFF == pairs | signs
+    assert words[0, 0, 0, 1].item() == 0
 
 
 @given(
     rows=st.integers(1, 40),
     k=st.integers(1, 400),
-    bits=st.sampled_from([4, 8]),
+    form=st.sampled_from(FORMATS),
     kwidth=st.sampled_from([2, 4]),
     seed=st.integers(0, 99),
 )
 def test_codes_come_back_and_the_rest_is_zero(
-    rows: int, k: int, bits: int, kwidth: int, seed: int
+    rows: int, k: int, form: tuple[int, str], kwidth: int, seed: int
 ) -> None:
+    """What rows and K are filled up with has code 0, whose level is 0."""
     torch.manual_seed(seed)
+    bits, levels = form
     codes = random_codes(bits, rows, k)
-    qweight, _ = pack(quantized(codes, torch.ones(rows, 1), bits, COLUMN), kwidth)
+    qweight, _ = pack(quantized(codes, torch.ones(rows, 1), bits, COLUMN, levels), kwidth)
     assert qweight.dtype == torch.int32
     assert qweight.is_contiguous()
     assert qweight.shape == (-(-rows // 16), -(-k // 128), 16, 4 * bits)
-    back = unpacked(qweight, bits, kwidth)
+    back = unpacked(qweight, bits, levels, kwidth)
     assert torch.equal(back[:rows, :k], codes.long())
     assert not back[rows:].any()
     assert not back[:, k:].any()
 
 
+@every_kwidth
 @every_format
-def test_every_code_comes_back_from_every_place(bits: int, kwidth: int) -> None:
+def test_every_code_comes_back_from_every_place(bits: int, levels: str, kwidth: int) -> None:
     """Row r has the code r at column 0, and the following ones after it."""
     half = 2 ** (bits - 1)
     codes = (torch.arange(2 * half)[:, None] + torch.arange(128)) % (2 * half) - half
-    qweight, _ = pack(quantized(codes.to(torch.int8), torch.ones(2 * half, 1), bits, 128), kwidth)
-    assert torch.equal(unpacked(qweight, bits, kwidth), codes)
+    weight = quantized(codes.to(torch.int8), torch.ones(2 * half, 1), bits, 128, levels)
+    assert torch.equal(unpacked(pack(weight, kwidth)[0], bits, levels, kwidth), codes)
 
 
 def dot_width(group_size: int) -> int:

@@ -23,7 +23,17 @@ from bench.static import launches
 from bench.static import run as static
 from bench.static.expert_launches import layer, routed
 from bench.static.faults import faults, most_instructions
-from bench.static.launches import CONVERSION, GPUS, TYPES, Case, dequantize, gemm, plain, spec
+from bench.static.launches import (
+    CONVERSION,
+    FORMATS,
+    GPUS,
+    TYPES,
+    Case,
+    dequantize,
+    gemm,
+    plain,
+    spec,
+)
 from bench.static.machine_code import Launch, MachineCode, compile_for, toolchain_missing
 from bench.static.plain import plain_kernel
 from fqcompile.kernels.epilogue import Epilogue
@@ -71,6 +81,16 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "finish w4 g128 bf16 gated sm_90": Budget(72, 0, 80.75),
         "dequantize w4 g128 bf16 sm_90": Budget(32, 8192, 9.19),
         "dequantize w8 column bf16 sm_90": Budget(32, 4096, 9.47),
+        "gemm w4 normal g128 bf16 16x128x128x1w4s4 sm_90": Budget(128, 41472, 3.09),
+        "gemm w4 normal g128 fp16 16x128x128x1w4s4 sm_90": Budget(128, 41472, 3.09),
+        "gemm w4 normal column bf16 16x128x128x1w4s4 sm_90": Budget(79, 40960, 3.22),
+        "gemm w4 normal g64 fp16 16x128x128x1w4s4 sm_90": Budget(127, 41472, 3.33),
+        "gemm w4 normal g32 bf16 16x128x128x1w4s4 sm_90": Budget(134, 41984, 3.85),
+        "gemm w4 normal g16 bf16 16x128x128x1w4s4 sm_90": Budget(133, 43008, 4.99),
+        "gemm w4 normal g128 bf16 16x128x128x8w4s4 sm_90": Budget(127, 41472, 3.06),
+        "gemm w4 normal g128 bf16 16x64x128x1w4s4 gated sm_90": Budget(127, 40960, 3.16),
+        "gemm w4 normal g128 bf16 64x128x128x1w8s3 sm_90": Budget(128, 65536, 4.25),
+        "dequantize w4 normal g128 bf16 sm_90": Budget(32, 8192, 10.16),
         "gemm w4 g128 bf16 16x128x128x1w4s4 sm_80": Budget(122, 37376, 2.56),
         "gemm w4 g128 fp16 16x128x128x1w4s4 sm_80": Budget(122, 37376, 2.56),
         "gemm w4 column bf16 16x128x128x1w4s4 sm_80": Budget(96, 36864, 2.35),
@@ -87,6 +107,16 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "finish w4 g128 bf16 gated sm_80": Budget(64, 0, 79.75),
         "dequantize w4 g128 bf16 sm_80": Budget(32, 8192, 10.66),
         "dequantize w8 column bf16 sm_80": Budget(32, 8192, 9.47),
+        "gemm w4 normal g128 bf16 16x128x128x1w4s4 sm_80": Budget(128, 37376, 3.55),
+        "gemm w4 normal g128 fp16 16x128x128x1w4s4 sm_80": Budget(128, 37376, 3.55),
+        "gemm w4 normal column bf16 16x128x128x1w4s4 sm_80": Budget(96, 36864, 3.3),
+        "gemm w4 normal g64 fp16 16x128x128x1w4s4 sm_80": Budget(128, 37376, 3.73),
+        "gemm w4 normal g32 bf16 16x128x128x1w4s4 sm_80": Budget(128, 37888, 4.0),
+        "gemm w4 normal g16 bf16 16x128x128x1w4s4 sm_80": Budget(123, 38912, 4.76),
+        "gemm w4 normal g128 bf16 16x128x128x8w4s4 sm_80": Budget(120, 37376, 3.61),
+        "gemm w4 normal g128 bf16 16x64x128x1w4s4 gated sm_80": Budget(122, 36864, 3.71),
+        "gemm w4 normal g128 bf16 64x128x128x1w8s4 sm_80": Budget(188, 73728, 9.02),
+        "dequantize w4 normal g128 bf16 sm_80": Budget(32, 8192, 11.12),
     },
 }
 
@@ -175,16 +205,19 @@ def test_every_activation_compiles(act: str) -> None:
     assert faults(case, case.read()) == []
 
 
-@pytest.mark.parametrize("change", [{"BITS": 3}, {"ACTIVATION": None}, {"DOT_K": 96}])
+@pytest.mark.parametrize(
+    "change", [{"BITS": 3}, {"LEVELS": "odd"}, {"ACTIVATION": None}, {"DOT_K": 96}]
+)
 def test_an_unknown_combination_does_not_compile(change: dict[str, Any]) -> None:
     with pytest.raises(triton.CompilationError):
         gemm(spec(4, 128), SMALL, **change).read()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_the_kernels_compile_for_amd_without_spills(bits: int) -> None:
-    cases = [gemm(spec(bits, 128), SMALL, CONVERSION="subnormal", KWIDTH=2)]
-    cases.append(dequantize(spec(bits, 128), CONVERSION="subnormal", KWIDTH=2))
+@pytest.mark.parametrize(("bits", "levels"), FORMATS)
+def test_the_kernels_compile_for_amd_without_spills(bits: int, levels: str) -> None:
+    layer = spec(bits, 128, levels=levels)
+    cases = [gemm(layer, SMALL, CONVERSION="subnormal", KWIDTH=2)]
+    cases.append(dequantize(layer, CONVERSION="subnormal", KWIDTH=2))
     for case in cases:
         code = compile_for(case.launch, "gfx942").asm["amdgcn"]
         assert "vgpr_spill_count: 0" in code
@@ -230,7 +263,9 @@ def test_the_cases_are_what_is_launched(case: Case, calls: list[Launch]) -> None
     s, empty = case.spec, torch.empty
     with torch.device("meta"):
         codes, scales = empty(1, dtype=torch.int32), empty(1, dtype=s.scale_dtype)
-        weight = QuantizedTensor(codes, scales, Format(s.bits, s.group_size, s.weight_rows, s.k))
+        weight = QuantizedTensor(
+            codes, scales, Format(s.bits, s.group_size, s.weight_rows, s.k, levels=s.levels)
+        )
         x, bias = empty(s.m, s.k, dtype=s.dtype), empty(s.weight_rows, dtype=s.dtype)
         residual = empty(s.m, s.n, dtype=s.dtype)
         if case.kind == "dequantize":

@@ -1,0 +1,217 @@
+"""GPTQ over a model: it runs on the batches to find the second moments of some weights at a time.
+
+    while weights are left:   all batches   ->   H of the inputs of the next, as many as fit
+                              each of these is rounded, gets codes by its H, and is packed
+
+So a layer's inputs have come through layers that are packed, as they will from then on.
+"""
+
+import json
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from hashlib import sha256
+
+import torch
+from torch import Tensor, nn
+
+from fqcompile.distributed.ranks import progress
+from fqcompile.modules.calibrate import collect_inputs
+from fqcompile.modules.weights import ModuleWeight
+from fqcompile.quant.choose import QuantPlan
+from fqcompile.quant.gptq import compensate, factor_of, measured, refusal
+from fqcompile.tensor.quantized import QuantizedTensor
+from fqcompile.weights.disk_cache import LEAST_WEIGHTS, VERSION, Entry, disk_cache
+from fqcompile.weights.fingerprint import content_digest, fingerprint
+
+# Bytes of second moments at a time: those of all inputs of a layer of 4096 x 14336.
+_BUDGET = 3 << 29
+GPTQ = "gptq"
+Part = tuple[ModuleWeight, int]  # a weight, and which of its experts; 0 for a matrix
+
+
+class Inputs:
+    """What the inputs X of one matrix were.
+
+    Attributes:
+        moments: Xᵀ X [K, K] in float32, until the factor is made of it.
+        rows: those of X.
+    """
+
+    def __init__(self, k: int, device: torch.device) -> None:
+        self.moments = torch.zeros(k, k, device=device)
+        self.rows = 0
+
+    def add(self, product: Tensor, rows: int) -> None:
+        self.moments += product
+        self.rows += rows
+
+    def equals(self, other: "Inputs") -> bool:
+        """Whether another matrix had the same, as those of q, k and v have."""
+        same = self.rows == other.rows and self.moments.shape == other.moments.shape
+        return same and torch.equal(self.moments, other.moments)
+
+    @cached_property
+    def refusal(self) -> str | None:
+        """Why no codes are made by them."""
+        return refusal(self.moments, self.rows)
+
+    @cached_property
+    def digest(self) -> str:
+        return content_digest(self.moments.cpu())
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """Takes the place of the moments."""
+        assert self.refusal is None and self.digest
+        return factor_of(vars(self).pop("moments"))
+
+
+class ModelInputs:
+    """The inputs of a model's weights, found when they are asked for, in the order of weights.
+
+    Args:
+        batches: what the model is called with, as `collect_inputs` takes them.
+        weights: those that will be asked for.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Sequence[object], weights: Iterable[ModuleWeight]
+    ) -> None:
+        self._model, self._batches = model, batches
+        self._ahead = deque(part for weight in weights for part in _parts(weight))
+        self._found: dict[tuple[str, int], Inputs] = {}
+
+    def take(self, weight: ModuleWeight, expert: int) -> Inputs:
+        """Those of one matrix, which are not kept here any longer."""
+        key = weight.name, expert
+        if key not in self._found:
+            self._found.clear()
+            self._found = self._collected(self._next((weight, expert)))
+        return self._found.pop(key)
+
+    def _next(self, first: Part) -> list[Part]:
+        """This one and those behind it whose moments fit beside its own."""
+        while self._ahead and _key(self._ahead.popleft()) != _key(first):
+            pass
+        parts, size = [first], _nbytes(first)
+        while self._ahead and size + _nbytes(self._ahead[0]) <= _BUDGET:
+            parts.append(self._ahead.popleft())
+            size += _nbytes(parts[-1])
+        return parts
+
+    def _collected(self, parts: list[Part]) -> dict[tuple[str, int], Inputs]:
+        found = {
+            _key(part): Inputs(part[0].matrix.shape[-1], part[0].weight.device) for part in parts
+        }
+        product_of = _Products()
+
+        def collect(weight: ModuleWeight, expert: int, x: Tensor) -> None:
+            own = found.get((weight.name, expert))
+            if own is not None:
+                rows = x.reshape(-1, x.shape[-1])
+                own.add(product_of(rows), len(rows))
+
+        batches = progress(self._batches, "fqcompile: running batches", leave=False, delay=2)
+        collect_inputs(self._model, batches, {w.name: w for w, _ in parts}.values(), collect)
+        return _shared(found)
+
+
+class _Products:
+    """xᵀ x of each x, once where several matrices read the same one after the other."""
+
+    def __init__(self) -> None:
+        self._x = self._product = torch.empty(0)
+        self._state: object = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        state = fingerprint((x,)), x.shape, x.stride(), x.dtype
+        if state != self._state:
+            self._x, self._state = x, state  # holds its memory, so nothing else gets its address
+            values = x.float()
+            self._product = values.T @ values
+        return self._product
+
+
+def _shared(found: dict[tuple[str, int], Inputs]) -> dict[tuple[str, int], Inputs]:
+    """One object for matrices that follow each other and had the same inputs."""
+    last: Inputs | None = None
+    for key, inputs in found.items():
+        if last is not None and inputs.equals(last):
+            found[key] = last
+        else:
+            last = inputs
+    return found
+
+
+def _parts(weight: ModuleWeight) -> list[Part]:
+    return [(weight, expert) for expert in range(len(_matrices(weight)))]
+
+
+def _key(part: Part) -> tuple[str, int]:
+    return part[0].name, part[1]
+
+
+def _nbytes(part: Part) -> int:
+    return 4 * part[0].matrix.shape[-1] ** 2
+
+
+def _matrices(weight: ModuleWeight) -> Sequence[Tensor]:
+    return weight.matrix.unbind() if weight.matrix.dim() == 3 else [weight.matrix]
+
+
+def compensated(
+    found: ModuleWeight, entry: Entry, inputs: ModelInputs, budget: float | None
+) -> Entry:
+    """A rounded weight with codes by its inputs, expert by expert; its calibration says so.
+
+    Where the error of these would be beyond the budget, rounding stays.
+    """
+    plan, rounded = entry
+    weight = replace(rounded, qweight=rounded.qweight.clone())
+    parts = weight.unbind() if weight.format.experts else [weight]
+    refusals = []
+    for expert, (w, part) in enumerate(zip(_matrices(found), parts, strict=True)):
+        own = inputs.take(found, expert)
+        if own.refusal is None:
+            _find_or_compensate(w, part, own)
+        else:
+            refusals.append(own.refusal)
+    if len(refusals) == len(parts):
+        return _told(plan, f"no gptq: {refusals[0]}"), rounded
+    made = measured(plan, found.matrix, weight)
+    if budget is not None and made.worst_error > budget:
+        error = f"its error {made.worst_error:.3g} is beyond error_budget {budget:g}"
+        return _told(plan, f"no gptq: {error}"), rounded
+    few = f", but not of {len(refusals)} of {len(parts)} experts: {refusals[0]}" if refusals else ""
+    return _told(made, f"{GPTQ}{few}"), weight
+
+
+def _told(plan: QuantPlan, done: str) -> QuantPlan:
+    assert plan.calibration is not None
+    source = f"{plan.calibration.source}; {done}"
+    return replace(plan, calibration=replace(plan.calibration, source=source))
+
+
+def _find_or_compensate(w: Tensor, weight: QuantizedTensor, inputs: Inputs) -> None:
+    """`compensate` w [N, K] where no run before, which may have been interrupted, has done it.
+
+    Results are kept for weights on a GPU too: to name them takes little of the time that GPTQ does.
+    """
+
+    def make() -> Entry:
+        compensate(w, weight, inputs.factor)
+        return QuantPlan.of(weight.format, weight.scale.dtype), weight.to("cpu")
+
+    found = disk_cache()
+    if found is None or w.numel() < LEAST_WEIGHTS:
+        make()
+        return
+    values = content_digest(w.cpu())
+    form, scale = weight.format, content_digest(weight.scale.cpu())
+    choice = form.bits, form.levels, form.group_size
+    parts = [VERSION, torch.__version__, choice, values, scale, inputs.digest]
+    key = sha256(json.dumps(parts).encode()).hexdigest()
+    _, kept = found.get_or_make(key, make, lambda: content_digest(w.cpu()) == values)
+    weight.qweight.copy_(kept.qweight)

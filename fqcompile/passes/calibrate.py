@@ -1,0 +1,108 @@
+"""Calibrate: what the weights of a graph are quantized with, from a probe of it, on all ranks.
+
+linear(x, w), linear(y, w)   ->   Calibration of w: h [K] from the rows of x and of y
+
+Ranks of a sharded model run the probe together, or not at all. A weight that each holds whole gets
+the same h on all of them, from the rows of all. What a rank has of a sharded weight has its own.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fqcompile.distributed.ranks import any_rank, rank
+from fqcompile.distributed.shards import is_dtensor, local_part, rank_groups, team_of
+from fqcompile.errors import ShardingError
+from fqcompile.passes.probe import Probe, ProbeError
+from fqcompile.passes.state import Calibrate, GraphState, WeightSite
+from fqcompile.quant.calibration import Calibration, Moments, over_ranks
+
+Ranks = list[list[Moments]]  # of each site, on each rank
+
+
+def calibrator(state: GraphState) -> Calibrate:
+    """For the weights of any instance; the graph is read before it is rewritten.
+
+    A probe that fails leaves a warning, and weights that are quantized from their values alone.
+    """
+    probe = Probe.of(state, [site for site in state.sites if not site.settled])
+    asked = state.config.calibration
+    assert asked is not None
+    random = asked == "synthetic"
+    source = "synthetic" if random and probe.tables else "first_call"
+
+    def calibrate(
+        args: Sequence[Any], wanted: Sequence[WeightSite]
+    ) -> dict[WeightSite, Calibration]:
+        try:
+            ranks = _on_all_ranks(state, probe, args, wanted=bool(wanted), random=random)
+        except (ProbeError, ShardingError) as error:
+            if wanted:
+                state.warnings.append(
+                    f"{len(wanted)} weights ({wanted[0].name}, ...) are quantized from their "
+                    f"values alone: running {state.name} to calibrate them failed: {error}"
+                )
+            alone = Calibration(asked=asked, source=f"none: {error}")
+            return dict.fromkeys(wanted, alone)
+        found = {}
+        for site in wanted:
+            each = _of_weight(state, probe, args, site, ranks)
+            sources = [args[state.constants[source]] for source in site.sources]
+            moments, mean_square = over_ranks(each, *_sharded(args, sources, site))
+            found[site] = Calibration.of(moments, asked, source, mean_square)
+        return found
+
+    return calibrate
+
+
+def _on_all_ranks(
+    state: GraphState, probe: Probe, args: Sequence[Any], *, wanted: bool, random: bool
+) -> Ranks:
+    """The moments on each rank, in their order; on this one alone where the model is not sharded.
+
+    Raises:
+        ProbeError: it failed, on whichever rank.
+    """
+    groups = rank_groups(args)
+    if not groups and not probe.talks:
+        return [probe.run(args, random=random)] if wanted else []
+    if not (groups and state.ranks_here):
+        raise ProbeError("it communicates with other ranks, which need not run it now")
+    if not any_rank(f"what {state.name} is to be calibrated for", wanted, groups):
+        return []
+
+    def run() -> list[Moments] | str:
+        try:
+            return probe.run(args, random=random)
+        except ProbeError as error:
+            return f"on rank {rank()}: {error}"
+
+    found: Ranks = []
+    for result in team_of(args).together(run):
+        if isinstance(result, str):
+            raise ProbeError(result)
+        found.append(result)
+    return found
+
+
+def _of_weight(
+    state: GraphState, probe: Probe, args: Sequence[Any], site: WeightSite, ranks: Ranks
+) -> list[Moments]:
+    """On each rank, of all products with the weight of this one."""
+
+    def weight(site: WeightSite) -> tuple[object, ...]:
+        return (site.recipe.key, *(id(args[state.constants[source]]) for source in site.sources))
+
+    same = [n for n, other in enumerate(probe.sites) if weight(other) == weight(site)]
+    return [Moments.sum([moments[n] for n in same]) for moments in ranks]
+
+
+def _sharded(args: Sequence[Any], sources: Sequence[Tensor], site: WeightSite) -> tuple[Any, int]:
+    """The DTensor that the weight is a part of, if it is, and its dimension of the columns."""
+    whole = [d for d in args if is_dtensor(d) and any(local_part(d) is s for s in sources)]
+    if len(whole) != 1 or len(sources) > 1:
+        return (whole[0] if whole else None), -1
+    like = torch.empty(sources[0].shape, device="meta")
+    return whole[0], like.stride().index(site.recipe(like).stride(-1))

@@ -1,0 +1,171 @@
+"""What a probe gives to its graph: random ids, sizes of many short sequences, and copies.
+
+Integer inputs that index a table get random ids from a fixed seed, and symbolic sizes are those of
+32 sequences of 16 ids. All else is as in the call, and copied where the graph may write to it.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fqcompile.passes.state import GraphState, example, placeholders
+from fqcompile.quant.calibration import token_generator, token_ids
+from fqcompile.torch_compat import hint_of, memory_id, size_at, size_within, symbol_of
+from fqcompile.weights.recipe import CASTS, MOVING, target_name
+
+LEAST_ROWS, MOST_RUNS = 512, 32
+TOKENS = 16  # of a sequence: many short ones tell more than a long one
+_TABLE_READS = frozenset("embedding embedding_bag index_select getitem index".split())
+_ALIGNMENT = 16
+Nodes = Sequence[fx.Node]
+Sizes = Mapping[Any, int]  # by symbol
+Tables = Mapping[int, int]  # inputs that are ids: the least number of rows that they index
+
+
+def tables_of(state: GraphState) -> dict[int, int]:
+    """The inputs that are ids, by position, and how many rows the smallest of their tables has."""
+    rows = {i: _rows_of_table(state, node) for i, node in enumerate(placeholders(state.graph))}
+    return {index: number for index, number in rows.items() if number}
+
+
+def _rows_of_table(state: GraphState, node: fx.Node) -> int:
+    """How many rows the smallest table has that this input indexes; 0 where it is no ids."""
+    ids = example(node)
+    if ids is None or node in state.named or node in state.written:
+        return 0
+    if ids.dtype not in (torch.int32, torch.int64) or not ids.dim():
+        return 0
+    return min(_tables_read_by(state, node), default=0)
+
+
+def _tables_read_by(state: GraphState, ids: fx.Node) -> list[int]:
+    """Rows of the tables that ids index, as they are or seen another way."""
+    found: list[int] = []
+    for user in ids.users:
+        name = target_name(user.target)
+        tables = [
+            node for node in user.all_input_nodes if node is not ids and _is_table(state, node)
+        ]
+        if name in _TABLE_READS and len(tables) == 1:
+            found.append(int(tables[0].meta["example_value"].shape[0]))
+        elif name in MOVING | CASTS and [
+            n for n in user.all_input_nodes if example(n) is not None
+        ] == [ids]:
+            found += _tables_read_by(state, user)
+    return found
+
+
+def _is_table(state: GraphState, node: fx.Node) -> bool:
+    value = example(node)
+    return value is not None and value.dim() == 2 and node in state.constants
+
+
+def sizes_of(inputs: Nodes, args: Sequence[Any]) -> dict[Any, int]:
+    """The sizes that are symbols, as they are in this call."""
+    found: dict[Any, int] = {}
+    for node, arg in zip(inputs, args, strict=True):
+        fake = node.meta.get("example_value")
+        pairs: Iterable[tuple[Any, Any]] = [(fake, arg)]
+        if isinstance(fake, Tensor) and isinstance(arg, Tensor):
+            pairs = zip(fake.shape, arg.shape, strict=True)
+        found |= {symbol_of(s): hint_of(size) for s, size in pairs if symbol_of(s)}
+    return found
+
+
+def many_short(inputs: Nodes, own: Sizes, tables: Tables) -> dict[Any, int]:
+    """All sizes, with others for the symbols that say how many ids there are."""
+    found: dict[Any, int] = {}
+    for fake in (example(inputs[index]) for index in tables):
+        assert fake is not None
+        *batch, length = fake.shape
+        if symbol_of(length):
+            found.setdefault(symbol_of(length), size_within(length, TOKENS))
+        sequences = -(-LEAST_ROWS // max(1, size_at(length, {**own, **found})))
+        for size in (size for size in batch if symbol_of(size)):
+            found.setdefault(symbol_of(size), size_within(size, min(sequences, MOST_RUNS)))
+    return {**own, **found}
+
+
+def each_run(
+    inputs: Nodes, args: Sequence[Any], sizes: Sizes, tables: Tables, written: Collection[int]
+) -> Iterator[list[Any]]:
+    """The inputs of each run: until there were enough ids; one run where there are none.
+
+    `written`: the inputs that a run may write to.
+    """
+    generator, shapes = token_generator(), [_shape(node, sizes) for node in inputs]
+    count = max((prod(shapes[index]) for index in tables), default=LEAST_ROWS)
+    moved = [i for i in written if i not in tables and isinstance(args[i], Tensor)]
+    for _ in range(min(MOST_RUNS, -(-LEAST_ROWS // max(1, count)))):
+        given = [
+            size_at(node.meta["example_value"], sizes) if _is_symbolic(node) else arg
+            for node, arg in zip(inputs, args, strict=True)
+        ]
+        for index, rows in tables.items():
+            ids = token_ids(shapes[index], rows, generator)
+            given[index] = ids.to(args[index].device, args[index].dtype)
+        copies = copied([_resized(given[i], shapes[i]) for i in moved])
+        for index, tensor in zip(moved, copies, strict=True):
+            given[index] = tensor
+        yield given
+
+
+def _is_symbolic(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("example_value"), torch.SymInt | torch.SymFloat)
+
+
+def _shape(node: fx.Node, sizes: Sizes) -> tuple[int, ...]:
+    fake = example(node)
+    return () if fake is None else tuple(size_at(size, sizes) for size in fake.shape)
+
+
+def _resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Its first elements along each dimension, or its elements again and again."""
+    for dim, (old, new) in enumerate(zip(tensor.shape, shape, strict=True)):
+        if old != new:
+            tensor = tensor.index_select(dim, torch.arange(new, device=tensor.device) % old)
+    return tensor
+
+
+def copied(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies that share memory where the tensors do."""
+    spans: dict[int, tuple[int, int]] = {}
+    for tensor in filter(_is_plain, tensors):
+        start, stop = _span(tensor)
+        low, high = spans.get(memory_id(tensor), (start, stop))
+        spans[memory_id(tensor)] = (min(low, start), max(high, stop))
+    copies: dict[int, Tensor] = {}
+    return [_copy(tensor, spans, copies) for tensor in tensors]
+
+
+def _copy(
+    tensor: Tensor, spans: Mapping[int, tuple[int, int]], copies: dict[int, Tensor]
+) -> Tensor:
+    if not _is_plain(tensor):
+        return tensor.detach().clone()
+    key, dtype = memory_id(tensor), tensor.dtype
+    low, high = spans[key]
+    low -= low % _ALIGNMENT
+    if key not in copies:
+        memory = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+        copies[key] = memory.set_(tensor.untyped_storage())[low:high].clone()
+    offset = tensor.storage_offset() - low // dtype.itemsize
+    view = torch.empty(0, dtype=dtype, device=tensor.device)
+    return view.set_(copies[key].untyped_storage(), offset, tensor.size(), tensor.stride())
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its elements are those of its memory, as they lie there."""
+    known = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return known and bool(tensor.numel()) and not (tensor.is_conj() or tensor.is_neg())
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The bytes of its memory from its first element to behind its last."""
+    size = tensor.dtype.itemsize
+    last = int(sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)))
+    start = int(tensor.storage_offset())
+    return start * size, (start + last + 1) * size

@@ -1,0 +1,303 @@
+"""Calibration by a probe: what h is, what it leaves alone, and that it fails no compilation."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fqcompile
+from fqcompile.passes.probe import Probe
+from fqcompile.passes.probe_inputs import copied
+from fqcompile.report import Site
+from fqcompile.weights.store import STORE
+from tests.helpers import finequant, frozen, report
+
+VOCAB, WIDTH = 50, 32
+OPTIONS: dict[str, Any] = {"min_elements": 1, "granularity": 32}
+ROUNDING = 2.0**-8  # h has eight bits
+
+
+def _compiled(model: nn.Module, *args: Any, dynamic: bool | None = False, **options: Any) -> Any:
+    torch._dynamo.reset()
+    fqcompile.clear_reports()
+    with torch.no_grad():
+        return finequant(model, dynamic=dynamic, fullgraph=False, **OPTIONS, **options)(*args)
+
+
+def _sites() -> dict[str, Site]:
+    return {s.name: s for found in fqcompile.reports() for s in found.sites if s.bits == 4}
+
+
+def _h(site: Site) -> Tensor:
+    return site.recipe.plan.calibration.h  # type: ignore[union-attr]
+
+
+def _blended(x: Tensor) -> Tensor:
+    mean = x.reshape(-1, x.shape[-1]).double().square().mean(0)
+    return mean / mean.mean() / 2 + 0.5
+
+
+def _assert_h(h: Tensor, x: Tensor) -> None:
+    # the forward in fp32 is off by less than the rounding of h
+    torch.testing.assert_close(h.double(), _blended(x), rtol=2 * ROUNDING, atol=0)
+
+
+class Tokens(nn.Module):
+    """Two layers behind an embedding, whose columns differ in size."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.table = nn.Embedding(VOCAB, WIDTH)
+        self.table.weight.data *= torch.rand(WIDTH).mul(6).exp()
+        self.up, self.down = nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(self.table(ids))))
+
+
+IDS = torch.arange(14).view(2, 7)
+
+
+def test_h_of_the_call_is_that_of_a_plain_forward() -> None:
+    model = frozen(Tokens())
+    _compiled(model, IDS, calibration="first_call")
+    sites, exact = _sites(), copy.deepcopy(model).double()
+    x = exact.table(IDS)
+    _assert_h(_h(sites["up.weight"]), x)
+    _assert_h(_h(sites["down.weight"]), torch.relu(exact.up(x)))
+    assert {(s.calibration, s.calibration_rows) for s in sites.values()} == {("first_call", 14)}
+
+
+def test_random_ids_come_from_a_fixed_seed_for_enough_rows() -> None:
+    model, exact = frozen(Tokens()), Tokens().double()
+    state = torch.get_rng_state()
+    _compiled(model, IDS)
+    assert torch.equal(torch.get_rng_state(), state)
+    generator = torch.Generator().manual_seed(0)
+    runs = [torch.randint(0, VOCAB, (2, 7), generator=generator) for _ in range(32)]
+    sites = _sites()
+    _assert_h(_h(sites["up.weight"]), exact.table(torch.stack(runs)))
+    assert {(s.calibration, s.calibration_rows) for s in sites.values()} == {("synthetic", 448)}
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_symbolic_sizes_are_those_of_many_short_sequences(dynamic: bool) -> None:
+    _compiled(frozen(Tokens()), torch.arange(40).repeat(2, 16), dynamic=dynamic)
+    # static: 2 x 640 in one run; symbolic: 32 x 16
+    assert {s.calibration_rows for s in _sites().values()} == {512 if dynamic else 1280}
+
+
+def test_without_calibration_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Probe, "run", None)
+    _compiled(frozen(Tokens()), IDS, calibration=None)
+    assert {s.calibration for s in _sites().values()} == {None}
+    _compiled(fqcompile.quantize_(copy.deepcopy(Tokens()), **OPTIONS) and nn.Identity(), IDS)
+
+
+def test_eight_bits_are_not_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Probe, "run", None)
+    _compiled(frozen(Tokens()), IDS, bits=8)
+    assert {s.calibration for s in report().sites} == {None}
+
+
+def test_other_graphs_of_known_weights_use_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = frozen(Tokens())
+    first = _compiled(model, IDS)
+    h = _h(_sites()["up.weight"])
+    monkeypatch.setattr(Probe, "run", None)
+    assert torch.equal(_compiled(model, IDS), first)  # compiled anew, after a reset
+    _compiled(model, IDS[:1, :3])
+    assert torch.equal(_h(_sites()["up.weight"]), h)
+
+
+def test_fake_quantized_codes_are_those_of_the_compiled_model() -> None:
+    model = frozen(Tokens())
+    actual = _compiled(model, IDS)
+    plain = fqcompile.fake_quantize_(copy.deepcopy(model), report())
+    torch.testing.assert_close(actual, plain(IDS), rtol=1e-5, atol=1e-5)
+    alone = _compiled(copy.deepcopy(model), IDS, calibration=None)
+    assert not torch.allclose(actual, alone, rtol=1e-3)
+
+
+def test_calibrating_lowers_the_error_of_the_result() -> None:
+    model = frozen(Tokens())
+    ids = torch.randint(0, VOCAB, (20, 9), generator=torch.Generator().manual_seed(5))
+    exact = model(ids)
+    errors = [
+        float((_compiled(copy.deepcopy(model), ids, calibration=c) - exact).norm())
+        for c in ("synthetic", None)
+    ]
+    assert errors[0] < 0.9 * errors[1], errors
+
+
+class Stateful(nn.Module):
+    """Every kind of state that a forward may write to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = Tokens()
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.calls = nn.Buffer(torch.zeros((), dtype=torch.long))
+        self.cache = nn.Buffer(torch.zeros(4, WIDTH))
+        self.window = self.cache[1:]  # the same memory
+
+    def forward(self, ids: Tensor, seen: Tensor, tail: Tensor) -> Tensor:
+        x = self.norm(self.tokens.table(ids).mean(1))
+        self.cache.index_copy_(0, self.calls.view(1), x[:1])
+        self.calls += 1
+        seen.add_(1)
+        x = x + self.window.sum() + tail.sum()
+        return nn.functional.dropout(self.tokens.up(x), 0.5)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_state_is_written_once_by_the_call_itself(mode: Callable[[], Any]) -> None:
+    model = Stateful().requires_grad_(False)
+    plain, results = copy.deepcopy(model), {}
+    plain.window = plain.cache[1:]
+    for name, run in (("plain", plain), ("compiled", None)):
+        torch._dynamo.reset()
+        run = run or finequant(model, dynamic=False, fullgraph=False, **OPTIONS)
+        shared = torch.zeros(10)
+        torch.manual_seed(3)
+        with mode():
+            run(IDS, shared[:6], shared[4:])
+        owner = plain if name == "plain" else model
+        results[name] = (dict(owner.state_dict()), shared, torch.get_rng_state())
+    state, shared, random = results["plain"]
+    assert torch.equal(shared, results["compiled"][1])
+    assert torch.equal(random, results["compiled"][2])
+    for name, value in state.items():
+        assert torch.equal(value, results["compiled"][0][name]), name
+    assert report().sites and _sites()["tokens.up.weight"].calibration == "synthetic"
+
+
+def test_copies_share_memory_where_tensors_do() -> None:
+    base = torch.arange(24.0).view(4, 6)
+    given = [base[1:3], base[2:, ::2].t(), base.clone(), torch.tensor(3), base[:0], base.mH]
+    copies = copied(given)
+    for old, new in zip(given, copies, strict=True):
+        assert (torch.equal(old, new) and old.data_ptr() != new.data_ptr()) or not old.numel()
+    copies[0].zero_()
+    assert copies[1].t()[0].eq(0).all() and copies[5].mH[1].eq(0).all()
+    assert base[1, 1] == 7 and copies[2][1, 1] == 7
+
+
+@torch.library.custom_op("fqtest::below", mutates_args=())
+def below(ids: Tensor, bound: int) -> Tensor:
+    if int(ids.max()) >= bound:
+        raise ValueError(f"an id is not below {bound}")
+    return ids.clone()
+
+
+@below.register_fake
+def _(ids: Tensor, bound: int) -> Tensor:
+    return torch.empty_like(ids)
+
+
+class Picky(Tokens):
+    """Takes some ids alone, inside autocast."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(ids) + below(ids, 20).sum() * 0 + self.up.weight.sum() * 0
+
+
+class Late(Tokens):
+    def forward(self, ids: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.table(ids) + below(ids, 20).sum() * 0
+        return self.down(torch.relu(self.up(x)))
+
+
+def test_a_failing_probe_leaves_the_weights_alone_and_says_why() -> None:
+    model = frozen(Late())
+    actual = _compiled(model, IDS)
+    (warning,) = report().warnings
+    assert "ValueError: an id is not below 20" in warning and "up.weight" in warning
+    assert all("none: ValueError" in str(site.calibration) for site in _sites().values())
+    assert torch.equal(actual, _compiled(copy.deepcopy(model), IDS, calibration=None))
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_ranges_of_modes_that_the_probe_leaves_in_the_middle_are_closed() -> None:
+    _compiled(frozen(Picky()), IDS)
+    assert _sites()["up.weight"].calibration == "synthetic"
+    assert not torch.is_autocast_enabled("cpu")
+
+
+class Pieces(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.after = Tokens(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        torch._dynamo.graph_break()
+        return self.after(x)
+
+
+def test_parts_behind_a_break_see_the_values_of_the_call() -> None:
+    model = frozen(Pieces())
+    _compiled(model, IDS)
+    sites = _sites()
+    assert sites["tokens.up.weight"].calibration == "synthetic"
+    after = sites["after.weight"]
+    assert (after.calibration, after.calibration_rows) == ("first_call", 14)
+    exact = fqcompile.fake_quantize_(copy.deepcopy(model.tokens), fqcompile.reports()[0])
+    _assert_h(_h(after), exact.double()(IDS))
+
+
+def test_instances_of_one_graph_are_calibrated_by_their_own_weights() -> None:
+    first, second = frozen(Tokens(0)), frozen(Tokens(1))
+    alone = _compiled(copy.deepcopy(second), IDS)
+    torch._dynamo.reset()
+    fqcompile.clear_reports()
+    layers = [copy.deepcopy(first), copy.deepcopy(second)]
+    with torch.no_grad():
+        for layer in layers:
+            layer.compile(backend="finequant", options={"inner_backend": "eager", **OPTIONS})
+        _, actual = [layer(IDS) for layer in layers]
+    assert len(fqcompile.reports()) == 1 and torch.equal(actual, alone)
+
+
+def test_changed_weights_are_calibrated_anew() -> None:
+    model, other = frozen(Tokens(0)), frozen(Tokens(1))
+    torch._dynamo.reset()
+    compiled = finequant(model, dynamic=False, **OPTIONS)
+    with torch.no_grad():
+        compiled(IDS)
+        model.load_state_dict(other.state_dict())
+        actual = compiled(IDS)
+    assert torch.equal(actual, _compiled(other, IDS))
+
+
+def test_codes_do_not_depend_on_threads_or_the_store() -> None:
+    found = []
+    for threads in (1, 2, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            model = frozen(Tokens())
+            _compiled(model, IDS)
+            found.append([_h(site) for site in _sites().values()])
+        finally:
+            torch.set_num_threads(before)
+        STORE.clear()
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+def test_a_table_and_what_only_looks_like_ids() -> None:
+    class Odd(Tokens):
+        def forward(self, ids: Tensor, places: Tensor, count: int) -> Tensor:  # type: ignore[override]
+            x = self.table(ids.view(-1)[None].to(torch.int32)) + self.table.weight[places]
+            return self.down(self.up(x)) * count
+
+    places = torch.tensor([3, 4, 5, 6])
+    _compiled(frozen(Odd()), IDS[:1, :4].contiguous(), places, 3, dynamic=True)
+    assert {s.calibration for s in _sites().values()} == {"synthetic"}
