@@ -5,8 +5,8 @@ from importlib import import_module
 
 BENCHMARKS = {
     "accuracy": "what quantization costs trained language models, ours and other libraries",
-    "levels": "derives the 16 normal levels, and what other levels would lose",
     "draws": "what 4 bits cost Gemma 3 270M, MiniLM and small models, calibrated and not",
+    "levels": "derives the 16 normal levels, and what other levels would lose",
     "train_lm": "trains the small language models of the accuracy benchmark, once",
     "expert_decode": "a CPU: decoding through a layer of experts, against Inductor on it",
     "startup": "the first start of a model and the second, part by part",
@@ -24,8 +24,8 @@ BENCHMARKS = {
 }
 # Below `bench`, where it is not the `run` of a folder of the benchmark's name.
 MODULES = {
-    "levels": "accuracy.levels",
     "draws": "accuracy.draws",
+    "levels": "accuracy.levels",
     "train_lm": "accuracy.train_lm",
     "expert_decode": "experts.decode",
     "startup": "start.startup",

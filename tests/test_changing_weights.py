@@ -117,9 +117,10 @@ def test_packed_weights_that_a_hook_replaces_in_every_call_are_no_change(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = frozen(nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 128)))
-    plan = fqcompile.quantize_(copy.deepcopy(model), granularity=64)
+    options: dict[str, Any] = {"granularity": 64, "calibration": None}
+    plan = fqcompile.quantize_(copy.deepcopy(model), **options)
     expected = oracle(model, plan)(X)
-    fqcompile.quantize_(model, granularity=64)
+    fqcompile.quantize_(model, **options)
     home = {name: dict(model[int(name)].named_parameters()) for name in "02"}
     compiled = finequant(model)
     caplog.set_level(logging.WARNING, "fqcompile")

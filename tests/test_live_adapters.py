@@ -18,7 +18,7 @@ from tests.dense_models import build
 from tests.helpers import assert_close, finequant, frozen
 
 peft = pytest.importorskip("peft", reason="the dev extra is not installed")
-OPTIONS: dict[str, Any] = {"granularity": 64, "min_elements": 1024}
+OPTIONS: dict[str, Any] = {"calibration": None, "granularity": 64, "min_elements": 1024}
 
 
 def _adapted() -> tuple[Any, Tensor]:

@@ -15,6 +15,7 @@ from tests.dense_models import CASES, build, run
 from tests.helpers import (
     EveryForm,
     assert_close,
+    assert_not_dense,
     finequant,
     frozen,
     oracle,
@@ -72,9 +73,7 @@ def _compare(name: str, dtype: torch.dtype, **options: Any) -> None:
     actual = run(finequant(model, **options), inputs)
     expected = run(oracle(model), inputs)
     assert_close(actual, expected, depth=CHAIN * CASES[name].layers)
-    # int4 leaves an error of about a tenth in each weight: far more than any rounding.
-    original = run(model, inputs)
-    assert (actual - original).float().norm() > 0.03 * original.float().norm()
+    assert_not_dense(actual, expected, run(model, inputs))
     _assert_nothing_forgotten(model)
     assert not report().warnings
     if before is not None:

@@ -195,7 +195,7 @@ def test_fake_cuda_tensors_trace_through_the_op_without_a_gpu() -> None:
         scale = torch.empty(2, 512, 1, dtype=BF16, device="cuda")
 
         def call(x: torch.Tensor) -> torch.Tensor:
-            formats = (4, 128, 320, 256, "silu", False, "triton_gemm:16x128x128x1w4s4")
+            formats = (4, "normal", 128, 320, 256, "silu", False, "triton_gemm:16x128x128x1w4s4")
             return matmul(x, packed, scale, None, None, *formats)
 
         traced = make_fx(call)(x)

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench.accuracy.draws_section import draws as draws_section
-from bench.accuracy.gemma import FileMatrix, gemma_file, gemma_missing, matrices
+from bench.accuracy.gemma import FileMatrix, matrices
 from bench.accuracy.others import BASELINES
 from bench.accuracy.quantized import Quantizer
 from bench.accuracy.rows import interval
@@ -42,6 +42,8 @@ from bench.accuracy.train_lm import FAMILIES, SIZES
 from bench.core.results import Results, Row, commit, missing
 from bench.core.section import show
 from fqcompile.config import SiteOptions
+from fqcompile.demo.gemma import gemma_missing
+from fqcompile.modules.calibrate import random_batch
 from fqcompile.quant.choose import QuantPlan, choose_and_quantize, scale_dtype_beside
 from fqcompile.quant.gptq import compensate, factor_of, refusal
 from fqcompile.quant.granularity import bits_per_weight
@@ -176,10 +178,10 @@ def draw_rows(
 def ways_of(subject: Subject) -> dict[str, Way]:
     """All that are compared, `BASE` first; libraries that are not installed are not there."""
 
-    def h(batches: Sequence[Tensor]) -> ErrorWeights:
-        return cache(partial(error_weights, subject, batches))
+    def h(calibration: object) -> ErrorWeights:
+        return cache(partial(error_weights, subject, calibration))
 
-    synthetic, text = h(subject.synthetic), h(subject.text)
+    synthetic, text = h("synthetic"), h(subject.text)
     found: dict[str, Way] = {BASE: our_way(_options("uniform", 64))}
     found["int4 normal g64"] = our_way(_options("normal", 64))
     for size in (64, 128, 32, "adaptive", "range", "column"):
@@ -187,9 +189,9 @@ def ways_of(subject: Subject) -> dict[str, Way]:
         found[f"int4 normal {name}, synthetic"] = our_way(_options("normal", size), synthetic)
     found["int4 uniform g64, synthetic"] = our_way(_options("uniform", 64), synthetic)
     found["int4 normal g64, text"] = our_way(_options("normal", 64), text)
-    (ids,) = subject.synthetic
+    ids = random_batch(subject.model)["input_ids"]
     for data, few in (("16 ids", ids[:1]), ("one token", ids[:1, :1].expand_as(ids))):
-        found[f"int4 normal g64, {data}"] = our_way(_options("normal", 64), h([few]))
+        found[f"int4 normal g64, {data}"] = our_way(_options("normal", 64), h(few))
     moments = cache(partial(second_moments, subject, subject.text))
     for levels in ("normal", "uniform"):
         found[f"int4 {levels} g64, gptq"] = gptq_way(_options(levels, 64), text, moments)
@@ -208,7 +210,7 @@ def file_way() -> Way:
 
     @cache
     def found() -> dict[str, FileMatrix]:
-        return {matrix.name: matrix for matrix in matrices(gemma_file())}
+        return {matrix.name: matrix for matrix in matrices()}
 
     def way(name: str, w: Tensor, order: Tensor) -> tuple[Tensor, float]:
         return found()[name].values[:, order], found()[name].bits

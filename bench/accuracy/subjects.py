@@ -7,22 +7,21 @@ nats, the mean over the tokens of a document; of sentence embeddings it is 1 - c
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench.accuracy.corpus import Document, stdlib_corpus
-from bench.accuracy.gemma import gemma_windows, load_gemma, narrowed, texts
+from bench.accuracy.gemma import dithered_gemma, gemma_windows, narrowed, texts
 from bench.accuracy.language_model import IGNORED, Windows, evaluate, windows_of
 from bench.accuracy.quantized import NO_HEAD
 from bench.accuracy.train_lm import SIZES, trained
 from fqcompile.config import FineQuantConfig
 from fqcompile.demo.embedding import load_embedder
-from fqcompile.modules.calibrate import collect_inputs
+from fqcompile.modules.calibrate import calibrated, collect_inputs
 from fqcompile.modules.weights import ModuleWeight, module_weights
-from fqcompile.quant.calibration import Moments, token_generator, token_ids
 
-_SYNTHETIC = 32, 16  # sequences and tokens of each, as a compile has them
 _DOCUMENTS, _CALIBRATING = 6, 16  # Gemma's, of each kind: prose and code
 _FILES = 24  # of the small models
 
@@ -34,14 +33,13 @@ class Subject:
     Attributes:
         weights: by name.
         divergence: of the model as it is from the exact one, [D] by document, float64.
-        synthetic, text: batches that its weights' inputs are taken from.
+        text: batches of what it was made for, other than those of the divergence.
     """
 
     name: str
     model: nn.Module
     weights: Mapping[str, ModuleWeight]
     divergence: Callable[[], Tensor]
-    synthetic: list[Tensor]
     text: list[Tensor]
 
 
@@ -59,12 +57,11 @@ class Moment:
 
 
 def _subject(
-    name: str, model: nn.Module, divergence: Callable[[], Tensor], vocabulary: int, text: Tensor
+    name: str, model: nn.Module, divergence: Callable[[], Tensor], text: Tensor
 ) -> Subject:
     found = module_weights(model, FineQuantConfig.from_options(NO_HEAD))
     weights = {w.name: w for w in found if w.reason is None}
-    ids = token_ids(_SYNTHETIC, vocabulary, token_generator())
-    return Subject(name, model, weights, divergence, [ids], list(text.split(4)))
+    return Subject(name, model, weights, divergence, list(text.split(4)))
 
 
 def divergence_of(model: nn.Module, windows: Windows) -> Callable[[], Tensor]:
@@ -78,12 +75,11 @@ def divergence_of(model: nn.Module, windows: Windows) -> Callable[[], Tensor]:
 def gemma_subject(documents: int = _DOCUMENTS) -> Subject:
     """Gemma 3 270M on documentation strings and code of files that are held out."""
     corpus = stdlib_corpus()
-    model, tokenizer = load_gemma()
+    model, tokenizer = dithered_gemma()
     windows = gemma_windows(tokenizer, texts(corpus.held_out, documents))
     narrow, windows = narrowed(model, windows)
     text = gemma_windows(tokenizer, texts(corpus.train, _CALIBRATING)).tokens
-    vocabulary = narrow.model.config.vocab_size
-    return _subject("gemma", narrow, divergence_of(narrow, windows), vocabulary, text)
+    return _subject("gemma", narrow, divergence_of(narrow, windows), text)
 
 
 def trained_subject(family: str, size: str) -> Subject:
@@ -94,8 +90,7 @@ def trained_subject(family: str, size: str) -> Subject:
         return windows_of(documents, own.tokenizer, SIZES[size].context, 1)
 
     held_out, text = windows(corpus.held_out[:_FILES]), windows(corpus.train[:_FILES]).tokens
-    vocabulary = own.tokenizer.get_vocab_size()
-    return _subject(family, own.model, divergence_of(own.model, held_out), vocabulary, text)
+    return _subject(family, own.model, divergence_of(own.model, held_out), text)
 
 
 def minilm_subject() -> Subject:
@@ -109,40 +104,28 @@ def minilm_subject() -> Subject:
     def divergence() -> Tensor:
         return (1 - (exact * embedder(held_out)).sum(-1)).double()
 
-    vocabulary = embedder.transformer.config.vocab_size
-    return _subject("MiniLM", embedder.transformer, divergence, vocabulary, ids[half:])
+    return _subject("MiniLM", embedder.transformer, divergence, ids[half:])
 
 
-def error_weights(subject: Subject, batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """h of each weight, float32 [K] or [E, K], from the inputs of its matmuls in these batches."""
-    moments = {name: Moments(k, experts or 1) for name, (experts, k) in _sizes(subject).items()}
-    _collect(subject, batches, lambda name, expert, x: moments[name].add(x, expert))
-    found = {}
-    for name, own in moments.items():
-        h = own.h()
-        assert h is not None, f"no input of {name} was seen"
-        found[name] = h if _sizes(subject)[name][0] else h[0]
-    return found
+def error_weights(subject: Subject, calibration: Any) -> dict[str, Tensor]:
+    """h of each weight, float32 [K] or [E, K], as `quantize_(calibration=)` finds it."""
+    found = calibrated(subject.model, subject.weights.values(), calibration)
+    unseen = [f"{name}: {one.source}" for name, one in found.items() if one.h is None]
+    assert not unseen, unseen
+    return {name: one.h for name, one in found.items() if one.h is not None}
 
 
 def second_moments(subject: Subject, batches: Iterable[Tensor]) -> dict[str, list[Moment]]:
     """Xᵀ X of each matrix, of each expert of a stack, and the rows of X."""
+    shapes = {name: weight.matrix.shape for name, weight in subject.weights.items()}
     found = {
-        name: [Moment(torch.zeros(k, k)) for _ in range(experts or 1)]
-        for name, (experts, k) in _sizes(subject).items()
+        name: [Moment(torch.zeros(shape[-1], shape[-1])) for _ in range(math.prod(shape[:-2]))]
+        for name, shape in shapes.items()
     }
-    _collect(subject, batches, lambda name, expert, x: found[name][expert].add(x))
+    collect_inputs(
+        subject.model,
+        batches,
+        subject.weights.values(),
+        lambda weight, expert, x: found[weight.name][expert].add(x),
+    )
     return found
-
-
-def _sizes(subject: Subject) -> dict[str, tuple[int, int]]:
-    """Experts, 0 of a matrix, and K."""
-    shapes = {name: w.matrix.shape for name, w in subject.weights.items()}
-    return {name: (s[0] if len(s) == 3 else 0, s[-1]) for name, s in shapes.items()}
-
-
-def _collect(
-    subject: Subject, batches: Iterable[Tensor], add: Callable[[str, int, Tensor], None]
-) -> None:
-    weights = subject.weights.values()
-    collect_inputs(subject.model, batches, weights, lambda w, expert, x: add(w.name, expert, x))

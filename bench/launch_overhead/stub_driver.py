@@ -58,8 +58,13 @@ class StubDriver(DriverBase):  # type: ignore[misc]
         raise NotImplementedError("nothing runs here, so nothing can be timed")
 
 
+_STUB = StubDriver()
+
+
 def install() -> StubDriver:
-    """Make Triton use it in this process from now on."""
-    stub = StubDriver()
-    driver.set_active(stub)
-    return stub
+    """Make Triton use it in this process from now on.
+
+    It is one for all: a kernel that was compiled before keeps the launcher of its driver.
+    """
+    driver.set_active(_STUB)
+    return _STUB

@@ -172,12 +172,12 @@ def export(
 def _export(request: Request, directory: Path, say: Callable[[str], None]) -> Plan:
     if request.is_saved:
         return _write(Saved.open(request.source), directory, request)
-    say(f"{request.to} has uniform levels alone: weights of 4 bits are quantized to these")
     quantized, options = directory / QUANTIZED, request.quantizing
     inner: Any = options
     quantize_checkpoint(
         request.source, quantized, dtype=request.dtype, resume=True, say=say, **inner
     )
+    say(f"{request.to} has uniform levels alone: weights of 4 bits were quantized to these")
     plan = _write(Saved.open(quantized), directory, request)
     remove_save(quantized)
     return plan

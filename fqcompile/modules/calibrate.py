@@ -3,13 +3,13 @@
 import copy
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from fqcompile.distributed.shards import team_of
-from fqcompile.errors import ShardingError
+from fqcompile.errors import OptionError, ShardingError
 from fqcompile.modules.inputs import Collect, WeightInputs
 from fqcompile.modules.weights import ModuleWeight
 from fqcompile.passes.probe_inputs import LEAST_ROWS, TOKENS
@@ -78,27 +78,23 @@ def calibrated(
     Ranks of a sharded model run together, and agree on what each of them has whole.
 
     Args:
-        calibration: "synthetic", or batches as `batches_of` takes them. Random ids with which the
-            model does not run leave a warning, and weights that are quantized from their values.
+        calibration: "synthetic", None, or batches as `batches_of` takes them. Where the model does
+            not run on random ids, a warning says so, and weights are quantized from their values.
+
+    Raises:
+        OptionError: it is another word.
     """
-    random, found = calibration == "synthetic", list(weights)
-    source = "synthetic" if random else "batches"
+    if calibration is None:
+        return {}
+    if isinstance(calibration, str) and calibration != "synthetic":
+        raise OptionError(
+            f"calibration is {calibration!r}, and without compiling there is no call: pass its "
+            "inputs themselves, calibration=inputs; also allowed: 'synthetic', None"
+        )
+    found, source = list(weights), "synthetic" if isinstance(calibration, str) else "batches"
 
     def run() -> dict[str, Moments] | str:
-        moments = {weight.name: Moments(weight.matrix.shape) for weight in found}
-
-        def collect(weight: ModuleWeight, expert: int, x: Tensor) -> None:
-            moments[weight.name].add(x, expert)
-
-        if not random:
-            collect_inputs(model, batches_of(calibration), found, collect)
-            return moments
-        try:
-            collect_inputs(model, [random_batch(plain_module(model))], found, collect)
-        except Exception as error:
-            log.debug("a model did not run on random ids", exc_info=True)
-            return f"random ids do not run: {type(error).__name__}: {error}"
-        return moments
+        return _moments(model, found, calibration)
 
     try:
         results = team_of(weight.parameter for weight in found).together(run)
@@ -110,11 +106,30 @@ def calibrated(
     each = [result for result in results if not isinstance(result, str)]
     calibrations = {}
     for weight in found:
-        columns = weight.parameter.dim() - (2 if weight.transposed else 1)
-        own = [moments[weight.name] for moments in each]
-        moments, mean_square = over_ranks(own, weight.parameter, columns)
-        calibrations[weight.name] = Calibration.of(moments, source, source, mean_square)
+        column = weight.parameter.dim() - (2 if weight.transposed else 1)
+        own, row = over_ranks([moments[weight.name] for moments in each], weight.parameter, column)
+        calibrations[weight.name] = Calibration.of(own, source, source, row)
     return calibrations
+
+
+def _moments(
+    model: nn.Module, weights: Sequence[ModuleWeight], calibration: Any
+) -> dict[str, Moments] | str:
+    """By name; or why the model does not run on random ids; given batches raise what they raise."""
+    moments = {weight.name: Moments(weight.matrix.shape) for weight in weights}
+
+    def collect(weight: ModuleWeight, expert: int, x: Tensor) -> None:
+        moments[weight.name].add(x, expert)
+
+    if not isinstance(calibration, str):
+        collect_inputs(model, batches_of(calibration), weights, collect)
+        return moments
+    try:
+        collect_inputs(model, [random_batch(plain_module(model))], weights, collect)
+    except Exception as error:
+        log.debug("a model did not run on random ids", exc_info=True)
+        return f"random ids do not run: {type(error).__name__}: {error}"
+    return moments
 
 
 def random_batch(model: nn.Module) -> dict[str, Any]:

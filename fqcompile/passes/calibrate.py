@@ -50,8 +50,8 @@ def calibrator(state: GraphState) -> Calibrate:
         for site in wanted:
             each = _of_weight(state, probe, args, site, ranks)
             sources = [args[state.constants[source]] for source in site.sources]
-            moments, mean_square = over_ranks(each, *_sharded(args, sources, site))
-            found[site] = Calibration.of(moments, asked, source, mean_square)
+            moments, row = over_ranks(each, *_sharded(args, sources, site))
+            found[site] = Calibration.of(moments, asked, source, row)
         return found
 
     return calibrate

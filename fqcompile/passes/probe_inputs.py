@@ -19,6 +19,7 @@ from fqcompile.weights.recipe import CASTS, MOVING, target_name
 LEAST_ROWS, MOST_RUNS = 512, 32
 TOKENS = 16  # of a sequence: many short ones tell more than a long one
 _TABLE_READS = frozenset("embedding embedding_bag index_select getitem index".split())
+_PLACING = frozenset("from_local to_local redistribute".split())  # DTensors
 _ALIGNMENT = 16
 Nodes = Sequence[fx.Node]
 Sizes = Mapping[Any, int]  # by symbol
@@ -51,7 +52,7 @@ def _tables_read_by(state: GraphState, ids: fx.Node) -> list[int]:
         ]
         if name in _TABLE_READS and len(tables) == 1:
             found.append(int(tables[0].meta["example_value"].shape[0]))
-        elif name in MOVING | CASTS and [
+        elif name.removeprefix("prim_") in MOVING | CASTS | _PLACING and [
             n for n in user.all_input_nodes if example(n) is not None
         ] == [ids]:
             found += _tables_read_by(state, user)

@@ -42,9 +42,9 @@ class Calibration:
     rows: int = 0
 
     @classmethod
-    def of(cls, moments: "Moments", asked: str, source: str, mean_square: float = 0.0) -> Self:
-        """As the moments say; for `mean_square` see `Moments.h`."""
-        h, rows = moments.h(mean_square), sum(moments.rows)
+    def of(cls, moments: "Moments", asked: str, source: str, row: Sequence["Moments"] = ()) -> Self:
+        """As the moments say; for `row` see `Moments.h`."""
+        h, rows = moments.h(row), sum(moments.rows)
         if h is None:
             what = "its inputs were zeros or not finite" if rows else "no row came to it"
             return cls(asked=asked, source=f"none: {what}", rows=rows)
@@ -86,28 +86,27 @@ class Moments:
             total.rows = [a + b for a, b in zip(total.rows, other.rows, strict=True)]
         return total
 
-    def mean_square(self) -> float:
-        """The mean over all rows, columns and experts that were seen."""
-        return float(self.total.sum()) / max(1, sum(self.rows) * self.total.shape[1])
-
-    def h(self, mean_square: float = 0.0) -> Tensor | None:
+    def h(self, row: Sequence["Moments"] = ()) -> Tensor | None:
         """float32 [E, K]; None where no row was seen, or none that is finite and not zero.
 
-        `mean_square`, if there is one, takes the place of the matrix's own mean, where other ranks
-        have more of its columns.
+        `row`: those of all ranks, each with other columns of the same rows; else this has them all.
         """
-        if not 0 < self.mean_square() < math.inf:
+        pieces = list(row) or [self]
+        size, rows = sum(piece.total.shape[1] for piece in pieces), torch.tensor(self.rows)
+        sums = torch.stack([piece.total.sum(1) for piece in pieces]).sum(0)
+        if not 0 < float(sums.sum()) < math.inf:
             return None
         # an expert without rows, or with zeros alone, counts errors as its stack does
-        whole = self.total.sum(0) / sum(self.rows)
-        pairs = zip(self.total, self.rows, strict=True)
-        means = [total / rows if rows and total.any() else whole for total, rows in pairs]
-        each = [(mean / (mean_square or mean.mean()) + 1) / 2 for mean in means]
-        return torch.stack(each).to(torch.bfloat16).float()
+        seen = (rows > 0) & (sums > 0)
+        total = torch.where(seen[:, None], self.total, self.total.sum(0))
+        mean = torch.where(seen, sums, sums.sum()) / size
+        return ((total / mean[:, None] + 1) / 2).to(torch.bfloat16).float()
 
 
-def over_ranks(each: Sequence[Moments], whole: Any, column: int) -> tuple[Moments, float]:
-    """The moments of this rank's weight, from those on each rank, and the mean for `Moments.h`.
+def over_ranks(
+    each: Sequence[Moments], whole: Any, column: int
+) -> tuple[Moments, Sequence[Moments]]:
+    """The moments of this rank's weight, and the `row` for its h, from the moments on each rank.
 
     Of a weight that every rank has whole, the sum of all, so that all ranks get the same h.
 
@@ -116,12 +115,9 @@ def over_ranks(each: Sequence[Moments], whole: Any, column: int) -> tuple[Moment
         column: its dimension along the columns of the matrix; -1 where it is not known.
     """
     if not is_part(whole):
-        return Moments.sum(each), 0.0
+        return Moments.sum(each), ()
     own = each[whole.device_mesh.mesh.flatten().tolist().index(rank()) if len(each) > 1 else 0]
-    if not any(placed.is_shard(column) for placed in whole.placements):
-        return own, 0.0
-    count = sum(sum(moments.rows) * moments.total.shape[1] for moments in each)
-    return own, sum(float(moments.total.sum()) for moments in each) / max(1, count)
+    return own, each if any(placed.is_shard(column) for placed in whole.placements) else ()
 
 
 def token_ids(shape: Sequence[int], rows: int, generator: torch.Generator) -> Tensor:

@@ -64,7 +64,8 @@ def factor_of(moments: torch.Tensor) -> torch.Tensor:
     moments.mul_((1 - SHRINKAGE) / mean)
     moments.diagonal().copy_(own)
     # The factor of Cholesky is lower triangular; of columns in the reverse order it is upper.
-    return torch.linalg.cholesky(moments.flip(0, 1)).flip(0, 1)
+    lower: torch.Tensor = torch.linalg.cholesky(moments.flip(0, 1))
+    return lower.flip(0, 1)
 
 
 @plain_tensors()

@@ -11,7 +11,7 @@ from typing import Any, Self
 from tabulate import tabulate
 
 from fqcompile.report.page import Cell, Table
-from fqcompile.tensor.format import QTYPES
+from fqcompile.tensor.format import QTYPES, UNIFORM
 
 LeastTime = float | Callable[[], float | None] | None
 
@@ -104,9 +104,9 @@ def format_shape(shape: Sequence[int]) -> str:
 
 
 def format_status(site: Site) -> str:
-    if site.bits is None or site.levels is None:
+    if site.status != "quantized" or site.bits is None:
         return site.status
-    return QTYPES[site.bits, site.levels].name
+    return QTYPES[site.bits, site.levels or UNIFORM].name
 
 
 def format_group(site: Site) -> str:

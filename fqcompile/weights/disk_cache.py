@@ -261,8 +261,8 @@ def find_or_quantize(
     w: Tensor,
     options: SiteOptions,
     scale_dtype: torch.dtype,
-    values: Values | None = None,
     h: Tensor | None = None,
+    values: Values | None = None,
 ) -> Entry:
     """`choose_and_quantize` where its result is not on disk; w is [N, K] or [E, N, K].
 

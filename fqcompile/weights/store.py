@@ -129,7 +129,7 @@ class WeightStore:
         """The plan for this matrix, or the reason why it cannot be quantized.
 
         Computing a plan's error requires quantizing; the result is stored for `quantized`. What is
-        planned stays so while the weight has these values, whatever is calibrated later.
+        planned stays so while the weight has these values.
         """
 
         asked = None if calibration is None else calibration.asked
@@ -147,23 +147,28 @@ class WeightStore:
                     plan, weight = choose_and_quantize(w, options, scale_dtype, h)
                 else:
                     values = None if recipe.steps else self._number(weights[0]).values
-                    plan, weight = find_or_quantize(w, options, scale_dtype, values, h)
+                    plan, weight = find_or_quantize(w, options, scale_dtype, h, values)
             except UnquantizableWeight as error:
                 return _Made(str(error))
             plan = replace(plan, calibration=calibration)
             part = ("part", part_key(recipe, plan))
             known = self._find(weights, part, self._all(weights)) is not None
-            weighed = (weights, ("calibration", recipe.key, asked), calibration)
-            return _Made(plan, (weighed, *(() if known else ((weights, part, weight),))))
+            return _Made(plan, () if known else ((weights, part, weight),))
 
         result: QuantPlan | str = self._get(sources, request, choose)
+        with self._lock:
+            any_values = dict.fromkeys(map(id, sources), 0)
+            self._set(sources, ("calibration", recipe.key, asked), calibration, any_values)
         return result
 
     def calibration(self, recipe: WeightRecipe, sources: Tensors, asked: str) -> Calibration | None:
-        """What the weight was planned with, if it was, for the same option and values."""
+        """What the weight was planned with, if it was, for the same option.
+
+        Whatever values it has had since: an optimizer's step or a merged adapter moves them little.
+        """
         with self._lock:
             request = ("calibration", recipe.key, asked)
-            found = self._find(sources, request, self._all(sources))
+            found = self._find(sources, request, (0,) * len(sources))
             return None if found is None else found.result
 
     def quantized(self, part: Part, sources: Tensors) -> QuantizedTensor:

@@ -377,6 +377,21 @@ def test_the_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "has no config.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [[], ["--levels", "uniform"]], ids=str)
+def test_the_command_takes_levels(source: Path, tmp_path: Path, flags: list[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["quantize", str(source), str(out), "--min-elements", "2048", *flags]) == 0
+    levels = flags[1] if flags else "normal"
+    written = read_manifest(out)
+    found = {(record.bits, record.levels) for record in written.packed.values()}
+    assert found - {(8, "uniform")} == {(4, levels)}
+    quantized = {row["name"]: row["levels"] for row in written.sites if row["bits"]}
+    model = fqcompile.load(None, out)
+    for name, w in model.named_parameters():
+        if isinstance(w, PackedWeight):
+            assert w.format.levels == quantized[name]
+
+
 MEASURED = """
 import re, sys
 import torch, fqcompile

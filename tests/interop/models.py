@@ -25,7 +25,8 @@ UNEVEN: dict[str, Any] = {
     r"0.*(up_proj|v_proj)": {"bits": 8, "granularity": 32},
     r"1.*down_proj": {"bits": 8, "granularity": "column"},
 }
-OPTIONS: dict[str, Any] = {"min_elements": 1024, "overrides": UNEVEN}
+# Engines have uniform levels alone.
+OPTIONS: dict[str, Any] = {"min_elements": 1024, "levels": "uniform", "overrides": UNEVEN}
 
 
 def make(name: str, directory: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:

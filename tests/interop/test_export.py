@@ -230,6 +230,56 @@ def test_a_model_of_which_nothing_can_be_exported_is_refused(tmp_path: Path) -> 
         fqcompile.export(tmp_path / "saved", tmp_path / "out")
 
 
+def test_weights_of_normal_levels_are_written_dense_with_the_reason(tmp_path: Path) -> None:
+    """The format has uniform levels alone; no codes of these exist."""
+    model, _ = make("llama", tmp_path / "plain")
+    own = {"levels": "normal", "overrides": {"mlp": {"levels": "uniform", "granularity": 32}}}
+    oracle = save_quantized(model, tmp_path / "saved", **own)
+    plan = fqcompile.export(tmp_path / "saved", tmp_path / "out")
+    written = tensors_of(tmp_path / "out")
+    sites = {site.name: site for site in plan.sites}
+    mixed = {name: "mlp" in name for name in sites if "layers" in name}
+    assert set(mixed.values()) == {True, False}
+    for name, is_uniform in mixed.items():
+        site = sites[name]
+        assert site.levels == ("uniform" if is_uniform else None)
+        if not is_uniform:
+            assert "its normal4 codes say: " in str(site.reason)
+            assert "its levels are normal" in str(site.reason)
+            assert torch.equal(written[name], oracle.state_dict()[name])
+        assert (name in written) != is_uniform
+    with pytest.raises(UnquantizableWeight, match="quantize with levels='uniform'"):
+        fqcompile.export(tmp_path / "saved", tmp_path / "none", on_unsupported="error")
+
+
+def test_a_model_of_normal_levels_alone_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    save_quantized(make("llama", tmp_path / "plain")[0], tmp_path / "saved", levels="normal",
+                   overrides={})  # fmt: skip
+    with pytest.raises(CheckpointError, match="export the checkpoint that it was made from"):
+        fqcompile.export(tmp_path / "saved", tmp_path / "out")
+
+
+def test_an_original_is_quantized_to_uniform_levels(tmp_path: Path) -> None:
+    make("llama", tmp_path / "plain")
+    said: list[str] = []
+    options: dict[str, Any] = {"min_elements": 1024, "granularity": 32}
+    plan = fqcompile.export(tmp_path / "plain", tmp_path / "out", say=said.append, **options)
+    assert {site.levels for site in plan.quantized} == {"uniform"}
+    assert any("uniform levels alone" in line for line in said)
+    fqcompile.export(tmp_path / "plain", tmp_path / "same", **options, levels="uniform")
+    assert files(tmp_path / "same") == files(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "options", [{"levels": "normal"}, {"overrides": {"mlp": {"levels": "normal"}}}], ids=str
+)
+def test_normal_levels_cannot_be_asked_of_an_export(
+    plain: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    with pytest.raises(OptionError, match="compressed-tensors has uniform levels alone"):
+        fqcompile.export(plain, tmp_path / "out", **options)
+
+
 def test_models_of_our_own_and_other_directories_are_refused(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(64, 64))
     fqcompile.quantize_(model, min_elements=1)

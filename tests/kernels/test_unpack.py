@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fqcompile.kernels.registry import TEMPLATES
 from fqcompile.kernels.template import Layout
-from fqcompile.tensor.format import Format, num_groups
+from fqcompile.tensor.format import QTYPES, Format, QType, num_groups
 from fqcompile.tensor.quantized import QuantizedTensor
 from tests.strategies import random_codes
 
@@ -26,7 +26,7 @@ def test_all_layouts_are_there_but_atens_whose_order_is_not_documented() -> None
 @given(
     n=st.integers(1, 140),
     k=st.integers(1, 300),
-    bits=st.sampled_from([4, 8]),
+    qtype=st.sampled_from([*QTYPES.values()]),
     group=st.sampled_from([1, 3, 16, 32, 48, 64, 128, 256, 1000]),
     scale_dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
     seed=st.integers(0, 999),
@@ -35,22 +35,22 @@ def test_what_was_packed_comes_back(
     layout: Layout,
     n: int,
     k: int,
-    bits: int,
+    qtype: QType,
     group: int,
     scale_dtype: torch.dtype,
     seed: int,
 ) -> None:
-    generator = torch.Generator().manual_seed(seed)
+    bits, generator = qtype.bits, torch.Generator().manual_seed(seed)
     codes = random_codes(bits, n, k, generator)
     if bits == 4 and k % 2:  # the half byte beyond K holds code 0
         codes[:, -1] = (codes[:, -1] & 0x0F) | 0x80
     group = min(group, k)
     scale = torch.randn(n, num_groups(k, group), generator=generator).to(scale_dtype)
-    weight = QuantizedTensor(codes, scale, Format(bits, group, n, k))
+    weight = QuantizedTensor(codes, scale, Format(bits, group, n, k, levels=qtype.levels))
     back = layout.unpack(layout.pack(weight))
     assert torch.equal(back.qweight, codes) and back.qweight.dtype == codes.dtype
     assert torch.equal(back.scale, scale) and back.scale.dtype == scale_dtype
-    assert (back.bits, back.group_size, back.shape) == (bits, group, (n, k))
+    assert back.format == weight.format
     assert back.qweight.is_contiguous() and back.scale.is_contiguous()
 
 
@@ -58,19 +58,19 @@ def test_what_was_packed_comes_back(
 @given(
     blocks=st.lists(st.integers(1, 4), min_size=2, max_size=4),
     k=st.integers(1, 300),
-    bits=st.sampled_from([4, 8]),
+    qtype=st.sampled_from([*QTYPES.values()]),
     group=st.sampled_from([16, 32, 96, 128, 1000]),
     over=st.integers(0, 63),
     seed=st.integers(0, 999),
 )
 def test_rows_of_what_was_packed_are_views_and_what_packing_them_gives(
-    layout: Layout, blocks: list[int], k: int, bits: int, group: int, over: int, seed: int
+    layout: Layout, blocks: list[int], k: int, qtype: QType, group: int, over: int, seed: int
 ) -> None:
     sizes = [64 * count for count in blocks[:-1]] + [64 * blocks[-1] - over]
     n, group, generator = sum(sizes), min(group, k), torch.Generator().manual_seed(seed)
-    codes = random_codes(bits, n, k, generator)
+    codes = random_codes(qtype.bits, n, k, generator)
     scale = torch.randn(n, num_groups(k, group), generator=generator).half()
-    whole = QuantizedTensor(codes, scale, Format(bits, group, n, k))
+    whole = QuantizedTensor(codes, scale, Format(qtype.bits, group, n, k, levels=qtype.levels))
     packed = layout.pack(whole)
     start = 0
     for rows in sizes:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,26 +17,28 @@ from tests.helpers import Mlp, assert_close, finequant, frozen, report
 X = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
 
 
-def _rounded_to_a_grid(before: Tensor, after: Tensor, levels: int) -> None:
-    """Every row (one scale each) takes at most `levels` values, each near what it was."""
+def _rounded_to_a_grid(before: Tensor, after: Tensor, bits: int, levels: str) -> None:
+    """Every row (one scale each) takes at most 2**bits values, each near what it was."""
     assert before.shape == after.shape
     for old, new in zip(before, after, strict=True):
-        assert len(new.unique()) <= levels
+        assert len(new.unique()) <= 2**bits
         # Clipping may move the outermost value by more than half a step, never by a whole one.
-        step = new.unique().diff().min()
+        steps = new.unique().diff()
+        step = steps.min() if levels == "uniform" else steps.max()
         assert float((old - new).abs().max()) <= float(step)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_weights_take_few_values_close_to_their_own(bits: int) -> None:
+@pytest.mark.parametrize(("bits", "levels"), [(4, "uniform"), (4, "normal"), (8, "uniform")])
+def test_weights_take_few_values_close_to_their_own(bits: int, levels: str) -> None:
     model = frozen(Mlp())
     before = copy.deepcopy(model)
-    plan = fqcompile.explain(model, X, bits=bits, granularity="column", scale_method="absmax")
+    format: dict[str, Any] = {"bits": bits, "levels": levels}
+    plan = fqcompile.explain(model, X, **format, granularity="column", scale_method="absmax")
     result = fqcompile.fake_quantize_(model, plan)
     assert result is model
     for name in ("up", "down"):
         old, new = getattr(before, name), getattr(model, name)
-        _rounded_to_a_grid(old.weight, new.weight, 2**bits)
+        _rounded_to_a_grid(old.weight, new.weight, bits, levels)
         assert torch.equal(new.bias, old.bias)
         error = ((old.weight - new.weight).norm() / old.weight.norm()).item()
         # The report's error is taken in fp64; this one in fp32 over 32768 terms.

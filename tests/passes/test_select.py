@@ -30,7 +30,7 @@ def test_our_kernel_reads_its_own_layout() -> None:
 @pytest.mark.usefixtures("without_our_kernel")
 def test_kernel_and_layout_follow_the_spec() -> None:
     layer = nn.Linear(64, 64).bfloat16()
-    run = run_passes(layer, X.bfloat16(), until="select")
+    run = run_passes(layer, X.bfloat16(), until="select", levels="uniform")
     (op,) = run.linears
     assert argument(op, "kernel") == "aten_int4pack"
     assert run.state.packed[op].layout.name == "aten_int4_cpu"

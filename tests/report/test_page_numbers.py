@@ -89,7 +89,7 @@ def test_points_and_rows_have_the_error_that_was_delivered(model: Tower, page: P
         titles = [title.split("\n") for title in page.titles if title.startswith(name)]
         assert len(titles) == 2, "one point in each plot"
         for title in titles:
-            said, bits = title[1].removeprefix("error ").split(", int4 32, ")
+            said, bits = title[1].removeprefix("error ").split(", normal4 32, ")
             assert float(said) == pytest.approx(error, abs=2e-4)
             weight = weights(model)[at]
             exact = 8 * packed_bytes(weight) / weight.numel()
@@ -127,4 +127,4 @@ def test_what_was_kept_is_there_with_its_reason(model: Tower, page: Page) -> Non
     (summary,) = [s for s in page.summaries if s.startswith("1 site,")]
     assert "elements" in summary
     assert page.rows["granularity-map"] and len(page.rows["granularity-map"]) == 2
-    assert [row[0] for row in page.rows["granularity-map"]] == ["int4 g32"] * 2
+    assert [row[0] for row in page.rows["granularity-map"]] == ["normal4 g32"] * 2

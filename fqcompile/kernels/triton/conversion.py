@@ -24,7 +24,7 @@ import triton.language as tl
 
 from fqcompile.tensor.format import NORMAL4
 
-_LEVELS = NORMAL4.sixteenths
+_LEVELS = tuple(round(16 * value) for value in NORMAL4.values)
 _CENTER = (_LEVELS[7] + _LEVELS[8]) // 2
 _NUMBERS = bytes(level - _CENTER for level in _LEVELS[8:])
 assert all(low + high == 2 * _CENTER for low, high in zip(_LEVELS, _LEVELS[::-1], strict=True)), (

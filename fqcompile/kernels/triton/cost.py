@@ -196,21 +196,21 @@ def _tiles_of_experts(m: Any, hit: Any, block_m: int) -> Any:
     return m / block_m + hit * (block_m - 1) / (2 * block_m)
 
 
-def _tiles(spec: GemmSpec, config: TileConfig, m: int) -> tuple[float, float]:
-    """The number of tiles of rows, and of weight matrices that they read."""
+def _tiles(spec: GemmSpec, config: TileConfig, m: int, hit: float) -> float:
+    """The number of tiles of rows, if `hit` experts have rows."""
     if not spec.experts:
-        return -(-m // config.BLOCK_M), 1
-    hit = mean_experts_hit(spec, m)
+        return -(-m // config.BLOCK_M)
     if spec.routing == "gathered":
-        return m, hit
-    return max(hit, _tiles_of_experts(m, hit, config.BLOCK_M)), hit
+        return m
+    tiles: float = max(hit, _tiles_of_experts(m, hit, config.BLOCK_M))
+    return tiles
 
 
 def cost(spec: GemmSpec, config: TileConfig, gpu: Gpu, m: int, hit: float | None = None) -> Cost:
     """The model's figures for m rows; `hit`: the number of experts that they read, if known."""
-    tiles, read = _tiles(spec, config, m)
-    read = read if hit is None else hit
-    return Cost(*_evaluate()(m, tiles, read, *astuple(_model(spec, config, gpu))))
+    hit = mean_experts_hit(spec, m) if hit is None else hit
+    tiles = _tiles(spec, config, m, hit)
+    return Cost(*_evaluate()(m, tiles, hit, *astuple(_model(spec, config, gpu))))
 
 
 def steady_seconds(spec: GemmSpec, config: TileConfig, gpu: Gpu) -> Expr:

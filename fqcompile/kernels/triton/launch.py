@@ -242,7 +242,7 @@ def _expert_gemm(
 def dense_experts(
     x: torch.Tensor, weight: QuantizedTensor, offsets: torch.Tensor, epilogue: Epilogue, kwidth: int
 ) -> torch.Tensor:
-    """`expert_gemm` by a dequantized ŵ [E, rows, K] and PyTorch's grouped matmul, which takes bf16."""
+    """`expert_gemm` by a dequantized ŵ [E, rows, K] and PyTorch's grouped matmul of bf16."""
     if x.stride(1) != 1 or x.stride(0) % GROUPED_MM_ALIGNED or x.data_ptr() % 16:
         x = x.contiguous()
     w_hat = dequantize(weight, x.dtype, kwidth)

@@ -11,6 +11,7 @@ import triton.language as tl
 from fqcompile.kernels.spec import Gpu
 from fqcompile.kernels.triton.conversion import code_factor
 from fqcompile.kernels.triton.fragments import operand
+from fqcompile.tensor.format import QTYPES
 
 log = logging.getLogger("fqcompile")
 _CONVERSIONS: dict[tuple[torch.device, torch.dtype], str] = {}
@@ -24,32 +25,33 @@ def kwidth(gpu: Gpu) -> int:
 
 
 @triton.jit
-def _probe_kernel(words_ptr, out_ptr, DTYPE: tl.constexpr, BITS: tl.constexpr):
-    """out [64, 64] fp32 = the codes of words [64, 4, 4] through the matrix units."""
+def _probe_kernel(
+    words_ptr, out_ptr, DTYPE: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr
+):
+    """out [64, 64] fp32 = the levels of words [64, 4, 2 or 4] through the matrix units."""
     CHUNKS: tl.constexpr = 64 * BITS // 128
     offs = tl.arange(0, 64)
     offs_w = tl.arange(0, 4 * CHUNKS)
     words = tl.load(words_ptr + offs[:, None] * (4 * CHUNKS) + offs_w[None, :])
     words = tl.reshape(words, (64, 4, CHUNKS))
     identity = (offs[:, None] == offs[None, :]).to(DTYPE)
-    w = operand(words, 64, BITS, "uniform", 2, DTYPE, "subnormal")
-    FACTOR: tl.constexpr = code_factor(DTYPE, "uniform", "subnormal")
+    w = operand(words, 64, BITS, LEVELS, 2, DTYPE, "subnormal")
+    FACTOR: tl.constexpr = code_factor(DTYPE, LEVELS, "subnormal")
     tl.store(out_ptr + offs[:, None] * 64 + offs[None, :], tl.dot(w, identity) * FACTOR)
 
 
 def keeps_subnormals(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether every int4 and int8 code comes out of this GPU's matrix units exactly."""
+    """Whether every level of every format comes out of this GPU's matrix units exactly."""
     tl_dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
-    for bits in (4, 8):
-        per_word, words = 32 // bits, 2 * bits
-        values = torch.arange(64 * words * per_word, device=device) % (1 << bits)
-        shifts = bits * torch.arange(per_word, device=device)
-        packed = (values.view(64, words, per_word) << shifts).sum(-1).to(torch.int32)
+    for qtype in QTYPES.values():
+        # All codes of a word are equal: then each is as often there, however its bits are placed.
+        bits, codes = qtype.bits, len(qtype.values)
+        words = torch.arange(64 * 2 * bits, device=device) % codes * (0xFFFFFFFF // (codes - 1))
         out = torch.empty(64, 64, device=device)
-        with torch.cuda.device_of(packed):
-            _probe_kernel[(1,)](packed, out, tl_dtype, bits)
-        expected = values.view(64, 64).sort().values - (1 << (bits - 1))
-        if not torch.equal(out.sort().values.long(), expected):
+        with torch.cuda.device_of(words):
+            _probe_kernel[(1,)](words.to(torch.int32), out, tl_dtype, bits, qtype.levels)
+        expected = torch.tensor(qtype.values, device=device).repeat_interleave(64 * 64 // codes)
+        if not torch.equal(out.flatten().sort().values, expected):
             return False
     return True
 

@@ -37,7 +37,7 @@ def subject_of(family: str) -> Subject:
     tokenizer = train_tokenizer(DOCUMENTS, TINY.vocabulary)
     windows = windows_of(DOCUMENTS, tokenizer, TINY.context, 1)
     model = build(family, TINY).eval().requires_grad_(False)
-    return _subject(family, model, divergence_of(model, windows), TINY.vocabulary, windows.tokens)
+    return _subject(family, model, divergence_of(model, windows), windows.tokens)
 
 
 @pytest.fixture(scope="module")

@@ -27,14 +27,22 @@ from tests.kernels.triton.expert_oracle import (
     draw,
     stacked,
 )
-from tests.kernels.triton.oracle import BF16, FP16, Case, on_device, on_every_device, running
+from tests.kernels.triton.oracle import (
+    BF16,
+    FP16,
+    Case,
+    every_format,
+    on_device,
+    on_every_device,
+    running,
+)
 from tests.strategies import matmul, opcheck_matmul
 
 SPLIT = "triton_gemm:16x64x128x2w4s2"
 TABLE = "triton_gemm:m4=16x64x128x1w4s2,dense"
 PLAIN = "triton_gemm"
 ONE = Case(n=24, k=136, bias=True)
-GROUPED = ExpertCase(offsets=(3, 3, 8), one=ONE)
+GROUPED = ExpertCase(offsets=(3, 3, 8), one=replace(ONE, levels="normal"))
 GATHERED = ExpertCase(ids=(2, -3, 1, 2), one=replace(ONE, bits=8, dtype=BF16, gated=True))
 every_routing = pytest.mark.parametrize("case", [GROUPED, GATHERED], ids=["grouped", "gathered"])
 
@@ -47,7 +55,7 @@ def arguments(
     routing = case.routing(device)
     form = (
         one.bits,
-        "uniform",
+        one.levels,
         min(one.group_size, one.k),
         one.n,
         one.k,
@@ -87,11 +95,11 @@ def dense_bound(case: ExpertCase, inputs: ExpertInputs) -> tuple[Tensor, Tensor]
 @on_every_device
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("bits", [4, 8])
+@every_format
 def test_dense_is_the_stack_dequantized_and_multiplied_by_pytorch(
-    bits: int, bias: bool, index_dtype: torch.dtype, device: str
+    bits: int, levels: str, bias: bool, index_dtype: torch.dtype, device: str
 ) -> None:
-    one = replace(ONE, dtype=BF16, bits=bits, bias=bias)
+    one = replace(ONE, dtype=BF16, bits=bits, levels=levels, bias=bias)
     case = replace(GROUPED, one=one, tail=2, index_dtype=index_dtype)
     inputs = draw(case)
     with running(device):

@@ -24,7 +24,7 @@ from tests.kernels.triton.oracle import (
     activate,
     assert_close,
     draw,
-    group_of,
+    every_format,
     on_device,
     on_every_device,
     quantized,
@@ -54,7 +54,7 @@ class Call:
         c = self.case
         group_size = min(c.group_size, c.k)
         tensors = (self.x, self.qweight, self.scale, self.bias, self.residual)
-        return (*tensors, c.bits, "uniform", group_size, c.n, c.k, c.activation, c.gated, kernel)
+        return (*tensors, c.bits, c.levels, group_size, c.n, c.k, c.activation, c.gated, kernel)
 
     def __call__(self, kernel: str) -> Tensor:
         y: Tensor = matmul(*self.arguments(kernel))
@@ -63,7 +63,7 @@ class Call:
 
 def call_of(case: Case, device: str = "cpu") -> Call:
     inputs = draw(case)
-    weight = quantized(inputs.codes, inputs.scale, case.bits, case.group_size)
+    weight = quantized(inputs.codes, inputs.scale, case.bits, case.group_size, case.levels)
     qweight, scale = (t.to(device) for t in TRITON_GEMM.layout.pack(weight).tensors)
     x, bias, residual = (on_device(t, device) for t in (inputs.x, inputs.bias, inputs.residual))
     return Call(case, inputs, x, qweight, scale, bias, residual)
@@ -75,6 +75,7 @@ EVERYTHING = Case(
 CASES = {
     "int4 fp16": Case(m=3, n=20, k=130, bias=True),
     "int8 bf16 gated": EVERYTHING,
+    "normal4 bf16 gated": replace(EVERYTHING, bits=4, levels="normal"),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 
@@ -158,15 +159,14 @@ def test_linear_of_nothing_is_empty(m: int, n: int, device: str) -> None:
 
 
 @on_every_device
-@pytest.mark.parametrize("bits", [4, 8])
-def test_dequantize_gives_the_weight_back(bits: int, device: str) -> None:
-    case = Case(n=20, k=130, bits=bits)
+@every_format
+def test_dequantize_gives_the_weight_back(bits: int, levels: str, device: str) -> None:
+    case = Case(n=20, k=130, bits=bits, levels=levels)
     call = call_of(case, device)
     with running(device):
-        w = dequantize(call.qweight, call.scale, bits, case.group_size, 20, 130, BF16, DENSE)
-    columns = group_of(130, case.group_size)
-    want = call.inputs.codes.float() * call.inputs.scale.float()[:, columns]
-    assert torch.equal(w.cpu(), want.bfloat16())
+        form = (bits, levels, case.group_size, 20, 130)
+        w = dequantize(call.qweight, call.scale, *form, BF16, DENSE)
+    assert torch.equal(w.cpu(), call.inputs.w.float().bfloat16())
 
 
 def with_grad(call: Call) -> Call:
@@ -188,7 +188,7 @@ def test_linear_passes_opcheck(case: Case) -> None:
 
 def test_dequantize_passes_opcheck() -> None:
     call = call_of(Case(n=3, k=20))
-    arguments = (call.qweight, call.scale, 4, 20, 3, 20, FP16, DENSE)
+    arguments = (call.qweight, call.scale, 4, "uniform", 20, 3, 20, FP16, DENSE)
     with running("cpu"):
         torch.library.opcheck(dequantize, arguments)
 
@@ -240,10 +240,10 @@ def test_backward_is_that_of_the_composition(case: Case, kernel: str, device: st
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_calls_are_the_same_bits(backend: str, device: str) -> None:
     """For any number of rows, with gradients, in one graph."""
-    call = call_of(EVERYTHING, device)
+    _, qweight, scale, bias, _, *format_ = call_of(EVERYTHING, device).arguments(SPLIT)
 
     def block(x: Tensor, residual: Tensor) -> Tensor:
-        return torch.tanh(replace(call, x=x, residual=residual)(SPLIT)) * 2
+        return torch.tanh(matmul(x, qweight, scale, bias, residual, *format_)) * 2
 
     compiled = torch.compile(block, backend=backend, fullgraph=True, dynamic=True)
     with running(device):

@@ -4,8 +4,6 @@ It turns 1 and None into constants and notes which integers and addresses 16 div
 shapes compile unlike kernels. The driver is a stub; nothing is launched.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -26,14 +24,12 @@ from tests.kernels.triton.oracle import quantized, random_codes
 BF16 = torch.bfloat16
 
 
-@pytest.fixture(scope="module")
-def stub() -> Iterator[StubDriver]:
-    """One for all: a kernel that was compiled before keeps the launcher of its driver."""
-    before = driver._active
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "conversion", lambda device, dtype: "subnormal_prmt")
-        yield install()
-    driver._active = before
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> StubDriver:
+    """In place for one test; kernels that another one compiled count their launches too."""
+    monkeypatch.setattr(launch, "conversion", lambda device, dtype: "subnormal_prmt")
+    monkeypatch.setattr(driver, "_active", driver._active)
+    return install()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the stub would take the GPU's place")

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from fqcompile.kernels.spec import H200
 from fqcompile.kernels.triton import target
+from fqcompile.tensor.format import NORMAL4
 from tests.kernels.triton.interpreter import CheckedBuilder, interpreted
 from tests.kernels.triton.interpreter_numbers import Handle, rounded, values
 from tests.kernels.triton.oracle import BF16, FP16, NARROW, on_every_device, running
@@ -95,14 +96,16 @@ def test_the_probe_notices_a_gpu_that_flushes(
         assert target.keeps_subnormals(CPU, dtype) == (flushing != dtype)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    "level", [7.0, 127.0, 16 * NORMAL4.values[-1]], ids=["int4", "int8", "normal4"]
+)
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
-def test_the_probe_notices_one_wrong_code_of_either_width(
-    dtype: torch.dtype, bits: int, monkeypatch: pytest.MonkeyPatch
+def test_the_probe_notices_one_wrong_level_of_every_format(
+    dtype: torch.dtype, level: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The largest code of int4 or of int8, wherever it enters a dot."""
+    """The largest one, wherever it enters a dot."""
     factor = {FP16: 512, BF16: 64}[dtype]
-    largest = (2 ** (bits - 1) - 1) / factor
+    largest = level / factor
     dot = CheckedBuilder.create_dot
 
     def off_by_one(self: Any, a: Any, b: Any, *rest: Any) -> Any:
