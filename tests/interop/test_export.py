@@ -20,7 +20,7 @@ from fqcompile.checkpoint import shards
 from fqcompile.checkpoint.manifest import PartsRecord, read_manifest
 from fqcompile.cli import main
 from fqcompile.errors import CheckpointError, OptionError, UnquantizableWeight
-from fqcompile.interop import export_blocks, export_directory, export_layout
+from fqcompile.interop import export_blocks, export_contents, export_directory
 from tests.checkpoint.crashes import count_operations, crash
 from tests.interop.models import make, save_quantized, tensors_of
 from tests.tiers import examples
@@ -296,7 +296,7 @@ def test_what_several_ranks_saved_is_to_be_saved_whole_first(
     whole = read_manifest(saved)
     parts = PartsRecord((2, 2), 0, ("a", "b"), ((0, 1), (1, 2)))
     in_parts = replace(whole, sharded={"model.layers.0.weight": parts})
-    monkeypatch.setattr(export_layout, "read_manifest", lambda directory: in_parts)
+    monkeypatch.setattr(export_contents, "read_manifest", lambda directory: in_parts)
     with pytest.raises(CheckpointError, match=r"saved by several ranks.*fqcompile.save\(fqcompile"):
         fqcompile.export(saved, tmp_path / "out")
 
