@@ -1,7 +1,7 @@
-"""Locks between threads and between processes, and what becomes of them in a forked child.
+"""Locks between threads and between processes that stay correct after os.fork.
 
-The threads of the parent are not in the child: what they held nobody would release there, and the
-child would keep the parent's lock on a file for as long as it lives.
+Only the forking thread exists in the child. A lock that another thread held would never be
+released there, and a file lock of the parent would stay held for as long as the child lives.
 """
 
 import logging
@@ -22,24 +22,25 @@ if sys.platform != "win32":
 log = logging.getLogger("fqcompile")
 
 Lock = TypeVar("Lock")
-_PATIENCE = 30.0  # seconds until it is said what is waited for
+_PATIENCE = 30.0  # seconds of waiting before a warning names the file
 
 _state = {"forked": False}
 _locks: weakref.WeakSet[Any] = weakref.WeakSet()
 _waited_for: set[Path] = set()
-_held: dict[object, int] = {}  # what holds a lock on a file: its descriptor
-_guard = threading.RLock()  # no fork between opening a descriptor and noting it
+_held: dict[object, int] = {}  # one token for each file lock held -> its file descriptor
+_guard = threading.RLock()  # no fork between opening a descriptor and recording it
 
 
-# True in a child of os.fork: libgomp would wait there for the parent's threads forever. In C, as
-# every call of the x86 kernel asks.
+# True in a child of os.fork, where libgomp would wait forever for the parent's threads. Implemented
+# in C (dict.__getitem__) because every call of the x86 kernel asks.
 in_forked_child: Callable[[], bool] = partial(_state.__getitem__, "forked")
 
 
 def fork_safe(lock: Lock) -> Lock:
-    """A threading.RLock that is free in a forked child, unless the thread that forks holds it.
+    """Register a threading.RLock to be free in a forked child, unless the forking thread holds it.
 
-    For locks around state that is whole between any two statements: another thread is cut off.
+    Use it only for locks around state that is consistent after every statement: the thread that
+    held the lock stops in the child wherever it was.
     """
     _locks.add(lock)
     return lock
@@ -47,14 +48,15 @@ def fork_safe(lock: Lock) -> Lock:
 
 @contextmanager
 def locked(path: Path, seconds: float = 60.0) -> Iterator[int]:
-    """One holder of `path` at a time; the lock ends with its holder, however that ends.
+    """Hold an exclusive lock on the file `path`; it ends with its holder, even one that is killed.
 
-    The file is made where it is not there, and nobody else may open it: who can open a file, if
-    only to read, can hold its lock. Its descriptor tells whether it is at `path` still.
+    The file is created if it does not exist, and no other user may open it: anyone who can open a
+    file, even only to read it, can lock it. Yields the descriptor, from which a caller can tell
+    whether the locked file is still the one at `path`.
 
     Raises:
-        TimeoutError: another holds it for so long.
-        OSError: there can be no such file here, or no lock.
+        TimeoutError: another process held the lock for `seconds`.
+        OSError: the file cannot be created or locked here.
     """
     token = object()
     with _guard:
@@ -64,7 +66,7 @@ def locked(path: Path, seconds: float = 60.0) -> Iterator[int]:
         yield descriptor
     finally:
         with _guard:
-            if token in _held:  # not in a child that was forked inside
+            if token in _held:  # false in a child that was forked inside the context
                 _release(_held.pop(token))
 
 
@@ -97,7 +99,7 @@ def _lock(descriptor: int, path: Path, seconds: float) -> None:
 
 def _release(descriptor: int) -> None:
     if sys.platform != "win32":
-        # Closing would not do where a child has not come to close its own yet.
+        # Closing alone would not unlock it while a forked child still has the descriptor open.
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
 
@@ -109,7 +111,7 @@ def _after_fork_in_child() -> None:
     for lock in [lock for lock in _locks if not lock._is_owned()]:
         lock._at_fork_reinit()
     for descriptor in _held.values():
-        os.close(descriptor)  # unlocking would take it from the parent
+        os.close(descriptor)  # unlocking would also release the parent's lock
     _held.clear()
 
 

@@ -1,7 +1,7 @@
-"""Every name of PyTorch without a promise that this package builds on; no other file uses one.
+"""Every private or undocumented name of PyTorch that this package uses; no other file uses one.
 
-All were seen to work in PyTorch 2.11.0, 2.13.0 and 2.14.1. Where a release has lost one, importing
-this fails and names it; `tests/test_torch_compat.py` tries what each is used for.
+All of them were tested with PyTorch 2.11.0, 2.13.0 and 2.14.1. If a release removes one, importing
+this module fails and names it; `tests/test_torch_compat.py` tests what each is used for.
 """
 
 from collections.abc import Mapping
@@ -73,75 +73,75 @@ __all__ = [
 dynamo_config = torch._dynamo.config
 optimize = torch._dynamo.optimize
 
-# Of tensors.
+# Tensors.
 count_of_writes = attrgetter("_version")
 is_expired = torch.UntypedStorage._expired
 make_wrapper_subclass = Tensor._make_wrapper_subclass
 refuse_mutable_address = torch._C._set_throw_on_mutable_data_ptr
 no_torch_function = _disabled_torch_function_impl
-held_here = attrgetter("_local_tensor")  # of a DTensor
+held_here = attrgetter("_local_tensor")  # the shard of a DTensor that this rank holds
 
-# Of operators.
+# Operators.
 schema_of = attrgetter("_schema")
 grouped_mm = torch._grouped_mm
 int8pack_mm = torch.ops.aten._weight_int8pack_mm
 int4pack_mm = torch.ops.aten._weight_int4pack_mm_for_cpu
 pack_int4 = torch.ops.aten._convert_weight_to_int4pack_for_cpu
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-without_keys = torch._C._ExcludeDispatchKeyGuard  # a context
+without_keys = torch._C._ExcludeDispatchKeyGuard  # a context manager
 
-# Of the machine.
+# The machine.
 has_amx = torch.cpu._is_amx_tile_supported
 library_path: str = torch._C.__file__
 
-# How Inductor asks Dynamo to trace again or to give up on a frame: not failures.
+# Exceptions by which Inductor asks Dynamo to trace again or to skip a frame; they are no failures.
 DYNAMO_REQUESTS = (RestartAnalysis, SkipFrame, Unsupported)
-# Of an input, in `meta["tensor_dict"]`: CUDA graphs need not copy it.
+# Key of an input's `meta["tensor_dict"]` that tells CUDA graphs not to copy the input.
 STATIC_INPUT = "_dynamo_static_input_type"
 
 
 def memory_id(tensor: Tensor) -> int:
-    """What views of one memory share, and nothing else at that time."""
+    """An id that all views of one storage share; unique while the storage lives."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def count_write(tensor: Tensor) -> None:
-    """Count a write to the tensor that PyTorch did not see."""
+    """Increment the version counter of a tensor after a write that PyTorch did not see."""
     _unsafe_set_version_counter((tensor,), (tensor._version + 1,))
 
 
 def has_feature(name: str) -> bool:
-    """Whether this processor has it, as "avx512_bf16"."""
+    """Whether this CPU has an instruction set such as "avx512_bf16"."""
     return bool(getattr(torch.cpu, f"_is_{name}_supported")())
 
 
 def cpp_compiler() -> str:
-    """The one that Inductor takes for CPU graphs; to ask for it takes half a second."""
+    """The C++ compiler that Inductor uses for CPU graphs; the query takes half a second."""
     return str(import_module("torch._inductor.cpp_builder").get_cpp_compiler())
 
 
 def key_set(name: str) -> Any:
-    """Of one dispatch key, as `without_keys` takes it."""
+    """The set of one dispatch key, as `without_keys` takes it."""
     return torch._C.DispatchKeySet(getattr(DispatchKey, name))
 
 
 def source_of(node: fx.Node) -> Any:
-    """Where Dynamo found an input's value; None for what Dynamo did not make an input."""
+    """Where Dynamo found the value of an input; None if Dynamo did not create the input."""
     return getattr(node, "_dynamo_source", None)
 
 
 def set_source(node: fx.Node, source: Any) -> None:
-    """As Dynamo sets it; None for an input that only this package fills."""
+    """Set the source of an input as Dynamo does; None for an input that only this package fills."""
     node._dynamo_source = source
 
 
 def sources_of_attributes(module: fx.GraphModule) -> dict[str, Source]:
-    """By the graph's attribute, where Dynamo made parameters attributes, as for freezing."""
+    """{attribute: source} of a graph whose parameters Dynamo made attributes, as for freezing."""
     return getattr(module, "_param_name_to_source", None) or {}
 
 
 def copy_sources(old: fx.GraphModule, new: fx.GraphModule, nodes: dict[fx.Node, fx.Node]) -> None:
-    """Metadata that Dynamo stored at a graph and its nodes, for a copy of it."""
+    """Copy the sources that Dynamo stored on a graph and its nodes to a copy of the graph."""
     for node, copied in nodes.items():
         if hasattr(node, "_dynamo_source"):
             set_source(copied, source_of(node))
@@ -150,54 +150,54 @@ def copy_sources(old: fx.GraphModule, new: fx.GraphModule, nodes: dict[fx.Node, 
 
 
 def symbol_of(size: Any) -> Any:
-    """The symbol that a size is; None for a number, and for what is computed of symbols."""
+    """The symbol of a symbolic size; None for a number or an expression of symbols."""
     expression = size.node.expr if isinstance(size, torch.SymInt | torch.SymFloat) else None
     return expression if expression is not None and expression.is_Symbol else None
 
 
 def size_at(size: Any, values: Mapping[Any, int]) -> Any:
-    """A size as a number, where its symbols have these values."""
+    """The number that a size becomes when its symbols have these values."""
     symbolic = isinstance(size, torch.SymInt | torch.SymFloat)
     return type(hint_of(size))(size.node.expr.xreplace(dict(values))) if symbolic else size
 
 
 def size_within(size: Any, wanted: int) -> int:
-    """The number nearest to `wanted` that a symbol may be."""
+    """The number nearest to `wanted` within the range of a symbolic size."""
     bounds = size.node.shape_env.var_to_range[size.node.expr]
     return int(max(bounds.lower, min(wanted, bounds.upper)))
 
 
 def hint_of(size: Any) -> Any:
-    """The number that a symbolic size has in the call that is compiled; any other as it is."""
+    """The value of a symbolic size in the call being compiled; any other size unchanged."""
     return size.node.hint if isinstance(size, torch.SymInt | torch.SymFloat) else size
 
 
 def is_erased(node: fx.Node) -> bool:
-    """Whether the node has left its graph."""
+    """Whether the node was erased from its graph."""
     return bool(node._erased)
 
 
 def compiled_call(module: nn.Module) -> Any:
-    """What `module.compile()` has put before its calls, or None."""
+    """The compiled function that `module.compile()` installed, or None."""
     return module._compiled_call_impl
 
 
 def set_compiled_call(module: nn.Module, call: Any) -> None:
-    """As `module.compile()` does; None takes it away."""
+    """Install a compiled function as `module.compile()` does; None removes it."""
     module._compiled_call_impl = call
 
 
 def plain_module(module: Any) -> Any:
-    """Without the wrapper that torch.compile puts around a module."""
+    """The module without the wrapper of torch.compile; anything else unchanged."""
     return module._orig_mod if isinstance(module, OptimizedModule) else module
 
 
 def not_for_dynamo(code: Any) -> None:
-    """Have Dynamo run a function, and all that it calls, as it is."""
+    """Make Dynamo run a code object, and everything it calls, without tracing it."""
     skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
     set_code_exec_strategy(code, skip)
 
 
 def traced_modules() -> dict[Any, Any] | None:
-    """Of the torch.jit.trace that some thread runs; None where none does."""
+    """The modules of the torch.jit.trace that is running in any thread; None if none is."""
     return jit_trace._trace_module_map

@@ -22,7 +22,9 @@ os.environ["FQCOMPILE_CACHE_SIZE"] = "0"  # a weight of one test is not found by
 
 import pytest
 import torch
+from torch._C._dynamo import eval_frame
 from torch._dynamo.backends import registry
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fqcompile.report import clear_reports
 from fqcompile.torch_compat import trace_log
@@ -31,6 +33,10 @@ from tests.helpers import InnerGraphs
 
 # One process of several (pytest -n): more threads than cores only wait for each other.
 torch.set_num_threads(1)
+
+# With CUDA but no GPU, PyTorch 2.11 crashes where a thread makes the first one of a process.
+with FakeTensorMode():
+    pass
 
 # pytest listens to loggers that do not propagate, and where somebody listens to this one, every
 # compilation writes out its graphs and guards: a fifth of its time.
@@ -74,11 +80,21 @@ def pytest_collection() -> Generator[None, object, object]:
 def _fresh_process_state() -> Iterator[None]:
     """Compiled code and reports of one test are not seen by the next."""
     torch._dynamo.reset()
+    _take_graph_breaks()
     clear_reports()
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
     clear_reports()
+
+
+def _take_graph_breaks() -> None:
+    """PyTorch 2.11 skips them within a fullgraph call, and after calls of several threads for good.
+
+    Each call sets that for the process and puts back what it found, which another may have set.
+    """
+    if hasattr(eval_frame, "set_eval_frame_override"):
+        eval_frame.set_eval_frame_override(eval_frame._EvalFrameOverride.NONE)
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def dequantized(model: nn.Module) -> nn.Module:
 
 
 def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    run: Callable[[Tensor], Tensor] = finequant(model, granularity=64)
+    run: Callable[[Tensor], Tensor] = finequant(model, granularity=64, calibration=None)
     return run
 
 

@@ -1,6 +1,7 @@
 """The command line as a user meets it: help, doctor, explain, errors, the demo on a tiny model."""
 
 import argparse
+import copy
 import io
 import json
 import runpy
@@ -8,13 +9,14 @@ import sys
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from fqcompile.cli import COMMANDS, main
-from fqcompile.demo import decoder, embedding, time_interleaved
+from fqcompile.demo import decoder, embedding, gemma, time_interleaved
 from fqcompile.demo.embedding import stdlib_sentences
 from fqcompile.modules.quantize import OF_COMPILING
 
@@ -255,3 +257,35 @@ def test_the_demo_says_what_it_does_before_it_compiles(
     text = written.getvalue().decode()
     assert "about a minute the first time" in text
     assert text.endswith({"embedding": "  int8 ... ", "decoder": "  eager ... "}[part])
+
+
+def test_the_demo_shows_what_a_model_writes_in_each_way(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.OPTConfig(
+        **sizes, ffn_dim=256, word_embed_proj_dim=128, vocab_size=99, max_position_embeddings=32
+    )
+    torch.manual_seed(0)
+    model = transformers.OPTForCausalLM(config).eval()
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(gemma, "PROMPT", "three words here")
+    gemma.show_texts(model, Words(), new_tokens=4)
+    told = capsys.readouterr().out
+    texts = [line.partition(": ")[2].split() for line in told.splitlines()[-6:] if ": " in line]
+    with torch.no_grad():
+        own = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4, do_sample=False)
+    assert [int(word) for word in texts[0]] == own[0, 3:].tolist()
+    assert [len(text) for text in texts] == [4, 4, 4]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+class Words:
+    """A tokenizer: three ids for any text, and ids as words."""
+
+    def __call__(self, text: str, return_tensors: str) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=torch.tensor([[3, 4, 5]]))
+
+    def decode(self, tokens: torch.Tensor) -> str:
+        return " ".join(str(token) for token in tokens.tolist())

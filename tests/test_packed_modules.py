@@ -18,6 +18,8 @@ from fqcompile.weights.parameter import PackedWeight
 from tests.helpers import Mlp, assert_close, frozen
 
 BACKENDS = ["none", "aot_eager", "finequant"]
+# Every format holds it without an error, as its outermost value, with a scale that 16 bits hold.
+EXACT = 127 / 16
 FLAGS = ["", "swap_module_params", "overwrite_module_params"]
 
 
@@ -138,7 +140,7 @@ def test_values_that_are_exchanged_reach_compiled_graphs(backend: str) -> None:
     fqcompile.quantize_(other, min_elements=0)
     torch.utils.swap_tensors(model.up.weight, other.up.weight)
     assert_close(call(x), _dense(model)(x), k=256, depth=3)
-    torch.utils.swap_tensors(model.down.weight, nn.Parameter(torch.ones(128, 256), False))
+    torch.utils.swap_tensors(model.down.weight, nn.Parameter(torch.full((128, 256), EXACT), False))
     assert not isinstance(model.down.weight, PackedWeight)
     assert_close(call(x), _dense(model)(x), k=256, depth=3)
 
@@ -176,8 +178,8 @@ def test_values_of_another_shape_are_no_values(shape: tuple[int, ...], dtype: to
     assert model.up.weight.dtype == torch.float32
     assert torch.equal(model.up.weight.dequantized(), before)
     with torch.no_grad():
-        model.up.weight.copy_(torch.ones(1, 128))
-    assert_close(model.up.weight.dequantized(), torch.ones(256, 128), k=1)
+        model.up.weight.copy_(torch.full((1, 128), EXACT))
+    assert_close(model.up.weight.dequantized(), torch.full((256, 128), EXACT), k=1)
 
 
 def test_memory_is_counted_as_it_is_held() -> None:

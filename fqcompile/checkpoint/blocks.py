@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fqcompile.distributed.shards import Layout, Run
+from fqcompile.distributed.shards import Run, Sharding
 from fqcompile.errors import CheckpointError
 from fqcompile.tensor.codes import pack, unpack
 from fqcompile.tensor.quantized import QuantizedTensor
@@ -73,7 +73,7 @@ def _axis(weight: QuantizedTensor, dim: int) -> str:
     return (("experts", *matrix) if weight.format.experts else matrix)[dim]
 
 
-def assemble(part: Callable[[int], Block], saved: Layout, wanted: Layout | None) -> Block:
+def assemble(part: Callable[[int], Block], saved: Sharding, wanted: Sharding | None) -> Block:
     """Assemble the part that this process needs (None: all) from the parts that `saved` describes.
 
     Raises:
@@ -88,7 +88,7 @@ def assemble(part: Callable[[int], Block], saved: Layout, wanted: Layout | None)
     return join([narrow(block, wanted.dim, *r) for r in wanted.runs[wanted.own]], wanted.dim)
 
 
-def _take(part: Callable[[int], Block], saved: Layout, runs: Sequence[Run]) -> Block:
+def _take(part: Callable[[int], Block], saved: Sharding, runs: Sequence[Run]) -> Block:
     """The runs of the sharded dimension, each from a part that has it."""
     pieces = []
     for number, held in enumerate(saved.runs):

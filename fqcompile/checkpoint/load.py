@@ -20,10 +20,10 @@ from fqcompile.checkpoint.manifest import (
 from fqcompile.checkpoint.model import Slot, check_fits, put, slots
 from fqcompile.checkpoint.shards import MappedShards
 from fqcompile.distributed.shards import (
-    Layout,
+    Sharding,
     is_dtensor,
-    layout_of,
     local_part,
+    sharding_of,
     team_of,
     with_part,
 )
@@ -32,7 +32,7 @@ from fqcompile.files.safetensors_file import ALIGNMENT, DTYPES
 from fqcompile.weights.parameter import PackedWeight
 
 # A value, and the part of it that is held here.
-Wanted = tuple[str, Layout | None]
+Wanted = tuple[str, Sharding | None]
 
 # One compares checksums while the other packs.
 _READERS = 2
@@ -72,7 +72,7 @@ def load_saved(
 def _values(reader: "_Reader", places: Mapping[str, Slot]) -> dict[str, Tensor]:
     """The values by slot; slots that hold the same shard share one value."""
     slots_of = reader.manifest.slots
-    wanted = {name: (r.value, _layout(places.get(name))) for name, r in slots_of.items()}
+    wanted = {name: (r.value, _sharding(places.get(name))) for name, r in slots_of.items()}
     holders: dict[Wanted, list[Slot]] = {want: [] for want in wanted.values()}
     for name, slot in places.items():
         if name in wanted:
@@ -82,8 +82,8 @@ def _values(reader: "_Reader", places: Mapping[str, Slot]) -> dict[str, Tensor]:
     return {name: found[want] for name, want in wanted.items()}
 
 
-def _layout(slot: Slot | None) -> Layout | None:
-    return None if slot is None else layout_of(slot.tensor)
+def _sharding(slot: Slot | None) -> Sharding | None:
+    return None if slot is None else sharding_of(slot.tensor)
 
 
 def _open(directory: Path, verify: bool) -> tuple[Manifest, MappedShards]:
@@ -132,12 +132,12 @@ class _Reader:
 
     def value(self, wanted: Wanted, holders: list[Slot]) -> Tensor:
         """One tensor, or this rank's shard of it; a parameter if the module has one there."""
-        name, layout = wanted
+        name, sharding = wanted
         device = self.device
         if device is None:
             device = next((place for h in holders if (place := _place(h.tensor))), "cpu")
-        if name in self.manifest.sharded or layout is not None:
-            tensor = self._assembled(name, layout, device)
+        if name in self.manifest.sharded or sharding is not None:
+            tensor = self._assembled(name, sharding, device)
         elif name in self.manifest.packed:
             tensor = self._packed(self.manifest.packed[name], device)
         else:
@@ -165,7 +165,7 @@ class _Reader:
             self.shards.release(record.codes)
         return packed
 
-    def _assembled(self, name: str, layout: Layout | None, device: torch.device | str) -> Tensor:
+    def _assembled(self, name: str, own: Sharding | None, device: torch.device | str) -> Tensor:
         """Assemble this rank's shard from the shards that any number of ranks wrote."""
         whole = PartsRecord(self.manifest.shape_of(name), 0, (name,), ((0, self._rows(name)),))
         parts = self.manifest.sharded.get(name, whole)
@@ -177,11 +177,11 @@ class _Reader:
             return blocks[number]
 
         try:
-            block = assemble(part, parts.layout, layout)
+            block = assemble(part, parts.sharding, own)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{name} was saved by {len(parts.parts)} ranks along dimension {parts.dim}, and "
-                f"cannot be cut for {len(layout.runs) if layout else 1}: {error}; load it on as "
+                f"cannot be cut for {len(own.runs) if own else 1}: {error}; load it on as "
                 "many ranks as saved it, or quantize it again with a granularity that divides "
                 "what each rank holds"
             ) from error

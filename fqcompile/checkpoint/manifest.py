@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-from fqcompile.distributed.shards import Layout
+from fqcompile.distributed.shards import Sharding
 from fqcompile.errors import CheckpointError
 from fqcompile.files.safetensors_file import DTYPES, byte_size, encode_header, is_shape
 from fqcompile.files.untrusted import check_name, checked, parse_json, shown
@@ -105,10 +105,10 @@ class PartsRecord:
     bounds: tuple[tuple[int, ...], ...]
 
     @property
-    def layout(self) -> Layout:
-        """The layout as if this process held the first part."""
+    def sharding(self) -> Sharding:
+        """The sharding as if this process held the first part."""
         runs = (tuple(zip(b[::2], b[1::2], strict=True)) for b in self.bounds)
-        return Layout(self.dim, tuple(runs), 0)
+        return Sharding(self.dim, tuple(runs), 0)
 
 
 @dataclass(frozen=True)
@@ -259,12 +259,12 @@ def _parts_problem(manifest: Manifest, record: PartsRecord) -> str | None:
         return f"{len(record.bounds)} of {len(record.parts)} parts along dimension {record.dim}"
     if any(len(bounds) % 2 for bounds in record.bounds):
         return "a run of it has no end"
-    runs = sorted(run for runs in record.layout.runs for run in runs)
+    runs = sorted(run for runs in record.sharding.runs for run in runs)
     ends = [0, *(stop for _, stop in runs)]
     starts = [*(start for start, _ in runs), record.shape[record.dim]]
     if starts != ends:
         return f"its runs {runs} do not cover {record.shape[record.dim]}"
-    for part, held in zip(record.parts, record.layout.runs, strict=True):
+    for part, held in zip(record.parts, record.sharding.runs, strict=True):
         if part not in manifest.packed and part not in manifest.tensors:
             return f"{part} is not there"
         shape = list(record.shape)

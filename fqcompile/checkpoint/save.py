@@ -31,7 +31,7 @@ from fqcompile.checkpoint.manifest import (
 from fqcompile.checkpoint.model import Slot, slots
 from fqcompile.checkpoint.shards import DigestWriter, ShardWriter
 from fqcompile.distributed.ranks import Team
-from fqcompile.distributed.shards import Layout, layout_of, local_part, team_of
+from fqcompile.distributed.shards import Sharding, local_part, sharding_of, team_of
 from fqcompile.errors import CheckpointError, OptionError
 from fqcompile.files.safetensors_file import DTYPE_NAMES, DTYPES
 from fqcompile.files.untrusted import check_name
@@ -47,7 +47,7 @@ class _Held:
 
     name: str
     shape: tuple[int, ...]
-    layout: Layout
+    sharding: Sharding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,11 +166,11 @@ def _write_slots(found: Iterable[Slot], directory: Path, generation: str, team: 
         records[slot.name] = SlotRecord(slot.kind, value)
         if value != slot.name:
             continue
-        layout, name, target = layout_of(slot.tensor), value, shared
-        if layout is not None:
-            name, target = f"{value}.part{layout.own}", writer
-            held[value] = _Held(name, tuple(slot.tensor.shape), layout)
-            if not layout.leads:
+        sharding, name, target = sharding_of(slot.tensor), value, shared
+        if sharding is not None:
+            name, target = f"{value}.part{sharding.own}", writer
+            held[value] = _Held(name, tuple(slot.tensor.shape), sharding)
+            if not sharding.leads:
                 continue
         weight = local_part(slot.tensor)
         if isinstance(weight, PackedWeight):
@@ -269,13 +269,13 @@ def _merged(ranks: Sequence[_Written]) -> _Written:
 
 def _parts_record(held: Sequence[_Held]) -> PartsRecord:
     """The record of a sharded tensor; several ranks may hold the same shard."""
-    names = {part.layout.own: part.name for part in held}
-    layout = held[0].layout
+    names = {part.sharding.own: part.name for part in held}
+    sharding = held[0].sharding
     return PartsRecord(
         shape=held[0].shape,
-        dim=layout.dim,
-        parts=tuple(names[number] for number in range(len(layout.runs))),
-        bounds=tuple(tuple(bound for run in runs for bound in run) for runs in layout.runs),
+        dim=sharding.dim,
+        parts=tuple(names[number] for number in range(len(sharding.runs))),
+        bounds=tuple(tuple(bound for run in runs for bound in run) for runs in sharding.runs),
     )
 
 

@@ -2,13 +2,16 @@
 
 import argparse
 import os
+from typing import Any
 
 import torch
 from torch import nn
 
 from fqcompile.commands import count, load_model, require
+from fqcompile.demo import telling
 from fqcompile.demo.decoder import random_decoder, run_decoder_demo
 from fqcompile.demo.embedding import run_embedding_demo
+from fqcompile.demo.gemma import gemma_missing, load_gemma, show_texts
 from fqcompile.errors import FineQuantError
 
 ROUNDS = 7
@@ -34,15 +37,23 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.part in ("all", "embedding"):
             run_embedding_demo(arguments.rounds)
         if arguments.part in ("all", "decoder"):
-            run_decoder_demo(*_decoder(arguments.model), arguments.new_tokens, arguments.rounds)
+            model, label, tokenizer = _decoder(arguments.model)
+            run_decoder_demo(model, label, arguments.new_tokens, arguments.rounds)
+            if tokenizer is not None:
+                show_texts(model, tokenizer, arguments.new_tokens)
 
 
-def _decoder(directory: str | None) -> tuple[nn.Module, str]:
-    """The model to decode with, and its description."""
+def _decoder(directory: str | None) -> tuple[nn.Module, str, Any]:
+    """The model to decode with, its description, and the tokenizer of Gemma, if it is that."""
     if directory is None:
-        label = "OPT of 6 layers, 768 wide, RANDOM weights (--model DIRECTORY for real ones)"
-        return random_decoder(), label
+        absent = gemma_missing()
+        if absent is None:
+            with telling("Reading Gemma, some minutes the first time"):
+                model, tokenizer = load_gemma(torch.bfloat16)
+            return model, "Gemma 3 270M, REAL weights", tokenizer
+        label = "OPT of 6 layers, 768 wide, RANDOM weights (--model DIRECTORY for real ones; "
+        return random_decoder(), f"{label}{absent}, which has Gemma 3 270M)", None
     model, _ = load_model(directory, torch.bfloat16)
     if not hasattr(model, "generate"):
         raise FineQuantError(f"--model {directory}: not a causal language model")
-    return model, f"{directory}, weights of that checkpoint"
+    return model, f"{directory}, weights of that checkpoint", None

@@ -1,8 +1,8 @@
 """The code of `fqcompile demo`: compile two real models, measure them and check the results.
 
-Part of the package, so that the demo is available wherever fqcompile is installed. Here is what
-both halves share: fair timing of alternatives on a noisy machine, interleaved, medians with their
-spread.
+Part of the package, so that the demo is available wherever fqcompile is installed. This file has
+what both halves share: timings of alternatives that stay fair on a noisy machine, because rounds
+are interleaved and reported as medians with their spread.
 """
 
 import time
@@ -27,7 +27,7 @@ class Timing:
 def time_interleaved(
     alternatives: Mapping[str, Callable[[], object]], rounds: int
 ) -> dict[str, Timing]:
-    """Run each alternative once a round, after one round that is not counted."""
+    """Time each alternative once per round, after a warm-up round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
     for round_number in range(rounds + 1):
         for name, run in alternatives.items():
@@ -39,13 +39,13 @@ def time_interleaved(
 
 
 def _timing(seconds: list[float]) -> Timing:
-    points = seconds * 2 if len(seconds) == 1 else seconds  # of one round there is no spread
+    points = seconds * 2 if len(seconds) == 1 else seconds  # one round has no spread
     deciles = [1e3 * q for q in quantiles(points, n=10, method="inclusive")]
     return Timing(deciles[1], deciles[4], deciles[7])
 
 
 def tell(text: str, end: str = "\n") -> None:
-    """At once, be it a pipe: nobody should wonder what the machine is doing."""
+    """Print without buffering, also to a pipe, so that progress is visible at once."""
     print(text, end=end, flush=True)
 
 

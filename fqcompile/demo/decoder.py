@@ -1,4 +1,4 @@
-"""The demo's second half: greedy generation with a static cache, against Inductor."""
+"""The demo's second half: greedy generation with a static cache, compared with Inductor."""
 
 import copy
 import resource
@@ -69,7 +69,7 @@ def run_decoder_demo(model: nn.Module, label: str, new_tokens: int, rounds: int)
 
 
 def random_decoder() -> nn.Module:
-    """What is measured where no checkpoint is given: half of OPT-125m, with random weights."""
+    """The model measured if no checkpoint is given: half of OPT-125m, with random weights."""
     transformers = import_module("transformers")
     torch.manual_seed(0)
     config = transformers.OPTConfig(**OPT_SHAPE)

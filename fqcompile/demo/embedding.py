@@ -55,7 +55,7 @@ class Embedder(nn.Module):
 
 
 def run_embedding_demo(rounds: int) -> None:
-    """Print what was done to the model's matrices, what it cost in quality, and its latency."""
+    """Print what was done to the model's matrices, its effect on quality, and the latency."""
     tell(f"Sentence embeddings: {PACKAGE}, REAL weights (BERT, 6 layers, 384 wide), fp32")
     model, sentences = load_embedder()
     count = len(sentences.input_ids)
@@ -150,7 +150,7 @@ def _print_latency(runs: dict[str, Embedder], batch: Sentences, rounds: int) -> 
 
 
 def stdlib_sentences(count: int) -> list[str]:
-    """Real sentences that every Python has: first lines of its library's docstrings, all distinct.
+    """Distinct first lines of docstrings of the standard library, which every Python has.
 
     Their order does not depend on the machine.
     """

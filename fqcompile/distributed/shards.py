@@ -136,7 +136,7 @@ Run = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Layout:
+class Sharding:
     """The sharding of one dimension of a tensor over several holders.
 
     Attributes:
@@ -151,8 +151,8 @@ class Layout:
     leads: bool = True
 
 
-def layout_of(tensor: Tensor) -> Layout | None:
-    """The layout of a DTensor; None if this rank holds all of it.
+def sharding_of(tensor: Tensor) -> Sharding | None:
+    """The sharding of a DTensor; None if this rank holds all of it.
 
     Raises:
         ShardingError: it is sharded over several dimensions of its mesh, or in an unsupported way.
@@ -179,7 +179,7 @@ def layout_of(tensor: Tensor) -> Layout | None:
         )
     here_at = tensor.device_mesh.get_coordinate() or ()
     copies = [at for i, at in enumerate(here_at) if i != mesh_dim]
-    return Layout(dim, runs, own, leads=not any(copies))
+    return Sharding(dim, runs, own, leads=not any(copies))
 
 
 def _chunks(run: Run, count: int) -> list[Run]:

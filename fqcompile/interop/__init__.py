@@ -1,6 +1,6 @@
 """Checkpoints for and from other programs: compressed-tensors both ways, GPTQ and AWQ in.
 
-export       export_layout     rows of packed weights -> layers by the checkpoint's names
+export       export_contents   rows of packed weights -> layers by the checkpoint's names
              export_blocks     one scheme for what an engine fuses, codes are never changed; then
                                tensors, one at a time
              export_config     targets, groups and ignore

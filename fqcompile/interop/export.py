@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fqcompile.checkpoint.data import data_of, without_data
 from fqcompile.checkpoint.directory import remove_save
 from fqcompile.checkpoint.hugging_face import without_code
 from fqcompile.checkpoint.manifest import MANIFEST, read_manifest, versions
@@ -30,6 +31,7 @@ from fqcompile.interop.export_blocks import (
     packed_bytes,
 )
 from fqcompile.interop.export_config import model_config, quantization_config
+from fqcompile.interop.export_contents import Contents, Piece, Saved, contents_of
 from fqcompile.interop.export_directory import (
     QUANTIZED,
     check_free,
@@ -37,7 +39,6 @@ from fqcompile.interop.export_directory import (
     real_path,
     write_checkpoint,
 )
-from fqcompile.interop.export_layout import Layout, Piece, Saved, lay_out
 from fqcompile.interop.layers import Layer, Scheme, is_embedding, stack_of
 from fqcompile.modules.quantize import packing_config
 from fqcompile.report import Plan, Site
@@ -95,7 +96,7 @@ class Request:
 
     @cached_property
     def config(self) -> FineQuantConfig:
-        return packing_config(self.options)
+        return packing_config(without_data(self.options))
 
     @property
     def quantizing(self) -> dict[str, object]:
@@ -115,7 +116,7 @@ class Request:
             str(self.source.resolve()),
             source or open_source(self.source).identity,
             [self.to, self.profile, self.tp, str(self.dtype)],
-            [self.config.as_dict(), versions()],
+            [self.config.as_dict(), versions(), str(data_of(self.source, **self.options))],
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -172,11 +173,9 @@ def export(
 def _export(request: Request, directory: Path, say: Callable[[str], None]) -> Plan:
     if request.is_saved:
         return _write(Saved.open(request.source), directory, request)
-    quantized, options = directory / QUANTIZED, request.quantizing
-    inner: Any = options
-    quantize_checkpoint(
-        request.source, quantized, dtype=request.dtype, resume=True, say=say, **inner
-    )
+    quantized = directory / QUANTIZED
+    own: Any = request.quantizing
+    quantize_checkpoint(request.source, quantized, dtype=request.dtype, resume=True, say=say, **own)
     say(f"{request.to} has uniform levels alone: weights of 4 bits were quantized to these")
     plan = _write(Saved.open(quantized), directory, request)
     remove_save(quantized)
@@ -184,28 +183,28 @@ def _export(request: Request, directory: Path, say: Callable[[str], None]) -> Pl
 
 
 def _write(saved: Saved, directory: Path, request: Request) -> Plan:
-    layout = lay_out(saved)
-    dense = _dense_layers(layout)
-    choices = harmonize(saved, layout.pieces, dense, request.profile, request.tp)
-    plan = _plan_of(saved, layout, choices)
+    contents = contents_of(saved)
+    dense = _dense_layers(contents)
+    choices = harmonize(saved, contents.pieces, dense, request.profile, request.tp)
+    plan = _plan_of(saved, contents, choices)
     if request.config.on_unsupported == "error":
         _check_unsupported(plan, saved)
     schemes = {name: c.scheme for name, c in choices.items() if c.scheme is not None}
     if not schemes:
         lines = "\n".join(plan.kept_lines())
         raise CheckpointError(f"nothing of {saved.directory} can be exported:\n{lines}")
-    config = _config(saved, layout, schemes, dense)
-    _check_loads(config, layers(layout, choices, dense), request, plan)
+    config = _config(saved, contents, schemes, dense)
+    _check_loads(config, layers(contents, choices, dense), request, plan)
     content = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     files = {**other_files(saved.directory), "config.json": content}
-    write_checkpoint(directory, list(blocks(saved, layout, choices)), files)
+    write_checkpoint(directory, list(blocks(saved, contents, choices)), files)
     return plan
 
 
-def _dense_layers(layout: Layout) -> dict[str, Layer]:
+def _dense_layers(contents: Contents) -> dict[str, Layer]:
     """Names of the checkpoint's layers that are dense in the saved model too."""
     found = {}
-    for whole in layout.wholes:
+    for whole in contents.wholes:
         for name, (_, shape) in whole.tensors.items():
             module, _, parameter = name.rpartition(".")
             if parameter == "weight" and len(shape) == 2 and not is_embedding(module):
@@ -213,19 +212,19 @@ def _dense_layers(layout: Layout) -> dict[str, Layer]:
     return found
 
 
-def _dense_stacks(layout: Layout) -> set[str]:
+def _dense_stacks(contents: Contents) -> set[str]:
     """Expert modules that are also stored as one tensor in the checkpoint."""
-    tensors = (item for whole in layout.wholes for item in whole.tensors.items())
+    tensors = (item for whole in contents.wholes for item in whole.tensors.items())
     return {_module(name) for name, (_, shape) in tensors if len(shape) == 3}
 
 
 def _config(
-    saved: Saved, layout: Layout, schemes: Mapping[str, Scheme], dense: Mapping[str, Layer]
+    saved: Saved, contents: Contents, schemes: Mapping[str, Scheme], dense: Mapping[str, Layer]
 ) -> dict[str, Any]:
     heads = {_module(name) for name in saved.tied}
-    dense_pieces = (p.name for p in layout.pieces if p.name not in schemes)
-    kept = {*dense, *dense_pieces, *heads, *_dense_stacks(layout)}
-    aliases = {p.name: _module(p.source) for p in layout.pieces if stack_of(p.name) is None}
+    dense_pieces = (p.name for p in contents.pieces if p.name not in schemes)
+    kept = {*dense, *dense_pieces, *heads, *_dense_stacks(contents)}
+    aliases = {p.name: _module(p.source) for p in contents.pieces if stack_of(p.name) is None}
     quantization = quantization_config(schemes, kept, aliases)
     own = without_code(saved.manifest.model["config"])
     return model_config(own, quantization, saved.dtype, saved.untied)
@@ -256,15 +255,15 @@ def _check_loads(
 _HEADS_EXCLUDED = excluded_by(HEAD_NAMES.pattern)
 
 
-def _plan_of(saved: Saved, layout: Layout, choices: Mapping[str, Choice]) -> Plan:
+def _plan_of(saved: Saved, contents: Contents, choices: Mapping[str, Choice]) -> Plan:
     """The plan of the saved model, updated with the form of each weight in the checkpoint."""
     pieces: dict[str, list[Piece]] = {}
-    for piece in layout.pieces:
+    for piece in contents.pieces:
         pieces.setdefault(piece.source, []).append(piece)
     sites = []
     for site in map(site_from, saved.manifest.sites):
         own = pieces.get(site.name, [])
-        reason = layout.reasons.get(site.name) or next(
+        reason = contents.reasons.get(site.name) or next(
             (r for piece in own if (r := choices[piece.name].reason)), None
         )
         if site.reason == _HEADS_EXCLUDED:

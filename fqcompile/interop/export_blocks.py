@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fqcompile.files.safetensors_file import DTYPE_NAMES, DTYPES, byte_size
-from fqcompile.interop.export_layout import Layout, Piece, Saved, Whole
+from fqcompile.interop.export_contents import Contents, Piece, Saved, Whole
 from fqcompile.interop.layers import (
     BITS,
     GROUP_SIZES,
@@ -180,22 +180,22 @@ class Block:
         return sum(byte_size(*entry) for entry in self.tensors.values())
 
 
-def blocks(saved: Saved, layout: Layout, choices: Mapping[str, Choice]) -> Iterator[Block]:
+def blocks(saved: Saved, contents: Contents, choices: Mapping[str, Choice]) -> Iterator[Block]:
     """All of a checkpoint."""
-    for whole in layout.wholes:
+    for whole in contents.wholes:
         yield _whole_block(saved, whole)
-    for piece in layout.pieces:
+    for piece in contents.pieces:
         scheme = choices[piece.name].scheme
         yield _dense_block(saved, piece) if scheme is None else _packed_block(saved, piece, scheme)
 
 
 def layers(
-    layout: Layout, choices: Mapping[str, Choice], dense: Mapping[str, Layer]
+    contents: Contents, choices: Mapping[str, Choice], dense: Mapping[str, Layer]
 ) -> list[Layer]:
     """The same as the rules of engines see it."""
     return [
         *dense.values(),
-        *(Layer(p.name, p.n, p.k, choices[p.name].scheme) for p in layout.pieces),
+        *(Layer(p.name, p.n, p.k, choices[p.name].scheme) for p in contents.pieces),
     ]
 
 

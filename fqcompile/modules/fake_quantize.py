@@ -71,7 +71,7 @@ def _target(places: Mapping[int, Sequence[Holder]], site: Site) -> _Target:
     if not isinstance(recipe, SiteRecipe):
         raise FineQuantError(
             f"site {site.name} has no recipe: pass the plan that explain() or a report gave, "
-            "not one read from a file"
+            "not one read from a file, nor one of GPTQ, whose values a model has after restore()"
         )
     try:
         recipe.recipe.check_writable()

@@ -12,13 +12,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from fqcompile.distributed.ranks import progress
-from fqcompile.modules.calibrate import collect_inputs
+from fqcompile.distributed.shards import is_part
+from fqcompile.errors import OptionError, ShardingError
+from fqcompile.modules.calibrate import batches_of, collect_inputs
 from fqcompile.modules.weights import ModuleWeight
+from fqcompile.options import one_of
 from fqcompile.quant.choose import QuantPlan
 from fqcompile.quant.gptq import compensate, factor_of, measured, refusal
 from fqcompile.tensor.quantized import QuantizedTensor
@@ -71,17 +75,41 @@ class Inputs:
 class ModelInputs:
     """The inputs of a model's weights, found when they are asked for, in the order of weights.
 
-    Args:
+    Attributes:
         batches: what the model is called with, as `collect_inputs` takes them.
-        weights: those that will be asked for.
     """
 
     def __init__(
         self, model: nn.Module, batches: Sequence[object], weights: Iterable[ModuleWeight]
     ) -> None:
-        self._model, self._batches = model, batches
+        self._model, self.batches = model, batches
         self._ahead = deque(part for weight in weights for part in _parts(weight))
         self._found: dict[tuple[str, int], Inputs] = {}
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, weights: Sequence[ModuleWeight], calibration: object, method: str
+    ) -> Self | None:
+        """For the option `method`; None where it is not GPTQ.
+
+        Raises:
+            OptionError: there is no such method, or it is given no inputs.
+            ShardingError: a weight is sharded: ranks might run the model in other numbers of parts.
+        """
+        if one_of("scale", GPTQ)("method", method) != GPTQ:
+            return None
+        if calibration is None or isinstance(calibration, str):
+            raise OptionError(
+                f"option method is {GPTQ!r}, which needs your own inputs, and calibration is "
+                f"{calibration!r}: give it batches of some thousand rows in all"
+            )
+        for weight in weights:
+            if is_part(weight.parameter):
+                raise ShardingError(
+                    f"option method is {GPTQ!r}, and {weight.name} is sharded: call quantize_ and "
+                    "fqcompile.save on one device, and fqcompile.load on all"
+                )
+        return cls(model, list(batches_of(calibration)), weights)
 
     def take(self, weight: ModuleWeight, expert: int) -> Inputs:
         """Those of one matrix, which are not kept here any longer."""
@@ -113,7 +141,7 @@ class ModelInputs:
                 rows = x.reshape(-1, x.shape[-1])
                 own.add(product_of(rows), len(rows))
 
-        batches = progress(self._batches, "fqcompile: running batches", leave=False, delay=2)
+        batches = progress(self.batches, "fqcompile: running batches", leave=False, delay=2)
         collect_inputs(self._model, batches, {w.name: w for w, _ in parts}.values(), collect)
         return _shared(found)
 

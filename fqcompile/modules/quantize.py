@@ -19,6 +19,7 @@ from fqcompile.distributed.shards import (
 from fqcompile.errors import OptionError, UnquantizableWeight
 from fqcompile.kernels.registry import kernel_for
 from fqcompile.modules.calibrate import calibrated
+from fqcompile.modules.gptq import ModelInputs, compensated
 from fqcompile.modules.weights import ModuleWeight, module_weights
 from fqcompile.passes.summary import SiteRecipe, said_of
 from fqcompile.quant.calibration import Calibration
@@ -34,15 +35,17 @@ from fqcompile.weights.store import plain_eager
 OF_COMPILING = "weight_updates autotune debug_dir inner_backend inductor mode".split()
 
 
-def quantize_(model: nn.Module, *, calibration: Any = "synthetic", **options: object) -> Plan:
+def quantize_(
+    model: nn.Module, *, calibration: Any = "synthetic", method: str = "scale", **options: object
+) -> Plan:
     """Replace the weights of linears, Conv1Ds and stacks of experts with packed ones, in place.
 
     The model then runs eagerly and under every torch.compile backend, including "finequant", which
     uses the packed weights as they are. A linear that shares its weight with an embedding, or with
     another module that may read it as a table, gets a packed copy; the original stays dense.
     Packed weights cannot be trained; adapters on top of them can. Weights are packed one at a time,
-    so peak memory is the model plus one weight. In a sharded model each rank packs its own shards,
-    and all ranks must call this function.
+    so peak memory is the model plus one weight; with "gptq", plus up to 4 GiB. In a sharded model
+    each rank packs its own shards, and all ranks must call this function.
 
     Args:
         calibration: what the model is run on first, to see in which columns of its weights errors
@@ -50,6 +53,9 @@ def quantize_(model: nn.Module, *, calibration: Any = "synthetic", **options: ob
             inputs, as a tensor, a dict of keyword arguments, or an iterable of such; or None, not
             at all. A copy that shares the parameters runs, so that buffers, caches, the training
             mode and random numbers stay as they are.
+        method: "scale" rounds each weight, at the best scales. "gptq" needs your own inputs: codes
+            of 4 bits make up for each other's errors, where 512 rows or more came to a weight, or
+            expert; some thousand are better. What an interrupted run had made is found on disk.
         options: the fields of `FineQuantConfig` that choose which weights are quantized, and how.
 
     Returns:
@@ -58,26 +64,41 @@ def quantize_(model: nn.Module, *, calibration: Any = "synthetic", **options: ob
     Raises:
         OptionError: an option is unknown, its value is not allowed, or it only affects compilation.
         UnquantizableWeight: a weight cannot be quantized and `on_unsupported="error"`.
-        ShardingError: FSDP wraps the model or a part of it.
+        ShardingError: FSDP wraps the model or a part of it; or it is sharded, for "gptq".
         RankError: ranks of a sharded model used different options or plans.
     """
     known = calibration is None or isinstance(calibration, str)
     config = packing_config(options | {"calibration": calibration} if known else options)
     refuse_fsdp_modules(model)
     waiting = module_weights(model, config)[::-1]
-    calibrations = calibrated(model, _worth_it(waiting, config), calibration)
+    found = _worth_it(waiting, config)
+    inputs = ModelInputs.of(model, found, calibration, method)
+    batches = calibration if inputs is None else inputs.batches
+    calibrations = calibrated(model, found, batches)
+    del found  # a list of them all would hold every original until the end
     whole = {w.name for w in waiting if not is_part(w.parameter)}
     groups = rank_groups(weight.parameter for weight in waiting)
-    sites = []
-    size = len(waiting)
-    bar: tqdm[object] = progress(desc="fqcompile: packing", total=size, unit="weight", delay=2)
-    with bar:
-        while waiting:  # a list of them all would hold every original until the end
-            sites.append(_pack(waiting.pop(), config, calibrations))
-            bar.update()
+    sites = _pack_all(waiting, config, calibrations, inputs)
     agree("what quantize_ packs", _shared_facts(sites, whole, config), groups)
     given = {} if known else {"calibration": "batches"}
     return Plan(tuple(sites), config.as_dict() | given)
+
+
+def _pack_all(
+    waiting: list[ModuleWeight],
+    config: FineQuantConfig,
+    calibrations: Mapping[str, Calibration],
+    inputs: ModelInputs | None,
+) -> list[Site]:
+    """The rows of the weights, which are taken from the end of the list."""
+    sites, size = [], len(waiting)
+    bar: tqdm[object] = progress(desc="fqcompile: packing", total=size, unit="weight", delay=2)
+    with bar:
+        while waiting:
+            found = waiting.pop()
+            sites.append(_pack(found, config, calibrations.get(found.name), inputs))
+            bar.update()
+    return sites
 
 
 def _worth_it(weights: Sequence[ModuleWeight], config: FineQuantConfig) -> list[ModuleWeight]:
@@ -114,13 +135,16 @@ def packing_config(options: Mapping[str, object]) -> FineQuantConfig:
 
 
 def _pack(
-    found: ModuleWeight, config: FineQuantConfig, calibrations: Mapping[str, Calibration]
+    found: ModuleWeight,
+    config: FineQuantConfig,
+    calibration: Calibration | None,
+    inputs: ModelInputs | None,
 ) -> Site:
     reason = found.reason
     if reason is None:
         try:
             options = config.site_options(found.name, head=found.head)
-            plan, packed = pack_weight(found, options, calibrations.get(found.name))
+            plan, packed = _pack_weight(found, options, calibration, inputs)
         except UnquantizableWeight as error:
             reason = str(error)
             if config.on_unsupported == "error":
@@ -130,11 +154,16 @@ def _pack(
     for module, attribute in found.holders:
         parameter = nn.Parameter(with_part(found.parameter, packed), requires_grad=False)
         module._parameters[attribute] = parameter
-    return packed_site(found, plan, packed)
+    site = packed_site(found, plan, packed)
+    # What GPTQ makes cannot be made again of the weight and its plan.
+    return site if inputs is None else replace(site, recipe=None)
 
 
-def pack_weight(
-    found: ModuleWeight, options: SiteOptions, calibration: Calibration | None = None
+def _pack_weight(
+    found: ModuleWeight,
+    options: SiteOptions,
+    calibration: Calibration | None,
+    inputs: ModelInputs | None,
 ) -> tuple[QuantPlan, PackedWeight]:
     """Choose bits and groups of a weight and quantize it, on its device.
 
@@ -143,7 +172,7 @@ def pack_weight(
     """
     for _ in range(ATTEMPTS):
         before = fingerprint((found.weight,))
-        result = _packed(found, options, calibration)
+        result = _packed(found, options, calibration, inputs)
         if fingerprint((found.weight,)) == before:
             return result
     # Packing a copy would replace a weight that is still being written to, and lose the writes.
@@ -154,16 +183,22 @@ def pack_weight(
 
 
 def _packed(
-    found: ModuleWeight, options: SiteOptions, calibration: Calibration | None
+    found: ModuleWeight,
+    options: SiteOptions,
+    calibration: Calibration | None,
+    inputs: ModelInputs | None,
 ) -> tuple[QuantPlan, PackedWeight]:
     weight = found.weight
     with plain_eager(weight.device.type):
         scale_dtype = scale_dtype_beside(weight.dtype)
         h = None if calibration is None else calibration.h
         plan, codes = find_or_quantize(found.matrix, options, scale_dtype, h)
+        plan = replace(plan, calibration=calibration)
+        if inputs is not None and calibration is not None:
+            plan, codes = compensated(found, (plan, codes), inputs, options.error_budget)
         codes = codes.changed(transposed=found.transposed)
         packed = PackedWeight.of(codes, weight.dtype, found.name)
-    return replace(plan, calibration=calibration), packed
+    return plan, packed
 
 
 def site_of(found: ModuleWeight) -> Site:

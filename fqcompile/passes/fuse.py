@@ -11,16 +11,14 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from fqcompile.passes.effects import effects_between
+from fqcompile.passes.expert_bias import expert_bias
 from fqcompile.passes.fuse_patterns import (
     MULTIPLIES,
     activation_name,
-    bias_per_expert,
     gated_unit,
     is_call,
-    is_even_routing,
 )
 from fqcompile.passes.op_nodes import (
-    ADDS,
     absorb,
     argument,
     can_stack,
@@ -107,57 +105,6 @@ def _absorb_term(state: GraphState, node: fx.Node, name: str, shape: Sequence[ob
     if value is None or out is None or value.dtype != out.dtype:
         return False
     return same_shape(value.shape, shape) and absorb(state, op, None, node, **{name: term})
-
-
-def _expert_bias(state: GraphState, node: fx.Node) -> bool:
-    """op(x, ids=ids) + b[ids] -> op(x, b, ids=ids), for b [E, N]; see `bias_per_expert`
-
-    op(x, offsets=arange(1, E + 1) * C) + b [E, 1, N] -> op(x, b.reshape(E, N), offsets=...)
-
-    Also for an in-place sum, if nothing else reads its first term before.
-    """
-    if not is_call(node, (*ADDS, "add_"), 2):
-        return False
-    in_place = is_call(node, ("iadd", "add_"))
-    for value, term in (node.args, node.args[::-1])[: 1 if in_place else 2]:
-        op, view = op_under(value, sole=not is_call(node, ("add_",)))
-        if op is None or is_linear(op) or argument(op, "bias") is not None or not is_plain(op):
-            continue
-        bias = _biases(state, op, term, node)
-        if bias is not None and _absorb_sum(state, op, view, node, bias):
-            return True
-    return False
-
-
-def _biases(state: GraphState, op: fx.Node, term: object, node: fx.Node) -> fx.Node | None:
-    """The biases [E, N], emitted before `node`."""
-    value, out = example(term), example(node)
-    if not isinstance(term, fx.Node) or value is None or out is None or value.dtype != out.dtype:
-        return None
-    experts, n = state.packed[op].experts, argument(op, "n")
-    if same_shape(value.shape, out.shape):
-        return bias_per_expert(op, term, experts, state.written)
-    # [E, 1, .., N] beside [E, C, .., N]: of fewer dimensions, E would meet another than the first
-    each = (experts, *(1,) * (out.dim() - 2), n)
-    if not (is_even_routing(op, experts) and same_shape(value.shape, each)):
-        return None
-    with state.graph.inserting_before(node):
-        bias = state.graph.call_method("reshape", (term, (experts, n)))
-    bias.meta["example_value"] = value.reshape(experts, n)
-    return bias
-
-
-def _absorb_sum(
-    state: GraphState, op: fx.Node, view: fx.Node | None, node: fx.Node, bias: fx.Node
-) -> bool:
-    """Like `absorb`; an op that the sum writes to in place may also be read afterwards."""
-    if not is_call(node, ("add_",)) or view is not None:
-        return absorb(state, op, view, node, bias=bias)
-    read_before = any(user < node for user in op.users)
-    if read_before or not same_value(node, op) or effects_between(op, node):
-        return False
-    op.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
-    return absorb(state, op, None, node, bias=bias)
 
 
 def _activation(state: GraphState, node: fx.Node) -> bool:
@@ -289,7 +236,7 @@ class Rule:
 RULES = (
     Rule("views", _views, keeps_backward=True),
     Rule("bias", _bias, keeps_backward=True),
-    Rule("expert_bias", _expert_bias, keeps_backward=True),
+    Rule("expert_bias", expert_bias, keeps_backward=True),
     Rule("activation", _activation),
     Rule("gated", _gated),
     Rule("halves", _halves),

@@ -1,22 +1,18 @@
-"""Patterns that fuse recognizes around a matmul: activations, gated units, biases of experts."""
+"""Patterns that fuse recognizes after a matmul: activations and gated units."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
 from fqcompile.kernels.epilogue import SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT
-from fqcompile.passes.gather import whole_rows
-from fqcompile.passes.op_nodes import argument
-from fqcompile.passes.state import example, same_shape
+from fqcompile.passes.state import example
 from fqcompile.weights.recipe import target_name
 
 MULTIPLIES = ("mul", "__mul__", "multiply")
 _ADDS = ("add", "__add__")
 _CLAMPS = ("clamp", "clip")
-_CASTS = ("to", "int", "long", "float", "type", "contiguous")
-_RESHAPES = ("reshape", "view", "flatten")
 
 
 def is_call(node: Any, names: tuple[str, ...], count: int | None = None) -> bool:
@@ -174,11 +170,11 @@ def _clamped(node: Any, low: float | None, high: float) -> Any | None:
     """What the node clamps to these bounds."""
     if not is_call(node, _CLAMPS):
         return None
-    value, *bounds = _bound(node, "input", "min", "max")
+    value, *bounds = bound_arguments(node, "input", "min", "max")
     return value if bounds == [low, high] else None
 
 
-def _bound(call: fx.Node, *names: str) -> list[Any]:
+def bound_arguments(call: fx.Node, *names: str) -> list[Any]:
     """The call's arguments of these names, which are the first ones; None where left out."""
     given = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
     return [given.get(name) for name in names]
@@ -198,88 +194,3 @@ def _width(node: fx.Node) -> int:
     value = example(node)
     size = 1 if value is None or not value.dim() else value.shape[-1]
     return size if isinstance(size, int) else 1
-
-
-def bias_per_expert(
-    op: fx.Node, term: fx.Node, experts: int, written: Container[fx.Node]
-) -> fx.Node | None:
-    """The node of the biases [E, N], or None if `term` is not a bias of the rows' experts.
-
-    matmul(x, .., ids=ids) + b[ids]              ->  b
-    matmul(x, .., offsets=o) + b[sorted_ids]     ->  b, if o counts those ids
-
-    Nor where something between the routing and the sum may be `written` to: the op reads biases and
-    routing in its own place.
-    """
-    picked = _picked(_without(term, _RESHAPES))
-    if picked is None:
-        return None
-    bias, ids = picked
-    read = {*_between(term, bias), *_between(argument(op, "routing"), ids), bias, ids}
-    if any(node in written for node in read):
-        return None
-    value = example(bias)
-    if value is None or not same_shape(value.shape, (experts, argument(op, "n"))):
-        return None
-    routing = argument(op, "routing")
-    if argument(op, "ids") is not None:
-        return bias if ids is _without(routing, _RESHAPES) or ids is routing else None
-    return bias if _is_sorted(ids) and ids is _counted(routing, experts) else None
-
-
-def is_even_routing(op: fx.Node, experts: int) -> bool:
-    """Whether every expert has equally many rows: offsets 1, 2, ..., E times one number."""
-    routing = argument(op, "routing")
-    if not is_call(routing, ("mul",)) or not routing.args:
-        return False
-    counts = routing.args[0]
-    return is_call(counts, ("arange",)) and counts.args == (1, experts + 1)
-
-
-def _picked(term: Any) -> tuple[fx.Node, fx.Node] | None:
-    """(b, ids) of b[ids]."""
-    if not isinstance(term, fx.Node) or len(term.args) < 2:
-        return None
-    by_select = is_call(term, ("index_select",)) and term.args[1] == 0
-    if not by_select and not is_call(term, ("getitem",)):
-        return None
-    source, index = term.args[0], whole_rows(term.args[-1])
-    both = isinstance(source, fx.Node) and isinstance(index, fx.Node)
-    return (source, index) if both else None  # type: ignore[return-value]
-
-
-def _counted(offsets: Any, experts: int) -> fx.Node | None:
-    """The ids of which `offsets` are the running counts: cumsum(histc(ids))."""
-    total = _without(offsets, _CASTS)
-    if not is_call(total, ("cumsum",)):
-        return None
-    counts = _without(total.args[0] if total.args else None, _CASTS)
-    if not is_call(counts, ("histc",)) or not counts.args:
-        return None
-    if _bound(counts, "input", "bins", "min", "max")[1:] != [experts, 0, experts - 1]:
-        return None
-    ids = _without(counts.args[0], _CASTS)
-    return ids if isinstance(ids, fx.Node) else None
-
-
-def _is_sorted(ids: fx.Node) -> bool:
-    """Whether these are the values that an ascending sort gave."""
-    if not is_call(ids, ("getitem",)) or ids.args[1] != 0 or not is_call(ids.args[0], ("sort",)):
-        return False
-    sort = ids.args[0]
-    assert isinstance(sort, fx.Node)
-    return not sort.kwargs.get("descending") and True not in sort.args
-
-
-def _between(node: Any, source: fx.Node) -> Iterator[fx.Node]:
-    """The node and what leads from it to `source` by first arguments."""
-    while isinstance(node, fx.Node) and node is not source:
-        yield node
-        node = node.args[0] if node.args else None
-
-
-def _without(node: Any, names: tuple[str, ...]) -> Any:
-    """What the node was before calls of these names."""
-    while isinstance(node, fx.Node) and target_name(node.target) in names and node.args:
-        node = node.args[0]
-    return node

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fqcompile.checkpoint.blocks import Block, assemble, join, narrow
-from fqcompile.distributed.shards import Layout, _chunks
+from fqcompile.distributed.shards import Sharding, _chunks
 from fqcompile.errors import CheckpointError
 from fqcompile.quant.choose import QuantPlan, quantize_weight
 from fqcompile.tensor.format import INT4, INT8, NORMAL4, QTYPES, QType
@@ -16,15 +16,15 @@ from fqcompile.tensor.quantized import QuantizedTensor
 from tests.tiers import examples
 
 
-def _layout(dim: int, size: int, holders: int, factor: int, own: int) -> Layout:
+def _sharding(dim: int, size: int, holders: int, factor: int, own: int) -> Sharding:
     pieces = [_chunks(piece, holders) for piece in _chunks((0, size), factor)]
-    return Layout(dim, tuple(tuple(p[i] for p in pieces) for i in range(holders)), own)
+    return Sharding(dim, tuple(tuple(p[i] for p in pieces) for i in range(holders)), own)
 
 
-def _cut(dense: torch.Tensor, layout: Layout, own: int) -> torch.Tensor:
+def _cut(dense: torch.Tensor, sharding: Sharding, own: int) -> torch.Tensor:
     """By torch's own chunks, where they leave none out."""
-    runs = [dense.narrow(layout.dim, a, b - a) for a, b in layout.runs[own]]
-    return torch.cat(runs, layout.dim)
+    runs = [dense.narrow(sharding.dim, a, b - a) for a, b in sharding.runs[own]]
+    return torch.cat(runs, sharding.dim)
 
 
 def _packed(dense: torch.Tensor, transposed: bool, qtype: QType, group: int) -> QuantizedTensor:
@@ -48,7 +48,7 @@ def test_runs_are_those_of_torch_chunk(factor: int) -> None:
         halves = [half.chunk(holders) for half in index.chunk(factor)]
         for own in range(holders):
             wanted = torch.cat([half[own] for half in halves])
-            assert torch.equal(_cut(index, _layout(0, 24, holders, factor, own), own), wanted)
+            assert torch.equal(_cut(index, _sharding(0, 24, holders, factor, own), own), wanted)
     assert _chunks((0, 3), 4) == [(0, 1), (1, 2), (2, 3), (3, 3)]
 
 
@@ -64,7 +64,7 @@ def test_any_number_of_ranks_gets_what_any_other_saved(data: Any) -> None:
     dense = torch.randn(*([experts] if experts else []), *sizes)
     saved_dim, wanted_dim = draw(range(dense.dim())), draw(range(dense.dim()))
     saved_by, wanted_by = draw([1, 2, 4]), draw([1, 2, 4])
-    saved = _layout(saved_dim, dense.shape[saved_dim], saved_by, draw([1, 2]), 0)
+    saved = _sharding(saved_dim, dense.shape[saved_dim], saved_by, draw([1, 2]), 0)
     groups = [draw([16, 32, 1 << 20]) for _ in range(saved_by)]
     qtype = draw([*QTYPES.values()])
     parts = [
@@ -72,7 +72,7 @@ def test_any_number_of_ranks_gets_what_any_other_saved(data: Any) -> None:
         for number, group in enumerate(groups)
     ]
     whole = _put_together(saved, [_dense(part) for part in parts], dense.shape)
-    wanted = _layout(wanted_dim, dense.shape[wanted_dim], wanted_by, draw([1, 2]), wanted_by - 1)
+    wanted = _sharding(wanted_dim, dense.shape[wanted_dim], wanted_by, draw([1, 2]), wanted_by - 1)
     block = assemble(parts.__getitem__, saved, wanted)
     assert isinstance(block, QuantizedTensor)
     assert torch.equal(_dense(block), _cut(whole, wanted, wanted.own))
@@ -80,7 +80,7 @@ def test_any_number_of_ranks_gets_what_any_other_saved(data: Any) -> None:
     assert isinstance(block, torch.Tensor) and torch.equal(block, whole)
 
 
-def _put_together(saved: Layout, parts: list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
+def _put_together(saved: Sharding, parts: list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
     """Each part's values at the indices that it holds."""
     whole = torch.empty(shape)
     for runs, part in zip(saved.runs, parts, strict=True):
@@ -101,17 +101,17 @@ def test_what_cannot_be_cut_or_joined_is_said() -> None:
     for other in (INT4, INT8):
         with pytest.raises(CheckpointError, match=r"bits and levels of .*; they must be equal"):
             join([block, _packed(dense, False, other, 32)], 0)
-    layout = Layout(0, (((0, 8),), ((8, 16),)), 0)
+    sharding = Sharding(0, (((0, 8),), ((8, 16),)), 0)
     with pytest.raises(CheckpointError, match="some are not"):
-        assemble(lambda i: dense if i else block, layout, None)
+        assemble(lambda i: dense if i else block, sharding, None)
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_more_ranks_than_experts_leave_one_with_nothing(packed: bool) -> None:
     dense = torch.randn(2, 32, 64)
     block = _packed(dense, False, NORMAL4, 32) if packed else dense
-    saved = _layout(0, 2, 1, 1, 0)
-    first, last = (_layout(0, 2, 4, 1, own) for own in (0, 3))
+    saved = _sharding(0, 2, 1, 1, 0)
+    first, last = (_sharding(0, 2, 4, 1, own) for own in (0, 3))
     assert isinstance(assemble(lambda i: block, saved, first), type(block))
     if packed:
         with pytest.raises(CheckpointError, match="a rank would have none of it"):

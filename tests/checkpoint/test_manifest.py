@@ -164,7 +164,7 @@ IN_PARTS = replace(
 def test_values_in_parts_are_found() -> None:
     assert Manifest.from_json(IN_PARTS.to_json(), PATH) == IN_PARTS
     assert IN_PARTS.shape_of("v") == (4, 2)
-    assert IN_PARTS.sharded["v"].layout.runs == (((0, 1), (2, 4)), ((1, 2),))
+    assert IN_PARTS.sharded["v"].sharding.runs == (((0, 1), (2, 4)), ((1, 2),))
 
 
 @pytest.mark.parametrize(

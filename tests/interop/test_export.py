@@ -20,7 +20,7 @@ from fqcompile.checkpoint import shards
 from fqcompile.checkpoint.manifest import PartsRecord, read_manifest
 from fqcompile.cli import main
 from fqcompile.errors import CheckpointError, OptionError, UnquantizableWeight
-from fqcompile.interop import export_blocks, export_directory, export_layout
+from fqcompile.interop import export_blocks, export_contents, export_directory
 from tests.checkpoint.crashes import count_operations, crash
 from tests.interop.models import make, save_quantized, tensors_of
 from tests.tiers import examples
@@ -296,7 +296,7 @@ def test_what_several_ranks_saved_is_to_be_saved_whole_first(
     whole = read_manifest(saved)
     parts = PartsRecord((2, 2), 0, ("a", "b"), ((0, 1), (1, 2)))
     in_parts = replace(whole, sharded={"model.layers.0.weight": parts})
-    monkeypatch.setattr(export_layout, "read_manifest", lambda directory: in_parts)
+    monkeypatch.setattr(export_contents, "read_manifest", lambda directory: in_parts)
     with pytest.raises(CheckpointError, match=r"saved by several ranks.*fqcompile.save\(fqcompile"):
         fqcompile.export(saved, tmp_path / "out")
 
@@ -364,7 +364,7 @@ def test_files_put_into_the_directory_of_the_quantized_stay(
     out, partial = tmp_path / "out", tmp_path / "out.partial"
 
     def write(text: str) -> None:  # while it runs
-        if partial.exists():
+        if (partial / "quantized").exists():
             (partial / "quantized" / "notes.txt").write_text("mine")
 
     options: dict[str, Any] = {"min_elements": 1024, "say": write}

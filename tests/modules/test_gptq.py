@@ -1,5 +1,6 @@
 """GPTQ over models: whose inputs are found, in how many runs; what is made of them and kept."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fqcompile import fake_quantize_, quantize_
 from fqcompile.config import FineQuantConfig, SiteOptions
+from fqcompile.errors import FineQuantError, OptionError
 from fqcompile.modules import gptq
 from fqcompile.modules.gptq import ModelInputs, compensated
 from fqcompile.modules.weights import ModuleWeight, module_weights
@@ -16,6 +19,8 @@ from fqcompile.quant.choose import choose_and_quantize
 from fqcompile.quant.gptq import compensate
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.weights.disk_cache import Entry
+from fqcompile.weights.parameter import PackedWeight
+from tests import moe_models
 
 CONFIG = FineQuantConfig(min_elements=0)
 
@@ -181,3 +186,64 @@ def test_a_weight_that_is_asked_for_again_is_found_again() -> None:
     first = inputs.take(weights[1], 0).moments.clone()
     assert torch.equal(inputs.take(weights[1], 0).moments, first)
     assert inputs.take(weights[2], 0).rows == 1800
+
+
+def test_quantize_with_gptq_keeps_outputs_better() -> None:
+    """On inputs of the same kind that it has not seen; the report says what was done."""
+    model, batches = model_and_batches(5, 700)
+    exact = model(batches[-1])
+    errors, plans = {}, {}
+    for method in ("scale", "gptq"):
+        own = copy.deepcopy(model)
+        options = {"min_elements": 0, "granularity": 32, "calibration": batches[:-1]}
+        plans[method] = quantize_(own, **options, method=method)
+        errors[method] = float((own(batches[-1]) - exact).square().mean())
+    assert errors["gptq"] < 0.9 * errors["scale"], errors
+    assert {site.calibration_rows for site in plans["gptq"].sites} == {4 * 700, 4 * (234 + 233)}
+    linears = [site for site in plans["gptq"].sites if site.kind == "linear"]
+    assert {site.calibration for site in linears} == {"batches; gptq"}
+    with pytest.raises(FineQuantError, match="GPTQ"):
+        fake_quantize_(model, plans["gptq"])
+
+
+def test_the_same_batches_give_the_same_codes() -> None:
+    model, batches = model_and_batches()
+    codes = []
+    for own in (copy.deepcopy(model), copy.deepcopy(model)):
+        quantize_(own, min_elements=0, calibration=iter(batches), method="gptq")
+        weights = [p for p in own.parameters() if isinstance(p, PackedWeight)]
+        codes.append([w.quantized().qweight for w in weights])
+    assert len(codes[0]) == 12
+    assert all(torch.equal(a, b) for a, b in zip(*codes, strict=True))
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("name", moe_models.MODELS)
+def test_models_of_others_with_experts(name: str) -> None:
+    """Some layers are packed already when the inputs of others are found."""
+    ids = torch.randint(1, moe_models.VOCAB, (30, 120), generator=torch.Generator().manual_seed(1))
+    model = moe_models.build(name, torch.float32, "eager")
+    before = {key: value.clone() for key, value in model.named_buffers()}
+    plan = quantize_(model, min_elements=0, calibration=ids.split(10), method="gptq")
+    made = [site for site in plan.quantized if site.bits == 4]
+    assert len(made) > 10 and all("gptq" in str(site.calibration) for site in made)
+    assert any("; gptq" in str(site.calibration) for site in made if site.kind == "experts")
+    assert all(torch.equal(before[key], value) for key, value in model.named_buffers())
+    assert bool(moe_models.logits(model, ids[:1]).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "gptq", "calibration": None}, ("method", "calibration", "None", "batches")),
+        ({"method": "gptq", "calibration": "synthetic"}, ("'synthetic'", "batches")),
+        ({"method": "gtpq"}, ("method", "'gtpq'", "'gptq'", "'scale'")),
+    ],
+)
+def test_methods_that_are_none_and_gptq_without_inputs_are_refused(options, words) -> None:
+    model, _ = model_and_batches()
+    with pytest.raises(OptionError) as caught:
+        quantize_(model, **options)
+    for word in words:
+        assert word in str(caught.value)
+    assert not any(isinstance(p, PackedWeight) for p in model.parameters())

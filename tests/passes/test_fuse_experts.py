@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401  (defines the operator)
 from torch import Tensor
 
-from fqcompile.passes.fuse_patterns import is_even_routing
+from fqcompile.passes.expert_bias import is_even_routing
 from fqcompile.passes.op_nodes import argument
 from tests.passes.graphs import Run, assert_same, run_passes
 

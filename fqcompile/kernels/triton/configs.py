@@ -1,4 +1,4 @@
-"""Which configurations there are, which of them fit a GPU, and which one the cost model picks."""
+"""The kernel configurations: all of them, those that fit a GPU, and the cost model's choice."""
 
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -24,17 +24,17 @@ _TILE_M, _TILE_N = (16, 32, 64, 128), (64, 128, 256)
 _WARPS, _STAGES = (4, 8), (3, 4, 5)
 _ROWS_OF_A_WARP, _WEIGHTS_OF_A_THREAD = 16, 128
 _MOST_SHARES = 64
-_LEAST_BLOCKS = 4  # of K in a share: fewer never fill the pipeline
+_LEAST_BLOCKS = 4  # blocks of K in one split: fewer never fill the pipeline
 _MANY_ROWS = 4096
-_FIRST_STEP = 16  # rows of the smallest tile: up to here the time is that of one row
-_MANY_ROWS_OF_EACH = 256  # of an expert, on average
+_FIRST_STEP = 16  # rows of the smallest tile: M up to this takes as long as M = 1
+_MANY_ROWS_OF_EACH = 256  # rows per expert, on average
 
 
 def launches(spec: GemmSpec) -> LaunchTable:
-    """The heuristic: the model's fastest for the spec's rows; where they are open, in steps.
+    """The heuristic: the configuration that the cost model ranks first for the spec's M.
 
-    Three, of grouped experts four. The last begins where dequantizing and cuBLAS become faster, as
-    the model solves it.
+    If M is dynamic, a table with three steps, or four for grouped experts. The last step begins at
+    the M from which, by the model, dequantizing and calling cuBLAS is faster.
     """
     if spec.m_range is None:
         return LaunchTable.of(candidates(spec, spec.m, "fast")[0])
@@ -50,8 +50,10 @@ def launches(spec: GemmSpec) -> LaunchTable:
 
 
 def _bounds(spec: GemmSpec, end: int | None) -> list[int]:
-    """Ascending; one step more of grouped experts, as long as the smallest tile holds a mean one's
-    rows and as many again."""
+    """The bounds of the steps in M, ascending.
+
+    Grouped experts have one more: up to it the smallest tile holds twice an expert's mean rows.
+    """
     bounds = {_FIRST_STEP}
     if spec.routing == "grouped":
         bounds.add(max(_FIRST_STEP, spec.experts * _FIRST_STEP // 2))
@@ -66,8 +68,11 @@ def _many_rows(spec: GemmSpec) -> int:
 
 
 def offers_dense(spec: GemmSpec) -> bool:
-    """Of experts, where PyTorch's grouped matmul is fast: sorted rows of bf16, from Hopper on, with
-    addresses of whole 16 bytes."""
+    """Whether dequantizing and PyTorch's dense matmul is a candidate.
+
+    For experts only where PyTorch's grouped matmul is fast: sorted bf16 rows, on Hopper or later,
+    with rows that are multiples of 16 bytes.
+    """
     if not spec.experts:
         return True
     assert spec.gpu is not None, "templates refuse specs without a GPU"
@@ -77,9 +82,9 @@ def offers_dense(spec: GemmSpec) -> bool:
 
 
 def candidates(spec: GemmSpec, m: int, mode: SearchMode) -> Sequence[Config]:
-    """Fastest first by the model, but those of an unfit shape last.
+    """Configurations to try, fastest first by the cost model; those of a bad shape come last.
 
-    For "fast" the best of each tile, then the others, 12 in all.
+    "fast" has twelve: the best one of each tile, then the best of the others. "max" has all.
     """
     return _candidates(spec, m, FAST_CANDIDATES if mode == "fast" else None)
 
@@ -89,8 +94,10 @@ def _fastest(spec: GemmSpec, m: int) -> Config:
 
 
 def _is_unshapely(spec: GemmSpec, config: Config) -> bool:
-    """Whether a thread's weights are so few that the loop's fixed cost shows, or so many that it
-    spills; asked of tiles for few rows, where memory is to be the limit."""
+    """Whether a thread has too few weights to hide the loop's overhead, or so many that it spills.
+
+    Only tiles for few rows are judged, which should be limited by memory bandwidth.
+    """
     if config is DENSE or config.BLOCK_M > _TILE_M[0] or spec.weight_rows < _TILE_N[1]:
         return False
     sums = 2 if spec.gated and has_two_sums(spec.n, config) else 1
@@ -104,7 +111,7 @@ def _candidates(spec: GemmSpec, m: int, limit: int | None) -> tuple[Config, ...]
     seconds: dict[Config, float] = {
         config: cost(spec, config, gpu, m).seconds for config in _fitting(spec, gpu, m)
     }
-    # Below, to write and read the dense weight is never worth it.
+    # For fewer rows, writing and reading the dense weight never pays off.
     if offers_dense(spec) and (m > _FIRST_STEP or not seconds):
         seconds[DENSE] = float(dense(spec, gpu).subs(M, m))
     ranked = sorted(seconds, key=lambda c: (_is_unshapely(spec, c), seconds[c], str(c)))
@@ -124,7 +131,7 @@ def _tile(config: Config) -> object:
 
 
 def _fitting(spec: GemmSpec, gpu: Gpu, m: int) -> Iterator[TileConfig]:
-    """Those that waste no rows, and fit the registers and the shared memory."""
+    """Configurations without superfluous rows that fit into registers and shared memory."""
     blocks = -(-spec.k // BLOCK_K)
     shares = [1]
     while shares[-1] < _MOST_SHARES and blocks >= 2 * shares[-1] * _LEAST_BLOCKS:
@@ -134,7 +141,7 @@ def _fitting(spec: GemmSpec, gpu: Gpu, m: int) -> Iterator[TileConfig]:
     for tile_m, tile_n, share, warps, stages in product(tiles_m, _TILE_N, shares, _WARPS, _STAGES):
         config = TileConfig(tile_m, tile_n, BLOCK_K, share, warps, stages)
         if tile_n < _ROWS_OF_A_WARP * warps:
-            continue  # warps would repeat each other's products
+            continue  # several warps would compute the same products
         if spec.experts and _spills(spec, gpu, config):
             continue
         needs = cost(spec, config, gpu, m)
@@ -143,13 +150,13 @@ def _fitting(spec: GemmSpec, gpu: Gpu, m: int) -> Iterator[TileConfig]:
 
 
 def _spills(spec: GemmSpec, gpu: Gpu, config: TileConfig) -> bool:
-    """Where the model's registers are too few: mma.sync with two sums of 64 rows, for 4 warps."""
+    """Where the model underestimates registers: mma.sync, two accumulators, 64 rows, 4 warps."""
     two_sums = spec.gated and has_two_sums(spec.n, config)
     return gpu.capability != 90 and two_sums and config.BLOCK_M >= 64 and config.num_warps == 4
 
 
 def _rows_of_a_weight(spec: GemmSpec, m: int) -> int:
-    """How many a tile may have; of grouped experts one has twice as many as the mean at times."""
+    """The most rows of x that one weight needs in a tile: for grouped experts, twice the mean."""
     if spec.routing == "gathered":
         return 1
     return ceil(2 * m / mean_experts_hit(spec, m)) if spec.experts else m
@@ -157,7 +164,7 @@ def _rows_of_a_weight(spec: GemmSpec, m: int) -> int:
 
 @cache
 def _dense_from(spec: GemmSpec) -> int | None:
-    """The largest M at which the best of the tiles is as fast as `dense`; None: at any."""
+    """The largest M at which the best tile is as fast as `dense`; None if it is at every M."""
     gpu = spec.gpu
     assert gpu is not None, "templates refuse specs without a GPU"
     if not offers_dense(spec):
@@ -165,7 +172,7 @@ def _dense_from(spec: GemmSpec) -> int | None:
     ranked = [
         c for c in _candidates(spec, _many_rows(spec), None) if c is not DENSE and c.SPLIT_K == 1
     ]
-    best = {c.BLOCK_M: c for c in reversed(ranked)}.values()  # of each tile the fastest
+    best = {c.BLOCK_M: c for c in reversed(ranked)}.values()  # the fastest of each tile
     ends = [crossover(steady_seconds(spec, c, gpu), dense(spec, gpu)) for c in best]
     last = max(ends, default=0.0)
     return None if last == float("inf") else max(_FIRST_STEP, int(last))

@@ -1,9 +1,10 @@
-"""What a configuration of the GEMM costs, as expressions: bytes, issue slots, products, waves.
+"""The cost model of a GEMM configuration: bytes, issue slots, matrix products and waves.
 
-Every resource of an SM has its time; the longest counts, and a little of the others. Instructions
-and registers are fitted to the machine code of some 440 configurations (as `python -m bench static`
-reads it, Triton 3.7): instructions are within 11 % of it in tiles of 16 rows, 9 of 10 within 16 %
-in all; 9 of 10 register counts within 25 %. Nothing was fitted to a measured time.
+Each resource of an SM has a time; the estimate is the longest, plus a small share of the others.
+Instruction and register counts are fitted to the machine code of some 440 configurations (as read
+by `python -m bench static`, Triton 3.7). Instructions are within 11 % for tiles of 16 rows, and
+within 16 % for 9 of 10 of all; registers are within 25 % for 9 of 10. Nothing was fitted to a
+measured time.
 """
 
 from collections.abc import Callable
@@ -20,26 +21,26 @@ from fqcompile.kernels.triton.layout import BLOCK_K, blocks_per_group, dot_width
 from fqcompile.tensor.format import NORMAL
 
 MAX_REGISTERS = 255
-_REGISTERS, _WARPS = 65536, 64  # of an SM
-_LATENCY = 8e-7  # seconds from asking device memory for a line to having it
-_L2_OVER_DRAM = 2  # how much faster L2 serves what several programs read
-_ISSUE_SHARE = 0.8  # of the issue slots that a loop with its barriers fills, given enough warps
-_WARP_SHARE = 0.35  # of its scheduler's slots that a warp alone fills: the rest is latency
-# Instructions of a thread in a block of K: for each weight, sum to scale, dot, 16 rows of x,
-# mma.sync (wgmma is one for four warps, and far larger), and the rest.
+_REGISTERS, _WARPS = 65536, 64  # per SM
+_LATENCY = 8e-7  # seconds of a load from device memory
+_L2_OVER_DRAM = 2  # L2 bandwidth relative to device memory's, for data that several programs read
+_ISSUE_SHARE = 0.8  # of the issue slots, the part that a loop with barriers fills with many warps
+_WARP_SHARE = 0.35  # of its scheduler's slots, the part that one warp fills: the rest is latency
+# Instructions of a thread in a block of K: per weight, per accumulator to scale, per dot, per 16
+# rows of x, per mma.sync (one wgmma serves four warps and is far larger), and all others.
 _WGMMA = (1.49, 0.87, 13.5, 7.2, 0.0, 48.0)
 _MMA = (1.42, 1.02, 1.2, 33.8, 0.94, 28.9)
-_LOOK_UP = 1.0  # more for each weight of normal levels
-_NOT_HIDDEN = 0.1  # of each resource's time, behind the longest
-_SHARE_BYTES = 8  # of an element of a share: written once, read once
+_LOOK_UP = 1.0  # additional instructions per weight with normal levels
+_NOT_HIDDEN = 0.1  # the part of each resource's time that does not overlap with the longest
+_SHARE_BYTES = 8  # per fp32 element of a split-K partial sum: written once, read once
 
 
 @dataclass(frozen=True)
 class Model:
-    """The formulas; fields are numbers, or symbols.
+    """The formulas; fields are numbers or symbols.
 
-    one_scale, normal, wgmma: 1 or 0. dots: of one block of K. pair: 2 where gate and up have a sum
-    each. kernels: 2 with a schedule, else 1.
+    one_scale, normal, wgmma: 1 or 0. dots: dots per block of K. pair: 2 if gate and up have an
+    accumulator each, else 1. kernels: 2 if a schedule kernel runs first, else 1.
     """
 
     rows: Any
@@ -65,7 +66,7 @@ class Model:
 
     @property
     def _weights(self) -> Any:
-        """Of a block of K, for each thread."""
+        """Weights per thread in one block of K."""
         return self.pair * self.tile_n * BLOCK_K / (32 * self.warps)
 
     @property
@@ -82,19 +83,19 @@ class Model:
 
     @property
     def registers(self) -> Any:
-        """Of a thread: a fixed number, the sums, and what waits for scales."""
+        """Per thread: a fixed number, the accumulators, and products that wait for their scales."""
         grouped = 1 - self.one_scale
         return 70 + 1.83 * self._sums + grouped * (0.51 * self._sums + 0.18 * self._weights)
 
     @property
     def shared_bytes(self) -> Any:
-        """Of a program: packed weights and x, pipelined; wgmma reads x a stage longer."""
+        """Per program: pipelined packed weights and x; wgmma keeps x for one more stage."""
         stages = self.stages - 1
         return stages * self._block_bytes + (stages + self.wgmma) * self._x_bytes
 
     @property
     def instructions(self) -> Any:
-        """Of a thread in one block of K."""
+        """Instructions per thread in one block of K."""
         scaled = self._sums * self.dots * (1 - self.one_scale)
         products = self._sums * BLOCK_K / 32
         counts = (self._weights, scaled, self.dots, self.tile_m / 16, products, 1)
@@ -104,15 +105,15 @@ class Model:
 
     @property
     def _resident(self) -> Any:
-        """Programs on an SM together."""
+        """Programs that are resident on an SM at the same time."""
         by_registers = _REGISTERS / (32 * self.warps * Min(self.registers, MAX_REGISTERS))
         by_shared = self.shared / (self.shared_bytes + 1024)
         return Min(by_registers, by_shared, _WARPS / self.warps)
 
     def seconds(self, tiles_m: Any, hit: Any, steady: bool) -> Any:
-        """Of one call with M rows that read `hit` weights, an expert's each.
+        """The time of one call with M rows in `tiles_m` tiles, which read `hit` weight matrices.
 
-        `steady`: so many programs that all SMs are always busy.
+        `steady`: there are so many programs that all SMs are always busy.
         """
         per_program = ceiling(ceiling(self.k / BLOCK_K) / self.split)
         programs = tiles_m * ceiling(self.rows / (self.pair * self.tile_n)) * self.split
@@ -128,7 +129,7 @@ class Model:
         memory = (hit * self.rows * self.k * self.bits / 8 + M * 2 * (self.k + self.n)) / rate
         read = programs * per_program * (self._block_bytes + self._x_bytes)
         from_cache = read / (_L2_OVER_DRAM * self.bandwidth)
-        # A program's products wait for its own conversions; those of its neighbors fill the gap.
+        # A program's products wait for its own conversions; other resident programs fill the gap.
         waiting = blocks * Min(issue, matrix) / Max(1, floor(self._resident))
         shares = self.split * M * self.rows * _SHARE_BYTES / self.bandwidth
         finish = Min(self.split - 1, 1) * (LAUNCH_SECONDS + shares)
@@ -164,7 +165,7 @@ def _model(spec: GemmSpec, config: TileConfig, gpu: Gpu) -> Model:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the model says of one configuration at one M; `instructions` are those per weight."""
+    """The model's figures for one configuration at one M; `instructions` are per weight."""
 
     seconds: float
     registers: float
@@ -191,12 +192,12 @@ def mean_experts_hit(spec: GemmSpec, m: int) -> float:
 
 
 def _tiles_of_experts(m: Any, hit: Any, block_m: int) -> Any:
-    """Of experts with many rows the last tile is half full in the mean."""
+    """Tiles of experts with many rows each: on average, the last tile of an expert is half full."""
     return m / block_m + hit * (block_m - 1) / (2 * block_m)
 
 
 def _tiles(spec: GemmSpec, config: TileConfig, m: int, hit: float) -> float:
-    """Tiles of rows that so many weights are read for."""
+    """The number of tiles of rows, if `hit` experts have rows."""
     if not spec.experts:
         return -(-m // config.BLOCK_M)
     if spec.routing == "gathered":
@@ -206,16 +207,16 @@ def _tiles(spec: GemmSpec, config: TileConfig, m: int, hit: float) -> float:
 
 
 def cost(spec: GemmSpec, config: TileConfig, gpu: Gpu, m: int, hit: float | None = None) -> Cost:
-    """The model's figures for m rows; `hit`: how many experts they read, where that is known."""
+    """The model's figures for m rows; `hit`: the number of experts that they read, if known."""
     hit = mean_experts_hit(spec, m) if hit is None else hit
     tiles = _tiles(spec, config, m, hit)
     return Cost(*_evaluate()(m, tiles, hit, *astuple(_model(spec, config, gpu))))
 
 
 def steady_seconds(spec: GemmSpec, config: TileConfig, gpu: Gpu) -> Expr:
-    """The time as a maximum of lines in M, for many rows: what crossovers are solved from.
+    """The time for many rows as a maximum of linear functions of M, to solve crossovers from.
 
-    Of experts, where each has rows for several tiles.
+    For experts, each is assumed to have rows for several tiles.
     """
     model, block_m = _model(spec, config, gpu), config.BLOCK_M
     if not spec.experts:

@@ -1,7 +1,7 @@
-"""What follows the product in Triton: activations, bias, gate x up, residual, and split-K partials.
+"""The epilogue in Triton: bias, activation, gate x up, residual, and the sum of split-K partials.
 
-The activations are the forms of the table `fqcompile.kernels.epilogue.ACTIVATIONS`: fp32 in and
-out. With a split K the shares are added in their order, then comes the epilogue.
+The activations are those of the table `fqcompile.kernels.epilogue.ACTIVATIONS`, fp32 in and out.
+Split-K partial sums are added in a fixed order before the epilogue. They are called shares here.
 """
 
 # mypy: allow-incomplete-defs, allow-untyped-defs
@@ -55,7 +55,7 @@ def store(
     acc, acc_up, bias_ptr, residual_ptr, y_ptr, offs_m, offs_n, mask, M, N, stride_rm,
     ACTIVATION: tl.constexpr, UP: tl.constexpr, GATED: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
-    """Epilogue and output; of a share of K, the share."""
+    """Apply the epilogue and store the output; with SPLIT_K > 1 store the partial sum instead."""
     rows = offs_m[None, :].to(tl.int64)
     columns = offs_n[:, None]
     mask_n = offs_n < N
@@ -108,7 +108,7 @@ def finish_row(
     SPLIT_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Row m (int64) of y at the columns offs_n."""
+    """Sum the shares of row m (int64) at the columns offs_n, apply the epilogue, and store to y."""
     mask = offs_n < N
     columns = 2 * N if GATED else N
     stride = M.to(tl.int64) * columns

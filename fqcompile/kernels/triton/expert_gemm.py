@@ -1,11 +1,11 @@
 """y[m, n] = act(Σ_k ŵ[e(m), n, k] x[m, k] + bias[e(m), n]): the GEMM with an expert for each row.
 
-grouped    a program has up to BLOCK_M rows of one expert, as the schedule says. That is made on the
-           device: the host does not know how many such blocks there are, only how many there may
-           be, so the grid has that many, and those that are left over have no expert
-gathered   a program has one row, whose id names its expert; no sorting before
+grouped    a program has up to BLOCK_M rows of one expert, given by the schedule, which is made on
+           the device. The host knows only the largest possible number of such blocks: the grid has
+           that many, and superfluous blocks have no expert
+gathered   a program has one row, whose id names its expert; rows need not be sorted
 
-A stack is that of its experts' packed weights, one after the other.
+A stack holds the packed weights of its experts one after the other.
 """
 
 # mypy: allow-incomplete-defs, allow-untyped-defs
@@ -20,7 +20,7 @@ from fqcompile.kernels.triton.gemm import scaled_products
 
 @triton.jit
 def load_offset(offsets_ptr, index, mask, M):
-    """int32: offsets[index], kept within the rows there are; 0 before the first expert."""
+    """int32: offsets[index] clamped to 0 .. M; 0 where masked, as before the first expert."""
     offset = tl.load(offsets_ptr + index, mask=mask, other=0)
     return tl.minimum(tl.maximum(offset, 0), M).to(tl.int32)
 
@@ -36,9 +36,9 @@ def schedule_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """schedule int32 [num_blocks, 3]: expert or -1, its first row, and the one after its last.
+    """schedule int32 [num_blocks, 3]: the expert or -1, the block's first row, and its end.
 
-    offsets [experts]. BLOCK_E: experts filled up to a power of two. BLOCK: of blocks in a program.
+    offsets [experts]. BLOCK_E: experts rounded up to a power of two. BLOCK: blocks per program.
     """
     e = tl.arange(0, BLOCK_E)
     # [BLOCK_E]
@@ -46,10 +46,10 @@ def schedule_kernel(
     # [BLOCK_E]
     start = load_offset(offsets_ptr, e - 1, (e > 0) & (e < experts), M)
     blocks = tl.maximum(tl.cdiv(end - start, BLOCK_M), 0)
-    last = tl.cumsum(blocks, 0)  # one after the expert's last block
+    last = tl.cumsum(blocks, 0)  # the end of each expert's blocks
 
     block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    # The experts that end before a block, empty ones too, are as many as its own number.
+    # A block's expert is the number of experts, empty ones included, that end before the block.
     before = last[None, :] <= block[:, None]
     expert = tl.sum(before.to(tl.int32), 1)
     ahead = tl.sum(tl.where(before, blocks[None, :], 0), 1)
@@ -68,7 +68,7 @@ def schedule_kernel(
 
 @triton.jit
 def expert_of_id(ids_ptr, m, experts):
-    """(expert, whether there is such a one); a negative id counts from the last expert."""
+    """(expert, whether it exists); a negative id counts from the last expert."""
     index = tl.load(ids_ptr + m).to(tl.int64)
     expert = tl.where(index < 0, index + experts, index)
     known = (expert >= 0) & (expert < experts)
@@ -105,12 +105,12 @@ def expert_gemm_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
-    """y [M, N], or its shares, as `gemm_kernel`; what has no expert is not written.
+    """y [M, N], or its split-K shares, as in `gemm_kernel`; blocks without an expert write nothing.
 
-    routing: the schedule [num_blocks, 3], or ids [M], and num_blocks is M. A row whose id names no
+    routing: the schedule [num_blocks, 3], or ids [M] with num_blocks = M. A row whose id names no
     expert becomes NaN.
     """
-    # Programs that may read the same weight tile are neighbors, as those of one expert are.
+    # Neighboring programs may read the same weight tile, as blocks of one expert do.
     block = tl.program_id(0) % num_blocks
     offs_n = (tl.program_id(0) // num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     lanes = tl.arange(0, BLOCK_M)
@@ -161,9 +161,9 @@ def finish_experts_kernel(
     SPLIT_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """y [M, N] from shares, as `finish_kernel`; of rows that have an expert, or an id.
+    """y [M, N] from shares, as in `finish_kernel`; grouped rows without an expert are skipped.
 
-    routing: offsets [experts] or ids [M]. BLOCK_E: experts filled up to a power of two.
+    routing: offsets [experts] or ids [M]. BLOCK_E: experts rounded up to a power of two.
     """
     num_pid_n = tl.cdiv(N, BLOCK_N)
     m = (tl.program_id(0) // num_pid_n).to(tl.int64)
@@ -172,7 +172,7 @@ def finish_experts_kernel(
         e = tl.arange(0, BLOCK_E)
         # [BLOCK_E]
         ends = tl.load(routing_ptr + e, mask=e < experts, other=M)
-        expert = tl.sum((ends <= m).to(tl.int32), 0).to(tl.int64)  # filled-up ones end after m
+        expert = tl.sum((ends <= m).to(tl.int32), 0).to(tl.int64)  # padding ends after m
         if expert >= experts:
             return
     else:

@@ -1,12 +1,13 @@
 """y[m, n] = act(Σ_g scale[g, n] Σ_(k in g) q[n, k] x[m, k] + bias[n]) + residual[m, n]
 
-Gated, act(gate) * up(up) takes act's place. `expert_gemm` has the same body with routed rows.
+If gated, act(gate) * up(up) replaces act. `expert_gemm` has the same body with routed rows.
 
-The weight is the left operand, the only one that tensor cores read from registers (wgmma) or that
-comes in fragment order for free (mma.sync). Products are taken with the codes, which fp16 and bf16
-hold exactly; a group's scale meets its fp32 sum, so a dot never crosses a group.
+The weight is the left operand: the only one that wgmma can read from registers, and the one that
+mma.sync can read in fragment order without a shuffle. Products use the codes, which fp16 and bf16
+represent exactly; the scale of a group multiplies its fp32 sum, so a dot never crosses a group.
 
-With SPLIT_K > 1 each program sums one share of K, and `epilogue` adds the shares in order.
+With SPLIT_K > 1 each program sums one share of K, and a second kernel, `finish_kernel`, adds the
+shares in a fixed order.
 """
 
 # mypy: allow-incomplete-defs, allow-untyped-defs
@@ -35,7 +36,7 @@ def _halves_of_scales(scales):
 
 @triton.jit
 def _scaled_sum(acc, product, scales, GROUPED: tl.constexpr):
-    """acc + scale of the group * product; without groups the scale waits for the end."""
+    """acc + scale of the group * product; without groups the scale is applied after the loop."""
     if GROUPED:
         total = tl.fma(product, tl.broadcast_to(scales.to(tl.float32), product.shape), acc)
     else:
@@ -65,7 +66,7 @@ def _accumulate(
     GATED: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """The columns k0 to k0 + WIDTH, by one dot for each DOT_K of them: none crosses a group."""
+    """Add the columns k0 to k0 + WIDTH, with one dot per DOT_K columns: none crosses a group."""
     if WIDTH > DOT_K:
         HALF: tl.constexpr = WIDTH // 2
         w0, w1 = first_and_second_half(words, WIDTH, BITS, LEVELS)
@@ -117,9 +118,9 @@ def scaled_products(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
-    """ŵ xᵀ [BLOCK_N, BLOCK_M] in fp32, and that of up; of K the share of program_id(1).
+    """ŵ xᵀ [BLOCK_N, BLOCK_M] in fp32, and the same for up, over program_id(1)'s share of K.
 
-    x_ptrs [1, BLOCK_M]: the rows of x. Rows of the weight: offs_n [BLOCK_N], those of up N later.
+    x_ptrs [1, BLOCK_M]: the rows of x. offs_n [BLOCK_N]: the rows of the weight; up's are + N.
     """
     rows = N * 2 if GATED else N
     num_blocks = tl.cdiv(K, BLOCK_K)
@@ -190,12 +191,12 @@ def gemm_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
-    """y [M, N], or with SPLIT_K its shares [SPLIT_K, M, N] in fp32 and without an epilogue.
+    """y [M, N], or with SPLIT_K > 1 shares [SPLIT_K, M, N] in fp32, before the epilogue.
 
     BLOCKS_PER_GROUP: blocks of K that share their scales, 0 where there is one scale per row.
     DOT_K: columns of K in one dot.
     """
-    # Programs that read the same weight tile are neighbors: L2 serves it to all but the first.
+    # Neighboring programs read the same weight tile: L2 serves it to all but the first.
     num_pid_m = tl.cdiv(M, BLOCK_M)
     offs_m = (tl.program_id(0) % num_pid_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = (tl.program_id(0) // num_pid_m) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -1,4 +1,4 @@
-"""Launches the kernels of the family on tensors. Nothing here waits for the device."""
+"""Launch the Triton kernels on tensors. Nothing here synchronizes with the device."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -30,25 +30,27 @@ from fqcompile.torch_compat import grouped_mm
 
 FINISH_BLOCK_N = 256
 DEQUANTIZE_ROWS = 32
-SCHEDULE_TILE = 2048  # experts times blocks that a program of the schedule compares
+SCHEDULE_TILE = 2048  # pairs of expert and block that one program of the schedule compares
 GROUPED_MM_ALIGNED = 8  # `torch._grouped_mm` takes rows of multiples of 16 bytes
-PRODUCT = Epilogue()  # of a split K, whose epilogue is the finishing kernel's
+PRODUCT = Epilogue()  # with split K: the finishing kernel applies the epilogue
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up; triton.cdiv takes 2 us."""
+    """a / b, rounded up; triton.cdiv would take 2 us."""
     return -(-a // b)
 
 
 def has_two_sums(n: int, config: TileConfig) -> bool:
-    """Whether gate and up can have an accumulator each: up begins with a micro-tile, and its last
-    tile reads no scales beyond those that fill the rows up."""
+    """Whether gate and up can have an accumulator each.
+
+    Up must begin at a micro-tile, and its last tile must read no scales beyond the padding.
+    """
     fits = n % MICRO_ROWS == 0 and config.BLOCK_N <= SCALE_ROWS // 2
     return config.SPLIT_K == 1 and fits
 
 
 def forms_of(activation: str) -> tuple[object, object]:
-    """ACTIVATION and UP of the kernels."""
+    """The kernel arguments ACTIVATION and UP."""
     entry = activation_entry(activation)
     return entry.triton_form, entry.triton_up
 
@@ -57,7 +59,7 @@ _HERE = nullcontext()
 
 
 def device_of(t: torch.Tensor) -> AbstractContextManager[object]:
-    """Makes t's device the current one; where it is, that takes no time."""
+    """A context that makes t's device the current one; free of cost if it already is."""
     index = t.get_device()
     return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
@@ -67,9 +69,10 @@ def dequant_gemm(
 ) -> torch.Tensor:
     """`act(x @ ŵᵀ + bias) + residual` [M, N] in x's dtype, for x [M, K] and residual [M, N].
 
-    With `gated` the weight and bias have 2 N rows, gate over up: `act(gate) * up(up) + residual`,
-    as the activation has it. Where they cannot have an accumulator each, they are columns of one
-    product and meet in the finishing kernel.
+    With `gated` the weight and bias have 2 N rows, gate above up, and the result is
+    `act(gate) * up(up) + residual`, with the `up` function of the activation. If gate and up
+    cannot have an accumulator each, one product computes both and the finishing kernel combines
+    them.
     """
     m, n = x.shape[0], epilogue.columns(weight.format.rows)
     if x.stride(1) != 1:
@@ -93,7 +96,7 @@ def dequant_gemm(
 
 
 def with_whole_rows(epilogue: Epilogue) -> Epilogue:
-    """The bias contiguous, the residual with neighboring columns, as the kernels read them."""
+    """The epilogue with a contiguous bias, and a residual whose columns are adjacent in memory."""
     bias, residual, activation, gated = epilogue
     if residual is not None and residual.stride(1) != 1:
         residual = residual.contiguous()
@@ -124,12 +127,12 @@ def _gemm(
 
 @cache
 def format_of(group_size: int, k: int) -> tuple[int, int]:
-    """BLOCKS_PER_GROUP and DOT_K."""
+    """The kernel arguments BLOCKS_PER_GROUP and DOT_K."""
     return blocks_per_group(group_size, k), dot_width(group_size, k)
 
 
 def dequantize(weight: QuantizedTensor, dtype: torch.dtype, kwidth: int) -> torch.Tensor:
-    """ŵ [rows, k] in `dtype`, of a stack [E, rows, k]: code times scale in fp32, rounded once."""
+    """ŵ [rows, k] or [E, rows, k] in `dtype`: code times scale in fp32, rounded once."""
     stack = weight.qweight.shape[:-4]
     w = torch.empty(
         (*stack, weight.format.rows, weight.format.k), dtype=dtype, device=weight.qweight.device
@@ -148,18 +151,18 @@ def dequantize(weight: QuantizedTensor, dtype: torch.dtype, kwidth: int) -> torc
 
 
 def most_blocks(m: int, experts: int, block_m: int) -> int:
-    """The most blocks that m rows can fall into: each expert with rows has one that is not full."""
+    """The most blocks that m rows can need: each expert with rows may have one that is not full."""
     with_rows = min(m, experts)
     return with_rows + (m - with_rows) // block_m
 
 
 def filled_up(experts: int) -> int:
-    """The power of two that holds them."""
+    """The smallest power of two that is at least `experts`."""
     return 1 << max(0, experts - 1).bit_length()
 
 
 def schedule_of(offsets: torch.Tensor, m: int, block_m: int) -> torch.Tensor:
-    """int32 [blocks, 3]: expert or -1, first row, end; of a length that offsets do not change."""
+    """int32 [blocks, 3]: expert or -1, first row, end. `blocks` does not depend on the offsets."""
     experts = offsets.shape[0]
     blocks = most_blocks(m, experts, block_m)
     schedule = torch.empty((blocks, 3), dtype=torch.int32, device=offsets.device)
@@ -181,7 +184,7 @@ def expert_gemm(
 ) -> torch.Tensor:
     """`act(x[m] @ ŵ[e(m)]ᵀ + bias[e(m)])` [M, N] in x's dtype; gated as in `dequant_gemm`.
 
-    Rows beyond the last offset keep what was in memory; a row whose id names no expert is NaN.
+    Rows beyond the last offset are not initialized; a row whose id names no expert is NaN.
     """
     m, n = x.shape[0], epilogue.columns(weight.format.rows)
     if x.stride(1) != 1:
@@ -239,7 +242,7 @@ def _expert_gemm(
 def dense_experts(
     x: torch.Tensor, weight: QuantizedTensor, offsets: torch.Tensor, epilogue: Epilogue, kwidth: int
 ) -> torch.Tensor:
-    """The same by way of ŵ [E, rows, K] and PyTorch's grouped matmul, which takes bf16."""
+    """`expert_gemm` by a dequantized ŵ [E, rows, K] and PyTorch's grouped matmul of bf16."""
     if x.stride(1) != 1 or x.stride(0) % GROUPED_MM_ALIGNED or x.data_ptr() % 16:
         x = x.contiguous()
     w_hat = dequantize(weight, x.dtype, kwidth)
@@ -247,6 +250,6 @@ def dense_experts(
     if epilogue.bias is not None:
         rows = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
         expert = torch.searchsorted(offsets, rows, right=True)
-        # Rows beyond the last offset have none; what they get does not matter.
+        # Rows beyond the last offset have no expert and are not defined: any bias will do.
         z = z + epilogue.bias[expert.clamp_(max=offsets.shape[0] - 1)]
     return epilogue.apply_to_biased(z)

@@ -1,4 +1,4 @@
-"""What a GPU asks of the kernels: the operand order of its instruction, and a safe conversion."""
+"""What depends on the GPU: the operand order of its matrix instruction, and a safe conversion."""
 
 # mypy: allow-incomplete-defs, allow-untyped-defs
 
@@ -19,7 +19,7 @@ _TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 def kwidth(gpu: Gpu) -> int:
-    """Order of the packed codes: 2, or 4 for mma.sync as Triton before 3.8 lays it out."""
+    """The order of the packed codes: 2, or 4 for the layout of mma.sync in Triton before 3.8."""
     has_wgmma = 90 <= gpu.capability < 120  # or its successor; later consumer GPUs have neither
     return 4 if _TRITON < (3, 8) and gpu.capability and not has_wgmma else 2
 
@@ -57,9 +57,10 @@ def keeps_subnormals(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def conversion(device: torch.device, dtype: torch.dtype) -> str:
-    """How `fragments` converts codes there: all ways give equal values, if in unlike times.
+    """The method by which `fragments` converts codes: all give equal values, at different speeds.
 
-    Found out on the first call, but not while a CUDA graph is being captured, which forbids it.
+    It is probed on the first call. During the capture of a CUDA graph, which forbids that, the
+    method is the one that works everywhere, "exponent".
     """
     known = _CONVERSIONS.get((device, dtype))
     if known is not None:

@@ -23,13 +23,13 @@ from fqcompile.kernels.triton.layout import BLOCK_K
 from fqcompile.kernels.triton.target import kwidth as kwidth_of
 from fqcompile.tensor.quantized import QuantizedTensor
 
-# What compiling or loading a kernel raises; errors of a launch that ran are not among them.
+# What compiling or loading a kernel raises; a kernel that fails while it runs raises others.
 _BUILD_ERRORS = (CompilationError, OutOfResources, PTXASError)
 _MAY_BE_OF_THE_BUILD = (*_BUILD_ERRORS, RuntimeError)
 _DTYPES = (torch.float16, torch.bfloat16)
 _LEAST_GROUP = 16
-_MOST_BYTES = 1 << 32  # of one expert: word offsets are 32 bits, one of them the sign
-_ANY_ROWS = TileConfig(16, 64, BLOCK_K, 1, 4, 3)  # for experts where no configuration is named
+_MOST_BYTES = 1 << 32  # per expert: offsets in 4-byte words are signed 32-bit integers
+_ANY_ROWS = TileConfig(16, 64, BLOCK_K, 1, 4, 3)  # for experts if no configuration is given
 
 
 def _refuse(spec: GemmSpec, kwidth: int) -> str | None:
@@ -88,7 +88,7 @@ def _run_experts(
 
 
 def _is_of_the_build(error: Exception) -> bool:
-    """Triton names the compiler's passes, or the file it cannot load, in a plain RuntimeError."""
+    """Whether a build failed: some failures are a RuntimeError that only its text tells apart."""
     if isinstance(error, _BUILD_ERRORS):
         return True
     text = str(error)

@@ -18,7 +18,7 @@ from fqcompile.kernels.spec import GemmSpec, Gpu
 Bucket = int | None
 M_BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
 _OPEN_ROWS = 2048
-# Rows that are sorted by expert are a prompt's tokens times the experts of each.
+# Rows sorted by expert number the tokens of a prompt times the experts per token.
 GROUPED_BUCKETS = (*M_BUCKETS, 2048, 8192)
 _OPEN_GROUPED_ROWS = 32768
 _TRITON_SOURCE = Path(__file__).parent.parent / "triton"
@@ -36,8 +36,10 @@ def bucket_of(m: int, spec: GemmSpec) -> Bucket:
 
 
 def rows_of(bucket: Bucket, spec: GemmSpec) -> int:
-    """The rows that a bucket is measured at: its largest; in the open one 2048, or 32768 grouped
-    by expert."""
+    """The number of rows at which a bucket is measured: its largest M.
+
+    For the open bucket, which has none: 2048, or 32768 for rows grouped by expert.
+    """
     if bucket is not None:
         return bucket
     return _OPEN_GROUPED_ROWS if spec.routing == "grouped" else _OPEN_ROWS
@@ -51,7 +53,7 @@ def bucket_name(bucket: Bucket, spec: GemmSpec) -> str:
 def tuning_key(spec: GemmSpec, layout_name: str) -> str:
     """The matmul as text, e.g. "dense sm_90/132 4096x14336 int4 g128 bfloat16 ... plain".
 
-    Of experts it begins with "experts=128 grouped".
+    For experts it begins with "experts=128 grouped" instead of "dense".
     """
     assert spec.gpu is not None
     parts = (

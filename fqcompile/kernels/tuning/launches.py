@@ -24,7 +24,7 @@ TABLE: Final = "tuned table"
 SEARCHED: Final = "searched"
 _FROM_GUESS_TO_KNOWLEDGE: tuple[Source, ...] = (CLOSED_FORM, TABLE, SEARCHED)
 Mode = Literal["off"] | SearchMode
-MAX_KERNELS = 4  # no more are compiled for one node; dense layers have three
+MAX_KERNELS = 4  # at most this many are compiled for one node; dense layers need three
 MakeMeasure = Callable[[Template, GemmSpec, int], Measure]
 _LONGEST_REFUSAL = 200
 log = logging.getLogger("fqcompile")
@@ -33,7 +33,7 @@ log = logging.getLogger("fqcompile")
 class Chosen(NamedTuple):
     """The launches of one kernel, the best source among its steps, and what the report should say.
 
-    `launches` is None where the kernel has nothing to configure.
+    `launches` is None if the kernel has nothing to configure.
     """
 
     launches: LaunchTable | None
@@ -51,8 +51,8 @@ def tuned_launches(
     """The heuristic's launches with each configuration replaced by the fastest one measured.
 
     "off" uses the table only; "fast" searches if the table has no entry; "max" if it has no entry
-    of a full search. The bounds of M are the heuristic's, which knows where the kind of kernel
-    changes. A step is measured at its largest number of rows, which takes the longest.
+    of a full search. The bounds of M are the heuristic's, which knows at which M another kind of
+    kernel becomes faster. A step is measured at its largest number of rows, the slowest case.
     """
     closed = template.launches(spec)
     if closed is None or spec.gpu is None:
@@ -74,9 +74,10 @@ def tuned_launches(
 
 
 def steps_in_range(spec: GemmSpec, closed: LaunchTable) -> list[tuple[int | None, Bucket, Config]]:
-    """The steps that `spec`'s rows can reach, at most four: (bound, bucket of it, configuration).
+    """The steps that `spec`'s rows can reach, at most four: (bound, its bucket, configuration).
 
-    The last is open, as a LaunchTable wants it, but its bucket is that of the largest M there is.
+    The last one has no bound, as a LaunchTable requires, but its bucket is that of the largest
+    possible M.
     """
     low, high = spec.m_range or (spec.m, spec.m)
     reached: list[tuple[int | None, Bucket, Config]] = []
@@ -91,7 +92,7 @@ def steps_in_range(spec: GemmSpec, closed: LaunchTable) -> list[tuple[int | None
 
 
 def buckets_of_a_model(spec: GemmSpec, template: Template) -> list[Bucket]:
-    """The buckets that a model with an open batch looks up, after that of a single row."""
+    """The buckets that a model with a dynamic batch size looks up: one row, then each step."""
     closed = template.launches(replace(spec, m_range=(1, None)))
     if closed is None:
         return []
@@ -107,7 +108,7 @@ def _tuned(
     make_measure: MakeMeasure,
     table: TunedTable,
 ) -> tuple[Config | None, Source, str | None]:
-    """The measured configuration of one bucket, or None with what went wrong, if anything did."""
+    """The measured configuration of one bucket or None, its source, and what went wrong."""
     key = tuning_key(spec, template.layout.name)
     source: Source = TABLE
     case, problem = table.case(key, bucket), None
@@ -145,10 +146,11 @@ def search(
     make_measure: MakeMeasure,
     table: TunedTable,
 ) -> Searched:
-    """Try the template's candidates for one bucket of M, those that `table` knows left out.
+    """Try the template's candidates for one bucket of M, except those already in `table`.
 
-    `make_measure(template, spec, m)` sets up what the trials share. An exception of a trial is
-    its result; KeyboardInterrupt and the like pass through, and lose the trial at work.
+    `make_measure(template, spec, m)` sets up what the trials share. An `Exception` raised by a
+    trial is recorded as its result; others, such as KeyboardInterrupt, propagate, and only the
+    trial in progress is lost.
     """
     key, spec = tuning_key(spec, template.layout.name), at_bucket(spec, bucket)
     candidates = template.candidates(spec, spec.m, mode)
@@ -171,7 +173,7 @@ def _try_all(
     make_measure: MakeMeasure,
     keep: Callable[[Trial], None],
 ) -> str | None:
-    """Why some of `configs` have no result; None where all have one."""
+    """Measure `configs`; return why some have no result, or None if all have one."""
     if not configs:
         return None
     try:
@@ -185,7 +187,7 @@ def _try_all(
         try:
             trial = Trial(config, measure(config))
         except torch.OutOfMemoryError as error:
-            # Says less about the configuration than about other users of the GPU.
+            # Depends on what else uses the GPU, so it is no result of this configuration.
             problem = f"{config} could not be measured: {_first_line(error)}"
             continue
         except DeviceLost as error:

@@ -26,9 +26,9 @@ Measure = Callable[[Config], Timing]
 ROTATED_BYTES = 256 << 20
 _DEVICE = torch.device("cuda")
 _MOST_COPIES = 257
-_LEAST_CALLS = 16  # in one graph, so that starting it counts for little
+_LEAST_CALLS = 16  # in one graph, so that the cost of launching the graph is negligible
 _WARM_UPS, _REPLAYS = 5, 25
-_REFERENCE_CHUNK = 1 << 26  # weights of the reference that are dequantized at a time
+_REFERENCE_CHUNK = 1 << 26  # weights that the reference dequantizes at a time
 
 
 class WrongResult(FineQuantError):
@@ -42,7 +42,10 @@ class DeviceLost(FineQuantError):
 def measure_on_gpu(template: Template, spec: GemmSpec, m: int) -> Measure:
     """A function that times one configuration of `template` for M = `m` on the current GPU.
 
-    It raises WrongResult, DeviceLost, or what compiling and launching raise.
+    The function raises WrongResult, DeviceLost, or whatever compiling and launching raise.
+
+    Raises:
+        FineQuantError: a CUDA graph is being captured, during which nothing can be timed.
     """
     if torch.cuda.is_current_stream_capturing():
         raise FineQuantError("a CUDA graph is being captured; call the model once before capturing")
@@ -66,10 +69,10 @@ def measure_on_gpu(template: Template, spec: GemmSpec, m: int) -> Measure:
 def prepared(
     template: Template, spec: GemmSpec, m: int, device: torch.device
 ) -> tuple[list[Run], torch.Tensor]:
-    """The matmul to run with a configuration, and what the first run must give, in fp64.
+    """Functions that run the matmul with a configuration, and the fp64 result of the first one.
 
-    There is a run for each of as many copies of the weight as `rotation` says, of experts also for
-    each of several routings.
+    There is one function for each copy of the weight (`rotation` says how many), and for experts
+    one for each copy and routing.
     """
     weight, x = random_problem(spec, m, device)
     epilogue = Epilogue(activation=spec.activation, gated=spec.gated)
@@ -90,7 +93,7 @@ def prepared(
 def expert_reference(
     x: torch.Tensor, stack: QuantizedTensor, routing: Routing, spec: GemmSpec
 ) -> torch.Tensor:
-    """`reference` of each expert on its rows; all rows have one."""
+    """`reference` of each expert on its own rows; every row belongs to an expert."""
     y = x.new_empty((x.shape[0], spec.n), dtype=torch.float64)
     for expert, rows in routing.rows_of_experts(spec.experts, x.shape[0]):
         y[rows] = reference(x[rows], stack.expert(expert), spec)
@@ -98,10 +101,10 @@ def expert_reference(
 
 
 def routings(spec: GemmSpec, m: int, device: torch.device) -> list[Routing]:
-    """Of m rows, each of whose experts is one of all by chance: in turn they hit all there are.
+    """Routings of m rows to random experts that, called in turn, read the whole stack.
 
-    A call reads only the experts that were hit. They are neighbors, in each routing the ones after
-    those before, so that what one call reads has left the cache by the next.
+    A call reads only the experts that have rows. Each routing shifts these to the next range of
+    experts, so that the cache holds none of the weights that the next call reads.
     """
     generator = torch.Generator(device).manual_seed(1)
     ids = torch.randint(spec.experts, (m,), device=device, generator=generator)
@@ -121,7 +124,7 @@ def _routing(ids: torch.Tensor, spec: GemmSpec) -> Routing:
 def packed_copies(
     weight: QuantizedTensor, layout: Layout, most: int = _MOST_COPIES
 ) -> tuple[list[QuantizedTensor], int]:
-    """As many copies of a packed weight as `rotation` says, `most` at the most, and its rounds."""
+    """The copies of a packed weight that `rotation` asks for, at most `most`, and its rounds."""
     packed = layout.pack(weight)
     copies, rounds = rotation(packed.nbytes)
     return [packed, *(packed.clone() for _ in range(min(copies, most) - 1))], rounds
@@ -130,24 +133,24 @@ def packed_copies(
 def rotation(nbytes: int) -> tuple[int, int]:
     """How many copies of a packed weight to read in turn, and how often in one graph.
 
-    Two calls on one copy lie more than 256 MiB of other reads apart, and one copy at least; but of
-    weights below 1 MiB, whose calls are all launch, there are no more than 256 copies.
+    Between two calls on the same copy, more than 256 MiB of other copies are read, and at least
+    one copy. For weights below 1 MiB, whose time is launch overhead anyway, 257 copies are enough.
     """
     copies = min(_MOST_COPIES, max(2, ROTATED_BYTES // nbytes + 1))
     return copies, rounds_of(copies)
 
 
 def rounds_of(copies: int) -> int:
-    """How often a graph calls all copies, so that it has 16 calls at least."""
+    """How often a graph calls all copies, so that it holds at least 16 calls."""
     return -(-_LEAST_CALLS // copies)
 
 
 def random_problem(
     spec: GemmSpec, m: int, device: torch.device
 ) -> tuple[QuantizedTensor, torch.Tensor]:
-    """Codes over their whole range, scales of about 1 / qmax, and x such that results are about 1.
+    """A random weight and x [m, K]: codes of the whole range, and scales that keep results near 1.
 
-    Of experts a stack, and x [m, K] for routed rows. Nothing is zero by design, and nothing
+    For experts the weight is a stack, and x holds the routed rows. No scale is zero, and nothing
     overflows fp16, gated or not.
     """
     generator = torch.Generator(device).manual_seed(0)
@@ -165,7 +168,7 @@ def random_problem(
 
 
 def reference(x: torch.Tensor, weight: QuantizedTensor, spec: GemmSpec) -> torch.Tensor:
-    """The layer in fp64 from the plain layout: no template's code, and no TF32."""
+    """The layer in fp64 from the plain layout, independent of every template and of TF32."""
     step = max(1, _REFERENCE_CHUNK // spec.k)
     parts = []
     for start in range(0, spec.weight_rows, step):
@@ -179,12 +182,13 @@ def reference(x: torch.Tensor, weight: QuantizedTensor, spec: GemmSpec) -> torch
 
 
 def allowed_error(dtype: torch.dtype, k: int) -> float:
-    """The largest ‖y - ŷ‖ / ‖ŷ‖ of a right kernel: 2u + K·2⁻²⁴, u being half an ulp of `dtype`.
+    """The largest ‖y - ŷ‖ / ‖ŷ‖ of a correct kernel: 2u + K·2⁻²⁴ with u half an ulp of `dtype`.
 
-    A kernel rounds each weight to `dtype` and the result: relative errors of at most u, so u/√3 in
-    the mean square if they are spread evenly, and independent, so a sum of products carries u/√3
-    too. Gated, the roundings of gate and up count up to twice each where the activation steepens
-    them: √(2²+2²+1)·u/√3 < 2u at the most. Sums are kept in fp32: K additions of 2⁻²⁴ each.
+    A kernel rounds each weight, and the result, to `dtype`: relative errors of at most u, hence
+    u/√3 in the root mean square if uniformly distributed. They are independent, so a sum of
+    products has a relative error of u/√3 too. In a gated layer the errors of gate and up count up
+    to twice, where the activation amplifies them: at most √(2²+2²+1)·u/√3 < 2u. Sums are kept in
+    fp32: K additions of 2⁻²⁴ each.
     """
     return torch.finfo(dtype).eps + k * 2.0**-24
 
@@ -192,9 +196,10 @@ def allowed_error(dtype: torch.dtype, k: int) -> float:
 def difference(actual: torch.Tensor, expected: torch.Tensor, k: int) -> str | None:
     """How `actual` is wrong, or None.
 
-    As a whole by `allowed_error`. Of one element, six times its share is allowed, since the errors
-    of its weights are a sum of many, hence normal; and five roundings of its own: gated, the gate
-    (which counts twice), up, the activation and their product.
+    The whole result may be wrong by `allowed_error`. One element may be wrong by six times the
+    root mean square of that, since its error is a sum of many independent ones and hence normally
+    distributed, and by five roundings of its own: if gated, the gate (which counts twice), up, the
+    activation and their product.
     """
     if actual.shape != expected.shape:
         return f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
@@ -219,21 +224,22 @@ def timing_of(microseconds: Sequence[float]) -> Timing:
     """Median, 20th and 80th percentile."""
     low, _, _, high = quantiles(microseconds, n=5, method="inclusive")
     middle = median(microseconds)
-    # Between equal numbers interpolation is off by a rounding, in either direction.
+    # Interpolating between equal numbers can be off by one rounding, in either direction.
     return Timing(middle, min(low, middle), max(high, middle))
 
 
 def _time(rotate: Callable[[], object], rounds: int, copies: int) -> Timing:
-    """Per call of the `copies` that `rotate` makes, from replays of a graph of `rounds` of it."""
+    """The time per call, where `rotate` makes `copies` calls and one graph holds `rounds` of it."""
     times = replayed(captured(rotate, rounds), _WARM_UPS, _REPLAYS)
     return timing_of([microseconds / (rounds * copies) for microseconds in times])
 
 
 def captured(rotate: Callable[[], object], rounds: int) -> torch.cuda.CUDAGraph:
-    """A graph of `rounds` calls of `rotate`, which has run before: capturing compiles nothing."""
+    """A graph of `rounds` calls of `rotate`, which has run before: capturing cannot compile."""
     graph = torch.cuda.CUDAGraph()
-    # thread_local: what other threads, such as a data loader's, ask of CUDA is no part of it.
-    # The stream is this device's: by default it is that of the first capture in the process.
+    # thread_local: CUDA calls of other threads, such as a data loader's, do not end the capture.
+    # A stream of this device: the default is the stream, and so the device, of the process's first
+    # capture.
     stream = torch.cuda.Stream()
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         for _ in range(rounds):
@@ -242,7 +248,7 @@ def captured(rotate: Callable[[], object], rounds: int) -> torch.cuda.CUDAGraph:
 
 
 def replayed(graph: torch.cuda.CUDAGraph, warm_ups: int, replays: int) -> list[float]:
-    """Microseconds of each replay, by the GPU's own clock, after `warm_ups` that do not count."""
+    """Microseconds of each replay by the GPU's clock, after `warm_ups` that are not counted."""
     for _ in range(warm_ups):
         graph.replay()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
@@ -255,7 +261,7 @@ def replayed(graph: torch.cuda.CUDAGraph, warm_ups: int, replays: int) -> list[f
 
 
 def check_device(error: Exception) -> None:
-    """Raise DeviceLost where an illegal access or the like has ended the CUDA context."""
+    """Raise DeviceLost if an error such as an illegal access has destroyed the CUDA context."""
     try:
         torch.cuda.synchronize()
     except RuntimeError as lost:

@@ -35,7 +35,7 @@ Fingerprint = Mapping[str, str]
 _UNUSABLE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError
 )  # fmt: skip
-_LONGEST_SEARCH = 1800.0  # seconds; a process that has waited this long searches too
+_LONGEST_SEARCH = 1800.0  # seconds; a process that has waited this long searches as well
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Timing:
     """Microseconds of one call: the median, and the 20th and 80th percentile.
 
     Raises:
-        ValueError: they are no such numbers.
+        ValueError: not 0 < low <= median <= high < infinity.
     """
 
     microseconds: float
@@ -56,7 +56,7 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """From percentile to percentile, as a share of the median."""
+        """The distance between the two percentiles, relative to the median."""
         return (self.high - self.low) / self.microseconds
 
     def __str__(self) -> str:
@@ -74,14 +74,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Case:
-    """All trials of one matmul at one bucket of M; `searched` is the widest search that ended."""
+    """All trials of one matmul at one bucket of M; `searched` is the widest completed search."""
 
     trials: tuple[Trial, ...] = ()
     searched: SearchMode | None = None
 
     @property
     def best(self) -> Trial | None:
-        """The fastest trial; of equals the one tried first."""
+        """The fastest trial; if several are equally fast, the one tried first."""
         timed = [(t.timing.microseconds, i) for i, t in enumerate(self.trials) if t.timing]
         return self.trials[min(timed)[1]] if timed else None
 
@@ -95,14 +95,14 @@ class Case:
         return f"all {count} configurations failed, {first.config} with {first.refusal}"
 
     def has(self, mode: SearchMode) -> bool:
-        """Whether a search of this mode, or a wider one, has ended."""
+        """Whether a search of this mode, or a wider one, was completed."""
         return self.searched in ("max", mode)
 
     def trial(self, config: Config) -> Trial | None:
         return next((t for t in self.trials if t.config == config), None)
 
     def merged(self, other: "Case") -> "Case":
-        """The trials of both; of one configuration the other's. The wider search."""
+        """The trials of both (`other` wins for the same configuration), and the wider search."""
         trials = {t.config: t for t in (*self.trials, *other.trials)}
         widest: SearchMode | None = "max" if "max" in (self.searched, other.searched) else None
         return Case(tuple(trials.values()), widest or other.searched or self.searched)
@@ -122,7 +122,7 @@ class TunedTable:
 
     @classmethod
     def load(cls, path: Path, fingerprint: Fingerprint) -> Self:
-        """The table in `path`, empty where that cannot be used."""
+        """The table in `path`, or an empty one if the file cannot be used."""
         return cls(path, fingerprint, _own_cases(path, fingerprint))
 
     def case(self, key: str, bucket: Bucket) -> Case:
@@ -137,7 +137,7 @@ class TunedTable:
     def search_alone(self) -> Iterator[None]:
         """Let one of the processes that share the file search; the others wait and use its result.
 
-        So the ranks of a model, which need the same kernels at the same time, measure them once.
+        The ranks of a model need the same kernels at the same time: they are measured once.
         If locking fails, each process searches itself, and `add` logs why nothing is stored.
         """
         with ExitStack() as held:
@@ -150,7 +150,7 @@ class TunedTable:
             yield
 
     def finish(self, key: str, bucket: Bucket, mode: SearchMode) -> None:
-        """Note that a search has tried all that it wanted to."""
+        """Record that a search of this mode was completed."""
         self._merge({(key, bucket): Case((), mode)})
 
     def _merge(self, news: Cases) -> None:
@@ -185,11 +185,11 @@ def merged(cases: Cases, news: Cases) -> Cases:
 
 
 def _own_cases(path: Path, fingerprint: Fingerprint) -> Cases:
-    """The file's; none, with a warning, where it cannot be reached or others may write to it."""
+    """The file's cases; none, with a warning, if it is unreadable or others may write to it."""
     try:
         check_trusted(path)
     except FileNotFoundError:
-        pass  # `read_cases` says so
+        pass  # `read_cases` logs it
     except OSError as error:
         warn_unusable(path.parent, error)
         return {}
@@ -197,7 +197,7 @@ def _own_cases(path: Path, fingerprint: Fingerprint) -> Cases:
 
 
 def read_cases(path: Path, fingerprint: Fingerprint) -> Cases:
-    """The file's cases, or none where it cannot be used here."""
+    """The file's cases, or none, with the reason logged, if the file does not apply here."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["schema"] != SCHEMA:

@@ -136,7 +136,7 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Contents:
     """The contents of a checkpoint; `reasons`, by source: why a packed weight is written dense."""
 
     pieces: tuple[Piece, ...]
@@ -144,7 +144,7 @@ class Layout:
     reasons: Mapping[str, str]
 
 
-def lay_out(saved: Saved) -> Layout:
+def contents_of(saved: Saved) -> Contents:
     """Reads no tensor.
 
     Raises:
@@ -169,7 +169,7 @@ def lay_out(saved: Saved) -> Layout:
             reason = "the checkpoint's layout has no matrix [N, K] for it"
         wholes.append(_whole(saved, reversion, values))
         reasons.update({name: reason for name in packed if reason is not None})
-    return Layout(tuple(pieces), tuple(wholes), reasons)
+    return Contents(tuple(pieces), tuple(wholes), reasons)
 
 
 def _unsplittable(saved: Saved, reversion: Reversion, values: Mapping[str, str]) -> str | None:
