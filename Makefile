@@ -45,12 +45,12 @@ check: .venv/dev.installed
 soak: .venv/dev.installed
 	FQCOMPILE_CACHE_SIZE=0 $(BIN)/python -m tests.soak $(ARGS)
 
-# The x86 kernel under the address and undefined-behavior sanitizers, every path that is here.
+# The C++ for x86 under the address and undefined-behavior sanitizers, every path that is here.
 sanitize: .venv/dev.installed
 	FQTEST_SANITIZE=1 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0 $(BIN)/pytest $(ARGS) \
 	tests/kernels/cpu/test_stream.py tests/kernels/cpu/test_stream_experts.py \
-	tests/kernels/cpu/test_stream_bounds.py
+	tests/kernels/cpu/test_stream_bounds.py tests/quant/test_native_quantizer.py
 
 static: .venv/dev.installed
 	$(BIN)/python -m bench static --check $(ARGS)

@@ -10,11 +10,13 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from fqcompile.checkpoint.conversion import initialize, target_types
+from fqcompile.checkpoint.data import Data, data_of
 from fqcompile.checkpoint.directory import (
     check_not_replaced,
     commit,
@@ -41,6 +43,8 @@ def quantize_checkpoint(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    calibration: Any = None,
+    method: str = "scale",
     dtype: torch.dtype | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -49,13 +53,14 @@ def quantize_checkpoint(
 ) -> Plan:
     """Quantize a Hugging Face checkpoint into a directory that `fqcompile.load` reads.
 
-    The result equals `quantize_(model, calibration=None)` on the model that `from_pretrained`
-    loads: what is never held whole cannot be run. Tensors are read,
-    converted and quantized one at a time (a stack of experts is one tensor), so peak memory is
-    less than a GiB plus the needs of the largest tensor. Tokenizer and configs are copied.
+    The result equals `quantize_` on the model that `from_pretrained` loads. Without calibration,
+    tensors are read, converted and quantized one at a time (a stack of experts is one tensor), so
+    peak memory is less than a GiB plus the needs of the largest tensor; with it, the model is
+    loaded. Tokenizer and configs are copied.
 
     Args:
         source: a local directory with `config.json` and safetensors files.
+        calibration, method: as for `quantize_`, or a text file, of which 128 x 512 tokens are used.
         dtype: dtype of the model; by default that of the config, else of the tensors.
         resume: continue a killed run with the same arguments; without one, start a new run.
         overwrite: replace the save in `out`, which stays valid until the new one is complete.
@@ -67,34 +72,45 @@ def quantize_checkpoint(
             match the class that its config names; `out` has other contents or cannot be written.
         OptionError, UnquantizableWeight: as for `quantize_`.
     """
-    if resume and overwrite:
-        raise OptionError("resume and overwrite are both given; overwrite starts anew: choose one")
-    config = _config_of(options)
+    config = packing_config({**options, "calibration": None})
     found, target = open_source(Path(source)), Path(out)
     if os.path.realpath(target) == os.path.realpath(found.directory):
         raise CheckpointError(f"{target} is the checkpoint itself; give another directory")
     work = CheckpointModel.of(found, dtype)
-    identity = _identity(work, config)
+    data = data_of(found.directory, calibration=calibration, method=method)
+    identity = _identity(work, config, data)
     with writing_to(target):
-        unfinished = Journal(target).read(identity) if resume else None
-        finished = readable_manifest(target) if resume and not unfinished else None
-        if finished and finished.model.get("source") == identity:
-            return Plan(tuple(map(site_from, finished.sites)), finished.options)
-        if not unfinished and not overwrite:
-            _check_unused(work, target, resume)
-    plan = _run(work, config, target, identity, unfinished or (new_generation(), Progress()), say)
+        before = _before(work, target, identity, resume, overwrite)
+    if isinstance(before, Plan):
+        return before
+    if data is not None:
+        return data.quantize(work, target, identity, _files(work), options)
+    plan = _run(work, config, target, identity, before or (new_generation(), Progress()), say)
     if work.unused:
         say(f"left out, as {work.name} has no place for them: {shortened(work.unused)}")
     return plan
 
 
-def _config_of(options: dict[str, object]) -> FineQuantConfig:
-    if options.get("calibration") is not None:
-        raise OptionError(
-            f"calibration is {options['calibration']!r}, and a checkpoint is quantized tensor by "
-            "tensor, without a model to run: leave it out, or load the model and call quantize_"
-        )
-    return packing_config({**options, "calibration": None})
+def _before(
+    work: CheckpointModel, target: Path, identity: str, resume: bool, overwrite: bool
+) -> Plan | tuple[str, Progress] | None:
+    """The plan of such a run that is finished, or how far one is that is not.
+
+    Raises:
+        CheckpointError: `target` holds anything else that may not be replaced.
+        OptionError: there are two ways to go on.
+    """
+    if resume and overwrite:
+        raise OptionError("resume and overwrite are both given; overwrite starts anew: choose one")
+    unfinished = Journal(target).read(identity) if resume else None
+    if unfinished:
+        return unfinished
+    finished = readable_manifest(target) if resume else None
+    if finished and finished.model.get("source") == identity:
+        return Plan(tuple(map(site_from, finished.sites)), finished.options)
+    if not overwrite:
+        _check_unused(work, target, resume)
+    return None
 
 
 def _run(
@@ -184,9 +200,11 @@ def _files(work: CheckpointModel) -> dict[str, bytes]:
     return {**other_files(work.source.directory), "config.json": work.config_file}
 
 
-def _identity(work: CheckpointModel, config: FineQuantConfig) -> str:
+def _identity(work: CheckpointModel, config: FineQuantConfig, data: Data | None) -> str:
     """A value that is equal for runs with equal output."""
     parts = [work.source.identity, str(work.dtype), config.as_dict(), versions()]
+    if data is not None:
+        parts.append(data.digest)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

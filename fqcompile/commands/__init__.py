@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import Field, fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +20,6 @@ import torch
 from torch import nn
 
 from fqcompile.checkpoint.source import read_config
-from fqcompile.config import FineQuantConfig
 from fqcompile.errors import CheckpointError, FineQuantError, nearest
 from fqcompile.modules.quantize import OF_COMPILING
 
@@ -49,38 +47,46 @@ _HELP = {
     "mode": "Inductor's mode, such as max-autotune",
 }
 
+# Of commands that quantize a checkpoint, which they need not load without.
+_DATA_HELP = {
+    "calibration": "text file, or synthetic (random tokens), that the model is run on to weigh "
+    "errors; it is then loaded whole (default: null)",
+    "method": "scale: round at the best scales; gptq: codes make up for each other's errors, by a "
+    "--calibration of some thousand tokens (default: scale)",
+}
+
 _EXAMPLE_TOKENS = 8
 
 
 def add_option_flags(parser: argparse.ArgumentParser, *, compiles: bool) -> None:
     """One flag for each option of FineQuantConfig: `--bits 8`, `--exclude lm_head`.
 
-    A command that only packs weights hides the options of compiling, and refuses them by its rules.
+    A command that only packs weights hides the options of compiling, and refuses them by its rules;
+    it has the method of packing too.
     """
     group = parser.add_argument_group("FineQuant options", "values as JSON or plain words")
-    for option in fields(FineQuantConfig):
-        shown = compiles or option.name not in OF_COMPILING
-        flags = {f"--{option.name}", f"--{option.name.replace('_', '-')}"}
+    helps = _HELP if compiles else _HELP | _DATA_HELP | dict.fromkeys(OF_COMPILING)
+    for name, text in helps.items():
+        flags = {f"--{name}", f"--{name.replace('_', '-')}"}
         group.add_argument(
-            *sorted(flags), dest=option.name, metavar="VALUE", type=_reader(option),
-            default=argparse.SUPPRESS, help=_HELP[option.name] if shown else argparse.SUPPRESS,
+            *sorted(flags), dest=name, metavar="VALUE", type=_reader(name),
+            default=argparse.SUPPRESS, help=text or argparse.SUPPRESS,
         )  # fmt: skip
 
 
 def given_options(arguments: argparse.Namespace) -> dict[str, object]:
     """The options given on the command line, for `FineQuantConfig.from_options`."""
-    names = [option.name for option in fields(FineQuantConfig)]
-    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    return {name: value for name, value in vars(arguments).items() if name in _HELP | _DATA_HELP}
 
 
-def _reader(option: "Field[Any]") -> Callable[[str], object]:
+def _reader(name: str) -> Callable[[str], object]:
     """Of an option that is a list, one word is a list of one."""
 
     def patterns(text: str) -> object:
         value = _value(text)
         return [value] if isinstance(value, str) else value
 
-    return patterns if isinstance(option.default, tuple) else _value
+    return patterns if name in ("include", "exclude") else _value
 
 
 def _value(text: str) -> object:

@@ -20,7 +20,6 @@ from fqcompile.estimator.devices import Device
 from fqcompile.kernels.epilogue import HAS_TRITON
 from fqcompile.kernels.roofline import M, dense, ideal
 from fqcompile.kernels.spec import DENSE, GemmSpec
-from fqcompile.tensor.format import INT4, NORMAL, UNIFORM
 
 if HAS_TRITON:
     from fqcompile.kernels.triton.configs import candidates
@@ -239,7 +238,7 @@ def spec_of(matrix: Matrix, rows: int, form: WeightFormat, device: Device) -> Ge
         gpu=device.gpu,
         experts=matrix.experts,
         routing="grouped" if matrix.experts else None,
-        levels=NORMAL if form.bits_of(matrix) == INT4.bits else UNIFORM,
+        levels="normal" if form.bits_of(matrix) == 4 else "uniform",
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fqcompile.checkpoint.data import data_of, without_data
 from fqcompile.checkpoint.directory import remove_save
 from fqcompile.checkpoint.hugging_face import without_code
 from fqcompile.checkpoint.manifest import MANIFEST, read_manifest, versions
@@ -95,7 +96,7 @@ class Request:
 
     @cached_property
     def config(self) -> FineQuantConfig:
-        return packing_config(self.options)
+        return packing_config(without_data(self.options))
 
     @property
     def quantizing(self) -> dict[str, object]:
@@ -115,7 +116,7 @@ class Request:
             str(self.source.resolve()),
             source or open_source(self.source).identity,
             [self.to, self.profile, self.tp, str(self.dtype)],
-            [self.config.as_dict(), versions()],
+            [self.config.as_dict(), versions(), str(data_of(self.source, **self.options))],
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -172,11 +173,9 @@ def export(
 def _export(request: Request, directory: Path, say: Callable[[str], None]) -> Plan:
     if request.is_saved:
         return _write(Saved.open(request.source), directory, request)
-    quantized, options = directory / QUANTIZED, request.quantizing
-    inner: Any = options
-    quantize_checkpoint(
-        request.source, quantized, dtype=request.dtype, resume=True, say=say, **inner
-    )
+    quantized = directory / QUANTIZED
+    own: Any = request.quantizing
+    quantize_checkpoint(request.source, quantized, dtype=request.dtype, resume=True, say=say, **own)
     say(f"{request.to} has uniform levels alone: weights of 4 bits were quantized to these")
     plan = _write(Saved.open(quantized), directory, request)
     remove_save(quantized)

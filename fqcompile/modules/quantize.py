@@ -192,7 +192,7 @@ def _packed(
     with plain_eager(weight.device.type):
         scale_dtype = scale_dtype_beside(weight.dtype)
         h = None if calibration is None else calibration.h
-        plan, codes = find_or_quantize(found.matrix, options, scale_dtype, h=h)
+        plan, codes = find_or_quantize(found.matrix, options, scale_dtype, h)
         plan = replace(plan, calibration=calibration)
         if inputs is not None and calibration is not None:
             plan, codes = compensated(found, (plan, codes), inputs, options.error_budget)

@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -32,12 +33,25 @@ from fqcompile.files.trusted import (
     warn_unusable,
     writing,
 )
+from fqcompile.tensor.format import QTYPES, UNIFORM
 from fqcompile.torch_compat import InvalidCxxCompiler, cpp_compiler, has_feature
 
 log = logging.getLogger("fqcompile")
 
 OVERRIDE = "FQCOMPILE_CPU_ISA"
 _SOURCES = sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".h", ".cpp"))
+
+
+class _Numbers(dict[torch.dtype, int]):
+    def __missing__(self, dtype: torch.dtype) -> int:
+        raise RuntimeError(f"the x86 kernel takes fp32, bf16 and fp16, not {dtype}")
+
+
+# As enumerated in vectors.h.
+DTYPES = _Numbers({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})
+# The levels of 16 codes; none where codes are their own.
+_LEVELS = {q.levels: array("f", q.values) for q in QTYPES.values() if q.levels != UNIFORM}
+LEVELS_AT = {UNIFORM: 0} | {name: found.buffer_info()[0] for name, found in _LEVELS.items()}
 # Inductor's own builds take minutes at most; a compiler that hangs must not hang a model.
 _TIME_LIMIT = 600.0
 _DIGEST_BYTES = sha256().digest_size

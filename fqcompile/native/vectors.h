@@ -47,7 +47,6 @@ INLINE U32 truncated(F32 v) { return _mm512_cvttps_epi32(v); }
 INLINE U32 clamped(U32 v, int low, int high) {
   return _mm512_min_epi32(_mm512_max_epi32(v, splat_bits((uint32_t)low)), splat_bits((uint32_t)high));
 }
-INLINE U32 multiply_bits(U32 a, U32 b) { return _mm512_mullo_epi32(a, b); }
 // v + bits where a >= b, else v.
 INLINE U32 add_where_least(F32 a, F32 b, U32 v, U32 bits) {
   return _mm512_mask_add_epi32(v, _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), v, bits);
@@ -116,7 +115,6 @@ INLINE U32 truncated(F32 v) { return _mm256_cvttps_epi32(v); }
 INLINE U32 clamped(U32 v, int low, int high) {
   return _mm256_min_epi32(_mm256_max_epi32(v, splat_bits((uint32_t)low)), splat_bits((uint32_t)high));
 }
-INLINE U32 multiply_bits(U32 a, U32 b) { return _mm256_mullo_epi32(a, b); }
 INLINE U32 add_where_least(F32 a, F32 b, U32 v, U32 bits) {
   return add_bits(v, and_bits(as_bits(_mm256_cmp_ps(a, b, _CMP_GE_OQ)), bits));
 }

@@ -6,18 +6,19 @@ Ranks of a sharded model run the probe together, or not at all. A weight that ev
 gets the same h on all of them, from the rows of all. Each shard of a sharded weight has its own h.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from fqcompile.distributed.ranks import any_rank, rank
+from fqcompile.distributed.ranks import agree, any_rank, rank
 from fqcompile.distributed.shards import is_dtensor, local_part, rank_groups, team_of
 from fqcompile.errors import ShardingError
 from fqcompile.passes.probe import Probe, ProbeError
 from fqcompile.passes.state import Calibrate, GraphState, WeightSite
 from fqcompile.quant.calibration import Calibration, Moments, over_ranks
+from fqcompile.weights.recipe import target_name
 
 Ranks = list[list[Moments]]  # [rank][site]
 
@@ -64,12 +65,14 @@ def _on_all_ranks(
 
     Raises:
         ProbeError: the probe failed on some rank.
+        RankError: the graphs of the ranks have different collectives, so the probe would hang.
     """
     groups = rank_groups(args)
     if not groups and not probe.talks:
         return [probe.run(args, random=random)] if wanted else []
     if not (groups and state.ranks_here):
         raise ProbeError("it communicates with other ranks, which need not run it now")
+    agree(state.name, {"collectives": ", ".join(collectives(state.graph))}, groups)
     if not any_rank(f"what {state.name} is to be calibrated for", wanted, groups):
         return []
 
@@ -85,6 +88,16 @@ def _on_all_ranks(
             raise ProbeError(result)
         found.append(result)
     return found
+
+
+def collectives(graph: fx.Graph) -> Iterator[str]:
+    """Those that all ranks must run, in the same order."""
+    for node in graph.nodes:
+        name = target_name(node.target) if node.op.startswith("call") else ""
+        if "c10d" in name:
+            yield name
+        elif name.removeprefix("prim_") in ("redistribute", "full_tensor"):
+            yield f"{name} to {node.kwargs.get('placements', node.args[1:])}"
 
 
 def _of_weight(

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import fx
 from fqcompile.config import FineQuantConfig
 from fqcompile.distributed.shards import is_part
 from fqcompile.errors import GraphInvariantError
+from fqcompile.passes.calibrate import collectives
 from fqcompile.passes.capture import capture
 from fqcompile.passes.fuse import fuse
 from fqcompile.passes.lower import lower
@@ -24,7 +25,6 @@ from fqcompile.passes.state import GraphState, WeightSite, example, placeholders
 from fqcompile.report import PassRecord
 from fqcompile.torch_compat import is_erased
 from fqcompile.weights.dispatch import Variant
-from fqcompile.weights.recipe import target_name
 
 VERIFY = os.environ.get("FQCOMPILE_VERIFY") == "1"
 
@@ -148,7 +148,7 @@ def shared_facts(state: GraphState) -> Mapping[str, str]:
     facts = {"outcome": "quantized"}
     facts |= {f"option {name}": str(value) for name, value in state.config.as_dict().items()}
     del facts["option debug_dir"]  # each rank may have its own
-    facts["collectives"] = ", ".join(_collectives(state.graph))
+    facts["collectives"] = ", ".join(collectives(state.graph))
     # the inputs of packed weights come after those of the graph's own arguments
     inputs = zip(placeholders(state.graph), state.args, strict=False)
     parts = {state.names[n] for n, arg in inputs if is_part(arg)}
@@ -157,15 +157,6 @@ def shared_facts(state: GraphState) -> Mapping[str, str]:
         if not parts & {state.names[source] for source in site.sources}:
             facts[site.name] = _choice(site)
     return facts
-
-
-def _collectives(graph: fx.Graph) -> Iterator[str]:
-    for node in graph.nodes:
-        name = target_name(node.target) if node.op.startswith("call") else ""
-        if "c10d" in name:
-            yield name
-        elif name.removeprefix("prim_") in ("redistribute", "full_tensor"):
-            yield f"{name} to {node.kwargs.get('placements', node.args[1:])}"
 
 
 def _choice(site: WeightSite) -> str:

@@ -204,10 +204,11 @@ class GraphCompiler:
         recorder = Recorder(keep_graphs=self._config.debug_dir is not None or is_traced())
         try:
             state, rows, variant = self._run(args, changing, recorder)
+        except RankError:  # which all ranks have
+            raise
         except Exception as error:
             self._agree(args, {"outcome": f"pass {recorder.running!r} failed with {error!r}"})
-            strict = self._config.on_unsupported == "error"
-            if strict or isinstance(error, (RankError, *DYNAMO_REQUESTS)):
+            if self._config.on_unsupported == "error" or isinstance(error, DYNAMO_REQUESTS):
                 raise
             text = (
                 f"{self._name} runs unquantized: pass {recorder.running!r} failed with "
@@ -218,11 +219,10 @@ class GraphCompiler:
         state.args = ()  # the example weights must not outlive their model
         self._analyzed = self._analyzed or state
         key = key_of(tuple(s.plan or str(s.reason) for s in state.sites if not s.settled))
-        seconds = time.perf_counter() - start
         warnings = warnings_of(state)
         for text in warnings:
             log.warning(text)
-        return self._keep(key, variant, recorder, rows, warnings, seconds)
+        return self._keep(key, variant, recorder, rows, warnings, time.perf_counter() - start)
 
     def _run(
         self, args: Sequence[Any], changing: frozenset[int], recorder: Recorder

@@ -12,15 +12,19 @@ from collections.abc import Callable
 
 import torch
 
+from fqcompile.quant import native_quantizer
+from fqcompile.quant.checks import squared_norms
 from fqcompile.quant.rounding import nearest_codes
 from fqcompile.quant.scale_search import (
+    counted_groups,
     group_weights,
     search_scale,
     search_share,
     signed_extremes,
 )
-from fqcompile.tensor.chunks import each_chunk, group_parts, grouped, plain_tensors
-from fqcompile.tensor.format import UNIFORM, QType, num_groups
+from fqcompile.tensor.chunks import each_chunk, group_parts, plain_tensors
+from fqcompile.tensor.codes import dequantize_rows, pack
+from fqcompile.tensor.format import UNIFORM, QType
 
 
 def _absmax_scale(
@@ -52,24 +56,33 @@ def choose_scale(
 
     `h` [K], float32: weights of squared errors, where the method minimizes their sum.
     """
-    n, k = w.shape
-    scale = torch.empty(n, num_groups(k, group_size), dtype=torch.float32, device=w.device)
     # No product of a level and a scale may leave the range of the weight's own type; no level is
     # beyond qmin, and a division by that power of two is exact.
     largest = min(torch.finfo(w.dtype).max, torch.finfo(torch.float32).max) / -qtype.qmin
+    group_size = min(group_size, w.shape[1])
     weights = None if h is None else group_weights(h, group_size)[0]
-
-    def fill(rows: slice) -> None:
-        groups = grouped(w[rows], group_size)
-        extremes = signed_extremes(groups, weights)
-        found = SCALE_METHODS[method](groups, extremes, qtype, weights).clamp_(-largest, largest)
-        # The smallest normal number: a denormal scale would lose the bound on the error.
-        tiny = found.abs() < torch.finfo(torch.float32).tiny
-        found.masked_fill_(tiny, torch.finfo(torch.float32).tiny)
-        scale[rows] = found.masked_fill_(extremes == 0, 1)
-
-    each_chunk(fill, w, search_share(group_size))
+    if method == "mse" and native_quantizer.takes(w):
+        scale = native_quantizer.search_scales(w, qtype, group_size, weights)
+    else:
+        scale = _search_scales(w, qtype, group_size, method, weights)
+    scale.clamp_(-largest, largest)
+    # The smallest normal number: a denormal scale would lose the bound on the error.
+    tiny = torch.finfo(torch.float32).tiny
+    scale.masked_fill_(scale.abs() < tiny, tiny)
     return _stored(scale, scale_dtype, largest, qtype)
+
+
+def _search_scales(
+    w: torch.Tensor, qtype: QType, group_size: int, method: str, h: torch.Tensor | None
+) -> torch.Tensor:
+    """Scales [N, G], unrounded; 1 where a group is zero. What `native_quantizer` does as well."""
+
+    def search(rows: slice) -> torch.Tensor:
+        groups = counted_groups(w[rows], group_size, h)
+        extremes = signed_extremes(groups)
+        return SCALE_METHODS[method](groups, extremes, qtype, h).masked_fill_(extremes == 0, 1)
+
+    return torch.cat(each_chunk(search, w, search_share(group_size)))
 
 
 def _stored(scale: torch.Tensor, dtype: torch.dtype, largest: float, qtype: QType) -> torch.Tensor:
@@ -96,3 +109,20 @@ def quantize_affine(
 
     each_chunk(fill, w)
     return codes
+
+
+@plain_tensors()
+def encode(
+    w: torch.Tensor, scale: torch.Tensor, qtype: QType, group_size: int, qweight: torch.Tensor
+) -> torch.Tensor:
+    """Writes the packed codes of w [N, K] to qweight; `squared_norms` of its rows [N, 2]."""
+    group_size = min(group_size, w.shape[1])
+    if native_quantizer.takes(w):
+        return native_quantizer.encode(w, scale, qtype, group_size, qweight)
+
+    def encode_rows(rows: slice) -> torch.Tensor:
+        qweight[rows] = pack(quantize_affine(w[rows], scale[rows], qtype, group_size), qtype)
+        form = (qtype, group_size, w.shape[1], torch.float32)
+        return squared_norms(w[rows], dequantize_rows(qweight[rows], scale[rows], *form))
+
+    return torch.cat(each_chunk(encode_rows, w))

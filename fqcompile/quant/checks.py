@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from fqcompile.errors import UnquantizableWeight
-from fqcompile.tensor.chunks import each_chunk, plain_tensors, row_chunks
+from fqcompile.tensor.chunks import each_chunk, halving_sum, plain_tensors, row_chunks
 
 FLOAT_DTYPES = torch.float32, torch.float16, torch.bfloat16, torch.float64
 WEIGHT_DTYPES = FLOAT_DTYPES[:3]  # what models are quantized in
@@ -96,19 +96,21 @@ def _normalized(h: torch.Tensor) -> torch.Tensor | None:
 @plain_tensors()
 def relative_error(w: torch.Tensor, w_hat: torch.Tensor) -> float:
     """‖w - ŵ‖ / ‖w‖ (Frobenius) in float64; 0 if both w and ŵ are zero."""
-    return relative_error_from(each_chunk(lambda rows: squared_norms(w[rows], w_hat[rows]), w))
+    return relative_error_from(
+        torch.cat(each_chunk(lambda rows: squared_norms(w[rows], w_hat[rows]), w))
+    )
 
 
 def squared_norms(w: torch.Tensor, w_hat: torch.Tensor) -> torch.Tensor:
-    """(‖w - ŵ‖², ‖w‖²) of a piece, in float64."""
+    """(‖w - ŵ‖², ‖w‖²) of each row, in float64 [N, 2]."""
     exact = w.double()
     difference = exact - w_hat.double()
-    return torch.stack([torch.linalg.vector_norm(t) for t in (difference, exact)]).square_()
+    return torch.stack([halving_sum(t.square()) for t in (difference, exact)], -1)
 
 
-def relative_error_from(pieces: Sequence[torch.Tensor]) -> float:
-    """The relative error of the matrix whose pieces have these squared norms."""
-    error, total = torch.stack(list(pieces)).sum(0).tolist()
+def relative_error_from(norms: torch.Tensor) -> float:
+    """The relative error of the matrix whose rows have these squared norms [N, 2]."""
+    error, total = halving_sum(norms, 0).tolist()
     if error == 0:
         return 0.0
     return float((error / total) ** 0.5) if total else float("inf")

@@ -17,17 +17,15 @@ import torch
 
 from fqcompile.config import SiteOptions
 from fqcompile.errors import UnquantizableWeight
-from fqcompile.quant.affine import choose_scale, quantize_affine
+from fqcompile.quant.affine import choose_scale, encode
 from fqcompile.quant.calibration import Calibration
 from fqcompile.quant.checks import (
     check_quantizable,
     error_weights_of,
     relative_error_from,
-    squared_norms,
 )
 from fqcompile.quant.granularity import RULES, group_size_candidates
-from fqcompile.tensor.chunks import each_chunk, plain_tensors
-from fqcompile.tensor.codes import dequantize_rows, pack
+from fqcompile.tensor.chunks import plain_tensors
 from fqcompile.tensor.format import INT8, QTYPES, UNIFORM, Format, QType, packed_columns, qtype_for
 from fqcompile.tensor.quantized import QuantizedTensor
 
@@ -224,32 +222,13 @@ def _deliver(
     scales = scales_in(scale_dtype)
     if len({scale.dtype for scale in scales}) > 1:  # 16 bits cannot hold those of some expert
         scales = scales_in(torch.float32)
-    norms = [
-        _encode(matrix, scale, part, qtype, group_size)
-        for matrix, scale, part in zip(
-            matrices, scales, qweight.view(-1, n, shape[-1]), strict=True
-        )
-    ]
+    parts = zip(matrices, scales, qweight.view(-1, n, shape[-1]), strict=True)
+    norms = [encode(m, scale, qtype, group_size, codes) for m, scale, codes in parts]
     errors = tuple(map(relative_error_from, norms)) if w.dim() == 3 else ()
-    whole = relative_error_from([piece for pieces in norms for piece in pieces])
+    whole = relative_error_from(torch.cat(norms))
     plan = QuantPlan(
         qtype.bits, group_size, method, scales[0].dtype, whole, errors, levels=qtype.levels
     )
     scale = scales[0] if w.dim() == 2 else torch.stack(scales)
     experts = len(matrices) if w.dim() == 3 else 0
     return plan, QuantizedTensor(qweight, scale, plan.form(n, k, experts))
-
-
-def _encode(
-    w: torch.Tensor, scale: torch.Tensor, qweight: torch.Tensor, qtype: QType, group_size: int
-) -> list[torch.Tensor]:
-    """Writes the codes of w [N, K] to qweight; the squared norms of its pieces."""
-
-    def encode(rows: slice) -> torch.Tensor:
-        codes = quantize_affine(w[rows], scale[rows], qtype, group_size)
-        qweight[rows] = pack(codes, qtype)
-        k = w.shape[1]
-        w_hat = dequantize_rows(qweight[rows], scale[rows], qtype, group_size, k, torch.float32)
-        return squared_norms(w[rows], w_hat)
-
-    return each_chunk(encode, w)

@@ -90,8 +90,9 @@ def measured(plan: QuantPlan, w: torch.Tensor, weight: QuantizedTensor) -> Quant
     stack = w.dim() == 3
     pairs = zip(w, weight.unbind(), strict=True) if stack else [(w, weight)]
     norms = [_squared_norms(*pair) for pair in pairs]
-    errors = tuple(relative_error_from([one]) for one in norms) if stack else ()
-    return replace(plan, relative_error=relative_error_from(norms), expert_errors=errors)
+    errors = tuple(map(relative_error_from, norms)) if stack else ()
+    whole = relative_error_from(torch.cat(norms))
+    return replace(plan, relative_error=whole, expert_errors=errors)
 
 
 def _squared_norms(w: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
@@ -99,7 +100,7 @@ def _squared_norms(w: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
         part = weight.narrow(rows.start, rows.stop - rows.start)
         return squared_norms(w[rows], part.dequantize(torch.float32))
 
-    return torch.stack(each_chunk(norms, w)).sum(0)
+    return torch.cat(each_chunk(norms, w))
 
 
 class _Columns:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fqcompile.config import SiteOptions
-from fqcompile.quant.scale_search import estimate_squared_error, group_weights, search_share
-from fqcompile.tensor.chunks import each_chunk, grouped
+from fqcompile.quant import native_quantizer, scale_search
+from fqcompile.tensor.chunks import each_chunk, grouped, halving_sum
 from fqcompile.tensor.format import num_groups, qtype_for
 
 # An error that needs no finer groups, and no comparison of what they would cost.
@@ -102,19 +102,9 @@ def estimate_errors(
     `h` [K] are weights of squares, or None for 1.
     """
     method, qtype = options.scale_method, qtype_for(options.bits, options.levels)
-    weights = [(None, None) if h is None else group_weights(h, g) for g in candidates]
-
-    def squares(rows: slice) -> torch.Tensor:
-        chunk = w[rows].float()
-        total = chunk.double().square_()
-        sums = [(total if h is None else total.mul_(h)).sum()]
-        for g, (own, factors) in zip(candidates, weights, strict=True):
-            errors = estimate_squared_error(grouped(chunk, g), method, qtype, own)
-            sums.append((errors if factors is None else errors.mul_(factors[:, 0])).sum())
-        return torch.stack(sums)
-
-    sums = torch.stack(each_chunk(squares, w, search_share(min(candidates)))).sum(0)
-    total, *errors = sums.tolist()
+    by = native_quantizer if native_quantizer.takes(w) else scale_search
+    sums = by.row_errors(w, method, qtype, candidates, h)
+    total, *errors = halving_sum(sums).tolist()
     return [math.sqrt(error / total) if total else 0.0 for error in errors]
 
 

@@ -171,6 +171,8 @@ def _cells(site: Site) -> tuple[Cell, ...]:
         Cell(format_mib(site.bytes_after), site.bytes_after),
         Cell(format_error(site.relative_error), site.relative_error),
         _worst_expert(site),
+        Cell(site.calibration or ""),
+        Cell("" if site.calibration is None else str(site.calibration_rows), site.calibration_rows),
         Cell(site.kernel or ""),
         Cell("" if site.least_us is None else f"{site.least_us:.1f}", site.least_us),
         Cell(site.reason or ""),
@@ -187,7 +189,7 @@ def _worst_expert(site: Site) -> Cell:
 
 PAGE_HEADERS = (
     *("name", "kind", "shape", "status", "group", "MiB before", "MiB after"),
-    *("error", "worst expert", "kernel", "lower bound µs", "reason"),
+    *("error", "worst expert", "calibration", "rows", "kernel", "lower bound µs", "reason"),
 )
 
 

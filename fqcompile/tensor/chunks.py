@@ -80,6 +80,21 @@ def _use_one_thread() -> None:
 os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
+def halving_sum(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """Sums over `dim`, added in an order that depends on its length alone.
+
+    By halves, the first of which is the larger power of two: x[0] + x[4], x[1] + x[5], ... of
+    eight. Neither threads nor devices nor other rows change a bit, and C++ can do the same.
+    """
+    while (count := x.shape[dim]) > 1:
+        half = 1 << ((count - 1).bit_length() - 1)
+        second = x.narrow(dim, half, count - half)
+        sums = x.narrow(dim, 0, count - half) + second
+        rest = x.narrow(dim, count - half, 2 * half - count)
+        x = torch.cat([sums, rest], dim) if rest.shape[dim] else sums
+    return x.squeeze(dim)
+
+
 def grouped(w: torch.Tensor, group_size: int) -> torch.Tensor:
     """w [N, K] as float32 groups [N, G, group_size]; zeros fill up a short last group.
 

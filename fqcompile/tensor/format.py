@@ -61,7 +61,7 @@ class QType:
         return 8 // self.bits
 
 
-INT4 = QType(bits=4, levels=UNIFORM, storage_dtype=torch.uint8, least_step=0.1)
+INT4 = QType(bits=4, levels=UNIFORM, storage_dtype=torch.uint8, least_step=0.2)
 INT8 = QType(bits=8, levels=UNIFORM, storage_dtype=torch.int8, least_step=0.8)
 # The sum of a level and its mirror image, the 1st and 16th, 2nd and 15th, ..., is always -10: a GPU
 # looks up 8 magnitudes, and -5 is the addend of an fma that is there anyway.
@@ -69,7 +69,7 @@ NORMAL4 = QType(
     bits=4,
     levels=NORMAL,
     storage_dtype=torch.uint8,
-    least_step=0.1,
+    least_step=0.2,
     sixteenths=(-127, -97, -76, -60, -46, -33, -21, -10, 0, 11, 23, 36, 50, 66, 87, 117),
 )
 

@@ -67,6 +67,7 @@ LEAST_WEIGHTS = 1 << 16
 _PACKAGE = Path(__file__).parent.parent
 _SOURCES = (
     *(p for name in ("tensor", "quant") for p in sorted((_PACKAGE / name).glob("*.py"))),
+    *(_PACKAGE / "native" / name for name in ("quantize.cpp", "rounding.h", "sums.h", "vectors.h")),
     Path(__file__),
     _PACKAGE / "files" / "safetensors_file.py",
 )

@@ -364,7 +364,7 @@ def test_files_put_into_the_directory_of_the_quantized_stay(
     out, partial = tmp_path / "out", tmp_path / "out.partial"
 
     def write(text: str) -> None:  # while it runs
-        if partial.exists():
+        if (partial / "quantized").exists():
             (partial / "quantized" / "notes.txt").write_text("mine")
 
     options: dict[str, Any] = {"min_elements": 1024, "say": write}

@@ -17,6 +17,7 @@ SAMPLES = {
     "gated with everything": make_problem(
         leading=(2, 3), gated=True, activation="silu", bias=True, residual=True
     ),
+    "normal levels": make_problem(levels="normal", activation="gelu", bias=True),
     "no rows": make_problem(leading=(0,), activation="relu", bias=True),
     "bf16 gelu": make_problem(dtype=torch.bfloat16, activation="gelu", residual=True),
     "strided x": make_problem(strided=True, activation="gelu_tanh", residual=True),
@@ -37,12 +38,12 @@ def test_linear_passes_opcheck_with_gradients() -> None:
     opcheck_matmul(*arguments, "dequantize")
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "levels"), [(4, "uniform"), (4, "normal"), (8, "uniform")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dequantize_passes_opcheck(bits: int, dtype: torch.dtype) -> None:
-    p = make_problem(bits=bits)
+def test_dequantize_passes_opcheck(bits: int, levels: str, dtype: torch.dtype) -> None:
+    p = make_problem(bits=bits, levels=levels)
     torch.library.opcheck(
-        dequantize, (p.qweight, p.scale, bits, "uniform", 32, 5, 40, dtype, "dequantize")
+        dequantize, (p.qweight, p.scale, bits, levels, 32, 5, 40, dtype, "dequantize")
     )
 
 
@@ -64,10 +65,12 @@ def gradients(p: Problem, *, exact: bool) -> list[Tensor]:
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu"])
-def test_backward_is_that_of_the_composition(activation: str, gated: bool) -> None:
+@pytest.mark.parametrize("levels", ["uniform", "normal"])
+def test_backward_is_that_of_the_composition(levels: str, activation: str, gated: bool) -> None:
     p = make_problem(
-        leading=(2, 3), n=6, k=37, activation=activation, gated=gated, bias=True, residual=True
-    )
+        leading=(2, 3), n=6, k=37, levels=levels, activation=activation, gated=gated,
+        bias=True, residual=True,
+    )  # fmt: skip
     names = ("x", "bias", "residual")
     for name, got, want in zip(
         names, gradients(p, exact=False), gradients(p, exact=True), strict=True

@@ -9,7 +9,6 @@ N = K = 4096, int4, milliseconds at M = 64, 128, 256, 512: this 14, 31, 60, 121,
 dense bf16 weight 20, 31, 60, 114, by panels 28, 38, 70, 132. Only AMX multiplies bf16 much faster.
 """
 
-from array import array
 from functools import cache
 from struct import Struct
 
@@ -29,21 +28,12 @@ from fqcompile.kernels.spec import Config, GemmSpec
 from fqcompile.kernels.template import Layout, Routing, Template
 from fqcompile.locks import in_forked_child
 from fqcompile.native import library as native
-from fqcompile.tensor.format import QTYPES, UNIFORM
+from fqcompile.native.library import DTYPES, LEVELS_AT
+from fqcompile.tensor.format import QTYPES
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import has_amx
 
-
-class _Numbers(dict[torch.dtype, int]):
-    def __missing__(self, dtype: torch.dtype) -> int:
-        raise RuntimeError(f"the x86 kernel takes fp32, bf16 and fp16, not {dtype}")
-
-
-# The levels of 16 codes; none where codes are their own.
-_LEVELS = {q.levels: array("f", q.values) for q in QTYPES.values() if q.levels != UNIFORM}
-_LEVELS_AT = {UNIFORM: 0} | {name: found.buffer_info()[0] for name, found in _LEVELS.items()}
-# As enumerated in vectors.h and epilogue.h.
-DTYPES = _Numbers({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})
+# As enumerated in epilogue.h.
 _ACTIVATIONS = {name: i for i, name in enumerate(ACTIVATIONS)}
 # The structs that the two C++ functions read; all fields have eight bytes.
 _MATMUL, _DEQUANTIZE = Struct("=24q"), Struct("=14q")
@@ -120,7 +110,7 @@ def _multiply(
         told = told.contiguous()
         experts, told_at, told_bytes = qweight.shape[0], told.data_ptr(), told.element_size()
     fields = _MATMUL.pack(
-        qweight.data_ptr(), scale.data_ptr(), DTYPES[scale.dtype], _LEVELS_AT[f.levels],
+        qweight.data_ptr(), scale.data_ptr(), DTYPES[scale.dtype], LEVELS_AT[f.levels],
         f.bits, f.group_size if f.group_size < k else k, rows, k,
         x.data_ptr(), x_rows, DTYPES[x.dtype], m,
         bias_at, bias_type, residual_at, residual_rows,
@@ -151,7 +141,7 @@ def _transposed(weight: QuantizedTensor, first: int, last: int, dtype: torch.dty
             qweight.data_ptr(),
             scale.data_ptr(),
             DTYPES[scale.dtype],
-            _LEVELS_AT[f.levels],
+            LEVELS_AT[f.levels],
             f.bits,
             min(f.group_size, f.k),
             f.rows,
