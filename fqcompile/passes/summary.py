@@ -274,7 +274,7 @@ def read_as_it_comes(state: GraphState, changing: frozenset[int]) -> str:
         if not changing.isdisjoint(state.constants[source] for source in site.sources)
     }
     return (
-        f"{state.name}: {', '.join(sorted(names))}: {CHANGING}, so it is read as it comes. If it "
-        "is meant to change, name it in exclude; if a hook brings it from elsewhere for each call, "
-        "call fqcompile.quantize_(model) before the hooks are set"
+        f"{state.name}: {', '.join(sorted(names))}: {CHANGING}, so it is read dense. If it is "
+        "meant to change, name it in exclude; if a hook loads it for each call, call "
+        "fqcompile.quantize_(model) before the hooks are set"
     )
