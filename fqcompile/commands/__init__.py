@@ -50,7 +50,7 @@ _HELP = {
 # Of commands that quantize a checkpoint, which they need not load without.
 _DATA_HELP = {
     "calibration": "text file, or synthetic (random tokens), that the model is run on to weigh "
-    "errors; it is then loaded whole (default: null)",
+    "errors, loaded whole (default: null)",
     "method": "scale: round at the best scales; gptq: codes make up for each other's errors, by a "
     "--calibration of some thousand tokens (default: scale)",
 }

@@ -1,9 +1,9 @@
-"""Calibrate: what the weights of a graph are quantized with, from a probe of it, on all ranks.
+"""Calibrate: get the input statistics of a graph's weights by running a probe, on all ranks.
 
 linear(x, w), linear(y, w)   ->   Calibration of w: h [K] from the rows of x and of y
 
-Ranks of a sharded model run the probe together, or not at all. A weight that each holds whole gets
-the same h on all of them, from the rows of all. What a rank has of a sharded weight has its own.
+Ranks of a sharded model run the probe together, or not at all. A weight that every rank holds whole
+gets the same h on all of them, from the rows of all. Each shard of a sharded weight has its own h.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from fqcompile.passes.state import Calibrate, GraphState, WeightSite
 from fqcompile.quant.calibration import Calibration, Moments, over_ranks
 from fqcompile.weights.recipe import target_name
 
-Ranks = list[list[Moments]]  # of each site, on each rank
+Ranks = list[list[Moments]]  # [rank][site]
 
 
 def calibrator(state: GraphState) -> Calibrate:
@@ -61,11 +61,11 @@ def calibrator(state: GraphState) -> Calibrate:
 def _on_all_ranks(
     state: GraphState, probe: Probe, args: Sequence[Any], *, wanted: bool, random: bool
 ) -> Ranks:
-    """The moments on each rank, in their order; on this one alone where the model is not sharded.
+    """The moments of each rank in order; only those of this rank if the model is not sharded.
 
     Raises:
-        ProbeError: it failed, on whichever rank.
-        RankError: their graphs have unlike collectives, for which they would wait in vain.
+        ProbeError: the probe failed on some rank.
+        RankError: the graphs of the ranks have different collectives, so the probe would hang.
     """
     groups = rank_groups(args)
     if not groups and not probe.talks:
@@ -103,7 +103,7 @@ def collectives(graph: fx.Graph) -> Iterator[str]:
 def _of_weight(
     state: GraphState, probe: Probe, args: Sequence[Any], site: WeightSite, ranks: Ranks
 ) -> list[Moments]:
-    """On each rank, of all products with the weight of this one."""
+    """The moments on each rank, summed over all products with the weight of this site."""
 
     def weight(site: WeightSite) -> tuple[object, ...]:
         return (site.recipe.key, *(id(args[state.constants[source]]) for source in site.sources))
@@ -113,7 +113,7 @@ def _of_weight(
 
 
 def _sharded(args: Sequence[Any], sources: Sequence[Tensor], site: WeightSite) -> tuple[Any, int]:
-    """The DTensor that the weight is a part of, if it is, and its dimension of the columns."""
+    """The DTensor whose local part the weight is, if any, and the dimension of its columns."""
     whole = [d for d in args if is_dtensor(d) and any(local_part(d) is s for s in sources)]
     if len(whole) != 1 or len(sources) > 1:
         return (whole[0] if whole else None), -1

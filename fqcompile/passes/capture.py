@@ -70,11 +70,11 @@ def capture(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig
 
 
 def is_constant_input(node: fx.Node, value: Tensor) -> bool:
-    """Whether the input is the module's own, a global or a closure cell, and not the caller's.
+    """Whether the input is the module's own, a global or a closure cell, not an argument.
 
-    The caller's are arguments and what lies in containers of them, also where it is a module's
-    parameter or buffer: Dynamo's mark of those stays with a tensor wherever it is passed. Parts of
-    a module that is an argument are that module's own.
+    Tensors that the caller passes, also inside containers, are arguments even if they are some
+    module's parameters or buffers (Dynamo's mark of those stays with a tensor wherever it is
+    passed). If the argument is a module, its parameters and buffers are its own.
     """
     source = source_of(node)
     if source is None:
@@ -114,7 +114,7 @@ def enables_grad(graph: fx.Graph) -> bool:
 
 
 def _names_inside(module: fx.GraphModule) -> dict[fx.Node, InputName]:
-    """Of the tensors that are attributes of the graph itself, as freezing makes them."""
+    """Names of tensors that are attributes of the graph itself, as after freezing."""
     sources = sources_of_attributes(module)
     nodes = [
         node for node in module.graph.nodes if node.op == "get_attr" and example(node) is not None
@@ -126,7 +126,7 @@ def _names_inside(module: fx.GraphModule) -> dict[fx.Node, InputName]:
 
 
 def inline_regions(module: fx.GraphModule, *, training: bool) -> None:
-    """Write the bodies into the graph, in place, and those inside them."""
+    """Inline the bodies of higher-order operators, nested ones too, in place."""
     waiting = list(module.graph.nodes)
     while waiting:
         node = waiting.pop()
@@ -136,11 +136,11 @@ def inline_regions(module: fx.GraphModule, *, training: bool) -> None:
 
 
 def _operands(node: fx.Node, training: bool) -> tuple[Any, ...] | None:
-    """What the one body is given, where the node does no more than run it."""
+    """The operands of the node's only body, if all the node does is to run it; else None."""
     name, inner = target_name(node.target), list(bodies(node).values())
     if len(inner) != 1:
         return None
-    # Several calls share this body, and with it what Dynamo noted of memory in the first of them.
+    # Several calls share this body, whose metadata describes the memory of the first call only.
     if name == "invoke_subgraph" and not any(map(has_effects, inner[0].nodes)):
         return node.args[2:]
     if name == "tag_activation_checkpoint" and not training:
@@ -151,7 +151,7 @@ def _operands(node: fx.Node, training: bool) -> tuple[Any, ...] | None:
 
 
 def _takes_single_results(node: fx.Node) -> bool:
-    """Whether each user is `result[i]`, a tensor of its own memory."""
+    """Whether every user is `result[i]`, a tensor that shares no memory with the inputs."""
     (body,) = bodies(node).values()
     results = _results(body)
     inputs = {memory_of(n.meta.get("example_value")) for n in body.nodes if n.op == "placeholder"}
@@ -167,7 +167,7 @@ def _results(body: fx.Graph) -> tuple[Any, ...]:
 
 
 def _inline(node: fx.Node, operands: tuple[Any, ...]) -> list[fx.Node]:
-    """The body's calls in place of the node; returns them."""
+    """Replace the node by the calls of its body, and return them."""
     ((owner, body),) = bodies(node).items()
     inputs = [n for n in body.nodes if n.op == "placeholder"]
     mapping: dict[fx.Node, Any] = dict(zip(inputs, operands, strict=True))
@@ -181,7 +181,7 @@ def _inline(node: fx.Node, operands: tuple[Any, ...]) -> list[fx.Node]:
     for user in list(node.users):
         index: Any = user.args[1]
         result = mapping[_results(body)[index]]
-        result.meta = dict(user.meta)  # of this call, where others share the body
+        result.meta = dict(user.meta)  # that of this call: others may share the body
         user.replace_all_uses_with(result)
         graph.erase_node(user)
     graph.erase_node(node)

@@ -17,10 +17,10 @@ from fqcompile.passes.kept import is_like, reads_values
 from fqcompile.passes.state import GraphState, WeightSite, example
 from fqcompile.weights.recipe import CASTS, MOVING, target_name
 
-# A router scores each of its experts; far fewer rows than any vocabulary that is sampled by top-k.
+# The rows of a router are its experts: far fewer than those of a vocabulary sampled by top-k.
 _ROUTER_MAX_EXPERTS = 1024
 _ROUTER_MAX_HOPS = 8
-_CODEBOOK_MAX_ENTRIES = 1 << 14  # vocabularies, from which a head may choose as well, are larger
+_CODEBOOK_MAX_ENTRIES = 1 << 14  # an output head's argmax is no codebook: vocabularies are larger
 _RANKINGS = ("topk", "sort", "argsort")
 _LEAST = ("argmin", "min")
 _ONE_HOT = CASTS | {"one_hot"}
@@ -34,7 +34,7 @@ _SWITCH_TO_GROUPED = (
 
 
 def experts_outside(state: GraphState) -> list[str]:
-    """A router whose choice leaves a graph without experts chooses for those behind a break."""
+    """Warnings for routers whose choice leaves the graph: the experts are behind a graph break."""
     if any(site.kind == "experts" for site in state.sites):
         return []
     routers = {site.node: site.name for site in state.sites if is_router(state, site)}
@@ -65,7 +65,7 @@ def _has_switch(module: str) -> bool:
 
 
 def _modules_of(node: fx.Node) -> list[str]:
-    """Those of transformers whose code called this, by what Dynamo has recorded of the call."""
+    """Modules of transformers in the stack trace that Dynamo recorded for the node."""
     called = _MODELING.findall(node.meta.get("stack_trace") or "")
     return [f"transformers.models.{folder}.{file}" for folder, file in called]
 
@@ -103,8 +103,8 @@ def is_router(state: GraphState, site: WeightSite) -> bool:
 def is_codebook(state: GraphState, site: WeightSite) -> bool:
     """Whether the scores are only used to select the nearest row.
 
-    Their least is taken, or the best of x·w - |w|²/2, or their ranks alone are; or the rows
-    themselves are looked up by what is chosen.
+    That is so if the minimum of distances is taken, or the maximum of x·w - |w|²/2, if only the
+    ranking is used, or if the chosen index looks up rows of the weight itself.
     """
     if site.kind != "linear" or site.shape[0] > _CODEBOOK_MAX_ENTRIES:
         return False
@@ -132,15 +132,15 @@ def is_table_product(site: WeightSite) -> bool:
     node: object = site.contraction.x
     while isinstance(node, fx.Node) and target_name(node.target) in CASTS | MOVING:
         sources = node.all_input_nodes
-        node = sources[0] if len(sources) == 1 else None  # cat joins it with what is no index
+        node = sources[0] if len(sources) == 1 else None  # cat joins several
     return isinstance(node, fx.Node) and target_name(node.target) == "one_hot"
 
 
 def _read_of(scores: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
-    """What is computed of the scores, and the indices, ranks and comparisons made of that.
+    """Values computed from the scores, and the indices, ranks and comparisons made of them.
 
-    No choices where more is read than these: values in the result or in a product, of
-    where(x > 0, f(x), g(x)), min(x, c) or x * mask(x) as well.
+    Both are empty if the values are used otherwise: in the graph's result or in a product, also
+    through where(x > 0, f(x), g(x)), min(x, c) or x * mask(x).
     """
     waiting = [scores]
     computed: dict[fx.Node, None] = {}
@@ -166,15 +166,15 @@ def _read_of(scores: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
 
 
 def _chooser(choice: fx.Node) -> str:
-    """topk of topk(scores)[1], argmin of argmin(scores)."""
+    """The name of the choosing call: "topk" for topk(scores)[1], "argmin" for argmin(scores)."""
     call = choice.args[0] if target_name(choice.target) == "getitem" else choice
     return target_name(call.target) if isinstance(call, fx.Node) else ""
 
 
 def _looks_up(choice: fx.Node, of_weight: Callable[[object], bool]) -> bool:
-    """Whether what was chosen reads rows of the weight: w[ids], one_hot(ids) @ w."""
+    """Whether the chosen indices read rows of the weight: w[ids], one_hot(ids) @ w."""
     indices = [choice, *choice.users, *(far for user in choice.users for far in user.users)]
-    for index in indices:  # grows while it is read: by one-hot rows, their casts, and their readers
+    for index in indices:  # grows during the loop: one-hot rows, their casts, and their users
         near = index.users if target_name(index.target) in _ONE_HOT else ()
         indices += [user for user in near if user not in indices]
     tables = (arg for reader in indices for arg in reader.all_input_nodes if arg not in indices)
@@ -182,9 +182,9 @@ def _looks_up(choice: fx.Node, of_weight: Callable[[object], bool]) -> bool:
 
 
 def _is_choice(node: fx.Node, top_one: bool) -> bool:
-    """A top-k whose indices are read, not the least of its values alone, below which others are 0.
+    """Whether the node is a top-k whose indices are used; a threshold uses only its values.
 
-    Beside experts (`top_one`) also the maximum of the scores, as in Switch, Tutel.
+    If the graph has experts (`top_one`), also whether it is a maximum, as in Switch and Tutel.
     """
     name = target_name(node.target)
     if name == "topk":
@@ -201,7 +201,7 @@ def _indices(top: fx.Node) -> list[fx.Node]:
 
 
 def _keeps_scores(site: WeightSite, node: fx.Node) -> bool:
-    """Same number of scores per row: not yet multiplied with anything that mixes them."""
+    """Whether the node keeps one score per expert: no effects, and no product that mixes them."""
     value, scores = example(node), example(site.node)
     return not (value is None or scores is None or has_effects(node) or _mixes_scores(node))
 

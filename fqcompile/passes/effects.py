@@ -30,7 +30,7 @@ _MODE_SWITCHES = (
     "_enter_inference_mode",
     "_exit_inference_mode",
 )
-# They enter and leave a transform of torch.func or a level of forward differentiation.
+# Functions that enter and leave a transform of torch.func or a level of forward-mode AD.
 _ENTERS = ("_increment_nesting", "_enter_dual_level")
 _LEAVES = ("_decrement_nesting", "_exit_dual_level")
 _NESTING = (*_ENTERS, *_LEAVES)
@@ -44,7 +44,7 @@ def _inplace_name(name: str) -> bool:
 
 
 def _asks_inplace(node: fx.Node) -> bool:
-    """`inplace=True`, or an embedding's `max_norm`, by keyword or by position."""
+    """Whether the call has `inplace=True` or an embedding's `max_norm`, by keyword or position."""
     named = dict(node.kwargs)
     if inspect.isfunction(node.target):
         parameters = list(inspect.signature(node.target).parameters)
@@ -53,7 +53,7 @@ def _asks_inplace(node: fx.Node) -> bool:
 
 
 def _written(overload: OpOverload) -> list[Any]:
-    """The arguments, by its schema, that the operator writes to."""
+    """The arguments that the operator writes to according to its schema."""
     arguments = schema_of(overload).arguments
     return [a for a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
@@ -61,8 +61,8 @@ def _written(overload: OpOverload) -> list[Any]:
 def has_effects(node: fx.Node) -> bool:
     """Whether the node may write to a tensor that others see, or switches a mode.
 
-    Follows PyTorch's naming (`add_`, `out=`, `inplace=True`) and operator schemas, and takes what
-    it does not know (higher-order operators, Triton kernels, user functions) as having effects.
+    Follows PyTorch's naming (`add_`, `out=`, `inplace=True`) and operator schemas. Anything unknown
+    (higher-order operators, Triton kernels, user functions) counts as having effects.
     """
     if node.op in ("placeholder", "get_attr", "output"):
         return False
@@ -77,7 +77,7 @@ def has_effects(node: fx.Node) -> bool:
         return True
     if isinstance(target, OpOverloadPacket):
         overloads = [getattr(target, name) for name in target.overloads()]
-        # an argument that is there to be written to (`out=`) is not given here
+        # `out=` arguments were not given: that was checked above
         return any(not a.is_out for overload in overloads for a in _written(overload))
     package = (getattr(target, "__module__", None) or "torch").partition(".")[0]
     name = getattr(target, "__name__", "")
@@ -87,10 +87,10 @@ def has_effects(node: fx.Node) -> bool:
 
 
 def written_inputs(node: fx.Node) -> list[fx.Node]:
-    """Inputs that a node with effects may write to.
+    """The inputs that a node with effects may write to.
 
-    The first of an in-place call, what an operator's schema or the bodies of a higher-order one say
-    of it, else any.
+    For an in-place call the first one; for an operator, those its schema names; for a higher-order
+    operator, none if no body writes to an input; otherwise all.
     """
     if node.op == "call_method" or node.target in _INPLACE_OPERATORS:
         return [arg for arg in node.args[:1] if isinstance(arg, fx.Node)]
@@ -105,7 +105,7 @@ def written_inputs(node: fx.Node) -> list[fx.Node]:
 
 
 def bodies(node: fx.Node) -> dict[fx.Node, fx.Graph]:
-    """The graphs that a higher-order operator runs, by the nodes that name them."""
+    """{node that names a body: graph of the body} of a higher-order operator."""
     owner = node.graph.owning_module
     if not isinstance(node.target, HigherOrderOperator) or owner is None:
         return {}
@@ -124,7 +124,7 @@ def _writes_to_inputs(body: fx.Graph) -> bool:
 
 
 def memory_of(value: object) -> int | None:
-    """Identity of a tensor's memory, which views share; None for what has no single one."""
+    """An id of a tensor's storage, which views share; None if there is no single one."""
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         return None
     try:

@@ -1,6 +1,6 @@
-"""Expressions of a graph: constant ones are read as recipes, new ones are written before a node.
+"""Read constant expressions of a graph as recipes, and insert new calls before a node.
 
-A new call gets its example value; where an equal one is there already, it is used again.
+A new call gets an example value; an equal call that exists already is reused.
 """
 
 import operator
@@ -71,23 +71,23 @@ class ConstantFolder:
 
 
 class Emitter:
-    """Adds calls to a graph before a node (`at`), and knows those that it added."""
+    """Inserts calls into a graph before a node (`at`), and remembers those that it inserted."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         self._before: fx.Node = next(iter(graph.nodes))
-        self.made: dict[fx.Node, None] = {}  # in their order
+        self.made: dict[fx.Node, None] = {}  # in order of insertion
 
     def at(self, before: fx.Node) -> "Emitter":
-        """From now on, new calls stand before this node."""
+        """Insert all further calls before this node."""
         self._before = before
         return self
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A call of a tensor method by its name, or of a function.
+        """Insert a call of a function, or of a tensor method given by its name.
 
-        A view that is an earlier one again is that one; an equal call made before, with nothing
-        written since, is not made twice.
+        A view that equals the value it was viewed from returns that value. An equal call that was
+        inserted earlier is returned, unless a node with effects lies between.
         """
         method = isinstance(target, str)
         fakes, named = tree_map_only(fx.Node, lambda n: n.meta["example_value"], (args, kwargs))
@@ -114,12 +114,12 @@ class Emitter:
         return None
 
     def size(self, value: fx.Node, dim: int) -> Size:
-        """A dimension's size: the number, or a node that reads it where it is symbolic."""
+        """The size of a dimension: a number, or a node that reads it if it is symbolic."""
         found = value.meta["example_value"].shape[dim]
         return self("size", value, dim) if isinstance(found, torch.SymInt) else int(found)
 
     def product(self, sizes: Sequence[Size]) -> Size:
-        """The number of elements of these sizes, as a number where all are."""
+        """The product of these sizes: a number if all of them are numbers, else a node."""
         total: Size = 1
         for one in sizes:
             numbers = isinstance(total, int) and isinstance(one, int)
@@ -128,7 +128,7 @@ class Emitter:
 
 
 def _same_view_before(node: fx.Node, value: Tensor) -> fx.Node | None:
-    """The value from which the node was viewed, if `value` is the same view of the same memory."""
+    """Of the values that `node` is a view of, the one that is the same view as `value`, if any."""
     while True:
         fake = example(node)
         if fake is not None and _is_same_view(fake, value):

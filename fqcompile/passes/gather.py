@@ -43,7 +43,7 @@ class Gathered:
 
 
 def gathered(node: object, is_constant: IsConstant) -> Gathered | None:
-    """The node as experts picked from a constant stack, or None."""
+    """The node read as experts picked from a constant stack, or None."""
     if not isinstance(node, fx.Node) or has_effects(node) or example(node) is None:
         return None
     found = _read(node, is_constant)
@@ -61,7 +61,7 @@ def _read(node: fx.Node, is_constant: IsConstant) -> Gathered | None:
         found, value, before = gathered(source, is_constant), example(node), example(source)
         assert value is not None
         if before is None or before.device != value.device:
-            return None  # offloaded: the packed stack would be on another device than the op
+            return None  # offloaded: the packed stack and the op would be on different devices
         return found and replace(found, steps=(*found.steps, ("to", (value.dtype,))))
     if name in ("transpose", "mT", "permute", "getattr", "narrow"):
         found = gathered(source, is_constant)
@@ -70,7 +70,7 @@ def _read(node: fx.Node, is_constant: IsConstant) -> Gathered | None:
 
 
 def _is_same_view(node: fx.Node, name: str, source: object) -> bool:
-    """Whether it is a view to the same shape, as the decomposition of matmul inserts."""
+    """Whether the node is a view to the same shape, as the decomposition of matmul inserts."""
     before, after = example(source), example(node)
     if name not in ("view", "reshape", "expand") or before is None or after is None:
         return False
@@ -88,13 +88,13 @@ def _gather(node: fx.Node, is_constant: IsConstant) -> Gathered | None:
     if index is None or value is None or not is_constant(stack) or is_constant(ids):
         return None
     if index.is_floating_point() or index.dtype.itemsize < 4 or index.dim() < 1 or value.dim() < 3:
-        return None  # a mask picks a number of experts that depends on its values
+        return None  # a mask: how many experts it picks depends on its values
     dims = tuple(range(index.dim() + value.dim() - 1))
     return Gathered(stack, ids, index.dim(), dims, tuple(map(int, value.shape)), ())
 
 
 def whole_rows(index: Any) -> Any:
-    """The ids of x[ids], x[ids, :] and x[ids, ...]; any other index as it is."""
+    """The ids of x[ids], x[ids, :] and x[ids, ...]; any other index unchanged."""
     if not isinstance(index, tuple) or not index:
         return index
     whole = all(part is Ellipsis or part == slice(None) for part in index[1:])
@@ -102,7 +102,7 @@ def whole_rows(index: Any) -> Any:
 
 
 def _moved(node: fx.Node, name: str, found: Gathered) -> Gathered | None:
-    """After a call that moves dimensions, or takes a part of one."""
+    """`found` after a call that moves dimensions, or narrows one."""
     rank = len(found.dims)
     args: list[Any] = list(node.args[1:])
     if node.kwargs or (name == "getattr" and args != ["mT"]):

@@ -28,7 +28,7 @@ INTO_AN_INPUT = (
 )
 TABLE = "embedding table: embeddings are not quantized"
 _ROW_READS = frozenset("embedding embedding_bag index_select index gather take_along_dim".split())
-# What takes nothing but shape, dtype and device: of any operand, or of one that is not the first.
+# Calls that read only shape, dtype and device: of every operand, or of those after the first.
 _LIKE = frozenset(
     """zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty
     new_full new_tensor size stride dim numel""".split()
@@ -38,7 +38,7 @@ Edge = tuple[fx.Node, fx.Node]
 
 
 def note_tables(state: GraphState) -> None:
-    """Note weights whose rows are read: of a sharded one the whole, while its shard multiplies."""
+    """Mark weights whose rows are read; of a sharded weight the DTensor, as a shard multiplies."""
     tables = {name for node, name in state.names.items() if _reads_rows(node)}
     for node, index in state.constants.items():
         if state.names[node] in tables:
@@ -46,7 +46,7 @@ def note_tables(state: GraphState) -> None:
 
 
 def _reads_rows(weight: fx.Node) -> bool:
-    """Whether a call picks rows of a matrix by a tensor of indices, also through views of it."""
+    """Whether a call picks rows of the matrix by a tensor of indices, also through views."""
     value = example(weight)
     if value is None or value.dim() != 2:
         return False
@@ -67,8 +67,8 @@ def _by_tensor(index: object) -> bool:
 def kept_matrices(state: GraphState) -> list[KeptWeight]:
     """Constant tensors that no site reads, and parameters passed in, of at least `min_elements`.
 
-    Includes tensors that both a site and another call read, except an embedding, which the site
-    records. A tensor that the graph only returns is read elsewhere, as after a graph break.
+    This includes tensors that both a site and another call read, except embeddings, which the site
+    records. A tensor that the graph only returns is left to its reader, as after a graph break.
     """
     used = {source for site in state.sites for source in site.sources}
     to_sites = _edges_to_sites(state)
@@ -182,7 +182,7 @@ def is_like(node: fx.Node, reader: fx.Node) -> bool:
 
 
 def reads_values(reader: fx.Node, embedded: bool = False) -> bool:
-    """Whether something comes of the values that a call reads; of `embedded` rows none is told."""
+    """Whether a call uses the values that it reads; row reads of an embedding do not count."""
     name = target_name(reader.target)
     if not reader.users and not has_effects(reader) and reader.op != "output":
         return False
@@ -190,7 +190,7 @@ def reads_values(reader: fx.Node, embedded: bool = False) -> bool:
 
 
 def _kind(weight: Tensor, readers: list[fx.Node]) -> str:
-    """A stack is one of experts where a product of stacks reads it; a table or an input is none."""
+    """The kind in plans: a stack is "experts" only if a matmul of stacks reads it, else "other"."""
     names = {target_name(reader.target) for reader in readers}
     if weight.dim() == 3 and names & (PRODUCTS - {"linear"}):
         return "experts"

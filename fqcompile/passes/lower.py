@@ -31,7 +31,7 @@ _STATIC_INPUT = {STATIC_INPUT: "unguarded"}
 
 
 def lower(state: GraphState, args: Sequence[Any]) -> Variant:
-    """Compile the graph; the variant says which outer arguments it takes, and packs the rest."""
+    """Compile the graph; the variant knows which outer arguments it takes, and packs the rest."""
     inputs, given = placeholders(state.graph), len(state.args)
     inputs, packed_inputs = inputs[:given], inputs[given:]
     # A graph without packed weights keeps the arguments that it is called with.
@@ -63,7 +63,7 @@ def compile_inner(module: fx.GraphModule, args: Sequence[Any], config: FineQuant
 
 
 def _packer(weights: Sequence[NodeWeight]) -> Callable[[Sequence[Any]], tuple[Tensor, ...]]:
-    """Packed tensors for any instance's arguments, in the order of the new inputs."""
+    """A function that makes the packed tensors of an instance's arguments, in input order."""
 
     def pack(args: Sequence[Any]) -> tuple[Tensor, ...]:
         sources = [tuple(args[i] for i in weight.inputs) for weight in weights]

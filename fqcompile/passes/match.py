@@ -49,7 +49,7 @@ def match(state: GraphState) -> int:
     """Fill `state.sites` and `state.kept`; return the number of sites."""
     folder = ConstantFolder(state)
     note_tables(state)
-    transformed = in_transforms(state.graph)  # inside one, our operators have no rule to run by
+    transformed = in_transforms(state.graph)  # in these, our operators have no rule
     for node in state.graph.nodes:
         site = None if node in transformed else _find(state, node, folder)
         if site is not None:
@@ -70,7 +70,7 @@ def _find(state: GraphState, node: fx.Node, folder: ConstantFolder) -> WeightSit
 
 
 def _is_overwritten(state: GraphState, node: fx.Node, found: Contraction) -> bool:
-    """Whether a write may part what was gathered from what the op reads in the product's place."""
+    """Whether the stack or the ids may be written to between the gather and the product."""
     if any(part in state.written for part in found.gather):
         return True
     late = bool(found.gather) and found.ids in state.written
@@ -78,7 +78,7 @@ def _is_overwritten(state: GraphState, node: fx.Node, found: Contraction) -> boo
 
 
 def _without_folded(sites: list[WeightSite]) -> list[WeightSite]:
-    """Drop products of constants that only serve as weights of others: they are folded there."""
+    """Drop products of constants that are only weights of other sites: their recipes have them."""
     weights = {site.node: site.contraction.weight for site in sites}
 
     def only_weighs(site: WeightSite) -> bool:
@@ -119,7 +119,7 @@ def _site(
 
 
 def _kind(found: Contraction, strides: Sequence[int]) -> Kind:
-    """Experts are numbered by the outermost dimension of [E, N, K], heads often by an inner one."""
+    """The kind in plans: experts are outermost in memory, heads often an inner dimension."""
     if not found.of_experts:
         return "linear"
     outermost = int(strides[0]) == max(map(int, strides))
@@ -157,7 +157,7 @@ class Weight:
 
 
 def contraction(node: fx.Node, is_constant: IsConstant) -> Contraction | None:
-    """The node as a product with a constant weight, or None where it is not one."""
+    """The node read as a product with a constant weight, or None if it is none."""
     read = product(node)
     if read is None:
         return None

@@ -24,7 +24,7 @@ from fqcompile.torch_compat import OptimizeContext, Source, plain_module, source
 
 Input = TypeVar("Input", fx.Node, int)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-# `_local_tensor` is a sharded parameter's part on this rank, which `localize` made an input.
+# `_local_tensor` is a sharded parameter's local part, which `localize` made an input.
 _CONTAINERS = ("_modules", "_parameters", "_buffers", "__dict__", "_local_tensor")
 
 
@@ -33,10 +33,10 @@ class InputName:
     """What a constant input is called.
 
     Attributes:
-        name: of the linear that multiplies with it, where several modules share it.
-        table: of the module that reads its rows; the same name where no other shares it.
-        embedded: whether an embedding has it.
-        held: whether it was found in a module; else `name` is Dynamo's path.
+        name: its name; if several modules share it, the one in the linear that multiplies with it.
+        table: its name in the module that reads its rows; equal to `name` if no other shares it.
+        embedded: whether an embedding module has it.
+        held: whether it was found in a module; if not, `name` is Dynamo's path.
         moved: whether the graph began elsewhere than at the module that names it, so that it may
             run for a sibling with weights of other names.
     """
@@ -54,9 +54,9 @@ class InputName:
 
 @dataclass(frozen=True, eq=False)
 class Holder:
-    """A place where a module has a tensor; `attribute` is a path where a list or dict is between.
+    """A module that holds a tensor, and where: `attribute` is a path if it is in a list or dict.
 
-    `name` is qualified, from the root in which it was found.
+    `name` is the qualified name in the root module.
     """
 
     name: str
@@ -74,9 +74,9 @@ class Holder:
 
 
 def holders_of(model: nn.Module) -> dict[int, list[Holder]]:
-    """By the identity of each parameter, buffer and plain tensor attribute: who has it, in order.
+    """{id of a parameter, buffer or tensor attribute: its holders, in order}.
 
-    Of a sharded one by that of its local part, too.
+    A sharded tensor is also found by the id of its local part.
     """
     found: dict[int, list[Holder]] = {}
     for prefix, module in model.named_modules():
@@ -100,10 +100,10 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def name_inputs(nodes: Mapping[fx.Node, int], args: Sequence[Any]) -> dict[fx.Node, InputName]:
-    """The names of these inputs, which have the values `args[index]` in the call at hand.
+    """The names of these inputs, whose values in this call are `args[index]`.
 
-    Two names that would be equal begin with the root: a.weight and b.weight of a function that
-    calls two modules.
+    Names that would be equal get the root in front, as a.weight and b.weight of a function that
+    calls two modules a and b.
     """
     holders: dict[int, tuple[str, list[Holder]]] = {}
     for root, module in _compiled_modules():
@@ -124,7 +124,7 @@ def name_inputs(nodes: Mapping[fx.Node, int], args: Sequence[Any]) -> dict[fx.No
 
 
 def joined_name(known: Mapping[Input, InputName], sources: Sequence[Input]) -> str:
-    """Of what is computed from these inputs, be they nodes or positions: q.weight+k.weight."""
+    """The name of a tensor that is computed from these inputs: q.weight+k.weight."""
     return "+".join(dict.fromkeys(known[source].name for source in sources))
 
 
@@ -141,7 +141,7 @@ def _named(places: Sequence[Holder], path: str) -> InputName:
 
 
 def _first(places: Sequence[Holder]) -> Holder:
-    """Who gives a shared tensor its name: a linear before others, and these before embeddings."""
+    """The holder that names a shared tensor: linears first, embeddings last."""
     return min(places, key=lambda place: (not place.multiplies, place.embeds))
 
 
@@ -151,12 +151,12 @@ def _below(root: str, known: InputName) -> InputName:
 
 
 def qualified_name(node: fx.Node) -> str:
-    """Of an input, by Dynamo's path from the frame that it captured."""
+    """The name of an input by Dynamo's path from the captured frame."""
     return _relative(_path(node))
 
 
 def _relative(path: Sequence[str]) -> str:
-    """Without the root, unless it is the tensor itself."""
+    """The path without its root, unless the root is the tensor itself."""
     return ".".join(path[1:]) or path[0]
 
 
@@ -167,7 +167,7 @@ def _path(node: fx.Node) -> list[str]:
 def _path_of(source: Any, default: str) -> list[str]:
     """["self", "layer", "weight"] of L['self'].__dict__['_modules']['layer']._parameters['weight'].
 
-    From the source's parts and not its text, in which a name may hold any character.
+    It is read from the parts of the source, not its text: names may contain any character.
     """
     parts: list[str] = []
     while source is not None:
@@ -182,18 +182,18 @@ def _path_of(source: Any, default: str) -> list[str]:
     return [part for part in reversed(parts) if part not in _CONTAINERS] or [default]
 
 
-# Where Dynamo's sources keep what the text of one adds to that of its base.
+# Attributes in which a source of Dynamo keeps its own part of the path.
 _FIELDS = ("member", "index", "local_name", "global_name")
 
 
 def _compiled_modules() -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the call that runs, outermost first, each with a name for it.
+    """The modules of the running call, outermost first, each with a name.
 
-    Those that the function given to torch.compile is, has, or reaches; then those whose methods
-    are on the stack below it.
+    First the module that was given to torch.compile, or the modules that the given function can
+    reach; then the modules whose methods it has called, found on the call stack.
     """
     inner: list[nn.Module] = []
-    # Not this frame: its variables would hold themselves, and so all that is on the stack.
+    # Not this frame: its f_locals would refer to themselves and keep the stack alive.
     frame = sys._getframe().f_back
     while frame is not None:
         values = frame.f_locals
@@ -210,7 +210,7 @@ def _compiled_modules() -> Iterator[tuple[str, nn.Module]]:
 def _modules_of(
     function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The module whose method the function is; or those among its arguments and variables."""
+    """The module to which the function belongs; else the modules it can reach, with names."""
     function, args, kwargs = _unwrapped(function, args, kwargs)
     owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
     if isinstance(owner, nn.Module):
@@ -227,7 +227,7 @@ def _modules_of(
 def _unwrapped(
     function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Any, Sequence[Any], Mapping[str, Any]]:
-    """The function, or the module or its method, behind partials and callable objects."""
+    """The function, module or method behind partials and callable objects."""
     while not isinstance(function, nn.Module):
         call = getattr(function, "__call__", None)  # noqa: B004  what it calls is asked for
         if isinstance(function, partial):
@@ -240,7 +240,7 @@ def _unwrapped(
         elif isinstance(call, MethodType):
             function = call
         elif getattr(function, "__code__", None) in wrap_inline.__code__.co_consts:
-            function = function.__wrapped__  # Dynamo's own, around what is no function
+            function = function.__wrapped__  # Dynamo's wrapper around a callable object
         else:
             break
     return function, args, kwargs
@@ -253,7 +253,7 @@ def _variables(function: Any, args: Sequence[Any]) -> dict[str, Any]:
     code = function.__code__
     found = dict(zip(code.co_varnames, args, strict=False))
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        if cell != CellType():  # an empty one has no contents to ask for
+        if cell != CellType():  # an empty cell has no contents
             found[name] = cell.cell_contents
     globals_ = function.__globals__
     return found | {name: globals_[name] for name in code.co_names if name in globals_}
@@ -263,7 +263,7 @@ _TABLE = "_fqcompile_table"  # attribute of a tensor
 
 
 def note_table(weight: Tensor) -> None:
-    """Remember that a graph reads single rows of the weight, for graphs that only multiply."""
+    """Record that a graph reads rows of the weight, for other graphs that only multiply with it."""
     vars(weight)[_TABLE] = True
 
 

@@ -30,7 +30,7 @@ Call = tuple[object, tuple[Any, ...], dict[str, Any]]
 
 
 def normalize(state: GraphState) -> int:
-    """Write each call in its one spelling, in place; returns how many were spelled otherwise."""
+    """Rewrite each call to its one spelling, in place; return the number of calls changed."""
     for node in state.graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
@@ -50,7 +50,7 @@ def normalize(state: GraphState) -> int:
 
 
 def _by_position(node: fx.Node) -> None:
-    """Arguments that the schema takes by position, from names: aten calls the first one `self`."""
+    """Make keyword arguments of aten operators positional: aten names the first one `self`."""
     if not isinstance(node.target, OpOverload) or not node.kwargs:
         return
     positional = [a.name for a in schema_of(node.target).arguments if not a.kwarg_only]
@@ -75,7 +75,7 @@ def _in_order(node: fx.Node) -> None:
 
 
 def _signature(names: str, defaults: Mapping[str, Any] | None = None, **keywords: Any) -> Signature:
-    """Of arguments without and with defaults, and of those that are given by keyword alone."""
+    """A signature of arguments without defaults, with defaults, and keyword-only ones."""
     either, keyword = Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY
     ordered = dict.fromkeys(names.split(), Parameter.empty) | dict(defaults or {})
     return Signature(
@@ -105,7 +105,7 @@ SIGNATURES = {
 
 
 def _method(name: str) -> Callable[[fx.Node], Call]:
-    """The tensor method of the same arguments."""
+    """A rewrite to the tensor method `name` with the same arguments."""
     return lambda node: (name, node.args, dict(node.kwargs))
 
 
@@ -140,7 +140,7 @@ def _to_copy(node: fx.Node) -> Call | None:
 
 
 def _einsum(node: fx.Node) -> Call | None:
-    """Two operands one by one, not in a list."""
+    """Einsum with two operands as arguments of their own, not in a list."""
     match node.args:
         case (equation, [left, right]) if not node.kwargs:
             return torch.einsum, (equation, left, right), {}

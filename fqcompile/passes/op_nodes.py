@@ -25,7 +25,7 @@ from fqcompile.weights.node_weight import NodeWeight, common_group_size
 from fqcompile.weights.recipe import target_name
 
 ADDS = ("add", "__add__", "iadd")
-MATMUL, INFERENCE = matmul, matmul_inference  # the second where no gradient can flow
+MATMUL, INFERENCE = matmul, matmul_inference  # the second if no gradient can flow
 _NAMES = [argument.name for argument in schema_of(matmul).arguments]
 _UNROUTED = {"offsets": None, "ids": None, "zero_rest": False}
 
@@ -36,7 +36,7 @@ def is_quantized(node: object) -> bool:
 
 
 def is_linear(node: object) -> bool:
-    """Whether it is a call for one matrix."""
+    """Whether the node is a call of the operator for one matrix."""
     return is_quantized(node) and argument(node, "routing") is None  # type: ignore[arg-type]
 
 
@@ -54,7 +54,7 @@ def changed(node: fx.Node, **changes: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def matmul_arguments(*given: Any, **named: Any) -> tuple[Any, ...]:
-    """All by position, as the nodes have them; without a routing where none is given."""
+    """All arguments by position, as in the nodes; without a routing if none is given."""
     known = _UNROUTED | dict(zip(_NAMES, given, strict=False)) | named
     assert known.keys() == set(_NAMES), f"the operator has {_NAMES}, not {[*known]}"
     return tuple([known[name] for name in _NAMES])
@@ -85,8 +85,10 @@ def same_value(a: fx.Node, b: fx.Node) -> bool:
 
 
 def op_under(value: object, sole: bool = True) -> tuple[fx.Node | None, fx.Node | None]:
-    """(op, view) where the value is an op's result, or a reshaping of an op's rows that is its
-    only user. `sole`: the value is read once."""
+    """(op, None) if the value is an op; (op, view) if it is the only user, a reshape of its rows.
+
+    `sole`: the value must have exactly one user. (None, None) if it is neither.
+    """
     if not isinstance(value, fx.Node) or (sole and len(value.users) != 1):
         return None, None
     if is_quantized(value):
@@ -106,7 +108,7 @@ def sum_with_op(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
     name = target_name(node.target)
     if name not in ADDS or len(node.args) != 2 or node.kwargs:
         return None, None
-    # The later linear is the one that can absorb a sum of two.
+    # If both terms are linears, the later one absorbs the sum.
     first, second = node.args
     if not (isinstance(first, fx.Node) and isinstance(second, fx.Node)) or first is second:
         return None, None
@@ -140,7 +142,7 @@ def replace_by(
 
 
 def put_in_place(state: GraphState, fused: fx.Node, view: fx.Node | None, node: fx.Node) -> None:
-    """`fused`, or its rows in the shape of `view`, in place of `node`; then nobody reads those."""
+    """Replace `node` by `fused`, reshaped as `view` if given, and erase what is then unused."""
     value = fused
     if view is not None:
         shape, n = view.args[1], argument(fused, "n")
@@ -164,7 +166,7 @@ def can_stack(
     *,
     at_first: bool = False,
 ) -> bool:
-    """Whether one op can serve all: equal formats, nothing written in between, biases at hand."""
+    """Whether one op can replace all: equal formats, no effects between, biases known before."""
     specs = [state.packed[op] for op in ops]
     formats = {(spec.bits, spec.levels, spec.k, spec.scale_dtype, spec.experts) for spec in specs}
     if len(formats) > 1 or common_group_size(specs) is None or effects_between(first, last):
@@ -174,11 +176,11 @@ def can_stack(
 
 
 def stack(state: GraphState, ops: Sequence[fx.Node], place: fx.Node, **changes: Any) -> fx.Node:
-    """Replace `ops` by one op standing before `place`; of experts, rows of each are stacked.
+    """Replace `ops` by one op before `place` with their rows stacked, for experts those of each.
 
-    With `changes` (a gated pair) the caller puts the op in place of what it computes; otherwise
-    each former op becomes a slice of the result's columns, copied so that no two results share
-    memory, as before.
+    With `changes` (a gated pair) the caller replaces the nodes that the op computes. Otherwise each
+    former op becomes a slice of the result's columns, copied so that results share no memory, as
+    before.
     """
     weights = [state.packed.pop(op) for op in ops]
     group_size = common_group_size(weights)

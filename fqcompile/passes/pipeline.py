@@ -28,7 +28,7 @@ from fqcompile.weights.dispatch import Variant
 
 VERIFY = os.environ.get("FQCOMPILE_VERIFY") == "1"
 
-# In their order, between `capture`, which makes the state, and `lower`, which compiles it.
+# In order, between `capture`, which creates the state, and `lower`, which compiles it.
 PASSES: dict[str, Callable[[GraphState], int]] = {
     "normalize": normalize,
     "match": match,
@@ -49,7 +49,7 @@ def analyze(
     changing: frozenset[int] = frozenset(),
     ranks_here: bool = True,
 ) -> GraphState:
-    """Run the passes before compilation, whose result `explain` shows."""
+    """Run all passes before `lower`; `explain` shows their result."""
     state = recorder.start("capture", lambda: capture(module, args, config))
     state.name, state.changing, state.ranks_here = name, changing, ranks_here
     for word, step in PASSES.items():
@@ -71,9 +71,10 @@ def compile_state(state: GraphState, args: Sequence[Any], recorder: "Recorder") 
 
 @dataclass
 class Recorder:
-    """Runs the passes and keeps what the report says of each; `running` names the one at work.
+    """Runs the passes and records each for the report.
 
-    `state` is what they work on, also after one has failed.
+    `running` is the name of the current pass, and `state` what the passes work on; both stay set
+    if a pass fails.
     """
 
     keep_graphs: bool = False
@@ -82,7 +83,7 @@ class Recorder:
     state: GraphState | None = None
 
     def start(self, name: str, make: Callable[[], GraphState]) -> GraphState:
-        """The first pass, which makes the state that the others change."""
+        """Run the first pass, which creates the state that the others change."""
         self.running = name
         begin = time.perf_counter()
         self.state = state = make()
@@ -107,7 +108,7 @@ class Recorder:
 
 
 def verify(state: GraphState, after: str) -> None:
-    """Raise GraphInvariantError, naming the pass and the node, where a rule is broken."""
+    """Raise GraphInvariantError, which names the pass and the node, if a rule is broken."""
 
     def check(condition: bool, node: object, rule: str) -> None:
         if not condition:

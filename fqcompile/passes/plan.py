@@ -50,10 +50,10 @@ class Asked(str):
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer, PackedWeight)
 _DEVICES = ("cpu", "cuda")
 CHANGING = (
-    "the weight was changed or replaced in each of the last calls, and would be quantized anew in "
+    "the weight was changed or replaced in each of the last calls, and would be quantized again in "
     "every call"
 )
-NO_VALUES = "its values are not there while the graph is compiled"
+NO_VALUES = "its values are not available while the graph is compiled"
 LATER_VALUES = (
     "DistributedDataParallel splits the graph: set torch._dynamo.config.optimize_ddp = False, or "
     "call fqcompile.quantize_(model) before wrapping it"
@@ -183,7 +183,7 @@ def apply_decisions(state: GraphState, decisions: tuple[Decision, ...]) -> None:
 
 
 class _Ask(NamedTuple):
-    """What the store plans."""
+    """A request to the store to plan a weight."""
 
     recipe: WeightRecipe
     sources: tuple[Tensor, ...]
@@ -220,7 +220,7 @@ def _asked(
 
 
 def _unsupported(sources: tuple[Tensor, ...]) -> str | None:
-    """Why the tensor cannot be quantized, before any of its values is read; or None."""
+    """Why a tensor cannot be quantized, found without reading its values; or None."""
     for weight in sources:
         if weight.device.type not in _DEVICES:
             return f"the weight is on device {weight.device.type!r}; supported: cpu, cuda"

@@ -23,13 +23,13 @@ from fqcompile.passes.state import example
 from fqcompile.weights.recipe import target_name
 
 Names = list[str]
-Call = tuple[Any, ...]  # the arguments of a call, those by keyword last
-STACK = "expert"  # the first index of a stack from which ids or offsets pick
+Call = tuple[Any, ...]  # the arguments of a call, keyword arguments last
+STACK = "expert"  # the name of the stack's first dimension, which ids or offsets index
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor with the names of its dimensions, but for those of size one in `singles`."""
+    """A tensor with names of its dimensions, except those in `singles`, which have size one."""
 
     node: fx.Node
     dims: Names
@@ -47,10 +47,10 @@ class Product:
 
     Attributes:
         out: the names of the result's dimensions.
-        offsets: the ends of each expert's rows, where they are sorted by expert.
-        zero_rest: rows behind the last of them are zeros.
-        of_layer: the right operand is a weight whatever x is; else the constant one of the two.
-        broadcasts: a batch of equal matrices is one matrix; an einsum says what it means.
+        offsets: the end of each expert's rows, if rows are sorted by expert.
+        zero_rest: rows beyond the last offset are zeros.
+        of_layer: the right operand is the weight; else the constant one of the two is.
+        broadcasts: a batch of equal matrices counts as one matrix; not for einsum.
     """
 
     left: Operand
@@ -64,13 +64,13 @@ class Product:
 
     @property
     def sides(self) -> list[tuple[Operand, Operand]]:
-        """(weight, x) as they may be, in the order in which they are asked."""
+        """The possible pairs (weight, x), in the order in which they are tried."""
         both = [(self.right, self.left), (self.left, self.right)]
         return both[:1] if self.of_layer else both
 
 
 def product(node: fx.Node) -> Product | None:
-    """The node as a product of two tensors, or None where it is not one."""
+    """The node read as a product of two tensors, or None if it is none."""
     read = _READERS.get(target_name(node.target))
     if read is None or has_effects(node):
         return None
@@ -110,7 +110,7 @@ def _mv(node: fx.Node, call: Call) -> Product | None:
 
 
 def _addmm(node: fx.Node, call: Call) -> Product | None:
-    """With `beta` and `alpha` of 1; in the old order of arguments a number is where the bias is."""
+    """Only with beta = alpha = 1. In the deprecated argument order, the first one is a number."""
     match call:
         case (fx.Node() as bias, left, right, 1, 1):
             return _matmul(node, (left, right), bias)
@@ -118,7 +118,7 @@ def _addmm(node: fx.Node, call: Call) -> Product | None:
 
 
 def _grouped_mm(node: fx.Node, call: Call) -> Product | None:
-    """PyTorch has no meaning for its `bias` yet."""
+    """Without a bias: PyTorch does not support that argument yet."""
     out = example(node)
     match call:
         case (x, weight, offsets, None, dtype) if out is not None and dtype in (None, out.dtype):
@@ -154,10 +154,10 @@ def _einsum(node: fx.Node, call: Call) -> Product | None:
 
 
 def einsum_indices(equation: str, ndims: Sequence[int]) -> list[Names] | None:
-    """Index names of two operands and of the result; None where the equation has another form.
+    """The index names of two operands and of the result; None if the equation has another form.
 
-    An ellipsis becomes as many unnamed indices as its operand has more dimensions than names; of
-    several, the last ones are shared, as einsum does it.
+    An ellipsis stands for the dimensions of its operand that have no name. They are aligned at the
+    last one and shared between operands, as in einsum.
     """
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     terms = [*inputs.split(","), output]

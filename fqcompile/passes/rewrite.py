@@ -8,7 +8,7 @@ bmm(x [E, C, K], w)          ->  matmul(x.reshape(-1, K), .., offsets=arange(1, 
 bmm(w[ids], x.unsqueeze(-1)) ->  matmul(x, .., ids=ids).unsqueeze(-1)
 einsum("ti,taoi->tao", ..)   ->  matmul(x repeated [t * a, i], .., ids=ids.reshape(-1))
 
-A bias that is a row is an argument of the operator; another is added behind it.
+A bias [N] becomes an argument of the operator; any other bias is added to the result.
 """
 
 from itertools import permutations
@@ -37,7 +37,7 @@ Sizes = dict[str, Size]
 
 
 def rewrite(state: GraphState) -> int:
-    """Replace every site that has a plan; returns how many."""
+    """Replace every site that has a plan; return the number of sites replaced."""
     chosen = [(site, site.plan) for site in state.sites if site.plan is not None]
     folder = ConstantFolder(state)
     folded = [n for n in state.graph.nodes if n.op != "placeholder" and folder.is_constant(n)]
@@ -70,9 +70,9 @@ def _replace(
     replaced: dict[fx.Node, fx.Node],
     emit: Emitter,
 ) -> fx.Node:
-    """The operator; `replaced` knows what stands for earlier matmuls, and is told of this one.
+    """Replace one site and return the new op; `replaced` maps replaced nodes to their values.
 
-    What only the matmul read, and views that undo the arrangement, are erased in the end.
+    `rewrite` erases at the end what only the matmul read, and views that undo the rearrangement.
     """
     roles, out = site.contraction, site.node.meta["example_value"]
     x = replaced.get(roles.x, roles.x)
@@ -99,7 +99,7 @@ def _operator(
     tensors: tuple[fx.Node | None, ...],
     routing: fx.Node | None,
 ) -> fx.Node:
-    """The call for x [..., K], or [rows, K] where a routing says which expert a row belongs to."""
+    """The call of the op for x [..., K], or for x [rows, K] with a routing to experts."""
     *_, n, k = site.shape
     roles = site.contraction
     form = (weight.bits, weight.levels, weight.group_size, n, k, "none", False, "")
@@ -126,7 +126,7 @@ def _cast(emit: Emitter, value: fx.Node, like: Tensor) -> fx.Node:
 
 
 def sizes_of(emit: Emitter, roles: Contraction, x: fx.Node, out: Tensor) -> Sizes:
-    """Of the free indices, and of all but the contracted ones where there is a batch."""
+    """The sizes of the free indices; with a batch, of all indices but the contracted ones."""
     free: Sizes = {i: int(out.shape[roles.out_dims.index(i)]) for i in roles.free}
     if not roles.batch:
         return free
@@ -145,7 +145,7 @@ def sizes_of(emit: Emitter, roles: Contraction, x: fx.Node, out: Tensor) -> Size
 
 
 def arranged(emit: Emitter, roles: Contraction, x: fx.Node, sizes: Sizes, k: int) -> fx.Node:
-    """x as [batch * rows, K], repeated along those of the batch's indices that it lacks.
+    """x as [batch * rows, K], repeated along the batch indices that it lacks.
 
     Without a batch the rows keep their dimensions.
     """
@@ -172,7 +172,7 @@ def _permuted(
 
 
 def _routing(emit: Emitter, site: WeightSite, x: fx.Node, sizes: Sizes) -> fx.Node | None:
-    """One id for each row of the op, or the ends of the experts' rows; None: one matrix."""
+    """The routing: one id per row of the op, or the end of each expert's rows; None: one matrix."""
     roles = site.contraction
     if not roles.batch:
         return roles.offsets
@@ -197,11 +197,11 @@ def arranged_back(
     sizes: Sizes,
     out: Tensor,
 ) -> tuple[fx.Node, fx.Node]:
-    """The op's rows, with the bias where it fits them, and what has the matmul's value."""
+    """(the op's rows, with the bias if it can be added there, and the value of the matmul)."""
     order = _order(roles, sizes)
     rows = op
     if bias is not None and roles.batch and order == roles.out_dims:
-        # ahead of the reshaping, where fuse finds it
+        # before the reshape, where `fuse` finds it
         every = emit("expand", _cast(emit, bias, out), tuple(sizes[name] for name in order))
         rows = emit(torch.add, op, emit("reshape", every, (-1, op.meta["example_value"].shape[-1])))
         bias = None
@@ -218,7 +218,7 @@ def arranged_back(
 
 
 def _order(roles: Contraction, sizes: Sizes) -> tuple[str, ...]:
-    """The op's rows and columns as indices; those of size one are where the result has them."""
+    """The order of indices in the op's result; those of size one are placed as in the matmul's."""
     natural = (*roles.batch, *roles.rows, *roles.free)
     if not roles.batch:
         return natural
@@ -227,7 +227,7 @@ def _order(roles: Contraction, sizes: Sizes) -> tuple[str, ...]:
 
 
 def _laid_out(emit: Emitter, y: fx.Node, like: Tensor) -> fx.Node:
-    """With the strides of the matmul's result: a view of it that eager allows must be possible."""
+    """y with the strides of the matmul's result, so that views of it stay possible as in eager."""
     layout = None if same_layout(y.meta["example_value"], like) else _layout(like)
     if layout is not None:
         y = emit("contiguous", emit("permute", y, layout))
@@ -236,7 +236,7 @@ def _laid_out(emit: Emitter, y: fx.Node, like: Tensor) -> fx.Node:
 
 
 def _layout(value: Tensor) -> tuple[int, ...] | None:
-    """The dimensions as they follow each other in memory; None where that has gaps."""
+    """The dimensions from outermost to innermost in memory; None if there are gaps."""
     for dims in permutations(range(value.dim())):
         moved = value.permute(dims)
         if same_layout(moved, moved.new_empty(moved.shape)):
@@ -245,7 +245,7 @@ def _layout(value: Tensor) -> tuple[int, ...] | None:
 
 
 def _undoing(node: fx.Node, rows: fx.Node, y: fx.Node) -> list[fx.Node]:
-    """Users of the site's value that undo its arrangement: they are the op's rows themselves."""
+    """Users of the site's value that reshape it back to the op's rows."""
     if y.target != "reshape" or y.args[0] is not rows:
         return []
     result = rows.meta["example_value"]

@@ -19,7 +19,7 @@ from fqcompile.kernels.tuning.launches import Mode, tuned_launches
 from fqcompile.passes.op_nodes import INFERENCE, argument, changed
 from fqcompile.passes.state import GraphState, example
 
-_NO_BOUND = 1 << 40  # what Dynamo writes for a size without a guard is larger
+_NO_BOUND = 1 << 40  # Dynamo's upper bound of an unbounded size is larger
 
 
 def select(state: GraphState) -> int:
@@ -76,7 +76,7 @@ def _routing(op: fx.Node) -> Literal["grouped", "gathered"] | None:
 
 
 def _current(out: torch.Tensor | None) -> AbstractContextManager[object]:
-    """The device context for a search, which measures on the current device, in no fake mode."""
+    """The device context for a search, which measures on the current device."""
     assert out is not None
     return torch.cuda.device(out.device) if out.is_cuda else nullcontext()
 
@@ -92,9 +92,9 @@ def _range(rows: int | torch.SymInt) -> tuple[int, int | None] | None:
 
 
 def _hint(size: int | torch.SymInt) -> int:
-    """The size in the call that the graph was captured with; reading it adds no guard.
+    """The size in the call for which the graph was captured; reading it adds no guard.
 
-    A size that depends on data has none; it counts as 1.
+    A size that depends on data has no hint and counts as 1.
     """
     if not isinstance(size, torch.SymInt):
         return size

@@ -45,10 +45,10 @@ class LocalLinear:
     """y = linear(x, w, b) on local parts.
 
     Attributes:
-        local_bias: the bias is added to each rank's part; else to the whole, if there is one.
+        local_bias: the bias is added to each rank's part of y; else to y, if there is a bias.
         out: the placements of y.
-        whole: shape and stride of y, where its parts do not tell.
-        grad_of_x: how the gradient of x's part lies, where not as x does.
+        whole: arguments of `from_local` for the shape and stride of y, if parts do not imply them.
+        grad_of_x: the placements of the gradient of x's local part, if they differ from x's.
     """
 
     x: fx.Node
@@ -75,7 +75,7 @@ class LocalGraph:
         """A function of Dynamo's arguments from one of this graph's."""
         if not self.sharded:
             return inner
-        # itemgetter gives one item bare, and a tuple of several
+        # itemgetter of one position returns the bare item: the first is repeated to get a tuple
         pick = itemgetter(*self.sharded, self.sharded[0])
         seen: tuple[object, ...] = ()
 
@@ -92,10 +92,10 @@ class LocalGraph:
 
 
 def refuse_fsdp(graph: fx.Graph) -> None:
-    """Raise where the graph reads a weight that FSDP gathers.
+    """Check that the graph reads no weight that FSDP gathers.
 
     Raises:
-        ShardingError: there is one.
+        ShardingError: it reads one.
     """
     for node in placeholders(graph):
         source = source_of(node)
@@ -105,7 +105,7 @@ def refuse_fsdp(graph: fx.Graph) -> None:
 
 
 def localize(module: fx.GraphModule, args: Sequence[Any]) -> LocalGraph:
-    """The graph on the local parts of its constant DTensors; itself where it has none."""
+    """The graph on the local parts of its constant DTensors; unchanged if it has none."""
     inputs = list(zip(placeholders(module.graph), args, strict=True))
     if not any(is_dtensor(value) for _, value in inputs):
         return LocalGraph(module, ())
@@ -126,7 +126,7 @@ def localize(module: fx.GraphModule, args: Sequence[Any]) -> LocalGraph:
 
 
 def _use_local(graph: fx.Graph, weight: fx.Node) -> bool:
-    """Let the users of a sharded weight read its local part where they can; whether any does."""
+    """Make users of a sharded weight read its local part if they can; return whether any does."""
     if any(has_effects(user) for user in weight.users):
         return False
     linears = {user: form for user in weight.users if (form := local_linear(user, weight))}
@@ -143,12 +143,12 @@ def _use_local(graph: fx.Graph, weight: fx.Node) -> bool:
 
 
 def _is(node: fx.Node, name: str) -> bool:
-    """Whether it is that call of a DTensor, which torch before 2.13 wraps as `prim_<name>`."""
+    """Whether the node is this DTensor call, which torch before 2.13 wraps as `prim_<name>`."""
     return node.op.startswith("call") and target_name(node.target).removeprefix("prim_") == name
 
 
 def _part_input(graph: fx.Graph, weight: fx.Node) -> fx.Node:
-    """An input for the weight's local part, behind all others, named as the weight is."""
+    """A new last input for the weight's local part, named after the weight."""
     with graph.inserting_after(placeholders(graph)[-1]):
         part = graph.placeholder(f"{weight.name}_local")
     set_source(part, AttrSource(source_of(weight), "_local_tensor"))
@@ -173,7 +173,7 @@ def _replace_linear(graph: fx.Graph, node: fx.Node, form: LocalLinear, part: fx.
         mesh = graph.call_function(getattr, (form.x, "device_mesh"))
         options = {"run_check": False, **form.whole}
         out = constant(graph, f"{node.name}_out", form.out)
-        # a static method, and under its own name no code that PyTorch 2.11 could run
+        # a static method, but PyTorch 2.11 generates no valid code for it as a function
         result = graph.call_method("from_local", (form.x, product, mesh, out), options)
         result.meta = dict(node.meta)
         if form.bias is not None and not form.local_bias:
@@ -184,9 +184,9 @@ def _replace_linear(graph: fx.Graph, node: fx.Node, form: LocalLinear, part: fx.
 
 
 def _straighten(graph: fx.Graph) -> None:
-    """Take the local tensor that a DTensor was made from, where its layout is the same still.
+    """Replace to_local(from_local(x)) by x if the placements are equal.
 
-    Not where gradients flow: the way back may have to sum what the way there did not.
+    Not valid if gradients flow: the backward may have to sum over ranks.
     """
     for node in list(graph.nodes):
         if not _is(node, "to_local") or node.kwargs:
@@ -207,7 +207,7 @@ def _same_layout(a: fx.Node, b: fx.Node) -> bool:
 
 
 def _keeps(made: fx.Node) -> bool:
-    """Whether the DTensor holds the tensor that it was made from."""
+    """Whether to_local of this DTensor is the tensor that it was made from."""
     whole = example(made)
     return is_dtensor(whole) and "grad_placements" not in made.kwargs
 
@@ -229,7 +229,7 @@ _ROWS, _COLUMNS = 0, 1
 
 
 def local_linear(node: fx.Node, weight: fx.Node) -> LocalLinear | None:
-    """The node as a linear with this weight whose parts multiply without communication."""
+    """The node as a linear whose local parts multiply without communication, or None."""
     call = _arguments(node)
     if call is None or [n for n in call.values() if n is weight] != [call["weight"]]:
         return None
@@ -242,7 +242,7 @@ def local_linear(node: fx.Node, weight: fx.Node) -> LocalLinear | None:
     whole = _whole(y)
     if None in kinds or whole is None or (bias is not None and not is_dtensor(b)):
         return None
-    # What every rank would add to its part of a sum is added once, to the sum.
+    # If the parts are partial sums, the bias is added once, to the sum.
     local_bias = "sum" not in kinds
     if is_dtensor(b) and local_bias and not all(map(_adds, kinds, x.placements, b.placements)):
         return None
@@ -265,7 +265,7 @@ def _arguments(node: fx.Node) -> dict[str, Any] | None:
 
 
 def _kind(x: Any, w: Any, y: Any, last: int) -> str | None:
-    """What one dimension of the mesh does, by the placements on it."""
+    """The kind of parallelism along one dimension of the mesh, by its placements."""
     if x.is_replicate() and w.is_shard(_ROWS) and y.is_shard(last):
         return "rows"
     if x.is_shard(last) and w.is_shard(_COLUMNS) and y.is_partial():
@@ -282,9 +282,9 @@ def _adds(kind: str | None, x: Any, bias: Any) -> bool:
 
 
 def _whole(y: "DTensor") -> dict[str, Any] | None:
-    """How `from_local` is told the whole's shape; None where it cannot be.
+    """The arguments by which `from_local` knows the whole shape; None if there are none.
 
-    Sizes that vary from call to call are left to it: it multiplies those of the part.
+    For symbolic sizes it needs none if all parts are equally large: it multiplies their sizes.
     """
     if all(isinstance(size, int) for size in (*y.shape, *y.stride())):
         return {"shape": tuple(y.shape), "stride": tuple(y.stride())}

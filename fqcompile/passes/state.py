@@ -1,4 +1,4 @@
-"""State that the passes share: the graph being rewritten, the sites found, helpers for graphs."""
+"""The state that passes share: the graph being rewritten, its sites, and helpers for graphs."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -29,20 +29,20 @@ class Contraction:
 
     y[batch, rows, free] = Σ x[batch, rows, contracted] * w[batch, free, contracted]
 
-    The dimensions of the tensors have any order; x may lack indices of the batch, along which it is
-    repeated. A linear layer has no batch, nor have rows that are sorted by expert (`offsets`).
+    The dimensions of the tensors may have any order. x may lack batch indices, along which it is
+    then repeated. Neither a linear layer nor rows sorted by expert (`offsets`) have a batch.
 
     Attributes:
-        weight: the node that is multiplied with.
-        stack: the constant that the weight is, or was picked from; `weight_steps` make of it
-            [N, K], or [E, N, K] where there are experts.
-        x_dims, out_dims: the indices in the order of the dimensions of x and of the result.
-        x_singles: dimensions of x, of size one, that broadcasting made and that are none of these.
-        bias: added to the result where the form has one; may be any shape that `add` accepts.
+        weight: the node of the weight operand.
+        stack: the constant that the weight is, or was picked from; `weight_steps` turn it into
+            [N, K], or [E, N, K] for experts.
+        x_dims, out_dims: the indices of the dimensions of x and of the result, in order.
+        x_singles: dimensions of x of size one that exist only for broadcasting; not in x_dims.
+        bias: added to the result, if given; any shape that `add` accepts.
         ids: the expert of each element of the batch.
-        offsets: the ends of the experts' rows. Without either, the batch numbers the experts.
+        offsets: the end of each expert's rows. Without ids and offsets, the batch is the experts.
         gather: the nodes from stack[ids] to the weight.
-        zero_rest: rows that belong to no expert are zeros in y; else whatever was in memory.
+        zero_rest: rows of y that belong to no expert are zeros; else they are not initialized.
     """
 
     x: fx.Node
@@ -64,7 +64,7 @@ class Contraction:
 
     @property
     def routing(self) -> fx.Node | None:
-        """The routing: which expert each row belongs to."""
+        """The ids or offsets that tell which expert each row belongs to; None without routing."""
         return self.ids or self.offsets
 
     @property
@@ -78,14 +78,14 @@ class WeightSite:
     """A matmul with a constant weight.
 
     Attributes:
-        kind: its name in plans; "other" is a stack that does not hold experts (one per head).
+        kind: the kind in plans; "other" is a stack of something else than experts, such as heads.
         node: the matmul in the captured graph.
         contraction: what it multiplies, and how.
         recipe, sources: how the weight is computed from the graph's constant inputs.
         shape: (N, K) or (E, N, K) of what the recipe computes.
-        part: "[0]", "[1]" where several sites read one parameter in different ways; ends the name.
-        head: an output head: of a usual name, or one whose weight is an embedding's table too.
-        tables: sources whose rows are also read as they are, as by an embedding.
+        part: "[0]" or "[1]", the end of the name, if sites read different parts of one parameter.
+        head: an output head, by its name or because its weight is also an embedding's table.
+        tables: sources whose rows are also read directly, as by an embedding.
         reason: why the site is skipped; None while it may be quantized.
         settled: the reason depends only on the graph and the options, not on the weights.
         plan: how it is quantized, once decided.
@@ -116,9 +116,8 @@ class WeightSite:
 class KeptWeight:
     """A constant matrix that no supported matmul reads, with its readers; listed, not quantized.
 
-    `identity` is the `id` of the tensor, which the graph must not keep alive; `input` is its
-    position among the inputs, if any; `table` tells whether it is named after the reader of its
-    rows.
+    `identity` is the `id` of the tensor, which the graph must not keep alive. `input` is its
+    position among the inputs, if any. `table`: it is named after the module that reads its rows.
     """
 
     identity: int
@@ -131,7 +130,7 @@ class KeptWeight:
     reason: str
 
 
-# For the arguments of a call, what each of these sites' weights is to be quantized with.
+# (arguments of a call, sites) -> the calibration of each site's weight.
 Calibrate = Callable[[Sequence[Any], Sequence[WeightSite]], Mapping[WeightSite, Calibration]]
 
 
@@ -141,16 +140,17 @@ class GraphState:
 
     Attributes:
         constants: the constant inputs, with their positions among `args`.
-        named: these, and inputs that would be constant if not written, and parameters passed in.
+        named: `constants`, parameters passed in, and inputs that are not constant only because the
+            graph writes to them.
         written: nodes whose memory the named call of the graph may write to.
-        gemms: what the kernels were told of each quantized matmul.
-        known: what those of `named` are called, and tensors that are attributes of the graph.
-        names: their names alone.
-        changing: positions among `args` of weights that are others in every call.
-        decided_for: the state of the weights whose values the plans are for.
-        name: the graph's, for messages.
-        calibrate: what sees what weights are multiplied with, for the weights of any instance.
-        ranks_here: all ranks of a sharded model are here, at the same pass of the same graph.
+        gemms: the GemmSpec of each quantized matmul.
+        known: the names of the inputs in `named`, and of tensors that are attributes of the graph.
+        names: `known` as strings.
+        changing: positions among `args` of weights that differ in every call, and are read dense.
+        decided_for: the fingerprint of the weights that the plans were chosen for.
+        name: the graph's name, for messages.
+        calibrate: computes the calibration of weights, for the arguments of any instance.
+        ranks_here: all ranks of a sharded model run this pass of this graph now.
     """
 
     module: fx.GraphModule
@@ -194,7 +194,7 @@ class GraphState:
 
 
 def part_of(state: GraphState, site: WeightSite, plan: QuantPlan) -> Part:
-    """The site's rows as quantized by this plan, for the weights of any instance."""
+    """The site as a Part of a NodeWeight with this plan, for the weights of any instance."""
     *experts, rows, k = site.shape
     inputs = tuple(state.constants[source] for source in site.sources)
     return Part(site.recipe, inputs, plan, rows, k, *experts)
@@ -218,7 +218,7 @@ def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape have equal strides; later views may need those they have."""
+    """Whether two tensors of equal shape have equal strides, which later views may depend on."""
     dims = zip(a.shape, a.stride(), b.stride(), strict=True)
     return all(statically_known_true(n == 1) or statically_known_true(s == t) for n, s, t in dims)
 
@@ -232,7 +232,7 @@ def copy_module(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, f
     mapping: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(module.graph, mapping))
     for old, new in mapping.items():
-        # "grapharg" would keep the example weights alive for as long as the copy
+        # "grapharg" would keep the example weights alive as long as the copy
         new.meta = {key: value for key, value in old.meta.items() if key != "grapharg"}
     copied = fx.GraphModule(module, graph)
     copied.meta = dict(module.meta)
@@ -247,7 +247,7 @@ class _Constant(nn.Module):
 
 
 def constant(graph: fx.Graph, name: str, value: object) -> fx.Node:
-    """A node with a value whose repr is no code; the graph's module holds it under the name."""
+    """A node for a value that has no literal in code; the graph's module stores it as `name`."""
     owner = graph.owning_module
     assert isinstance(owner, fx.GraphModule)
     owner.add_submodule(name, _Constant(value))
@@ -255,7 +255,7 @@ def constant(graph: fx.Graph, name: str, value: object) -> fx.Node:
 
 
 def erase_unused(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
-    """Erase those of `nodes` without users, last first, and then what only they used among them.
+    """Erase the nodes without users among `nodes`, last first, so that chains of them go too.
 
     fx's own dead-code elimination would also drop in-place methods whose result nobody reads.
     """
@@ -265,9 +265,9 @@ def erase_unused(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
 
 
 def erase_dead(state: GraphState, nodes: Sequence[fx.Node]) -> None:
-    """Erase the unused ones among `nodes`, then inputs of theirs that became unused.
+    """Erase the unused ones among `nodes`, then their inputs that became unused.
 
-    Quantized matmuls stay, whether read or not: each has its packed inputs.
+    Quantized matmuls stay even if unused, since each has packed inputs of its own.
     """
     waiting = list(nodes)
     while waiting:

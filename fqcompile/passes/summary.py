@@ -22,8 +22,8 @@ from fqcompile.tensor.format import num_groups
 from fqcompile.weights.recipe import WeightRecipe
 
 _NO_MORE_PLANS = (
-    "its graph is compiled for as many sets of plans as may be, and the one that serves this "
-    "weight keeps it"
+    "its graph was compiled for as many sets of plans as allowed, and the one that serves this "
+    "weight keeps it dense"
 )
 
 
@@ -32,8 +32,8 @@ class SiteRecipe:
     """How to locate a site's matrix in a model by parameter names, and how it was quantized.
 
     Attributes:
-        held: whether a module has them all, so that the names are those of its parameters.
-        shared: those of `names` that are read too by what keeps their values, as a table's rows.
+        held: whether modules hold all of them, so that the names are names of parameters.
+        shared: those of `names` whose dense values are read elsewhere too, as rows of a table.
     """
 
     recipe: WeightRecipe
@@ -45,25 +45,25 @@ class SiteRecipe:
 
 @dataclass(frozen=True)
 class Read:
-    """How a matmul reads its weights: what it multiplies with, and the type of its scales."""
+    """How a matmul reads its weights: the key of its recipe, and the dtype of its scales."""
 
     recipe: str
     scale_dtype: torch.dtype | None
 
 
-# The weights themselves, by identity, and how a matmul reads them; None: something else does.
+# The ids of the weights, and how a matmul reads them; None for any other reader.
 RowKey = tuple[tuple[int, ...], Read | None]
 
 
 @dataclass(frozen=True)
 class Row:
-    """The row of a weight, and what it takes to say it of another that comes in at its place.
+    """The row of a weight, with what is needed to make the row of another instance's weight.
 
     Attributes:
         inputs: the positions of the tensors that it is named after.
-        part: ends the name.
-        table: whether it is named after the reader of its rows.
-        decision: the place of its site among those that are not settled.
+        part: the end of the name.
+        table: whether it is named after the module that reads its rows.
+        decision: the index of its site among those that are not settled.
     """
 
     site: Site
@@ -73,7 +73,7 @@ class Row:
     decision: int | None = None
 
     def of(self, known: Mapping[int, InputName], decisions: Sequence[Decision]) -> Site:
-        """The row of the weights with these names and plans, by position and place."""
+        """The row for an instance with these names of inputs and decisions of sites."""
         site, names = self.site, tuple(known[i].name for i in self.inputs)
         name = known[self.inputs[0]].table if self.table else joined_name(known, self.inputs)
         site = site.but(name=name + self.part)
@@ -84,7 +84,7 @@ class Row:
             return site.but(reason=decision if isinstance(decision, str) else _NO_MORE_PLANS)
         recipe = site.recipe
         assert isinstance(recipe, SiteRecipe) and isinstance(decision, QuantPlan)
-        if key_of([decision]) != key_of([recipe.plan]):  # what it would deliver nobody has asked
+        if key_of([decision]) != key_of([recipe.plan]):  # its error with the other plan is unknown
             asked = replace(recipe.plan, relative_error=math.nan, expert_errors=())
             decision = replace(asked, calibration=decision.calibration)
         pairs = zip(recipe.names, names, strict=True)
@@ -107,7 +107,7 @@ def rows_of(state: GraphState) -> dict[RowKey, Row]:
     by_status: dict[str, set[int]] = {"kept": set(), "quantized": set()}
     for (weights, _), row in rows.items():
         by_status[row.site.status].update(weights)
-    # A weight all of whose sites are kept has a row already.
+    # A weight whose sites are all kept has a row already.
     told = by_status["kept"] - by_status["quantized"]
     for weight in (w for w in state.kept if w.identity not in told):
         inputs = () if weight.input is None else (weight.input,)
@@ -117,7 +117,7 @@ def rows_of(state: GraphState) -> dict[RowKey, Row]:
 
 
 def with_other_readers(rows: Mapping[RowKey, Site]) -> dict[RowKey, Site]:
-    """The rows, where those of quantized weights say that something else reads the values."""
+    """The rows, with `shared` filled in for quantized weights whose values are read elsewhere."""
     dense = {w for (weights, read) in rows if read is None for w in weights}
     dense_reads = {
         (weights, read.recipe)
@@ -142,9 +142,9 @@ def rows_beside(
     known: Mapping[int, InputName],
     decisions: Sequence[Decision],
 ) -> tuple[Site, ...]:
-    """The rows of weights that run the graph of `rows`, and whose names are not among those told.
+    """The rows of another instance that runs the graph of `rows`, except names in `told`.
 
-    Without weights that no module holds: these are named by their path in every instance.
+    Weights that no module holds are left out: their names are paths, equal in every instance.
     """
     held = [row for row in rows if any(known[i].held for i in row.inputs)]
     found = (row.of(known, decisions) for row in held)
@@ -191,8 +191,8 @@ def _site(state: GraphState, site: WeightSite) -> Site:
 
 
 def said_of(plan: QuantPlan) -> dict[str, Any]:
-    """The fields of a row that tell of the errors, and of what they were weighed with."""
-    error = plan.relative_error  # not a number where the weight came packed
+    """The fields of a row about errors, and the calibration that weighted them."""
+    error = plan.relative_error  # NaN if the weight was packed before
     calibration = plan.calibration
     return {
         "relative_error": None if math.isnan(error) else error,
@@ -203,9 +203,9 @@ def said_of(plan: QuantPlan) -> dict[str, Any]:
 
 
 def _least_us(state: GraphState, site: WeightSite) -> Callable[[], float | None] | None:
-    """Its part of the matmul's roofline lower bound, in proportion to its rows.
+    """The site's part of the matmul's roofline lower bound, in proportion to its rows.
 
-    Computed on first use: a CPU's bandwidth is measured on 128 MiB.
+    It is computed on first use, because that measures a CPU's memory bandwidth.
     """
     assert site.op is not None
     spec = state.gemms.get(site.op)
@@ -267,14 +267,14 @@ def warnings_of(state: GraphState) -> tuple[str, ...]:
 
 
 def read_as_it_comes(state: GraphState, changing: frozenset[int]) -> str:
-    """The warning that the weights at these inputs stay dense, with the remedy."""
+    """The warning that the weights at these inputs are read dense, with the remedy."""
     names = {
         site.name
         for site in state.sites
         if not changing.isdisjoint(state.constants[source] for source in site.sources)
     }
     return (
-        f"{state.name}: {', '.join(sorted(names))}: {CHANGING}, so it is read as it comes. If it "
-        "is meant to change, name it in exclude; if a hook brings it from elsewhere for each call, "
-        "call fqcompile.quantize_(model) before the hooks are set"
+        f"{state.name}: {', '.join(sorted(names))}: {CHANGING}, so it is read dense. If it is "
+        "meant to change, name it in exclude; if a hook loads it for each call, call "
+        "fqcompile.quantize_(model) before the hooks are set"
     )

@@ -51,11 +51,11 @@ from fqcompile.weights.dispatch import Inner, Variant, WeightDispatch, forget
 from fqcompile.weights.fingerprint import ATTEMPTS, fingerprint
 from fqcompile.weights.store import STORE
 
-_reporting = fork_safe(threading.RLock())  # weights that run one graph may come in at once
+_reporting = fork_safe(threading.RLock())  # threads may bring other weights to one graph
 log = logging.getLogger("fqcompile")
 _graph_numbers = itertools.count()
-# More than this many sets of plans are not compiled for one graph; Dynamo's own limit of
-# recompilations does not see them.
+# At most this many sets of plans are compiled for one graph; Dynamo's own recompile_limit does not
+# count them.
 MOST_VARIANTS = 8
 _VERSIONS = {name: version(name) for name in ("fqcompile", "torch")}
 
@@ -101,10 +101,10 @@ class _Compiled:
 
 
 class GraphCompiler:
-    """See the module's docstring. `variant_for` is what runs when unseen weights come in."""
+    """See the module's docstring. `variant_for` is called when new weights arrive."""
 
     def __init__(self, module: fx.GraphModule, config: FineQuantConfig, name: str) -> None:
-        self._module = module  # never edited: each variant is made of a copy
+        self._module = module  # never edited: each variant is compiled from a copy
         self._config = config
         self._name = name
         self._context = TracingContext.try_get()
@@ -126,8 +126,8 @@ class GraphCompiler:
     def variant_for(self, args: Sequence[Any], changing: frozenset[int]) -> Variant:
         """The variant whose plans fit the weights in `args`, compiled if there is none yet.
 
-        The inputs `changing` are read as they come. Compiling takes the lock of torch's compiler,
-        as Dynamo does: any thread may come here while others compile.
+        The inputs `changing` are read dense. Compiling takes the lock of torch's compiler, as
+        Dynamo does, because any thread may get here while others compile.
         """
         state = self._analyzed
         assert state is not None
@@ -150,30 +150,30 @@ class GraphCompiler:
             return self.compile_variant(args, changing, key)
         text = (
             f"{self._name}: its instances ask for more than {MOST_VARIANTS} different sets of "
-            "plans, and each is a compilation: those to come "
+            "plans, and each set is compiled separately: further instances "
         )
         found = self._nearest(args, key)
         if found is None:
             everything_kept: Key = (None,) * len(key)
             found = self._compiled.get(everything_kept)
             text += (
-                "stay as they are where no plan that there is meets their error_budget; "
-                "granularity=128, or another number, without error_budget is one plan for all"
+                "stay dense if no existing set meets their error_budget; granularity=128, or "
+                "another number, without error_budget makes all instances share one set"
             )
             found = found or self._unquantized(args, Recorder(), text, everything_kept)
         else:
             text += (
-                "are quantized by the finest that there is for their weights; granularity=128, or "
-                "another number, is one plan for all"
+                "are quantized by the finest existing set that fits; granularity=128, or another "
+                "number, makes all instances share one set"
             )
         self._say_once(found, text)
         return found
 
     def _nearest(self, args: Sequence[Any], key: Key) -> _Compiled | None:
-        """What is compiled for plans that these weights can be quantized by too.
+        """The compiled variant whose plans serve these weights best, or None.
 
-        At least as fine as they ask for, where there is such a one; else the finest. Where an
-        option bounds the error, no other plan than theirs.
+        One that is at least as fine as the weights ask for, if there is one; else the finest. A
+        site whose error an option bounds gets no other plan than its own.
         """
         assert self._analyzed is not None
         options = [
@@ -196,9 +196,9 @@ class GraphCompiler:
     def compile_variant(
         self, args: Sequence[Any], changing: frozenset[int] = frozenset(), key: Key = ()
     ) -> _Compiled:
-        """Run the pipeline for these weights; where it fails, compile the graph as it was.
+        """Run the pipeline for these weights; if it fails, compile the unmodified graph.
 
-        `key` is that of the plans that were asked for, by which a failure is found again.
+        `key`: the plans that were asked for, under which a failure is stored.
         """
         start = time.perf_counter()
         recorder = Recorder(keep_graphs=self._config.debug_dir is not None or is_traced())
@@ -227,14 +227,14 @@ class GraphCompiler:
     def _run(
         self, args: Sequence[Any], changing: frozenset[int], recorder: Recorder
     ) -> tuple[GraphState, Sequence[Row], Variant]:
-        """All passes; again where another thread has written to a weight between two of them."""
+        """Run all passes, again if another thread wrote to a weight in between."""
         run = partial(analyze, self._module, args, self._config, recorder)
         for attempt in range(ATTEMPTS):
             recorder.records.clear()
             try:
                 first = not (self._agreed or attempt)
                 state = run(name=self._name, changing=changing, ranks_here=first)
-                rows = list(rows_of(state).values())  # sites before what no form reads
+                rows = list(rows_of(state).values())  # sites first, then weights that no site reads
                 self._agree(args, shared_facts(state))
                 return state, rows, compile_state(state, args, recorder)
             except PlanDoesNotFit:
@@ -243,7 +243,7 @@ class GraphCompiler:
         raise AssertionError("unreachable")
 
     def _agree(self, args: Sequence[Any], facts: Mapping[str, str]) -> None:
-        """With the other ranks of a sharded model, once: later variants are each rank's own."""
+        """Check once that all ranks of a sharded model agree; later variants may differ by rank."""
         if not self._agreed:
             self._agreed = True
             agree(self._name, facts, rank_groups(args))
@@ -280,7 +280,7 @@ class GraphCompiler:
         return found
 
     def _say_once(self, found: _Compiled, text: str) -> None:
-        """In the log and in the report of what runs from now on."""
+        """Log the warning and add it to the report of the variant, once per graph."""
         if text not in self._said:
             self._said.add(text)
             log.warning(text)
@@ -290,7 +290,7 @@ class GraphCompiler:
     def _tell(
         self, found: _Compiled, known: Mapping[int, InputName], decisions: Sequence[Decision]
     ) -> None:
-        """In the report, of weights that it has not named: those of a layer like the first."""
+        """Add rows to the report for weights that it does not name yet: those of equal layers."""
         with _reporting:
             plan = found.report.plan
             new = rows_beside(found.rows, {s.name for s in plan.sites}, known, decisions)

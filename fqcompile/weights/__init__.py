@@ -1,4 +1,4 @@
 """Weights of graphs and modules: recipes, the store of packed weights, packed parameters."""
 
-# Fills the table of what a packed weight answers itself, whichever of these modules is imported.
+# Importing any module of this package registers the operators of packed weights.
 from fqcompile.weights import parameter_ops as _parameter_ops  # noqa: F401

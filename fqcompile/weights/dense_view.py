@@ -33,11 +33,11 @@ from fqcompile.weights.parameter import HANDLERS, PackedWeight
 
 log = logging.getLogger("fqcompile")
 _said: set[str] = set()
-# Answered by the same handlers as where a packed weight is given.
+# Operators that use the same handlers as for a PackedWeight.
 _ALIKE = {"aten.copy_.default", "aten.set_.source_Tensor"}
 _COMPOSED = "CompositeImplicitAutograd"
 _UNSAFE = ("aten::unsafe_", "aten::_unsafe_view")
-_AFTER_CLONE = "aten._unsafe_view.default"  # how reshape ends, of what it knows to be contiguous
+_AFTER_CLONE = "aten._unsafe_view.default"  # what reshape calls after a copy
 _AS_STRIDED = "aten.as_strided.default"
 
 
@@ -45,8 +45,8 @@ class DenseView(NoMemory):
     """See the module's docstring.
 
     Attributes:
-        memory: of the weight it is a view of; None where it is not known how: what a compiled graph
-            returned, or bits read as another type.
+        memory: that of the weight it is a view of; None if its place there is not known, as for
+            the result of a compiled graph or for bits viewed as another dtype.
     """
 
     memory: Memory | None
@@ -115,7 +115,7 @@ class DenseView(NoMemory):
         return self.shown.tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
-        """An array that cannot be written to; with `force` one of its own."""
+        """A read-only array; with `force` a writable copy."""
         if force:
             return self.shown.clone().numpy()
         array = self.shown.numpy()
@@ -131,7 +131,7 @@ _Views = PackedWeight | DenseView
 
 
 def densely(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The operator on dequantized weights: right for every operator, and as slow as it sounds.
+    """Run an operator on dequantized weights: correct for every operator, but slow.
 
     Raises:
         FineQuantError: it would write to a packed weight.
@@ -172,21 +172,21 @@ def refusal(func: object, written: _Views) -> FineQuantError:
 
 
 class _Effect(NamedTuple):
-    """That an operator writes to an argument, or may return it or a view of it."""
+    """An argument that an operator writes to, or that it may return, itself or as a view."""
 
     position: int
     name: str
     writes: bool
 
     def of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The argument; None where it is not given."""
+        """The value of the argument; None if it was not given."""
         if self.position < len(args):
             return args[self.position]
         return kwargs.get(self.name)
 
 
 class _Effects(NamedTuple):
-    """`is_view`: it may return what it was given. `is_composed`: it consists of others."""
+    """`is_view`: the result may be a view. `is_composed`: the operator calls other operators."""
 
     arguments: tuple[_Effect, ...]
     is_view: bool
@@ -195,10 +195,10 @@ class _Effects(NamedTuple):
 
 @cache
 def _effects(func: Any) -> _Effects:
-    """As the schema says them.
+    """The effects that the operator's schema declares, and two kinds that it does not.
 
-    Where that is silent of an operator named as those that write, it writes to its first argument:
-    so do the collectives of torch.distributed. What is called unsafe returns views and hides it.
+    An operator whose name ends in an underscore writes to its first argument even if its schema is
+    silent, as for collectives of torch.distributed. An "unsafe" operator returns undeclared views.
     """
     schema = schema_of(func)
     aliases = [(i, a.name, a.alias_info) for i, a in enumerate(schema.arguments)]
@@ -221,9 +221,9 @@ def _dense(w: _Views) -> Tensor:
 
 
 def _viewed(func: Any, shown: _Views, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    gathered = isinstance(shown, PackedWeight) and shown.ids is not None  # a copy, to readers
+    gathered = isinstance(shown, PackedWeight) and shown.ids is not None  # its readers see a copy
     memory = None if gathered or shown.memory is None else shown.memory.root
-    if memory is not None and str(func) == _AS_STRIDED:  # it counts from the weight's beginning
+    if memory is not None and str(func) == _AS_STRIDED:  # its offset is the weight's
         dense = values(memory, shown.dtype)
         place = Place(args[1], args[2], (*args[3:], shown.storage_offset())[0])
         return DenseView(dense.as_strided(*place), memory, place.offset)
@@ -244,7 +244,7 @@ def _viewed(func: Any, shown: _Views, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _as_laid_out(shown: _Views) -> Tensor:
-    """Its values with its own strides, which decide what views are possible and where they lie."""
+    """The values with the strides of `shown`, which decide what views are possible and where."""
     dense = _dense(shown)
     if dense.stride() == shown.stride():
         return dense
@@ -254,5 +254,5 @@ def _as_laid_out(shown: _Views) -> Tensor:
 
 
 def _is_strided_part(result: Tensor, dense: Tensor) -> bool:
-    """Whether size, stride and offset say all of what it shows."""
+    """Whether `result` is described by its size, stride and offset alone."""
     return result.dtype == dense.dtype and not result.is_neg() and not result.is_conj()

@@ -59,11 +59,11 @@ log = logging.getLogger("fqcompile")
 
 SIZE = "FQCOMPILE_CACHE_SIZE"
 _DEFAULT_GIB = 16.0
-# So many are named, found, read and checked in .4 ms, and quantized in 1.3 (int8) or 7 (int4); for
-# fewer there is little to gain from a file.
+# This many weights are hashed, found, read and checked in 0.4 ms, and quantized in 1.3 ms (int8) or
+# 7 ms (int4); for fewer, a file gains little.
 LEAST_WEIGHTS = 1 << 16
 
-# Another version of the quantizer may choose other codes, and does not find these.
+# A digest of the quantizer's source: other versions may choose other codes and must not find these.
 _PACKAGE = Path(__file__).parent.parent
 _SOURCES = (
     *(p for name in ("tensor", "quant") for p in sorted((_PACKAGE / name).glob("*.py"))),
@@ -81,12 +81,12 @@ _CORRUPT = (
 
 
 def encoded(key: str, entry: Entry) -> list[Piece]:
-    """The pieces of the file with this weight, which is on a CPU, for requests of `key`."""
+    """The pieces of the file that stores this weight (on a CPU) under `key`."""
     plan, weight = entry
     scale_dtype = str(plan.scale_dtype).removeprefix("torch.")
     about = {**vars(plan), "scale_dtype": scale_dtype, "k": weight.k}
     text = json.dumps(about)
-    # The wider type first, so that each value lies on a multiple of its size.
+    # The wider type first, so that each value is aligned to its size.
     qweight, scale = weight.as_rows()
     tensors = {"scale": scale.contiguous(), "qweight": qweight.contiguous()}
     digest = _digest(key, text, tensors["qweight"], tensors["scale"])
@@ -96,11 +96,11 @@ def encoded(key: str, entry: Entry) -> list[Piece]:
 
 
 def read_entry(path: Path, key: str) -> Entry:
-    """The weight that was written for `key`, in memory of its own.
+    """The weight that was written for `key`, copied out of the file.
 
     Raises:
-        CorruptEntry: the file is cut off, changed, or was written for another key.
-        OSError: it cannot be read, or is not there.
+        CorruptEntry: the file is truncated, damaged, or was written for another key.
+        OSError: the file cannot be read or does not exist.
     """
     try:
         places, metadata = read_header(path)
@@ -136,10 +136,10 @@ class Usage(NamedTuple):
 
 
 class DiskCache:
-    """The quantized weights in `directory`, of at most `limit` bytes in all.
+    """The quantized weights in `directory`, at most `limit` bytes in all.
 
-    What this process itself has used is not removed for the sake of more: a model larger than the
-    bound finds a part of itself at the next start instead of nothing.
+    Files that this process has used are not evicted: a model larger than the limit finds a part of
+    its weights at the next start, instead of none.
     """
 
     def __init__(self, directory: Path, limit: int) -> None:
@@ -152,7 +152,7 @@ class DiskCache:
     def get_or_make(
         self, key: str, make: Callable[[], Entry], is_of_key: Callable[[], bool] = lambda: True
     ) -> Entry:
-        """The weight kept for `key`; else that of `make()`, kept from now on if `is_of_key()`."""
+        """The weight stored for `key`; else the result of `make()`, stored if `is_of_key()`."""
         path = self.directory / f"{key}.safetensors"
         entry = self._find(path, key)
         if entry is not None:
@@ -183,7 +183,7 @@ class DiskCache:
             warn_unusable(self.directory, error)
             return None
         self._used.add(path)
-        with suppress(OSError):  # a directory that others fill may be read alone
+        with suppress(OSError):  # fails in a directory that this user may only read
             os.utime(path)
         return entry
 
@@ -202,7 +202,7 @@ class DiskCache:
             warn_unusable(self.directory, error)
 
     def _make_room(self, size: int) -> bool:
-        """Remove what was used longest ago until `size` bytes more fit; nothing if they cannot."""
+        """Evict the least recently used files until `size` bytes fit; none if they never can."""
         files = sorted(self._files())
         others = [(path, nbytes) for _, nbytes, path in files if path not in self._used]
         excess = sum(nbytes for _, nbytes, _ in files) + size - self.limit
@@ -225,7 +225,7 @@ class DiskCache:
         return True
 
     def _files(self) -> Iterator[tuple[int, int, Path]]:
-        """(time of last use, bytes, path) of each entry; others may remove them meanwhile."""
+        """(time of last use, bytes, path) of each file; other processes may delete some."""
         for path in self.directory.glob("*.safetensors"):
             with suppress(FileNotFoundError):
                 about = path.stat()
@@ -233,7 +233,7 @@ class DiskCache:
 
 
 def disk_cache() -> DiskCache | None:
-    """The cache that the environment asks for, one in a process; None where it is off."""
+    """The cache that the environment configures, one per process; None if it is disabled."""
     limit = _limit(os.environ.get(SIZE) or str(_DEFAULT_GIB))
     return _cache(cache_directory() / "weights", limit) if limit else None
 
@@ -265,14 +265,14 @@ def find_or_quantize(
     h: Tensor | None = None,
     values: Values | None = None,
 ) -> Entry:
-    """`choose_and_quantize` where its result is not on disk; w is [N, K] or [E, N, K].
+    """The result of `choose_and_quantize`, from disk if it is there; w is [N, K] or [E, N, K].
 
-    `values` are those of w where the caller knows them. What is made of w is kept only if w still
-    has them: another thread may write to it meanwhile, and codes of its values must not be found
-    under the name of the old ones.
+    `values` are the values of w if the caller has computed them. The result is stored only if w
+    still has these values afterwards: another thread may write to it meanwhile, and codes of the
+    new values must not be stored under the key of the old ones.
 
-    Weights on a GPU are quantized there each time: to name them, all their bytes would go to the
-    host and through its cores first.
+    Weights on a GPU are always quantized again: for a key, all their bytes would have to be copied
+    to the host and hashed there.
     """
     make = partial(choose_and_quantize, w, options, scale_dtype, h)
     found = disk_cache()
@@ -287,7 +287,7 @@ def find_or_quantize(
 def entry_key(
     digest: str, options: SiteOptions, scale_dtype: torch.dtype, h: Tensor | None = None
 ) -> str:
-    """Equal where the same version makes the same codes and scales of weights of this digest."""
+    """A key that is equal only if the same version makes the same codes and scales."""
     chosen = {f.name: getattr(options, f.name) for f in fields(SiteOptions)}
     parts = [VERSION, torch.__version__, chosen, str(scale_dtype), digest]
     if h is not None:

@@ -1,4 +1,4 @@
-"""WeightDispatch: the callable that Dynamo keeps; finds the packed tensors of the weights given.
+"""WeightDispatch: the callable that Dynamo keeps; it finds the packed tensors of its weights.
 
 args ──► ids of the weights seen before? ──► unchanged? ──► inner(kept args, packed tensors)
                  │ no: is their content     │ no
@@ -31,8 +31,8 @@ from fqcompile.weights.store import STORE
 
 Inner = Callable[..., Any]
 Weights = tuple[Tensor, ...]
-# A change counts two, and one where all weights are gone that the graph was bound to: that is what
-# models look like that are made, called once and deleted.
+# A change counts two, but only one if all weights that the graph was bound to have died: perhaps
+# models are created, called once and deleted.
 _MOST_CHANGES = 4
 _CALLS_AS_THEY_COME = 1000
 
@@ -52,8 +52,8 @@ class Variant:
 
 
 def _at(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """What takes these out of a sequence, in C, as it does so in every call."""
-    if len(positions) < 2:  # for one, itemgetter gives no tuple
+    """A function that takes these items out of a sequence, in C because every call does it."""
+    if len(positions) < 2:  # for one position, itemgetter returns no tuple
         return lambda values: tuple([values[i] for i in positions])
     return itemgetter(*positions)
 
@@ -63,7 +63,7 @@ VariantFor = Callable[[Sequence[Any], frozenset[int]], Variant]
 
 @dataclass(slots=True)
 class _Binding:
-    """What weights were bound to, in which state; `changes` counts for each input, see above."""
+    """The variant and packed tensors of weights in one state; `changes`: see `_MOST_CHANGES`."""
 
     variant: Variant
     packed: tuple[Tensor, ...]
@@ -74,12 +74,12 @@ class _Binding:
     calls: int = 0
 
     def counted(self, weights: Weights) -> tuple[int, ...]:
-        """How often in a row each input has changed, now that these weights come after its own."""
+        """The consecutive changes of each input if `weights` replace those of this binding."""
         if self.calls > 1:
             return (0,) * len(weights)
         pairs = zip(*self.state, *fingerprint(weights), self.alive, weights, strict=True)
         new = [
-            # nothing is quantized anew for one that comes packed
+            # a weight that is already packed is not quantized again
             not isinstance(w, NoMemory) and (v != v2 or p != p2 or ref() is not lifetime(w))
             for v, p, v2, p2, ref, w in pairs
         ]
@@ -88,7 +88,7 @@ class _Binding:
 
 
 class _Table:
-    """The bindings of the weights at `inputs`, by their ids; `lost` went with weights that died."""
+    """The bindings of the weights at `inputs`, by id; `lost`: the last one whose weights died."""
 
     def __init__(self, inputs: tuple[int, ...]) -> None:
         self.inputs, self.weights = inputs, _at(inputs)
@@ -114,7 +114,7 @@ class _Table:
 class WeightDispatch(SerializableCallable):
     """Runs the variant that fits the weights in `args`.
 
-    What torch's `aot_compile` returns runs; it cannot be saved, since it would be without weights.
+    The result of torch's `aot_compile` runs, but cannot be saved: it would have no weights.
 
     Args:
         weight_inputs: positions of the constant weights among the outer arguments.
@@ -142,7 +142,7 @@ class WeightDispatch(SerializableCallable):
         if binding is None:
             forget(STORE.changed(weights))
             binding = self.bind(args)
-        # Whether the weights have changed, as far as PyTorch says so.
+        # Bind again if the weights have changed in a way that PyTorch reports.
         elif self._detect and (binding.state != fingerprint(weights) or binding.memory.gone()):
             binding = self.bind(args)
         binding.calls += 1
@@ -151,7 +151,7 @@ class WeightDispatch(SerializableCallable):
         variant = binding.variant
         return variant.inner(*variant.kept(args), *binding.packed)
 
-    # Tools that show compiled functions, such as depyf, read a name from it.
+    # Tools that display compiled functions, such as depyf, read the name of the code object.
     __code__ = __call__.__code__
 
     @classmethod
@@ -168,9 +168,9 @@ class WeightDispatch(SerializableCallable):
         raise NotImplementedError("a graph compiled by backend 'finequant' cannot be saved")
 
     def bind(self, args: Sequence[Any], decided: Variant | None = None) -> _Binding:
-        """Decide and pack for these weights; forget them when one of them dies.
+        """Choose a variant for these weights and pack them; forget them when one of them dies.
 
-        `decided` is the variant for their values, where that is known.
+        `decided` is the variant for their values if the caller knows it.
         """
         table, changing = self._table, self._changing
         weights = table.weights(args)
@@ -188,18 +188,16 @@ class WeightDispatch(SerializableCallable):
         if now is not None and now is not old and now.state == before:
             return now  # another thread was faster; the change counts once
         table.put(weights, new)
-        if (
-            forgotten != _Forgotten.times
-        ):  # what was written to meanwhile may have been packed before
+        if forgotten != _Forgotten.times:  # a weight may have been packed before it was written to
             self.forget(set(map(id, weights)))
         return new
 
     def _packed(
         self, args: Sequence[Any], changing: frozenset[int], decided: Variant | None
     ) -> tuple[Variant, tuple[Tensor, ...]]:
-        """The variant and what it reads, of weights that another thread may write to meanwhile."""
+        """The variant and its packed tensors, although another thread may write to the weights."""
         for _ in range(ATTEMPTS):
-            with suppress(PlanDoesNotFit):  # made for values that were written over
+            with suppress(PlanDoesNotFit):  # planned for values that were overwritten
                 variant = decided or self._variant_for(args, changing)
                 decided = None
                 return variant, variant.pack(args)
@@ -221,31 +219,30 @@ class WeightDispatch(SerializableCallable):
             self.start_again()
 
     def start_again(self) -> None:
-        """Quantize also the weights that were read as they come."""
+        """Quantize again the weights that were read dense because they kept changing."""
         if self._changing:
             self._changing, self._table = frozenset(), _Table(self._inputs)
 
     def forget(self, ids: set[int]) -> None:
-        """Forget what is bound to a weight of these ids."""
+        """Forget the bindings of weights with these ids."""
         bindings = self._table.bindings
         for key in [key for key in list(bindings) if not ids.isdisjoint(key)]:
             bindings.pop(key, None)
 
 
-# Numbered since the keys of a dict, other than the members of a set, can be listed while threads
-# add to it.
+# A dict with numbers as keys, not a set: its keys can be listed while other threads add to it.
 _DISPATCHES: weakref.WeakValueDictionary[int, WeightDispatch] = weakref.WeakValueDictionary()
 _numbers = count()
 
 
 class _Forgotten:
-    """How often it was said that weights have changed, counted before bindings are forgotten."""
+    """How often `forget` was called, counted before it deletes bindings."""
 
     times = 0
 
 
 def forget(weights: Sequence[Tensor]) -> None:
-    """Bind them anew in every graph."""
+    """Make every graph bind these weights again."""
     _Forgotten.times += 1
     ids = set(map(id, weights))
     for dispatch in _all_dispatches() if ids else ():
@@ -253,7 +250,7 @@ def forget(weights: Sequence[Tensor]) -> None:
 
 
 def start_again(weights: Sequence[Tensor]) -> None:
-    """Bind them anew in every graph, and quantize again what was read as it comes."""
+    """Make every graph bind these weights again, and quantize those that it read dense."""
     forget(weights)
     for dispatch in _all_dispatches():
         dispatch.start_again()

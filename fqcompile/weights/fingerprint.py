@@ -3,9 +3,9 @@
 Versions and addresses are compared on every call. They do not detect a write through `.data`; a
 digest of the content does, and is compared when a graph sees a weight for the first time.
 
-The digest is SHA-256 over the digests of pieces of rows, which are computed in parallel, so that
-collisions cannot be constructed. A core with SHA instructions digests 1.8 GB/s (BLAKE2b .9), and
-quantizes .04 to .12 GB/s of bf16 weights.
+The digest is SHA-256 over the digests of pieces of rows, computed in parallel; nobody can construct
+a collision. A core with SHA instructions hashes 1.8 GB/s (0.9 GB/s with BLAKE2b) and quantizes 0.04
+to 0.12 GB/s of bf16 weights.
 """
 
 from collections.abc import Iterable, Iterator
@@ -26,18 +26,18 @@ from fqcompile.weights.parameter import PackedWeight
 
 Fingerprint = tuple[tuple[int, ...], tuple[int, ...]]
 
-# What is made of a weight is made again where the weight has changed meanwhile, so often at most.
+# How often a result is computed again if its weight was written to during the computation.
 ATTEMPTS = 3
 _PIECE = 1 << 25  # bytes
 _FACTORS = (0xFF51AFD7ED558CCD - (1 << 64), 0xC4CEB9FE1A85EC53 - (1 << 64))
-_CHUNK_SHARE = 8.0  # pieces of half a million elements: long beside the start of a task
+_CHUNK_SHARE = 8.0  # half a million elements each, which take much longer than starting a task
 
 
 def fingerprint(weights: tuple[Tensor, ...]) -> Fingerprint:
-    """What changes when a weight is updated in place or given other storage: versions, addresses.
+    """Versions and addresses: they change if a weight is updated in place or gets other storage.
 
-    Runs on every call of a compiled graph: 27 us for 224 weights. PyTorch counts a version up when
-    a write has ended, so what was read of a weight meanwhile is seen to be stale after it.
+    Runs on every call of a compiled graph: 27 us for 224 weights. PyTorch increments a version when
+    a write has ended, so values that were read during the write count as stale after it.
     """
     try:
         return tuple(map(count_of_writes, weights)), tuple(map(Tensor.data_ptr, weights))
@@ -46,20 +46,20 @@ def fingerprint(weights: tuple[Tensor, ...]) -> Fingerprint:
 
 
 def _version_or_0(weight: Tensor) -> int:
-    """Tensors made in inference mode keep no version."""
+    """The version; 0 for tensors made in inference mode, which have none."""
     return 0 if weight.is_inference() else count_of_writes(weight)
 
 
 def _address_or_0(weight: Tensor) -> int:
-    """Sparse tensors, which are never quantized, have no one address."""
+    """The address; 0 for sparse tensors, which have several and are never quantized."""
     return weight.data_ptr() if weight.layout is torch.strided else 0
 
 
 class Memory:
-    """The memory of weights, which it does not keep alive.
+    """Weak references to the storages of weights.
 
-    New memory may lie where the old lay, as after `p.data = torch.empty(0); p.data = new`: the
-    fingerprint is the same, but the old memory has gone.
+    New memory may have the address of freed memory, as after `p.data = torch.empty(0); p.data =
+    new`: the fingerprint is unchanged, but the old storage is gone.
     """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
@@ -68,12 +68,12 @@ class Memory:
         self._places = [reference.cdata for reference in self._references]
 
     def gone(self) -> bool:
-        """Whether that of some weight was given back. 8 us for 224 weights."""
+        """Whether the storage of some weight was freed. 8 us for 224 weights."""
         return any(map(is_expired, self._places))
 
 
 def _count_fused_steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Kernels of fused optimizers write to parameters without counting their versions up."""
+    """Increment the versions of parameters that a fused optimizer wrote without doing so."""
     if torch.compiler.is_compiling():
         return
     for group in optimizer.param_groups:
@@ -87,7 +87,7 @@ register_optimizer_step_post_hook(_count_fused_steps)
 
 
 class Values(NamedTuple):
-    """The values of a weight: equal ones are the same values in the same place."""
+    """Identifies the values of a weight: equal if the values and their memory are the same."""
 
     fingerprint: Fingerprint
     digest: str
@@ -118,10 +118,11 @@ def content_digest(w: Tensor) -> str:
 
 
 def mixed_sum(w: Tensor) -> int:
-    """64 bits of the bytes of w, of any shape, made on its device: another content has others.
+    """A 64-bit hash of the bytes of w (any shape), computed on its device.
 
-    To compare what one process has seen of one weight: nobody need be kept from finding two
-    contents of one sum. Each word is mixed with its place, as MurmurHash3 ends, and all are added.
+    It detects changes of a weight within one process and is not safe against constructed
+    collisions. Each 8-byte word is mixed with its position by the finalizer of MurmurHash3, and the
+    results are added.
     """
     flat = w.detach().contiguous().reshape(-1).view(torch.uint8)
     total = torch.zeros((), dtype=torch.int64, device=w.device)
@@ -134,7 +135,7 @@ def mixed_sum(w: Tensor) -> int:
 
 
 def _mixed(words: Tensor) -> Tensor:
-    """A permutation of the numbers of 64 bits; a shift to the right must not copy the sign."""
+    """MurmurHash3's 64-bit finalizer; the mask makes a right shift of signed words logical."""
     for factor in _FACTORS:
         words = (words ^ ((words >> 33) & 0x7FFFFFFF)) * factor
     return words ^ ((words >> 33) & 0x7FFFFFFF)

@@ -28,8 +28,8 @@ from fqcompile.torch_compat import (
 
 Code = TypeVar("Code", bound=Callable[..., Any])
 _LIFETIME = "_fqcompile_lifetime"  # attribute of a dense tensor
-# Bytes of the storage: no number to C, so that what would read them there, as torch.jit.save does
-# whatever the address is, raises, and neither crashes nor writes zeros.
+# The size of the storage in bytes. It is negative so that C code that reads the bytes whatever the
+# address is, as torch.jit.save does, raises an error instead of crashing or saving zeros.
 _NO_SIZE = -(1 << 63)
 _numbers = count(1)
 
@@ -52,9 +52,9 @@ class Memory:
     """The codes and scales of a whole weight.
 
     Attributes:
-        weight: as the weight that was packed shows its matrices.
-        name: of the parameter, for messages; "" where it is not known.
-        number: of the values. No two memories have the same, and a write gives a new one.
+        weight: codes and scales, in the orientation of the weight that was packed.
+        name: the parameter's name, for messages; "" if unknown.
+        number: identifies the values: unique among all memories, and new after each write.
     """
 
     __slots__ = ("name", "number", "weight")
@@ -67,9 +67,9 @@ class Memory:
         return self
 
     def put(self, new: QuantizedTensor) -> None:
-        """Other values: in the same memory where they fit, as compiled graphs hold it.
+        """Replace the values, in place if they fit, because compiled graphs hold the tensors.
 
-        Else the tensors given become the memory.
+        If they do not fit, the tensors of `new` are used.
         """
         old = self.weight
         fit = (new.format, new.scale.dtype, new.scale.device) == (
@@ -87,14 +87,14 @@ class Memory:
 
 
 class MemoryPart:
-    """Rows of a matrix or one expert: `take` makes them, again after each write to the whole."""
+    """Rows of a matrix or one expert, computed by `take` again after each write to the whole."""
 
     __slots__ = ("_number", "_take", "_taken", "whole")
 
     def __init__(
         self, whole: "Memory | MemoryPart", take: Callable[[QuantizedTensor], QuantizedTensor]
     ) -> None:
-        # At once: where a graph is traced, what is made later would be made outside of it.
+        # Now, not on first use: while a graph is traced, that would happen outside of the graph.
         self.whole, self._take = whole, take
         self._taken, self._number = take(whole.weight), whole.number
 
@@ -119,7 +119,7 @@ class MemoryPart:
 
 
 def matrices(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """ŵ [N, K] or [E, N, K], by the operator that knows the layout."""
+    """ŵ [N, K] or [E, N, K], dequantized by a kernel that knows the layout."""
     f, kernel = weight.format, _reader(weight.format)
     each = weight.unbind() if f.experts else [weight]
     found = [
@@ -130,21 +130,21 @@ def matrices(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
 
 
 def _reader(format: Format) -> str:
-    """A kernel that knows the layout."""
+    """The name of a kernel that knows the layout."""
     return next(t.name for t in TEMPLATES.values() if t.layout.name == format.layout)
 
 
 def values(memory: Memory | MemoryPart, dtype: torch.dtype) -> Tensor:
-    """The dense weight in the shape of the one that was packed, contiguous as that was."""
+    """The dequantized weight, contiguous, in the shape of the weight that was packed."""
     w_hat = matrices(memory.weight, dtype)
     return w_hat.transpose(-2, -1).contiguous() if memory.weight.format.transposed else w_hat
 
 
 class Lifetime:
-    """What lives as long as the values of a tensor, for weak references.
+    """An object that lives as long as the values of a tensor, as a target for weak references.
 
-    A tensor that itself is referred to weakly cannot be exchanged, as `Module.to` does. Pickled,
-    it is an empty container that every loader of PyTorch takes.
+    `Module.to` cannot swap a tensor that has weak references itself. Pickled, this is an empty
+    OrderedDict, which every loader of PyTorch accepts.
     """
 
     __slots__ = ("__weakref__",)
@@ -154,10 +154,10 @@ class Lifetime:
 
 
 def never_compiled(function: Code) -> Code:
-    """Runs as it is, with all that it calls, where Dynamo hands a frame back to Python.
+    """A decorator: Dynamo runs the function, and everything it calls, without compiling it.
 
-    What follows in such a frame is compiled, called functions too; these are called by PyTorch, and
-    make tensors of which Dynamo would see half.
+    After a graph break Dynamo also compiles functions that the rest of the frame calls. PyTorch
+    calls these ones itself, and Dynamo would see their tensors only in part.
     """
     not_for_dynamo(function.__code__)
     return function
@@ -167,7 +167,7 @@ class NoMemory(Tensor):
     """A packed weight, or a view of one.
 
     Attributes:
-        memory: of the weight; None where it is not known of which.
+        memory: that of the weight; None if it is not known which weight it is.
     """
 
     memory: Memory | MemoryPart | None
@@ -175,8 +175,8 @@ class NoMemory(Tensor):
 
     @classmethod
     def shaped(cls, place: Place, dtype: torch.dtype, device: torch.device) -> Self:
-        """One without attributes; what asks in C for its address, to write there, is told."""
-        if torch.is_inference_mode_enabled():  # what it makes could be no view of what it did not
+        """A tensor without attributes yet; C code that asks for a mutable address gets an error."""
+        if torch.is_inference_mode_enabled():  # its tensors cannot be views of others
             with torch.inference_mode(False):
                 return cls.shaped(place, dtype, device)
         size, stride, offset = place
@@ -194,11 +194,11 @@ class NoMemory(Tensor):
 
     @property
     def place(self) -> Place:
-        """In the weight that was packed."""
+        """Its place in the weight that was packed."""
         return Place(self.size(), self.stride(), self.storage_offset())
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        """Whoever asks it for an address, as safetensors does, is told what to do."""
+        """A storage whose address is an error with the remedy, as safetensors asks for it."""
         storage = super().untyped_storage()
         if type(storage) is torch.UntypedStorage:
             storage.__class__ = _Storage
@@ -227,12 +227,12 @@ class NoMemory(Tensor):
 
 
 def lifetime(weight: Tensor) -> Lifetime:
-    """What to refer to weakly for this weight: it goes with the values when they are exchanged."""
+    """The object to reference weakly for this weight; swapping tensors moves it with the values."""
     if isinstance(weight, NoMemory):
         return weight.lifetime
     attributes = vars(weight)
     if type(attributes.get(_LIFETIME)) is not Lifetime:
-        attributes.pop(_LIFETIME, None)  # of a pickled tensor
+        attributes.pop(_LIFETIME, None)  # left over from pickling
     found: Lifetime = attributes.setdefault(_LIFETIME, Lifetime())
     return found
 
@@ -244,7 +244,7 @@ class _Storage(torch.UntypedStorage):
         raise no_memory()
 
     def nbytes(self) -> int:
-        """Bytes that a dense weight would take."""
+        """The bytes that a dense weight would have."""
         return self.dense_bytes
 
 
@@ -259,10 +259,10 @@ def no_memory(name: str = "") -> FineQuantError:
 
 
 def refuse_trace(arguments: object) -> None:
-    """For calls while some thread's torch.jit.trace, or what exports by it, records modules.
+    """Check the arguments of a call while torch.jit.trace is recording modules in any thread.
 
     Raises:
-        FineQuantError: one of the arguments is a packed weight of those, or a view of one.
+        FineQuantError: an argument is a packed weight of these modules, or a view of one.
     """
     known = [part for pair in (traced_modules() or {}).items() for part in pair]
     held: list[Any] = [w for m in known if isinstance(m, nn.Module) for w in m._parameters.values()]

@@ -23,15 +23,15 @@ Tensors = tuple[Tensor, ...]
 
 
 def part_key(recipe: WeightRecipe, plan: QuantPlan) -> tuple[object, ...]:
-    """Equal where the same sources give the same codes and scales."""
+    """A key that is equal if the same sources give the same codes and scales."""
     return (recipe.key, *plan.choice, plan.asked)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One site's share of the rows: its recipe, the inputs it reads, and how it is quantized.
+    """One site's rows of a NodeWeight: its recipe, the inputs it reads, and how it is quantized.
 
-    Of a stack of experts, `rows` are those of one, and `experts` is their number; else it is 0.
+    For a stack of experts, `rows` are those of one expert, and `experts` is their number; else 0.
     """
 
     recipe: WeightRecipe
@@ -43,15 +43,15 @@ class Part:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Equal where the same sources give the same codes and scales."""
+        """A key that is equal if the same sources give the same codes and scales."""
         return part_key(self.recipe, self.plan)
 
     def quantize(self, sources: tuple[Tensor, ...]) -> QuantizedTensor:
-        """By the plan.
+        """Quantize the matrix that the recipe makes of `sources`, by the plan.
 
         Raises:
-            PlanDoesNotFit: it was made for other values, which could be quantized, or whose scales
-                took fewer bits.
+            PlanDoesNotFit: the plan was made for other values, and these cannot be quantized or
+                need scales of another dtype.
         """
         w = self.recipe(*sources)
         if isinstance(w, PackedWeight):
@@ -69,7 +69,7 @@ class Part:
 class NodeWeight:
     """Parts stacked along the rows (of each expert) at one group size, in one layout.
 
-    `interleaved`: gate and up are every other row, and are packed as the kernels want them: all
+    `interleaved`: rows of gate and up alternate, and are packed in the order that kernels read: all
     rows of gate, then all of up.
     """
 
@@ -92,7 +92,7 @@ class NodeWeight:
 
     @property
     def experts(self) -> int:
-        """Matrices in the stack; 0 where the weight is one matrix."""
+        """The number of matrices in the stack; 0 if the weight is one matrix."""
         return self.parts[0].experts
 
     @property
@@ -106,7 +106,7 @@ class NodeWeight:
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """Graph inputs that all parts read, in order."""
+        """The graph inputs that the parts read, in order."""
         return tuple(i for part in self.parts for i in part.inputs)
 
     @property
@@ -115,7 +115,7 @@ class NodeWeight:
         return (parts, self.experts, self.group_size, self.layout.name, self.interleaved)
 
     def part_sources(self, sources: Sequence[Tensor]) -> Iterator[tuple[Part, Tensors]]:
-        """Each part with its own share of the tensors that `inputs` names."""
+        """Each part with its own tensors, out of `sources`, the tensors at `inputs`."""
         start = 0
         for part in self.parts:
             stop = start + len(part.inputs)
@@ -128,21 +128,21 @@ class NodeWeight:
         return stacked.gate_then_up() if self.interleaved else stacked
 
     def slices(self, stacked: QuantizedTensor) -> Iterator[QuantizedTensor | None]:
-        """The parts again, as views of the stacked tensors; None where rows changed places."""
+        """The parts as views of the stacked tensors; None for each if rows were reordered."""
         moved = self.interleaved or (self.experts and len(self.parts) > 1)
         for start, part in zip(self.starts, self.parts, strict=True):
             yield None if moved else stacked.narrow(start, part.rows)
 
     def recover(self, packed: QuantizedTensor, index: int) -> QuantizedTensor:
-        """Part `index` as `stack` was given it, bit for bit, from what it became in the layout.
+        """Part `index` as it was given to `stack`, bit for bit, recovered from the kernel's layout.
 
-        The layout must have a way back.
+        The layout must have an `unpack_matrix`.
         """
         part, stacked = self.parts[index], self.layout.unpack(packed)
         if self.interleaved:
             stacked = stacked.gate_beside_up()
         own = stacked.narrow(self.starts[index], part.rows).coarsen(part.plan.group_size)
-        # cat made one dtype of all parts' scales; the way back is as exact.
+        # `cat` promoted the scales of all parts to one dtype; the cast back is exact.
         return replace(own, scale=own.scale.to(part.plan.scale_dtype))
 
     @property
@@ -154,7 +154,7 @@ class NodeWeight:
 def common_group_size(specs: list[NodeWeight]) -> int | None:
     """The group size that all specs can share without loss, or None.
 
-    A column's one scale can be repeated for any groups; groups of G for any divisor of G.
+    A single scale per row can be repeated for groups of any size; groups of G for any divisor of G.
     """
     sizes = {spec.group_size for spec in specs if spec.group_size < spec.k}
     if not sizes:
@@ -164,14 +164,14 @@ def common_group_size(specs: list[NodeWeight]) -> int | None:
 
 
 def any_packed(sources: Sequence[Tensor]) -> bool:
-    """Whether some have codes of their own, which nothing else need hold."""
+    """Whether some source is packed already, so that its codes need not be stored again."""
     return any(isinstance(source, PackedWeight) for source in sources)
 
 
 def plan_of_packed(w: Tensor) -> QuantPlan | str:
-    """How what was read of packed weights is quantized, or the reason why its codes do not serve.
+    """The plan of a packed weight, or the reason why its codes cannot be used here.
 
-    Its error was known when it was packed, and is not any more.
+    The plan has no error: that was known only when the weight was packed.
     """
     if not isinstance(w, PackedWeight) or w.format.transposed or w.ids is not None:
         return "the weight is packed, and is read here in a way that its codes cannot follow"
@@ -180,7 +180,7 @@ def plan_of_packed(w: Tensor) -> QuantPlan | str:
 
 
 def packed_already(spec: NodeWeight, sources: Sequence[Tensor]) -> QuantizedTensor | None:
-    """The memory of a packed weight itself, where it is what `spec` asks for."""
+    """The codes of a packed weight themselves, if they are what `spec` asks for."""
     part = spec.parts[0]
     if len(spec.parts) > 1 or not any_packed(sources):
         return None
@@ -192,10 +192,10 @@ def packed_already(spec: NodeWeight, sources: Sequence[Tensor]) -> QuantizedTens
 
 
 def share_memory(spec: NodeWeight, packed: QuantizedTensor, sources: Sequence[Tensor]) -> None:
-    """Let packed weights that were stacked be rows of the stack: their own memory is released.
+    """Make packed weights that were stacked views of rows of the stack, to free their own memory.
 
-    Not where the stack has another layout or other groups, where rows have changed places, or
-    where their blocks in memory would be cut.
+    This is not done if the stack has another layout or group size, if rows were reordered, or if a
+    part does not consist of whole blocks of the layout.
     """
     if spec.experts or spec.interleaved or len(spec.parts) < 2:
         return

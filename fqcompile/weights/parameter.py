@@ -37,20 +37,20 @@ from fqcompile.weights.memory import (
 )
 
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
-# What answers an operator, by its full name; None: all others. `implements` fills it.
+# {full name of an operator: its handler}; None: the handler of all others. See `implements`.
 HANDLERS: dict[str | None, Handler] = {}
 
 
 @cache
 def handler_of(func: Any) -> Handler:
-    """The handler of this operator, cached: building its name takes a microsecond."""
+    """The handler of an operator, cached because building its name takes a microsecond."""
     return HANDLERS.get(str(func)) or HANDLERS[None]
 
 
-# Compiled code takes packed weights and their views apart, and makes them, as these files say.
+# Compiled code flattens and rebuilds packed weights and views as these files do.
 _FILES = map(Path(__file__).with_name, ("parameter.py", "dense_view.py", "memory.py"))
 _CODE = hashlib.sha256(b"".join(path.read_bytes() for path in _FILES)).hexdigest()[:16]
-# Added to the address of codes: whoever reads there is stopped by the processor or the driver.
+# Added to the address of the codes: a read there is a fault of the processor or the driver.
 _NO_ADDRESS = 1 << 63
 
 
@@ -58,9 +58,9 @@ class PackedWeight(NoMemory):
     """See the module's docstring. Views of one share its memory.
 
     Attributes:
-        memory: codes and scales; of rows and experts a part of the whole weight's.
+        memory: codes and scales; for a view of rows or an expert, a part of the whole weight's.
         flipped: its matrices are the transposes of those that `memory.weight` describes.
-        ids: where experts have been gathered by an index, that index [P]; the shape is [P, ...].
+        ids: the index [P] if experts have been gathered; the shape is then [P, ...].
     """
 
     memory: Memory | MemoryPart
@@ -74,7 +74,7 @@ class PackedWeight(NoMemory):
         """The weight as a parameter, as `nn.Parameter(weight, requires_grad)` makes it.
 
         Raises:
-            FineQuantError: it is not packed.
+            FineQuantError: `weight` is not a PackedWeight.
         """
         if not isinstance(weight, PackedWeight):
             raise FineQuantError(
@@ -94,20 +94,20 @@ class PackedWeight(NoMemory):
         flipped: bool = False,
         ids: Tensor | None = None,
     ) -> "PackedWeight":
-        """A view of the memory."""
+        """A tensor that shows `memory` at `place`."""
         self = cls.shaped(place, dtype, memory.weight.qweight.device)
         self.memory, self.flipped, self.ids, self.lifetime = memory, flipped, ids, Lifetime()
         return self
 
     @classmethod
     def whole(cls, weight: QuantizedTensor, dtype: torch.dtype, name: str = "") -> "PackedWeight":
-        """A packed weight whose memory no other tensor shares, in the layout of the codes."""
+        """A packed weight with a memory of its own, in the layout that `weight` has."""
         return cls.showing(Memory(weight, name), dtype, whole_place(weight.format.shape))
 
     @classmethod
     @plain_tensors()
     def of(cls, weight: QuantizedTensor, dtype: torch.dtype, name: str = "") -> "PackedWeight":
-        """Packs as the kernel of this device and type wants it.
+        """A packed weight in the layout of the kernel for its device and dtype.
 
         Args:
             weight: in the plain layout.
@@ -116,22 +116,22 @@ class PackedWeight(NoMemory):
         """
         return cls.whole(in_kernel_layout(weight, dtype), dtype, name)
 
-    # In C, as they are read in every call.
+    # attrgetter runs in C; these are read in every call.
     qweight = property(attrgetter("memory.weight.qweight"))
     scale = property(attrgetter("memory.weight.scale"))
-    # Of the values: PyTorch's own count begins anew where `Module.to` exchanges a parameter, and
-    # does not see what is written through a view in inference mode.
+    # The version of the values. PyTorch's counter restarts when `Module.to` swaps a parameter, and
+    # does not count writes through a view in inference mode.
     _version = property(attrgetter("memory.number"))
 
     @property
     def format(self) -> Format:
-        """How this view's codes and scales are read."""
+        """The format of this view's codes and scales."""
         form = self.memory.weight.format
         return form.flipped if self.flipped else form
 
     @property
     def packed(self) -> QuantizedTensor:
-        """Codes and scales, of the whole stack where experts were gathered."""
+        """Codes and scales; those of the whole stack if experts were gathered."""
         weight = self.memory.weight
         return replace(weight, format=weight.format.flipped) if self.flipped else weight
 
@@ -173,7 +173,7 @@ class PackedWeight(NoMemory):
         )
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """In the plain layout, which every machine reads."""
+        """Pickle codes and scales in the plain layout, which every machine can read."""
         f, tensors = self.format, self.quantized().as_rows()
         parts = (*tensors, f.bits, f.group_size, (f.rows * max(1, f.experts), f.k), self.dtype)
         stack = (f.experts, f.transposed, f.scale_method)
@@ -187,10 +187,10 @@ class PackedWeight(NoMemory):
 
     @property
     def data(self) -> "PackedWeight":
-        """The same memory; values that are assigned are quantized into it, as by copy_.
+        """The same memory. Assigned values are quantized into it, as by copy_.
 
-        Those of another type or device give the weight that type and device, and a memory there;
-        any other shape is refused, also where copy_ would broadcast it.
+        Values of another dtype or device give the weight that dtype and device, with new memory;
+        another shape is an error, even one that copy_ would broadcast.
         """
         return self.detach()  # type: ignore[return-value]
 
@@ -200,7 +200,7 @@ class PackedWeight(NoMemory):
             raise self.other_shape(values)
         with torch.no_grad():
             alike = (values.dtype, values.device) == (self.dtype, self.device)
-            if alike and isinstance(self, nn.Parameter):  # any other is an alias, and leaves it
+            if alike and isinstance(self, nn.Parameter):  # assigning to an alias must not write
                 self.copy_(values)
                 return
             moved = self.to(values.device, values.dtype, copy=True)
@@ -210,14 +210,14 @@ class PackedWeight(NoMemory):
         self.memory, self.flipped, self.lifetime = moved.memory, moved.flipped, moved.lifetime
 
     def data_ptr(self) -> int:
-        """No address, since nothing could be read there as dense values: it tells weights apart."""
+        """An invalid address, since there are no dense values to read; it identifies the weight."""
         return int(self.qweight.data_ptr()) + (0 if self.is_meta else _NO_ADDRESS)
 
     def tolist(self) -> Any:
         return self.dequantized().tolist()
 
     def share_memory_(self) -> "PackedWeight":
-        """Moves codes and scales to memory that other processes can be given."""
+        """Move codes and scales to shared memory."""
         self.qweight.share_memory_()
         self.scale.share_memory_()
         return self
@@ -230,7 +230,7 @@ class PackedWeight(NoMemory):
         return self.packed_bytes
 
     def element_size(self) -> float:  # type: ignore[override]
-        """Bytes per element, as they are counted: `numel() * element_size()` is what is held."""
+        """Bytes per element on average, so that `numel() * element_size()` is the packed size."""
         return self.packed_bytes / max(1, self.numel())
 
     def _stable_hash_for_caching(self) -> str:
@@ -242,15 +242,15 @@ class PackedWeight(NoMemory):
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of codes and scales, with what fills up the kernel's layout."""
+        """Bytes of codes and scales, with the padding of the kernel's layout."""
         return self.memory.weight.nbytes
 
     def quantized(self) -> QuantizedTensor:
-        """Codes and scales in the plain layout; of the whole stack where gathered."""
+        """Codes and scales in the plain layout; of the whole stack if experts were gathered."""
         return in_plain_layout(self.packed)
 
     def dequantized(self) -> Tensor:
-        """The dense tensor of this shape, type and device."""
+        """The dense tensor of this shape, dtype and device."""
         w_hat = matrices(self.memory.weight, self.dtype)
         w_hat = w_hat if self.ids is None else w_hat[self.ids]
         return w_hat.transpose(-2, -1) if self.format.transposed else w_hat
@@ -280,9 +280,9 @@ torch.serialization.add_safe_globals([rebuild_packed_weight])
 
 
 def _to_process(w: PackedWeight) -> tuple[Any, ...]:
-    """How another process is given the weight: it shares the memory, as for dense weights.
+    """Pickle a weight for another process, which shares the memory as it does for dense weights.
 
-    Codes made for the pickle alone would be gone before a spawned process opens them.
+    Codes that were created only for the pickle would be freed before a spawned process opens them.
     """
     if w.memory is not w.memory.root or w.flipped or w.ids is not None:
         return w.__reduce_ex__(2)

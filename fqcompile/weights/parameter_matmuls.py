@@ -1,4 +1,4 @@
-"""Matmuls with a PackedWeight, each one call of `fqcompile::matmul` on its two tensors.
+"""Matmuls with a PackedWeight: each is one call of `fqcompile::matmul` on its codes and scales.
 
 t(w), transpose, permute                            -> the same memory, read the other way round
 linear(x, w, b); mm, addmm, matmul with w.t()       -> matmul(x, w, b)
@@ -29,9 +29,9 @@ Handler = Callable[..., Any]
 
 
 def implements(*names: str, view: bool = False) -> Callable[[Handler], Handler]:
-    """Registers `handler(*args, **kwargs)`; where it returns NotImplemented, the dense way runs.
+    """Register `handler(*args, **kwargs)`; if it returns NotImplemented, `densely` runs instead.
 
-    `view`: the result shares its argument's memory, which autograd is told.
+    `view`: the result shares its argument's memory, which autograd has to know.
     """
 
     def register(handler: Handler) -> Handler:
@@ -50,7 +50,7 @@ def implements(*names: str, view: bool = False) -> Callable[[Handler], Handler]:
 
 @implements("aten.detach.default", "aten.alias.default", "aten.lift_fresh.default", view=True)
 def same(w: PackedWeight) -> PackedWeight:
-    """Another tensor that shows the same of the same memory."""
+    """Another tensor that shows the same part of the same memory."""
     return PackedWeight.showing(w.memory, w.dtype, w.place, flipped=w.flipped, ids=w.ids)
 
 
@@ -87,7 +87,7 @@ def _kernel(w: PackedWeight, form: Format, x: Tensor, routing: Routed | None = N
 
 
 def _linear(x: Tensor, w: PackedWeight, bias: Tensor | None = None) -> Any:
-    """x [..., K] times ŵᵀ for the matrix [N, K] that was packed, whichever way w shows it."""
+    """x [..., K] times ŵᵀ for the matrix [N, K] that was packed, whether or not w is transposed."""
     if x.is_nested:
         return torch.nn.functional.linear(
             x, w.dequantized() if not w.format.transposed else w.dequantized().t(), bias
@@ -110,7 +110,7 @@ def _experts(
     *,
     zero_rest: bool = False,
 ) -> Any:
-    """x [rows, K] times each row's ŵᵀ, told by offsets or by ids."""
+    """x [rows, K] times ŵᵀ of each row's expert, which offsets or ids give."""
     weight = w.memory.weight
     form = weight.format
     kernel = _kernel(w, form, x, "gathered" if offsets is None else "grouped")
@@ -152,14 +152,14 @@ def _addmm(bias: Tensor, x: Tensor, w: Tensor, beta: float = 1, alpha: float = 1
     plain = (beta, alpha) == (1, 1) and x.dim() == 2 and bias.dtype == x.dtype
     if not plain or not _is_matrix(w, transposed=True):
         return NotImplemented
-    # With any other than a row the dense call broadcasts, or raises.
+    # A bias of another shape broadcasts or is an error, as in the dense call.
     if bias.shape == (w.memory.weight.format.rows,):
         return _linear(x, w, bias)
     return _plus(_linear(x, w), bias)
 
 
 def _plus(y: Any, bias: Tensor) -> Any:
-    """As the dense call, which lets the bias broadcast, but not the product."""
+    """y + bias as in the dense call, where the bias may broadcast but the product may not."""
     return y if y is NotImplemented else y + bias.expand_as(y)
 
 
@@ -181,9 +181,9 @@ def _grouped_mm(
 
 @implements("transformers.grouped_mm_fallback.default")
 def _grouped_mm_fallback(x: Tensor, w: Tensor, offs: Tensor) -> Any:
-    """Hugging Face's grouped matmul for types that PyTorch's does not take.
+    """Hugging Face's grouped matmul for dtypes that PyTorch's does not support.
 
-    Rows beyond the last offset are zeros there.
+    It sets rows beyond the last offset to zero.
     """
     if x.dim() != 2 or not _is_stack(w, transposed=True) or offs.shape != w.shape[:1]:
         return NotImplemented
@@ -214,7 +214,7 @@ def _baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: floa
 
 
 def _each(x: Tensor, w: PackedWeight) -> Any:
-    """x [P, C, K]: C rows for each of P experts, gathered or all of the stack. [P, C, N]"""
+    """[P, C, N] of x [P, C, K]: C rows for each of P experts, gathered ones or the whole stack."""
     if x.dim() != 3 or x.shape[0] != w.shape[0] or x.shape[2] != w.format.k:
         return NotImplemented
     experts, rows, k = x.shape

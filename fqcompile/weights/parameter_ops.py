@@ -1,10 +1,10 @@
 """Operators with a packed form besides matmuls: views, copies, rows, experts.
 
 select, unbind          one expert of a stack; a view
-slice, split, cat       rows of the matrix; plain codes and scales, never quantized again
-W[ids]                  a stack with an index; what multiplies with it reads only those experts;
-                        of a matrix, and by embedding, the rows, where they are few
-copy_                   new values are quantized as the old ones were, see `parameter_writes`
+slice, split, cat       rows of the matrix: codes and scales are cut or joined, not quantized again
+W[ids]                  of a stack: a view with an index; a matmul with it reads only those experts
+                        of a matrix, also by embedding: the dequantized rows, if they are few
+copy_                   new values are quantized in the same format, see `parameter_writes`
 """
 
 import logging
@@ -23,12 +23,12 @@ from fqcompile.weights.parameter_matmuls import implements, same
 from fqcompile.weights.parameter_writes import write
 
 log = logging.getLogger("fqcompile")
-_read_as_tables: set[str] = set()  # parameters of which it has been said
-_BLOCKS = (1, 16, 32, 64)  # rows that layouts may hold together
+_read_as_tables: set[str] = set()  # parameters for which the warning was logged
+_BLOCKS = (1, 16, 32, 64)  # numbers of rows that layouts may store as one block
 _SAME = {"dtype", "device", "layout", "pin_memory", "non_blocking", "memory_format"}
 
 
-# In eager calls, where the predicate has a value, as of dense tensors.
+# In eager calls the predicate has a value: run torch.cond as for dense tensors.
 cond_op.py_impl(PackedWeight)(cond_op.py_kernels[DispatchKey.CompositeExplicitAutograd])
 
 
@@ -145,7 +145,7 @@ def _embedding(w: PackedWeight, ids: Tensor, *_: Any) -> Any:
 
 
 def _warn_of_coarse_rows(w: PackedWeight) -> None:
-    """Modules do not tell that a linear's weight is a table too, which 8 bits would have served."""
+    """Warn once: `quantize_` could not see that this linear's weight is also read as a table."""
     name = w.memory.name
     if w.format.bits > 4 or not name or name in _read_as_tables:
         return
@@ -159,7 +159,7 @@ def _warn_of_coarse_rows(w: PackedWeight) -> None:
 
 
 def _rows_at(w: PackedWeight, ids: Tensor) -> Any:
-    """Few rows of a table [N, K], dequantized with their neighbors in the kernel's layout alone."""
+    """A few rows of a table [N, K], dequantized from the blocks of the layout that hold them."""
     form, packed = w.format, w.packed
     narrow = LAYOUTS[form.layout].narrow
     plain = w.device.type == "cpu" and type(ids) is type(packed.qweight) is Tensor
@@ -190,7 +190,7 @@ def _clone(w: PackedWeight, **_: Any) -> PackedWeight:
 
 @implements("aten._to_copy.default")
 def _to_copy(w: PackedWeight, **changes: Any) -> Any:
-    """Another type changes what x must be, not the codes; another device may want another order."""
+    """Another dtype keeps the codes, and x must match it; a device may need another layout."""
     dtype = changes.get("dtype") or w.dtype
     device = torch.device(changes.get("device") or w.device)
     if not dtype.is_floating_point or changes.keys() - _SAME or w.ids is not None:
@@ -211,6 +211,6 @@ def _copy(w: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
 
 @implements("aten.set_.source_Tensor")
 def _set(target: Tensor, source: Tensor) -> Any:
-    """Where the source is packed, what is written to the target would not reach it."""
+    """Refuse: writes to the target would not reach a packed source."""
     packed = next(w for w in (target, source) if isinstance(w, PackedWeight | DenseView))
     raise refusal("aten.set_.source_Tensor", packed)

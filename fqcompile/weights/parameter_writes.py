@@ -22,11 +22,11 @@ _COPY = "aten.copy_.default"
 
 
 def write(w: PackedWeight | DenseView, source: Tensor) -> None:
-    """Quantize the source into what w shows of its weight.
+    """Quantize the source into the part of the weight that w shows.
 
     Raises:
-        FineQuantError: it has another shape, or is for a part of some rows.
-        UnquantizableWeight: its values do not allow it; the weight is as it was.
+        FineQuantError: the source has another shape, or w shows only parts of some rows.
+        UnquantizableWeight: the values cannot be quantized; the weight is unchanged.
     """
     if w.memory is None or (isinstance(w, PackedWeight) and w.ids is not None):
         raise refusal(_COPY, w)
@@ -42,13 +42,13 @@ def write(w: PackedWeight | DenseView, source: Tensor) -> None:
 
 
 def _can_fill(source: Tensor, w: Tensor) -> bool:
-    """Whether it has the shape or is broadcast to it."""
+    """Whether the source has the shape of w or broadcasts to it."""
     pairs = zip(reversed(source.shape), reversed(w.shape), strict=False)
     return source.dim() <= w.dim() and all(own in (1, size) for own, size in pairs)
 
 
 def _write_all(w: PackedWeight, memory: Memory, source: Tensor) -> None:
-    """Codes are copied as they are, whatever their format."""
+    """Quantize the source into the whole weight; a packed source keeps its codes and format."""
     if _shows_rows_alike(source, w) and source.shape == w.shape:
         assert isinstance(source, PackedWeight)
         alike = (source.format, source.scale.dtype) == (w.format, w.scale.dtype)
@@ -83,7 +83,7 @@ def _write_rows(w: PackedWeight | DenseView, root: Memory, source: Tensor) -> No
 
 
 def _replaced(old: QuantizedTensor, rows: Tensor, new: QuantizedTensor) -> QuantizedTensor:
-    """`old` with other codes and scales in the rows, of all experts, that are marked."""
+    """`old` with new codes and scales in the marked rows (of all experts)."""
     dtype = torch.promote_types(old.scale.dtype, new.scale.dtype)
     qweight, scale = old.as_rows()
     qweight, scale = qweight.clone(), scale.to(dtype, copy=True)
@@ -93,7 +93,7 @@ def _replaced(old: QuantizedTensor, rows: Tensor, new: QuantizedTensor) -> Quant
 
 
 def _shows_rows_alike(source: Tensor, w: PackedWeight) -> bool:
-    """Whether its codes follow one another as those of w do."""
+    """Whether the source is packed along the same dimension as w."""
     packed = isinstance(source, PackedWeight) and source.ids is None
     return packed and source.format.transposed == w.format.transposed  # type: ignore[attr-defined]
 
@@ -103,15 +103,15 @@ def _dense(source: Tensor) -> Tensor:
 
 
 def _rows_of(shown: Tensor, form: Format) -> Tensor:
-    """[N, K] or [E * N, K]."""
+    """The rows of `shown`: [N, K], or [E * N, K] for a stack."""
     return (shown.transpose(-2, -1) if form.transposed else shown).reshape(-1, form.k)
 
 
 def _quantized(rows: Tensor, form: Format, w: PackedWeight | DenseView) -> QuantizedTensor:
-    """As `form` says, on the device of w."""
+    """The rows quantized in the format `form`, on the device of w."""
     assert w.memory is not None
     scale_dtype = w.memory.root.weight.scale.dtype
-    if scale_dtype == torch.float32:  # the old values may have needed it, and the new ones not
+    if scale_dtype == torch.float32:  # the old values may have needed it, the new ones not
         scale_dtype = scale_dtype_beside(w.dtype)
     plan = QuantPlan.of(form, scale_dtype)
     try:

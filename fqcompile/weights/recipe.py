@@ -18,7 +18,7 @@ from torch import Tensor
 from fqcompile.errors import UnquantizableWeight
 from fqcompile.torch_compat import OpOverload, OpOverloadPacket, memory_id, tree_map_only
 
-# Pure functions and methods that only move elements: a value written to the result has one home.
+# Pure functions and methods that only move elements: each element of the result is one of a source.
 MOVING = frozenset(
     """t T mT transpose swapaxes swapdims permute movedim view reshape contiguous flatten unflatten
     squeeze unsqueeze expand expand_as narrow select chunk split tensor_split unbind cat concat
@@ -37,7 +37,7 @@ FOLDABLE = MOVING | CASTS | ARITHMETIC
 
 @dataclass(frozen=True)
 class Ref:
-    """A value of the recipe: sources count first, then the steps' results."""
+    """The index of a value: the sources come first, then the results of the steps."""
 
     index: int
 
@@ -64,8 +64,8 @@ class Step:
 def target_name(target: object) -> str:
     """A call's plain name: "cat" for torch.cat, "getitem" for operator.getitem.
 
-    An overload of an aten operator has its operator's name: "cat" for aten.cat.default. What
-    PyTorch does not define itself keeps its full name: another library's `mm` is not ours.
+    An overload of an aten operator has its operator's name: "cat" for aten.cat.default. A function
+    that is not PyTorch's own keeps its full name: another library's `mm` is not torch.mm.
     """
     if isinstance(target, str):
         return target
@@ -99,12 +99,12 @@ class WeightRecipe:
 
     @cached_property
     def key(self) -> str:
-        """Equal for recipes that compute the same from the same sources, in every graph."""
+        """A key that is equal, in every graph, for recipes that compute the same."""
         steps = ";".join(f"{s.name}{s.args}{sorted(s.kwargs.items())}" for s in self.steps)
         return f"{self.num_sources}:{steps}"
 
     def check_writable(self) -> None:
-        """Whether each element of the result is one of a source's.
+        """Check that each element of the result is an element of a source.
 
         Raises:
             UnquantizableWeight: a step computes (adds, multiplies), so there is no one element to
@@ -132,7 +132,7 @@ class WeightRecipe:
                 source.copy_(part.view(source.shape))
 
     def elements_read(self, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """For each source the mask, flat, of the elements that the result has."""
+        """For each source, the flat mask of its elements that occur in the result."""
         sizes = [source.numel() for source in sources]
         mask = torch.zeros(sum(sizes), dtype=torch.bool, device=sources[0].device)
         mask[self._element_indices(sources).reshape(-1)] = True
@@ -164,9 +164,9 @@ _PLAINEST = (IDENTITY, IDENTITY.then("transpose", -2, -1))
 
 
 def simplified(recipe: WeightRecipe, sources: tuple[Tensor, ...]) -> WeightRecipe:
-    """The recipe, or the identity or one transpose where its result is the same view of its source.
+    """The recipe, or the identity or one transpose if its result is the same view of its source.
 
-    So a weight that is read once as w.mT and once through w.mT.mT has one packed copy.
+    A weight that is read as w and elsewhere through w.mT.mT then has one packed copy.
     """
     if recipe.num_sources != 1 or any(step.name not in MOVING for step in recipe.steps):
         return recipe
