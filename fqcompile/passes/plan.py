@@ -87,7 +87,7 @@ def _told(site: WeightSite) -> str | None:
 
 
 def weight_inputs(state: GraphState) -> tuple[int, ...]:
-    """The arguments whose values decide."""
+    """The positions of the arguments on whose values plans depend."""
     open_sites = [site for site in state.sites if not site.settled]
     return tuple(sorted({state.constants[s] for site in open_sites for s in site.sources}))
 
@@ -134,7 +134,7 @@ def _calibrations(
 
 @contextmanager
 def _use_logged() -> Iterator[None]:
-    """Says afterwards how many weights were found on disk."""
+    """Log at exit how many weights were found on disk."""
     found = disk_cache()
     before = (found.hits, found.misses) if found else (0, 0)
     yield
