@@ -25,8 +25,10 @@ from torch import Tensor
 
 from bench.accuracy.draws import BASE, DRAWS, Way, draw_rows, their_way
 from bench.accuracy.subjects import minilm_subject
-from fqcompile.quant.affine import choose_scale, quantize_affine
+from fqcompile.quant.affine import quantize_affine
 from fqcompile.quant.granularity import bits_per_weight
+from fqcompile.quant.scale_search import search_scale, signed_extremes
+from fqcompile.tensor.chunks import grouped
 from fqcompile.tensor.codes import dequantize_rows, pack
 from fqcompile.tensor.format import INT4, NORMAL4, QType
 
@@ -113,7 +115,7 @@ def _means(qtype: QType, w: Tensor) -> Tensor:
     sums, counts = torch.zeros(16), torch.zeros(16)
     for size in GROUPS:
         groups = w.view(-1, size)
-        scale = choose_scale(groups, qtype, size, "mse", torch.float32)
+        scale = _scales(groups, qtype, size)
         index = quantize_affine(groups, scale, qtype, size).flatten().int() - qtype.qmin
         squares = scale.square().expand(groups.shape).flatten()
         sums.index_add_(0, index, squares * (groups / scale).flatten())
@@ -149,8 +151,14 @@ def squared_error(qtype: QType, group_size: int, w: Tensor) -> float:
     return (_dequantized(qtype, group_size, groups) - groups).square().mean().item()
 
 
+def _scales(w: Tensor, qtype: QType, group_size: int) -> Tensor:
+    """As `choose_scale` finds them by PyTorch's operations: the C++ knows the levels of formats."""
+    groups = grouped(w, group_size)
+    return search_scale(groups, signed_extremes(groups), qtype)
+
+
 def _dequantized(qtype: QType, group_size: int, w: Tensor) -> Tensor:
-    scale = choose_scale(w, qtype, group_size, "mse", torch.float16)
+    scale = _scales(w, qtype, group_size).half()
     codes = pack(quantize_affine(w, scale, qtype, group_size), qtype)
     return dequantize_rows(codes, scale, qtype, group_size, w.shape[1], torch.float32)
 

@@ -88,7 +88,7 @@ def most_instructions(case: Case) -> float | None:
         return 3.2 if case.spec.group_size > 16 else None
     hopper = case.gpu.capability >= 90
     if case.spec.levels == NORMAL:
-        wide, narrow = (3.45, 4.05) if hopper else (4.2, 4.2)
+        wide, narrow = (3.45, 4.05) if hopper else (4.2, None)
     else:
         wide, narrow = (2.6, 3.1) if hopper else (3.0, None)
     if case.spec.group_size >= 128:

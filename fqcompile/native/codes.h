@@ -11,14 +11,17 @@
 struct Levels {
   alignas(64) float fp32[16];
   alignas(64) uint16_t bf16[32];
+  alignas(16) int8_t sixteenths[16];
   bool integers;  // each code is its own value
 
-  // `values` are those of the codes -8 to 7, exact in bf16; null for integers.
+  // `values` are those of the codes -8 to 7, sixteenths of integers from -128 to 127, so that they are exact
+  // in bf16; null where codes are their own values.
   explicit Levels(const float* values) : integers(!values) {
     for (int i = 0; i < 32; i++) {
       const int code = i % 16 < 8 ? i % 16 : i % 16 - 16;
       const float value = values ? values[code + 8] : float(code);
       fp32[i % 16] = value;
+      sixteenths[i % 16] = int8_t(16 * value);
       bf16[i] = uint16_t(__builtin_bit_cast(uint32_t, value) >> 16);
     }
   }
@@ -29,15 +32,35 @@ struct Levels {
 template <int BITS, bool LOOKED_UP>
 struct Codes {
   static constexpr int WORD = 32 / BITS;
+  static constexpr float UNIT = 1;
   static constexpr int bit(int i) { return 16 * (i & 1) + BITS * (i >> 1); }
-  F32 low, high;  // of the codes 0 to 7, and -8 to -1; with AVX-512 both in the first
-  explicit Codes(const Levels& levels) : low(load(levels.fp32)), high(load(levels.fp32 + 16 - LANES)) {}
+  explicit Codes(const Levels&) {}
 
-  // The value of code i of each word.
+  // The value of code i of each word, in UNITs.
   INLINE_MEMBER F32 at(U32 words, int i) const {
-    if (LOOKED_UP) return look_up(right(words, bit(i)), low, high);  // reads the lowest four bits alone
     return from_int(right_signed(left(words, 32 - BITS - bit(i)), 32 - BITS));
   }
+};
+
+template <>
+struct Codes<4, true> {
+  static constexpr int WORD = 8;
+  static constexpr int bit(int i) { return Codes<4, false>::bit(i); }
+#if defined(__AVX512F__)
+  static constexpr float UNIT = 1;
+  F32 table;
+  explicit Codes(const Levels& levels) : table(load(levels.fp32)) {}
+  INLINE_MEMBER F32 at(U32 words, int i) const { return look_up(right(words, bit(i)), table, table); }
+#else
+  // Four codes of each word are looked up at a time, as bytes.
+  static constexpr float UNIT = 1.0f / 16;
+  U32 table;
+  explicit Codes(const Levels& levels) : table(twice(levels.sixteenths)) {}
+  INLINE_MEMBER F32 at(U32 words, int i) const {
+    const U32 codes = and_bits(bit(i) % 8 ? right(words, 4) : words, splat_bits(0x0f0f0f0f));
+    return from_int(right_signed(left(look_up_bytes(codes, table), 24 - bit(i) / 8 * 8), 24));
+  }
+#endif
 };
 
 // fp32: a multiplication and an addition a code, x as fp32. Exact products, fp32 sums.
@@ -60,6 +83,7 @@ INLINE U32 look_up_halves(U32 words, int i, U32 table) {
 // fp32.
 struct PairedNibbles {
   static constexpr int BITS = 4, WORD = 8, UNITS = 4, PER_UNIT = 2;
+  static constexpr float UNIT = 1;
   U32 table;
   explicit PairedNibbles(const Levels& levels) : table(load_words(levels.bf16)) {}
   static constexpr int x_of(int unit) { return unit; }
@@ -85,6 +109,7 @@ struct PairedBytes : Codes<8, false> {
 // them. Faster while the instructions that widen a code serve one row or two.
 struct Halved {
   static constexpr int BITS = 8, WORD = 4, UNITS = 4, PER_UNIT = 2;
+  static constexpr float UNIT = 1;
   U32 upper, lower;
   explicit Halved(const Levels&) {
     alignas(64) uint16_t bf16[2][32];

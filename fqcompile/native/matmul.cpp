@@ -68,6 +68,11 @@ struct Call {
   int64_t n() const { return gated ? weight.rows / 2 : weight.rows; }
 };
 
+template <class Code>
+INLINE F32 in_units(F32 v) {
+  return Code::UNIT == 1 ? v : multiply(v, splat(Code::UNIT));
+}
+
 // sums[row][64] of one block for ROWS rows of packed x: [k / PER_UNIT][ROWS].
 template <class Code, int ROWS>
 void tile(const Weight& w, const Levels& levels, int64_t block, const Bits* x, float* sums, int64_t stride) {
@@ -116,7 +121,7 @@ void tile(const Weight& w, const Levels& levels, int64_t block, const Bits* x, f
         for (int r = 0; r < ROWS; r++) {
           float* to = sums + r * stride + (v + j) * LANES;
           const F32 total = CHAINS == 2 ? add(sum[0][r][j], sum[CHAINS - 1][r][j]) : sum[0][r][j];
-          store(to, fma(total, scale, start ? load(to) : zero()));
+          store(to, fma(in_units<Code>(total), scale, start ? load(to) : zero()));
         }
       }
     }
@@ -141,7 +146,7 @@ void values(const Weight& w, const Levels& levels, int64_t block, int64_t start,
         for (int v = 0; v < VECTORS; v++) scale[v] = load_as(w.scales, w.scale_type, at + v * LANES);
       }
       for (int v = 0; v < VECTORS; v++) {
-        const F32 code = codes.at(load_words(words + v * LANES), i);
+        const F32 code = in_units<Code>(codes.at(load_words(words + v * LANES), i));
         store(to + v * LANES, multiply(code, scale[v]));
       }
     }

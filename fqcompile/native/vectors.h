@@ -142,6 +142,8 @@ INLINE void store_bytes(uint8_t* p, U32 v) {  // the lowest of each word
   memcpy(words, &v, sizeof(v));
   for (int i = 0; i < LANES; i++) p[i] = uint8_t(words[i]);
 }
+INLINE U32 twice(const void* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)); }
+INLINE U32 look_up_bytes(U32 v, U32 table) { return _mm256_shuffle_epi8(table, v); }
 INLINE F32 look_up(U32 v, F32 low, F32 high) {
   const F32 from_low = _mm256_permutevar8x32_ps(low, v), from_high = _mm256_permutevar8x32_ps(high, v);
   return _mm256_blendv_ps(from_low, from_high, as_float(left(v, 28)));

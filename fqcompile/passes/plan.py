@@ -65,9 +65,11 @@ def plan(state: GraphState) -> int:
     for site in state.sites:
         site.reason = _settled_reason(state, site)
         site.settled = site.reason is not None
-    if state.config.calibration is not None:
+    weights = tuple(state.args[i] for i in weight_inputs(state))
+    dense = [weight for weight in weights if not any_packed([weight])]
+    if state.config.calibration is not None and dense:
         state.calibrate = calibrator(state)
-    state.decided_for = fingerprint(tuple(state.args[i] for i in weight_inputs(state)))
+    state.decided_for = fingerprint(weights)
     apply_decisions(state, decide(state, state.args, state.known, state.changing))
     state.ranks_here = False
     state.warnings += experts_outside(state)

@@ -83,6 +83,16 @@ def test_a_weight_is_found_as_it_was_quantized(
     assert_same(found, choose_and_quantize(w, options, torch.float16))
 
 
+def test_weights_of_errors_are_part_of_the_key(cache: DiskCache) -> None:
+    w, heavy = torch.randn(64, 96), torch.ones(96)
+    heavy[:8] = 100
+    for h in (None, torch.ones(96), heavy):
+        for _ in range(2):
+            found = find_or_quantize(w, SiteOptions(), torch.float16, h)
+            assert_same(found, choose_and_quantize(w, SiteOptions(), torch.float16, h))
+    assert (cache.hits, cache.misses) == (3, 3)
+
+
 def test_small_weights_are_no_files(cache: DiskCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LEAST_WEIGHTS", W.numel() + 1)
     find_or_quantize(W, SiteOptions(), BF16)

@@ -1,0 +1,119 @@
+"""quantize_(calibration=...): what it runs, what each kind of data gives, and what it refuses."""
+
+import copy
+import hashlib
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("transformers", reason="the demo extra is not installed")
+import fqcompile
+from fqcompile.errors import OptionError
+from fqcompile.weights.store import STORE
+from tests import dense_models, moe_models
+from tests.children import in_child
+from tests.helpers import Mlp, finequant, frozen
+
+OPTIONS: dict[str, Any] = {"min_elements": 4096, "granularity": 64}
+
+
+def _h(plan: Any) -> dict[str, Tensor]:
+    plans = {site.name: site.recipe.plan for site in plan.sites if site.status == "quantized"}
+    return {
+        n: p.calibration.h
+        for n, p in plans.items()
+        if p.calibration and p.calibration.h is not None
+    }
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("name", ["llama", "opt", "bert", "t5", "mixtral"])
+def test_random_ids_give_what_a_compiled_graph_of_symbolic_sizes_gets(name: str) -> None:
+    if name in moe_models.MODELS:
+        model, inputs = moe_models.build(name, torch.float32, "grouped_mm"), None
+        inputs = {"input_ids": torch.arange(1, 11).view(2, 5), "use_cache": False}
+    else:
+        model, inputs = dense_models.build(name, torch.float32)
+    packed = _h(fqcompile.quantize_(copy.deepcopy(model), **OPTIONS))
+    with torch.no_grad():
+        torch._dynamo.reset()
+        finequant(model, dynamic=True, fullgraph=False, **OPTIONS)(**inputs)
+    compiled = _h(fqcompile.reports()[-1])
+    assert packed.keys() == compiled.keys() and len(packed) >= 8
+    for weight, h in packed.items():
+        torch.testing.assert_close(h, compiled[weight], rtol=2.0**-7, atol=0, msg=weight)
+
+
+X = torch.randn(6, 128, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [X, {"x": X}, [X[:2], X[2:]], [(X,)], ({"x": part} for part in X.split(2))],
+    ids=["tensor", "dict", "list", "arguments", "generator"],
+)
+def test_given_inputs_are_counted_row_by_row(data: Any) -> None:
+    model = frozen(Mlp())
+    hidden = nn.functional.gelu(model.up(X)).double()
+    plan = fqcompile.quantize_(model, calibration=data)
+    assert plan.options["calibration"] == "batches"
+    assert {(s.calibration, s.calibration_rows) for s in plan.sites} == {("batches", 6)}
+    for weight, x in (("up.weight", X.double()), ("down.weight", hidden)):
+        mean = x.square().mean(0)
+        expected = mean / mean.mean() / 2 + 0.5
+        torch.testing.assert_close(_h(plan)[weight].double(), expected, rtol=2.0**-8, atol=0)
+
+
+def test_a_model_without_input_ids_says_how_to_pass_inputs(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING, "fqcompile")
+    plan = fqcompile.quantize_(frozen(Mlp()))
+    assert "takes no input_ids" in caplog.text and "calibration=inputs" in caplog.text
+    assert all("takes no input_ids" in str(site.calibration) for site in plan.sites)
+    alone = fqcompile.quantize_(frozen(Mlp()), calibration=None)
+    for one, other in zip(plan.sites, alone.sites, strict=True):
+        assert one.relative_error == other.relative_error and other.calibration is None
+
+
+def test_other_words_are_refused() -> None:
+    for word, text in (("first_call", "calibration=inputs"), ("sythetic", "synthetic")):
+        with pytest.raises(OptionError, match=text):
+            fqcompile.quantize_(frozen(Mlp()), calibration=word)
+
+
+def test_what_the_user_s_own_batches_raise_is_raised() -> None:
+    model = frozen(Mlp())
+    with pytest.raises(RuntimeError):
+        fqcompile.quantize_(model, calibration=torch.randn(3, 7))
+    assert type(model.up.weight) is nn.Parameter
+
+
+def _digest(compiles: bool) -> str:
+    STORE.clear()
+    model, inputs = dense_models.build("llama", torch.float32)
+    if compiles:
+        torch._dynamo.reset()
+        with torch.no_grad():
+            finequant(model, **OPTIONS)(**inputs)
+        found = [t for w in model.parameters() for t in STORE.tensors_of((w,))]
+    else:
+        fqcompile.quantize_(model, **OPTIONS)
+        found = [t for w in model.parameters() if hasattr(w, "packed") for t in w.packed.tensors]
+    assert found
+    digests = sorted(
+        hashlib.sha256(t.contiguous().view(torch.uint8).numpy()).digest() for t in found
+    )
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+@pytest.mark.parametrize("compiles", [False, True], ids=["quantize_", "compile"])
+def test_processes_make_the_same_codes(compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FQCOMPILE_CACHE_SIZE", "0")
+    torch.manual_seed(0)
+    first = _digest(compiles)
+    torch.rand(7)  # the state of random numbers is another one
+    assert in_child(lambda: _digest(compiles)) == first
