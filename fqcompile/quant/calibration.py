@@ -138,5 +138,7 @@ def fixed_random_numbers(devices: Iterable[torch.device]) -> Iterator[None]:
     """
     gpus = sorted({device.index or 0 for device in devices if device.type == "cuda"})
     with plain_tensors(), torch.random.fork_rng(gpus, device_type="cuda"):
-        torch.manual_seed(_SEED)
+        # not torch.manual_seed, which also seeds the GPUs that no tensor is on
+        for own in (torch.default_generator, *(torch.cuda.default_generators[i] for i in gpus)):
+            own.manual_seed(_SEED)
         yield

@@ -80,7 +80,7 @@ def test_a_model_without_input_ids_says_how_to_pass_inputs(
 
 
 def test_other_words_are_refused() -> None:
-    for word, text in (("first_call", "calibration=inputs"), ("sythetic", "synthetic")):
+    for word, text in (("first_call", "=inputs"), ("sythetic", "synthetic"), (5, "=inputs")):
         with pytest.raises(OptionError, match=text):
             fqcompile.quantize_(frozen(Mlp()), calibration=word)
 
