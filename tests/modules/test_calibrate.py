@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -65,6 +66,24 @@ def test_given_inputs_are_counted_row_by_row(data: Any) -> None:
         mean = x.square().mean(0)
         expected = mean / mean.mean() / 2 + 0.5
         torch.testing.assert_close(_h(plan)[weight].double(), expected, rtol=2.0**-8, atol=0)
+
+
+def test_what_makes_batches_runs_as_anywhere_else() -> None:
+    model, drawn = frozen(Mlp()), []
+
+    def batches() -> Iterator[Tensor]:
+        for _ in range(2):
+            drawn.append(torch.randn(3, 128))
+            model(drawn[-1])  # as to skip what it does well
+            yield drawn[-1]
+
+    torch.manual_seed(7)
+    plan = fqcompile.quantize_(model, calibration=batches())
+    after = torch.get_rng_state()
+    torch.manual_seed(7)
+    assert all(torch.equal(torch.randn(3, 128), x) for x in drawn)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert {s.calibration_rows for s in plan.sites} == {6}
 
 
 def test_a_model_without_input_ids_says_how_to_pass_inputs(
