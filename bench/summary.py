@@ -10,10 +10,15 @@ from pathlib import Path
 from bench.core.results import RESULTS, Row, stored
 from bench.core.section import Content, paragraphs, table
 
-_MIB, _MILLI = 2**20, 1000
+_MIB = 2**20
 _HEADERS = ("", "PyTorch, 16 bits", "fqcompile", "other libraries")
-_MOST_BITS = 4.5  # libraries with more are no rivals of int4 at 4.1 bits
 _OURS = {"int8": "int8", "int4": "int4", "int4 head": "int4 (head too)"}  # names of rows, and shown
+_QUALITY = {
+    "int4 normal g64, synthetic": "int4",
+    "int4 normal g64, gptq": "by GPTQ",
+    "int4 normal g64": "uncalibrated",
+    "int4 uniform g64": "uniform levels",
+}
 Line = tuple[str, str, str, str]
 
 
@@ -93,27 +98,17 @@ def _memory(content: Content) -> Iterator[Line]:
 
 
 def _quality(content: Content) -> Iterator[Line]:
-    """Divergence of the predictions of the Llama; of libraries the best at each count of bits."""
-    rows: dict[str, Row] = {
-        row["way"]: row for row in content["rows"]
-        if row["part"] == "quality" and row["model"] == "llama" and "divergence" in row
-    }  # fmt: skip
-    ours = [rows[way] for way in ("int4 adaptive mse", "int4 g32 mse") if way in rows]
-    best: dict[float, Row] = {}  # by bits
-    for row in rows.values():
-        bits = row["bits_per_weight"]
-        if "bits" not in row and bits <= _MOST_BITS:
-            known = best.setdefault(round(bits, 2), row)
-            best[round(bits, 2)] = min(known, row, key=lambda r: float(r["divergence"]))
-    what = "divergence of predictions from fp32, 1/1000 bit per byte: a small Llama"
-    rivals = [row for _, row in sorted(best.items())]
-    cells = ["; ".join(_divergence(row) for row in found) for found in (ours, rivals)]
-    yield what, "fp32: 0", *cells
+    """Divergence of Gemma's predictions: by default, by GPTQ, what they began from; libraries."""
+    rows = {row["way"]: row for row in content["rows"] if row["model"] == "gemma"}
+    ours = [f"{name} {_divergence(rows[way])}" for way, name in _QUALITY.items() if way in rows]
+    others = [f"{way} {_divergence(row)}" for way, row in rows.items() if not way.startswith("int")]
+    if ours:
+        what = "divergence of predictions from the unquantized model, nats per token: Gemma 3 270M"
+        yield what, "0", "; ".join(ours), "; ".join(others)
 
 
 def _divergence(row: Row) -> str:
-    way = row["way"].removesuffix(" mse")
-    return f"{way} {_MILLI * row['divergence']:.2f} at {row['bits_per_weight']:.2f} bits"
+    return f"{row['divergence']:.3f} at {row['bits_per_weight']:.2f} bits"
 
 
 def _start(content: Content) -> Iterator[Line]:
@@ -137,6 +132,6 @@ _KINDS: dict[str, Callable[[Content], Iterator[Line]]] = {
     "models-cpu": _decoding,
     "kernels-cpu": _many_rows,
     "memory": _memory,
-    "accuracy": _quality,
+    "accuracy-draws": _quality,
     "startup": _start,
 }

@@ -77,6 +77,27 @@ def test_sources_of_a_graphs_inputs() -> None:
     assert compat.sources_of_attributes(module) == {}
 
 
+def test_symbolic_sizes_take_other_values() -> None:
+    found: list[Any] = []
+
+    def backend(module: fx.GraphModule, inputs: list[Any]) -> Any:
+        found.append((module, inputs))
+        return module.forward
+
+    x = torch.ones(5, 7)
+    torch._dynamo.mark_dynamic(x, 1, min=4, max=12)
+    torch._dynamo.reset()
+    torch.compile(lambda x: x.flatten() * 2, backend=backend, dynamic=True)(x)
+    ((module, inputs),) = found
+    fakes = [node.meta["example_value"] for node in module.graph.find_nodes(op="placeholder")]
+    (size,) = [f for f in fakes if isinstance(f, torch.SymInt) and compat.hint_of(f) == 7]
+    symbol = compat.symbol_of(size)
+    assert symbol is not None and compat.symbol_of(7) is compat.symbol_of(size * 2) is None
+    assert compat.size_at(size * 2, {symbol: 10}) == 20 and compat.size_at(3, {}) == 3
+    assert [compat.size_within(size, n) for n in (2, 9, 99)] == [4, 9, 12]
+    assert compat.hint_of(3) == 3 and len(inputs) == len(fakes)
+
+
 def test_an_erased_node_is_known() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")

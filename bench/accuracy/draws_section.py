@@ -36,4 +36,5 @@ def _cells(row: Row | None) -> Sequence[str]:
     if row is None:
         return "", ""
     ratio = f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
-    return ratio, f"{row['divergence']:.4f} ({row['spread']:.4f})"
+    spread = f"{row['spread']:.4f}" if len(row["draws"]) > 1 else "one"
+    return ratio, f"{row['divergence']:.4f} ({spread})"

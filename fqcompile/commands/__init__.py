@@ -51,8 +51,8 @@ _HELP = {
 _DATA_HELP = {
     "calibration": "text file, or synthetic (random tokens), that the model is run on to weigh "
     "errors, loaded whole (default: null)",
-    "method": "scale: round at the best scales; gptq: codes make up for each other's errors, by a "
-    "--calibration of some thousand tokens (default: scale)",
+    "method": "scale: round at the best scales; gptq: codes make up for each other's errors "
+    "(default: scale)",
 }
 
 _EXAMPLE_TOKENS = 8

@@ -1,4 +1,4 @@
-"""Gemma 3 270M with real weights, where the package that holds it as a GGUF file is installed."""
+"""Gemma 3 270M with real weights, if the package that holds it as a GGUF file is installed."""
 
 import copy
 import tempfile
@@ -26,15 +26,15 @@ WAYS: dict[str, dict[str, Any] | None] = {
 
 
 def gemma_missing() -> str | None:
-    """Why there is no Gemma here, or None."""
+    """Why Gemma is not available, or None if it is."""
     absent = next((package for package in PACKAGES if find_spec(package) is None), None)
     return f"{absent} is not installed" if absent else None
 
 
 def gemma_folder() -> Path:
-    """The package's file, the model that it holds in fp32 (1.1 GB) and the tokenizer, in the cache.
+    """The cache folder with the GGUF file, the model converted to fp32 (1.1 GB), and its tokenizer.
 
-    Converting takes minutes, once.
+    The conversion is done once and takes minutes.
     """
     folder = cache_directory() / "gemma-3-270m"
     if not (folder / _MODEL).exists():
@@ -42,7 +42,7 @@ def gemma_folder() -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as name:
             made = Path(name)
             _convert(made)
-            # The model last: with it the folder is whole.
+            # The model last: if it is there, the folder is complete.
             for path in sorted(made.iterdir(), key=lambda path: path.name == _MODEL):
                 path.replace(folder / path.name)
     return folder
@@ -54,12 +54,12 @@ def _convert(folder: Path) -> None:
     chosen: dict[str, Any] = {"gguf_file": FILE, "local_files_only": True}
     transformers.AutoTokenizer.from_pretrained(folder, **chosen).save_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **chosen, dtype=torch.float32)
-    del model.config.quantization_config  # that of the file
+    del model.config.quantization_config  # describes the GGUF file
     model.save_pretrained(folder, max_shard_size="2GB")
 
 
 def load_gemma(dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    """The model and its tokenizer, as transformers has them."""
+    """The model and its tokenizer, loaded by transformers."""
     transformers, folder = import_module("transformers"), gemma_folder()
     chosen: dict[str, Any] = {"local_files_only": True}
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **chosen, dtype=dtype)
@@ -67,7 +67,7 @@ def load_gemma(dtype: torch.dtype) -> tuple[nn.Module, Any]:
 
 
 def show_texts(model: nn.Module, tokenizer: Any, new_tokens: int) -> None:
-    """Print what the model writes as it is, and in 4 bits with and without what is the default."""
+    """Print what the model generates in bf16, and in 4 bits without and with the defaults."""
     tell(f"\n\nWhat it writes after {PROMPT!r}, always the likeliest token:\n")
     prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
     texts = {}

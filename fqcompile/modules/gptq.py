@@ -67,8 +67,8 @@ class Inputs:
 
     @cached_property
     def factor(self) -> Tensor:
-        """Takes the place of the moments."""
-        assert self.refusal is None and self.digest
+        """Takes the place of the moments, whose digest and refusal are known."""
+        assert {"digest", "refusal"} <= vars(self).keys()
         return factor_of(vars(self).pop("moments"))
 
 
@@ -228,6 +228,8 @@ def _find_or_compensate(w: Tensor, weight: QuantizedTensor, inputs: Inputs) -> N
     Results are kept for weights on a GPU too: to name them takes little of the time that GPTQ does.
     """
 
+    digest = inputs.digest
+
     def make() -> Entry:
         compensate(w, weight, inputs.factor)
         return QuantPlan.of(weight.format, weight.scale.dtype), weight.to("cpu")
@@ -239,7 +241,7 @@ def _find_or_compensate(w: Tensor, weight: QuantizedTensor, inputs: Inputs) -> N
     values = content_digest(w.cpu())
     form, scale = weight.format, content_digest(weight.scale.cpu())
     choice = form.bits, form.levels, form.group_size
-    parts = [VERSION, torch.__version__, choice, values, scale, inputs.digest]
+    parts = [VERSION, torch.__version__, choice, values, scale, digest]
     key = sha256(json.dumps(parts).encode()).hexdigest()
     _, kept = found.get_or_make(key, make, lambda: content_digest(w.cpu()) == values)
     weight.qweight.copy_(kept.qweight)

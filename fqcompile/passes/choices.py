@@ -40,7 +40,7 @@ def experts_outside(state: GraphState) -> list[str]:
     routers = {site.node: site.name for site in state.sites if is_router(state, site)}
     return [
         f"the experts of router {name} are not in its graph: the model picks them in a Python loop "
-        "over data, which breaks the graph; of their weights only those are quantized that a later "
+        "over data, which breaks the graph; only those of their weights are quantized that a later "
         "graph multiplies with"
         f"{way_out(_modules_of(node))}"
         for node, name in routers.items()

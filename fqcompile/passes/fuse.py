@@ -71,7 +71,7 @@ def _views(state: GraphState, node: fx.Node) -> bool:
     if x is None or out is None or not x.is_contiguous():
         return False
     if x.dtype != flat.meta["example_value"].dtype or out.dtype != op.meta["example_value"].dtype:
-        return False  # view(dtype) reads the same bytes as other numbers
+        return False  # view(dtype) reinterprets the bytes
     if not same_shape(out.shape, (*x.shape[:-1], argument(op, "n"))):
         return False
     whole_rows = same_shape(x.shape[-1:], (argument(op, "k"),))
@@ -150,7 +150,7 @@ def _is_gate_and_up(gate: fx.Node, up: fx.Node) -> bool:
 def _halves(state: GraphState, node: fx.Node) -> bool:
     """act(g) * u, with g, u = op(x).chunk(2, -1) or every other column -> op(x, act, gated)
 
-    Of interleaved columns the rows are packed apart.
+    If columns are interleaved, the weight's rows are packed in the order gate, then up.
     """
     unit = gated_unit(node)
     op, view = (None, None) if unit is None else op_under(unit.value, sole=False)
@@ -176,7 +176,7 @@ def _halves(state: GraphState, node: fx.Node) -> bool:
 
 
 def _gate_then_up(graph: fx.Graph, bias: fx.Node) -> fx.Node:
-    """The columns 0, 2, 4, ... before 1, 3, 5, ..."""
+    """Reorder interleaved columns: 0, 2, 4, ... and then 1, 3, 5, ..."""
     value = example(bias)
     assert value is not None
     pairs = graph.call_method("unflatten", (bias, -1, (-1, 2)))

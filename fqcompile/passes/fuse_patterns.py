@@ -16,7 +16,7 @@ _CLAMPS = ("clamp", "clip")
 
 
 def is_call(node: Any, names: tuple[str, ...], count: int | None = None) -> bool:
-    """A call of one of these names; `count`: of so many arguments, all by position."""
+    """Whether the node calls one of these names; `count`: with so many arguments, positional."""
     if not isinstance(node, fx.Node) or target_name(node.target) not in names:
         return False
     return count is None or (len(node.args) == count and not node.kwargs)
@@ -24,7 +24,7 @@ def is_call(node: Any, names: tuple[str, ...], count: int | None = None) -> bool
 
 @dataclass(frozen=True)
 class Half:
-    """One half of the last dimension of `value`: `second` or not, of neighbors or interleaved."""
+    """A half of the last dimension of `value`: the first or `second`, contiguous or interleaved."""
 
     value: fx.Node
     second: bool
@@ -34,7 +34,7 @@ class Half:
 
 @dataclass(frozen=True)
 class GatedUnit:
-    """The value whose halves are gate and up."""
+    """A gated unit: `value` holds gate and up as halves of its last dimension."""
 
     value: fx.Node
     activation: str
@@ -42,7 +42,7 @@ class GatedUnit:
 
 
 def activation_name(node: object) -> str | None:
-    """The name in the table of activations, where the node is one of them."""
+    """The node's name in the table of activations; None if it is no activation."""
     if not isinstance(node, fx.Node):
         return None
     name = target_name(node.target)
@@ -54,7 +54,7 @@ def activation_name(node: object) -> str | None:
 
 
 def gated_unit(node: fx.Node) -> GatedUnit | None:
-    """The product `node` as a gated unit whose parts nobody else reads, or None.
+    """The product `node` as a gated unit whose parts have no other users, or None.
 
     gate, up = v.chunk(2, -1); act(gate) * up                       halves side by side
     gate, up = v[..., ::2], v[..., 1::2]                            every other column
@@ -88,7 +88,7 @@ def _readings(
 
 
 def _closed(inside: set[fx.Node], end: fx.Node, start: fx.Node) -> bool:
-    """Whether the start and what lies inside is read inside, or at the end, alone."""
+    """Whether all users of `start` and of the nodes inside are inside or are `end`."""
     return all(set(node.users) <= {*inside, end} for node in {*inside, start})
 
 
@@ -167,7 +167,7 @@ def _oai_up(node: Any) -> tuple[Any, tuple[fx.Node, ...]] | None:
 
 
 def _clamped(node: Any, low: float | None, high: float) -> Any | None:
-    """What the node clamps to these bounds."""
+    """The input of the node if it clamps to exactly these bounds, else None."""
     if not is_call(node, _CLAMPS):
         return None
     value, *bounds = bound_arguments(node, "input", "min", "max")
@@ -175,7 +175,7 @@ def _clamped(node: Any, low: float | None, high: float) -> Any | None:
 
 
 def bound_arguments(call: fx.Node, *names: str) -> list[Any]:
-    """The call's arguments of these names, which are the first ones; None where left out."""
+    """The call's first arguments, which have these names; None for those left out."""
     given = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
     return [given.get(name) for name in names]
 
@@ -190,7 +190,7 @@ def _ndim(node: fx.Node) -> int:
 
 
 def _width(node: fx.Node) -> int:
-    """Of the last dimension; 1 where it is not a number."""
+    """The size of the last dimension; 1 if it is not a number."""
     value = example(node)
     size = 1 if value is None or not value.dim() else value.shape[-1]
     return size if isinstance(size, int) else 1

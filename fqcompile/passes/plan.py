@@ -65,9 +65,11 @@ def plan(state: GraphState) -> int:
     for site in state.sites:
         site.reason = _settled_reason(state, site)
         site.settled = site.reason is not None
-    if state.config.calibration is not None:
+    weights = tuple(state.args[i] for i in weight_inputs(state))
+    dense = [weight for weight in weights if not any_packed([weight])]
+    if state.config.calibration is not None and dense:
         state.calibrate = calibrator(state)
-    state.decided_for = fingerprint(tuple(state.args[i] for i in weight_inputs(state)))
+    state.decided_for = fingerprint(weights)
     apply_decisions(state, decide(state, state.args, state.known, state.changing))
     state.ranks_here = False
     state.warnings += experts_outside(state)
@@ -85,7 +87,7 @@ def _told(site: WeightSite) -> str | None:
 
 
 def weight_inputs(state: GraphState) -> tuple[int, ...]:
-    """The arguments whose values decide."""
+    """The positions of the arguments on whose values plans depend."""
     open_sites = [site for site in state.sites if not site.settled]
     return tuple(sorted({state.constants[s] for site in open_sites for s in site.sources}))
 
@@ -132,7 +134,7 @@ def _calibrations(
 
 @contextmanager
 def _use_logged() -> Iterator[None]:
-    """Says afterwards how many weights were found on disk."""
+    """Log at exit how many weights were found on disk."""
     found = disk_cache()
     before = (found.hits, found.misses) if found else (0, 0)
     yield

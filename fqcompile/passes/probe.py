@@ -1,10 +1,10 @@
-"""Probe: run a graph eagerly before it is planned, to see what its weights are multiplied with.
+"""Probe: run a graph eagerly before planning, to record the inputs of its matmuls.
 
 x = embedding(ids, w_0); y = linear(x, w_1); ...   ->   x = embedding(ids, w_0); note(0, x);
                                                         y = linear(x, w_1); ...; note(9, z)
 
-The graph runs up to its last product, on what `probe_inputs` makes of the inputs of a call. Other
-instances of the class run the same graph with their own weights.
+The graph runs up to its last product, on inputs that `probe_inputs` makes from those of a call.
+Other instances of the class run the same graph with their own weights.
 """
 
 import logging
@@ -30,11 +30,11 @@ _MODES = frozenset(("_set_grad_enabled", "_enter_inference_mode", "_exit_inferen
 
 
 class ProbeError(Exception):
-    """Why a graph did not run as a probe."""
+    """A graph could not be run as a probe; the message says why."""
 
 
 def note(number: int, x: Tensor, routing: Tensor | None) -> None:
-    """Stands before a product in the graph; what interprets the graph takes its arguments."""
+    """Marks a product in the graph: the interpreter records the arguments."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Probe:
     """A graph up to its last product.
 
     Attributes:
-        sites: by the number in their notes.
+        sites: the sites; a note's number is the index here.
         tables: see `tables_of`.
-        written: inputs that a run may write to.
-        talks: it has collectives, which all ranks must run.
+        written: positions of inputs that a run may write to.
+        talks: whether the graph has collectives, which all ranks must run.
     """
 
     module: fx.GraphModule
@@ -56,10 +56,10 @@ class Probe:
 
     @classmethod
     def of(cls, state: GraphState, sites: Sequence[WeightSite]) -> "Probe":
-        """For these sites, in the order of the graph, which no pass has rewritten yet.
+        """A probe for these sites, in graph order; no pass may have rewritten the graph yet.
 
-        No operator says that it updates running statistics, so that only weights and parameters
-        count as never written to.
+        Operators that update running statistics do not declare it. So every input counts as
+        written to, except weights and parameters.
         """
         inputs = placeholders(state.graph)
         fixed = {source for site in sites for source in site.sources}
@@ -70,18 +70,20 @@ class Probe:
         return cls(module, sites, tables_of(state), written, talks)
 
     def run(self, args: Sequence[Any], *, random: bool) -> list[Moments]:
-        """What came to each site; `random`: with random ids, where there are any.
+        """Run the graph and return the moments of each site's inputs.
+
+        `random`: replace token ids, if the graph has any, by random ones.
 
         Raises:
-            ProbeError: the graph did not run to its end; the message says why.
+            ProbeError: the graph could not be run; the message says why.
         """
         if in_transforms(self.module.graph):
             raise ProbeError("it has torch.func transforms")
         if any(isinstance(arg, FakeTensor) for arg in args):
-            raise ProbeError("the values of its inputs are not there while it is compiled")
+            raise ProbeError("the values of its inputs are not available while it is compiled")
         tables, inputs = self.tables if random else {}, placeholders(self.module.graph)
         tried = [sizes_of(inputs, args)]
-        if tables:  # a graph may be right for some sizes alone, as for sequences within a window
+        if tables:  # a graph may be valid for some sizes only, as for sequences within a window
             tried.insert(0, many_short(inputs, tried[0], tables))
         for sizes in tried:
             moments = [Moments(site.shape) for site in self.sites]
@@ -103,7 +105,7 @@ def _is_parameter(value: object) -> bool:
 
 
 class _Interpreter(fx.Interpreter):
-    """Runs a noted graph without gradients; `whole` leaves no mode behind, whatever happens."""
+    """Runs a graph with notes, without gradients; `whole` exits every mode even on an error."""
 
     def __init__(self, probe: Probe, moments: Sequence[Moments]) -> None:
         super().__init__(probe.module)
@@ -134,7 +136,7 @@ class _Interpreter(fx.Interpreter):
         return result
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A tensor that is the graph's own may be written to as well, through any of its nodes."""
+        """Copy a tensor attribute of the graph once: any node may write to it."""
         if target not in self._attributes:
             value = super().get_attr(target, args, kwargs)
             fixed = not isinstance(value, Tensor) or _is_parameter(value)
@@ -143,7 +145,7 @@ class _Interpreter(fx.Interpreter):
 
 
 def count_rows(moments: Moments, site: WeightSite, x: Tensor, routing: Tensor | None) -> None:
-    """Count the rows of x for each expert that they are multiplied with; the roles say which."""
+    """Add the rows of x to the moments, for each expert those rows that it multiplies."""
     roles = site.contraction
     if roles.x_singles:
         x = x.squeeze(roles.x_singles)
@@ -178,7 +180,7 @@ def _experts(site: WeightSite, ids: Tensor | None) -> tuple[Tensor, tuple[int, .
 
 
 def _noted(state: GraphState, sites: Sequence[WeightSite]) -> fx.GraphModule:
-    """A copy of the graph with the notes, without what comes after the last of them."""
+    """A copy of the graph with notes, truncated after the last of them."""
     module, mapping = copy_module(state.module)
     graph, last = module.graph, None
     for number, site in enumerate(sites):

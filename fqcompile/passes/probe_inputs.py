@@ -1,7 +1,8 @@
-"""What a probe gives to its graph: random ids, sizes of many short sequences, and copies.
+"""The inputs of a probe: random ids, sizes of many short sequences, and copies.
 
 Integer inputs that index a table get random ids from a fixed seed, and symbolic sizes are those of
-32 sequences of 16 ids. All else is as in the call, and copied where the graph may write to it.
+32 sequences of 16 ids. All other inputs are those of the call, copied if the graph may write to
+them.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -17,23 +18,23 @@ from fqcompile.torch_compat import hint_of, memory_id, size_at, size_within, sym
 from fqcompile.weights.recipe import CASTS, MOVING, target_name
 
 LEAST_ROWS, MOST_RUNS = 512, 32
-TOKENS = 16  # of a sequence: many short ones tell more than a long one
+TOKENS = 16  # per sequence: many short sequences tell more than a long one
 _TABLE_READS = frozenset("embedding embedding_bag index_select getitem index".split())
 _PLACING = frozenset("from_local to_local redistribute".split())  # DTensors
 _ALIGNMENT = 16
 Nodes = Sequence[fx.Node]
 Sizes = Mapping[Any, int]  # by symbol
-Tables = Mapping[int, int]  # inputs that are ids: the least number of rows that they index
+Tables = Mapping[int, int]  # {position of ids: rows of the smallest table that they index}
 
 
 def tables_of(state: GraphState) -> dict[int, int]:
-    """The inputs that are ids, by position, and how many rows the smallest of their tables has."""
+    """{position of an input that is ids: rows of the smallest table that it indexes}."""
     rows = {i: _rows_of_table(state, node) for i, node in enumerate(placeholders(state.graph))}
     return {index: number for index, number in rows.items() if number}
 
 
 def _rows_of_table(state: GraphState, node: fx.Node) -> int:
-    """How many rows the smallest table has that this input indexes; 0 where it is no ids."""
+    """The rows of the smallest table that this input indexes; 0 if it indexes none."""
     ids = example(node)
     if ids is None or node in state.named or node in state.written:
         return 0
@@ -75,7 +76,7 @@ def _looks_up(read: fx.Node, ids: fx.Node, name: str) -> bool:
 
 
 def sizes_of(inputs: Nodes, args: Sequence[Any]) -> dict[Any, int]:
-    """The sizes that are symbols, as they are in this call."""
+    """The values that symbolic sizes have in this call."""
     found: dict[Any, int] = {}
     for node, arg in zip(inputs, args, strict=True):
         fake = node.meta.get("example_value")
@@ -87,7 +88,7 @@ def sizes_of(inputs: Nodes, args: Sequence[Any]) -> dict[Any, int]:
 
 
 def many_short(inputs: Nodes, own: Sizes, tables: Tables) -> dict[Any, int]:
-    """All sizes, with others for the symbols that say how many ids there are."""
+    """`own` sizes, with those that say how many ids there are changed to many short sequences."""
     found: dict[Any, int] = {}
     for fake in (example(inputs[index]) for index in tables):
         assert fake is not None
@@ -103,9 +104,9 @@ def many_short(inputs: Nodes, own: Sizes, tables: Tables) -> dict[Any, int]:
 def each_run(
     inputs: Nodes, args: Sequence[Any], sizes: Sizes, tables: Tables, written: Collection[int]
 ) -> Iterator[list[Any]]:
-    """The inputs of each run: until there were enough ids; one run where there are none.
+    """Yield the inputs of each run: enough runs for LEAST_ROWS ids, or one if there are no ids.
 
-    `written`: the inputs that a run may write to.
+    `written`: positions of inputs that a run may write to.
     """
     generator, shapes = token_generator(), [_shape(node, sizes) for node in inputs]
     count = max((prod(shapes[index]) for index in tables), default=LEAST_ROWS)
@@ -134,7 +135,7 @@ def _shape(node: fx.Node, sizes: Sizes) -> tuple[int, ...]:
 
 
 def _resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """Its first elements along each dimension, or its elements again and again."""
+    """The tensor cut, or repeated, along each dimension to the given shape."""
     for dim, (old, new) in enumerate(zip(tensor.shape, shape, strict=True)):
         if old != new:
             tensor = tensor.index_select(dim, torch.arange(new, device=tensor.device) % old)
@@ -142,7 +143,7 @@ def _resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def copied(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies that share memory where the tensors do."""
+    """Copies of the tensors, which share memory with each other as the tensors do."""
     spans: dict[int, tuple[int, int]] = {}
     for tensor in filter(_is_plain, tensors):
         start, stop = _span(tensor)
@@ -169,13 +170,13 @@ def _copy(
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether its elements are those of its memory, as they lie there."""
+    """Whether the tensor is an ordinary strided view of its storage."""
     known = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     return known and bool(tensor.numel()) and not (tensor.is_conj() or tensor.is_neg())
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """The bytes of its memory from its first element to behind its last."""
+    """The range of bytes in its storage that the tensor spans: (start, stop)."""
     size = tensor.dtype.itemsize
     last = int(sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)))
     start = int(tensor.storage_offset())

@@ -209,8 +209,8 @@ class DiskCache:
         if excess > sum(nbytes for _, nbytes in others):
             if not self._warned:
                 log.warning(
-                    "the weights of this process need more than the %.3g GiB that may be kept in "
-                    "%s: the next start quantizes the rest again; raise %s (in GiB)",
+                    "the weights of this process need more than the limit of %.3g GiB for %s: the "
+                    "next start quantizes the rest again; raise %s (in GiB)",
                     self.limit / 2**30,
                     self.directory,
                     SIZE,
@@ -252,7 +252,7 @@ def _limit(gib: str) -> int:
         size = math.nan
     if not 0 <= size < math.inf:
         log.warning(
-            "%s is %r; allowed: a number of GiB from 0 (off) up. No weights are kept.", SIZE, gib
+            "%s is %r; allowed: a number of GiB from 0 (off) up. No weights are stored.", SIZE, gib
         )
         return 0
     return int(size * 2**30)

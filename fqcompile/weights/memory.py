@@ -209,9 +209,9 @@ class NoMemory(Tensor):
         """The error for writing values of another shape to it."""
         name = self._weight_name()
         return FineQuantError(
-            f"a packed weight of shape {tuple(self.shape)}{f', {name},' if name else ''} got one "
-            f"of {tuple(values.shape)}; they must be equal: call fqcompile.restore(model) to give "
-            "it another shape"
+            f"a packed weight of shape {tuple(self.shape)}{f', {name},' if name else ''} got "
+            f"values of shape {tuple(values.shape)}; the shapes must be equal: call "
+            "fqcompile.restore(model) to give it another shape"
         )
 
     def _weight_name(self) -> str:
@@ -251,10 +251,10 @@ class _Storage(torch.UntypedStorage):
 def no_memory(name: str = "") -> FineQuantError:
     """The error for a request of the memory of the parameter `name`, or of a view of it."""
     return FineQuantError(
-        f"a packed weight{f', {name},' if name else ''} has no memory of its own to be read or "
-        "written as a dense one: save the model with fqcompile.save(model, directory), or "
-        "torch.save its state_dict, or make it dense again by fqcompile.restore(model); of a view "
-        "that is only read, take a copy by clone()"
+        f"a packed weight{f', {name},' if name else ''} has no memory of its own that could be "
+        "read or written as a dense tensor: save the model with fqcompile.save(model, directory), "
+        "or torch.save its state_dict, or make it dense by fqcompile.restore(model); to read a "
+        "view, copy it by clone()"
     )
 
 
@@ -271,7 +271,7 @@ def refuse_trace(arguments: object) -> None:
         if isinstance(leaf, NoMemory) and leaf.memory is not None and leaf.memory.root in recorded:
             name = leaf.memory.name
             raise FineQuantError(
-                f"torch.jit.trace was to record a packed weight{f', {name}' if name else ''}: what "
-                "is traced is saved and exported as dense memory, and it has none. Make the model "
-                "dense by fqcompile.restore(model) first, or use torch.export.export"
+                f"torch.jit.trace cannot record a packed weight{f', {name}' if name else ''}: "
+                "traced weights are saved and exported as dense memory, and it has none. Make the "
+                "model dense by fqcompile.restore(model) first, or use torch.export.export"
             )

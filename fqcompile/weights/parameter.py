@@ -78,9 +78,9 @@ class PackedWeight(NoMemory):
         """
         if not isinstance(weight, PackedWeight):
             raise FineQuantError(
-                f"a {type(weight).__name__} {tuple(weight.shape)} was to take the place of a "
-                "packed weight, and nothing says how to quantize it: copy_ it into the packed "
-                "weight, or call fqcompile.restore(model) first"
+                f"a {type(weight).__name__} {tuple(weight.shape)} cannot replace a packed weight: "
+                "it is not known how to quantize it; copy_ it into the packed weight, or call "
+                "fqcompile.restore(model) first"
             )
         return nn.Parameter(weight, requires_grad)  # type: ignore[return-value]
 

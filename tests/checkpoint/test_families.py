@@ -82,7 +82,8 @@ def test_streamed_checkpoint_is_the_quantized_model(
     model, inputs = make(name, dtype)
     model.save_pretrained(tmp_path / "plain", max_shard_size="100KB")
     reference = type(model).from_pretrained(tmp_path / "plain")
-    expected_plan = fqcompile.quantize_(reference, **OPTIONS)
+    # a model that is never whole in memory does not run
+    expected_plan = fqcompile.quantize_(reference, calibration=None, **OPTIONS)
     plan = fqcompile.quantize_checkpoint(tmp_path / "plain", tmp_path / "out", **OPTIONS)
     assert _without_kernels(plan) == _without_kernels(expected_plan)
     loaded = fqcompile.load(None, tmp_path / "out")

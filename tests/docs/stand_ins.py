@@ -9,12 +9,13 @@ from typing import Any
 import peft
 import torch
 import transformers as hf
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 import fqcompile
 
-__all__ = ["adapter", "checkpoint", "llama", "mixtral", "packed_two_layers", "script", "torch",
-           "two_layers"]  # fmt: skip
+__all__ = ["adapter", "checkpoint", "llama", "mixtral", "packed_two_layers", "script", "text",
+           "torch", "two_layers"]  # fmt: skip
 
 
 def two_layers() -> nn.Module:
@@ -60,6 +61,15 @@ def adapter(model: Any, directory: str) -> None:
         r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False
     )
     peft.get_peft_model(model, config).save_pretrained(directory)
+
+
+def text(path: str, directory: str) -> None:
+    """2048 words, and for the checkpoint in the directory a tokenizer that knows them all."""
+    words = {f"w{number}": number for number in range(256)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
+    Path(path).write_text(" ".join(8 * [*words]))
 
 
 def script(path: str) -> None:

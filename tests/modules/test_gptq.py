@@ -175,6 +175,7 @@ def test_inputs_that_several_weights_read_are_multiplied_and_factored_once() -> 
     inputs = ModelInputs(model, batches, weights)
     q, k, up = (inputs.take(weight, 0) for weight in weights)
     assert q is k and q is not up
+    assert q.refusal is None and q.digest != up.digest
     assert q.factor is k.factor
 
 

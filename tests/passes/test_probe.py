@@ -147,7 +147,10 @@ def test_without_calibration_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Probe, "run", None)
     _compiled(frozen(Tokens()), IDS, calibration=None)
     assert {s.calibration for s in _sites().values()} == {None}
-    _compiled(fqcompile.quantize_(copy.deepcopy(Tokens()), **OPTIONS) and nn.Identity(), IDS)
+    packed = frozen(Tokens())
+    fqcompile.quantize_(packed, calibration=None, **OPTIONS)
+    _compiled(packed, IDS)
+    assert len(_sites()) == 2
 
 
 def test_eight_bits_are_not_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,7 +175,8 @@ def test_the_section_has_a_line_for_each_way() -> None:
     def row(model: str, way: str, ratio: float, bits: float) -> dict[str, object]:
         ends = {"ratio_low": ratio - 0.1, "ratio_high": ratio + 0.1}
         about = {"model": model, "way": way, "ratio": ratio, "bits_per_weight": bits}
-        return about | ends | {"divergence": 0.5 * ratio, "spread": 0.01}
+        draws = [0.5 * ratio] * (1 if way == "b" else 2)
+        return about | ends | {"divergence": 0.5 * ratio, "spread": 0.01, "draws": draws}
 
     rows = [
         row("gemma", BASE, 1.0, 4.25),
@@ -184,7 +185,8 @@ def test_the_section_has_a_line_for_each_way() -> None:
     ]
     text = section(content(rows))
     assert cells(text, BASE) == [BASE, "4.25", "1.000 [0.900, 1.100]", "0.5000 (0.0100)", "", ""]
-    assert cells(text, "b")[:3] == ["b", "4.10 to 4.20", "0.500 [0.400, 0.600]"]
+    second = ["b", "4.10 to 4.20", "0.500 [0.400, 0.600]", "0.2500 (one)"]
+    assert cells(text, "b")[:4] == second
 
 
 def test_prose_is_of_documentation_strings_and_code_of_other_files() -> None:
