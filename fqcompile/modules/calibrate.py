@@ -51,8 +51,8 @@ def collect_inputs(
     found = list(weights)
     own = _copy(plain_module(model)).eval()
     devices = {weight.weight.device for weight in found}
-    with fixed_random_numbers(devices), WeightInputs(found, collect):
-        for batch in batches:
+    for batch in batches:  # made outside: by code that may draw random numbers, or run the model
+        with fixed_random_numbers(devices), WeightInputs(found, collect):
             _call(own, batch)
 
 
