@@ -81,9 +81,11 @@ def compiled_difference(
     """‖compiled - dequantized‖ of the logits of some windows, and how much of it is allowed."""
     tokens = exact.windows.tokens[:_GATE_WINDOWS]
     backend = {**NO_HEAD, **options, "inner_backend": "eager"}
-    # Each way is a compilation of its own of the same function.
+    # Each way is a compilation of its own of the same function; of sizes that vary, so that it is
+    # calibrated by as many random tokens as `quantize_` takes.
     torch._dynamo.reset()
-    compiled = torch.compile(copy.deepcopy(exact.model), backend="finequant", options=backend)
+    model = copy.deepcopy(exact.model)
+    compiled = torch.compile(model, backend="finequant", options=backend, dynamic=True)
     with torch.no_grad():
         computed, dequantized, fp32 = (
             model(tokens).logits.double() for model in (compiled, plain, exact.model)
