@@ -45,7 +45,7 @@ HEADS = ["lm_head"]  # which no engine takes packed
 def make(folder: Path, size: str, layers: int) -> None:
     """A checkpoint of Hugging Face with random weights, and the same quantized."""
     build(size, layers).save_pretrained(folder / PLAIN, max_shard_size="1GB")  # type: ignore[operator]
-    fqcompile.quantize_checkpoint(folder / PLAIN, folder / SAVED, exclude=HEADS)
+    fqcompile.quantize_checkpoint(folder / PLAIN, folder / SAVED, exclude=HEADS, levels="uniform")
 
 
 # What reads one directory and writes another, or only reads.

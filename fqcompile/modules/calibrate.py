@@ -51,8 +51,8 @@ def collect_inputs(
     found = list(weights)
     own = _copy(plain_module(model)).eval()
     devices = {weight.weight.device for weight in found}
-    with fixed_random_numbers(devices), WeightInputs(found, collect):
-        for batch in batches:
+    for batch in batches:  # made outside: by code that may draw random numbers, or run the model
+        with fixed_random_numbers(devices), WeightInputs(found, collect):
             _call(own, batch)
 
 
@@ -157,5 +157,14 @@ def random_batch(model: nn.Module) -> dict[str, Any]:
 
 
 def batches_of(calibration: Any) -> Iterator[object]:
-    """The batches in what a user gives: a tensor or dict is one, of anything else each item."""
+    """The batches in what a user gives: a tensor or dict is one, of anything else each item.
+
+    Raises:
+        OptionError: there is nothing in it that could be a batch.
+    """
+    if not isinstance(calibration, Iterable):
+        kind = type(calibration).__name__
+        raise OptionError(
+            f"calibration is {calibration!r} ({kind}), which holds no inputs: {_PASS}"
+        )
     return iter([calibration] if isinstance(calibration, Tensor | Mapping) else calibration)

@@ -44,7 +44,7 @@ class Inputs:
     """
 
     def __init__(self, k: int, device: torch.device) -> None:
-        self.moments = torch.zeros(k, k, device=device)
+        self.moments = torch.zeros(k, k, dtype=torch.float32, device=device)
         self.rows = 0
 
     def add(self, product: Tensor, rows: int) -> None:

@@ -176,7 +176,7 @@ def _experts(site: WeightSite, ids: Tensor | None) -> tuple[Tensor, tuple[int, .
     roles, out = site.contraction, example(site.node)
     assert out is not None
     sizes = tuple(int(out.shape[roles.out_dims.index(i)]) for i in roles.batch)
-    return torch.arange(prod(sizes)), sizes
+    return torch.arange(prod(sizes), device="cpu"), sizes
 
 
 def _noted(state: GraphState, sites: Sequence[WeightSite]) -> fx.GraphModule:

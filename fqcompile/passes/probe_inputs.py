@@ -40,19 +40,19 @@ def _rows_of_table(state: GraphState, node: fx.Node) -> int:
         return 0
     if ids.dtype not in (torch.int32, torch.int64) or not ids.dim():
         return 0
-    return min(_tables_read_by(state, node), default=0)
+    tables = _tables_read_by(state, node)
+    return min(shape[0] for shape in tables) if any(len(shape) == 2 for shape in tables) else 0
 
 
-def _tables_read_by(state: GraphState, ids: fx.Node) -> list[int]:
-    """The rows of each table that `ids` index, directly or through views and casts."""
-    found: list[int] = []
+def _tables_read_by(state: GraphState, ids: fx.Node) -> list[tuple[int, ...]]:
+    """Shapes of the constants that ids index, as they are or seen another way."""
+    found: list[tuple[int, ...]] = []
     for user in ids.users:
         name = target_name(user.target)
-        tables = [
-            node for node in user.all_input_nodes if node is not ids and _is_table(state, node)
-        ]
-        if name in _TABLE_READS and len(tables) == 1:
-            found.append(int(tables[0].meta["example_value"].shape[0]))
+        others = [node for node in user.all_input_nodes if node is not ids]
+        tables = [node for node in others if node in state.constants and example(node) is not None]
+        if name in _TABLE_READS and len(tables) == 1 and _looks_up(user, ids, name):
+            found.append(tuple(map(int, tables[0].meta["example_value"].shape)))
         elif name.removeprefix("prim_") in MOVING | CASTS | _PLACING and [
             n for n in user.all_input_nodes if example(n) is not None
         ] == [ids]:
@@ -60,9 +60,19 @@ def _tables_read_by(state: GraphState, ids: fx.Node) -> list[int]:
     return found
 
 
-def _is_table(state: GraphState, node: fx.Node) -> bool:
-    value = example(node)
-    return value is not None and value.dim() == 2 and node in state.constants
+def _looks_up(read: fx.Node, ids: fx.Node, name: str) -> bool:
+    """Whether a read takes rows by ids: they are neither what is read nor where bags begin.
+
+    Where bags begin would not fit to ids of another number, so these stay as in the call.
+    """
+    if name == "embedding":
+        return True
+    if name == "embedding_bag":
+        return [*read.args[2:3], read.kwargs.get("offsets")] in ([None], [None, None])
+    if name == "index_select":
+        return 0 in (*read.args[1:2], read.kwargs.get("dim"))
+    index = read.args[1]
+    return (index[0] if isinstance(index, tuple | list) else index) is ids
 
 
 def sizes_of(inputs: Nodes, args: Sequence[Any]) -> dict[Any, int]:

@@ -67,7 +67,7 @@ class Moments:
         *experts, _, k = shape
         self.stacked = bool(experts)
         self.rows = [0] * (experts[0] if experts else 1)
-        self.total = torch.zeros(len(self.rows), k, dtype=torch.float64)
+        self.total = torch.zeros(len(self.rows), k, dtype=torch.float64, device="cpu")
 
     def add(self, x: Tensor, expert: int = 0) -> None:
         """Count the rows x [..., K], which one matrix is multiplied with."""
@@ -92,8 +92,8 @@ class Moments:
         `row`: those of all ranks, each with other columns of the same rows; else this has them all.
         """
         pieces = list(row) or [self]
-        size, rows = sum(piece.total.shape[1] for piece in pieces), torch.tensor(self.rows)
         sums = torch.stack([piece.total.sum(1) for piece in pieces]).sum(0)
+        size, rows = sum(piece.total.shape[1] for piece in pieces), sums.new_tensor(self.rows)
         if not 0 < float(sums.sum()) < math.inf:
             return None
         # an expert without rows, or with zeros alone, counts errors as its stack does
@@ -122,12 +122,12 @@ def over_ranks(
 
 def token_ids(shape: Sequence[int], rows: int, generator: torch.Generator) -> Tensor:
     """Random ids of a table with so many rows; int64 on the CPU, where the generator is."""
-    return torch.randint(0, rows, tuple(shape), generator=generator)
+    return torch.randint(0, rows, tuple(shape), generator=generator, device="cpu")
 
 
 def token_generator() -> torch.Generator:
     """The random numbers that ids are drawn from, the same in every process."""
-    return torch.Generator().manual_seed(_SEED)
+    return torch.Generator("cpu").manual_seed(_SEED)
 
 
 @contextmanager
@@ -138,5 +138,7 @@ def fixed_random_numbers(devices: Iterable[torch.device]) -> Iterator[None]:
     """
     gpus = sorted({device.index or 0 for device in devices if device.type == "cuda"})
     with plain_tensors(), torch.random.fork_rng(gpus, device_type="cuda"):
-        torch.manual_seed(_SEED)
+        # not torch.manual_seed, which also seeds the GPUs that no tensor is on
+        for own in (torch.default_generator, *(torch.cuda.default_generators[i] for i in gpus)):
+            own.manual_seed(_SEED)
         yield

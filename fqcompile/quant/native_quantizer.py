@@ -32,7 +32,8 @@ def search_scales(w: Tensor, qtype: QType, group_size: int, h: Tensor | None) ->
 
     h [G, g] are weights of squared errors as `group_weights` makes them, or None for 1.
     """
-    scales = torch.empty(w.shape[0], num_groups(w.shape[1], group_size))
+    shape = w.shape[0], num_groups(w.shape[1], group_size)
+    scales = w.new_empty(shape, dtype=torch.float32)  # whatever the defaults are
     for rows, piece in _pieces(w):
         _search(piece, "mse", qtype, group_size, h, scales=scales[rows])
     return scales

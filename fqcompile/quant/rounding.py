@@ -51,4 +51,4 @@ def _tables(qtype: QType, device: torch.device) -> tuple[torch.Tensor, torch.Ten
     cells = torch.arange(-_CELLS // 2, _CELLS // 2, device="cpu")
     index = torch.bucketize(cells, midpoints, right=True)
     codes = (index + qtype.qmin).to(torch.int8)
-    return codes.to(device), (sixteenths[index] / 16).to(device)
+    return codes.to(device), (sixteenths[index].float() / 16).to(device)

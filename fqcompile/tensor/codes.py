@@ -69,7 +69,8 @@ def _levels(qweight: torch.Tensor, qtype: QType, dtype: torch.dtype) -> torch.Te
 @plain_tensors()
 def _levels_of_bytes(qtype: QType, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Both levels of each of the 256 bytes, as one integer: one look-up then finds two."""
-    levels = torch.tensor(qtype.values, dtype=dtype if dtype.itemsize == 2 else torch.float32)
-    byte = torch.arange(256)
+    exact = dtype if dtype.itemsize == 2 else torch.float32
+    levels = torch.tensor(qtype.values, dtype=exact, device=device)
+    byte = torch.arange(256, device=device)
     pairs = torch.stack([levels[byte & 15], levels[byte >> 4]], -1)
-    return pairs.view(torch.int64 if pairs.dtype.itemsize == 4 else torch.int32)[:, 0].to(device)
+    return pairs.view(torch.int64 if pairs.dtype.itemsize == 4 else torch.int32)[:, 0]

@@ -60,7 +60,7 @@ def test_a_limit_may_be_infinite(family: str, spelled: str, tmp_path: Path) -> N
         assert content["time_step_limit"][1] == {"__float__": "Infinity"}
         path.write_text(json.dumps({**content, "time_step_limit": [0.0, float("inf")]}))
     fqcompile.quantize_checkpoint(tmp_path / "plain", tmp_path / "from_files", min_elements=256)
-    fqcompile.quantize_(model, min_elements=256)
+    fqcompile.quantize_(model, min_elements=256, calibration=None)
     fqcompile.save(model, tmp_path / "from_memory")
     ids = torch.arange(6)[None]
     for directory in ("from_files", "from_memory"):
@@ -89,7 +89,7 @@ def test_a_large_size_of_each_layer_is_no_number_of_layers(tmp_path: Path) -> No
     model = transformers.Gemma3nForCausalLM(config).eval().requires_grad_(False)
     model.save_pretrained(tmp_path / "plain")
     fqcompile.quantize_checkpoint(tmp_path / "plain", tmp_path / "from_files", min_elements=256)
-    fqcompile.quantize_(model, min_elements=256)
+    fqcompile.quantize_(model, min_elements=256, calibration=None)
     fqcompile.save(model, tmp_path / "from_memory")
     ids = torch.arange(6)[None]
     with torch.no_grad():

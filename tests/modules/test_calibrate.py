@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 import fqcompile
 from fqcompile.errors import OptionError
+from fqcompile.tensor.codes import _levels_of_bytes
 from fqcompile.weights.store import STORE
 from tests import dense_models, moe_models
 from tests.children import in_child
@@ -67,6 +69,56 @@ def test_given_inputs_are_counted_row_by_row(data: Any) -> None:
         torch.testing.assert_close(_h(plan)[weight].double(), expected, rtol=2.0**-8, atol=0)
 
 
+def test_what_makes_batches_runs_as_anywhere_else() -> None:
+    model, drawn = frozen(Mlp()), []
+
+    def batches() -> Iterator[Tensor]:
+        for _ in range(2):
+            drawn.append(torch.randn(3, 128))
+            model(drawn[-1])  # as to skip what it does well
+            yield drawn[-1]
+
+    torch.manual_seed(7)
+    plan = fqcompile.quantize_(model, calibration=batches())
+    after = torch.get_rng_state()
+    torch.manual_seed(7)
+    assert all(torch.equal(torch.randn(3, 128), x) for x in drawn)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert {s.calibration_rows for s in plan.sites} == {6}
+
+
+@pytest.fixture
+def other_defaults(request: pytest.FixtureRequest) -> Iterator[None]:
+    _levels_of_bytes.cache_clear()
+    dtype, device = request.param
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(
+    "other_defaults", [(torch.float64, "cpu"), (torch.bfloat16, "meta")], indirect=True
+)
+@pytest.mark.parametrize("method", ["scale", "gptq"])
+def test_default_types_and_devices_change_nothing(method: str, other_defaults: None) -> None:
+    def packed() -> tuple[list[Any], list[Tensor]]:
+        model = copy.deepcopy(original)
+        plan = fqcompile.quantize_(model, calibration=inputs, method=method)
+        dense = fqcompile.restore(model).parameters()
+        return [site.calibration for site in plan.sites], [p.detach() for p in dense]
+
+    with torch.device("cpu"):
+        original, inputs = frozen(Mlp()).to(torch.float32), torch.randn(600, 128).float()
+    sources, found = packed()
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    expected, weights = packed()
+    assert sources == expected and all(source.startswith("batches") for source in sources)
+    assert all(torch.equal(one, other) for one, other in zip(found, weights, strict=True))
+
+
 def test_a_model_without_input_ids_says_how_to_pass_inputs(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -80,7 +132,7 @@ def test_a_model_without_input_ids_says_how_to_pass_inputs(
 
 
 def test_other_words_are_refused() -> None:
-    for word, text in (("first_call", "calibration=inputs"), ("sythetic", "synthetic")):
+    for word, text in (("first_call", "=inputs"), ("sythetic", "synthetic"), (5, "=inputs")):
         with pytest.raises(OptionError, match=text):
             fqcompile.quantize_(frozen(Mlp()), calibration=word)
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fqcompile
 from fqcompile.passes.probe import Probe
@@ -89,6 +90,57 @@ def test_symbolic_sizes_are_those_of_many_short_sequences(dynamic: bool) -> None
     _compiled(frozen(Tokens()), torch.arange(40).repeat(2, 16), dynamic=dynamic)
     # static: 2 x 640 in one run; symbolic: 32 x 16
     assert {s.calibration_rows for s in _sites().values()} == {512 if dynamic else 1280}
+
+
+class Bags(Tokens):
+    def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(F.embedding_bag(ids, self.table.weight, offsets))))
+
+
+class Biased(Tokens):
+    """A second table, of one dimension and of fewer rows than the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bias", torch.rand(16))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(self.table(ids) + self.bias[ids][..., None])))
+
+
+class Columns(Tokens):
+    """Ids along the second dimension of a table, which has more rows than columns."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(self.table.weight[:, ids].T[:, :WIDTH])))
+
+
+class Read(Tokens):
+    """An integer input that is read, by indices that are constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.arange(14).view(2, 7).flip(0))
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(self.table.weight[:2] + numbers[self.order].sum())))
+
+
+@pytest.mark.parametrize(
+    ("make", "args", "source"),
+    [
+        (Bags, (torch.arange(20), torch.tensor([0, 4, 4, 9])), "first_call"),
+        (Biased, (torch.arange(14).view(2, 7),), "synthetic"),
+        (Columns, (torch.arange(14),), "first_call"),
+        (Read, (torch.arange(14),), "first_call"),
+    ],
+)
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_integers_of_other_meaning_stay_in_their_bounds(
+    make: Callable[[], nn.Module], args: tuple[Tensor, ...], source: str, dynamic: bool
+) -> None:
+    _compiled(frozen(make()), *args, dynamic=dynamic)
+    assert {s.calibration for s in _sites().values()} == {source}
 
 
 def test_without_calibration_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,3 +96,13 @@ def test_random_numbers_are_fixed_inside_and_untouched_outside() -> None:
         with fixed_random_numbers([torch.device("cpu")]):
             drawn.append(torch.rand(3))
     assert torch.equal(*drawn) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_random_numbers_of_gpus_that_no_tensor_is_on_are_as_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr("torch.cuda.manual_seed_all", seeded.append)
+    with fixed_random_numbers([torch.device("cpu")]):
+        pass
+    assert not seeded

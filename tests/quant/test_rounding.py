@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fqcompile.quant.affine import choose_scale, quantize_affine
-from fqcompile.quant.rounding import nearest_codes, nearest_levels
+from fqcompile.quant.rounding import _tables, nearest_codes, nearest_levels
 from fqcompile.tensor.codes import dequantize_rows, pack
 from fqcompile.tensor.format import INT4, NORMAL4, QTYPES
 from tests.quant.strategies import METHODS, group_sizes, matrix, qtypes
@@ -90,3 +90,16 @@ def test_dequantized_weights_are_quantized_to_themselves(qtype, g, seed) -> None
     codes = quantize_affine(w, scale, qtype, g)
     w_hat = dequantize_rows(pack(codes, qtype), scale, qtype, g, 130, torch.float32)
     assert torch.equal(quantize_affine(w_hat, scale, qtype, g), codes)
+
+
+def test_tables_made_under_another_default_type_are_the_same() -> None:
+    v = torch.linspace(-9, 9, 1001)
+    expected = nearest_levels(v.clone(), NORMAL4)
+    _tables.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = nearest_levels(v.clone(), NORMAL4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        _tables.cache_clear()
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
