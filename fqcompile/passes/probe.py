@@ -67,7 +67,8 @@ class Probe:
         written = frozenset(i for i, n in enumerate(inputs) if n in state.written or n not in fixed)
         module = _noted(state, sites)
         talks = any(_talks(node) for node in module.graph.nodes)
-        return cls(module, sites, tables_of(state), written, talks)
+        tables = tables_of(state, max(site.node for site in sites)) if sites else {}
+        return cls(module, sites, tables, written, talks)
 
     def run(self, args: Sequence[Any], *, random: bool) -> list[Moments]:
         """Run the graph and return the moments of each site's inputs.

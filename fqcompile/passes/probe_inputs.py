@@ -20,6 +20,10 @@ from fqcompile.weights.recipe import CASTS, MOVING, target_name
 LEAST_ROWS, MOST_RUNS = 512, 32
 TOKENS = 16  # per sequence: many short sequences tell more than a long one
 _TABLE_READS = frozenset("embedding embedding_bag index_select getitem index".split())
+_PICKS = frozenset(
+    "gather take take_along_dim one_hot scatter scatter_add scatter_reduce "
+    "index_add index_copy index_fill index_put".split()
+)
 _PLACING = frozenset("from_local to_local redistribute".split())  # DTensors
 _ALIGNMENT = 16
 Nodes = Sequence[fx.Node]
@@ -27,27 +31,35 @@ Sizes = Mapping[Any, int]  # by symbol
 Tables = Mapping[int, int]  # {position of ids: rows of the smallest table that they index}
 
 
-def tables_of(state: GraphState) -> dict[int, int]:
-    """{position of an input that is ids: rows of the smallest table that it indexes}."""
-    rows = {i: _rows_of_table(state, node) for i, node in enumerate(placeholders(state.graph))}
+def tables_of(state: GraphState, last: fx.Node) -> dict[int, int]:
+    """{position of an input that is ids: rows of the smallest table that it indexes}.
+
+    Nodes behind `last` are not run, and do not count.
+    """
+    inputs = placeholders(state.graph)
+    rows = {i: _rows_of_table(state, node, last) for i, node in enumerate(inputs)}
     return {index: number for index, number in rows.items() if number}
 
 
-def _rows_of_table(state: GraphState, node: fx.Node) -> int:
-    """The rows of the smallest table that this input indexes; 0 if it indexes none."""
+def _rows_of_table(state: GraphState, node: fx.Node, last: fx.Node) -> int:
+    """The rows of the smallest table that this input indexes; 0 if it indexes none.
+
+    Nor are random ids for an input that indexes something else too: how far they may go is not
+    known, and a GPU does not survive an index beyond the end.
+    """
     ids = example(node)
     if ids is None or node in state.named or node in state.written:
         return 0
     if ids.dtype not in (torch.int32, torch.int64) or not ids.dim():
         return 0
-    tables = _tables_read_by(state, node)
+    tables = _tables_read_by(state, node, last)
     return min(shape[0] for shape in tables) if any(len(shape) == 2 for shape in tables) else 0
 
 
-def _tables_read_by(state: GraphState, ids: fx.Node) -> list[tuple[int, ...]]:
-    """Shapes of the constants that ids index, as they are or seen another way."""
+def _tables_read_by(state: GraphState, ids: fx.Node, last: fx.Node) -> list[tuple[int, ...]]:
+    """Shapes of the constants that ids index, directly or through views; (0, 0) for all else."""
     found: list[tuple[int, ...]] = []
-    for user in ids.users:
+    for user in (user for user in ids.users if user < last):
         name = target_name(user.target)
         others = [node for node in user.all_input_nodes if node is not ids]
         tables = [node for node in others if node in state.constants and example(node) is not None]
@@ -56,8 +68,16 @@ def _tables_read_by(state: GraphState, ids: fx.Node) -> list[tuple[int, ...]]:
         elif name.removeprefix("prim_") in MOVING | CASTS | _PLACING and [
             n for n in user.all_input_nodes if example(n) is not None
         ] == [ids]:
-            found += _tables_read_by(state, user)
+            found += _tables_read_by(state, user, last)
+        elif _picks(user, ids, name.rstrip("_")):
+            found.append((0, 0))
     return found
+
+
+def _picks(read: fx.Node, ids: fx.Node, name: str) -> bool:
+    """Whether ids say what is read or written, and are not themselves what is read."""
+    is_read = ids in (*read.args[:1], read.kwargs.get("input"))
+    return name == "one_hot" or (name in _PICKS | _TABLE_READS and not is_read)
 
 
 def _looks_up(read: fx.Node, ids: fx.Node, name: str) -> bool:

@@ -115,6 +115,29 @@ class Columns(Tokens):
         return self.down(torch.relu(self.up(self.table.weight[:, ids].T[:, :WIDTH])))
 
 
+class Picked(Tokens):
+    """Ids that also pick from a row shorter than the table."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        picked = self.table.weight.sum(1)[:14].expand(2, 14).gather(1, ids)
+        return self.down(torch.relu(self.up(self.table(ids) + picked[..., None])))
+
+
+class Selected(Tokens):
+    """The same by indexing what is computed, and through a view."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        picked = self.table.weight.sum(1)[:14][ids.flatten()].view(2, 7, 1)
+        return self.down(torch.relu(self.up(self.table(ids) + picked)))
+
+
+class Scored(Tokens):
+    """Ids that pick behind the last product, which the probe does not run."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(self.table(ids)))).gather(2, ids[..., None])
+
+
 class Read(Tokens):
     """An integer input that is read, by indices that are constants."""
 
@@ -132,6 +155,9 @@ class Read(Tokens):
         (Bags, (torch.arange(20), torch.tensor([0, 4, 4, 9])), "first_call"),
         (Biased, (torch.arange(14).view(2, 7),), "synthetic"),
         (Columns, (torch.arange(14),), "first_call"),
+        (Picked, (torch.arange(14).view(2, 7),), "first_call"),
+        (Selected, (torch.arange(14).view(2, 7),), "first_call"),
+        (Scored, (torch.arange(14).view(2, 7),), "synthetic"),
         (Read, (torch.arange(14),), "first_call"),
     ],
 )
