@@ -50,6 +50,7 @@ def calibrator(state: GraphState) -> Calibrate:
         found = {}
         for site in wanted:
             each = _of_weight(state, probe, args, site, ranks)
+            each = [moments.shared() for moments in each] if site.recipe.repeats else each
             sources = [args[state.constants[source]] for source in site.sources]
             moments, row = over_ranks(each, *_sharded(args, sources, site))
             found[site] = Calibration.of(moments, asked, source, row)

@@ -86,6 +86,12 @@ class Moments:
             total.rows = [a + b for a, b in zip(total.rows, other.rows, strict=True)]
         return total
 
+    def shared(self) -> "Moments":
+        """Of all experts together, for each of them: where they are one matrix, read repeatedly."""
+        total = copy(self)
+        total.total = self.total.sum(0).expand_as(self.total)
+        return total
+
     def h(self, row: Sequence["Moments"] = ()) -> Tensor | None:
         """float32 [E, K]; None where no row was seen, or none that is finite and not zero.
 

@@ -33,6 +33,7 @@ ARITHMETIC = frozenset(
     clamp outer einsum round""".split()
 )
 FOLDABLE = MOVING | CASTS | ARITHMETIC
+_REPEATING = frozenset("expand expand_as broadcast_to repeat repeat_interleave tile".split())
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,11 @@ class WeightRecipe:
         """A key that is equal, in every graph, for recipes that compute the same."""
         steps = ";".join(f"{s.name}{s.args}{sorted(s.kwargs.items())}" for s in self.steps)
         return f"{self.num_sources}:{steps}"
+
+    @property
+    def repeats(self) -> bool:
+        """Whether matrices of a stack may be one and the same, which must keep equal codes."""
+        return any(step.name in _REPEATING for step in self.steps)
 
     def check_writable(self) -> None:
         """Check that each element of the result is an element of a source.
