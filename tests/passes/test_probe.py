@@ -169,6 +169,25 @@ def test_integers_of_other_meaning_stay_in_their_bounds(
     assert {s.calibration for s in _sites().values()} == {source}
 
 
+class Shared(Tokens):
+    """One matrix that is read as a stack, by rows that differ in size."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids) * torch.stack([torch.ones(WIDTH), torch.arange(WIDTH)])[:, None]
+        stack = self.up.weight.expand(2, 64, WIDTH).view(2, 64, WIDTH)
+        return torch.bmm(stack, x.mT)
+
+
+def test_one_matrix_read_as_a_stack_has_one_h_and_one_set_of_codes() -> None:
+    model = frozen(Shared())
+    actual = _compiled(model, IDS)
+    (site,) = _sites().values()
+    h = _h(site)
+    assert h.shape == (2, WIDTH) and torch.equal(h[0], h[1]) and h[0].unique().numel() > 1
+    plain = fqcompile.fake_quantize_(copy.deepcopy(model), report())
+    torch.testing.assert_close(actual, plain(IDS), rtol=1e-5, atol=1e-4)
+
+
 def test_without_calibration_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Probe, "run", None)
     _compiled(frozen(Tokens()), IDS, calibration=None)
