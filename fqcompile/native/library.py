@@ -85,11 +85,12 @@ ISAS = {
 
 @dataclass(frozen=True)
 class NativeLibrary:
-    """Its functions; each takes the bytes of its arguments, see `matmul.cpp`, `quantize.cpp`."""
+    """Its functions; each takes the bytes of its arguments, see the folder's C++ files."""
 
     isa: str
     matmul: Callable[[bytes], int]
     dequantize: Callable[[bytes], None]
+    attention: Callable[[bytes], None]
     search: Callable[[bytes], None]
     encode: Callable[[bytes], None]
 
@@ -275,7 +276,7 @@ def load(isa: Isa, path: Path) -> NativeLibrary:
         library = ctypes.CDLL(str(path))
         matmul, *others = (
             getattr(library, f"fqcompile_{name}")
-            for name in ("matmul", "dequantize", "search", "encode")
+            for name in ("matmul", "dequantize", "attention", "search", "encode")
         )
     except (OSError, AttributeError) as error:
         raise KernelBuildError(f"{path} does not load: {error}") from error
