@@ -28,7 +28,7 @@ from bench.accuracy.packaged import PACKAGED, packaged_subject, packages_of
 from bench.accuracy.rows import interval
 from bench.accuracy.subjects import Subject, gemma_subject, minilm_subject, trained_subject
 from bench.accuracy.train_lm import FAMILIES, SIZES
-from bench.accuracy.ways import BASE, ORDERLESS, Way, ways_of
+from bench.accuracy.ways import BASE, ORDERLESS, PEERS, Way, ways_of
 from bench.core.results import Results, Row, commit, missing
 from bench.core.section import show
 from fqcompile.demo.gemma import gemma_missing
@@ -125,7 +125,7 @@ def run(arguments: argparse.Namespace) -> Results:
     results = Results.of(arguments, torch.device("cpu"))
     if arguments.json and arguments.json.exists():
         results.add(*json.loads(arguments.json.read_text(encoding="utf-8"))["rows"])
-    absent = {b.name: missing(b.package) for b in BASELINES}
+    absent = {b.name: missing(b.package) for b in BASELINES if b.name in PEERS}
     results.leave_out(*(f"{name}: {why}" for name, why in absent.items() if why))
     for name in arguments.model:
         why = _absent(name)

@@ -74,7 +74,7 @@ class NarrowHead(nn.Module):
 
     def __init__(self, model: Any, kept: Tensor) -> None:
         super().__init__()
-        self.model, self.config = model.model, model.config  # whose begin token calibration takes
+        self.model = model.model
         self.register_buffer("head", model.lm_head.weight[kept])
 
     def forward(self, input_ids: Tensor) -> SimpleNamespace:

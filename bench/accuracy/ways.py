@@ -28,6 +28,7 @@ from fqcompile.quant.granularity import bits_per_weight
 
 BASE = "int4 uniform g64"
 FILE = "llama.cpp q4_k_m"
+PEERS = "hqq g64", "nf4 g64", "torchao g64", "llama.cpp q4_0 g32"  # 4.5 bits each
 # By way of a file, which has the order of the model alone: one draw.
 EXPORTED = "int4 uniform g64, synthetic, exported", "int4 uniform g64, gptq, exported"
 ORDERLESS = frozenset((FILE, *EXPORTED))
@@ -103,7 +104,7 @@ def ways_of(subject: Subject) -> dict[str, Way]:
     found["int4 uniform g64, synthetic"] = our_way(_options("uniform", 64), synthetic)
     found["int4 normal g64, text"] = our_way(_options("normal", 64), text)
     ids = random_batch(subject.model)["input_ids"]
-    given = {"16 ids": ids[:1], "one token": ids[:1, :1].expand_as(ids), "German": subject.german}
+    given = {"16 ids": ids[:1], "one token": ids[:1, 1:2].expand_as(ids), "German": subject.german}
     for data, few in given.items():
         if len(few):
             found[f"int4 normal g64, {data}"] = our_way(_options("normal", 64), h(few))
@@ -111,7 +112,7 @@ def ways_of(subject: Subject) -> dict[str, Way]:
     for levels in ("normal", "uniform"):
         found[f"int4 {levels} g64, gptq"] = gptq_way(_options(levels, 64), text, moments)
     found["int8 g128"] = our_way({"bits": 8, "granularity": 128})
-    present = [b for b in BASELINES if missing(b.package) is None]
+    present = [b for b in BASELINES if b.name in PEERS and missing(b.package) is None]
     found |= {b.name: their_way(b.quantizer) for b in present}
     return found | (_ways_of_files(subject.text) if subject.name == "gemma" else {})
 
