@@ -127,16 +127,22 @@ def run(arguments: argparse.Namespace) -> Results:
         results.add(*json.loads(arguments.json.read_text(encoding="utf-8"))["rows"])
     absent = {b.name: missing(b.package) for b in BASELINES if b.name in PEERS}
     results.leave_out(*(f"{name}: {why}" for name, why in absent.items() if why))
+    order: dict[str, int] = {}
     for name in arguments.model:
         why = _absent(name)
         if why is not None:
             results.leave_out(f"{name}: {why}")
             continue
         subject = subject_of(name, arguments.size)
-        ways = {n: w for n, w in ways_of(subject).items() if n == BASE or _asked(n, arguments)}
+        every = ways_of(subject)
+        for way in every:
+            order.setdefault(way, len(order))
+        ways = {n: w for n, w in every.items() if n == BASE or _asked(n, arguments)}
         known = [row for row in results.rows if row["model"] == name]
         for row in draw_rows(subject, ways, arguments.draws, known):
             results.add(row)
+    results.rows.sort(key=lambda r: (MODELS.index(r["model"]), order.get(r["way"], len(order))))
+    results.write()
     return results
 
 
