@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from bench.accuracy.draws_section import draws as draws_section
 from bench.accuracy.others import BASELINES
-from bench.accuracy.packaged import PACKAGED, packaged_subject, packages_of
+from bench.accuracy.packaged import PACKAGED, packaged_absent, packaged_subject
 from bench.accuracy.rows import interval
 from bench.accuracy.subjects import Subject, gemma_subject, minilm_subject, trained_subject
 from bench.accuracy.train_lm import FAMILIES, SIZES
@@ -150,8 +150,7 @@ def _absent(model: str) -> str | None:
     """Why a model cannot be had, or None."""
     if model == "gemma":
         return gemma_missing()
-    packages = packages_of(model) if model in PACKAGED else ()
-    return next(filter(None, map(missing, packages)), None)
+    return packaged_absent(model) if model in PACKAGED else None
 
 
 def _asked(name: str, arguments: argparse.Namespace) -> bool:

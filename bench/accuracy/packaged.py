@@ -67,9 +67,15 @@ CNCc1ccc(C#N)cc1.O=C(Cl)CCl>>CN(Cc1ccc(C#N)cc1)C(=O)CCl
 """
 
 
-def packages_of(name: str) -> set[str]:
-    """What must be installed for this model and what it reads."""
-    return {PACKAGED[name].package} | ({_WRITER.package} if name == "AntiBERTy" else set())
+def packaged_absent(name: str) -> str | None:
+    """Why the model, or the one that writes what it reads, cannot be had; None if it can."""
+    needed = [PACKAGED[name], *([_WRITER] if name == "AntiBERTy" else [])]
+    return next(filter(None, map(_absent, needed)), None)
+
+
+def _absent(found: Packaged) -> str | None:
+    without = f"{found.package} has no {found.folder} in this version"
+    return missing(found.package) or (None if _folder(found).is_dir() else without)
 
 
 @torch.no_grad()
