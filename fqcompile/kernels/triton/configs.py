@@ -29,6 +29,7 @@ _LEAST_BLOCKS = 4  # blocks of K in one split: fewer never fill the pipeline
 _MANY_ROWS = 4096
 _FEW_ROWS = (2, 4, 8)
 _FULL_TILES = (16, 32, 64, 128, 256, 384, 512, 768, 1024)
+_MOST_DENSE_BYTES = 2 << 30  # of a dequantized stack of experts
 _MANY_ROWS_OF_EACH = 1024  # rows per expert, on average
 
 
@@ -75,15 +76,19 @@ def _many_rows(spec: GemmSpec) -> int:
 def offers_dense(spec: GemmSpec) -> bool:
     """Whether dequantizing and PyTorch's dense matmul is a candidate.
 
-    For experts only where PyTorch's grouped matmul is fast: sorted bf16 rows, on Hopper or later,
-    with rows that are multiples of 16 bytes.
+    For experts only where PyTorch's grouped matmul is fast: sorted bf16 rows, on Hopper or its
+    successor in data centers, with rows that are multiples of 16 bytes. Elsewhere it copies the
+    offsets to the host, which no capture of a CUDA graph allows. And only where the dense stack, of
+    which nobody has reserved the memory, is not too large.
     """
     if not spec.experts:
         return True
     assert spec.gpu is not None, "templates refuse specs without a GPU"
     aligned = spec.k % GROUPED_MM_ALIGNED == 0 == spec.weight_rows % GROUPED_MM_ALIGNED
-    fast = spec.dtype == torch.bfloat16 and spec.gpu.capability >= 90
-    return spec.routing == "grouped" and fast and aligned
+    fast = spec.dtype == torch.bfloat16 and 90 <= spec.gpu.capability < 110
+    dense_bytes = spec.experts * spec.weight_rows * spec.k * spec.dtype.itemsize
+    small = dense_bytes <= _MOST_DENSE_BYTES
+    return spec.routing == "grouped" and fast and aligned and small
 
 
 def candidates(spec: GemmSpec, m: int, mode: SearchMode) -> Sequence[Config]:

@@ -152,7 +152,23 @@ def test_dense_is_offered_where_pytorch_has_a_fast_path_alone() -> None:
     others += [replace(QWEN, k=2044), replace(QWEN, n=766)]
     assert not any(map(offers_dense, others))
     assert offers_dense(replace(QWEN, experts=0, routing=None, gpu=A100))
+    arches = {"sm_90": True, "sm_100": True, "sm_103": True, "sm_110": False, "sm_120": False}
+    for arch, fast in arches.items():
+        assert offers_dense(replace(QWEN, gpu=replace(H200, arch=arch))) is fast, arch
     assert launches(replace(QWEN, gpu=A100, m_range=(4096, None))).at(1 << 20) is not DENSE
+
+
+@pytest.mark.parametrize(
+    ("experts", "n", "k", "gib"), [(8, 14336, 4096, 1.75), (128, 2880, 2880, 3.96)]
+)
+def test_a_stack_whose_dense_form_is_large_stays_packed(
+    experts: int, n: int, k: int, gib: float
+) -> None:
+    """Mixtral's gate and up may be dequantized, those of GPT-OSS 120B may not."""
+    spec = replace(QWEN, experts=experts, n=n, k=k, m_range=(1, None))
+    assert experts * 2 * n * k * 2 / 2**30 == pytest.approx(gib, rel=0.01)
+    assert offers_dense(spec) is (gib < 2)
+    assert (launches(spec).at(1 << 20) is DENSE) is (gib < 2)
 
 
 @pytest.mark.parametrize("spec", [QWEN, GATHERED], ids=["grouped", "gathered"])
