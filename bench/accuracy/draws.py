@@ -34,6 +34,8 @@ from bench.core.section import show
 from fqcompile.demo.gemma import gemma_missing
 
 DRAWS = 6
+# Of the models of packages, unless others are asked for: the default and what it is held against.
+_FEW = r"^int4 normal (g64(, (synthetic|text|gptq))?|adaptive, synthetic)$|^(hqq|nf4|torchao)"
 MODELS = "gemma", "MiniLM", *PACKAGED, *FAMILIES
 
 
@@ -137,7 +139,8 @@ def run(arguments: argparse.Namespace) -> Results:
         every = ways_of(subject)
         for way in every:
             order.setdefault(way, len(order))
-        ways = {n: w for n, w in every.items() if n == BASE or _asked(n, arguments)}
+        asked = arguments.way or (_FEW if name in PACKAGED else "")
+        ways = {n: way for n, way in every.items() if n == BASE or re.search(asked, n)}
         known = [row for row in results.rows if row["model"] == name]
         for row in draw_rows(subject, ways, arguments.draws, known):
             results.add(row)
@@ -151,10 +154,6 @@ def _absent(model: str) -> str | None:
     if model == "gemma":
         return gemma_missing()
     return packaged_absent(model) if model in PACKAGED else None
-
-
-def _asked(name: str, arguments: argparse.Namespace) -> bool:
-    return re.search(arguments.way, name) is not None
 
 
 def main(argv: Sequence[str] | None = None) -> None:

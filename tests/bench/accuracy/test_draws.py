@@ -275,3 +275,11 @@ def test_an_encoder_is_asked_for_what_is_masked() -> None:
     assert torch.equal(windows.targets, torch.where(chosen, whole, IGNORED))
     assert 0.1 < chosen.double().mean() < 0.2 and not chosen[:, [0, -1]].any()
     assert not torch.equal(chosen[0], chosen[1])
+
+
+def test_the_section_pairs_what_is_calibrated_with_the_same_draws_without() -> None:
+    about = {"bits_per_weight": 4.25, "divergence": 1.0, "spread": 0.1}
+    ends = {"ratio": 1.0, "ratio_low": 0.9, "ratio_high": 1.1}
+    draws = {"int4 normal g64": [1.0, 2.0], "int4 normal g64, synthetic": [0.5, 1.4]}
+    rows = [{"model": "a", "way": way, "draws": own, **about, **ends} for way, own in draws.items()]
+    assert cells(section(content(rows)), "a") == ["a", "0.600 (0.100)"]
