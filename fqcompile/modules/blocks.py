@@ -4,9 +4,9 @@
     thread of batch 2   embed ┤ block 0 ├ ... ┤ block 1 ├ ... ┤ head ├ loss
                               └─────────┘     └─────────┘     └──────┘
 
-Each batch runs the whole model, in a thread of its own that waits wherever a block is called; blocks
-run in the thread that asks for them. So nothing need be known of what a model does between its
-blocks: masks, positions, skip connections and encoders' outputs are locals of its own code. One
+Each batch runs the whole model, in a thread of its own that waits wherever a block is called.
+Blocks run in the thread that asks for them. So nothing need be known of what a model does between
+its blocks: masks, positions, skip connections and encoders' outputs are locals of its own code. One
 block at a time has to be in memory, can be run repeatedly, and can be packed before batches go on.
 """
 
@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from fqcompile.distributed.ranks import progress
@@ -32,6 +31,7 @@ from fqcompile.torch_compat import plain_module
 
 Held = Callable[[nn.Module], AbstractContextManager[object]]
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_NOT_CALLED = (nn.ModuleList, nn.ModuleDict)
 
 
 class _Stopped(BaseException):
@@ -152,7 +152,7 @@ class BlockRuns:
         self, model: nn.Module, held: Held = nullcontext, *, buffers: bool = False
     ) -> None:
         model = plain_module(model)
-        self._own, self._held = dict(_parts(model)), held
+        self._own, self._held = dict(parts(model)), held
         self._copy = _copy(model, buffers)
         for name in self._own:
             part = self._copy.get_submodule(name)
@@ -250,7 +250,7 @@ def _copy(model: nn.Module, buffers: bool) -> nn.Module:
     return copied
 
 
-def _parts(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+def parts(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The blocks: elements of the outermost lists, and what else has parameters of its own.
 
     What has some beside a list, such as a model with a scale, is no block.
@@ -262,8 +262,8 @@ def _parts(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]
         return
     for key, child in module.named_children():
         path = f"{name}.{key}".lstrip(".")
-        element = isinstance(module, _LISTS) and not isinstance(child, nn.ModuleList | nn.ModuleDict)
+        element = isinstance(module, _LISTS) and not isinstance(child, _NOT_CALLED)
         if element and any(True for _ in child.parameters()):
             yield path, child
         else:
-            yield from _parts(child, path)
+            yield from parts(child, path)

@@ -23,6 +23,7 @@ from fqcompile.modules.calibrate import batches_of
 from fqcompile.modules.inputs import Collect
 from fqcompile.modules.weights import ModuleWeight
 from fqcompile.options import one_of
+from fqcompile.quant.calibration import Calibration
 from fqcompile.quant.choose import QuantPlan
 from fqcompile.quant.gptq import compensate, factor_of, measured, refusal
 from fqcompile.tensor.quantized import QuantizedTensor
@@ -193,9 +194,14 @@ def compensated(
 ) -> Entry:
     """A rounded weight with codes by its inputs, expert by expert; its calibration says so.
 
-    Where the error of these would be beyond the budget, rounding stays.
+    Where the error of these would be beyond the budget, or nothing is known of the inputs, as of
+    those of weights of 8 bits, rounding stays.
     """
     plan, rounded = entry
+    if plan.calibration is None:
+        return _told(
+            plan, f"no gptq: {plan.bits} bits are rounded, whose errors are small"
+        ), rounded
     weight = replace(rounded, qweight=rounded.qweight.clone())
     parts = weight.unbind() if weight.format.experts else [weight]
     refusals = []
@@ -216,9 +222,8 @@ def compensated(
 
 
 def _told(plan: QuantPlan, done: str) -> QuantPlan:
-    assert plan.calibration is not None
-    source = f"{plan.calibration.source}; {done}"
-    return replace(plan, calibration=replace(plan.calibration, source=source))
+    own = plan.calibration or Calibration(asked="batches")
+    return replace(plan, calibration=replace(own, source=f"{own.source}; {done}"))
 
 
 def _find_or_compensate(w: Tensor, weight: QuantizedTensor, inputs: Inputs) -> None:

@@ -133,9 +133,7 @@ def _compensate_all(
 
 
 def _bar(weights: int) -> "tqdm[object]":
-    bar: tqdm[object] = progress(
-        desc="fqcompile: packing", total=weights, unit="weight", delay=2
-    )
+    bar: tqdm[object] = progress(desc="fqcompile: packing", total=weights, unit="weight", delay=2)
     return bar
 
 
@@ -232,7 +230,7 @@ def _packed(
         h = None if calibration is None else calibration.h
         plan, codes = find_or_quantize(found.matrix, options, scale_dtype, h)
         plan = replace(plan, calibration=calibration)
-        if inputs is not None and calibration is not None:
+        if inputs is not None:
             plan, codes = compensated(found, (plan, codes), inputs, options.error_budget)
         codes = codes.changed(transposed=found.transposed)
         packed = PackedWeight.of(codes, weight.dtype, found.name)
