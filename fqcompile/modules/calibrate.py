@@ -13,7 +13,7 @@ from fqcompile.errors import OptionError, ShardingError
 from fqcompile.modules.inputs import Collect, WeightInputs
 from fqcompile.modules.weights import ModuleWeight
 from fqcompile.passes.naming import begin_token_of
-from fqcompile.passes.probe_inputs import LEAST_ROWS, TOKENS
+from fqcompile.passes.probe_inputs import ROWS, TOKENS
 from fqcompile.quant.calibration import (
     Calibration,
     Moments,
@@ -153,7 +153,7 @@ def random_batch(model: nn.Module) -> dict[str, Any]:
     names = ["input_ids"]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         names += [name for name in ("decoder_input_ids",) if name in accepted]
-    shape = (LEAST_ROWS // TOKENS, TOKENS)
+    shape = (ROWS // TOKENS, TOKENS)
     drawn = {name: token_ids(shape, rows, generator, begin) for name in names}
     ids = {name: tensor.to(table.weight.device) for name, tensor in drawn.items()}
     spared = {"use_cache": False, "logits_to_keep": 1}  # what no weight's input depends on
