@@ -13,6 +13,7 @@ from fqcompile.distributed.shards import team_of
 from fqcompile.errors import OptionError, ShardingError
 from fqcompile.modules.inputs import Collect, WeightInputs
 from fqcompile.modules.weights import ModuleWeight
+from fqcompile.passes.naming import begin_token_of
 from fqcompile.passes.probe_inputs import LEAST_ROWS, TOKENS
 from fqcompile.quant.calibration import (
     Calibration,
@@ -146,7 +147,9 @@ def _moments(
 
 
 def random_batch(model: nn.Module) -> dict[str, Any]:
-    """32 sequences of 16 random ids, as a compiled graph with symbolic sizes is run on them.
+    """32 sequences of 16 ids, as a compiled graph with symbolic sizes is run on them.
+
+    Each begins with the begin token of the model's config, if it has one; the others are random.
 
     Raises:
         ValueError: the model's forward takes no `input_ids`, or it has no table of tokens.
@@ -159,13 +162,13 @@ def random_batch(model: nn.Module) -> dict[str, Any]:
     table = asked or max(tables, key=lambda table: table.num_embeddings, default=None)
     if table is None:
         raise ValueError(f"{type(model).__name__} has no embedding whose rows its input_ids name")
-    rows, generator = table.weight.shape[0], token_generator()
+    rows, generator, begin = table.weight.shape[0], token_generator(), begin_token_of(model)
     names = ["input_ids"]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         names += [name for name in ("decoder_input_ids",) if name in accepted]
     shape = (LEAST_ROWS // TOKENS, TOKENS)
     device = "cpu" if table.weight.is_meta else table.weight.device  # meta: filled when it runs
-    ids = {name: token_ids(shape, rows, generator).to(device) for name in names}
+    ids = {name: token_ids(shape, rows, generator, begin).to(device) for name in names}
     spared = {"use_cache": False, "logits_to_keep": 1}  # what no weight's input depends on
     return ids | {name: value for name, value in spared.items() if name in accepted}
 

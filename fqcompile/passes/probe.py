@@ -46,6 +46,8 @@ class Probe:
         tables: see `tables_of`.
         written: positions of inputs that a run may write to.
         talks: whether the graph has collectives, which all ranks must run.
+        begin: the begin token of the model that was compiled first; other instances of the class
+            that run this graph get the same.
     """
 
     module: fx.GraphModule
@@ -53,6 +55,7 @@ class Probe:
     tables: Mapping[int, int]
     written: frozenset[int]
     talks: bool
+    begin: int | None
 
     @classmethod
     def of(cls, state: GraphState, sites: Sequence[WeightSite]) -> "Probe":
@@ -68,7 +71,7 @@ class Probe:
         module = _noted(state, sites)
         talks = any(_talks(node) for node in module.graph.nodes)
         tables = tables_of(state, max(site.node for site in sites)) if sites else {}
-        return cls(module, sites, tables, written, talks)
+        return cls(module, sites, tables, written, talks, state.begin_token)
 
     def run(self, args: Sequence[Any], *, random: bool) -> list[Moments]:
         """Run the graph and return the moments of each site's inputs.
@@ -91,7 +94,7 @@ class Probe:
             devices = [arg.device for arg in args if isinstance(arg, Tensor)]
             try:
                 with fixed_random_numbers(devices):
-                    for given in each_run(inputs, args, sizes, tables, self.written):
+                    for given in each_run(inputs, args, sizes, tables, self.written, self.begin):
                         _Interpreter(self, moments).whole(given)
             except Exception as error:
                 log.debug("a probe failed at sizes %s", sizes, exc_info=True)

@@ -1,8 +1,8 @@
 """The inputs of a probe: random ids, sizes of many short sequences, and copies.
 
 Integer inputs that index a table get random ids from a fixed seed, and symbolic sizes are those of
-32 sequences of 16 ids. All other inputs are those of the call, copied if the graph may write to
-them.
+32 sequences of 16 ids, each of which begins with the begin token of the model. All other inputs are
+those of the call, copied if the graph may write to them.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -122,11 +122,17 @@ def many_short(inputs: Nodes, own: Sizes, tables: Tables) -> dict[Any, int]:
 
 
 def each_run(
-    inputs: Nodes, args: Sequence[Any], sizes: Sizes, tables: Tables, written: Collection[int]
+    inputs: Nodes,
+    args: Sequence[Any],
+    sizes: Sizes,
+    tables: Tables,
+    written: Collection[int],
+    begin: int | None,
 ) -> Iterator[list[Any]]:
     """Yield the inputs of each run: enough runs for LEAST_ROWS ids, or one if there are no ids.
 
-    `written`: positions of inputs that a run may write to.
+    `written`: positions of inputs that a run may write to. `begin`: the begin token. It is for the
+    largest table: smaller ones are of other things than tokens, such as their positions and types.
     """
     generator, shapes = token_generator(), [_shape(node, sizes) for node in inputs]
     count = max((prod(shapes[index]) for index in tables), default=LEAST_ROWS)
@@ -137,7 +143,8 @@ def each_run(
             for node, arg in zip(inputs, args, strict=True)
         ]
         for index, rows in tables.items():
-            ids = token_ids(shapes[index], rows, generator)
+            first = begin if rows == max(tables.values()) else None
+            ids = token_ids(shapes[index], rows, generator, first)
             given[index] = ids.to(args[index].device, args[index].dtype)
         copies = copied([_resized(given[i], shapes[i]) for i in moved])
         for index, tensor in zip(moved, copies, strict=True):

@@ -126,9 +126,19 @@ def over_ranks(
     return own, each if any(placed.is_shard(column) for placed in whole.placements) else ()
 
 
-def token_ids(shape: Sequence[int], rows: int, generator: torch.Generator) -> Tensor:
-    """Random ids of a table with so many rows; int64 on the CPU, where the generator is."""
-    return torch.randint(0, rows, tuple(shape), generator=generator, device="cpu")
+def token_ids(
+    shape: Sequence[int], rows: int, generator: torch.Generator, begin: int | None = None
+) -> Tensor:
+    """Random ids of a table with so many rows; int64 on the CPU, where the generator is.
+
+    `begin`: what each sequence [..., length > 1] begins with, if it is in the table: many models
+    send most of their attention, and their largest values, to it. Ids in one dimension may be
+    several sequences, one after the other, and stay random.
+    """
+    ids = torch.randint(0, rows, tuple(shape), generator=generator, device="cpu")
+    if begin is not None and 0 <= begin < rows and len(shape) > 1 and shape[-1] > 1:
+        ids[..., 0] = begin
+    return ids
 
 
 def token_generator() -> torch.Generator:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 import fqcompile
 from fqcompile.errors import OptionError
+from fqcompile.modules.calibrate import random_batch
 from fqcompile.tensor.codes import _levels_of_bytes
 from fqcompile.weights.store import STORE
 from tests import dense_models, moe_models
@@ -31,6 +32,9 @@ def _h(plan: Any) -> dict[str, Tensor]:
     }
 
 
+BEGINS = {"llama": 1, "opt": 2, "mixtral": 1}  # the bos_token_id of their configs
+
+
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["llama", "opt", "bert", "t5", "mixtral"])
 def test_random_ids_give_what_a_compiled_graph_of_symbolic_sizes_gets(name: str) -> None:
@@ -39,6 +43,8 @@ def test_random_ids_give_what_a_compiled_graph_of_symbolic_sizes_gets(name: str)
         inputs = {"input_ids": torch.arange(1, 11).view(2, 5), "use_cache": False}
     else:
         model, inputs = dense_models.build(name, torch.float32)
+    begins = random_batch(model)["input_ids"][:, 0].unique().tolist()
+    assert begins == [BEGINS[name]] if name in BEGINS else len(begins) > 16
     packed = _h(fqcompile.quantize_(copy.deepcopy(model), **OPTIONS))
     with torch.no_grad():
         torch._dynamo.reset()

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,6 +84,87 @@ def test_random_ids_come_from_a_fixed_seed_for_enough_rows() -> None:
     sites = _sites()
     _assert_h(_h(sites["up.weight"]), exact.table(torch.stack(runs)))
     assert {(s.calibration, s.calibration_rows) for s in sites.values()} == {("synthetic", 448)}
+
+
+class Typed(Tokens):
+    """A second input of ids, of the types of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types = nn.Embedding(2, WIDTH)
+
+    def forward(self, ids: Tensor, types: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(self.table(ids) + self.types(types))))
+
+
+class Around(nn.Module):
+    """What a model may be wrapped in, with a config of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.config = model, {"bos_token_id": 4}
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.model(*args)
+
+
+def _config(token: object) -> SimpleNamespace:
+    return SimpleNamespace(bos_token_id=token)
+
+
+def _of_text() -> SimpleNamespace:
+    return SimpleNamespace(bos_token_id=5, get_text_config=lambda: _config(1))
+
+
+def _of_two_texts() -> SimpleNamespace:
+    def two() -> None:
+        raise ValueError("ambiguous")
+
+    return SimpleNamespace(bos_token_id=1, get_text_config=two)
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "begins"),
+    [
+        (Tokens, _config(1), True),
+        (Tokens, _config([1, 2]), True),
+        (Tokens, _of_text(), True),
+        (Tokens, _of_two_texts(), True),
+        (Tokens, _config(None), False),
+        (Tokens, _config(VOCAB), False),
+        (Tokens, {"bos_token_id": 1}, False),
+        (Typed, _config(1), True),
+    ],
+)
+@pytest.mark.parametrize("wrap", [lambda m: m, Around, lambda m: lambda *args: m(*args)])
+def test_sequences_begin_with_the_begin_token(
+    make: Callable[[], Any], config: Any, begins: bool, wrap: Callable[[nn.Module], Any]
+) -> None:
+    model, exact = frozen(make()), make().double()
+    model.config = config
+    types = (IDS % 2,) if make is Typed else ()
+    _compiled(wrap(model), IDS, *types)
+    generator, runs = torch.Generator().manual_seed(0), []
+    for _ in range(32):
+        ids = torch.randint(0, VOCAB, (2, 7), generator=generator)
+        ids[:, 0] = 1 if begins else ids[:, 0]
+        x = exact.table(ids)
+        if types:  # of no begin
+            x = x + exact.types(torch.randint(0, 2, (2, 7), generator=generator))
+        runs.append(x)
+    (h,) = (_h(site) for name, site in _sites().items() if name.endswith("up.weight"))
+    _assert_h(h, torch.stack(runs))
+
+
+@pytest.mark.parametrize("length", [1, 9])
+def test_ids_without_sequences_have_no_begin(length: int) -> None:
+    found = []
+    for token in (None, 1):
+        model = frozen(Tokens())
+        model.config = _config(token)
+        _compiled(model, torch.arange(9) if length > 1 else torch.arange(9)[:, None])
+        found.append(_h(_sites()["up.weight"]))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
