@@ -84,12 +84,13 @@ def quantize_checkpoint(
         before = _before(work, target, identity, resume, overwrite)
     if isinstance(before, Plan):
         return before
+    if data is None:
+        return _run(work, config, target, identity, before, say)
     try:
-        blocks = None if data is None else data.by_blocks(work, config)
+        return _run(work, config, target, identity, before, say, data.by_blocks(work, config))
     except RunsWhole as error:
         say(error.announced(work))
-        return data.quantize(work, target, identity, _files(work), options)
-    return _run(work, config, target, identity, before, say, blocks)
+    return data.quantize(work, target, identity, _files(work), options)
 
 
 def _before(
@@ -121,7 +122,7 @@ def _run(
     identity: str,
     before: tuple[str, Progress],
     say: Callable[[str], None],
-    blocks: BlockData | None,
+    blocks: BlockData | None = None,
 ) -> Plan:
     generation, done = before
     journal, start = Journal(target), time.perf_counter()
