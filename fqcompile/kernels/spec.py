@@ -97,8 +97,8 @@ def _from_properties(properties: Any) -> Gpu:
     clock = 1e3 * properties.clock_rate or 1.5e9
     # Both edges of the memory's clock carry bits.
     nominal = 2 * 1e3 * properties.memory_clock_rate * properties.memory_bus_width / 8 or 3e11
-    halved = 2 if _HALVED in properties.name else 1
-    per_clock = _MATRIX_FLOPS_PER_CLOCK.get(capability, _SLOWEST_FLOPS_PER_CLOCK) / halved
+    per_clock: float = _MATRIX_FLOPS_PER_CLOCK.get(capability, _SLOWEST_FLOPS_PER_CLOCK)
+    per_clock /= 2 if _HALVED in properties.name else 1
     return Gpu(
         name=properties.name,
         arch=arch,

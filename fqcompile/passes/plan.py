@@ -227,9 +227,9 @@ def _slow(
     site: WeightSite, options: SiteOptions, dtype: torch.dtype, device: torch.device
 ) -> str | None:
     """Why 4 or 8 bits would make a GPU's calls slower; the dense weight stays in memory anyway."""
-    *_, n, k = site.shape
+    *stack, n, k = site.shape
     group = options.granularity if isinstance(options.granularity, int) else k
-    experts = site.shape[0] if len(site.shape) > 2 else 0
+    experts = stack[0] if stack else 0
     form = Format(options.bits, min(group, k), n, k, experts, levels=options.levels)
     scale_dtype = scale_dtype_beside(dtype)
     reason = dequantized_because(spec_of(form, dtype, scale_dtype, device, None))
