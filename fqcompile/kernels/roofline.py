@@ -4,7 +4,6 @@ Expressions in M, the rows of x, in seconds. Each kernel's own cost model is nex
 """
 
 import time
-from collections.abc import Callable
 from functools import cache
 from typing import Protocol
 
@@ -113,38 +112,3 @@ def dense(spec: GemmSpec, gpu: Gpu) -> Expr:
     dequantize = (stack * weight_bytes(spec) + scratch) / gpu.bandwidth
     moved = (scratch + activation_bytes(spec)) / gpu.bandwidth
     return dequantize + Max(moved, flops(spec) / gpu.matrix_flops) + 2 * LAUNCH_SECONDS
-
-
-def crossover(first: Expr, second: Expr) -> float:
-    """The largest M up to which `first` takes no longer than `second`; inf if it always does.
-
-    Both are sums of maxima of lines in M, so they cross where two of their lines do.
-    """
-    difference = sympy.lambdify(M, first - second, "math")
-    roots = {
-        float(root)
-        for line in _lines(first)
-        for other in _lines(second)
-        for root in sympy.roots(line - other, M)
-        if root.is_positive
-    }
-    crossings = [root for root in sorted(roots) if _turns_positive(difference, root)]
-    if crossings:
-        return crossings[0]
-    return 0.0 if difference(1.0) > 0 else float("inf")
-
-
-def _turns_positive(function: Callable[[float], float], root: float) -> bool:
-    near = 1e-6
-    return function(root * (1 - near)) <= 0 < function(root * (1 + near))
-
-
-def _lines(expression: Expr) -> list[Expr]:
-    """The lines of which a sum of lines and maxima of lines is the maximum."""
-    for maximum in expression.atoms(Max):
-        return [
-            line
-            for choice in maximum.args
-            for line in _lines(expression.xreplace({maximum: choice}))
-        ]
-    return [sympy.expand(expression)]

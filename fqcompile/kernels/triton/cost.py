@@ -12,7 +12,7 @@ from dataclasses import astuple, dataclass, fields
 from functools import cache
 from typing import Any
 
-from sympy import Expr, Max, Min, Symbol, ceiling, floor, lambdify
+from sympy import Max, Min, Symbol, ceiling, floor, lambdify
 
 from fqcompile.kernels.roofline import LAUNCH_SECONDS, M
 from fqcompile.kernels.spec import GemmSpec, Gpu, TileConfig
@@ -110,22 +110,24 @@ class Model:
         by_shared = self.shared / (self.shared_bytes + 1024)
         return Min(by_registers, by_shared, _WARPS / self.warps)
 
-    def seconds(self, tiles_m: Any, hit: Any, steady: bool) -> Any:
-        """The time of one call with M rows in `tiles_m` tiles, which read `hit` weight matrices.
+    def programs(self, tiles_m: Any) -> Any:
+        """Programs of the kernel with `tiles_m` tiles of rows."""
+        return tiles_m * ceiling(self.rows / (self.pair * self.tile_n)) * self.split
 
-        `steady`: there are so many programs that all SMs are always busy.
-        """
+    def seconds(self, tiles_m: Any, hit: Any) -> Any:
+        """The time of one call with M rows in `tiles_m` tiles, which read `hit` weight matrices."""
         per_program = ceiling(ceiling(self.k / BLOCK_K) / self.split)
-        programs = tiles_m * ceiling(self.rows / (self.pair * self.tile_n)) * self.split
-        per_sm = programs / self.sms if steady else Max(programs / self.sms, 1)
+        programs = self.programs(tiles_m)
+        # The SM with the most programs is the last to end.
+        per_sm = ceiling(programs / self.sms)
         blocks = per_sm * per_program
-        at_once = self._resident if steady else Min(self._resident, per_sm)
+        at_once = Min(self._resident, per_sm)
         share = Min(_ISSUE_SHARE, _WARP_SHARE * at_once * self.warps / 4)
         issue = self.instructions * self.warps / 4 / self.clock / share
         tile = self.pair * self.tile_m * self.tile_n
         matrix = 2 * tile * BLOCK_K * self.sms / self.flops
         in_flight = Min(programs, self.sms * self._resident) * (self.stages - 1) * self._block_bytes
-        rate = self.bandwidth if steady else Min(self.bandwidth, in_flight / _LATENCY)
+        rate = Min(self.bandwidth, in_flight / _LATENCY)
         memory = (hit * self.rows * self.k * self.bits / 8 + M * 2 * (self.k + self.n)) / rate
         read = programs * per_program * (self._block_bytes + self._x_bytes)
         from_cache = read / (_L2_OVER_DRAM * self.bandwidth)
@@ -153,7 +155,7 @@ def _model(spec: GemmSpec, config: TileConfig, gpu: Gpu) -> Model:
         warps=config.num_warps,
         stages=config.num_stages,
         pair=2 if spec.gated and has_two_sums(spec.n, config) else 1,
-        wgmma=int(gpu.capability == 90),
+        wgmma=int(gpu.has_wgmma),
         kernels=2 if spec.routing == "grouped" else 1,
         sms=gpu.num_sms,
         clock=gpu.clock_hz,
@@ -171,6 +173,7 @@ class Cost:
     registers: float
     shared_bytes: float
     instructions: float
+    programs: float
 
 
 @cache
@@ -178,9 +181,11 @@ def _evaluate() -> Callable[..., tuple[float, ...]]:
     symbols = [Symbol(field.name, positive=True) for field in fields(Model)]
     model = Model(*symbols)
     tiles_m, hit = (Symbol(name, positive=True) for name in ("tiles_m", "hit"))
-    seconds = model.seconds(tiles_m, hit, steady=False)
+    seconds = model.seconds(tiles_m, hit)
     per_weight = model.instructions / model._weights
-    wanted = (seconds, model.registers, model.shared_bytes, per_weight)
+    wanted = (
+        seconds, model.registers, model.shared_bytes, per_weight, model.programs(tiles_m)
+    )  # fmt: skip
     function: Callable[..., tuple[float, ...]]
     function = lambdify((M, tiles_m, hit, *symbols), wanted, "math", cse=True)
     return function
@@ -211,16 +216,3 @@ def cost(spec: GemmSpec, config: TileConfig, gpu: Gpu, m: int, hit: float | None
     hit = mean_experts_hit(spec, m) if hit is None else hit
     tiles = _tiles(spec, config, m, hit)
     return Cost(*_evaluate()(m, tiles, hit, *astuple(_model(spec, config, gpu))))
-
-
-def steady_seconds(spec: GemmSpec, config: TileConfig, gpu: Gpu) -> Expr:
-    """The time for many rows as a maximum of linear functions of M, to solve crossovers from.
-
-    For experts, each is assumed to have rows for several tiles.
-    """
-    model, block_m = _model(spec, config, gpu), config.BLOCK_M
-    if not spec.experts:
-        return model.seconds(M / block_m, 1, steady=True)
-    assert spec.routing == "grouped", "one program a row: nothing takes over from it"
-    tiles_m = _tiles_of_experts(M, spec.experts, block_m)
-    return model.seconds(tiles_m, spec.experts, steady=True)
