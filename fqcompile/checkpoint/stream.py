@@ -54,27 +54,26 @@ def quantize_checkpoint(
 ) -> Plan:
     """Quantize a Hugging Face checkpoint into a directory that `fqcompile.load` reads.
 
-    The result equals `quantize_` on the model that `from_pretrained` loads. Tensors are read and
-    quantized one at a time (a stack of experts is one), so peak memory is less than a GiB plus the
-    needs of the largest; with calibration, plus a block, the states between two blocks, and for
-    GPTQ 4 GiB. A model that does not run block by block is loaded whole, and `say` is told.
+    The result equals `quantize_` on the model that `from_pretrained` loads. Peak memory is less
+    than a GiB plus the needs of the largest tensor or stack; with calibration plus a block and the
+    states between two, and 4 GiB for GPTQ. A model without such blocks is loaded whole.
 
     Args:
         source: a local directory with `config.json` and safetensors files.
         calibration, method: as for `quantize_`, or a text file, of which 128 x 512 tokens are used.
-        dtype: dtype of the model; by default that of the config, else of the tensors.
+        dtype: of the model; by default that of the config, else of the tensors.
         resume: continue a killed run with the same arguments; without one, start a new run.
         overwrite: replace the save in `out`, which stays valid until the new one is complete.
         say: receives lines about the rate, tensors without use, and a model that is loaded whole.
-        options: the options of `quantize_`.
+        options: of `quantize_`.
 
     Raises:
         CheckpointError: the source is not such a checkpoint, is quantized or pickled, or does not
             match the class that its config names; `out` cannot be written; memory is too little.
         OptionError, UnquantizableWeight: as for `quantize_`.
     """
-    config = packing_config({**options, "calibration": None})
-    found, target = open_source(Path(source)), Path(out)
+    config, target = packing_config({**options, "calibration": None}), Path(out)
+    found = open_source(Path(source))
     if os.path.realpath(target) == os.path.realpath(found.directory):
         raise CheckpointError(f"{target} is the checkpoint itself; give another directory")
     work = CheckpointModel.of(found, dtype)

@@ -49,10 +49,10 @@ _HELP = {
 
 # Of commands that quantize a checkpoint, which need not run its model without.
 _DATA_HELP = {
-    "calibration": "text file, or synthetic (random tokens), that the model is run on to weigh "
-    "errors, one block in memory at a time (default: null, not at all)",
-    "method": "scale: round at the best scales; gptq: codes make up for each other's errors, which "
-    "needs a text of some thousand tokens as calibration (default: scale)",
+    "calibration": "text file, or synthetic (random tokens), that the model runs on to weigh "
+    "errors (default: null, not at all)",
+    "method": "scale: round to best scales; gptq: make up for errors, with a calibration text of "
+    "thousands of tokens (default: scale)",
 }
 
 _EXAMPLE_TOKENS = 8
