@@ -54,7 +54,9 @@ def _convert(folder: Path) -> None:
     chosen: dict[str, Any] = {"gguf_file": FILE, "local_files_only": True}
     transformers.AutoTokenizer.from_pretrained(folder, **chosen).save_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **chosen, dtype=torch.float32)
-    del model.config.quantization_config  # describes the GGUF file
+    # Both describe the GGUF file; a model with them is not saved.
+    del model.config.quantization_config
+    model.hf_quantizer = None
     model.save_pretrained(folder, max_shard_size="2GB")
 
 
