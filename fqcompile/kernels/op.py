@@ -60,7 +60,9 @@ DEQUANTIZE_SCHEMA = (
 
 # Compiled graphs are cached on disk by the graph and this: another version of the operators, whose
 # calls or backward graphs differ, does not find them.
-CACHE_TAG = f"fqcompile:{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}"
+_DEFINED_IN = (Path(__file__), Path(__file__).parent / "cpu" / "attention.py")
+_digest = hashlib.sha256(b"".join(path.read_bytes() for path in _DEFINED_IN))
+CACHE_TAG = f"fqcompile:{_digest.hexdigest()[:16]}"
 
 
 def _matmul_impl(

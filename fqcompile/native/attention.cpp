@@ -212,14 +212,10 @@ INLINE float weight_of(float x) {
 
 INLINE float finite_or_zero(float top) { return top == -INF ? 0.0f : top; }
 
-// Prefetches the row that is AHEAD bytes after one, where rows follow each other.
-struct Ahead {
-  int64_t offset, bytes;
-  Ahead(const Rows& of, int64_t row, int64_t ahead) : offset((ahead + row - 1) / row * of.row), bytes(row) {}
-  INLINE_MEMBER void prefetch(const char* row) const {
-    for (int64_t at = 0; at < bytes; at += CACHE_LINE) _mm_prefetch(row + offset + at, _MM_HINT_T1);
-  }
-};
+// Of memory, so that it is in the second cache when it is read.
+INLINE void prefetch(const char* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += CACHE_LINE) _mm_prefetch(from + at, _MM_HINT_T1);
+}
 
 // cap tanh(x / cap)
 INLINE F32 capped(F32 x, float cap) {
@@ -421,18 +417,18 @@ class Attention {
     }
   }
 
-  // q kᵀ of one block.
+  // q kᵀ of one block; prefetches keys that follow, and those of `values` that are given.
   void score(int64_t n, const char* const* keys, const char* const* values, const char* q, float* scores) const {
-    const int64_t rows = c.rows();
-    const Ahead keys_ahead(c.k, c.width * bytes_of(c.type), AHEAD), values_here(c.v, c.v_width * bytes_of(c.type), 0);
+    const int64_t rows = c.rows(), k_bytes = c.width * bytes_of(c.type), v_bytes = c.v_width * bytes_of(c.type);
+    const int64_t ahead = (AHEAD / std::max<int64_t>(k_bytes, 1) + 1) * c.k.row;
     for (int64_t r = 0, taken; r < rows; r += taken) {
       taken = power_of_two_within(rows - r, MOST_DOTS);
       const int64_t together = LANES / taken;
       for (int64_t j = 0; j < n; j += together) {
         dot_products<Way>(taken, keys + j, q + r * q_row(), q_row(), c.width, scores + r * BLOCK + j);
         for (int64_t i = j; r == 0 && i < std::min(j + together, n); i++) {
-          keys_ahead.prefetch(keys[i]);
-          if (values) values_here.prefetch(values[i]);
+          prefetch(keys[i] + ahead, k_bytes);
+          if (values) prefetch(values[i], v_bytes);
         }
       }
     }
@@ -448,23 +444,24 @@ class Attention {
       const int64_t h = head_of(kv_head, r), query = query_of(r);
       if (!as_is && (r == 0 || c.mask.head || query != query_of(r - 1)))
         for (int64_t j = 0; j < n; j++) bias[j] = visible.bias(c.mask.at(b, h, query), query, keys[j]);
-      std::fill_n(scores + n, rounded_up(n, LANES) - n, 0.0f);  // of no key, and maybe an earlier call's NaN
+      std::fill_n(scores + n, BLOCK - n, 0.0f);  // of no key, and maybe an earlier call's NaN
       const F32 before = splat(top_of(part));
-      F32 top = before;
-      for (int64_t j = 0; j < n; j += LANES) {
-        F32 x = multiply(load(scores + j), splat(float(c.scale)));
-        if (c.softcap != 0) x = capped(x, float(c.softcap));
-        x = add(x, load(bias + j));
-        store(scores + j, x);
-        top = most(top, x);
+      F32 top = before, x[BLOCK / LANES];
+#pragma GCC unroll 4
+      for (int j = 0; j < BLOCK / LANES; j++) {
+        x[j] = multiply(load(scores + j * LANES), splat(float(c.scale)));
+        if (c.softcap != 0) x[j] = capped(x[j], float(c.softcap));
+        x[j] = add(x[j], load(bias + j * LANES));
+        top = most(top, x[j]);
       }
       if (equal_lanes(top, before) != ALL_LANES) raise(part, std::max(top_of(part), most_lane(top)));
       const F32 base = splat(finite_or_zero(top_of(part)));
       float* total = part + sums();
       F32 sum = load(total);
-      for (int64_t j = 0; j < n; j += LANES) {
-        const F32 p = weight_of(subtract(load(scores + j), base));
-        Way::store_weights(weights + j, p);
+#pragma GCC unroll 4
+      for (int j = 0; j < BLOCK / LANES; j++) {
+        const F32 p = weight_of(subtract(x[j], base));
+        Way::store_weights(weights + j * LANES, p);
         sum = add(sum, p);
       }
       store(total, sum);

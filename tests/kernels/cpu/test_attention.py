@@ -150,7 +150,7 @@ def problems(draw: st.DrawFn) -> Problem:
         draw(st.integers(1, 9)),
         draw(st.integers(1, 8)),
         draw(st.integers(0, 200)),
-        draw(st.sampled_from([1, 7, 16, 33, 64, 80])),
+        draw(st.sampled_from([0, 1, 7, 16, 33, 64, 80])),
         draw(st.sampled_from([1, 7, 16, 33, 64, 80])),
         draw(st.sampled_from(DTYPES)),
         softcap=draw(st.sampled_from([0.0, 0.0, 2.0, 50.0])),
