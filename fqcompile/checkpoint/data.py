@@ -222,7 +222,8 @@ def _batches_of_text(file: Path, directory: Path) -> list[Tensor]:
     asked = f"option calibration is {str(file)!r}"
     if not file.is_file():
         raise OptionError(
-            f'{asked}; allowed: "synthetic", the path of a text file, None, or in Python batches'
+            f'{asked}, and there is no such file; allowed: "synthetic", the path of a text file, '
+            "None, or in Python batches"
         )
     try:
         text = file.read_text(encoding="utf-8")

@@ -30,7 +30,7 @@ from fqcompile.checkpoint.hugging_face import config_of
 from fqcompile.checkpoint.journal import Journal, Progress
 from fqcompile.checkpoint.manifest import MANIFEST, Manifest, versions
 from fqcompile.checkpoint.model import CheckpointModel, shortened, slots
-from fqcompile.checkpoint.source import open_source, other_files, will_read
+from fqcompile.checkpoint.source import Source, open_source, other_files, will_read
 from fqcompile.checkpoint.stream_writer import StreamWriter, site_from
 from fqcompile.config import FineQuantConfig
 from fqcompile.errors import CheckpointError, OptionError
@@ -55,28 +55,26 @@ def quantize_checkpoint(
     """Quantize a Hugging Face checkpoint into a directory that `fqcompile.load` reads.
 
     The result equals `quantize_` on the model that `from_pretrained` loads. Tensors are read and
-    quantized one at a time (a stack of experts is one), so peak memory is less than a GiB plus the
-    needs of the largest; with calibration, plus a block, the states between two blocks, and for
-    GPTQ 4 GiB. A model that does not run block by block is loaded whole, and `say` is told.
+    quantized one at a time (a stack of experts is one): peak memory is less than a GiB plus what
+    the largest needs. Calibration adds a block and the states between blocks, GPTQ 4 GiB; a model
+    that does not run block by block is loaded whole, which `say` is told.
 
     Args:
         source: a local directory with `config.json` and safetensors files.
         calibration, method: as for `quantize_`, or a text file, of which 128 x 512 tokens are used.
         dtype: dtype of the model; by default that of the config, else of the tensors.
         resume: continue a killed run with the same arguments; without one, start a new run.
-        overwrite: replace the save in `out`, which stays valid until the new one is complete.
+        overwrite: replace the save in `out`, which stays valid until the new one is whole.
         say: receives lines about the rate, tensors without use, and a model that is loaded whole.
-        options: the options of `quantize_`.
+        options: those of `quantize_`.
 
     Raises:
-        CheckpointError: the source is not such a checkpoint, is quantized or pickled, or does not
-            match the class that its config names; `out` cannot be written; memory is too little.
+        CheckpointError: the source is no such checkpoint, is quantized or pickled, or not of the
+            class that its config names; `out` cannot be written; memory is too little.
         OptionError, UnquantizableWeight: as for `quantize_`.
     """
     config = packing_config({**options, "calibration": None})
-    found, target = open_source(Path(source)), Path(out)
-    if os.path.realpath(target) == os.path.realpath(found.directory):
-        raise CheckpointError(f"{target} is the checkpoint itself; give another directory")
+    target, found = Path(out), _opened(Path(source), Path(out))
     work = CheckpointModel.of(found, dtype)
     data = data_of(found.directory, calibration=calibration, method=method)
     identity = _identity(work, config, data)
@@ -84,12 +82,20 @@ def quantize_checkpoint(
         before = _before(work, target, identity, resume, overwrite)
     if isinstance(before, Plan):
         return before
+    if data is None:
+        return _run(work, config, target, identity, before, say)
     try:
-        blocks = None if data is None else data.by_blocks(work, config)
+        blocks = data.by_blocks(work, config)
     except RunsWhole as error:
         say(error.announced(work))
         return data.quantize(work, target, identity, _files(work), options)
     return _run(work, config, target, identity, before, say, blocks)
+
+
+def _opened(source: Path, target: Path) -> Source:
+    if os.path.realpath(target) == os.path.realpath(source):
+        raise CheckpointError(f"{target} is the checkpoint itself; give another directory")
+    return open_source(source)
 
 
 def _before(
@@ -121,7 +127,7 @@ def _run(
     identity: str,
     before: tuple[str, Progress],
     say: Callable[[str], None],
-    blocks: BlockData | None,
+    blocks: BlockData | None = None,
 ) -> Plan:
     generation, done = before
     journal, start = Journal(target), time.perf_counter()

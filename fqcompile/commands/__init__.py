@@ -47,12 +47,12 @@ _HELP = {
     "mode": "Inductor's mode, such as max-autotune",
 }
 
-# Of commands that quantize a checkpoint, which they need not load without.
+# Of commands that quantize a checkpoint, which need not run its model without.
 _DATA_HELP = {
-    "calibration": "text file, or synthetic (random tokens), that the model is run on to weigh "
-    "errors, loaded whole (default: null)",
-    "method": "scale: round at the best scales; gptq: codes make up for each other's errors "
-    "(default: scale)",
+    "calibration": "text file, or synthetic (random tokens), that the model runs on to weigh "
+    "errors (default: null, not at all)",
+    "method": "scale: round to best scales; gptq: make up for errors, with a calibration text of "
+    "thousands of tokens (default: scale)",
 }
 
 _EXAMPLE_TOKENS = 8

@@ -11,6 +11,7 @@ import sympy
 import torch
 from sympy import Expr, Max, Symbol
 
+from fqcompile.kernels.cpu.huge_pages import in_huge_pages
 from fqcompile.kernels.spec import GemmSpec, Gpu
 
 M: Symbol = Symbol("M", positive=True)
@@ -96,7 +97,7 @@ def read_bandwidth() -> float:
 @cache
 def _measured(threads: int) -> float:
     """The best of a few sums, the fastest reader in PyTorch, over a tensor that no cache holds."""
-    numbers = torch.ones(_READ_BYTES // 4)
+    numbers = in_huge_pages(torch.empty(_READ_BYTES // 4)).fill_(1)
     seconds = []
     for _ in range(_READS):
         start = time.perf_counter()

@@ -13,7 +13,7 @@ block at a time has to be in memory, can be run repeatedly, and can be packed be
 import copy
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,6 +46,11 @@ class _Call:
     forward: Callable[..., object]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def copied(self) -> "_Call":
+        """To be run once more: a block may write to caches, and to its inputs."""
+        args, kwargs = copy.deepcopy((self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs)
 
 
 class _Thread(threading.Thread):
@@ -123,9 +128,9 @@ class Block:
     def collect(self, weights: Iterable[ModuleWeight], collect: Collect) -> None:
         """Run it on its inputs, and call `collect` as `collect_inputs` does; the batches stay."""
         for one in self.calls:
-            args, kwargs = copy.deepcopy((one.args, one.kwargs))  # caches and what is added to
+            own = one.copied()
             with plain_tensors(), WeightInputs(weights, collect):
-                one.forward(*args, **kwargs)
+                own.forward(*own.args, **own.kwargs)
 
     def go_on(self) -> None:
         """Run it, and let the batches go on to their next block."""
@@ -165,7 +170,7 @@ class BlockRuns:
         """As `collect_inputs` does; also of products outside of blocks, in their threads."""
         found = list(weights)
         self._visits.clear()
-        bar = progress(
+        bar: Any = progress(
             desc="fqcompile: running blocks", total=len(self._own), unit="block", leave=False,
             delay=2,
         )  # fmt: skip
@@ -176,7 +181,7 @@ class BlockRuns:
                     block.go_on()
                 bar.update()
 
-    def blocks(self, batches: Iterable[object]) -> Iterator[Block]:
+    def blocks(self, batches: Iterable[object]) -> Generator[Block]:
         """Each that batches come to, once, with the inputs of all its calls.
 
         When the next is asked for, the batches go on through this one as it is then. It is there at
@@ -187,7 +192,7 @@ class BlockRuns:
             for block in run:
                 left[block.name] -= 1
                 if left[block.name] > 0:
-                    earlier[block.name] += block.calls
+                    earlier[block.name] += [one.copied() for one in block.calls]
                 elif left[block.name] == 0:
                     block.calls[:0] = earlier.pop(block.name, [])
                     yield block
@@ -195,7 +200,7 @@ class BlockRuns:
 
     def _run(
         self, batches: Iterable[object], mode: Callable[[], AbstractContextManager[object]]
-    ) -> Iterator[Block]:
+    ) -> Generator[Block]:
         def work(batch: object) -> None:
             with mode():
                 call(self._copy, batch)
@@ -244,7 +249,7 @@ def _copy(model: nn.Module, buffers: bool) -> nn.Module:
         shared += [module._buffers for module in model.modules()]
     copied = copy.deepcopy(model, {id(own): own for own in shared}).eval()
     for module in copied.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "use_cache"):
             config.use_cache = False
     return copied

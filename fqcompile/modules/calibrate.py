@@ -14,7 +14,7 @@ from fqcompile.errors import OptionError, ShardingError
 from fqcompile.modules.inputs import Collect, WeightInputs
 from fqcompile.modules.weights import ModuleWeight
 from fqcompile.passes.naming import begin_token_of
-from fqcompile.passes.probe_inputs import LEAST_ROWS, TOKENS
+from fqcompile.passes.probe_inputs import ROWS, TOKENS
 from fqcompile.quant.calibration import (
     Calibration,
     Moments,
@@ -154,9 +154,8 @@ def random_batch(model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: the model's forward takes no `input_ids`, or it has no table of tokens.
     """
+    model = _taking_ids(model)
     accepted = inspect.signature(model.forward).parameters
-    if "input_ids" not in accepted:
-        raise ValueError(f"the forward of {type(model).__name__} takes no input_ids")
     asked = getattr(model, "get_input_embeddings", lambda: None)()
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding)] if asked is None else []
     table = asked or max(tables, key=lambda table: table.num_embeddings, default=None)
@@ -166,22 +165,46 @@ def random_batch(model: nn.Module) -> dict[str, Any]:
     names = ["input_ids"]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         names += [name for name in ("decoder_input_ids",) if name in accepted]
-    shape = (LEAST_ROWS // TOKENS, TOKENS)
+    shape = (ROWS // TOKENS, TOKENS)
     device = "cpu" if table.weight.is_meta else table.weight.device  # meta: filled when it runs
     ids = {name: token_ids(shape, rows, generator, begin).to(device) for name in names}
     spared = {"use_cache": False, "logits_to_keep": 1}  # what no weight's input depends on
     return ids | {name: value for name, value in spared.items() if name in accepted}
 
 
+def _taking_ids(model: nn.Module) -> nn.Module:
+    """The model, or the first one inside whose forward takes `input_ids`, if it passes keywords on.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for module in model.modules():
+        accepted = inspect.signature(module.forward).parameters
+        if "input_ids" in accepted:
+            return module
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
+            break
+    raise ValueError(f"the forward of {type(model).__name__} takes no input_ids")
+
+
 def batches_of(calibration: Any) -> Iterator[object]:
     """The batches in what a user gives: a tensor or dict is one, of anything else each item.
 
     Raises:
-        OptionError: there is nothing in it that could be a batch.
+        OptionError: there is nothing in it that could be a batch, or, at the end, there was none.
     """
     if not isinstance(calibration, Iterable):
         kind = type(calibration).__name__
         raise OptionError(
             f"calibration is {calibration!r} ({kind}), which holds no inputs: {_PASS}"
         )
-    return iter([calibration] if isinstance(calibration, Tensor | Mapping) else calibration)
+    return _some([calibration] if isinstance(calibration, Tensor | Mapping) else calibration)
+
+
+def _some(batches: Iterable[object]) -> Iterator[object]:
+    empty = True
+    for batch in batches:
+        empty = False
+        yield batch
+    if empty:
+        raise OptionError(f"calibration is {batches!r}, which holds no batch: {_PASS}")

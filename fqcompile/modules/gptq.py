@@ -199,9 +199,7 @@ def compensated(
     """
     plan, rounded = entry
     if plan.calibration is None:
-        return _told(
-            plan, f"no gptq: {plan.bits} bits are rounded, whose errors are small"
-        ), rounded
+        return _told(plan, f"no gptq: {plan.bits} bits have small errors anyway"), rounded
     weight = replace(rounded, qweight=rounded.qweight.clone())
     parts = weight.unbind() if weight.format.experts else [weight]
     refusals = []

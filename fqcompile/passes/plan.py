@@ -229,7 +229,8 @@ def _slow(
     """Why 4 or 8 bits would make a GPU's calls slower; the dense weight stays in memory anyway."""
     *stack, n, k = site.shape
     group = options.granularity if isinstance(options.granularity, int) else k
-    form = Format(options.bits, min(group, k), n, k, *stack, levels=options.levels)
+    experts = stack[0] if stack else 0
+    form = Format(options.bits, min(group, k), n, k, experts, levels=options.levels)
     scale_dtype = scale_dtype_beside(dtype)
     reason = dequantized_because(spec_of(form, dtype, scale_dtype, device, None))
     return reason and (

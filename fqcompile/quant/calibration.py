@@ -22,7 +22,9 @@ from fqcompile.distributed.shards import is_part
 from fqcompile.tensor.chunks import plain_tensors
 
 _SEED = 0
-_CHUNK = 1 << 22  # elements that are squared in float64 at a time
+# Elements that are squared in float64 at a time. On a CPU too few for PyTorch to add with several
+# threads, so that their order is fixed; the memory of so many is in the cache, and used again.
+_CHUNK, _CHUNK_OF_CPU = 1 << 22, (1 << 15) - 1
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -73,8 +75,11 @@ class Moments:
         """Count the rows x [..., K], which one matrix is multiplied with."""
         rows = x.reshape(-1, x.shape[-1])
         self.rows[expert] += len(rows)
-        for piece in rows.split(max(1, _CHUNK // max(1, rows.shape[1]))):
-            self.total[expert] += piece.double().square().sum(0).cpu()
+        total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+        chunk = _CHUNK_OF_CPU if rows.is_cpu else _CHUNK
+        for piece in rows.split(max(1, chunk // max(1, rows.shape[1]))):
+            total += piece.to(torch.float64, copy=True).square_().sum(0)
+        self.total[expert] += total.cpu()
 
     @classmethod
     def sum(cls, each: Sequence["Moments"]) -> "Moments":

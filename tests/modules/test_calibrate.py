@@ -137,6 +137,34 @@ def test_a_model_without_input_ids_says_how_to_pass_inputs(
         assert one.relative_error == other.relative_error and other.calibration is None
 
 
+class Passing(nn.Module):
+    """Hands on what it is called with, as an adapter's wrapper does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+def test_a_wrapper_that_hands_keywords_on_is_looked_through() -> None:
+    model, _ = dense_models.build("llama", torch.float32)
+    own = _h(fqcompile.quantize_(copy.deepcopy(model), **OPTIONS))
+    wrapped = _h(fqcompile.quantize_(Passing(Passing(model)), **OPTIONS))
+    assert len(own) >= 8 and len(wrapped) == len(own)
+    assert all(torch.equal(wrapped[f"model.model.{name}"], h) for name, h in own.items())
+
+
+@pytest.mark.parametrize("method", ["scale", "gptq"])
+@pytest.mark.parametrize("empty", [[], (), iter(())], ids=["list", "tuple", "iterator"])
+def test_no_batches_are_refused(method: str, empty: Any) -> None:
+    model = frozen(Mlp())
+    with pytest.raises(OptionError, match="holds no batch"):
+        fqcompile.quantize_(model, calibration=empty, method=method)
+    assert type(model.up.weight) is nn.Parameter
+
+
 def test_other_words_are_refused() -> None:
     for word, text in (("first_call", "=inputs"), ("sythetic", "synthetic"), (5, "=inputs")):
         with pytest.raises(OptionError, match=text):

@@ -146,10 +146,12 @@ def test_gradients_and_autocast_pass_above_it() -> None:
 
 
 def test_it_makes_what_inference_mode_makes() -> None:
+    arguments = call()
     with path(NAMES[0]):
         for mode in (torch.inference_mode, torch.no_grad, nullcontext):
             with mode():
-                assert op.matmul_inference(*call()).is_inference() == (mode is torch.inference_mode)
+                y = op.matmul_inference(*arguments)
+            assert y.is_inference() == (mode is torch.inference_mode)
 
 
 @pytest.mark.usefixtures("no_python")
