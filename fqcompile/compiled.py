@@ -15,6 +15,7 @@ from fqcompile.backend import NAME
 from fqcompile.config import FineQuantConfig
 from fqcompile.distributed.shards import local_part
 from fqcompile.errors import FineQuantError
+from fqcompile.kernels.registry import every_step_built
 from fqcompile.report import CompileReport, recorded
 from fqcompile.weights.dispatch import start_again
 from fqcompile.weights.store import STORE
@@ -73,8 +74,8 @@ def warm_up(
     """Call `model` until a call compiles nothing more; return the reports of what was compiled.
 
     Weights are quantized and packed, and kernels are tuned (`autotune="fast"` or "max") and built
-    for these inputs, so that the next such call only runs. Call it once for each batch size to be
-    served, because a kernel is built for the number of rows it is first called with. The model
+    for these inputs, so that the next such call only runs. Where the number of rows is dynamic, the
+    kernels of all numbers are built; else call it once for each batch size to be served. The model
     really runs, so caches that it updates (such as a KV cache) are updated.
 
     Args:
@@ -84,7 +85,7 @@ def warm_up(
     before = recorded()
     for _ in range(_MOST_CALLS):
         known = recorded()
-        with torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(grad), every_step_built():
             model(*args, **kwargs)
         if torch.cuda.is_available():
             torch.cuda.synchronize()

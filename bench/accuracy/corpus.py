@@ -3,10 +3,13 @@
 A file is held out by the hash of its name, never a part of a file; its bytes are counted as read.
 """
 
+import ast
 import hashlib
+import re
 import sysconfig
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 SUFFIXES = (".py", ".txt")
@@ -14,6 +17,7 @@ SUFFIXES = (".py", ".txt")
 _SKIPPED = set("site-packages dist-packages __pycache__ test tests idle_test encodings".split())
 _HELD_OUT = 12  # one file in so many
 _LEAST_BYTES = 2000
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
 @dataclass(frozen=True)
@@ -69,3 +73,17 @@ def _read(path: Path, root: Path) -> list[Document]:
         return [Document(name.as_posix(), content.decode())]
     except UnicodeDecodeError:
         return []
+
+
+def german_text() -> str:
+    """The messages of Django's German translation, about 3500 words; "" if it is not installed."""
+    found = find_spec("django")
+    folders = [] if found is None else found.submodule_search_locations or []
+    paths = sorted(p for f in folders for p in Path(f).rglob("locale/de/LC_MESSAGES/*.po"))
+    entries = [e for p in paths for e in p.read_text(encoding="utf-8").split("\n\n")[1:]]
+    return "\n".join(filter(None, map(_translation, entries)))
+
+
+def _translation(entry: str) -> str:
+    """Of an entry of a .po file; its last form, where it has a plural."""
+    return "".join(map(ast.literal_eval, _STRING.findall(entry.rpartition("\nmsgstr")[2])))

@@ -99,9 +99,9 @@ def narrowed(model: Any, windows: Windows, size: int = _VOCABULARY) -> tuple[Nar
     return NarrowHead(model, kept).eval(), narrow
 
 
-def gemma_windows(tokenizer: Tokenizer, documents: Sequence[Document]) -> Windows:
-    """One window of each, of full length."""
-    return windows_of(documents, tokenizer, _CONTEXT, most=1, begin=_BEGIN)
+def gemma_windows(tokenizer: Tokenizer, documents: Sequence[Document], most: int = 1) -> Windows:
+    """At most `most` windows of each document."""
+    return windows_of(documents, tokenizer, _CONTEXT, most, begin=_BEGIN)
 
 
 def texts(corpus: Sequence[Document], count: int) -> list[Document]:

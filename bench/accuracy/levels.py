@@ -23,8 +23,9 @@ from itertools import combinations, pairwise, product
 import torch
 from torch import Tensor
 
-from bench.accuracy.draws import BASE, DRAWS, Way, draw_rows, their_way
+from bench.accuracy.draws import DRAWS, draw_rows
 from bench.accuracy.subjects import minilm_subject
+from bench.accuracy.ways import BASE, Way, their_way
 from fqcompile.quant.affine import quantize_affine
 from fqcompile.quant.granularity import bits_per_weight
 from fqcompile.quant.scale_search import search_scale, signed_extremes

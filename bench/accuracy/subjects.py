@@ -6,13 +6,13 @@ nats, the mean over the tokens of a document; of sentence embeddings it is 1 - c
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.accuracy.corpus import Document, stdlib_corpus
+from bench.accuracy.corpus import Document, german_text, stdlib_corpus
 from bench.accuracy.gemma import dithered_gemma, gemma_windows, narrowed, texts
 from bench.accuracy.language_model import IGNORED, Windows, evaluate, windows_of
 from bench.accuracy.quantized import NO_HEAD
@@ -34,6 +34,7 @@ class Subject:
         weights: by name.
         divergence: of the model as it is from the exact one, [D] by document, float64.
         text: batches of what it was made for, other than those of the divergence.
+        german: as many tokens of another language than the text's, where there are some.
     """
 
     name: str
@@ -41,6 +42,16 @@ class Subject:
     weights: Mapping[str, ModuleWeight]
     divergence: Callable[[], Tensor]
     text: list[Tensor]
+    german: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, name: str, model: nn.Module, divergence: Callable[[], Tensor], text: Tensor
+    ) -> "Subject":
+        """Of the matrices that `quantize_` would pack, but output heads; text in batches of 4."""
+        found = module_weights(model, FineQuantConfig.from_options(NO_HEAD))
+        weights = {w.name: w for w in found if w.reason is None and not w.head}
+        return cls(name, model, weights, divergence, list(text.split(4)))
 
 
 @dataclass
@@ -54,14 +65,6 @@ class Moment:
         rows = x.reshape(-1, x.shape[-1]).float()
         self.sum.addmm_(rows.T, rows)
         self.rows += len(rows)
-
-
-def _subject(
-    name: str, model: nn.Module, divergence: Callable[[], Tensor], text: Tensor
-) -> Subject:
-    found = module_weights(model, FineQuantConfig.from_options(NO_HEAD))
-    weights = {w.name: w for w in found if w.reason is None}
-    return Subject(name, model, weights, divergence, list(text.split(4)))
 
 
 def divergence_of(model: nn.Module, windows: Windows) -> Callable[[], Tensor]:
@@ -79,7 +82,9 @@ def gemma_subject(documents: int = _DOCUMENTS) -> Subject:
     windows = gemma_windows(tokenizer, texts(corpus.held_out, documents))
     narrow, windows = narrowed(model, windows)
     text = gemma_windows(tokenizer, texts(corpus.train, _CALIBRATING)).tokens
-    return _subject("gemma", narrow, divergence_of(narrow, windows), text)
+    found = Subject.of("gemma", narrow, divergence_of(narrow, windows), text)
+    german = gemma_windows(tokenizer, [Document("de", german_text())], most=len(text)).tokens
+    return replace(found, german=list(german.split(4)))
 
 
 def trained_subject(family: str, size: str) -> Subject:
@@ -90,7 +95,7 @@ def trained_subject(family: str, size: str) -> Subject:
         return windows_of(documents, own.tokenizer, SIZES[size].context, 1)
 
     held_out, text = windows(corpus.held_out[:_FILES]), windows(corpus.train[:_FILES]).tokens
-    return _subject(family, own.model, divergence_of(own.model, held_out), text)
+    return Subject.of(family, own.model, divergence_of(own.model, held_out), text)
 
 
 def minilm_subject() -> Subject:
@@ -104,7 +109,7 @@ def minilm_subject() -> Subject:
     def divergence() -> Tensor:
         return (1 - (exact * embedder(held_out)).sum(-1)).double()
 
-    return _subject("MiniLM", embedder.transformer, divergence, ids[half:])
+    return Subject.of("MiniLM", embedder.transformer, divergence, ids[half:])
 
 
 def error_weights(subject: Subject, calibration: Any) -> dict[str, Tensor]:

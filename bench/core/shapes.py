@@ -26,8 +26,30 @@ SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "opt-175b": ((36864, 12288), (12288, 12288), (49152, 12288), (12288, 49152)),
     "opt-6.7b": ((12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384)),
     "encoders": ((384, 384), (1536, 384), (384, 1536), (1536, 1536)),
+    "gemma-3-270m": ((1536, 640), (640, 1024), (4096, 640), (640, 2048)),
     "squares": ((4096, 4096), (8192, 8192), (16384, 16384)),
 }
+# What serving such models multiplies: N, K and whether gate and up are one matrix of 2 N rows.
+SERVED: dict[str, tuple[tuple[int, int, bool], ...]] = {
+    "qwen3-32b": (
+        (10240, 5120, False), (5120, 8192, False), (25600, 5120, True), (5120, 25600, False)
+    ),
+    "llama-3.3-70b": (
+        (10240, 8192, False), (8192, 8192, False), (28672, 8192, True), (8192, 28672, False)
+    ),
+    "llama-3.3-70b, a rank of 8": (
+        (1280, 8192, False), (8192, 1024, False), (3584, 8192, True), (8192, 3584, False)
+    ),
+    "llama-3-8b": (
+        (6144, 4096, False), (4096, 4096, False), (14336, 4096, True), (4096, 14336, False)
+    ),
+    "gpt-oss-120b": ((5120, 2880, False), (2880, 4096, False)),
+    "deepseek-v3": (
+        (1536, 7168, False), (24576, 1536, False), (576, 7168, False), (7168, 16384, False),
+        (18432, 7168, True), (7168, 18432, False),
+    ),
+    "qwen3-30b-a3b": ((5120, 2048, False), (2048, 4096, False)),
+}  # fmt: skip
 _SHAPE = re.compile(r"(\d+)x(\d+)")
 
 
@@ -78,6 +100,11 @@ class ExpertShape(NamedTuple):
 EXPERTS = {
     "qwen3-30b-a3b": ExpertShape(128, 8, 2048, 768),
     "mixtral-8x7b": ExpertShape(8, 2, 4096, 14336),
+}
+# What serving routes beside these: too large to be measured by default.
+SERVED_EXPERTS = EXPERTS | {
+    "gpt-oss-120b": ExpertShape(128, 4, 2880, 2880),
+    "deepseek-v3": ExpertShape(256, 8, 7168, 2048),
 }
 Matrix = Literal["gate_up", "down"]
 RoutingName = Literal["grouped", "gathered"]

@@ -6,7 +6,8 @@
 Results are compared with fp64 before anything is timed. Then all ways run in turn, in one process,
 each call on another copy of the weight, so that none finds it in a cache; of 25 calls the median,
 20th and 80th percentile in microseconds. "read rate" is the packed weight's bytes over the median
-of ours in bf16, of the rate at which this machine, with as many threads, reads a large tensor.
+of ours in bf16, of the rate at which this machine, with as many threads, reads a large tensor. For
+one row the last table has GB/s of all of ours, by the size of the weight.
 """
 
 import argparse
@@ -20,8 +21,8 @@ from tqdm import tqdm
 
 from bench.core.measure import Replay, microseconds, recorded_on_cpu, relative_error, timed_if_right
 from bench.core.results import Results, Row, Step
-from bench.core.section import failures, show
-from bench.core.shapes import Shape, parse_shapes
+from bench.core.section import failures, show, table
+from bench.core.shapes import OURS, Shape, parse_shapes
 from bench.kernels.cpu_ways import Way, ways
 from bench.kernels.section import cpu_kernels
 from fqcompile.kernels.roofline import read_bandwidth, weight_bytes
@@ -99,3 +100,17 @@ def main(arguments: argparse.Namespace, results: Results) -> None:
     print(f"vectors {torch.backends.cpu.get_cpu_capability()}")
     print(failures(results.content, "contender"))
     show(results, cpu_kernels)
+    print(f"\n{_read_table(results.content['rows'], rates)}")
+
+
+def _read_table(rows: Sequence[Row], rates: dict[int, float]) -> str:
+    """GB/s of the packed weights of one row, and what share of the machine's they are."""
+    lines = []
+    for row in rows:
+        if row["m"] == 1 and row["contender"].startswith(OURS) and "us" in row:
+            speed, most = row["bytes"] / row["us"] / 1e3, rates[row["threads"]] / 1e9
+            size = f"{row['bytes'] / 1e6:.2f}"
+            layer = f"{row['n']} x {row['k']}"
+            told = (f"{speed:.1f}", f"{most:.1f}", f"{speed / most:.0%}")
+            lines.append((layer, size, row["threads"], row["contender"], *told))
+    return table(lines, ("layer", "MB", "threads", "way", "GB/s", "machine", "share"))

@@ -23,12 +23,12 @@ from torch import Tensor
 from bench.core.shapes import OURS
 from fqcompile.kernels.cpu.aten_packed import INT4PACK, INT8PACK
 from fqcompile.kernels.cpu.stream import X86_STREAM
-from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.op import matmul_inference
 from fqcompile.kernels.spec import GemmSpec
 from fqcompile.kernels.template import Template
 from fqcompile.native import library as native_library
 from fqcompile.tensor.codes import unpack
-from fqcompile.tensor.format import INT4, Format
+from fqcompile.tensor.format import INT4, UNIFORM, Format
 from fqcompile.tensor.quantized import QuantizedTensor
 
 # Calls on one copy of a weight lie so many bytes of other copies apart: three times this L3.
@@ -93,11 +93,14 @@ def _template(
     own = QuantizedTensor(
         weight.qweight, scale, Format(weight.bits, weight.group_size, *weight.shape)
     )
-    first = template.layout.pack(own)
-    packed = [first.clone() for _ in range(copies_of(first.nbytes))]
+    # Each is packed, as those of a model are: a copy would lie in other memory.
+    packed = [template.layout.pack(own) for _ in range(copies_of(own.nbytes))]
+    n, k = weight.shape
+    form = (weight.bits, UNIFORM, weight.group_size, n, k, "none", False, template.name)
 
     def run(x: Tensor, one: QuantizedTensor) -> Tensor:
-        return template.run(x, one, None, Epilogue(), None)
+        y: Tensor = matmul_inference(x, *one.tensors, None, None, *form, None, None, False)
+        return y
 
     return Way(name, detail, dtype, run, packed)
 

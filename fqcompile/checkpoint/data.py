@@ -1,10 +1,12 @@
-"""Quantize a checkpoint by data: its model is loaded whole, run on batches, packed and saved.
+"""Quantize a checkpoint by data: its model is run on batches, block by block, or else whole.
 
-text  ->  token ids [1, 512], ...  ->  quantize_(model, calibration=batches)  ->  save
+text  ->  token ids [1, 512], ...  ->  each block in turn: h of its weights
+                                   ->  with GPTQ, once more: its second moments, codes, a shard
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from os import PathLike
@@ -12,20 +14,54 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from fqcompile.checkpoint.directory import commit, stage, writing
+from fqcompile.checkpoint.held import HeldWeights
 from fqcompile.checkpoint.hugging_face import transformers
 from fqcompile.checkpoint.manifest import read_manifest
-from fqcompile.checkpoint.model import CheckpointModel
+from fqcompile.checkpoint.model import CheckpointModel, slots
 from fqcompile.checkpoint.save import save
-from fqcompile.errors import OptionError
-from fqcompile.modules.calibrate import batches_of
-from fqcompile.modules.quantize import quantize_
+from fqcompile.checkpoint.source import read_config
+from fqcompile.checkpoint.stream_writer import StreamWriter
+from fqcompile.config import FineQuantConfig
+from fqcompile.errors import CheckpointError, FineQuantError, OptionError
+from fqcompile.modules.blocks import Block, BlockRuns, parts
+from fqcompile.modules.calibrate import batches_of, calibrated
+from fqcompile.modules.gptq import GPTQ, WeightsInputs, batches_for
+from fqcompile.modules.quantize import quantize_, worth_it
+from fqcompile.modules.weights import ModuleWeight, module_weights
+from fqcompile.options import one_of
+from fqcompile.quant.calibration import Calibration
 from fqcompile.report import Plan
+from fqcompile.weights.parameter import PackedWeight
 
 _TOKENS = 512  # of a sequence
 _MOST = 128  # sequences of a text
+
+
+class RunsWhole(FineQuantError):
+    """The model of a checkpoint cannot be run block by block; the message says why."""
+
+    def announced(self, work: CheckpointModel) -> str:
+        """What to say before the model is loaded whole.
+
+        Raises:
+            CheckpointError: there is less memory than it takes.
+        """
+        tensors = {id(slot.tensor): slot.tensor for slot in slots(work.model)}.values()
+        needed, there = sum(tensor.nbytes for tensor in tensors), _available_memory()
+        text = (
+            f"{work.name} does not run block by block ({self}), so it has to be loaded whole, "
+            f"which takes {needed / 2**30:.1f} GiB"
+        )
+        if there is not None and needed > there:
+            raise CheckpointError(
+                f"{text}, and {there / 2**30:.1f} GiB are available: give calibration=None, with "
+                "which no model is run, or use a machine with more memory"
+            )
+        return text
 
 
 @dataclass(frozen=True)
@@ -41,6 +77,33 @@ class Data:
     method: str
     digest: str
 
+    @property
+    def source(self) -> str:
+        """The option in the plan."""
+        return self.calibration if isinstance(self.calibration, str) else "batches"
+
+    def by_blocks(self, work: CheckpointModel, config: FineQuantConfig) -> "BlockData":
+        """Run the model on the data; one of its blocks is in memory at a time.
+
+        Raises:
+            RunsWhole: it does not run so.
+        """
+        weights = worth_it(module_weights(work.computed, config), config)
+        batches_for(self.method, self.calibration, weights)
+        where = {module: name for name, part in parts(work.model) for module in part.modules()}
+        for weight in weights:
+            holders = {where.get(module) for module, _ in weight.holders}
+            if len(holders) > 1 or None in holders:
+                raise RunsWhole(f"{weight.name} is not a weight of one block alone")
+        runs = BlockRuns(work.model, HeldWeights(work), buffers=True)
+        try:
+            found = calibrated(work.model, weights, self.calibration, runs.collect)
+        except FineQuantError:
+            raise
+        except Exception as error:
+            raise RunsWhole(f"{type(error).__name__}: {error}") from error
+        return BlockData(self, config, runs, found)
+
     def quantize(
         self,
         work: CheckpointModel,
@@ -49,7 +112,7 @@ class Data:
         files: Mapping[str, bytes],
         options: Mapping[str, object],
     ) -> Plan:
-        """Write the model of a checkpoint to a directory; `identity` is kept in its manifest."""
+        """Load the model whole, and write it; `identity` is kept in the manifest."""
         found: Any = type(work.model)
         directory = work.source.directory
         model = found.from_pretrained(directory, dtype=work.dtype, local_files_only=True).eval()
@@ -63,6 +126,57 @@ class Data:
             about = {**saved.model, "source": identity}
             commit(target, replace(saved, model=about, files=(*saved.files, *more)))
         return plan
+
+
+@dataclass(frozen=True)
+class BlockData:
+    """What came of running a model block by block, to quantize its weights with."""
+
+    data: Data
+    config: FineQuantConfig
+    runs: BlockRuns
+    calibrations: Mapping[str, Calibration]
+
+    def write_blocks(self, writer: StreamWriter) -> None:
+        """With GPTQ, write the weights of all blocks; the rest is left to `writer.write`."""
+        writer.calibrations = self.calibrations
+        if self.data.method != GPTQ:
+            return
+        left = {found.name: found for found in writer.found if found.reason is None}
+        label = "fqcompile: GPTQ"
+        bar: Any = tqdm(desc=label, total=len(left), unit="weight", disable=None)
+        with bar, closing(self.runs.blocks(self.data.calibration)) as blocks:
+            for block in blocks:
+                own = block.of(left.values())
+                self._write_block(block, own, writer)
+                for found in own:
+                    del left[found.name]
+                bar.update(len(own))
+        # no row comes to these
+        writer.inputs = WeightsInputs(
+            lambda weights, collect: None, worth_it(list(left.values()), self.config)
+        )
+
+    def _write_block(
+        self, block: Block, weights: Sequence[ModuleWeight], writer: StreamWriter
+    ) -> None:
+        """Write its weights and pack them; of a block that is written, read them."""
+        inputs = WeightsInputs(block.collect, worth_it(weights, self.config))
+        written = writer.has(weight.name for weight in weights)
+        for weight in weights:
+            codes = writer.packed_before(weight.name) if written else writer.pack(weight, inputs)
+            if codes is not None:
+                packed = PackedWeight.of(codes, weight.weight.dtype, weight.name)
+                for module, attribute in weight.holders:
+                    module._parameters[attribute] = nn.Parameter(packed, requires_grad=False)
+
+
+def _available_memory() -> int | None:
+    """Bytes that can be had without swapping, as Linux says; None elsewhere."""
+    file = Path("/proc/meminfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    found = next((line for line in lines if line.startswith("MemAvailable:")), None)
+    return None if found is None else int(found.split()[1]) << 10
 
 
 def without_data(options: Mapping[str, object]) -> dict[str, object]:
@@ -81,6 +195,7 @@ def data_of(
     Raises:
         OptionError: it is no such thing, or there is none and the method needs some.
     """
+    one_of("scale", GPTQ)("method", method)
     if calibration is None:
         if method != "scale":
             raise OptionError(
@@ -102,21 +217,35 @@ def _batches_of_text(file: Path, directory: Path) -> list[Tensor]:
     """Token ids [1, 512], each with the special tokens of a sequence; a shorter rest is left out.
 
     Raises:
-        OptionError: there is no such file, or it is not of text.
+        OptionError: there is no such file, it is not of text or has none, or no tokenizer.
     """
+    asked = f"option calibration is {str(file)!r}"
     if not file.is_file():
         raise OptionError(
-            f'option calibration is {str(file)!r}; allowed: "synthetic", the path of a text file, '
+            f'{asked}, and there is no such file; allowed: "synthetic", the path of a text file, '
             "None, or in Python batches"
         )
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
+        raise OptionError(f"{asked}, which is no UTF-8: {error}") from error
+    if not text.strip():
+        raise OptionError(f"{asked}, which holds no text: give it one of some thousand words")
+    try:
+        tokenizer = transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
         raise OptionError(
-            f"option calibration is {str(file)!r}, which is no UTF-8: {error}"
+            f"{asked}, a text, and {directory} has no tokenizer that transformers loads: copy the "
+            "model's tokenizer files there, or in Python give batches of token ids"
         ) from error
-    tokenizer = transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    length = min(_TOKENS, tokenizer.model_max_length)
+    length = min(_TOKENS, tokenizer.model_max_length, _positions(read_config(directory)))
     ids = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)
     whole = [one for one in ids["input_ids"] if len(one) == length] or ids["input_ids"][:1]
     return [torch.tensor([one]) for one in whole[:_MOST]]
+
+
+def _positions(config: Mapping[str, Any]) -> int:
+    """How long a sequence of the model may be, where its config says so."""
+    own = config.get("text_config", config)
+    given = [own.get(name) for name in ("max_position_embeddings", "n_positions")]
+    return min((n for n in given if isinstance(n, int) and n > 0), default=_TOKENS)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fqcompile.checkpoint.conversion import Conversion, conversions
+from fqcompile.checkpoint.conversion import Conversion, conversions, initialize
 from fqcompile.checkpoint.hugging_face import build_model, hugging_face_files
 from fqcompile.checkpoint.manifest import Manifest
 from fqcompile.checkpoint.source import Source
@@ -194,6 +194,12 @@ class CheckpointModel:
     def given(self) -> tuple[str, ...]:
         """The names in the model for which the checkpoint has a value."""
         return tuple(name for step in self.steps for name in step.targets)
+
+    @cached_property
+    def computed(self) -> Any:
+        """The model, with the tensors that it computes itself, such as rotary frequencies."""
+        initialize(self.model, self.missing, self.source.directory)
+        return self.model
 
     def convert(self, step: Conversion, dtype: torch.dtype) -> dict[str, Tensor]:
         """The model's tensors that a step produces, in that dtype.

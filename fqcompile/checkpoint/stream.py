@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fqcompile.checkpoint.conversion import initialize, target_types
-from fqcompile.checkpoint.data import Data, data_of
+from fqcompile.checkpoint.conversion import target_types
+from fqcompile.checkpoint.data import BlockData, Data, RunsWhole, data_of
 from fqcompile.checkpoint.directory import (
     check_not_replaced,
     commit,
@@ -27,10 +27,11 @@ from fqcompile.checkpoint.directory import (
     writing_to,
 )
 from fqcompile.checkpoint.hugging_face import config_of
+from fqcompile.checkpoint.journal import Journal, Progress
 from fqcompile.checkpoint.manifest import MANIFEST, Manifest, versions
 from fqcompile.checkpoint.model import CheckpointModel, shortened, slots
-from fqcompile.checkpoint.source import open_source, other_files, will_read
-from fqcompile.checkpoint.stream_writer import Journal, Progress, StreamWriter, site_from
+from fqcompile.checkpoint.source import Source, open_source, other_files, will_read
+from fqcompile.checkpoint.stream_writer import StreamWriter, site_from
 from fqcompile.config import FineQuantConfig
 from fqcompile.errors import CheckpointError, OptionError
 from fqcompile.modules.quantize import packing_config
@@ -53,29 +54,27 @@ def quantize_checkpoint(
 ) -> Plan:
     """Quantize a Hugging Face checkpoint into a directory that `fqcompile.load` reads.
 
-    The result equals `quantize_` on the model that `from_pretrained` loads. Without calibration,
-    tensors are read, converted and quantized one at a time (a stack of experts is one tensor), so
-    peak memory is less than a GiB plus the needs of the largest tensor; with it, the model is
-    loaded. Tokenizer and configs are copied.
+    The result equals `quantize_` on the model that `from_pretrained` loads. Tensors are read and
+    quantized one at a time (a stack of experts is one): peak memory is less than a GiB plus what
+    the largest needs. Calibration adds a block and the states between blocks, GPTQ 4 GiB; a model
+    that does not run block by block is loaded whole, which `say` is told.
 
     Args:
         source: a local directory with `config.json` and safetensors files.
         calibration, method: as for `quantize_`, or a text file, of which 128 x 512 tokens are used.
         dtype: dtype of the model; by default that of the config, else of the tensors.
         resume: continue a killed run with the same arguments; without one, start a new run.
-        overwrite: replace the save in `out`, which stays valid until the new one is complete.
-        say: receives a line about the rate, and one about tensors that the model does not use.
-        options: the options of `quantize_`.
+        overwrite: replace the save in `out`, which stays valid until the new one is whole.
+        say: receives lines about the rate, tensors without use, and a model that is loaded whole.
+        options: those of `quantize_`.
 
     Raises:
-        CheckpointError: the source is not such a checkpoint, is quantized or pickled, or does not
-            match the class that its config names; `out` has other contents or cannot be written.
+        CheckpointError: the source is no such checkpoint, is quantized or pickled, or not of the
+            class that its config names; `out` cannot be written; memory is too little.
         OptionError, UnquantizableWeight: as for `quantize_`.
     """
     config = packing_config({**options, "calibration": None})
-    found, target = open_source(Path(source)), Path(out)
-    if os.path.realpath(target) == os.path.realpath(found.directory):
-        raise CheckpointError(f"{target} is the checkpoint itself; give another directory")
+    target, found = Path(out), _opened(Path(source), Path(out))
     work = CheckpointModel.of(found, dtype)
     data = data_of(found.directory, calibration=calibration, method=method)
     identity = _identity(work, config, data)
@@ -83,18 +82,26 @@ def quantize_checkpoint(
         before = _before(work, target, identity, resume, overwrite)
     if isinstance(before, Plan):
         return before
-    if data is not None:
+    if data is None:
+        return _run(work, config, target, identity, before, say)
+    try:
+        blocks = data.by_blocks(work, config)
+    except RunsWhole as error:
+        say(error.announced(work))
         return data.quantize(work, target, identity, _files(work), options)
-    plan = _run(work, config, target, identity, before or (new_generation(), Progress()), say)
-    if work.unused:
-        say(f"left out, as {work.name} has no place for them: {shortened(work.unused)}")
-    return plan
+    return _run(work, config, target, identity, before, say, blocks)
+
+
+def _opened(source: Path, target: Path) -> Source:
+    if os.path.realpath(target) == os.path.realpath(source):
+        raise CheckpointError(f"{target} is the checkpoint itself; give another directory")
+    return open_source(source)
 
 
 def _before(
     work: CheckpointModel, target: Path, identity: str, resume: bool, overwrite: bool
-) -> Plan | tuple[str, Progress] | None:
-    """The plan of such a run that is finished, or how far one is that is not.
+) -> Plan | tuple[str, Progress]:
+    """The plan of such a run that is finished, or how far one is that is not, or that begins.
 
     Raises:
         CheckpointError: `target` holds anything else that may not be replaced.
@@ -110,7 +117,7 @@ def _before(
         return Plan(tuple(map(site_from, finished.sites)), finished.options)
     if not overwrite:
         _check_unused(work, target, resume)
-    return None
+    return new_generation(), Progress()
 
 
 def _run(
@@ -120,14 +127,18 @@ def _run(
     identity: str,
     before: tuple[str, Progress],
     say: Callable[[str], None],
+    blocks: BlockData | None = None,
 ) -> Plan:
     generation, done = before
     journal, start = Journal(target), time.perf_counter()
     with writing(target, keep=generation):
         journal.start(identity, generation, done)
         writer = StreamWriter(work.model, config, work.given, target, journal, generation, done)
+        if blocks is not None:
+            blocks.write_blocks(writer)
         _write_all(work, writer)
-        plan = Plan(writer.sites(), config.as_dict())
+        given = {} if blocks is None else {"calibration": blocks.data.source}
+        plan = Plan(writer.sites(), config.as_dict() | given)
         files = _files(work)
         stage(target, generation, files)
         commit(target, _manifest(work, identity, generation, writer.done, plan, files))
@@ -137,6 +148,8 @@ def _run(
         f"quantized {writer.weights / 1e6:.1f} million weights in {seconds:.1f} s: "
         f"{writer.weights / 1e6 / seconds:.1f} million a second"
     )
+    if work.unused:
+        say(f"left out, as {work.name} has no place for them: {shortened(work.unused)}")
     return plan
 
 
@@ -147,7 +160,7 @@ def _write_all(work: CheckpointModel, writer: StreamWriter) -> None:
     label = "fqcompile: quantizing"
     with tqdm(total=work.source.nbytes, desc=label, unit="B", unit_scale=True, disable=None) as bar:
         for i, step in enumerate(work.steps):
-            if not writer.has(step.targets):
+            if not all(map(writer.wrote, step.targets)):
                 will_read(places[i + 1] if i + 1 < len(places) else [])
                 results = work.convert(step, types(step.target))
                 while results:  # frees each tensor once it is written
@@ -160,8 +173,7 @@ def _write_all(work: CheckpointModel, writer: StreamWriter) -> None:
 
 def _write_the_rest(work: CheckpointModel, writer: StreamWriter) -> None:
     """Write tensors that the model computes; refuse a model with others that are in no file."""
-    initialize(work.model, work.missing, work.source.directory)
-    places = list(slots(work.model))
+    places = list(slots(work.computed))
     for slot in places:
         if not slot.tensor.is_meta:
             writer.write(slot.name, slot.tensor)

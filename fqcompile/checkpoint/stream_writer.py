@@ -1,131 +1,30 @@
-"""The writer of a run over a checkpoint: quantized or unchanged tensors, and a journal.
-
-The journal lists complete shards, so that a killed run can resume:
-
-    {"identity": ..., "generation": ...}        of what, how
-    {"shards": [...], "tensors": {...}, ...}    one line per finished shard
-
-A line is appended when its shard is on disk. The shard of an incomplete last line is written again.
-"""
+"""The writer of a run over a checkpoint: quantized or unchanged tensors, and a journal of them."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
-from fqcompile.checkpoint.directory import staged
-from fqcompile.checkpoint.manifest import (
-    JOURNAL,
-    PackedRecord,
-    ShardRecord,
-    SlotRecord,
-    TensorRecord,
-)
+from fqcompile.checkpoint.journal import Journal, Progress
+from fqcompile.checkpoint.manifest import Manifest, SlotRecord
 from fqcompile.checkpoint.model import slots
-from fqcompile.checkpoint.shards import ShardWriter
+from fqcompile.checkpoint.shards import MappedShards, ShardWriter
 from fqcompile.config import FineQuantConfig
 from fqcompile.errors import CheckpointError, UnquantizableWeight
 from fqcompile.files.safetensors_file import bytes_of
-from fqcompile.files.trusted import append_to_file, remove, replace_durably, sync_directory
-from fqcompile.files.untrusted import check_name, checked, parse_json, shown
+from fqcompile.files.untrusted import check_name, shown
+from fqcompile.modules.gptq import WeightsInputs, compensated
 from fqcompile.modules.quantize import site_of
 from fqcompile.modules.weights import ModuleWeight, module_weights
+from fqcompile.passes.summary import said_of
+from fqcompile.quant.calibration import Calibration
 from fqcompile.quant.choose import choose_and_quantize, scale_dtype_beside
 from fqcompile.report import Site
+from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.weights.store import plain_eager
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Head:
-    identity: str
-    generation: str
-
-
-@dataclass
-class Progress:
-    """The contents of one shard, or of all so far; `sites` are rows of the plan by name."""
-
-    shards: tuple[ShardRecord, ...] = ()
-    tensors: Mapping[str, TensorRecord] = field(default_factory=dict)
-    packed: Mapping[str, PackedRecord] = field(default_factory=dict)
-    slots: Mapping[str, SlotRecord] = field(default_factory=dict)
-    sites: Mapping[str, Any] = field(default_factory=dict)
-
-    def __add__(self, later: "Progress") -> "Progress":
-        return Progress(
-            (*self.shards, *later.shards),
-            {**self.tensors, **later.tensors},
-            {**self.packed, **later.packed},
-            {**self.slots, **later.slots},
-            {**self.sites, **later.sites},
-        )
-
-
-class Journal:
-    """The journal of a directory; at most one."""
-
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / JOURNAL
-
-    def start(self, identity: str, generation: str, progress: Progress) -> None:
-        """Start the journal, replacing any other, or one with an incomplete last line."""
-        waiting = staged(self.path.parent, JOURNAL, generation)
-        replace_durably(self.path, [_line(_Head(identity, generation)), _line(progress)], waiting)
-
-    def note(self, progress: Progress) -> None:
-        """Record another shard, which must be on disk with its directory entry."""
-        sync_directory(self.path.parent)
-        append_to_file(self.path, _line(progress))
-
-    def close(self) -> None:
-        remove(self.path)
-
-    def read(self, identity: str) -> tuple[str, Progress] | None:
-        """Generation and progress of an unfinished run; None if there is none.
-
-        Raises:
-            CheckpointError: it was a run with another checkpoint, options or versions.
-        """
-        if not self.path.is_file():
-            return None
-        lines = self.path.read_bytes().split(b"\n")[:-1]  # what has no end was not written whole
-        if not lines:
-            return None
-        head = _parsed(_Head, lines[0], f"{self.path}: line 1")
-        if head.identity != identity:
-            raise CheckpointError(
-                f"{self.path} is of another run: another checkpoint, or other options or versions; "
-                "repeat those to resume it, or give overwrite=True (--overwrite) to start anew"
-            )
-        progress = Progress()
-        for number, line in enumerate(lines[1:], 2):
-            progress += _parsed(Progress, line, f"{self.path}: line {number}")
-        self._check_shards(progress)
-        return head.generation, progress
-
-    def _check_shards(self, progress: Progress) -> None:
-        for shard in progress.shards:
-            path = self.path.parent / shard.file
-            if not path.is_file() or path.stat().st_size != shard.bytes:
-                raise CheckpointError(
-                    f"{path} is not as {self.path.name} says; give overwrite=True (--overwrite) to "
-                    "start anew"
-                )
-
-
-def _line(record: Any) -> bytes:
-    return json.dumps(asdict(record), separators=(",", ":")).encode() + b"\n"
-
-
-def _parsed(kind: type[T], line: bytes, where: str) -> T:
-    found = parse_json(line, where, "give overwrite=True (--overwrite) to start anew")
-    return checked(kind, found, where)
 
 
 class StreamWriter:
@@ -135,6 +34,11 @@ class StreamWriter:
         model: on the meta device; defines tied tensors, and which weights to quantize.
         given: the names that will be written; names tied to one of them share its value.
         done: progress of an earlier run.
+
+    Attributes:
+        found: the weights of the model.
+        calibrations: what weights are quantized with, by name.
+        inputs: for GPTQ, those of weights that `write` gets.
     """
 
     def __init__(
@@ -148,7 +52,7 @@ class StreamWriter:
         done: Progress,
     ) -> None:
         self._config, self._journal = config, journal
-        self._found = module_weights(model, config)
+        self.found = module_weights(model, config)
         self._places = places = {slot.name: slot for slot in slots(model)}
         self._identities = {name: id(slot.tensor) for name, slot in places.items()}
         self._groups: dict[int, list[str]] = {}
@@ -157,7 +61,7 @@ class StreamWriter:
         self._receivers = _receivers(self._groups.values(), set(given))
         holders = {
             (id(module), attribute): found
-            for found in self._found
+            for found in self.found
             for module, attribute in found.holders
             if found.reason is None
         }
@@ -167,8 +71,10 @@ class StreamWriter:
             if (key := (id(slot.module), slot.attribute)) in holders
         }
         self._shards = ShardWriter(directory, generation, shards=done.shards, tensors=done.tensors)
-        self.done = done
+        self._directory, self.done = directory, done
         self._waiting = Progress()
+        self.calibrations: Mapping[str, Calibration] = {}
+        self.inputs: WeightsInputs | None = None
         self.weights = 0
 
     def has(self, names: Iterable[str]) -> bool:
@@ -184,13 +90,38 @@ class StreamWriter:
         if self.wrote(name):
             return
         self._places[name].check_shape(tensor)
-        names = self._receivers.get(name, [name])
+        names = [n for n in self._receivers.get(name, [name]) if not self.wrote(n)]
         packed = [n for n in names if n in self._packable]
-        if packed and not self._write_packed(packed, tensor):
+        if packed and self._write_packed(packed, tensor, self.inputs) is None:
             packed = []
         self._write_dense([n for n in names if n not in packed], tensor)
         if self._shards.is_full:
             self.flush()
+
+    def pack(self, found: ModuleWeight, inputs: WeightsInputs) -> QuantizedTensor | None:
+        """Quantize a weight that is there, and write it unless it is written; None if it stays.
+
+        Its tied names get it too; those that read it as a table are left to `write`.
+        """
+        names = next(names for names in self._receivers.values() if found.name in names)
+        packed = [n for n in names if n in self._packable]
+        if self.wrote(packed[0]):
+            return self._quantized(found, inputs)[1]
+        codes = self._write_packed(packed, found.parameter, inputs)
+        if self._shards.is_full:
+            self.flush()
+        return codes
+
+    def packed_before(self, name: str) -> QuantizedTensor | None:
+        """The codes of an earlier run, of which it `has` the name; None if it stayed."""
+        record = self.done.packed.get(self.done.slots[name].value)
+        if record is None:
+            return None
+        manifest = Manifest(
+            generation="", versions={}, model={}, options={}, sites=(), shards=self.done.shards,
+            tensors=self.done.tensors, packed=self.done.packed, slots=self.done.slots, files=(),
+        )  # fmt: skip
+        return MappedShards(self._directory, manifest).packed(record)
 
     def flush(self) -> None:
         """Finish a shard, and record it in the journal."""
@@ -206,33 +137,41 @@ class StreamWriter:
         rows = (self.done + self._waiting).sites
         return tuple(
             site_from(rows[f.name]) if f.name in rows else replace(site_of(f), reason=f.reason)
-            for f in self._found
+            for f in self.found
         )
 
-    def _write_packed(self, names: list[str], tensor: Tensor) -> bool:
-        """Quantize and write it; False, with the reason in its site, if its values forbid it."""
+    def _write_packed(
+        self, names: list[str], tensor: Tensor, inputs: WeightsInputs | None
+    ) -> QuantizedTensor | None:
+        """Quantize and write it; None, with the reason in its site, if its values forbid it."""
         found = replace(self._packable[names[0]], parameter=tensor)
+        codes = None
         try:
-            site, record = self._quantized(found, names[0])
+            site, codes = self._quantized(found, inputs)
         except UnquantizableWeight as error:
             if self._config.on_unsupported == "error":
                 raise UnquantizableWeight(f"{found.name}: {error}") from error
-            site, record = replace(site_of(found), reason=str(error)), None
+            site = replace(site_of(found), reason=str(error))
         self._waiting += Progress(sites={found.name: site.as_dict()})
-        if record is not None:
+        if codes is not None:
+            self.weights += tensor.numel()
+            record = self._shards.add_packed(names[0], codes, tensor.dtype)
             targets = {name: SlotRecord("parameter", names[0]) for name in names}
             self._waiting += Progress(packed={names[0]: record}, slots=targets)
-        return record is not None
+        return codes
 
-    def _quantized(self, found: ModuleWeight, name: str) -> tuple[Site, PackedRecord]:
-        weight = found.weight
+    def _quantized(
+        self, found: ModuleWeight, inputs: WeightsInputs | None
+    ) -> tuple[Site, QuantizedTensor]:
+        weight, calibration = found.weight, self.calibrations.get(found.name)
         options = self._config.site_options(found.name, head=found.head)
-        scale_dtype = scale_dtype_beside(weight.dtype)
+        h = None if calibration is None else calibration.h
         with plain_eager(weight.device.type):
-            plan, codes = choose_and_quantize(found.matrix, options, scale_dtype)
-        self.weights += weight.numel()
+            made = choose_and_quantize(found.matrix, options, scale_dtype_beside(weight.dtype), h)
+            plan, codes = replace(made[0], calibration=calibration), made[1]
+            if inputs is not None:
+                plan, codes = compensated(found, (plan, codes), inputs, options.error_budget)
         codes = codes.changed(transposed=found.transposed)
-        record = self._shards.add_packed(name, codes, weight.dtype)
         site = replace(
             site_of(found),
             status="quantized",
@@ -240,10 +179,9 @@ class StreamWriter:
             levels=plan.levels,
             group_size=plan.group_size,
             bytes_after=codes.nbytes,
-            relative_error=plan.relative_error,
-            expert_errors=plan.expert_errors or None,
+            **said_of(plan),
         )
-        return site, record
+        return site, codes
 
     def _write_dense(self, names: list[str], tensor: Tensor) -> None:
         if not names:

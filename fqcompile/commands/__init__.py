@@ -39,6 +39,7 @@ _HELP = {
     "min_elements": "leave weights with fewer elements (default: 16384)",
     "on_unsupported": "keep: leave a weight that cannot be quantized, with its reason; error: stop",
     "weight_updates": "detect: pack again what was changed in place; ignore: only new tensors",
+    "fuse_attention": "true: decode on a CPU by our attention kernel; false: PyTorch's",
     "autotune": "GPU kernels. off: as measured before or modeled; fast, max: measure some, or all",
     "calibration": "what is run to weigh errors: synthetic, random token ids; first_call; null",
     "debug_dir": "directory for the graph before and after each pass",
@@ -47,12 +48,12 @@ _HELP = {
     "mode": "Inductor's mode, such as max-autotune",
 }
 
-# Of commands that quantize a checkpoint, which they need not load without.
+# Of commands that quantize a checkpoint, which need not run its model without.
 _DATA_HELP = {
-    "calibration": "text file, or synthetic (random tokens), that the model is run on to weigh "
-    "errors, loaded whole (default: null)",
-    "method": "scale: round at the best scales; gptq: codes make up for each other's errors "
-    "(default: scale)",
+    "calibration": "text file, or synthetic (random tokens), that the model runs on to weigh "
+    "errors (default: null, not at all)",
+    "method": "scale: round to best scales; gptq: make up for errors, with a calibration text of "
+    "thousands of tokens (default: scale)",
 }
 
 _EXAMPLE_TOKENS = 8

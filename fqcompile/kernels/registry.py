@@ -5,18 +5,20 @@ Packed weights are converted into the layout of the kernel that runs them here, 
 To add a template: write its file, add it to TEMPLATES.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
 import torch
 
-from fqcompile.errors import NoKernelError
+from fqcompile.errors import KernelBuildError, NoKernelError
 from fqcompile.kernels.cpu.aten_packed import INT4PACK, INT8PACK
 from fqcompile.kernels.cpu.stream import X86_STREAM
-from fqcompile.kernels.epilogue import HAS_TRITON
+from fqcompile.kernels.epilogue import HAS_TRITON, Epilogue
 from fqcompile.kernels.spec import GemmSpec, LaunchTable, gpu_of
-from fqcompile.kernels.template import DEQUANTIZE, Layout, Template
+from fqcompile.kernels.template import DEQUANTIZE, Layout, Routing, Template
 from fqcompile.kernels.tuning.launches import tuned_launches
 from fqcompile.tensor.format import Format
 from fqcompile.tensor.quantized import QuantizedTensor
@@ -78,9 +80,36 @@ def parse_kernel(text: str) -> KernelChoice:
     return KernelChoice(TEMPLATES[name], LaunchTable.parse(launches) if launches else None)
 
 
+EVERY_STEP: list[bool] = []  # not empty inside of `every_step_built`, in whatever thread
+
+
+@contextmanager
+def every_step_built() -> Iterator[None]:
+    """Inside, each call runs all configurations of its kernel, whatever the number of rows, so that
+    none is compiled in a later call."""
+    EVERY_STEP.append(True)
+    try:
+        yield
+    finally:
+        EVERY_STEP.pop()
+
+
+def build_every_step(
+    choice: KernelChoice,
+    x: torch.Tensor,
+    weight: QuantizedTensor,
+    routing: Routing | None,
+    epilogue: Epilogue,
+) -> None:
+    """Run every configuration; one that does not build is reported by the call that needs it."""
+    for _, config in choice.launches.steps if choice.launches else ():
+        with suppress(KernelBuildError):
+            choice.template.run(x, weight, routing, epilogue, config)
+
+
 def in_kernel_layout(weight: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
     """From the plain layout to that of the kernel which runs it here for activations of `dtype`."""
-    spec = _spec_of(weight.format, dtype, weight.scale.dtype, weight.qweight.device, None)
+    spec = spec_of(weight.format, dtype, weight.scale.dtype, weight.qweight.device, None)
     return select_kernel(spec).template.layout.pack(weight)
 
 
@@ -98,7 +127,7 @@ def kernel_for(
     routing: Routed | None,
 ) -> str | None:
     """The operator's `kernel`, for any number of rows; None where nothing reads that layout."""
-    spec = _spec_of(format, dtype, scale_dtype, device, routing)
+    spec = spec_of(format, dtype, scale_dtype, device, routing)
     try:
         choice = select_kernel(spec, format.layout)
     except NoKernelError:
@@ -106,7 +135,18 @@ def kernel_for(
     return str(KernelChoice(choice.template, tuned_launches(spec, choice.template, "off").launches))
 
 
-def _spec_of(
+def dequantized_because(spec: GemmSpec) -> str | None:
+    """Why each call on a GPU dequantizes the whole weight, which takes longer than the dense
+    product; None where a kernel reads its codes, and on other devices."""
+    if spec.device_type != "cuda":
+        return None
+    refusals = [template.refuse(spec) for template in _TRITON]
+    if None in refusals:
+        return None
+    return f"the GPU kernel {refusals[0]}" if refusals else "Triton is not installed"
+
+
+def spec_of(
     format: Format,
     dtype: torch.dtype,
     scale_dtype: torch.dtype,

@@ -4,7 +4,6 @@ Expressions in M, the rows of x, in seconds. Each kernel's own cost model is nex
 """
 
 import time
-from collections.abc import Callable
 from functools import cache
 from typing import Protocol
 
@@ -12,6 +11,7 @@ import sympy
 import torch
 from sympy import Expr, Max, Symbol
 
+from fqcompile.kernels.cpu.huge_pages import in_huge_pages
 from fqcompile.kernels.spec import GemmSpec, Gpu
 
 M: Symbol = Symbol("M", positive=True)
@@ -97,7 +97,7 @@ def read_bandwidth() -> float:
 @cache
 def _measured(threads: int) -> float:
     """The best of a few sums, the fastest reader in PyTorch, over a tensor that no cache holds."""
-    numbers = torch.ones(_READ_BYTES // 4)
+    numbers = in_huge_pages(torch.empty(_READ_BYTES // 4)).fill_(1)
     seconds = []
     for _ in range(_READS):
         start = time.perf_counter()
@@ -113,38 +113,3 @@ def dense(spec: GemmSpec, gpu: Gpu) -> Expr:
     dequantize = (stack * weight_bytes(spec) + scratch) / gpu.bandwidth
     moved = (scratch + activation_bytes(spec)) / gpu.bandwidth
     return dequantize + Max(moved, flops(spec) / gpu.matrix_flops) + 2 * LAUNCH_SECONDS
-
-
-def crossover(first: Expr, second: Expr) -> float:
-    """The largest M up to which `first` takes no longer than `second`; inf if it always does.
-
-    Both are sums of maxima of lines in M, so they cross where two of their lines do.
-    """
-    difference = sympy.lambdify(M, first - second, "math")
-    roots = {
-        float(root)
-        for line in _lines(first)
-        for other in _lines(second)
-        for root in sympy.roots(line - other, M)
-        if root.is_positive
-    }
-    crossings = [root for root in sorted(roots) if _turns_positive(difference, root)]
-    if crossings:
-        return crossings[0]
-    return 0.0 if difference(1.0) > 0 else float("inf")
-
-
-def _turns_positive(function: Callable[[float], float], root: float) -> bool:
-    near = 1e-6
-    return function(root * (1 - near)) <= 0 < function(root * (1 + near))
-
-
-def _lines(expression: Expr) -> list[Expr]:
-    """The lines of which a sum of lines and maxima of lines is the maximum."""
-    for maximum in expression.atoms(Max):
-        return [
-            line
-            for choice in maximum.args
-            for line in _lines(expression.xreplace({maximum: choice}))
-        ]
-    return [sympy.expand(expression)]

@@ -20,7 +20,7 @@ from torch import Tensor
 from fqcompile.errors import KernelBuildError
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.epilogue import activation as activation_entry
-from fqcompile.kernels.registry import KernelChoice, parse_kernel
+from fqcompile.kernels.registry import EVERY_STEP, KernelChoice, build_every_step, parse_kernel
 from fqcompile.kernels.spec import Config
 from fqcompile.kernels.template import Layout, Routing, Run, Shape, one_by_one
 from fqcompile.tensor.format import QTYPES, Format
@@ -225,6 +225,8 @@ def run_matmul(
     """
     choice = parse_kernel(kernel)
     config = None if choice.launches is None else choice.launches.at(x.shape[0])
+    if EVERY_STEP:
+        build_every_step(choice, x, weight, routing, epilogue)
     if not BROKEN or _build(choice, config, x, weight, epilogue) not in BROKEN:
         try:
             return choice.template.run(x, weight, routing, epilogue, config)

@@ -16,8 +16,14 @@ import torch
 from fqcompile.errors import NoKernelError, OptionError
 from fqcompile.tensor.format import QTYPES, UNIFORM, QType
 
-# Dense fp16/bf16 flop per SM and clock, by compute capability (vendor's white papers).
-_MATRIX_FLOPS_PER_CLOCK = {80: 2048, 86: 1024, 89: 1024, 90: 4096, 100: 8192}
+# Dense fp16/bf16 flop per SM and clock with fp32 sums, by compute capability: rates of datasheets
+# over SMs and boost clock. Others are taken for the slowest of these.
+_MATRIX_FLOPS_PER_CLOCK = {
+    80: 2048, 86: 1024, 87: 2048, 89: 1024, 90: 4096, 100: 8192, 103: 8192, 110: 8192, 120: 1024,
+    121: 1024,
+}  # fmt: skip
+_SLOWEST_FLOPS_PER_CLOCK = 1024
+_HALVED = "GeForce"  # whose fp32 sums take twice as long (71 TFLOP/s of an RTX 3090, not 142)
 # Fraction of the nominal memory bandwidth that a copy reaches, and of peak FLOPs cuBLAS reaches.
 COPY_SHARE, MATRIX_SHARE = 0.9, 0.8
 _SHARED_RESERVED = 1 << 10  # bytes of each program's shared memory that the system takes
@@ -49,6 +55,14 @@ class Gpu:
     def capability(self) -> int:
         """90 for sm_90; 0 where the GPU is not NVIDIA's."""
         return int(self.arch.removeprefix("sm_")) if self.arch.startswith("sm_") else 0
+
+    @property
+    def has_wgmma(self) -> bool:
+        """Whether four warps share a matrix product: Hopper, and its successors in data centers.
+
+        Consumer GPUs of any generation have mma.sync, of one warp, alone.
+        """
+        return 90 <= self.capability < 120
 
 
 # Datasheet memory rates times the share that copies reach; the H200's copy and matrix product were
@@ -83,7 +97,8 @@ def _from_properties(properties: Any) -> Gpu:
     clock = 1e3 * properties.clock_rate or 1.5e9
     # Both edges of the memory's clock carry bits.
     nominal = 2 * 1e3 * properties.memory_clock_rate * properties.memory_bus_width / 8 or 3e11
-    per_clock = _MATRIX_FLOPS_PER_CLOCK.get(capability, 2048)
+    per_clock: float = _MATRIX_FLOPS_PER_CLOCK.get(capability, _SLOWEST_FLOPS_PER_CLOCK)
+    per_clock /= 2 if _HALVED in properties.name else 1
     return Gpu(
         name=properties.name,
         arch=arch,

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from fqcompile.kernels.cpu.huge_pages import in_huge_pages
+from fqcompile.kernels.cpu.huge_pages import beside_others, in_huge_pages
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import Config, GemmSpec, LaunchTable
 from fqcompile.tensor import format as formats
@@ -152,6 +152,7 @@ class Layout:
             qweight, scale = (in_huge_pages(t.new_empty((len(experts), *t.shape))) for t in first)
             for i, expert in enumerate(experts):
                 qweight[i], scale[i] = self.pack_matrix(expert)
+        qweight, scale = beside_others(qweight), beside_others(scale)
         return QuantizedTensor(qweight, scale, replace(weight.format, layout=self.name))
 
     def unpack(self, weight: QuantizedTensor) -> QuantizedTensor:

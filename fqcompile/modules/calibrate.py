@@ -3,7 +3,8 @@
 import copy
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from fqcompile.distributed.shards import team_of
 from fqcompile.errors import OptionError, ShardingError
 from fqcompile.modules.inputs import Collect, WeightInputs
 from fqcompile.modules.weights import ModuleWeight
-from fqcompile.passes.probe_inputs import LEAST_ROWS, TOKENS
+from fqcompile.passes.naming import begin_token_of
+from fqcompile.passes.probe_inputs import ROWS, TOKENS
 from fqcompile.quant.calibration import (
     Calibration,
     Moments,
@@ -24,6 +26,9 @@ from fqcompile.quant.calibration import (
 from fqcompile.torch_compat import plain_module
 
 log = logging.getLogger("fqcompile")
+
+# Of a model: `run(batches, weights, collect)`, as `collect_inputs` has them.
+Run = Callable[[Iterable[object], Iterable[ModuleWeight], Collect], None]
 
 _PASS = (
     "pass calibration=inputs, a tensor, a dict of keyword arguments or an iterable of such, or "
@@ -53,7 +58,7 @@ def collect_inputs(
     devices = {weight.weight.device for weight in found}
     for batch in batches:  # made outside: by code that may draw random numbers, or run the model
         with fixed_random_numbers(devices), WeightInputs(found, collect):
-            _call(own, batch)
+            call(own, batch)
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -61,7 +66,8 @@ def _copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def _call(model: nn.Module, batch: object) -> None:
+def call(model: nn.Module, batch: object) -> None:
+    """Run the model on a batch, which is as `collect_inputs` takes them."""
     if isinstance(batch, Mapping):
         model(**batch)
     elif isinstance(batch, tuple | list):
@@ -71,7 +77,10 @@ def _call(model: nn.Module, batch: object) -> None:
 
 
 def calibrated(
-    model: nn.Module, weights: Iterable[ModuleWeight], calibration: Any
+    model: nn.Module,
+    weights: Iterable[ModuleWeight],
+    calibration: Any,
+    run: Run | None = None,
 ) -> dict[str, Calibration]:
     """By name, what each weight is to be quantized with, from the inputs that came to it.
 
@@ -80,6 +89,8 @@ def calibrated(
     Args:
         calibration: "synthetic", None, or batches as `batches_of` takes them. Where the model does
             not run on random ids, a warning says so, and weights are quantized from their values.
+        run: another way to run the model on batches than `collect_inputs`; what fails in it is
+            raised.
 
     Raises:
         OptionError: it is another word.
@@ -93,11 +104,11 @@ def calibrated(
         )
     found, source = list(weights), "synthetic" if isinstance(calibration, str) else "batches"
 
-    def run() -> dict[str, Moments] | str:
-        return _moments(model, found, calibration)
+    def own() -> dict[str, Moments] | str:
+        return _moments(model, found, calibration, run)
 
     try:
-        results = team_of(weight.parameter for weight in found).together(run)
+        results = team_of(weight.parameter for weight in found).together(own)
     except ShardingError as error:
         results = [str(error)]
     for failed in (result for result in results if isinstance(result, str)):
@@ -107,64 +118,93 @@ def calibrated(
     calibrations = {}
     for weight in found:
         column = weight.parameter.dim() - (2 if weight.transposed else 1)
-        own, row = over_ranks([moments[weight.name] for moments in each], weight.parameter, column)
-        calibrations[weight.name] = Calibration.of(own, source, source, row)
+        total, row = over_ranks([m[weight.name] for m in each], weight.parameter, column)
+        calibrations[weight.name] = Calibration.of(total, source, source, row)
     return calibrations
 
 
 def _moments(
-    model: nn.Module, weights: Sequence[ModuleWeight], calibration: Any
+    model: nn.Module, weights: Sequence[ModuleWeight], calibration: Any, given: Run | None
 ) -> dict[str, Moments] | str:
     """By name; or why the model does not run on random ids; given batches raise what they raise."""
     moments = {weight.name: Moments(weight.matrix.shape) for weight in weights}
+    run = given or partial(collect_inputs, model)
 
     def collect(weight: ModuleWeight, expert: int, x: Tensor) -> None:
         moments[weight.name].add(x, expert)
 
     if not isinstance(calibration, str):
-        collect_inputs(model, batches_of(calibration), weights, collect)
+        run(batches_of(calibration), weights, collect)
         return moments
     try:
-        collect_inputs(model, [random_batch(plain_module(model))], weights, collect)
+        run([random_batch(plain_module(model))], weights, collect)
     except Exception as error:
+        if given is not None:
+            raise
         log.debug("a model did not run on random ids", exc_info=True)
         return f"random ids do not run: {type(error).__name__}: {error}"
     return moments
 
 
 def random_batch(model: nn.Module) -> dict[str, Any]:
-    """32 sequences of 16 random ids, as a compiled graph with symbolic sizes is run on them.
+    """32 sequences of 16 ids, as a compiled graph with symbolic sizes is run on them.
+
+    Each begins with the begin token of the model's config, if it has one; the others are random.
 
     Raises:
         ValueError: the model's forward takes no `input_ids`, or it has no table of tokens.
     """
+    model = _taking_ids(model)
     accepted = inspect.signature(model.forward).parameters
-    if "input_ids" not in accepted:
-        raise ValueError(f"the forward of {type(model).__name__} takes no input_ids")
     asked = getattr(model, "get_input_embeddings", lambda: None)()
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding)] if asked is None else []
     table = asked or max(tables, key=lambda table: table.num_embeddings, default=None)
     if table is None:
         raise ValueError(f"{type(model).__name__} has no embedding whose rows its input_ids name")
-    rows, generator = table.weight.shape[0], token_generator()
+    rows, generator, begin = table.weight.shape[0], token_generator(), begin_token_of(model)
     names = ["input_ids"]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         names += [name for name in ("decoder_input_ids",) if name in accepted]
-    shape = (LEAST_ROWS // TOKENS, TOKENS)
-    ids = {name: token_ids(shape, rows, generator).to(table.weight.device) for name in names}
+    shape = (ROWS // TOKENS, TOKENS)
+    device = "cpu" if table.weight.is_meta else table.weight.device  # meta: filled when it runs
+    ids = {name: token_ids(shape, rows, generator, begin).to(device) for name in names}
     spared = {"use_cache": False, "logits_to_keep": 1}  # what no weight's input depends on
     return ids | {name: value for name, value in spared.items() if name in accepted}
+
+
+def _taking_ids(model: nn.Module) -> nn.Module:
+    """The model, or the first one inside whose forward takes `input_ids`, if it passes keywords on.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for module in model.modules():
+        accepted = inspect.signature(module.forward).parameters
+        if "input_ids" in accepted:
+            return module
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
+            break
+    raise ValueError(f"the forward of {type(model).__name__} takes no input_ids")
 
 
 def batches_of(calibration: Any) -> Iterator[object]:
     """The batches in what a user gives: a tensor or dict is one, of anything else each item.
 
     Raises:
-        OptionError: there is nothing in it that could be a batch.
+        OptionError: there is nothing in it that could be a batch, or, at the end, there was none.
     """
     if not isinstance(calibration, Iterable):
         kind = type(calibration).__name__
         raise OptionError(
             f"calibration is {calibration!r} ({kind}), which holds no inputs: {_PASS}"
         )
-    return iter([calibration] if isinstance(calibration, Tensor | Mapping) else calibration)
+    return _some([calibration] if isinstance(calibration, Tensor | Mapping) else calibration)
+
+
+def _some(batches: Iterable[object]) -> Iterator[object]:
+    empty = True
+    for batch in batches:
+        empty = False
+        yield batch
+    if empty:
+        raise OptionError(f"calibration is {batches!r}, which holds no batch: {_PASS}")

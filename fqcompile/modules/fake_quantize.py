@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from fqcompile.passes.naming import Holder, holders_of
 from fqcompile.passes.summary import SiteRecipe
 from fqcompile.quant.choose import quantize_weight
 from fqcompile.report import CompileReport, Plan, Site
+from fqcompile.weights.store import STORE
 
 _MOST_NAMED = 4
 
@@ -34,6 +35,9 @@ def fake_quantize_(model: nn.Module, plan: Plan | CompileReport) -> nn.Module:
     model. If a linear shares its weight with an embedding, or with another reader of the original
     values, the linear gets a parameter of its own. Nothing is written until every site of the plan
     has been located in the model.
+
+    Errors are weighed as they were when this model was compiled, if it was. In a copy, or another
+    instance of the class, they are weighed as for the model that the plan was made for.
 
     Raises:
         FineQuantError: a site's name matches no tensor of the model or several; two sites write to
@@ -60,9 +64,13 @@ def _apply(target: _Target, own: dict[int, Tensor]) -> None:
                 setattr(holder.module, holder.attribute, copy)
     # of a sharded parameter the plan is for the part that lies here
     sources = tuple(local_part(own.get(id(weight), weight)) for weight in target.sources)
+    plan = recipe.plan
+    if plan.calibration is not None:  # an instance of the class that was compiled too has its own
+        known = STORE.calibration(recipe.recipe, target.sources, plan.calibration.asked)
+        plan = replace(plan, calibration=known or plan.calibration)
     with torch.no_grad():
         matrix = recipe.recipe(*sources)
-        w_hat = quantize_weight(matrix, recipe.plan).dequantize(torch.float32)
+        w_hat = quantize_weight(matrix, plan).dequantize(torch.float32)
     recipe.recipe.write_back(sources, w_hat)
 
 

@@ -1,28 +1,29 @@
-"""GPTQ over a model: it runs on the batches to find the second moments of some weights at a time.
+"""GPTQ over a model, block by block: the second moments of the inputs of some weights at a time.
 
-    while weights are left:   all batches   ->   H of the inputs of the next, as many as fit
+    while a block has more:   all batches   ->   H of the inputs of the next, as many as fit
                               each of these is rounded, gets codes by its H, and is packed
+    all batches go on through the block
 
-So a layer's inputs have come through layers that are packed, as they will from then on.
+So a block's inputs have come through blocks that are packed, as they will from then on.
 """
 
 import json
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
-from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fqcompile.distributed.ranks import progress
 from fqcompile.distributed.shards import is_part
 from fqcompile.errors import OptionError, ShardingError
-from fqcompile.modules.calibrate import batches_of, collect_inputs
+from fqcompile.modules.calibrate import batches_of
+from fqcompile.modules.inputs import Collect
 from fqcompile.modules.weights import ModuleWeight
 from fqcompile.options import one_of
+from fqcompile.quant.calibration import Calibration
 from fqcompile.quant.choose import QuantPlan
 from fqcompile.quant.gptq import compensate, factor_of, measured, refusal
 from fqcompile.tensor.quantized import QuantizedTensor
@@ -32,6 +33,7 @@ from fqcompile.weights.fingerprint import content_digest, fingerprint
 # Bytes of second moments at a time: those of all inputs of a layer of 4096 x 14336.
 _BUDGET = 3 << 29
 GPTQ = "gptq"
+Run = Callable[[Iterable[ModuleWeight], Collect], None]
 Part = tuple[ModuleWeight, int]  # a weight, and which of its experts; 0 for a matrix
 
 
@@ -72,44 +74,43 @@ class Inputs:
         return factor_of(vars(self).pop("moments"))
 
 
-class ModelInputs:
-    """The inputs of a model's weights, found when they are asked for, in the order of weights.
+def batches_for(
+    method: str, calibration: object, weights: Iterable[ModuleWeight]
+) -> Sequence[object] | None:
+    """What the option `method` runs a model on; None where it is not GPTQ.
 
-    Attributes:
-        batches: what the model is called with, as `collect_inputs` takes them.
+    Raises:
+        OptionError: there is no such method, or it is given no inputs.
+        ShardingError: a weight is sharded: ranks might run the model in other numbers of parts.
+    """
+    if one_of("scale", GPTQ)("method", method) != GPTQ:
+        return None
+    if calibration is None or isinstance(calibration, str):
+        raise OptionError(
+            f"option method is {GPTQ!r}, which needs your own inputs, and calibration is "
+            f"{calibration!r}: give it batches of some thousand rows in all"
+        )
+    for weight in weights:
+        if is_part(weight.parameter):
+            raise ShardingError(
+                f"option method is {GPTQ!r}, and {weight.name} is sharded: call quantize_ and "
+                "fqcompile.save on one device, and fqcompile.load on all"
+            )
+    return list(batches_of(calibration))
+
+
+class WeightsInputs:
+    """The inputs of some weights, found when they are asked for, in the order of weights.
+
+    Args:
+        run: of a model, or of a block, on its batches: `run(weights, collect)`.
+        weights: all that will be asked for.
     """
 
-    def __init__(
-        self, model: nn.Module, batches: Sequence[object], weights: Iterable[ModuleWeight]
-    ) -> None:
-        self._model, self.batches = model, batches
+    def __init__(self, run: Run, weights: Iterable[ModuleWeight]) -> None:
+        self._run = run
         self._ahead = deque(part for weight in weights for part in _parts(weight))
         self._found: dict[tuple[str, int], Inputs] = {}
-
-    @classmethod
-    def of(
-        cls, model: nn.Module, weights: Sequence[ModuleWeight], calibration: object, method: str
-    ) -> Self | None:
-        """For the option `method`; None where it is not GPTQ.
-
-        Raises:
-            OptionError: there is no such method, or it is given no inputs.
-            ShardingError: a weight is sharded: ranks might run the model in other numbers of parts.
-        """
-        if one_of("scale", GPTQ)("method", method) != GPTQ:
-            return None
-        if calibration is None or isinstance(calibration, str):
-            raise OptionError(
-                f"option method is {GPTQ!r}, which needs your own inputs, and calibration is "
-                f"{calibration!r}: give it batches of some thousand rows in all"
-            )
-        for weight in weights:
-            if is_part(weight.parameter):
-                raise ShardingError(
-                    f"option method is {GPTQ!r}, and {weight.name} is sharded: call quantize_ and "
-                    "fqcompile.save on one device, and fqcompile.load on all"
-                )
-        return cls(model, list(batches_of(calibration)), weights)
 
     def take(self, weight: ModuleWeight, expert: int) -> Inputs:
         """Those of one matrix, which are not kept here any longer."""
@@ -141,8 +142,7 @@ class ModelInputs:
                 rows = x.reshape(-1, x.shape[-1])
                 own.add(product_of(rows), len(rows))
 
-        batches = progress(self.batches, "fqcompile: running batches", leave=False, delay=2)
-        collect_inputs(self._model, batches, {w.name: w for w, _ in parts}.values(), collect)
+        self._run({weight.name: weight for weight, _ in parts}.values(), collect)
         return _shared(found)
 
 
@@ -190,13 +190,16 @@ def _matrices(weight: ModuleWeight) -> Sequence[Tensor]:
 
 
 def compensated(
-    found: ModuleWeight, entry: Entry, inputs: ModelInputs, budget: float | None
+    found: ModuleWeight, entry: Entry, inputs: WeightsInputs, budget: float | None
 ) -> Entry:
     """A rounded weight with codes by its inputs, expert by expert; its calibration says so.
 
-    Where the error of these would be beyond the budget, rounding stays.
+    Where the error of these would be beyond the budget, or nothing is known of the inputs, as of
+    those of weights of 8 bits, rounding stays.
     """
     plan, rounded = entry
+    if plan.calibration is None:
+        return _told(plan, f"no gptq: {plan.bits} bits have small errors anyway"), rounded
     weight = replace(rounded, qweight=rounded.qweight.clone())
     parts = weight.unbind() if weight.format.experts else [weight]
     refusals = []
@@ -217,9 +220,8 @@ def compensated(
 
 
 def _told(plan: QuantPlan, done: str) -> QuantPlan:
-    assert plan.calibration is not None
-    source = f"{plan.calibration.source}; {done}"
-    return replace(plan, calibration=replace(plan.calibration, source=source))
+    own = plan.calibration or Calibration(asked="batches")
+    return replace(plan, calibration=replace(own, source=f"{own.source}; {done}"))
 
 
 def _find_or_compensate(w: Tensor, weight: QuantizedTensor, inputs: Inputs) -> None:

@@ -1,7 +1,9 @@
 """Pack the weights of a model in place, without compiling it (`quantize_`), and `restore` them."""
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,8 +20,9 @@ from fqcompile.distributed.shards import (
 )
 from fqcompile.errors import OptionError, UnquantizableWeight
 from fqcompile.kernels.registry import kernel_for
-from fqcompile.modules.calibrate import calibrated
-from fqcompile.modules.gptq import ModelInputs, compensated
+from fqcompile.modules.blocks import BlockRuns
+from fqcompile.modules.calibrate import calibrated, collect_inputs
+from fqcompile.modules.gptq import Run, WeightsInputs, batches_for, compensated
 from fqcompile.modules.weights import ModuleWeight, module_weights
 from fqcompile.passes.summary import SiteRecipe, said_of
 from fqcompile.quant.calibration import Calibration
@@ -32,7 +35,9 @@ from fqcompile.weights.recipe import IDENTITY
 from fqcompile.weights.store import plain_eager
 
 # Options that only affect compilation; `quantize_` refuses them.
-OF_COMPILING = "weight_updates autotune debug_dir inner_backend inductor mode".split()
+OF_COMPILING = (
+    "weight_updates fuse_attention autotune debug_dir inner_backend inductor mode".split()
+)
 
 
 def quantize_(
@@ -70,40 +75,73 @@ def quantize_(
     known = calibration is None or isinstance(calibration, str)
     config = packing_config(options | {"calibration": calibration} if known else options)
     refuse_fsdp_modules(model)
-    waiting = module_weights(model, config)[::-1]
-    found = _worth_it(waiting, config)
-    inputs = ModelInputs.of(model, found, calibration, method)
-    batches = calibration if inputs is None else inputs.batches
-    calibrations = calibrated(model, found, batches)
-    del found  # a list of them all would hold every original until the end
+    waiting = module_weights(model, config)
+    found = worth_it(waiting, config)
+    batches = batches_for(method, calibration, found)
     whole = {w.name for w in waiting if not is_part(w.parameter)}
     groups = rank_groups(weight.parameter for weight in waiting)
-    sites = _pack_all(waiting, config, calibrations, inputs)
+    if batches is None:
+        calibrations = calibrated(model, found, calibration)
+        del found  # a list of them all would hold every original until the end
+        sites = _pack_all(waiting, config, calibrations)
+    else:
+        del found
+        sites = _compensate_all(model, waiting, config, batches)
     agree("what quantize_ packs", _shared_facts(sites, whole, config), groups)
     given = {} if known else {"calibration": "batches"}
     return Plan(tuple(sites), config.as_dict() | given)
 
 
 def _pack_all(
-    waiting: list[ModuleWeight],
-    config: FineQuantConfig,
-    calibrations: Mapping[str, Calibration],
-    inputs: ModelInputs | None,
+    waiting: list[ModuleWeight], config: FineQuantConfig, calibrations: Mapping[str, Calibration]
 ) -> list[Site]:
-    """The rows of the weights, which are taken from the end of the list."""
-    sites, size = [], len(waiting)
-    bar: tqdm[object] = progress(desc="fqcompile: packing", total=size, unit="weight", delay=2)
-    with bar:
+    """The rows of the weights, which are taken from the list."""
+    sites = []
+    waiting.reverse()
+    with _bar(len(waiting)) as bar:
         while waiting:
             found = waiting.pop()
-            sites.append(_pack(found, config, calibrations.get(found.name), inputs))
+            sites.append(_pack(found, config, calibrations.get(found.name)))
             bar.update()
     return sites
 
 
-def _worth_it(weights: Sequence[ModuleWeight], config: FineQuantConfig) -> list[ModuleWeight]:
-    """Those packed to less than 8 bits, whose errors are small anyway; in the model's order."""
-    waiting = (weight for weight in reversed(weights) if weight.reason is None)
+def _compensate_all(
+    model: nn.Module,
+    waiting: list[ModuleWeight],
+    config: FineQuantConfig,
+    batches: Sequence[object],
+) -> list[Site]:
+    """The same by GPTQ: block by block, then what lies in none that the batches came to."""
+    sites, names, runs = {}, [weight.name for weight in waiting], BlockRuns(model)
+    calibrations = calibrated(model, worth_it(waiting, config), batches, runs.collect)
+    with _bar(len(names)) as bar:
+
+        def pack(weights: list[ModuleWeight], run: Run) -> None:
+            inputs = WeightsInputs(run, worth_it(weights, config))
+            for weight in weights:
+                calibration = calibrations.get(weight.name)
+                sites[weight.name] = _pack(weight, config, calibration, inputs)
+                bar.update()
+
+        with closing(runs.blocks(batches)) as blocks:
+            for block in blocks:
+                inside = block.of(waiting)
+                held = {weight.name for weight in inside}
+                waiting[:] = [weight for weight in waiting if weight.name not in held]
+                pack(inside, block.collect)
+        pack(waiting, partial(collect_inputs, model, batches))
+    return [sites[name] for name in names]
+
+
+def _bar(weights: int) -> "tqdm[object]":
+    bar: tqdm[object] = progress(desc="fqcompile: packing", total=weights, unit="weight", delay=2)
+    return bar
+
+
+def worth_it(weights: Sequence[ModuleWeight], config: FineQuantConfig) -> list[ModuleWeight]:
+    """Those packed to less than 8 bits, whose errors are small anyway."""
+    waiting = (weight for weight in weights if weight.reason is None)
     return [w for w in waiting if config.site_options(w.name, head=w.head).bits < HEAD_BITS]
 
 
@@ -138,7 +176,7 @@ def _pack(
     found: ModuleWeight,
     config: FineQuantConfig,
     calibration: Calibration | None,
-    inputs: ModelInputs | None,
+    inputs: WeightsInputs | None = None,
 ) -> Site:
     reason = found.reason
     if reason is None:
@@ -163,7 +201,7 @@ def _pack_weight(
     found: ModuleWeight,
     options: SiteOptions,
     calibration: Calibration | None,
-    inputs: ModelInputs | None,
+    inputs: WeightsInputs | None,
 ) -> tuple[QuantPlan, PackedWeight]:
     """Choose bits and groups of a weight and quantize it, on its device.
 
@@ -186,7 +224,7 @@ def _packed(
     found: ModuleWeight,
     options: SiteOptions,
     calibration: Calibration | None,
-    inputs: ModelInputs | None,
+    inputs: WeightsInputs | None,
 ) -> tuple[QuantPlan, PackedWeight]:
     weight = found.weight
     with plain_eager(weight.device.type):
@@ -194,7 +232,7 @@ def _packed(
         h = None if calibration is None else calibration.h
         plan, codes = find_or_quantize(found.matrix, options, scale_dtype, h)
         plan = replace(plan, calibration=calibration)
-        if inputs is not None and calibration is not None:
+        if inputs is not None:
             plan, codes = compensated(found, (plan, codes), inputs, options.error_budget)
         codes = codes.changed(transposed=found.transposed)
         packed = PackedWeight.of(codes, weight.dtype, found.name)

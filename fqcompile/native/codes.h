@@ -52,13 +52,15 @@ struct Codes<4, true> {
   explicit Codes(const Levels& levels) : table(load(levels.fp32)) {}
   INLINE_MEMBER F32 at(U32 words, int i) const { return look_up(right(words, bit(i)), table, table); }
 #else
-  // Four codes of each word are looked up at a time, as bytes.
-  static constexpr float UNIT = 1.0f / 16;
+  // Four codes of each word are looked up at a time, as bytes, and each is moved to the top of its word: no
+  // second shift has to bring its sign down.
+  static constexpr float UNIT = 1.0f / (16 << 24);
   U32 table;
   explicit Codes(const Levels& levels) : table(twice(levels.sixteenths)) {}
   INLINE_MEMBER F32 at(U32 words, int i) const {
     const U32 codes = and_bits(bit(i) % 8 ? right(words, 4) : words, splat_bits(0x0f0f0f0f));
-    return from_int(right_signed(left(look_up_bytes(codes, table), 24 - bit(i) / 8 * 8), 24));
+    const U32 top = left(look_up_bytes(codes, table), 24 - bit(i) / 8 * 8);
+    return from_int(bit(i) / 8 ? and_bits(top, splat_bits(0xff000000)) : top);
   }
 #endif
 };
@@ -67,9 +69,13 @@ struct Codes<4, true> {
 template <int BITS_, bool LOOKED_UP>
 struct Single : Codes<BITS_, LOOKED_UP> {
   static constexpr int BITS = BITS_, WORD = 32 / BITS, UNITS = WORD, PER_UNIT = 1;
+  static constexpr bool BY_FOURS = BITS == 4 && LOOKED_UP && LANES == 8;
   using Codes<BITS, LOOKED_UP>::Codes;
-  static constexpr int x_of(int unit) { return unit; }
-  INLINE_MEMBER F32 unit(U32 words, int i) const { return this->at(words, i); }
+  // Codes that are looked up together (0, 1, 4, 5) follow one another: there are few registers.
+  static constexpr int x_of(int unit) {
+    return BY_FOURS ? (unit & 1) | (unit & 2) << 1 | (unit & 4) >> 1 : unit;
+  }
+  INLINE_MEMBER F32 unit(U32 words, int i) const { return this->at(words, x_of(i)); }
   INLINE F32 mac(F32 sum, F32 code, uint32_t x) { return fma(code, as_float(splat_bits(x)), sum); }
 };
 

@@ -57,7 +57,7 @@ _TIME_LIMIT = 600.0
 _DIGEST_BYTES = sha256().digest_size
 # What is not written as a fused multiply-add is none: the quantizer's bits depend on it.
 _FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden"),
+    *("-std=c++20", "-O3", "-fPIC", "-shared", "-fvisibility=hidden"),
     *("-fno-math-errno", "-ffp-contract=off"),
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -85,11 +85,13 @@ ISAS = {
 
 @dataclass(frozen=True)
 class NativeLibrary:
-    """Its functions; each takes the bytes of its arguments, see `matmul.cpp`, `quantize.cpp`."""
+    """Its functions; each takes the bytes of its arguments, see the C++ file that has it."""
 
     isa: str
     matmul: Callable[[bytes], int]
+    serve: Callable[[bytes | None], None]
     dequantize: Callable[[bytes], None]
+    attention: Callable[[bytes], None]
     search: Callable[[bytes], None]
     encode: Callable[[bytes], None]
 
@@ -232,9 +234,10 @@ def _digest(command: list[str]) -> str:
 def _compile(command: list[str], path: Path) -> None:
     """Compile to a temporary file first, so that `path` is always a complete library."""
     made = path.with_name(".made")
-    libraries = Path(torch.__file__).parent / "lib"
+    torch_at = Path(torch.__file__).parent
     mains = [str(path) for path in _SOURCES if path.suffix == ".cpp"]
-    command = [*command, *mains, "-o", str(made), f"-L{libraries}", "-ltorch_cpu"]
+    command = [*command, f"-I{torch_at}/include", *mains, "-o", str(made)]
+    command += [f"-L{torch_at}/lib", "-ltorch_cpu", "-lc10"]
     made.unlink(missing_ok=True)  # a pipe of that name would be waited for
     try:
         # What lies between the compiler and the linker fits where the library does.
@@ -275,7 +278,7 @@ def load(isa: Isa, path: Path) -> NativeLibrary:
         library = ctypes.CDLL(str(path))
         matmul, *others = (
             getattr(library, f"fqcompile_{name}")
-            for name in ("matmul", "dequantize", "search", "encode")
+            for name in ("matmul", "serve", "dequantize", "attention", "search", "encode")
         )
     except (OSError, AttributeError) as error:
         raise KernelBuildError(f"{path} does not load: {error}") from error

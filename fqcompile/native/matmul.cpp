@@ -13,60 +13,19 @@
 #include <type_traits>
 #include <vector>
 
+#include "call.h"
 #include "codes.h"
-#include "epilogue.h"
 #include "parallel.h"
 
 namespace {
 
-constexpr int OUTPUTS = 64, VECTORS = OUTPUTS / LANES, MAX_TILE = 8, STEP = 8;
+constexpr int VECTORS = OUTPUTS / LANES, MAX_TILE = 8;
 constexpr int64_t LONGEST_SUM = 256;  // codes that are summed up unscaled; x's part fits the L1 cache
 // A thread reads so many bytes in a row, where there are RUNS such runs for each: every start waits for
 // memory. Measured, a layer of experts (8 of 64, 2048x768), 2 threads: blocks one by one 640 us in its
 // two products, in such runs 530.
 constexpr int64_t RUN_BYTES = 1 << 18;
 constexpr int AHEAD = 4096;           // bytes to prefetch ahead: hardware stops at the page's end
-
-struct Weight {
-  const uint32_t* words;
-  const void* scales;
-  DType scale_type;
-  const float* values;  // of the codes -8 to 7; null where codes are integers
-  int64_t bits, group, rows, k;
-
-  int64_t padded_k() const { return (k + STEP - 1) / STEP * STEP; }
-  int64_t groups() const { return (k + group - 1) / group; }
-  int64_t blocks() const { return (rows + OUTPUTS - 1) / OUTPUTS; }
-  int64_t block_words() const { return padded_k() * bits / 32 * OUTPUTS; }
-  int64_t block_scales() const { return groups() * OUTPUTS; }
-  bool odd_groups() const { return group % STEP && group < k; }  // a word may meet several groups
-  Weight expert(int64_t e) const {
-    Weight one = *this;
-    one.words += e * blocks() * block_words();
-    one.scales = (const char*)scales + e * blocks() * block_scales() * bytes_of(scale_type);
-    return one;
-  }
-};
-
-// What Python hands over; its fields are described in matmul.py.
-struct Call {
-  Weight weight;
-  const void* x;
-  int64_t x_stride;
-  DType type;
-  int64_t m;
-  const void* bias;
-  DType bias_type;
-  const void* residual;
-  int64_t residual_stride;
-  void* y;
-  Activation activation;
-  int64_t gated, experts;
-  const void* routing;
-  int64_t routing_is_ids, routing_bytes, one_thread;
-
-  int64_t n() const { return gated ? weight.rows / 2 : weight.rows; }
-};
 
 template <class Code>
 INLINE F32 in_units(F32 v) {
@@ -413,11 +372,13 @@ class Matmul {
 
 }  // namespace
 
+bool multiply(const Call& call) { return Matmul(call).run(); }
+
 // 0, or 1 where the routing names a row or an expert that there is not.
 extern "C" EXPORT int64_t fqcompile_matmul(const char* bytes) {
   Call call;
   memcpy(&call, bytes, sizeof(call));
-  return Matmul(call).run() ? 0 : 1;
+  return multiply(call) ? 0 : 1;
 }
 
 // ŵᵀ of `count` blocks from `first` on, one beside the other.

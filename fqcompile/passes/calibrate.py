@@ -26,19 +26,19 @@ Ranks = list[list[Moments]]  # [rank][site]
 def calibrator(state: GraphState) -> Calibrate:
     """For the weights of any instance; the graph is read before it is rewritten.
 
-    A probe that fails leaves a warning, and weights that are quantized from their values alone.
+    A probe that fails, on the values of the call too, leaves a warning, and weights that are
+    quantized from their values alone.
     """
     probe = Probe.of(state, [site for site in state.sites if not site.settled])
     asked = state.config.calibration
     assert asked is not None
     random = asked == "synthetic"
-    source = "synthetic" if random and probe.tables else "first_call"
 
     def calibrate(
         args: Sequence[Any], wanted: Sequence[WeightSite]
     ) -> dict[WeightSite, Calibration]:
         try:
-            ranks = _on_all_ranks(state, probe, args, wanted=bool(wanted), random=random)
+            ranks, source = _on_all_ranks(state, probe, args, wanted=bool(wanted), random=random)
         except (ProbeError, ShardingError) as error:
             if wanted:
                 state.warnings.append(
@@ -47,6 +47,10 @@ def calibrator(state: GraphState) -> Calibrate:
                 )
             alone = Calibration(asked=asked, source=f"none: {error}")
             return dict.fromkeys(wanted, alone)
+        if wanted and "failed" in source:
+            state.warnings.append(
+                f"{len(wanted)} weights ({wanted[0].name}, ...) are calibrated by {source}"
+            )
         found = {}
         for site in wanted:
             each = _of_weight(state, probe, args, site, ranks)
@@ -61,8 +65,10 @@ def calibrator(state: GraphState) -> Calibrate:
 
 def _on_all_ranks(
     state: GraphState, probe: Probe, args: Sequence[Any], *, wanted: bool, random: bool
-) -> Ranks:
+) -> tuple[Ranks, str]:
     """The moments of each rank in order; only those of this rank if the model is not sharded.
+
+    And what they came from, see `Calibration.source`.
 
     Raises:
         ProbeError: the probe failed on some rank.
@@ -70,25 +76,28 @@ def _on_all_ranks(
     """
     groups = rank_groups(args)
     if not groups and not probe.talks:
-        return [probe.run(args, random=random)] if wanted else []
+        moments, source = probe.run(args, random=random) if wanted else ([], "")
+        return [moments], source
     if not (groups and state.ranks_here):
         raise ProbeError("it communicates with other ranks, which need not run it now")
     agree(state.name, {"collectives": ", ".join(collectives(state.graph))}, groups)
     if not any_rank(f"what {state.name} is to be calibrated for", wanted, groups):
-        return []
+        return [], ""
 
-    def run() -> list[Moments] | str:
+    def run() -> tuple[list[Moments], str] | str:
         try:
             return probe.run(args, random=random)
         except ProbeError as error:
             return f"on rank {rank()}: {error}"
 
     found: Ranks = []
+    source = ""
     for result in team_of(args).together(run):
         if isinstance(result, str):
             raise ProbeError(result)
-        found.append(result)
-    return found
+        moments, source = result
+        found.append(moments)
+    return found, source
 
 
 def collectives(graph: fx.Graph) -> Iterator[str]:

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from fqcompile.config import FineQuantConfig
 from fqcompile.passes.effects import bodies, has_effects, memory_of, written_inputs
-from fqcompile.passes.naming import InputName, name_inputs
+from fqcompile.passes.naming import InputName, begin_token, name_inputs
 from fqcompile.passes.state import GraphState, copy_module, example, placeholders
 from fqcompile.torch_compat import (
     STATIC_INPUT,
@@ -66,6 +66,7 @@ def capture(module: fx.GraphModule, args: Sequence[Any], config: FineQuantConfig
         written=written,
         known=known,
         grad_possible=torch.is_grad_enabled() or enables_grad(copied.graph),
+        begin_token=begin_token(),
     )
 
 

@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from types import CellType, MethodType
@@ -205,6 +206,27 @@ def _compiled_modules() -> Iterator[tuple[str, nn.Module]]:
             inner.append(owner)
         frame = frame.f_back
     yield from (("", plain_module(module)) for module in reversed(inner))
+
+
+def begin_token() -> int | None:
+    """The begin token of the module whose call runs, the outermost that has one."""
+    tokens = (begin_token_of(module) for _, module in _compiled_modules())
+    return next((token for token in tokens if token is not None), None)
+
+
+def begin_token_of(model: nn.Module) -> int | None:
+    """The id that sequences of tokens begin with: the first `bos_token_id` in its modules' configs.
+
+    Of a config with several parts, as transformers has them, that of the text.
+    """
+    for config in (vars(module).get("config") for module in model.modules()):
+        with suppress(ValueError):  # several texts
+            config = getattr(config, "get_text_config", lambda own=config: own)()
+        token = getattr(config, "bos_token_id", None)
+        token = token[0] if isinstance(token, list | tuple) and token else token
+        if isinstance(token, int):
+            return token
+    return None
 
 
 def _modules_of(

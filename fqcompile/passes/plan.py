@@ -20,6 +20,7 @@ from fqcompile.config import ROUTER, SiteOptions
 from fqcompile.distributed.ranks import progress
 from fqcompile.distributed.shards import NOT_LOCAL, is_dtensor
 from fqcompile.errors import UnquantizableWeight
+from fqcompile.kernels.registry import dequantized_because, spec_of
 from fqcompile.passes.calibrate import calibrator
 from fqcompile.passes.choices import experts_outside, is_codebook, is_router, is_table_product
 from fqcompile.passes.kept import TABLE
@@ -28,6 +29,7 @@ from fqcompile.passes.state import GraphState, WeightSite, example
 from fqcompile.quant.calibration import Calibration
 from fqcompile.quant.checks import OTHER_DTYPE, WEIGHT_DTYPES
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
+from fqcompile.tensor.format import Format
 from fqcompile.torch_compat import FakeTensor
 from fqcompile.weights.disk_cache import disk_cache
 from fqcompile.weights.fingerprint import fingerprint
@@ -216,7 +218,25 @@ def _asked(
     if out.dtype not in WEIGHT_DTYPES:
         return OTHER_DTYPE.format(out.dtype)
     refused = _trainable(state, sources) or _unsupported(sources)
+    if not (refused or any_packed(sources) or state.config.override_matches(name)):
+        refused = _slow(site, options, out.dtype, sources[0].device)
     return refused or _Ask(site.recipe, sources, options, scale_dtype_beside(out.dtype))
+
+
+def _slow(
+    site: WeightSite, options: SiteOptions, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Why 4 or 8 bits would make a GPU's calls slower; the dense weight stays in memory anyway."""
+    *stack, n, k = site.shape
+    group = options.granularity if isinstance(options.granularity, int) else k
+    experts = stack[0] if stack else 0
+    form = Format(options.bits, min(group, k), n, k, experts, levels=options.levels)
+    scale_dtype = scale_dtype_beside(dtype)
+    reason = dequantized_because(spec_of(form, dtype, scale_dtype, device, None))
+    return reason and (
+        f"{reason}, so each call would dequantize the whole weight; to save memory, call "
+        "fqcompile.quantize_, or name it in overrides"
+    )
 
 
 def _unsupported(sources: tuple[Tensor, ...]) -> str | None:

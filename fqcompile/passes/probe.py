@@ -3,13 +3,15 @@
 x = embedding(ids, w_0); y = linear(x, w_1); ...   ->   x = embedding(ids, w_0); note(0, x);
                                                         y = linear(x, w_1); ...; note(9, z)
 
-The graph runs up to its last product, on inputs that `probe_inputs` makes from those of a call.
-Other instances of the class run the same graph with their own weights.
+Products that read the same rows share a note. The graph runs up to its last note, on inputs that
+`probe_inputs` makes from those of a call. Other instances of the class run the same graph with
+their own weights.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -17,8 +19,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from fqcompile.distributed.shards import is_dtensor
-from fqcompile.passes.effects import bodies, in_transforms
-from fqcompile.passes.probe_inputs import copied, each_run, many_short, sizes_of, tables_of
+from fqcompile.passes.effects import bodies, has_effects
+from fqcompile.passes.probe_inputs import (
+    Sizes,
+    Tables,
+    copied,
+    each_run,
+    has_places,
+    many_short,
+    sizes_of,
+    tables_of,
+)
 from fqcompile.passes.state import GraphState, WeightSite, copy_module, example, placeholders
 from fqcompile.quant.calibration import Moments, fixed_random_numbers
 from fqcompile.torch_compat import FakeTensor
@@ -26,6 +37,15 @@ from fqcompile.weights.recipe import target_name
 
 log = logging.getLogger("fqcompile")
 
+# What enters a range, and what leaves it: autocast, and the levels of torch.func and forward AD.
+_RANGES = {
+    "_enter_autocast": "_exit_autocast",
+    "_saved_tensors_hooks_disable": "_saved_tensors_hooks_enable",
+    "_vmap_increment_nesting": "_vmap_decrement_nesting",
+    "_grad_increment_nesting": "_grad_decrement_nesting",
+    "_jvp_increment_nesting": "_jvp_decrement_nesting",
+    "_enter_dual_level": "_exit_dual_level",
+}
 _MODES = frozenset(("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"))
 
 
@@ -42,17 +62,24 @@ class Probe:
     """A graph up to its last product.
 
     Attributes:
-        sites: the sites; a note's number is the index here.
+        sites: the sites; a note's number is the index here of the first one that it is for.
+        numbers: for each site, the number of its note.
         tables: see `tables_of`.
+        keeps_sizes: see `has_places`.
         written: positions of inputs that a run may write to.
         talks: whether the graph has collectives, which all ranks must run.
+        begin: the begin token of the model that was compiled first; other instances of the class
+            that run this graph get the same.
     """
 
     module: fx.GraphModule
     sites: Sequence[WeightSite]
+    numbers: Sequence[int]
     tables: Mapping[int, int]
+    keeps_sizes: bool
     written: frozenset[int]
     talks: bool
+    begin: int | None
 
     @classmethod
     def of(cls, state: GraphState, sites: Sequence[WeightSite]) -> "Probe":
@@ -65,40 +92,55 @@ class Probe:
         fixed = {source for site in sites for source in site.sources}
         fixed |= {n for n, arg in zip(inputs, state.args, strict=True) if _is_parameter(arg)}
         written = frozenset(i for i, n in enumerate(inputs) if n in state.written or n not in fixed)
-        module = _noted(state, sites)
+        module, numbers = _noted(state, sites)
         talks = any(_talks(node) for node in module.graph.nodes)
         tables = tables_of(state, max(site.node for site in sites)) if sites else {}
-        return cls(module, sites, tables, written, talks)
+        arguments = [n for n, node in enumerate(inputs) if node not in state.named]
+        keeps = has_places(placeholders(module.graph), arguments, tables)
+        return cls(module, sites, numbers, tables, keeps, written, talks, state.begin_token)
 
-    def run(self, args: Sequence[Any], *, random: bool) -> list[Moments]:
-        """Run the graph and return the moments of each site's inputs.
+    def run(self, args: Sequence[Any], *, random: bool) -> tuple[list[Moments], str]:
+        """Run the graph; return the moments of each site's inputs, and what the inputs were.
 
-        `random`: replace token ids, if the graph has any, by random ones.
+        `random`: replace token ids, if the graph has any, by random ones. If it does not run on
+        these, it runs on those of the call, unless it has collectives.
 
         Raises:
             ProbeError: the graph could not be run; the message says why.
         """
-        if in_transforms(self.module.graph):
-            raise ProbeError("it has torch.func transforms")
         if any(isinstance(arg, FakeTensor) for arg in args):
             raise ProbeError("the values of its inputs are not available while it is compiled")
-        tables, inputs = self.tables if random else {}, placeholders(self.module.graph)
-        tried = [sizes_of(inputs, args)]
-        if tables:  # a graph may be valid for some sizes only, as for sequences within a window
-            tried.insert(0, many_short(inputs, tried[0], tables))
-        for sizes in tried:
-            moments = [Moments(site.shape) for site in self.sites]
+        inputs, failed = placeholders(self.module.graph), ""
+        for sizes, tables in self._attempts(args, random):
+            each = [Moments(site.shape) for site in self.sites]
+            moments = [each[number] for number in self.numbers]
             devices = [arg.device for arg in args if isinstance(arg, Tensor)]
             try:
                 with fixed_random_numbers(devices):
-                    for given in each_run(inputs, args, sizes, tables, self.written):
+                    for given in each_run(inputs, args, sizes, tables, self.written, self.begin):
                         _Interpreter(self, moments).whole(given)
             except Exception as error:
                 log.debug("a probe failed at sizes %s", sizes, exc_info=True)
-                reason = f"{type(error).__name__}: {error}"
+                failed = f"{type(error).__name__}: {error}"
             else:
-                return moments
-        raise ProbeError(reason)
+                instead = f", since random ids failed: {failed}" if failed else ""
+                return moments, "synthetic" if tables else f"first_call{instead}"
+        raise ProbeError(failed)
+
+    def _attempts(self, args: Sequence[Any], random: bool) -> Iterator[tuple[Sizes, Tables]]:
+        """Sizes and tables to run at, one after the other until a run succeeds.
+
+        A graph may be valid for some sizes only, as for sequences within a window, or for some ids.
+        """
+        inputs = placeholders(self.module.graph)
+        own, tables = sizes_of(inputs, args), self.tables if random else {}
+        if tables:
+            short = own if self.keeps_sizes else many_short(inputs, own, tables)
+            if short != own:
+                yield short, tables
+            yield own, tables
+        if not (tables and self.talks):  # other ranks, where ids did not fail, would not run again
+            yield own, {}
 
 
 def _is_parameter(value: object) -> bool:
@@ -106,20 +148,23 @@ def _is_parameter(value: object) -> bool:
 
 
 class _Interpreter(fx.Interpreter):
-    """Runs a graph with notes, without gradients; `whole` exits every mode even on an error."""
+    """Runs a graph with notes, without gradients; `whole` leaves every range even on an error."""
 
     def __init__(self, probe: Probe, moments: Sequence[Moments]) -> None:
         super().__init__(probe.module)
+        self.extra_traceback = False  # or it would print the graph into the message of an error
         self._probe, self._moments = probe, moments
-        self._entered: list[Any] = []
+        self._leave: list[Callable[[], object]] = []  # the ranges that were entered, in order
+        calls = [node.target for node in probe.module.graph.nodes if node.op == "call_function"]
+        self._leaving = {target_name(target): target for target in calls}
         self._attributes: dict[str, Any] = {}
 
     def whole(self, inputs: Sequence[Any]) -> None:
         try:
             self.run(*inputs, enable_io_processing=False)
         finally:
-            for mode in reversed(self._entered):
-                mode.__exit__(None, None, None)
+            for leave in reversed(self._leave):
+                leave()
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is note:
@@ -130,10 +175,12 @@ class _Interpreter(fx.Interpreter):
         if name in _MODES:
             return None
         result = super().call_function(target, args, kwargs)
-        if name == "_enter_autocast":
-            self._entered.append(result)
-        elif name == "_exit_autocast":
-            self._entered.remove(args[0])
+        if name == "_enter_autocast":  # the graph may end inside of it
+            self._leave.append(partial(result.__exit__, None, None, None))
+        elif name in _RANGES:
+            self._leave.append(self._leaving[_RANGES[name]])
+        elif name in _RANGES.values():
+            self._leave.pop()
         return result
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -141,7 +188,7 @@ class _Interpreter(fx.Interpreter):
         if target not in self._attributes:
             value = super().get_attr(target, args, kwargs)
             fixed = not isinstance(value, Tensor) or _is_parameter(value)
-            self._attributes[target] = value if fixed else copied([value])[0]
+            self._attributes[target] = value if fixed else copied([value], {})[0]
         return self._attributes[target]
 
 
@@ -170,6 +217,13 @@ def count_rows(moments: Moments, site: WeightSite, x: Tensor, routing: Tensor | 
             moments.add(x[experts == expert], expert)
 
 
+def _rows_of(site: WeightSite) -> tuple[object, ...]:
+    """What `count_rows` depends on, of a product without experts."""
+    roles = site.contraction
+    order = [roles.x_dims.index(i) for i in (*roles.rows, *roles.contracted)]
+    return roles.x, roles.x_singles, tuple(order), site.shape[-1]
+
+
 def _experts(site: WeightSite, ids: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
     """The expert of each element of the batch, flat on the CPU, and the sizes of the batch."""
     if ids is not None:
@@ -180,11 +234,24 @@ def _experts(site: WeightSite, ids: Tensor | None) -> tuple[Tensor, tuple[int, .
     return torch.arange(prod(sizes), device="cpu"), sizes
 
 
-def _noted(state: GraphState, sites: Sequence[WeightSite]) -> fx.GraphModule:
-    """A copy of the graph with notes, truncated after the last of them."""
+def _notes(state: GraphState, sites: Sequence[WeightSite]) -> Iterator[int]:
+    """The number of each site's note: its own, or of an earlier one that counts the same rows."""
+    known: dict[object, int] = {}
+    number = {site.node: number for number, site in enumerate(sites)}
+    for node in state.graph.nodes:
+        if has_effects(node):  # it may write to the rows
+            known.clear()
+        if node in number:
+            site, own = sites[number[node]], number[node]
+            yield own if site.contraction.of_experts else known.setdefault(_rows_of(site), own)
+
+
+def _noted(state: GraphState, sites: Sequence[WeightSite]) -> tuple[fx.GraphModule, list[int]]:
+    """A copy of the graph with notes, truncated after the last of them; the number of each site."""
     module, mapping = copy_module(state.module)
-    graph, last = module.graph, None
-    for number, site in enumerate(sites):
+    graph, last, numbers = module.graph, None, list(_notes(state, sites))
+    for number in sorted(set(numbers)):
+        site = sites[number]
         roles = site.contraction
         routing = None if roles.routing is None else mapping[roles.routing]
         with graph.inserting_before(mapping[site.node]):
@@ -194,7 +261,7 @@ def _noted(state: GraphState, sites: Sequence[WeightSite]) -> fx.GraphModule:
         if node is last:
             break
         graph.erase_node(node)
-    return module
+    return module, numbers
 
 
 def _talks(node: fx.Node) -> bool:

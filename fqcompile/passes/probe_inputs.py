@@ -1,8 +1,8 @@
 """The inputs of a probe: random ids, sizes of many short sequences, and copies.
 
 Integer inputs that index a table get random ids from a fixed seed, and symbolic sizes are those of
-32 sequences of 16 ids. All other inputs are those of the call, copied if the graph may write to
-them.
+32 sequences of 16 ids, each of which begins with the begin token of the model. All other inputs are
+those of the call, copied if the graph may write to them.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fqcompile.passes.state import GraphState, example, placeholders
+from fqcompile.passes.state import GraphState, example, placeholders, same_shape
 from fqcompile.quant.calibration import token_generator, token_ids
 from fqcompile.torch_compat import hint_of, memory_id, size_at, size_within, symbol_of
 from fqcompile.weights.recipe import CASTS, MOVING, target_name
 
-LEAST_ROWS, MOST_RUNS = 512, 32
+ROWS = 512  # what there may be ids for, all runs together
+RUN = 32  # a run costs as much as so many more ids, because it reads all weights
 TOKENS = 16  # per sequence: many short sequences tell more than a long one
 _TABLE_READS = frozenset("embedding embedding_bag index_select getitem index".split())
 _PICKS = frozenset(
@@ -26,6 +27,7 @@ _PICKS = frozenset(
 )
 _PLACING = frozenset("from_local to_local redistribute".split())  # DTensors
 _ALIGNMENT = 16
+_IDS = (torch.int32, torch.int64)
 Nodes = Sequence[fx.Node]
 Sizes = Mapping[Any, int]  # by symbol
 Tables = Mapping[int, int]  # {position of ids: rows of the smallest table that they index}
@@ -50,7 +52,7 @@ def _rows_of_table(state: GraphState, node: fx.Node, last: fx.Node) -> int:
     ids = example(node)
     if ids is None or node in state.named or node in state.written:
         return 0
-    if ids.dtype not in (torch.int32, torch.int64) or not ids.dim():
+    if ids.dtype not in _IDS or not ids.dim():
         return 0
     tables = _tables_read_by(state, node, last)
     return min(shape[0] for shape in tables) if any(len(shape) == 2 for shape in tables) else 0
@@ -115,32 +117,56 @@ def many_short(inputs: Nodes, own: Sizes, tables: Tables) -> dict[Any, int]:
         *batch, length = fake.shape
         if symbol_of(length):
             found.setdefault(symbol_of(length), size_within(length, TOKENS))
-        sequences = -(-LEAST_ROWS // max(1, size_at(length, {**own, **found})))
+        sequences = -(-ROWS // max(1, size_at(length, {**own, **found})))
         for size in (size for size in batch if symbol_of(size)):
-            found.setdefault(symbol_of(size), size_within(size, min(sequences, MOST_RUNS)))
+            found.setdefault(symbol_of(size), size_within(size, min(sequences, ROWS // TOKENS)))
     return {**own, **found}
 
 
-def each_run(
-    inputs: Nodes, args: Sequence[Any], sizes: Sizes, tables: Tables, written: Collection[int]
-) -> Iterator[list[Any]]:
-    """Yield the inputs of each run: enough runs for LEAST_ROWS ids, or one if there are no ids.
+def has_places(inputs: Nodes, arguments: Iterable[int], tables: Tables) -> bool:
+    """Whether an argument may hold places in the ids, which would not fit to ids of other sizes.
 
-    `written`: positions of inputs that a run may write to.
+    Such as where each sequence begins, or how long it is: integers in one dimension that has not
+    the length of the ids.
+    """
+    lengths = [inputs[index].meta["example_value"].shape[-1:] for index in tables]
+    for index in arguments:
+        fake = example(inputs[index])
+        if index in tables or fake is None or fake.dim() != 1 or not inputs[index].users:
+            continue
+        if fake.dtype in _IDS and not any(same_shape(fake.shape, length) for length in lengths):
+            return True
+    return False
+
+
+def each_run(
+    inputs: Nodes,
+    args: Sequence[Any],
+    sizes: Sizes,
+    tables: Tables,
+    written: Collection[int],
+    begin: int | None,
+) -> Iterator[list[Any]]:
+    """Yield the inputs of each run: as many as cost no more than one of ROWS ids.
+
+    `written`: positions of inputs that a run may write to. `begin`: the begin token. It is for the
+    largest table: smaller ones are of other things than tokens, such as their positions and types.
     """
     generator, shapes = token_generator(), [_shape(node, sizes) for node in inputs]
-    count = max((prod(shapes[index]) for index in tables), default=LEAST_ROWS)
+    count = max((prod(shapes[index]) for index in tables), default=ROWS)
     moved = [i for i in written if i not in tables and isinstance(args[i], Tensor)]
-    for _ in range(min(MOST_RUNS, -(-LEAST_ROWS // max(1, count)))):
+    originals = [_resized(args[i], shapes[i]) for i in moved]
+    memory: dict[int, Tensor] = {}
+    for _ in range(max(1, (ROWS + RUN) // (count + RUN))):
         given = [
             size_at(node.meta["example_value"], sizes) if _is_symbolic(node) else arg
             for node, arg in zip(inputs, args, strict=True)
         ]
         for index, rows in tables.items():
-            ids = token_ids(shapes[index], rows, generator)
+            first = begin if rows == max(tables.values()) else None
+            ids = token_ids(shapes[index], rows, generator, first)
             given[index] = ids.to(args[index].device, args[index].dtype)
-        copies = copied([_resized(given[i], shapes[i]) for i in moved])
-        for index, tensor in zip(moved, copies, strict=True):
+        for index, tensor in zip(moved, copied(originals, memory), strict=True):
             given[index] = tensor
         yield given
 
@@ -162,31 +188,32 @@ def _resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     return tensor
 
 
-def copied(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of the tensors, which share memory with each other as the tensors do."""
+def copied(tensors: Sequence[Tensor], memory: dict[int, Tensor]) -> list[Tensor]:
+    """Copies of the tensors, which share memory with each other as the tensors do.
+
+    `memory`: that of the copies, by storage; copies of the same tensors that lie there go.
+    """
     spans: dict[int, tuple[int, int]] = {}
     for tensor in filter(_is_plain, tensors):
         start, stop = _span(tensor)
         low, high = spans.get(memory_id(tensor), (start, stop))
         spans[memory_id(tensor)] = (min(low, start), max(high, stop))
-    copies: dict[int, Tensor] = {}
-    return [_copy(tensor, spans, copies) for tensor in tensors]
+    own = {memory_id(tensor): tensor for tensor in filter(_is_plain, tensors)}
+    starts = {key: low - low % _ALIGNMENT for key, (low, _) in spans.items()}
+    for key, (_, high) in spans.items():
+        whole = torch.empty(0, dtype=torch.uint8, device=own[key].device)
+        part = whole.set_(own[key].untyped_storage())[starts[key] : high]
+        memory[key] = memory[key].copy_(part) if key in memory else part.clone()
 
+    def copy(tensor: Tensor) -> Tensor:
+        if not _is_plain(tensor):
+            return tensor.detach().clone()
+        key = memory_id(tensor)
+        offset = tensor.storage_offset() - starts[key] // tensor.dtype.itemsize
+        view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return view.set_(memory[key].untyped_storage(), offset, tensor.size(), tensor.stride())
 
-def _copy(
-    tensor: Tensor, spans: Mapping[int, tuple[int, int]], copies: dict[int, Tensor]
-) -> Tensor:
-    if not _is_plain(tensor):
-        return tensor.detach().clone()
-    key, dtype = memory_id(tensor), tensor.dtype
-    low, high = spans[key]
-    low -= low % _ALIGNMENT
-    if key not in copies:
-        memory = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-        copies[key] = memory.set_(tensor.untyped_storage())[low:high].clone()
-    offset = tensor.storage_offset() - low // dtype.itemsize
-    view = torch.empty(0, dtype=dtype, device=tensor.device)
-    return view.set_(copies[key].untyped_storage(), offset, tensor.size(), tensor.stride())
+    return [copy(tensor) for tensor in tensors]
 
 
 def _is_plain(tensor: Tensor) -> bool:

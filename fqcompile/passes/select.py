@@ -13,7 +13,7 @@ from typing import Literal, cast
 import torch
 from torch import fx
 
-from fqcompile.kernels.registry import select_kernel
+from fqcompile.kernels.registry import dequantized_because, select_kernel
 from fqcompile.kernels.spec import GemmSpec, gpu_of
 from fqcompile.kernels.tuning.launches import Mode, tuned_launches
 from fqcompile.passes.op_nodes import INFERENCE, argument, changed
@@ -30,7 +30,9 @@ def select(state: GraphState) -> int:
         with _current(example(op)):
             chosen = tuned_launches(spec, choice.template, cast(Mode, state.config.autotune))
         choice = replace(choice, launches=chosen.launches)
-        state.warnings += [f"{op.name}: {note}" for note in chosen.notes]
+        slow = dequantized_because(spec)
+        notes = chosen.notes if slow is None else (f"{slow}: each call dequantizes the weight",)
+        state.warnings += [f"{op.name}: {note}" for note in notes]
         op.target, op.args = changed(op, kernel=str(choice))
         if not state.grad_possible:
             op.target = INFERENCE

@@ -144,6 +144,7 @@ class GraphState:
             graph writes to them.
         written: nodes whose memory the named call of the graph may write to.
         gemms: the GemmSpec of each quantized matmul.
+        begin_token: what sequences of token ids begin with in the model that is compiled, if known.
         known: the names of the inputs in `named`, and of tensors that are attributes of the graph.
         names: `known` as strings.
         changing: positions among `args` of weights that differ in every call, and are read dense.
@@ -168,6 +169,7 @@ class GraphState:
     gemms: dict[fx.Node, GemmSpec] = field(default_factory=dict)
     matched: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    begin_token: int | None = None
     changing: frozenset[int] = frozenset()
     decided_for: Fingerprint = ((), ())
     name: str = "the graph"

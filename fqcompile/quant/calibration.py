@@ -22,7 +22,9 @@ from fqcompile.distributed.shards import is_part
 from fqcompile.tensor.chunks import plain_tensors
 
 _SEED = 0
-_CHUNK = 1 << 22  # elements that are squared in float64 at a time
+# Elements that are squared in float64 at a time. On a CPU too few for PyTorch to add with several
+# threads, so that their order is fixed; the memory of so many is in the cache, and used again.
+_CHUNK, _CHUNK_OF_CPU = 1 << 22, (1 << 15) - 1
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -73,8 +75,11 @@ class Moments:
         """Count the rows x [..., K], which one matrix is multiplied with."""
         rows = x.reshape(-1, x.shape[-1])
         self.rows[expert] += len(rows)
-        for piece in rows.split(max(1, _CHUNK // max(1, rows.shape[1]))):
-            self.total[expert] += piece.double().square().sum(0).cpu()
+        total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+        chunk = _CHUNK_OF_CPU if rows.is_cpu else _CHUNK
+        for piece in rows.split(max(1, chunk // max(1, rows.shape[1]))):
+            total += piece.to(torch.float64, copy=True).square_().sum(0)
+        self.total[expert] += total.cpu()
 
     @classmethod
     def sum(cls, each: Sequence["Moments"]) -> "Moments":
@@ -126,9 +131,19 @@ def over_ranks(
     return own, each if any(placed.is_shard(column) for placed in whole.placements) else ()
 
 
-def token_ids(shape: Sequence[int], rows: int, generator: torch.Generator) -> Tensor:
-    """Random ids of a table with so many rows; int64 on the CPU, where the generator is."""
-    return torch.randint(0, rows, tuple(shape), generator=generator, device="cpu")
+def token_ids(
+    shape: Sequence[int], rows: int, generator: torch.Generator, begin: int | None = None
+) -> Tensor:
+    """Random ids of a table with so many rows; int64 on the CPU, where the generator is.
+
+    `begin`: what each sequence [..., length > 1] begins with, if it is in the table: many models
+    send most of their attention, and their largest values, to it. Ids in one dimension may be
+    several sequences, one after the other, and stay random.
+    """
+    ids = torch.randint(0, rows, tuple(shape), generator=generator, device="cpu")
+    if begin is not None and 0 <= begin < rows and len(shape) > 1 and shape[-1] > 1:
+        ids[..., 0] = begin
+    return ids
 
 
 def token_generator() -> torch.Generator:

@@ -8,7 +8,7 @@ import torch
 from fqcompile.config import SiteOptions
 from fqcompile.quant import native_quantizer, scale_search
 from fqcompile.tensor.chunks import each_chunk, grouped, halving_sum
-from fqcompile.tensor.format import num_groups, qtype_for
+from fqcompile.tensor.format import INT8, num_groups, qtype_for
 
 # An error that needs no finer groups, and no comparison of what they would cost.
 GOOD_ENOUGH = 0.01
@@ -51,19 +51,31 @@ def adaptive_rule(
         WORTH log2(relative_error(g)) + bits_per_weight(g).
 
     The coarsest group size that is GOOD_ENOUGH wins; else the lowest cost, the coarser of a tie.
-    With `h` [K], squares are weighted in both norms of the relative error.
+    Sizes are looked at from the finest on, until none that is left could win even if its error
+    were no larger than the last one's. With `h` [K], squares are weighted in both norms of the
+    relative error.
     """
-    costs = {}
+
+    def error_of(size: int) -> float:
+        return estimate_errors(w, [size], options, h)[0]
+
+    if options.bits == INT8.bits and error_of(candidates[0]) <= GOOD_ENOUGH:
+        return candidates[0]  # most int8 matrices are decided here, in one look
     n, k = w.shape
-    errors = estimate_errors(w, candidates[:1], options, h)
-    if errors[0] > GOOD_ENOUGH:  # else most int8 matrices are decided here, in one look
-        errors += estimate_errors(w, candidates[1:], options, h)
-    for size, error in zip(candidates, errors, strict=False):
+    least_stored = bits_per_weight(options.bits, n, k, candidates[0], scale_bits)
+    chosen, lowest = candidates[-1], math.inf
+    for size in reversed(candidates):
+        error = error_of(size)
         if error <= GOOD_ENOUGH:
-            return size
-        stored = bits_per_weight(options.bits, n, k, size, scale_bits)
-        costs[size] = WORTH * math.log2(error) + stored
-    return min(costs, key=lambda size: costs[size])
+            chosen, lowest = size, -math.inf
+            continue
+        worth = WORTH * math.log2(error)
+        cost = worth + bits_per_weight(options.bits, n, k, size, scale_bits)
+        if cost <= lowest:
+            chosen, lowest = size, cost
+        if worth + least_stored > lowest:
+            break
+    return chosen
 
 
 def range_rule(

@@ -128,9 +128,20 @@ class Plan:
             f"{worst.name}"
         ]
 
+    def method_lines(self) -> list[str]:
+        """How many weights got codes by GPTQ, and why others were rounded; none without it."""
+        done = [site.calibration or "" for site in self.quantized]
+        refused = Counter(text.rpartition("no gptq: ")[2] for text in done if "no gptq: " in text)
+        made = sum("; gptq" in text for text in done)
+        if not made and not refused:
+            return []
+        reasons = [f"rounded {count}: {reason}" for reason, count in refused.most_common()]
+        return [f"gptq: {made} of {len(done)} weights", *reasons]
+
     def notes(self) -> list[str]:
-        """The lines below the table: totals, experts, why sites are kept."""
-        return [str(self.totals), *self.expert_lines(), *self.kept_lines()]
+        """The lines below the table: totals, methods, experts, why sites are kept."""
+        lines = [*self.method_lines(), *self.expert_lines(), *self.kept_lines()]
+        return [str(self.totals), *lines]
 
     def __str__(self) -> str:
         return "\n".join([site_table(self.sites), "", *self.notes()])

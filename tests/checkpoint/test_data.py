@@ -108,13 +108,89 @@ def test_export_quantizes_by_data(source: Path, text: Path, tmp_path: Path) -> N
         ({"method": "gptq"}, ("method", "'gptq'", "calibration", "text file")),
         ({"calibration": "no such.txt"}, ("calibration", "'no such.txt'", "text file")),
         ({"calibration": "synthetic", "method": "gptq"}, ("method", "'synthetic'", "batches")),
+        ({"method": "gtpq"}, ("method", "'gtpq'", "did you mean 'gptq'")),
+        ({"calibration": "empty.txt"}, ("calibration", "'empty.txt'", "no text", "thousand")),
+        ({"calibration": "latin.txt"}, ("calibration", "'latin.txt'", "UTF-8")),
     ],
 )
 def test_data_that_is_none_is_refused(
-    source: Path, tmp_path: Path, options: dict[str, Any], words: tuple[str, ...]
+    source: Path,
+    tmp_path: Path,
+    options: dict[str, Any],
+    words: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text(" \n")
+    Path("latin.txt").write_bytes("Größe".encode("latin-1"))
     with pytest.raises(OptionError) as caught:
         fqcompile.quantize_checkpoint(source, tmp_path / "out", **options)
     for word in words:
         assert word in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_text_needs_a_tokenizer(source: Path, text: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((source / name).read_bytes())
+    with pytest.raises(OptionError, match=r"has no tokenizer .* copy .* batches") as caught:
+        fqcompile.quantize_checkpoint(tmp_path, tmp_path / "out", calibration=text)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_sequences_are_no_longer_than_the_model_s(source: Path, text: Path, tmp_path: Path) -> None:
+    """A model with a table of positions has no others."""
+    torch.manual_seed(0)
+    config = hf.OPTConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, ffn_dim=96, vocab_size=128,
+        word_embed_proj_dim=64, max_position_embeddings=100,
+    )  # fmt: skip
+    frozen(hf.OPTForCausalLM(config)).save_pretrained(tmp_path)
+    for file in source.glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    plan = fqcompile.quantize_checkpoint(tmp_path, tmp_path / "out", calibration=text, **OPTIONS)
+    rows = {site.calibration_rows for site in plan.quantized if site.bits == 4}
+    assert rows == {(5 * 512 + 100) // 100 * 100}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bits", "lines"),
+    [
+        (600, 4, ["gptq: 14 of 15 weights", "rounded 1: 8 bits have small errors anyway"]),
+        (600, 8, ["gptq: 0 of 15 weights", "rounded 15: 8 bits have small errors anyway"]),
+        (
+            90,
+            4,
+            [
+                "gptq: 0 of 15 weights",
+                "rounded 14: it needs 512 rows of inputs, and there were 90",
+                "rounded 1: 8 bits have small errors anyway",
+            ],
+        ),
+    ],
+)
+def test_the_command_says_what_gptq_did(
+    source: Path,
+    ids: torch.Tensor,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    tokens: int,
+    bits: int,
+    lines: list[str],
+) -> None:
+    """Also `quantize_`, in the same words."""
+    (tmp_path / "text.txt").write_text(" ".join(f"w{n}" for n in ids[:tokens].tolist()))
+    given = ["--method", "gptq", "--calibration", str(tmp_path / "text.txt")]
+    options = ["--min-elements", "2048", "--granularity", "32"]
+    if bits == 8:
+        options += ["--bits", "8"]
+    assert main(["quantize", str(source), str(tmp_path / "out"), *given, *options]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    at = printed.index(lines[0])
+    assert printed[at : at + len(lines)] == lines
+    model = hf.LlamaForCausalLM.from_pretrained(source)
+    own: dict[str, Any] = {**OPTIONS, **({"bits": 8} if bits == 8 else {})}
+    batches = [ids[: min(tokens, 512)][None]]
+    assert fqcompile.quantize_(model, calibration=batches, method="gptq", **own).notes()[1:] == (
+        lines
+    )

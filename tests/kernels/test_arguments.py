@@ -21,6 +21,7 @@ from fqcompile.kernels.template import Layout
 from fqcompile.tensor.format import Format, num_groups
 from fqcompile.tensor.quantized import QuantizedTensor
 from tests.kernels.cpu.guarded import at_end_of_page
+from tests.native.paths import NAMES, path
 from tests.strategies import random_codes
 
 N, K, M, EXPERTS = 64, 256, 3, 2
@@ -35,6 +36,13 @@ def plain(rows: int, k: int, bits: int, group: int, dtype: torch.dtype = BF16) -
     return QuantizedTensor(
         random_codes(bits, rows, k, generator), scale, Format(bits, group, rows, k)
     )
+
+
+@pytest.fixture(autouse=True)
+def _in_cpp() -> Iterator[None]:
+    """The operator's implementation in C++, where there is one, is asked first."""
+    with path(NAMES[0]) if NAMES else nullcontext():
+        yield
 
 
 # The operators, and the one by the ways in which its rows are told their experts.

@@ -9,11 +9,12 @@ from fqcompile.errors import NoKernelError
 from fqcompile.kernels import registry
 from fqcompile.kernels.epilogue import HAS_TRITON
 from fqcompile.kernels.registry import TEMPLATES, KernelChoice, parse_kernel, select_kernel
-from fqcompile.kernels.spec import DENSE, H200, GemmSpec, LaunchTable, TileConfig
+from fqcompile.kernels.spec import A100, DENSE, H200, GemmSpec, LaunchTable, TileConfig
 from fqcompile.native import library as native_library
 
 BF16 = torch.bfloat16
 SPEC = GemmSpec(4, 64, 128, 4, 64, BF16, BF16, "cpu")
+ON_H200 = replace(SPEC, device_type="cuda", gpu=H200)
 
 
 @pytest.mark.parametrize(
@@ -50,14 +51,41 @@ def test_cuda_goes_to_triton_with_a_configuration_for_its_rows() -> None:
     assert choice.template.name == "triton_gemm"
     assert choice.launches is not None
     assert [bound for bound, _ in choice.launches.steps] == [None]
-    opened = select_kernel(replace(spec, m_range=(1, None))).launches
+    opened = select_kernel(replace(spec, n=4096, k=4096, m_range=(1, None))).launches
     assert opened is not None
-    assert len(opened.steps) == 3
+    assert opened.steps[-1] == (None, DENSE)
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_cuda_without_a_gpu_dequantizes() -> None:
     assert str(select_kernel(replace(SPEC, device_type="cuda"))) == "dequantize"
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({}, None),
+        ({"gpu": A100}, None),
+        ({"device_type": "cpu", "dtype": torch.float32, "gpu": None}, None),
+        ({"dtype": torch.float32}, "takes fp16 or bf16 activations, not torch.float32"),
+        ({"group_size": 24}, "takes groups of a multiple of 16, not 24"),
+        ({"gpu": replace(H200, name="Tesla T4", arch="sm_75")}, "8.0 or later; Tesla T4 has sm_75"),
+    ],
+)
+def test_what_each_call_on_a_gpu_would_dequantize_is_told(
+    changes: dict[str, object], why: str | None
+) -> None:
+    spec = replace(ON_H200, **changes)
+    found = registry.dequantized_because(spec)
+    assert found is None if why is None else why in str(found)
+    assert (select_kernel(spec).template.name == "dequantize") is (why is not None)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_without_triton_that_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_TRITON", ())
+    assert registry.dequantized_because(ON_H200) == "Triton is not installed"
 
 
 def test_no_kernel_lists_every_refusal(monkeypatch: pytest.MonkeyPatch) -> None:

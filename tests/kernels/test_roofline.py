@@ -1,17 +1,12 @@
-"""The least times, against sums done by hand, and crossovers against a search for them."""
+"""The least times, against sums done by hand."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from sympy import Expr, Max, lambdify
 
 from fqcompile.kernels import roofline
 from fqcompile.kernels.roofline import (
-    M,
-    crossover,
     ideal_seconds,
     least_seconds,
     read_bandwidth,
@@ -55,29 +50,3 @@ def test_the_rate_is_measured_once_for_each_number_of_threads() -> None:
     rate = read_bandwidth()
     assert 1e8 < rate < 1e13
     assert read_bandwidth() == rate
-
-
-lines = st.tuples(st.integers(0, 50), st.integers(1, 50)).map(lambda ab: ab[0] + ab[1] * M)
-
-
-@given(first=st.lists(lines, min_size=1, max_size=3), second=lines, third=lines)
-def test_a_crossover_is_where_the_order_changes(
-    first: list[Expr], second: Expr, third: Expr
-) -> None:
-    """From there on `left` is slower, for a while at least; before, it is not, or always was."""
-    left, right = Max(*first), Max(second, third) + 3
-    later = lambdify(M, left - right, "math")
-    found = crossover(left, right)
-    if found == float("inf"):
-        assert later(1.0) <= 0
-    elif found == 0.0:
-        assert later(1.0) > 0
-    else:
-        assert later(found * 1.001) > 0
-        assert later(found * 0.999) <= 0
-
-
-def test_never_and_always() -> None:
-    assert crossover(M + 1, 2 * M + 2) == float("inf")
-    assert crossover(2 * M + 2, M + 1) == 0.0
-    assert crossover(2 * M, M + 10) == 10.0

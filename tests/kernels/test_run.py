@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from fqcompile.errors import KernelBuildError
 from fqcompile.kernels import registry
 from fqcompile.kernels import run as run_module
 from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.registry import every_step_built
 from fqcompile.kernels.run import dequantize_weight, run_matmul
+from fqcompile.kernels.spec import DENSE, LaunchTable, TileConfig
 from fqcompile.kernels.template import PLAIN, Layout, Template
 from fqcompile.tensor.codes import pack
 from fqcompile.tensor.format import INT4, Format
@@ -82,3 +85,28 @@ def test_a_layout_that_cannot_be_dequantized_has_no_other_way(install: Any) -> N
         run()
     with pytest.raises(KernelBuildError, match="layout 'odd' cannot be dequantized"):
         dequantize_weight(WEIGHT, torch.float32, "broken")
+
+
+def test_warming_up_builds_the_kernels_of_all_numbers_of_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ran: list[object] = []
+
+    def run(x: Any, weight: Any, routing: Any, epilogue: Any, config: Any) -> torch.Tensor:
+        ran.append(config)
+        if config == tall:
+            raise KernelBuildError("out of registers")
+        return torch.zeros(3, 6)
+
+    short, tall = TileConfig(16, 64, 128), TileConfig(128, 64, 128)
+    table = LaunchTable(((16, short), (128, tall), (None, DENSE)))
+    stepped = replace(registry.TEMPLATES["dequantize"], name="stepped", run=run)
+    monkeypatch.setitem(registry.TEMPLATES, "stepped", stepped)
+    linear = partial(run_matmul, X, WEIGHT, None, Epilogue(), f"stepped:{table}")
+    linear()
+    assert ran == [short]
+    with every_step_built():
+        linear()
+    assert ran[1:] == [short, tall, DENSE, short]
+    linear()
+    assert ran[5:] == [short]

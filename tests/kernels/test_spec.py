@@ -65,6 +65,37 @@ def test_an_unknown_one_is_derived_from_its_clocks(monkeypatch: pytest.MonkeyPat
     assert found.matrix_flops == pytest.approx(H200.matrix_flops, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("name", "major", "minor", "sms", "mhz", "teraflops"),
+    [
+        ("NVIDIA GeForce RTX 3090", 8, 6, 82, 1695, 71),
+        ("NVIDIA A10", 8, 6, 72, 1695, 125),
+        ("NVIDIA GeForce RTX 4090", 8, 9, 128, 2520, 165),
+        ("NVIDIA L40S", 8, 9, 142, 2520, 362),
+        ("NVIDIA B200", 10, 0, 148, 1850, 2250),
+        ("NVIDIA GeForce RTX 5090", 12, 0, 170, 2407, 210),
+        ("NVIDIA RTX PRO 6000 Blackwell", 12, 0, 188, 2617, 504),
+        ("NVIDIA GB10", 12, 1, 48, 2418, 125),
+    ],
+)
+def test_matrix_rates_are_those_of_datasheets(
+    name: str, major: int, minor: int, sms: int, mhz: int, teraflops: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Dense bf16 with fp32 sums; 80 % of them."""
+    found = visible(
+        monkeypatch, name=name, major=major, minor=minor, multi_processor_count=sms,
+        clock_rate=1000 * mhz,
+    )  # fmt: skip
+    assert found.matrix_flops == pytest.approx(0.8 * teraflops * 1e12, rel=0.06)
+    assert found.has_wgmma is (major in (9, 10))
+
+
+def test_what_no_datasheet_tells_is_not_taken_for_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = visible(monkeypatch, name="NVIDIA R200", major=14, minor=0)
+    assert found.matrix_flops == pytest.approx(0.8 * 1024 * 132 * 1.98e9)
+
+
 def test_clocks_that_are_not_told_are_no_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     found = visible(monkeypatch, name="NVIDIA vGPU", clock_rate=0, memory_clock_rate=0)
     assert min(found.clock_hz, found.bandwidth, found.matrix_flops) > 0

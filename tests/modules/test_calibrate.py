@@ -13,6 +13,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 import fqcompile
 from fqcompile.errors import OptionError
+from fqcompile.modules.calibrate import random_batch
 from fqcompile.tensor.codes import _levels_of_bytes
 from fqcompile.weights.store import STORE
 from tests import dense_models, moe_models
@@ -31,6 +32,9 @@ def _h(plan: Any) -> dict[str, Tensor]:
     }
 
 
+BEGINS = {"llama": 1, "opt": 2, "mixtral": 1}  # the bos_token_id of their configs
+
+
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["llama", "opt", "bert", "t5", "mixtral"])
 def test_random_ids_give_what_a_compiled_graph_of_symbolic_sizes_gets(name: str) -> None:
@@ -39,6 +43,8 @@ def test_random_ids_give_what_a_compiled_graph_of_symbolic_sizes_gets(name: str)
         inputs = {"input_ids": torch.arange(1, 11).view(2, 5), "use_cache": False}
     else:
         model, inputs = dense_models.build(name, torch.float32)
+    begins = random_batch(model)["input_ids"][:, 0].unique().tolist()
+    assert begins == [BEGINS[name]] if name in BEGINS else len(begins) > 16
     packed = _h(fqcompile.quantize_(copy.deepcopy(model), **OPTIONS))
     with torch.no_grad():
         torch._dynamo.reset()
@@ -129,6 +135,34 @@ def test_a_model_without_input_ids_says_how_to_pass_inputs(
     alone = fqcompile.quantize_(frozen(Mlp()), calibration=None)
     for one, other in zip(plan.sites, alone.sites, strict=True):
         assert one.relative_error == other.relative_error and other.calibration is None
+
+
+class Passing(nn.Module):
+    """Hands on what it is called with, as an adapter's wrapper does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+def test_a_wrapper_that_hands_keywords_on_is_looked_through() -> None:
+    model, _ = dense_models.build("llama", torch.float32)
+    own = _h(fqcompile.quantize_(copy.deepcopy(model), **OPTIONS))
+    wrapped = _h(fqcompile.quantize_(Passing(Passing(model)), **OPTIONS))
+    assert len(own) >= 8 and len(wrapped) == len(own)
+    assert all(torch.equal(wrapped[f"model.model.{name}"], h) for name, h in own.items())
+
+
+@pytest.mark.parametrize("method", ["scale", "gptq"])
+@pytest.mark.parametrize("empty", [[], (), iter(())], ids=["list", "tuple", "iterator"])
+def test_no_batches_are_refused(method: str, empty: Any) -> None:
+    model = frozen(Mlp())
+    with pytest.raises(OptionError, match="holds no batch"):
+        fqcompile.quantize_(model, calibration=empty, method=method)
+    assert type(model.up.weight) is nn.Parameter
 
 
 def test_other_words_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from fqcompile import fake_quantize_, quantize_
 from fqcompile.config import FineQuantConfig, SiteOptions
 from fqcompile.errors import FineQuantError, OptionError
 from fqcompile.modules import gptq
-from fqcompile.modules.gptq import ModelInputs, compensated
+from fqcompile.modules.calibrate import collect_inputs
+from fqcompile.modules.gptq import WeightsInputs, compensated
 from fqcompile.modules.weights import ModuleWeight, module_weights
 from fqcompile.quant.calibration import Calibration
 from fqcompile.quant.choose import choose_and_quantize
@@ -62,6 +64,10 @@ def found_in(model: nn.Module) -> list[ModuleWeight]:
     return [weight for weight in module_weights(model, CONFIG) if weight.reason is None]
 
 
+def inputs_of(model: nn.Module, batches: list[Tensor], weights: list[ModuleWeight]):
+    return WeightsInputs(partial(collect_inputs, model, batches), weights)
+
+
 def inputs_by_hand(model: nn.Module, batches: list[Tensor]) -> dict[tuple[str, int], Tensor]:
     """The rows that each matrix is multiplied with, all below each other."""
     rows: dict[tuple[str, int], list[Tensor]] = {}
@@ -90,7 +96,7 @@ def test_moments_are_those_of_the_inputs_however_many_fit_at_a_time(
     monkeypatch.setattr(gptq, "_BUDGET", budget)
     model, batches = model_and_batches()
     weights = found_in(model)
-    inputs, expected = ModelInputs(model, batches, weights), inputs_by_hand(model, batches)
+    inputs, expected = inputs_of(model, batches, weights), inputs_by_hand(model, batches)
     seen = set()
     for weight in weights:
         for expert in range(weight.matrix.shape[0] if weight.matrix.dim() == 3 else 1):
@@ -120,7 +126,7 @@ def test_each_expert_gets_codes_by_its_own_inputs() -> None:
     (weight,) = [w for w in found_in(model) if w.name == "0.experts.down_proj"]
     model[0].forward = lambda x: x[:1] @ weight.parameter[0].T + x @ weight.parameter[2].T
     entry = rounded(weight)
-    inputs = ModelInputs(nn.Sequential(model[0]), batches, [weight])
+    inputs = inputs_of(nn.Sequential(model[0]), batches, [weight])
     plan, made = compensated(weight, entry, inputs, None)
     assert plan.calibration.source == (
         "batches; gptq, but not of 2 of 3 experts: it needs 512 rows of inputs, and there were 1"
@@ -143,7 +149,7 @@ def test_few_rows_or_an_error_budget_leave_what_was_rounded() -> None:
         (512, entry[0].relative_error, "is beyond error_budget"),
     ):
         own = [torch.randn(rows, 4) @ torch.randn(4, 32)]
-        plan, same = compensated(weight, entry, ModelInputs(model, own, [weight]), budget)
+        plan, same = compensated(weight, entry, inputs_of(model, own, [weight]), budget)
         assert same is entry[1] and plan.relative_error == entry[0].relative_error
         assert expected in plan.calibration.source
 
@@ -158,7 +164,7 @@ def test_what_an_interrupted_run_has_made_is_found_again(
     runs: list[Tensor] = []
     for times in (1, 1, 2):
         weight = found_in(model)[0]
-        inputs = ModelInputs(model, batches[:times], [weight])
+        inputs = inputs_of(model, batches[:times], [weight])
         if times == 1 and runs:
             monkeypatch.setattr(gptq, "compensate", None)  # is not called any more
         _, made = compensated(weight, rounded(weight), inputs, None)
@@ -172,7 +178,7 @@ def test_what_an_interrupted_run_has_made_is_found_again(
 def test_inputs_that_several_weights_read_are_multiplied_and_factored_once() -> None:
     model, batches = model_and_batches()
     weights = found_in(model)[:3]
-    inputs = ModelInputs(model, batches, weights)
+    inputs = inputs_of(model, batches, weights)
     q, k, up = (inputs.take(weight, 0) for weight in weights)
     assert q is k and q is not up
     assert q.refusal is None and q.digest != up.digest
@@ -183,7 +189,7 @@ def test_a_weight_that_is_asked_for_again_is_found_again() -> None:
     """As one is that was written to meanwhile."""
     model, batches = model_and_batches()
     weights = found_in(model)
-    inputs = ModelInputs(model, batches, weights)
+    inputs = inputs_of(model, batches, weights)
     first = inputs.take(weights[1], 0).moments.clone()
     assert torch.equal(inputs.take(weights[1], 0).moments, first)
     assert inputs.take(weights[2], 0).rows == 1800

@@ -11,6 +11,7 @@ import torch
 
 from fqcompile.errors import KernelBuildError
 from fqcompile.files.trusted import cache_directory
+from fqcompile.kernels.cpu.stream import serve
 from fqcompile.native import library as native_library
 from fqcompile.native.library import ISAS, NativeLibrary, build, load
 
@@ -57,9 +58,11 @@ def path(name: str, threads: int = 1) -> Iterator[None]:
     before, was = native_library.loaded, torch.get_num_threads()
     found = library(name)
     native_library.loaded = lambda: found
+    serve(found)
     torch.set_num_threads(threads)
     try:
         yield
     finally:
         native_library.loaded = before
+        serve(None)
         torch.set_num_threads(was)

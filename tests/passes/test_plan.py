@@ -2,13 +2,20 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fqcompile
 from fqcompile.errors import UnquantizableWeight
+from fqcompile.kernels import registry
+from fqcompile.kernels.epilogue import HAS_TRITON
+from fqcompile.kernels.spec import H200
+from fqcompile.passes import plan as plan_module
+from fqcompile.passes import select as select_module
 from fqcompile.passes.plan import apply_decisions, decide
 from fqcompile.passes.state import part_of
 from fqcompile.weights.node_weight import Part
@@ -68,6 +75,40 @@ def test_reason_says_why_and_what_to_do(w: Tensor, options: dict[str, object], t
     assert run.counts["plan"] == 0
     assert site.plan is None
     assert re.search(text, site.reason or ""), site.reason
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize(
+    ("dtype", "options", "text"),
+    [
+        (torch.bfloat16, {}, None),
+        (torch.float32, {}, "the GPU kernel takes fp16 or bf16 activations, not torch.float32"),
+        (torch.bfloat16, {"granularity": 24}, "takes groups of a multiple of 16, not 24"),
+        (torch.float32, {"overrides": {"weight": {"bits": 8}}}, None),
+    ],
+)
+def test_a_gpu_keeps_dense_what_each_call_would_dequantize(
+    dtype: torch.dtype, options: dict[str, object], text: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """But for what is named in overrides, and what has been packed already, whose memory counts."""
+    asked = registry.dequantized_because
+    for module in (plan_module, select_module):
+        monkeypatch.setattr(
+            module,
+            "dequantized_because",
+            lambda spec: asked(replace(spec, device_type="cuda", gpu=H200)),
+        )
+    run = linear(weight(64, 64).to(dtype), **options)
+    (site,) = run.state.sites
+    assert (site.plan is None) is (text is not None)
+    if text is not None:
+        assert text in str(site.reason) and "fqcompile.quantize_" in str(site.reason)
+    layer = nn.Linear(64, 64, bias=False).to(dtype)
+    fqcompile.quantize_(layer, min_elements=1)
+    packed = run_passes(layer, X.to(dtype), until="select")
+    (warned,) = packed.state.warnings or [""]
+    assert ("each call dequantizes the weight" in warned) is (dtype == torch.float32)
 
 
 def router(x: Tensor, w: Tensor, score: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

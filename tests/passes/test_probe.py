@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fqcompile
+from fqcompile.passes import probe as probe_module
 from fqcompile.passes.probe import Probe
 from fqcompile.passes.probe_inputs import copied
 from fqcompile.report import Site, clear_reports
@@ -79,10 +81,91 @@ def test_random_ids_come_from_a_fixed_seed_for_enough_rows() -> None:
     _compiled(model, IDS)
     assert torch.equal(torch.get_rng_state(), state)
     generator = torch.Generator().manual_seed(0)
-    runs = [torch.randint(0, VOCAB, (2, 7), generator=generator) for _ in range(32)]
+    runs = [torch.randint(0, VOCAB, (2, 7), generator=generator) for _ in range(11)]
     sites = _sites()
     _assert_h(_h(sites["up.weight"]), exact.table(torch.stack(runs)))
-    assert {(s.calibration, s.calibration_rows) for s in sites.values()} == {("synthetic", 448)}
+    assert {(s.calibration, s.calibration_rows) for s in sites.values()} == {("synthetic", 154)}
+
+
+class Typed(Tokens):
+    """A second input of ids, of the types of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types = nn.Embedding(2, WIDTH)
+
+    def forward(self, ids: Tensor, types: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(self.table(ids) + self.types(types))))
+
+
+class Around(nn.Module):
+    """What a model may be wrapped in, with a config of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.config = model, {"bos_token_id": 4}
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.model(*args)
+
+
+def _config(token: object) -> SimpleNamespace:
+    return SimpleNamespace(bos_token_id=token)
+
+
+def _of_text() -> SimpleNamespace:
+    return SimpleNamespace(bos_token_id=5, get_text_config=lambda: _config(1))
+
+
+def _of_two_texts() -> SimpleNamespace:
+    def two() -> None:
+        raise ValueError("ambiguous")
+
+    return SimpleNamespace(bos_token_id=1, get_text_config=two)
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "begins"),
+    [
+        (Tokens, _config(1), True),
+        (Tokens, _config([1, 2]), True),
+        (Tokens, _of_text(), True),
+        (Tokens, _of_two_texts(), True),
+        (Tokens, _config(None), False),
+        (Tokens, _config(VOCAB), False),
+        (Tokens, {"bos_token_id": 1}, False),
+        (Typed, _config(1), True),
+    ],
+)
+@pytest.mark.parametrize("wrap", [lambda m: m, Around, lambda m: lambda *args: m(*args)])
+def test_sequences_begin_with_the_begin_token(
+    make: Callable[[], Any], config: Any, begins: bool, wrap: Callable[[nn.Module], Any]
+) -> None:
+    model, exact = frozen(make()), make().double()
+    model.config = config
+    types = (IDS % 2,) if make is Typed else ()
+    _compiled(wrap(model), IDS, *types)
+    generator, runs = torch.Generator().manual_seed(0), []
+    for _ in range(11):
+        ids = torch.randint(0, VOCAB, (2, 7), generator=generator)
+        ids[:, 0] = 1 if begins else ids[:, 0]
+        x = exact.table(ids)
+        if types:  # of no begin
+            x = x + exact.types(torch.randint(0, 2, (2, 7), generator=generator))
+        runs.append(x)
+    (h,) = (_h(site) for name, site in _sites().items() if name.endswith("up.weight"))
+    _assert_h(h, torch.stack(runs))
+
+
+@pytest.mark.parametrize("length", [1, 9])
+def test_ids_without_sequences_have_no_begin(length: int) -> None:
+    found = []
+    for token in (None, 1):
+        model = frozen(Tokens())
+        model.config = _config(token)
+        _compiled(model, torch.arange(9) if length > 1 else torch.arange(9)[:, None])
+        found.append(_h(_sites()["up.weight"]))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
@@ -285,7 +368,10 @@ def test_state_is_written_once_by_the_call_itself(mode: Callable[[], Any]) -> No
 def test_copies_share_memory_where_tensors_do() -> None:
     base = torch.arange(24.0).view(4, 6)
     given = [base[1:3], base[2:, ::2].t(), base.clone(), torch.tensor(3), base[:0], base.mH]
-    copies = copied(given)
+    memory: dict[int, Tensor] = {}
+    for tensor in copied(given, memory):
+        tensor.fill_(9)
+    copies = copied(given, memory)
     for old, new in zip(given, copies, strict=True):
         assert (torch.equal(old, new) and old.data_ptr() != new.data_ptr()) or not old.numel()
     copies[0].zero_()
@@ -293,8 +379,13 @@ def test_copies_share_memory_where_tensors_do() -> None:
     assert base[1, 1] == 7 and copies[2][1, 1] == 7
 
 
+FAILURES: list[str] = []  # the next calls of the operator fail, whatever the ids are
+
+
 @torch.library.custom_op("fqtest::below", mutates_args=())
 def below(ids: Tensor, bound: int) -> Tensor:
+    if FAILURES:
+        raise ValueError(FAILURES.pop())
     if int(ids.max()) >= bound:
         raise ValueError(f"an id is not below {bound}")
     return ids.clone()
@@ -322,12 +413,134 @@ class Late(Tokens):
 
 def test_a_failing_probe_leaves_the_weights_alone_and_says_why() -> None:
     model = frozen(Late())
+    FAILURES[:] = ["it fails"] * 2
     actual = _compiled(model, IDS)
     (warning,) = report().warnings
-    assert "ValueError: an id is not below 20" in warning and "up.weight" in warning
-    assert all("none: ValueError" in str(site.calibration) for site in _sites().values())
+    assert "ValueError: it fails" in warning and "up.weight" in warning
+    assert {site.calibration for site in _sites().values()} == {"none: ValueError: it fails"}
     assert torch.equal(actual, _compiled(copy.deepcopy(model), IDS, calibration=None))
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_model_that_refuses_random_ids_is_calibrated_by_the_call() -> None:
+    model = frozen(Late())
+    actual = _compiled(model, IDS)
+    (warning,) = report().warnings
+    source = "first_call, since random ids failed: ValueError: an id is not below 20"
+    assert source in warning and "up.weight" in warning
+    sites = _sites().values()
+    assert {(s.calibration, s.calibration_rows) for s in sites} == {(source, 14)}
+    own = _compiled(copy.deepcopy(model), IDS, calibration="first_call")
+    assert torch.equal(actual, own) and not torch.is_autocast_enabled("cpu")
+
+
+class Transformed(Tokens):
+    """Transforms of torch.func, one in the other, before the layers."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.vmap(lambda row: row - below(ids, 30).sum() * 0 + row.mean())(self.table(ids))
+        x = x + torch.vmap(torch.func.grad(lambda row: row.square().sum() / 4))(x)
+        _, change = torch.func.jvp(lambda x: x * 2, (x,), (x,))
+        return self.down(torch.relu(self.up(change)))
+
+
+@pytest.mark.parametrize("bound_holds", [True, False])
+def test_transforms_are_run_and_left(bound_holds: bool) -> None:
+    model, exact = frozen(Transformed()), Transformed().double()
+    FAILURES[:] = [] if bound_holds else ["once"]
+    _compiled(model, IDS, calibration="first_call" if bound_holds else "synthetic")
+    sites = _sites()
+    x = exact.table(IDS)
+    _assert_h(_h(sites["up.weight"]), x + x.mean((1, 2), keepdim=True))
+    assert all(str(site.calibration).startswith("first_call") for site in sites.values())
+    assert torch._C._functorch.maybe_current_level() is None
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        pass  # which a level that was not left would refuse
+
+
+class Packed(Tokens):
+    """Sequences one after the other, and where each of them begins."""
+
+    def forward(self, ids: Tensor, places: Tensor) -> Tensor:
+        x = self.table(ids)
+        return self.down(torch.relu(self.up(x - x[places[:-1]].mean(0))))
+
+
+class Lengths(Tokens):
+    """A batch of sequences, and how long each of them is."""
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        x = self.table(ids)
+        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        return self.down(torch.relu(self.up(x * mask[..., None])))
+
+
+class Numbered(Tokens):
+    """Places of the tokens themselves, which are as many as there are ids."""
+
+    def forward(self, ids: Tensor, places: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(self.table(ids) + places[:, None] / 9)))
+
+
+@pytest.mark.parametrize(
+    ("make", "ids", "places", "rows"),
+    [
+        (Packed, torch.arange(30), torch.tensor([0, 12, 30]), 8 * 30),
+        (Lengths, torch.arange(30).view(3, 10), torch.tensor([10, 4, 7]), 8 * 30),
+        (Numbered, torch.arange(30).view(3, 10), torch.arange(10), 512),
+    ],
+)
+def test_places_in_the_ids_keep_the_sizes_that_they_fit_to(
+    make: Callable[[], nn.Module], ids: Tensor, places: Tensor, rows: int
+) -> None:
+    _compiled(frozen(make()), ids, places, dynamic=True)
+    found = {(s.calibration, s.calibration_rows) for s in _sites().values()}
+    assert found == {("synthetic", rows)}
+
+
+class Joint(Tokens):
+    """Products that read the same rows, other rows, and rows that were written to in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(WIDTH, 64) for _ in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids).clone()
+        y = self.up(x) + self.a(x) + self.b(x.mul(torch.arange(WIDTH)))
+        x.mul_(torch.arange(WIDTH).flip(0))
+        return y + self.c(x)
+
+
+def test_rows_that_products_share_are_counted_once_and_not_after_a_write() -> None:
+    counted: list[Any] = []
+    original = probe_module.count_rows
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe_module, "count_rows", lambda *a: (counted.append(a), original(*a)))
+        _compiled(frozen(Joint()), IDS, calibration="first_call")
+    sites, x = _sites(), Joint().double().table(IDS)
+    order = torch.arange(WIDTH)
+    assert len(counted) == 3
+    for name, rows in (("up", x), ("a", x), ("b", x * order), ("c", x * order.flip(0))):
+        _assert_h(_h(sites[f"{name}.weight"]), rows)
+
+
+def test_many_runs_cost_no_more_than_one_of_512_ids() -> None:
+    for rows, shape in ((512, (1, 512)), (600, (1, 600)), (5 * 64, (1, 64)), (16, (1, 1))):
+        _compiled(frozen(Tokens()), torch.zeros(shape, dtype=torch.long))
+        assert {s.calibration_rows for s in _sites().values()} == {rows}
+
+
+def test_fake_quantizing_a_second_instance_gives_its_own_codes() -> None:
+    layers = [frozen(Tokens(0)), frozen(Tokens(1))]
+    torch._dynamo.reset()
+    clear_reports()
+    with torch.no_grad():
+        for layer in layers:
+            layer.compile(backend="finequant", options={"inner_backend": "eager", **OPTIONS})
+        _, actual = [layer(IDS) for layer in layers]
+        plain = fqcompile.fake_quantize_(layers[1], report())
+        torch.testing.assert_close(actual, plain.forward(IDS), rtol=1e-5, atol=1e-5)
 
 
 def test_ranges_of_modes_that_the_probe_leaves_in_the_middle_are_closed() -> None:

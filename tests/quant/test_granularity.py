@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fqcompile.config import SiteOptions
+from fqcompile.quant import granularity
 from fqcompile.quant.choose import choose_plan
 from fqcompile.quant.granularity import (
     adaptive_rule,
@@ -113,9 +114,9 @@ def test_gaussian_stays_per_column_under_range(k):
 
 def test_outliers_along_k_become_fine_under_both_rules():
     w = outlier_columns(every=512)
-    for granularity in ("range", "adaptive"):
-        plan = choose_plan(w, SiteOptions(granularity=granularity), torch.float16)
-        assert plan.group_size <= 64, granularity
+    for rule in ("range", "adaptive"):
+        plan = choose_plan(w, SiteOptions(granularity=rule), torch.float16)
+        assert plan.group_size <= 64, rule
 
 
 def test_alpha_decides():
@@ -146,6 +147,27 @@ def test_adaptive_choice_costs_least_within_the_estimates_accuracy(kind):
     costs = exact_costs(w, CANDIDATES, 4, 16)
     # Estimates are within 2% of the error of each candidate: 1.25 log2(1.02) = .04.
     assert costs[CANDIDATES.index(chosen)] <= min(costs) + 0.04
+
+
+@given(
+    drops=st.lists(st.floats(0, 1), min_size=6, max_size=6),
+    finest=st.floats(0.004, 0.1),
+    bits=st.sampled_from([4, 8]),
+)
+def test_adaptive_stops_early_only_where_no_coarser_size_could_win(drops, finest, bits):
+    """Whatever the errors are, as long as finer groups have none that is larger."""
+    candidates, w = (1024, 512, 256, 128, 64, 32), torch.empty(8, 1024)
+    errors = dict(zip(reversed(candidates), finest * np.exp(np.cumsum(drops)), strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            granularity, "estimate_errors", lambda w, sizes, *_: [errors[s] for s in sizes]
+        )
+        chosen = adaptive_rule(w, candidates, SiteOptions(bits=bits), 16)
+    good = [size for size in candidates if errors[size] <= 0.01]
+    costs = [
+        1.25 * math.log2(errors[g]) + bits_per_weight(bits, 8, 1024, g, 16) for g in candidates
+    ]
+    assert chosen == (good[0] if good else candidates[costs.index(min(costs))])
 
 
 def test_tails_make_groups_finer_and_none_coarser():
@@ -203,6 +225,6 @@ def test_a_few_outlier_rows_are_not_overlooked():
 
 def test_zero_matrix_and_ties_take_the_fewest_bytes():
     w = torch.zeros(4, 256)
-    for granularity in ("adaptive", "range"):
-        plan = choose_plan(w, SiteOptions(granularity=granularity), torch.float16)
+    for rule in ("adaptive", "range"):
+        plan = choose_plan(w, SiteOptions(granularity=rule), torch.float16)
         assert (plan.group_size, plan.relative_error) == (256, 0.0)

@@ -4,13 +4,18 @@ The C++ (native/) does the whole layer in one call: routing, product, bias, acti
 residual. Sums are fp32. bf16 activations meet codes in bf16, which is exact, where the processor
 multiplies bf16; all others are widened to fp32. None is ever quantized.
 
+The first call registers an implementation of `fqcompile::matmul` in C++ (native/operator.cpp).
+Usual calls go there from then on, without Python; what is not usual comes here.
+
 Dequantizing and PyTorch's GEMM is not faster for any number of rows: one core with AVX-512 BF16,
 N = K = 4096, int4, milliseconds at M = 64, 128, 256, 512: this 14, 31, 60, 121, F.linear on the
 dense bf16 weight 20, 31, 60, 114, by panels 28, 38, 70, 132. Only AMX multiplies bf16 much faster.
 """
 
+import sys
 from functools import cache
 from struct import Struct
+from threading import RLock
 
 import torch
 from torch import Tensor
@@ -26,17 +31,17 @@ from fqcompile.kernels.cpu.stream_layout import (
 from fqcompile.kernels.epilogue import ACTIVATIONS, Epilogue
 from fqcompile.kernels.spec import Config, GemmSpec
 from fqcompile.kernels.template import Layout, Routing, Template
-from fqcompile.locks import in_forked_child
+from fqcompile.locks import fork_safe, in_forked_child
 from fqcompile.native import library as native
-from fqcompile.native.library import DTYPES, LEVELS_AT
-from fqcompile.tensor.format import QTYPES
+from fqcompile.native.library import DTYPES, LEVELS_AT, NativeLibrary
+from fqcompile.tensor.format import NORMAL, QTYPES
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import has_amx
 
 # As enumerated in epilogue.h.
 _ACTIVATIONS = {name: i for i, name in enumerate(ACTIVATIONS)}
-# The structs that the two C++ functions read; all fields have eight bytes.
-_MATMUL, _DEQUANTIZE = Struct("=24q"), Struct("=14q")
+# The structs that the C++ functions read; all fields have eight bytes.
+_MATMUL, _DEQUANTIZE, _SETTINGS = Struct("=24q"), Struct("=14q"), Struct("=3q")
 
 # With AMX, PyTorch's GEMM does 8 times the bf16 products of AVX-512 a cycle: from so many rows on
 # that pays for dequantizing. From the instructions' rates: no such processor was measured.
@@ -79,6 +84,22 @@ def _has_amx() -> bool:
     return bool(has_amx())
 
 
+_serving: list[NativeLibrary] = []  # at most one
+_lock = fork_safe(RLock())
+
+
+def serve(library: NativeLibrary | None) -> None:
+    """Let PyTorch's dispatcher call this library for usual matmuls; without one it calls Python."""
+    with _lock:
+        if library not in _serving:
+            while _serving:
+                _serving.pop().serve(None)
+        if library is not None and not _serving:
+            most = AMX_ROWS - 1 if _has_amx() else sys.maxsize
+            library.serve(_SETTINGS.pack(LEVELS_AT[NORMAL], most, in_forked_child()))
+            _serving.append(library)
+
+
 def _multiply(
     x: Tensor, weight: QuantizedTensor, routing: Routing | None, epilogue: Epilogue
 ) -> tuple[Tensor, bool]:
@@ -117,8 +138,10 @@ def _multiply(
         y.data_ptr(), _ACTIVATIONS[activation], gated,
         experts, told_at, by_id, told_bytes, in_forked_child(),
     )  # fmt: skip
-    status = native.native_library().matmul(fields)
-    return y, status == 0
+    library = native.native_library()
+    if library not in _serving:
+        serve(library)
+    return y, library.matmul(fields) == 0
 
 
 def _multiply_many(x: Tensor, weight: QuantizedTensor, epilogue: Epilogue) -> Tensor:

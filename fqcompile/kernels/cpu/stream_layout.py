@@ -37,8 +37,7 @@ def pack(weight: QuantizedTensor) -> PackedTensors:
     n, k = weight.rows, weight.k
     shape, _ = shapes(weight.bits, weight.group_size, n, k)
     blocks = shape[0]
-    words = torch.empty(shape, dtype=torch.int32, device=weight.qweight.device)
-    in_huge_pages(words)
+    words = in_huge_pages(torch.empty(shape, dtype=torch.int32, device=weight.qweight.device))
     plain = weight.qweight.view(torch.uint8)
 
     def fill(some: slice) -> None:

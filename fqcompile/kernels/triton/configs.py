@@ -2,83 +2,95 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 from math import ceil
 
 import torch
 
-from fqcompile.kernels.roofline import M, crossover, dense
+from fqcompile.kernels.roofline import M, dense
 from fqcompile.kernels.spec import DENSE, Config, GemmSpec, Gpu, LaunchTable, Step, TileConfig
 from fqcompile.kernels.template import SearchMode
 from fqcompile.kernels.triton.cost import (
     MAX_REGISTERS,
+    as_run,
     cost,
     mean_experts_hit,
-    steady_seconds,
 )
-from fqcompile.kernels.triton.launch import GROUPED_MM_ALIGNED, has_two_sums
-from fqcompile.kernels.triton.layout import BLOCK_K
+from fqcompile.kernels.triton.launch import GROUPED_MM_ALIGNED, MOST_GATHERED, has_two_sums
+from fqcompile.kernels.triton.layout import BLOCK_K, dot_width
+from fqcompile.tensor.format import NORMAL
 
 FAST_CANDIDATES = 12
 _TILE_M, _TILE_N = (16, 32, 64, 128), (64, 128, 256)
 _WARPS, _STAGES = (4, 8), (3, 4, 5)
 _ROWS_OF_A_WARP, _WEIGHTS_OF_A_THREAD = 16, 128
 _MOST_SHARES = 64
+_NARROW_DOT = 32  # columns
 _LEAST_BLOCKS = 4  # blocks of K in one split: fewer never fill the pipeline
 _MANY_ROWS = 4096
-_FIRST_STEP = 16  # rows of the smallest tile: M up to this takes as long as M = 1
-_MANY_ROWS_OF_EACH = 256  # rows per expert, on average
+_FEW_ROWS = (2, 4, 8)
+_FULL_TILES = (16, 32, 64, 128, 256, 384, 512, 768, 1024)
+_MOST_DENSE_BYTES = 2 << 30  # of a dequantized stack of experts
+_MANY_ROWS_OF_EACH = 1024  # rows per expert, on average
 
 
 def launches(spec: GemmSpec) -> LaunchTable:
     """The heuristic: the configuration that the cost model ranks first for the spec's M.
 
-    If M is dynamic, a table with three steps, or four for grouped experts. The last step begins at
-    the M from which, by the model, dequantizing and calling cuBLAS is faster.
+    If M is dynamic, a table that has a step for each number of tiles: between two bounds a
+    configuration's time hardly changes. From where dequantizing and calling cuBLAS is faster by the
+    model, the last step does that.
     """
     if spec.m_range is None:
-        return LaunchTable.of(candidates(spec, spec.m, "fast")[0])
+        return LaunchTable.of(_first(spec, spec.m))
     least, most = spec.m_range
-    end = _dense_from(spec)
-    bounds = [b for b in _bounds(spec, end) if least <= b]
-    steps: list[Step] = [(b, _fastest(spec, b)) for b in bounds if most is None or b < most]
-    if end is None or (most is not None and most <= end):
-        last = _fastest(spec, most or _many_rows(spec))
-    else:
-        last = DENSE
-    return LaunchTable((*dict(steps).items(), (None, last)))
+    bounds = [b for b in _bounds(spec) if least <= b and (most is None or b < most)]
+    steps: list[Step] = [(bound, _first(spec, bound)) for bound in bounds]
+    last = _first(spec, max(_many_rows(spec), least) if most is None else most)
+    ends = [
+        (bound, config)
+        for (bound, config), (_, after) in pairwise([*steps, (None, last)])
+        if config != after
+    ]
+    return LaunchTable((*ends, (None, last)))
 
 
-def _bounds(spec: GemmSpec, end: int | None) -> list[int]:
-    """The bounds of the steps in M, ascending.
+def _bounds(spec: GemmSpec) -> list[int]:
+    """The bounds of the steps in M, ascending: where the rows of a weight fill tiles.
 
-    Grouped experts have one more: up to it the smallest tile holds twice an expert's mean rows.
+    Grouped experts fill one where it holds twice an expert's mean rows. With fewer rows than the
+    smallest tile has, each row may bring one more expert, and so more programs.
     """
-    bounds = {_FIRST_STEP}
-    if spec.routing == "grouped":
-        bounds.add(max(_FIRST_STEP, spec.experts * _FIRST_STEP // 2))
-    if end is None:
-        return sorted(bounds)
-    return sorted({end, *(bound for bound in bounds if bound < end)})
+    if not spec.experts:
+        return list(_FULL_TILES)
+    few = {*_FEW_ROWS, _TILE_M[0]}
+    many = {spec.experts * rows // 2 for rows in _FULL_TILES}
+    if spec.routing == "gathered":
+        last = MOST_GATHERED * spec.experts
+        few, many = {b for b in few if b < last} | {last}, {b for b in many if b > last}
+    return sorted(few | many)
 
 
 def _many_rows(spec: GemmSpec) -> int:
-    grouped = spec.routing == "grouped"
-    return max(_MANY_ROWS, _MANY_ROWS_OF_EACH * spec.experts) if grouped else _MANY_ROWS
+    return max(_MANY_ROWS, _MANY_ROWS_OF_EACH * spec.experts)
 
 
 def offers_dense(spec: GemmSpec) -> bool:
     """Whether dequantizing and PyTorch's dense matmul is a candidate.
 
-    For experts only where PyTorch's grouped matmul is fast: sorted bf16 rows, on Hopper or later,
-    with rows that are multiples of 16 bytes.
+    For experts only where PyTorch's grouped matmul is fast: sorted bf16 rows, on Hopper or its
+    successor in data centers, with rows that are multiples of 16 bytes. Elsewhere it copies the
+    offsets to the host, which no capture of a CUDA graph allows. And only where the dense stack, of
+    which nobody has reserved the memory, is not too large.
     """
     if not spec.experts:
         return True
     assert spec.gpu is not None, "templates refuse specs without a GPU"
     aligned = spec.k % GROUPED_MM_ALIGNED == 0 == spec.weight_rows % GROUPED_MM_ALIGNED
-    fast = spec.dtype == torch.bfloat16 and spec.gpu.capability >= 90
-    return spec.routing == "grouped" and fast and aligned
+    fast = spec.dtype == torch.bfloat16 and 90 <= spec.gpu.capability < 110
+    dense_bytes = spec.experts * spec.weight_rows * spec.k * spec.dtype.itemsize
+    small = dense_bytes <= _MOST_DENSE_BYTES
+    return spec.routing == "grouped" and fast and aligned and small
 
 
 def candidates(spec: GemmSpec, m: int, mode: SearchMode) -> Sequence[Config]:
@@ -89,32 +101,35 @@ def candidates(spec: GemmSpec, m: int, mode: SearchMode) -> Sequence[Config]:
     return _candidates(spec, m, FAST_CANDIDATES if mode == "fast" else None)
 
 
-def _fastest(spec: GemmSpec, m: int) -> Config:
-    return next((c for c in _candidates(spec, m, None) if c is not DENSE), DENSE)
+def _first(spec: GemmSpec, m: int) -> Config:
+    return _candidates(spec, m, None)[0]
 
 
-def _is_unshapely(spec: GemmSpec, config: Config) -> bool:
-    """Whether a thread has too few weights to hide the loop's overhead, or so many that it spills.
+def _is_unshapely(spec: GemmSpec, config: Config, m: int) -> bool:
+    """Whether a thread has so many weights that it spills, or too few to hide the loop's overhead.
 
-    Only tiles for few rows are judged, which should be limited by memory bandwidth.
+    Only tiles for few rows are judged, which should be limited by memory bandwidth. Few weights are
+    right where a tile of enough would leave SMs without a program.
     """
     if config is DENSE or config.BLOCK_M > _TILE_M[0] or spec.weight_rows < _TILE_N[1]:
         return False
+    assert spec.gpu is not None, "templates refuse specs without a GPU"
     sums = 2 if spec.gated and has_two_sums(spec.n, config) else 1
-    return sums * config.BLOCK_N * BLOCK_K != _WEIGHTS_OF_A_THREAD * 32 * config.num_warps
+    share = sums * config.BLOCK_N * BLOCK_K / (_WEIGHTS_OF_A_THREAD * 32 * config.num_warps)
+    programs = cost(spec, config, spec.gpu, m).programs
+    return share > 1 or (share < 1 and share * programs >= spec.gpu.num_sms)
 
 
 @cache
 def _candidates(spec: GemmSpec, m: int, limit: int | None) -> tuple[Config, ...]:
     gpu, m = spec.gpu, max(1, m)
+    spec = as_run(spec, m)
     assert gpu is not None, "templates refuse specs without a GPU"
-    seconds: dict[Config, float] = {
-        config: cost(spec, config, gpu, m).seconds for config in _fitting(spec, gpu, m)
-    }
+    seconds: dict[Config, float] = dict(_fitting(spec, gpu, m))
     # For fewer rows, writing and reading the dense weight never pays off.
-    if offers_dense(spec) and (m > _FIRST_STEP or not seconds):
+    if offers_dense(spec) and (m > _TILE_M[0] or not seconds):
         seconds[DENSE] = float(dense(spec, gpu).subs(M, m))
-    ranked = sorted(seconds, key=lambda c: (_is_unshapely(spec, c), seconds[c], str(c)))
+    ranked = sorted(seconds, key=lambda c: (_is_unshapely(spec, c, m), seconds[c], str(c)))
     if limit is None:
         return tuple(ranked)
     best_of_tile: dict[object, Config] = {}
@@ -130,8 +145,9 @@ def _tile(config: Config) -> object:
     return config if config is DENSE else (config.BLOCK_M, config.BLOCK_N, config.num_warps)
 
 
-def _fitting(spec: GemmSpec, gpu: Gpu, m: int) -> Iterator[TileConfig]:
-    """Configurations without superfluous rows that fit into registers and shared memory."""
+def _fitting(spec: GemmSpec, gpu: Gpu, m: int) -> Iterator[tuple[TileConfig, float]]:
+    """Configurations without superfluous rows that fit into registers and shared memory, and the
+    seconds that each takes."""
     blocks = -(-spec.k // BLOCK_K)
     shares = [1]
     while shares[-1] < _MOST_SHARES and blocks >= 2 * shares[-1] * _LEAST_BLOCKS:
@@ -142,17 +158,24 @@ def _fitting(spec: GemmSpec, gpu: Gpu, m: int) -> Iterator[TileConfig]:
         config = TileConfig(tile_m, tile_n, BLOCK_K, share, warps, stages)
         if tile_n < _ROWS_OF_A_WARP * warps:
             continue  # several warps would compute the same products
-        if spec.experts and _spills(spec, gpu, config):
+        if _spills(spec, gpu, config):
             continue
         needs = cost(spec, config, gpu, m)
         if needs.registers <= MAX_REGISTERS and needs.shared_bytes <= gpu.shared_bytes:
-            yield config
+            yield config, needs.seconds
 
 
 def _spills(spec: GemmSpec, gpu: Gpu, config: TileConfig) -> bool:
-    """Where the model underestimates registers: mma.sync, two accumulators, 64 rows, 4 warps."""
+    """Where the model underestimates registers: mma.sync, two accumulators, 4 warps.
+
+    Of 64 rows; or of 16, for which the compiler leaves room for four programs, with the scales of
+    groups of 32 beside the numbers that normal levels take.
+    """
     two_sums = spec.gated and has_two_sums(spec.n, config)
-    return gpu.capability != 90 and two_sums and config.BLOCK_M >= 64 and config.num_warps == 4
+    if gpu.has_wgmma or not two_sums or config.num_warps != 4:
+        return False
+    many_numbers = spec.levels == NORMAL and dot_width(spec.group_size, spec.k) == _NARROW_DOT
+    return config.BLOCK_M >= 64 or (config.BLOCK_M == _TILE_M[0] and many_numbers)
 
 
 def _rows_of_a_weight(spec: GemmSpec, m: int) -> int:
@@ -160,19 +183,3 @@ def _rows_of_a_weight(spec: GemmSpec, m: int) -> int:
     if spec.routing == "gathered":
         return 1
     return ceil(2 * m / mean_experts_hit(spec, m)) if spec.experts else m
-
-
-@cache
-def _dense_from(spec: GemmSpec) -> int | None:
-    """The largest M at which the best tile is as fast as `dense`; None if it is at every M."""
-    gpu = spec.gpu
-    assert gpu is not None, "templates refuse specs without a GPU"
-    if not offers_dense(spec):
-        return None
-    ranked = [
-        c for c in _candidates(spec, _many_rows(spec), None) if c is not DENSE and c.SPLIT_K == 1
-    ]
-    best = {c.BLOCK_M: c for c in reversed(ranked)}.values()  # the fastest of each tile
-    ends = [crossover(steady_seconds(spec, c, gpu), dense(spec, gpu)) for c in best]
-    last = max(ends, default=0.0)
-    return None if last == float("inf") else max(_FIRST_STEP, int(last))

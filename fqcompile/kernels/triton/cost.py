@@ -8,15 +8,15 @@ measured time.
 """
 
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from functools import cache
 from typing import Any
 
-from sympy import Expr, Max, Min, Symbol, ceiling, floor, lambdify
+from sympy import Max, Min, Symbol, ceiling, floor, lambdify
 
 from fqcompile.kernels.roofline import LAUNCH_SECONDS, M
 from fqcompile.kernels.spec import GemmSpec, Gpu, TileConfig
-from fqcompile.kernels.triton.launch import has_two_sums
+from fqcompile.kernels.triton.launch import MOST_GATHERED, has_two_sums
 from fqcompile.kernels.triton.layout import BLOCK_K, blocks_per_group, dot_width
 from fqcompile.tensor.format import NORMAL
 
@@ -31,6 +31,7 @@ _WARP_SHARE = 0.35  # of its scheduler's slots, the part that one warp fills: th
 _WGMMA = (1.49, 0.87, 13.5, 7.2, 0.0, 48.0)
 _MMA = (1.42, 1.02, 1.2, 33.8, 0.94, 28.9)
 _LOOK_UP = 1.0  # additional instructions per weight with normal levels
+_SEARCH_SECONDS = 1e-6  # of a block for its expert: two loads one after the other, and a scan
 _NOT_HIDDEN = 0.1  # the part of each resource's time that does not overlap with the longest
 _SHARE_BYTES = 8  # per fp32 element of a split-K partial sum: written once, read once
 
@@ -40,7 +41,8 @@ class Model:
     """The formulas; fields are numbers or symbols.
 
     one_scale, normal, wgmma: 1 or 0. dots: dots per block of K. pair: 2 if gate and up have an
-    accumulator each, else 1. kernels: 2 if a schedule kernel runs first, else 1.
+    accumulator each, else 1. grouped: 1 if each
+    program looks for its expert first, else 0.
     """
 
     rows: Any
@@ -57,7 +59,7 @@ class Model:
     stages: Any
     pair: Any
     wgmma: Any
-    kernels: Any
+    grouped: Any
     sms: Any
     clock: Any
     bandwidth: Any
@@ -110,22 +112,24 @@ class Model:
         by_shared = self.shared / (self.shared_bytes + 1024)
         return Min(by_registers, by_shared, _WARPS / self.warps)
 
-    def seconds(self, tiles_m: Any, hit: Any, steady: bool) -> Any:
-        """The time of one call with M rows in `tiles_m` tiles, which read `hit` weight matrices.
+    def programs(self, tiles_m: Any) -> Any:
+        """Programs of the kernel with `tiles_m` tiles of rows."""
+        return tiles_m * ceiling(self.rows / (self.pair * self.tile_n)) * self.split
 
-        `steady`: there are so many programs that all SMs are always busy.
-        """
+    def seconds(self, tiles_m: Any, hit: Any) -> Any:
+        """The time of one call with M rows in `tiles_m` tiles, which read `hit` weight matrices."""
         per_program = ceiling(ceiling(self.k / BLOCK_K) / self.split)
-        programs = tiles_m * ceiling(self.rows / (self.pair * self.tile_n)) * self.split
-        per_sm = programs / self.sms if steady else Max(programs / self.sms, 1)
+        programs = self.programs(tiles_m)
+        # The SM with the most programs is the last to end.
+        per_sm = ceiling(programs / self.sms)
         blocks = per_sm * per_program
-        at_once = self._resident if steady else Min(self._resident, per_sm)
+        at_once = Min(self._resident, per_sm)
         share = Min(_ISSUE_SHARE, _WARP_SHARE * at_once * self.warps / 4)
         issue = self.instructions * self.warps / 4 / self.clock / share
         tile = self.pair * self.tile_m * self.tile_n
         matrix = 2 * tile * BLOCK_K * self.sms / self.flops
         in_flight = Min(programs, self.sms * self._resident) * (self.stages - 1) * self._block_bytes
-        rate = self.bandwidth if steady else Min(self.bandwidth, in_flight / _LATENCY)
+        rate = Min(self.bandwidth, in_flight / _LATENCY)
         memory = (hit * self.rows * self.k * self.bits / 8 + M * 2 * (self.k + self.n)) / rate
         read = programs * per_program * (self._block_bytes + self._x_bytes)
         from_cache = read / (_L2_OVER_DRAM * self.bandwidth)
@@ -135,7 +139,7 @@ class Model:
         finish = Min(self.split - 1, 1) * (LAUNCH_SECONDS + shares)
         times = (blocks * issue, blocks * matrix, memory, from_cache)
         hidden = (1 - _NOT_HIDDEN) * Max(*times) + _NOT_HIDDEN * sum(times)
-        return hidden + waiting + self.kernels * LAUNCH_SECONDS + finish
+        return hidden + waiting + LAUNCH_SECONDS + self.grouped * _SEARCH_SECONDS + finish
 
 
 def _model(spec: GemmSpec, config: TileConfig, gpu: Gpu) -> Model:
@@ -153,8 +157,8 @@ def _model(spec: GemmSpec, config: TileConfig, gpu: Gpu) -> Model:
         warps=config.num_warps,
         stages=config.num_stages,
         pair=2 if spec.gated and has_two_sums(spec.n, config) else 1,
-        wgmma=int(gpu.capability == 90),
-        kernels=2 if spec.routing == "grouped" else 1,
+        wgmma=int(gpu.has_wgmma),
+        grouped=int(spec.routing == "grouped"),
         sms=gpu.num_sms,
         clock=gpu.clock_hz,
         bandwidth=gpu.bandwidth,
@@ -171,6 +175,7 @@ class Cost:
     registers: float
     shared_bytes: float
     instructions: float
+    programs: float
 
 
 @cache
@@ -178,9 +183,11 @@ def _evaluate() -> Callable[..., tuple[float, ...]]:
     symbols = [Symbol(field.name, positive=True) for field in fields(Model)]
     model = Model(*symbols)
     tiles_m, hit = (Symbol(name, positive=True) for name in ("tiles_m", "hit"))
-    seconds = model.seconds(tiles_m, hit, steady=False)
+    seconds = model.seconds(tiles_m, hit)
     per_weight = model.instructions / model._weights
-    wanted = (seconds, model.registers, model.shared_bytes, per_weight)
+    wanted = (
+        seconds, model.registers, model.shared_bytes, per_weight, model.programs(tiles_m)
+    )  # fmt: skip
     function: Callable[..., tuple[float, ...]]
     function = lambdify((M, tiles_m, hit, *symbols), wanted, "math", cse=True)
     return function
@@ -206,21 +213,18 @@ def _tiles(spec: GemmSpec, config: TileConfig, m: int, hit: float) -> float:
     return tiles
 
 
+def as_run(spec: GemmSpec, m: int) -> GemmSpec:
+    """The spec with the routing that m rows run with: many rows with ids are sorted by expert."""
+    many = spec.routing == "gathered" and m > MOST_GATHERED * spec.experts
+    return replace(spec, routing="grouped") if many else spec
+
+
 def cost(spec: GemmSpec, config: TileConfig, gpu: Gpu, m: int, hit: float | None = None) -> Cost:
-    """The model's figures for m rows; `hit`: the number of experts that they read, if known."""
+    """The model's figures for m rows; `hit`: the number of experts that they read, if known.
+
+    Sorting rows is not counted.
+    """
+    spec = as_run(spec, m)
     hit = mean_experts_hit(spec, m) if hit is None else hit
     tiles = _tiles(spec, config, m, hit)
     return Cost(*_evaluate()(m, tiles, hit, *astuple(_model(spec, config, gpu))))
-
-
-def steady_seconds(spec: GemmSpec, config: TileConfig, gpu: Gpu) -> Expr:
-    """The time for many rows as a maximum of linear functions of M, to solve crossovers from.
-
-    For experts, each is assumed to have rows for several tiles.
-    """
-    model, block_m = _model(spec, config, gpu), config.BLOCK_M
-    if not spec.experts:
-        return model.seconds(M / block_m, 1, steady=True)
-    assert spec.routing == "grouped", "one program a row: nothing takes over from it"
-    tiles_m = _tiles_of_experts(M, spec.experts, block_m)
-    return model.seconds(tiles_m, spec.experts, steady=True)

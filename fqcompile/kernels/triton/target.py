@@ -20,8 +20,7 @@ _TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 def kwidth(gpu: Gpu) -> int:
     """The order of the packed codes: 2, or 4 for the layout of mma.sync in Triton before 3.8."""
-    has_wgmma = 90 <= gpu.capability < 120  # or its successor; later consumer GPUs have neither
-    return 4 if _TRITON < (3, 8) and gpu.capability and not has_wgmma else 2
+    return 4 if _TRITON < (3, 8) and gpu.capability and not gpu.has_wgmma else 2
 
 
 @triton.jit

@@ -24,7 +24,6 @@ TABLE: Final = "tuned table"
 SEARCHED: Final = "searched"
 _FROM_GUESS_TO_KNOWLEDGE: tuple[Source, ...] = (CLOSED_FORM, TABLE, SEARCHED)
 Mode = Literal["off"] | SearchMode
-MAX_KERNELS = 4  # at most this many are compiled for one node; dense layers need three
 MakeMeasure = Callable[[Template, GemmSpec, int], Measure]
 _LONGEST_REFUSAL = 200
 log = logging.getLogger("fqcompile")
@@ -74,7 +73,7 @@ def tuned_launches(
 
 
 def steps_in_range(spec: GemmSpec, closed: LaunchTable) -> list[tuple[int | None, Bucket, Config]]:
-    """The steps that `spec`'s rows can reach, at most four: (bound, its bucket, configuration).
+    """The steps that `spec`'s rows can reach: (bound, its bucket, configuration).
 
     The last one has no bound, as a LaunchTable requires, but its bucket is that of the largest
     possible M.
@@ -88,7 +87,7 @@ def steps_in_range(spec: GemmSpec, closed: LaunchTable) -> list[tuple[int | None
             reached.append((None, None if high is None else bucket_of(high, spec), config))
             break
         reached.append((bound, bucket_of(bound, spec), config))
-    return [*reached[:-1][: MAX_KERNELS - 1], reached[-1]]
+    return reached
 
 
 def buckets_of_a_model(spec: GemmSpec, template: Template) -> list[Bucket]:

@@ -1,5 +1,6 @@
 """`bench draws`: orders that change nothing else, true bits, rows that are kept, Gemma's texts."""
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,21 +11,24 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason="the bench extra is not installed")
 
+import fqcompile
 from bench.accuracy import draws
 from bench.accuracy.corpus import Document
-from bench.accuracy.draws import BASE, draw_rows, drawn, gptq_way, order_of, our_way, their_way
+from bench.accuracy.draws import draw_rows, drawn, order_of
 from bench.accuracy.draws_section import draws as section
 from bench.accuracy.gemma import docstrings, narrowed, texts
 from bench.accuracy.language_model import IGNORED, Windows, windows_of
+from bench.accuracy.packaged import PACKAGED, masked
 from bench.accuracy.subjects import (
     Moment,
     Subject,
-    _subject,
     divergence_of,
     error_weights,
     second_moments,
 )
 from bench.accuracy.train_lm import SIZES, build, train_tokenizer
+from bench.accuracy.ways import BASE, exported, gptq_way, our_way, their_way
+from fqcompile.weights.parameter import PackedWeight
 from tests.bench.made_up_results import cells, content
 
 TINY = SIZES["tiny"]
@@ -37,7 +41,7 @@ def subject_of(family: str) -> Subject:
     tokenizer = train_tokenizer(DOCUMENTS, TINY.vocabulary)
     windows = windows_of(DOCUMENTS, tokenizer, TINY.context, 1)
     model = build(family, TINY).eval().requires_grad_(False)
-    return _subject(family, model, divergence_of(model, windows), windows.tokens)
+    return Subject.of(family, model, divergence_of(model, windows), windows.tokens)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +126,22 @@ def test_error_feedback_keeps_the_outputs_on_its_text(family: str) -> None:
         errors = [((w_hat - w).view(len(sums), -1, w.shape[-1])) for w_hat in kept]
         losses = [(e @ sums * e).sum().item() for e in errors]
         assert losses[0] < losses[1], name
+
+
+@pytest.mark.parametrize("method", ["scale", "gptq"])
+def test_an_exported_model_has_the_values_that_were_chosen(method: str, llama: Subject) -> None:
+    pytest.importorskip("compressed_tensors", reason="the dev extra is not installed")
+    text = [torch.cat(llama.text)] * 2  # GPTQ takes 512 tokens
+    options = {"bits": 4, "granularity": 64, "calibration": text, "method": method}
+    own = copy.deepcopy(llama.model)
+    exclude = ["lm_head"]
+    plan = fqcompile.quantize_(own, levels="uniform", exclude=exclude, **options)
+    assert {site.name for site in plan.quantized} == llama.weights.keys()
+    loaded = exported(llama.model, options)
+    for name in llama.weights:
+        packed = own.get_parameter(name)
+        assert isinstance(packed, PackedWeight)
+        assert torch.equal(loaded.get_parameter(name), packed.dequantized()), name
 
 
 def test_a_library_rounds_each_expert_alone_and_its_bits_are_the_mean() -> None:
@@ -241,3 +261,25 @@ def test_windows_begin_with_the_token_that_is_asked_for() -> None:
     windows = windows_of([Document("a", "return")], tokenizer, TINY.context, 1, begin=3)
     asked = windows.targets[0] != IGNORED
     assert windows.tokens[0, 0] == 3 and bool((windows.tokens[0][~asked] == 3).all())
+
+
+def test_an_encoder_is_asked_for_what_is_masked() -> None:
+    found = PACKAGED["AntiBERTy"]
+    sequences = torch.arange(5, 25).repeat(3, 5)
+    sequences[:, 0], sequences[:, -1] = found.begin, found.end
+    windows = masked(sequences, found)
+    chosen = windows.tokens == found.mask
+    assert windows.document.unique(return_counts=True)[1].tolist() == [4, 4, 4]
+    whole = sequences[windows.document]
+    assert torch.equal(windows.tokens, torch.where(chosen, found.mask, whole))
+    assert torch.equal(windows.targets, torch.where(chosen, whole, IGNORED))
+    assert 0.1 < chosen.double().mean() < 0.2 and not chosen[:, [0, -1]].any()
+    assert not torch.equal(chosen[0], chosen[1])
+
+
+def test_the_section_pairs_what_is_calibrated_with_the_same_draws_without() -> None:
+    about = {"bits_per_weight": 4.25, "divergence": 1.0, "spread": 0.1}
+    ends = {"ratio": 1.0, "ratio_low": 0.9, "ratio_high": 1.1}
+    draws = {"int4 normal g64": [1.0, 2.0], "int4 normal g64, synthetic": [0.5, 1.4]}
+    rows = [{"model": "a", "way": way, "draws": own, **about, **ends} for way, own in draws.items()]
+    assert cells(section(content(rows)), "a") == ["a", "0.600 (0.100)"]

@@ -37,6 +37,8 @@ def test_rows_and_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     *line, read = cells(printed, "128 x 256")
     assert line[1:3] == ["1", "1"]
     assert read.endswith("%")
+    (last,) = [line for line in printed.splitlines() if "fqcompile bf16" in line and "0.02" in line]
+    assert [cell.strip() for cell in last.split("|")][2:5] == ["0.02", "1", "fqcompile bf16"]
 
 
 def test_copies_lie_far_apart() -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import pytest
 import torch
@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fqcompile.kernels.roofline import M, dense, ideal_seconds
+from bench.core.shapes import SERVED, SERVED_EXPERTS, expert_spec
+from fqcompile.kernels.roofline import LAUNCH_SECONDS, M, dense, ideal, ideal_seconds
 from fqcompile.kernels.spec import A100, DENSE, H200, GemmSpec, TileConfig
 from fqcompile.kernels.triton.configs import _is_unshapely, candidates, launches
 from fqcompile.kernels.triton.cost import cost
+from fqcompile.tensor.format import NORMAL, UNIFORM
 from tests.tiers import examples
 
 BF16 = torch.bfloat16
@@ -51,10 +53,11 @@ def test_every_candidate_fits_and_none_is_faster_than_the_first(spec: GemmSpec) 
     assert fast[0] == full[0]
     assert launches(spec).at(spec.m) == fast[0]
     assert seconds(spec, full[0], spec.m) > ideal_seconds(spec, spec.m)
-    for unshapely, some in groupby(full, partial(_is_unshapely, spec)):
+    unshapely_here = partial(_is_unshapely, spec, m=spec.m)
+    for unshapely, some in groupby(full, unshapely_here):
         times = [seconds(spec, config, spec.m) for config in some]
         assert times == sorted(times), unshapely
-    assert len(list(groupby(full, partial(_is_unshapely, spec)))) <= 2
+    assert len(list(groupby(full, unshapely_here))) <= 2
     for config in full:
         if isinstance(config, TileConfig):
             assert config.BLOCK_K == 128
@@ -64,14 +67,83 @@ def test_every_candidate_fits_and_none_is_faster_than_the_first(spec: GemmSpec) 
 
 @given(spec=specs, low=st.integers(1, 3000), span=st.none() | st.integers(0, 3000))
 @settings(max_examples=examples(20), deadline=None)
-def test_open_rows_get_at_most_three_kernels(spec: GemmSpec, low: int, span: int | None) -> None:
+def test_open_rows_have_steps_within_their_range(
+    spec: GemmSpec, low: int, span: int | None
+) -> None:
     high = None if span is None else low + span
     table = launches(replace(spec, m_range=(low, high)))
-    assert len(table.steps) <= 3
     bounds = [bound for bound, _ in table.steps if bound is not None]
     assert all(low <= bound and (high is None or bound < high) for bound in bounds)
+    assert all(before != after for (_, before), (_, after) in pairwise(table.steps))
     for bound in bounds:
-        assert isinstance(table.at(bound), TileConfig)
+        assert table.at(bound) == candidates(spec, bound, "max")[0]
+
+
+LAYERS = [
+    GemmSpec(1, n, k, 4, 128, BF16, BF16, "cuda", "silu" if gated else "none", gated, gpu=H200)
+    for shapes in SERVED.values()
+    for n, k, gated in shapes
+]
+EXPERTS = [
+    expert_spec(shape, matrix, routing, 1, 4, 128, BF16, H200)
+    for shape in SERVED_EXPERTS.values()
+    for matrix in ("gate_up", "down")
+    for routing in ("grouped", "gathered")
+]
+# Between a full tile and the next row the best configuration changes, and in between hardly.
+ROWS = [m for full in range(16, 513, 16) for m in (full // 2, full - 1, full, full + 1)]
+
+
+@pytest.mark.few(4)
+@pytest.mark.parametrize("levels", [NORMAL, UNIFORM])
+@pytest.mark.parametrize("gpu", [H200, A100], ids=lambda gpu: gpu.arch)
+@pytest.mark.parametrize("spec", LAYERS + EXPERTS, ids=str)
+def test_open_rows_lose_little_to_the_best_of_each_number(spec, gpu, levels: str) -> None:
+    """By the model at most .3 of the time; and wherever 4 bits can be faster than the least time of
+    16 bits, which are not dequantized, they are, but for less than a launch takes."""
+    spec = replace(spec, gpu=gpu, levels=levels)
+    table = launches(replace(spec, m_range=(1, None)))
+    for m in sorted({1, 2, 3, 4, 5, 6, 8, 12, *ROWS}):
+        best = min(seconds(spec, config, m) for config in candidates(spec, m, "max"))
+        taken = seconds(spec, table.at(m), m)
+        assert taken <= 1.3 * best, (m, table.at(m))
+        floor = float(ideal(replace(spec, bits=16), gpu).subs(M, m))
+        assert taken <= floor or best > floor - LAUNCH_SECONDS, m
+
+
+def test_an_sm_that_has_a_program_more_than_others_is_waited_for() -> None:
+    """160 tiles on 132 SMs take as long as 264, where products are the limit."""
+    config = TileConfig(128, 128, 128, 1, 8, 3)
+    form = replace(SPEC, group_size=SPEC.k)
+    once, more, twice = (
+        cost(replace(form, n=128 * tiles), config, H200, 128).seconds for tiles in (132, 160, 264)
+    )
+    assert more == pytest.approx(twice, rel=0.05)
+    assert more > 1.3 * once
+
+
+def test_narrow_tiles_give_idle_sms_a_program() -> None:
+    """What a rank of 8 has of Llama 70B's output: wide tiles are 64 programs."""
+    spec = replace(SPEC, n=8192, k=1024)
+    config = candidates(spec, 1, "fast")[0]
+    wide = TileConfig(16, 128, 128, 1, 4, 4)
+    assert cost(spec, config, H200, 1).programs >= 2 * cost(spec, wide, H200, 1).programs
+    assert seconds(spec, config, 1) == min(seconds(spec, c, 1) for c in candidates(spec, 1, "max"))
+    assert seconds(spec, config, 1) < 0.8 * seconds(spec, wide, 1)
+
+
+@pytest.mark.parametrize("m", [1, 16])
+def test_gated_groups_of_32_are_given_no_tile_that_spills(m: int) -> None:
+    """On an A100 16 x 64 of both does: its machine code has 5 spills around the loop."""
+    spec = replace(SPEC, n=14336, k=4096, group_size=32, gated=True, gpu=A100, levels=NORMAL)
+    found = candidates(spec, m, "max")
+    tiles = [(c.BLOCK_M, c.BLOCK_N, c.SPLIT_K, c.num_warps) for c in found if c is not DENSE]
+    assert (16, 64, 1, 4) not in tiles
+    assert (16, 64, 1, 4) in [
+        (c.BLOCK_M, c.BLOCK_N, c.SPLIT_K, c.num_warps)
+        for c in candidates(replace(spec, levels=UNIFORM), m, "max")
+        if c is not DENSE
+    ]
 
 
 @pytest.mark.parametrize("m", [1, 16])
@@ -88,13 +160,12 @@ def test_few_rows_split_k_until_the_gpu_is_full(m: int, gpu, bits: int, group_si
 
 @pytest.mark.parametrize("gpu", [H200, A100], ids=lambda gpu: gpu.arch)
 def test_dense_takes_over_where_the_model_says_so(gpu) -> None:
-    """The bound is solved from the steady model; near it the two times are close."""
     spec = replace(SPEC, gpu=gpu, m_range=(1, None))
-    (_, _), (bound, config), (_, last) = launches(spec).steps
+    *_, (bound, config), (_, last) = launches(spec).steps
     assert last is DENSE
     assert bound is not None
-    assert seconds(spec, config, bound) == pytest.approx(seconds(spec, DENSE, bound), rel=0.1)
-    assert candidates(spec, 4 * bound, "max")[0] is DENSE
+    assert seconds(spec, config, bound) <= seconds(spec, DENSE, bound)
+    assert candidates(spec, 2 * bound, "max")[0] is DENSE
     assert candidates(spec, bound // 4, "max")[0] is not DENSE
 
 

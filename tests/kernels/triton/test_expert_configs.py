@@ -13,7 +13,7 @@ from fqcompile.kernels.roofline import M, dense, experts_hit, ideal_seconds, wei
 from fqcompile.kernels.spec import A100, DENSE, H200, GemmSpec, TileConfig
 from fqcompile.kernels.triton.configs import candidates, launches, offers_dense
 from fqcompile.kernels.triton.cost import _tiles, cost, mean_experts_hit
-from fqcompile.kernels.tuning.launches import MAX_KERNELS, steps_in_range
+from fqcompile.kernels.tuning.launches import steps_in_range
 from tests.kernels.triton.test_schedule import counted
 from tests.tiers import examples
 
@@ -46,11 +46,13 @@ def test_every_candidate_is_of_its_routing_and_the_first_is_chosen(spec: GemmSpe
     assert len(fast) <= 12
     assert set(fast) <= set(full)
     assert fast[0] == full[0] == launches(spec).at(spec.m)
-    fast_path = spec.gpu == H200 and spec.dtype == BF16 and spec.routing == "grouped"
-    assert (DENSE in full) == (fast_path and spec.m > 16)
+    gathered = spec.routing == "gathered" and spec.m <= 2 * spec.experts
+    fast_path = spec.gpu == H200 and spec.dtype == BF16 and not gathered
+    small = spec.experts * spec.weight_rows * spec.k * 2 <= 2 << 30
+    assert (DENSE in full) == (fast_path and small and spec.m > 16)
     tiles = [config for config in full if isinstance(config, TileConfig)]
     assert tiles
-    if spec.routing == "gathered":
+    if gathered:
         assert {config.BLOCK_M for config in tiles} == {16}
     mean = spec.m / mean_experts_hit(spec, spec.m)
     assert all(config.BLOCK_M == 16 or 2 * mean + 1 > config.BLOCK_M / 2 for config in tiles)
@@ -58,31 +60,38 @@ def test_every_candidate_is_of_its_routing_and_the_first_is_chosen(spec: GemmSpe
 
 @given(spec=specs, low=st.integers(1, 3000), span=st.none() | st.integers(0, 30000))
 @settings(max_examples=examples(20), deadline=None)
-def test_open_rows_get_at_most_four_kernels(spec: GemmSpec, low: int, span: int | None) -> None:
+def test_open_rows_have_steps_within_their_range(
+    spec: GemmSpec, low: int, span: int | None
+) -> None:
     high = None if span is None else low + span
     spec = replace(spec, m_range=(low, high))
     table = launches(spec)
-    assert len(table.steps) <= MAX_KERNELS
     bounds = [bound for bound, _ in table.steps if bound is not None]
     assert all(low <= bound and (high is None or bound < high) for bound in bounds)
-    assert all(isinstance(table.at(bound), TileConfig) for bound in bounds)
     assert [config for _, _, config in steps_in_range(spec, table)] == [c for _, c in table.steps]
-    if spec.routing == "gathered":
-        assert all(isinstance(config, TileConfig) for _, config in table.steps)
 
 
 def test_grouped_rows_have_a_step_where_a_tile_of_16_holds_an_experts_rows() -> None:
     """A step less would run 8 rows an expert in the tile for many."""
     table = launches(replace(QWEN, m_range=(1, None)))
-    assert [bound for bound, _ in table.steps][:2] == [16, 128 * 8]
+    assert 128 * 8 in [bound for bound, _ in table.steps]
     for m in (8, 1024):
         config = table.at(m)
         assert isinstance(config, TileConfig)
         assert config.BLOCK_M == 16
-    assert [bound for bound, _ in launches(replace(GATHERED, m_range=(1, None))).steps] == [
-        16,
-        None,
-    ]
+    many = table.at(1025)
+    assert isinstance(many, TileConfig) and many.BLOCK_M > 16
+
+
+def test_many_gathered_rows_run_as_grouped_ones() -> None:
+    """From there on each expert is read once, as if the rows had come sorted."""
+    table = launches(replace(GATHERED, m_range=(1, None)))
+    for m in (257, 1 << 20):
+        assert table.at(m) == launches(replace(QWEN, m_range=(1, None))).at(m)
+    mixtral = replace(GATHERED, experts=8, n=14336, k=4096)
+    config = TileConfig(16, 64, 128, 1, 4, 4)
+    before, after = (cost(mixtral, config, H200, m).seconds for m in (16, 17))
+    assert after < 0.7 * before
 
 
 @pytest.mark.parametrize("experts", [1, 2, 8, 128])
@@ -99,7 +108,7 @@ def test_the_mean_of_experts_hit_is_that_of_drawing_them(m: int, experts: int) -
 
 @pytest.mark.parametrize("block_m", [16, 64, 128])
 @pytest.mark.parametrize("m", [1, 8, 128, 700, 2048, 5000, 32768])
-def test_the_tiles_of_grouped_rows_are_those_of_a_schedule(m: int, block_m: int) -> None:
+def test_the_tiles_of_grouped_rows_are_those_of_counted_blocks(m: int, block_m: int) -> None:
     """Drawn at random: within an eighth, though no tile's filling is known."""
     torch.manual_seed(0)
     tiles = 0
@@ -128,12 +137,12 @@ def seconds(spec: GemmSpec, config: object, m: int) -> float:
     return float(dense(spec, spec.gpu).subs(M, m))
 
 
-def test_gathering_rereads_what_grouping_reads_once_but_needs_no_schedule() -> None:
+def test_gathering_rereads_what_grouping_reads_once_but_looks_for_no_expert() -> None:
     config = TileConfig(16, 64, 128, 1, 4, 4)
     few = [seconds(spec, config, 1) for spec in (GATHERED, QWEN)]
-    many = [seconds(spec, config, 1024) for spec in (GATHERED, QWEN)]
+    many = [seconds(spec, config, 256) for spec in (GATHERED, QWEN)]
     assert few[0] < few[1]
-    assert many[0] > 2 * many[1]
+    assert many[0] > 1.1 * many[1]
 
 
 @pytest.mark.parametrize("spec", [QWEN, replace(QWEN, experts=8, n=14336, k=4096)], ids=str)
@@ -141,7 +150,7 @@ def test_dense_takes_over_where_the_model_says_so(spec: GemmSpec) -> None:
     *_, (bound, config), (_, last) = launches(replace(spec, m_range=(1, None))).steps
     assert last is DENSE
     assert bound is not None
-    assert seconds(spec, config, bound) == pytest.approx(seconds(spec, DENSE, bound), rel=0.1)
+    assert seconds(spec, config, bound) <= seconds(spec, DENSE, bound)
     assert candidates(spec, 4 * bound, "max")[0] is DENSE
     assert candidates(spec, bound // 4, "max")[0] is not DENSE
 
@@ -152,7 +161,23 @@ def test_dense_is_offered_where_pytorch_has_a_fast_path_alone() -> None:
     others += [replace(QWEN, k=2044), replace(QWEN, n=766)]
     assert not any(map(offers_dense, others))
     assert offers_dense(replace(QWEN, experts=0, routing=None, gpu=A100))
+    arches = {"sm_90": True, "sm_100": True, "sm_103": True, "sm_110": False, "sm_120": False}
+    for arch, fast in arches.items():
+        assert offers_dense(replace(QWEN, gpu=replace(H200, arch=arch))) is fast, arch
     assert launches(replace(QWEN, gpu=A100, m_range=(4096, None))).at(1 << 20) is not DENSE
+
+
+@pytest.mark.parametrize(
+    ("experts", "n", "k", "gib"), [(8, 14336, 4096, 1.75), (128, 2880, 2880, 3.96)]
+)
+def test_a_stack_whose_dense_form_is_large_stays_packed(
+    experts: int, n: int, k: int, gib: float
+) -> None:
+    """Mixtral's gate and up may be dequantized, those of GPT-OSS 120B may not."""
+    spec = replace(QWEN, experts=experts, n=n, k=k, m_range=(1, None))
+    assert experts * 2 * n * k * 2 / 2**30 == pytest.approx(gib, rel=0.01)
+    assert offers_dense(spec) is (gib < 2)
+    assert (launches(spec).at(1 << 20) is DENSE) is (gib < 2)
 
 
 @pytest.mark.parametrize("spec", [QWEN, GATHERED], ids=["grouped", "gathered"])
