@@ -9,6 +9,7 @@ BENCHMARKS = {
     "levels": "derives the 16 normal levels, and what other levels would lose",
     "train_lm": "trains the small language models of the accuracy benchmark, once",
     "expert_decode": "a CPU: decoding through a layer of experts, against Inductor on it",
+    "decode_attention": "a CPU: attention of one query, against Inductor and reading K and V once",
     "startup": "the first start of a model and the second, part by part",
     "memory": "peak and resident memory of each way to run a model in 4 bits, against bf16",
     "export": "speed and memory of exporting to compressed-tensors, codes compared",

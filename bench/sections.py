@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from bench.accuracy.draws_section import draws
 from bench.accuracy.section import accuracy, accuracy_short
 from bench.core.section import Content
+from bench.decode_attention.section import decode_attention, decode_attention_short
 from bench.experts.section import expert_decode, expert_decode_short
 from bench.export.section import export
 from bench.kernels.section import cpu_kernels, cpu_kernels_short, gpu_kernels
@@ -48,6 +49,13 @@ SECTIONS = (
         "expert-decode",
         expert_decode,
         expert_decode_short,
+    ),
+    Section(
+        "decode-attention",
+        "Attention of one query on a CPU",
+        "decode-attention",
+        decode_attention,
+        decode_attention_short,
     ),
     Section("memory", "Memory", "memory", memory),
     Section("static", "Machine code of the GPU kernels", "static*", static, static_short),

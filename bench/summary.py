@@ -14,11 +14,12 @@ _MIB = 2**20
 _HEADERS = ("", "PyTorch, 16 bits", "fqcompile", "other libraries")
 _OURS = {"int8": "int8", "int4": "int4", "int4 head": "int4 (head too)"}  # names of rows, and shown
 _QUALITY = {
-    "int4 normal g64, synthetic": "int4",
+    "int4 normal adaptive, synthetic": "int4",
     "int4 normal g64, gptq": "by GPTQ",
     "int4 normal g64": "uncalibrated",
     "int4 uniform g64": "uniform levels",
 }
+_WORK = ("model", "tokens", "batch", "threads")
 Line = tuple[str, str, str, str]
 
 
@@ -35,13 +36,14 @@ def summary(root: Path = RESULTS) -> str:
 
 
 def _decoding(content: Content) -> Iterator[Line]:
-    """Of the model with the most layers that were measured and not extrapolated."""
+    """The first work of the model with the most layers that were measured and not extrapolated."""
     rows: list[Row] = [
         row for row in content["rows"]
         if row.get("phase") == "decode" and "ms" in row and "extrapolated_from" not in row
     ]  # fmt: skip
     most = max((row["layers"] for row in rows), default=0)
-    by_way = {row["way"]: row for row in rows if row["layers"] == most}
+    works = [(*map(row.get, _WORK), row) for row in rows if row["layers"] == most]
+    by_way = {row["way"]: row for *work, row in works if work == [*works[0][:-1]]}
     if not {"inductor", "int4"} <= by_way.keys():
         return
     plain = by_way["inductor"]
@@ -50,13 +52,12 @@ def _decoding(content: Content) -> Iterator[Line]:
         for way, name in _OURS.items()
         if way in by_way
     ]
-    others = [
-        f"{way} (head too) {r['ms']:.1f} ms"
-        for way, r in by_way.items()
-        if way.startswith("torchao")
-    ]
+    heads = {"torchao int4": " (head too)", "llama.cpp": ""}
+    others = [f"{way}{heads[way]} {r['ms']:.1f} ms" for way, r in by_way.items() if way in heads]
     what = f"decode a token: {most} of {plain['of_layers']} layers of {plain['model']} and the head"
     what += f", batch {plain['batch']}, bf16"
+    if threads := plain.get("threads"):
+        what += f", {threads} thread{'s' * (threads > 1)}"
     yield what, f"Inductor {plain['ms']:.1f} ms", ", ".join(ours), ", ".join(others)
 
 

@@ -8,9 +8,9 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 
 from fqcompile.errors import FineQuantError, nearest
+from fqcompile.report import installed_version
 
 COMMANDS = {
     "demo": "compile a real model, show what was done to it, what it cost and what it saved",
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="fqcompile",
         description="FineQuant weight-only quantization as a torch.compile backend.",
     )
-    parser.add_argument("--version", action="version", version=f"fqcompile {version('fqcompile')}")
+    own = f"fqcompile {installed_version('fqcompile')}"
+    parser.add_argument("--version", action="version", version=own)
     chosen = arguments[0] if arguments and not arguments[0].startswith("-") else None
     if chosen is not None and chosen not in COMMANDS:
         print(f"fqcompile: {_unknown(chosen)}", file=sys.stderr)

@@ -96,6 +96,7 @@ class FineQuantConfig(SiteOptions):
     min_elements: int = 16384
     on_unsupported: str = "keep"
     weight_updates: str = "detect"
+    fuse_attention: bool = True
     autotune: str = "off"
     calibration: str | None = "synthetic"
     debug_dir: str | Path | None = field(default_factory=_debug_dir_from_environment)

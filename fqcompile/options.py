@@ -242,6 +242,7 @@ RULES: Mapping[str, Rule] = {
     "min_elements": at_least(0),
     "on_unsupported": one_of("keep", "error"),
     "weight_updates": one_of("detect", "ignore"),
+    "fuse_attention": one_of(True, False),
     "autotune": one_of("off", "fast", "max"),
     "calibration": one_of(None, "synthetic", "first_call"),
     "debug_dir": optional(directory),

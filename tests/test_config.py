@@ -28,6 +28,7 @@ DEFAULTS = {
     "min_elements": 16384,
     "on_unsupported": "keep",
     "weight_updates": "detect",
+    "fuse_attention": True,
     "autotune": "off",
     "calibration": "synthetic",
     "debug_dir": None,
@@ -176,6 +177,7 @@ VALUES = SITE_VALUES | {
     "min_elements": st.integers(0),
     "on_unsupported": st.sampled_from(["keep", "error"]),
     "weight_updates": st.sampled_from(["detect", "ignore"]),
+    "fuse_attention": st.booleans(),
     "autotune": st.sampled_from(["off", "fast", "max"]),
     "debug_dir": st.sampled_from([None, "dumps", "~/dumps", "dumps/deep/er"]),
     "inductor": st.dictionaries(

@@ -92,6 +92,7 @@ GLOBAL_REFUSALS = [
     ("min_elements", True, r"is True \(bool\)"),
     ("on_unsupported", "errors", r"allowed: 'keep', 'error'; did you mean 'error'\?"),
     ("weight_updates", "detekt", r"allowed: 'detect', 'ignore'; did you mean 'detect'\?"),
+    ("fuse_attention", 1, r"is 1 \(int\); allowed: True, False"),
     ("autotune", "faster", r"allowed: 'off', 'fast', 'max'; did you mean 'fast'\?"),
     ("autotune", True, r"is True \(bool\); allowed: 'off', 'fast', 'max'"),
     ("debug_dir", "", r"is '' \(str\); allowed: the path of a directory.*FQCOMPILE_DEBUG_DIR"),

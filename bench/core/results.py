@@ -28,6 +28,7 @@ from fqcompile.kernels.tuning.measure import DeviceLost, WrongResult, check_devi
 
 COMMIT_VARIABLE = "BENCH_COMMIT"
 ROOT = Path(__file__).parents[2]
+_DISTRIBUTIONS = {"llama_cpp": "llama_cpp_python"}
 _PLACES = ("device", "json", "html", "folder")  # arguments that are no settings
 Row = dict[str, Any]
 Step = tuple[str, Callable[[], Iterable[Row]]]  # its name, and what measures it
@@ -167,8 +168,8 @@ def missing(package: str) -> str | None:
 
 
 def with_version(package: str) -> str:
-    """ "torchao 0.18.0"."""
-    return f"{package} {version(package)}"
+    """ "torchao 0.18.0"; a package may be of a distribution with another name."""
+    return f"{package} {version(_DISTRIBUTIONS.get(package, package))}"
 
 
 def device_name(device: torch.device) -> str:

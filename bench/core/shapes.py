@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fqcompile.demo.gemma import load_gemma
 from fqcompile.errors import OptionError
 from fqcompile.kernels.spec import GemmSpec, Gpu
 
@@ -161,17 +162,44 @@ def _opt(hidden: int, heads: int, vocab: int = 50272) -> dict[str, Any]:
     }
 
 
+GEMMA = "gemma-3-270m"
+_QWEN3 = {
+    **_llama(2048, 6144, 32, 4, 151936),
+    "head_dim": 128,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+}
+
 MODELS = {
     "llama-3-8b": Decoder("Llama", 32, 32, _llama(4096, 14336, 32, 8, 128256)),
     "opt-30b": Decoder("OPT", 48, 8, _opt(7168, 56)),
     "opt-175b": Decoder("OPT", 96, 4, _opt(12288, 96)),
+    "llama-1b": Decoder(
+        "Llama", 16, 16, {**_llama(2048, 8192, 32, 8, 128256), "tie_word_embeddings": True}
+    ),
+    "qwen3-30b-a3b": Decoder("Qwen3Moe", 48, 2, _QWEN3),
+    GEMMA: Decoder("Gemma3", 18, 18),  # the only one with real weights
     "llama": Decoder("Llama", 32, 2, _llama(4096, 14336, 32, 8, 32000)),
     "small": Decoder("Llama", 4, 4, _llama(1024, 2816, 16, 4, 32000)),
     "tiny": Decoder("Llama", 4, 2, _llama(256, 512, 4, 2, 512)),
     "tiny-opt": Decoder("OPT", 4, 2, _opt(256, 4, 512)),
+    "tiny-moe": Decoder(
+        "Qwen3Moe",
+        4,
+        2,
+        {
+            **_QWEN3,
+            **_llama(256, 512, 4, 2, 512),
+            "head_dim": 64,
+            "moe_intermediate_size": 128,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+    ),
 }
-MADE_UP = ("llama", "small", "tiny", "tiny-opt")  # no well-known models: measured where asked for
-
+LARGE = ("llama-3-8b", "opt-30b", "opt-175b")  # measured where no others are asked for
 
 STARTED = ("llama", "tiny")  # of which whole starts and exports are measured
 
@@ -188,8 +216,17 @@ def build(
     """The model with its first `layers` layers, frozen; on "meta" without any weights.
 
     A weight of K columns has a standard deviation of K**-1/2, as trained ones about have: values
-    keep their size from layer to layer.
+    keep their size from layer to layer. Gemma has its own weights, and all layers.
+
+    Raises:
+        OptionError: Gemma with fewer layers than it has.
     """
+    if name == GEMMA:
+        if layers != MODELS[name].layers:
+            raise OptionError(
+                f"layers={layers}: {name} has real weights, all {MODELS[name].layers}"
+            )
+        return load_gemma(dtype)[0].requires_grad_(False).to(device)
     config_type, model_type = classes(name)
     config = config_type(**MODELS[name].sizes, num_hidden_layers=layers)
     before = torch.get_default_dtype()
@@ -203,8 +240,8 @@ def build(
         generator = torch.Generator(device).manual_seed(0)
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.dim() == 2:
-                    parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+                if parameter.dim() > 1:
+                    parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
     return model.eval().requires_grad_(False)
 
 

@@ -1,12 +1,12 @@
-"""A step of decoding and a prefill of a model, to compile and to time, and the least time of each.
+"""A step of decoding, a prefill and a whole `generate()` of a model, to compile and to time.
 
 A step reads a static cache that holds a context of random keys and values; the steps of all that is
 compared read and write the same one, from the same length on.
 
-The least time is what a phase must read and compute, over the device's rates:
+The least time of a step or a prefill is what it must read and compute, over the device's rates:
 
-    read      each weight once as the way holds it, tables that are looked up in left out, and the
-              keys and values of the context
+    read      each weight once as the way holds it, tables that are looked up in left out, and of
+              experts what random routing is expected to hit; the keys and values of the context
     compute   2 for each token and weight of a linear layer, 4 for each token, token that it attends
               to and value of a head; at the rate of a dense product in 16 bits
 
@@ -16,7 +16,7 @@ on a CPU they are measured: reading a large tensor, and F.linear in the model's 
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -26,13 +26,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from bench.core.results import Row
 from fqcompile.kernels.roofline import read_bandwidth
 from fqcompile.kernels.spec import gpu_of
 from fqcompile.report import CompileReport
 
 _ROWS, _SIDE, _PRODUCTS = 1024, 2048, 5
+_STACKED = 3  # dimensions of the parameters of experts
 
 Work = Callable[[], Tensor]
+
+
+@dataclass
+class Ready:
+    """A way that computes the right thing, compiled and warm, and what is known of it already.
+
+    Attributes:
+        rewind: forgets what the calls of `work` have added to the context.
+    """
+
+    work: Work
+    rewind: Callable[[], None]
+    row: Row = field(default_factory=dict)
 
 
 class Decoding:
@@ -41,41 +56,56 @@ class Decoding:
     Attributes:
         rows: tokens that go through the layers in a step; `head_rows` of them through the head.
         attended: pairs of a token and one that it attends to, in the first step.
+        length: tokens that the cache has room for.
         context_bytes: of the keys and values of the context, of all layers.
     """
+
+    dynamic = False
 
     def __init__(self, model: nn.Module, batch: int, context: int, steps: int) -> None:
         config: Any = model.config
         parameter = next(model.parameters())
         device, dtype = parameter.device, parameter.dtype
-        self.context = context
+        self.context, self.length = context, context + steps
         self.rows = self.head_rows = batch
         self.attended = batch * (context + 1)
         cache_type = import_module("transformers").StaticCache
-        self.cache = cache_type(config=config, max_cache_len=context + steps)
+        self.cache = cache_type(config=config, max_cache_len=self.length)
         heads = config.num_attention_heads
         key_heads = getattr(config, "num_key_value_heads", None) or heads
-        self.cache.early_initialization(
-            batch, key_heads, config.hidden_size // heads, dtype, device
-        )
+        self.cache.early_initialization(batch, key_heads, _head_size(config), dtype, device)
         generator = torch.Generator(device).manual_seed(1)
         for layer in self.cache.layers:
             layer.keys.normal_(generator=generator)
             layer.values.normal_(generator=generator)
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
-        self.context_bytes = held * context // (context + steps)
+        # These count in Python too, and a graph is compiled for one count. A full one loses a token
+        # with each step.
+        self.sliding = [layer for layer in self.cache.layers if layer.is_sliding]
+        self.windows = [(layer.keys.clone(), layer.values.clone()) for layer in self.sliding]
+        token = 2 * batch * key_heads * _head_size(config) * dtype.itemsize
+        self.context_bytes = sum(
+            token * min(context, layer.max_cache_len) for layer in self.cache.layers
+        )
         self.tokens = torch.randint(
             config.vocab_size, (batch, 1), device=device, generator=generator
         )
         self.positions = torch.full((batch, 1), context, device=device)
         # OPT counts positions from the mask where it is not given one.
-        self.mask = torch.ones((batch, context + steps), dtype=torch.long, device=device)
+        self.mask = torch.ones((batch, self.length), dtype=torch.long, device=device)
 
     def rewind(self) -> None:
         """Forget all tokens after the context."""
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(self.context)
+        for layer, (keys, values) in zip(self.sliding, self.windows, strict=True):
+            layer.keys.copy_(keys)
+            layer.values.copy_(values)
         self.positions.fill_(self.context)
+
+    def _rewind_sliding(self) -> None:
+        for layer in self.sliding:
+            layer.cumulative_length.fill_(self.context)
+            layer.cumulative_length_int = self.context
 
     def step_of(self, model: nn.Module, compiled: Callable[[Any], Any]) -> Work:
         """A compiled step of `model`: the logits [batch, vocabulary] after one more token."""
@@ -96,6 +126,7 @@ class Decoding:
 
         def work() -> Tensor:
             torch.compiler.cudagraph_mark_step_begin()
+            self._rewind_sliding()
             logits: Tensor = run(self.tokens, self.positions)
             self.positions += 1
             return logits
@@ -108,16 +139,12 @@ class Prefill:
 
     context_bytes = 0
     head_rows = 1
+    dynamic = False
 
     def __init__(self, model: nn.Module, length: int) -> None:
         self.rows = length
         self.attended = length * (length + 1) // 2
-        parameter, config = next(model.parameters()), model.config
-        generator = torch.Generator(parameter.device).manual_seed(2)
-        vocabulary: Any = config.vocab_size  # type: ignore[union-attr]
-        self.tokens = torch.randint(
-            vocabulary, (1, length), device=parameter.device, generator=generator
-        )
+        self.tokens = random_tokens(model, length)
 
     def rewind(self) -> None:
         """There is nothing to forget."""
@@ -140,7 +167,55 @@ class Prefill:
         return work
 
 
-Phase = Decoding | Prefill
+class Generation:
+    """`generate()`: a prompt of `length` tokens, and `new` of them after it, the likeliest ones.
+
+    With a static cache, and compiled as by `model.compile`: the prompt, a step, and where sizes of
+    the cache are Python's numbers, a step for any of them.
+    """
+
+    dynamic = None
+
+    def __init__(self, model: nn.Module, length: int, new: int) -> None:
+        self.tokens, self.new = random_tokens(model, length), new
+        mask = torch.ones_like(self.tokens)
+        self.settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+        self.settings |= {"attention_mask": mask, "cache_implementation": "static"}
+        self.settings |= {"return_dict_in_generate": True, "output_logits": True}
+
+    def rewind(self) -> None:
+        """There is nothing to forget."""
+
+    def step_of(self, model: nn.Module, compiled: Callable[[Any], Any]) -> Work:
+        """A call of generate(): the logits [1, vocabulary] of its first new token."""
+        changed: Any = model
+        run = compiled(changed._call_impl)
+
+        def work() -> Tensor:
+            changed._compiled_call_impl = run
+            try:
+                made = changed.generate(self.tokens, disable_compile=True, **self.settings)
+            finally:
+                changed._compiled_call_impl = None
+            logits: Tensor = made.logits[0]
+            return logits
+
+        return work
+
+
+Phase = Decoding | Prefill | Generation
+
+
+def random_tokens(model: nn.Module, length: int) -> Tensor:
+    """Of one sequence, [1, length]."""
+    config: Any = model.config
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(2)
+    return torch.randint(config.vocab_size, (1, length), device=device, generator=generator)
+
+
+def _head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 @dataclass(frozen=True)
@@ -170,11 +245,19 @@ def _product_flops(dtype: torch.dtype, threads: int) -> float:
     return 2 * _ROWS * _SIDE * _SIDE / min(seconds)
 
 
-def weight_bytes_read(model: nn.Module) -> int:
-    """Bytes of the parameters that a pass through the model reads, each once."""
+def experts_hit(model: nn.Module, rows: int) -> float:
+    """The share of the experts that `rows` tokens are expected to read; 1 without experts."""
+    config: Any = model.config
+    experts = getattr(config, "num_experts", None)
+    return 1 - (1 - config.num_experts_per_tok / experts) ** rows if experts else 1.0
+
+
+def weight_bytes_read(model: nn.Module, hit: float = 1.0) -> float:
+    """Bytes of the parameters that a pass through the model reads, each once; of experts `hit`."""
     multiplied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - multiplied
-    return sum(_nbytes(p) for p in model.parameters() if id(p) not in tables)
+    read = [p for p in model.parameters() if id(p) not in tables]
+    return sum(_nbytes(p) * (hit if p.dim() == _STACKED else 1) for p in read)
 
 
 def _nbytes(tensor: Tensor) -> int:
@@ -185,20 +268,25 @@ def _nbytes(tensor: Tensor) -> int:
     return sum(_nbytes(getattr(tensor, name)) for name in names)
 
 
-def bytes_saved(found: Iterable[CompileReport]) -> int:
-    """By how much the quantized weights are smaller than they were."""
+def bytes_saved(found: Iterable[CompileReport], hit: float = 1.0) -> float:
+    """By how much the quantized weights are smaller than they were; of experts `hit`."""
     sites = (site for report in found for site in report.plan.quantized)
-    return sum(site.bytes_before - site.bytes_after for site in sites)
+    return sum(
+        (site.bytes_before - site.bytes_after) * (hit if len(site.shape) == _STACKED else 1)
+        for site in sites
+    )
 
 
-def flops_of(model: nn.Module, phase: Phase) -> int:
+def flops_of(model: nn.Module, phase: Decoding | Prefill) -> int:
     """Of linear layers and attention; what else there is costs next to nothing."""
     config: Any = model.config
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    inner = 2 * phase.rows * (linears - head.weight.numel())
+    experts = sum(p.numel() for p in model.parameters() if p.dim() == _STACKED)
+    inner = 2 * phase.rows * (linears - head.weight.numel() + experts * experts_hit(model, 1))
     last = 2 * phase.head_rows * head.weight.numel()
-    attention = 4 * phase.attended * config.num_hidden_layers * config.hidden_size
+    width = config.num_attention_heads * _head_size(config)
+    attention = 4 * phase.attended * config.num_hidden_layers * width
     return int(inner + last + attention)
 
 

@@ -4,8 +4,9 @@ inductor        16 bits, compiled by Inductor: what the others are held against
 int8, int4      ours, adaptive granularity; the output head has 8 bits by default
 int4 head       int4, the output head too
 torchao int4    torchao's own quantization in groups of 128, head included, compiled by Inductor
+llama.cpp       on a CPU: `models.llama_cpp`
 
-All are compiled with the same settings of Inductor.
+All others are compiled with the same settings of Inductor.
 """
 
 import copy
@@ -23,16 +24,19 @@ from torch import Tensor, nn
 
 from bench.core.measure import Replay, allowed_error, relative_error, timed_if_right
 from bench.core.results import Row, with_version
+from bench.models import llama_cpp
 from bench.models.phases import (
+    Generation,
     Phase,
     Rates,
-    Work,
+    Ready,
     bytes_saved,
+    experts_hit,
     flops_of,
     ideal_ms,
     weight_bytes_read,
 )
-from bench.models.section import PLAIN
+from bench.models.section import LLAMA_CPP, PLAIN, over
 from fqcompile.backend import finequant
 from fqcompile.kernels.tuning.measure import WrongResult
 from fqcompile.modules.fake_quantize import fake_quantize_
@@ -43,6 +47,7 @@ GROUP = 128
 # steps; rounding to them is 1/√12 of a step in the mean square, .108. Half as much again.
 _ALLOWED_INT4 = 0.16
 _TRIED_ROWS = 4
+_LONG = 1e6  # microseconds: of a call that takes more, the warm-ups of a round are its replays
 WARM_CALLS = 3  # the first compiles, the second is recorded as a CUDA graph, the third replays it
 
 
@@ -54,20 +59,22 @@ class Way:
         options: finequant's; None where Inductor compiles the model.
         package: whose version the row names.
         change: quantizes the model in place, before it is compiled.
+        own: runs a phase of the model by other means than PyTorch's.
     """
 
     name: str
     options: Mapping[str, Any] | None = None
     package: str = "torch"
     change: Callable[[nn.Module], None] | None = None
+    own: Callable[[nn.Module, Phase], Ready] | None = None
 
-    def compiler(self, inner: str) -> Callable[[Any], Any]:
+    def compiler(self, inner: str, dynamic: bool | None) -> Callable[[Any], Any]:
         """torch.compile as users call it; `inner` other than Inductor has no CUDA graphs."""
         graphs = {"mode": "reduce-overhead"} if inner == "inductor" else {}
         if self.options is None:
-            return partial(torch.compile, backend=inner, dynamic=False, **graphs)
+            return partial(torch.compile, backend=inner, dynamic=dynamic, **graphs)
         options = {**self.options, "inner_backend": inner, **graphs}
-        return partial(torch.compile, backend=finequant, dynamic=False, options=options)
+        return partial(torch.compile, backend=finequant, dynamic=dynamic, options=options)
 
 
 def _torchao_int4(model: nn.Module) -> None:
@@ -91,8 +98,14 @@ _ALL = (
     Way("int4", {"bits": 4}, "fqcompile"),
     Way("int4 head", {"bits": 4, "overrides": {"lm_head|embed_tokens": {"bits": 4}}}, "fqcompile"),
     Way("torchao int4", package="torchao", change=_torchao_int4),
+    Way(LLAMA_CPP, package=llama_cpp.PACKAGE, own=llama_cpp.ready),
 )
 WAYS = {way.name: way for way in _ALL}
+
+
+def runs_on(way: Way, device: torch.device) -> bool:
+    """Whether it has kernels for the device; llama.cpp is built for a CPU alone."""
+    return way.own is None or device.type == "cpu"
 
 
 @torch.no_grad()
@@ -119,14 +132,6 @@ def _product_error(changed: nn.Linear, original: nn.Module) -> float:
     return relative_error(y, F.linear(x.double(), weight.double()))
 
 
-@dataclass
-class Ready:
-    """A way that computes the right thing, compiled and warm, and what is known of it already."""
-
-    work: Work
-    row: Row
-
-
 def measured_rows(
     model: nn.Module, phase: Phase, ways: Sequence[Way], layers: int, inner: str, rates: Rates
 ) -> Iterator[Row]:
@@ -135,12 +140,13 @@ def measured_rows(
     device = next(model.parameters()).device
 
     def prepare(way: Way) -> Replay:
-        ready[way.name] = _prepared(model, phase, way, layers, inner)
-        return _replay(phase, ready[way.name].work, device)
+        made = way.own(model, phase) if way.own else _prepared(model, phase, way, layers, inner)
+        ready[way.name] = made
+        return _replay(made, device)
 
     torch.compiler.reset()
     found, failures = timed_if_right({way.name: partial(prepare, way) for way in ways})
-    plain = found.get(PLAIN)
+    milliseconds = {name: timing.microseconds / 1e3 for name, timing in found.items()}
     for way in ways:
         row: Row = {"way": way.name, "library": with_version(way.package)}
         if way.name in failures:
@@ -148,9 +154,11 @@ def measured_rows(
             continue
         t, known = found[way.name], ready[way.name].row
         row |= {"ms": t.microseconds / 1e3, "low": t.low / 1e3, "high": t.high / 1e3}
-        row["over_inductor"] = plain and plain.microseconds / t.microseconds
-        ideal = ideal_ms(known["bytes_read"], flops_of(model, phase), rates)
-        yield row | {"ideal_ms": ideal, "of_ideal": ideal / row["ms"]} | known
+        row |= over(row["ms"], milliseconds)
+        if not isinstance(phase, Generation):
+            ideal = ideal_ms(known["bytes_read"], flops_of(model, phase), rates)
+            row |= {"ideal_ms": ideal, "of_ideal": ideal / row["ms"]}
+        yield row | known
 
 
 def _prepared(model: nn.Module, phase: Phase, way: Way, layers: int, inner: str) -> Ready:
@@ -162,7 +170,7 @@ def _prepared(model: nn.Module, phase: Phase, way: Way, layers: int, inner: str)
         changed = copy.deepcopy(model)
         way.change(changed)
         check_matrices(changed, model)
-    work = phase.step_of(changed, way.compiler(inner))
+    work = phase.step_of(changed, way.compiler(inner, phase.dynamic))
     phase.rewind()
     start = time.perf_counter()
     logits = work().clone()
@@ -170,16 +178,20 @@ def _prepared(model: nn.Module, phase: Phase, way: Way, layers: int, inner: str)
     row: Row = {"first_call_s": time.perf_counter() - start}
     found = reports()
     error = relative_error(logits, _oracle_logits(changed, phase, found))
-    row |= {"error": error, "allowed": allowed_error(logits.dtype, layers)}
+    dtype = next(model.parameters()).dtype
+    row |= {"error": error, "allowed": allowed_error(dtype, layers)}
     if not error <= row["allowed"]:
         raise WrongResult(f"relative error {error:.2g}, allowed {row['allowed']:.2g}")
     if way.options is not None:
         row |= about(found)
-    held = weight_bytes_read(changed) - bytes_saved(found)
-    row["bytes_read"] = held + phase.context_bytes
+    if not isinstance(phase, Generation):
+        hit = experts_hit(model, phase.rows)
+        held = weight_bytes_read(changed, hit) - bytes_saved(found, hit)
+        row["bytes_read"] = held + phase.context_bytes
     for _ in range(WARM_CALLS - 1):
         work()
-    return Ready(work, row | {"cudagraph_skips": _cudagraph_skips() - skips})
+    row["cudagraph_skips"] = _cudagraph_skips() - skips
+    return Ready(work, phase.rewind, row)
 
 
 def _cudagraph_skips() -> int:
@@ -215,12 +227,11 @@ def _oracle_logits(model: nn.Module, phase: Phase, found: Sequence[CompileReport
     return phase.step_of(oracle, lambda step: step)()
 
 
-def _replay(phase: Phase, work: Work, device: torch.device) -> Replay:
+def _replay(ready: Ready, device: torch.device) -> Replay:
     def replay(warm_ups: int, replays: int) -> list[float]:
-        phase.rewind()
-        for _ in range(warm_ups):
-            work()
-        return clocked(work, replays, device)
+        ready.rewind()
+        times = clocked(ready.work, warm_ups, device)
+        return times if max(times, default=0) > _LONG else clocked(ready.work, replays, device)
 
     return replay
 

@@ -1,17 +1,20 @@
-"""Whole decoders with random weights: a step of decoding and a prefill, against 16 bits.
+"""Whole decoders: a step of decoding, a prefill and generate(), against 16 bits and llama.cpp.
 
     python -m bench models --device cuda [--model llama-3-8b opt-175b] [--layers N]
-        [--batch 1,16,64] [--context 1024] [--prompt 1024] [--phases prefill decode]
+        [--batch 1,16,64] [--context 64,1024] [--prompt 1024] [--phases prefill decode generate]
         [--ways inductor int4 ...] [--dtype bf16|fp16] [--json FILE] [--time-budget SECONDS]
-    python -m bench models --device cpu --model llama-3-8b --layers 2 --batch 1 --context 64
+    python -m bench models --device cpu --model llama-3-8b --layers 2 --batch 1 --context 64 \
+        --threads 1,2
     python -m bench models --device cpu --tiny     # whether it works, in 3 minutes
+
+Weights are random, but for Gemma's.
 
 All are compiled with mode="reduce-overhead", so run as CUDA graphs: the ways of `models.rows`. A
 step of decoding has a static cache filled with --context tokens; what is timed is that step alone,
 compiled on its own, in turn with the others: 25 steps, the median, 20th and 80th percentile. Before
 that a way's logits are compared with those of its weights, dequantized, in the eager model. "of
 ideal" is the least time that reading its own weights and the context, or the products, allow
-(`models.phases`) over the time measured.
+(`models.phases`) over the time measured. generate() reads a prompt and makes --new tokens.
 
 A model with fewer layers than it has is measured with half as many too; what is said of all its
 layers is extrapolated from the two on a straight line, and marked so.
@@ -22,7 +25,8 @@ import gc
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -31,27 +35,30 @@ from tqdm import tqdm
 from bench.core.measure import LEASE, MANY_COMPILATIONS, REPLAYS, WARM_UPS
 from bench.core.results import Budget, Results, Row, failure, missing
 from bench.core.section import show as show_section
-from bench.core.shapes import DTYPES, MADE_UP, MODELS, build, parameter_bytes
-from bench.models import section
-from bench.models.phases import Decoding, Phase, Prefill, Rates, rates_of
-from bench.models.rows import WAYS, Way, measured_rows
+from bench.core.shapes import DTYPES, LARGE, MODELS, build, parameter_bytes
+from bench.models import llama_cpp, section
+from bench.models.phases import Decoding, Generation, Phase, Prefill, rates_of
+from bench.models.rows import WAYS, Way, measured_rows, runs_on
 from fqcompile.commands import counts as row_counts
 from fqcompile.kernels.spec import gpu_of
 from fqcompile.kernels.tuning.measure import DeviceLost
 
 _STEPS = WARM_UPS + REPLAYS + 1
-PHASES = ("prefill", "decode")
-TINY = {"model": ["tiny", "tiny-opt"], "batch": [1, 2], "context": 32, "prompt": 16}
+PHASES = ("prefill", "decode", "generate")
+TINY = {"model": ["tiny", "tiny-opt"], "batch": [1, 2], "context": [32], "prompt": [16]}
 
 
 def phases(model: torch.nn.Module, arguments: argparse.Namespace) -> Iterator[tuple[Row, Phase]]:
-    """Decoding for each batch, and the prefill; made one after another, for caches are large."""
-    prompt, context = arguments.prompt, arguments.context
-    for batch in arguments.batch if "decode" in arguments.phases else ():
+    """Each phase at each size; made one after another, for caches are large."""
+    steps = product(arguments.batch, arguments.context) if "decode" in arguments.phases else ()
+    for batch, context in steps:
         about = {"phase": "decode", "batch": batch, "tokens": context}
         yield about, Decoding(model, batch, context, _STEPS)
-    if "prefill" in arguments.phases:
+    for prompt in arguments.prompt if "prefill" in arguments.phases else ():
         yield {"phase": "prefill", "batch": 1, "tokens": prompt}, Prefill(model, prompt)
+    for prompt in arguments.prompt if "generate" in arguments.phases else ():
+        about = {"phase": "generate", "batch": 1, "tokens": prompt, "new": arguments.new}
+        yield about, Generation(model, prompt, arguments.new)
 
 
 @dataclass
@@ -61,7 +68,6 @@ class Runner:
     arguments: argparse.Namespace
     device: torch.device
     ways: Sequence[Way]
-    rates: Rates
     results: Results
     budget: Budget
 
@@ -96,13 +102,22 @@ class Runner:
         whole = {"model": name, "layers": layers, "of_layers": MODELS[name].layers}
         whole |= {"parameter_bytes": parameter_bytes(model)}
         for about, phase in phases(model, self.arguments):
-            if not self.budget.allows_a_step():
-                what = f"{name}, {layers} layers, {about['phase']} {about['batch']}"
-                self.results.leave_out(what)
-                continue
-            work, inner = whole | about, self.arguments.inner
-            rows = list(measured_rows(model, phase, self.ways, layers, inner, self.rates))
-            self.results.add(*(work | row for row in rows))
+            for threads in self.arguments.threads:
+                work = whole | about | {"threads": threads}
+                if not self.budget.allows_a_step():
+                    what = f"{name}, {layers} layers, {section.work_text(work)}, batch"
+                    self.results.leave_out(f"{what} {work['batch']}")
+                    continue
+                rows = self._rows(model, phase, layers, threads)
+                self.results.add(*(work | row for row in rows))
+
+    def _rows(
+        self, model: torch.nn.Module, phase: Phase, layers: int, threads: int
+    ) -> Sequence[Row]:
+        torch.set_num_threads(threads)
+        rates = rates_of(self.device, DTYPES[self.arguments.dtype])
+        self.results.settings["rates"][str(threads)] = asdict(rates)
+        return [*measured_rows(model, phase, self.ways, layers, self.arguments.inner, rates)]
 
 
 def _forget() -> None:
@@ -112,18 +127,21 @@ def _forget() -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    real = [name for name in MODELS if name not in MADE_UP]
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=real)
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(LARGE))
     parser.add_argument("--layers", type=int, help="time so many (default: what fits one GPU)")
     parser.add_argument("--batch", type=row_counts, default=[1, 16, 64], metavar="B,...")
-    parser.add_argument("--context", type=int, default=1024, help="tokens that decoding attends to")
-    parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prefill")
-    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--context", type=row_counts, default=[1024], metavar="T,...",
+                        help="tokens that decoding attends to")  # fmt: skip
+    parser.add_argument("--prompt", type=row_counts, default=[1024], metavar="T,...",
+                        help="tokens of the prefill, or that generate() begins with")  # fmt: skip
+    parser.add_argument("--new", type=int, default=32, help="tokens that generate() makes")
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES[:2]))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--tiny", action="store_true", help="made-up models: does it work?")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="a CPU's")
+    parser.add_argument("--threads", type=row_counts, default=[torch.get_num_threads()],
+                        metavar="N,...", help="a CPU's")  # fmt: skip
     parser.add_argument("--inner", default="inductor", help="backend that compiles the graphs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and identity there")
     parser.add_argument("--time-budget", type=float, default=LEASE, metavar="SECONDS")
@@ -142,14 +160,14 @@ def run(arguments: argparse.Namespace) -> Results:
         gpu_of(device)
     if arguments.inner == "inductor":
         torch.compile(lambda x: x + 1)(torch.zeros(3))  # starts Inductor's helpers, for nobody
-    rates = rates_of(device, DTYPES[arguments.dtype])
     results = Results.of(arguments, device)
-    results.settings |= {"bandwidth": rates.bandwidth, "flops": rates.flops}
-    ways = [WAYS[name] for name in arguments.ways]
+    results.settings["rates"] = {}
+    ways = [way for way in map(WAYS.__getitem__, arguments.ways) if runs_on(way, device)]
     present = [way for way in ways if missing(way.package) is None]
     results.leave_out(*(f"{w.name}: {missing(w.package)}" for w in ways if w not in present))
-    budget = Budget(arguments.time_budget)
-    Runner(arguments, device, present, rates, results, budget).run()
+    if any(way.own for way in present):
+        results.settings[llama_cpp.PACKAGE] = llama_cpp.system_info()
+    Runner(arguments, device, present, results, Budget(arguments.time_budget)).run()
     return results
 
 
@@ -158,8 +176,11 @@ def show(results: Results) -> None:
     for row in results.rows:
         if row.get("cudagraph_skips") and torch.cuda.is_available():
             print(f"{row['model']} {row['phase']} {row['way']}: ran WITHOUT CUDA graphs")
-    bandwidth, flops = (results.settings[name] for name in ("bandwidth", "flops"))
-    print(f"ideal: {bandwidth / 1e9:.4g} GB/s read, {flops / 1e12:.3g} Tflop/s")
+    for threads, rates in results.settings["rates"].items():
+        read, flops = f"{rates['bandwidth'] / 1e9:.4g}", f"{rates['flops'] / 1e12:.3g}"
+        print(f"ideal, {threads} threads: {read} GB/s read, {flops} Tflop/s")
+    if told := results.settings.get(llama_cpp.PACKAGE):
+        print(f"llama.cpp: {told}")
     if any(row.get("of_ideal", 0) > 1 for row in results.rows):
         print("a way is FASTER than the ideal: these rates were measured beside other work")
     if torch.cuda.is_available():
@@ -170,7 +191,6 @@ def show(results: Results) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
-    torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["TRITON_CACHE_DIR"] = cache
         # Each batch and way is a compilation of its own of one function.

@@ -1,11 +1,14 @@
 """What `bench models` found: all layers from few, and the section."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from bench.core.results import Row
 from bench.core.section import Content, failures, left_out, paragraphs, spread, table
 
 PLAIN = "inductor"  # the way that the others are compared with
+LLAMA_CPP = "llama.cpp"
+# How often as fast a way is as others: the keys of rows, and the ways.
+OVER = {"over_inductor": PLAIN, "over_llama_cpp": LLAMA_CPP}
 _LINEAR = ("bytes_read", "ideal_ms")  # in the number of layers, exactly
 _GIB = 2**30
 
@@ -19,15 +22,15 @@ def extrapolated(rows: Sequence[Row], name: str, of_layers: int) -> Iterator[Row
     measured: dict[tuple[object, ...], dict[str, list[Row]]] = {}
     for row in rows:
         if row["model"] == name and "low" in row:
-            key = (row["phase"], row["batch"], row["tokens"])
+            key = (row["phase"], row["batch"], row["tokens"], row.get("threads"))
             measured.setdefault(key, {}).setdefault(row["way"], []).append(row)
     for ways in measured.values():
         whole = {way: _of_all_layers(found[0], found[-1]) for way, found in ways.items()}
-        plain = whole.get(PLAIN)
         for way, found in ways.items():
             few, many, ms = found[0], found[-1], whole[way]
             if ms is not None and many["layers"] < of_layers:
-                keep = ("model", "of_layers", "phase", "batch", "tokens", "way", "library")
+                keep = ("model", "of_layers", "phase", "batch", "tokens", "new", "threads", "way",
+                        "library")  # fmt: skip
                 row = {key: many[key] for key in keep if key in many}
                 row |= {key: _on_a_line(few, many, key) for key in _LINEAR if key in many}
                 if "ideal_ms" in row:
@@ -36,8 +39,13 @@ def extrapolated(rows: Sequence[Row], name: str, of_layers: int) -> Iterator[Row
                     "layers": of_layers,
                     "extrapolated_from": [few["layers"], many["layers"]],
                     "ms": ms,
-                    "over_inductor": plain and plain / ms,
+                    **over(ms, whole),
                 }
+
+
+def over(ms: float, found: Mapping[str, float | None]) -> Row:
+    """How often as fast as each of OVER: None where there is no time of it."""
+    return {key: other and other / ms for key, way in OVER.items() for other in [found.get(way)]}
 
 
 def _of_all_layers(few: Row, many: Row) -> float | None:
@@ -52,9 +60,20 @@ def _on_a_line(few: Row, many: Row, key: str) -> float:
 
 
 def tokens_per_second(row: Row) -> float:
-    """Of the whole batch: a step makes one token of each sequence, a prefill reads them all."""
-    tokens = row["tokens"] if row["phase"] == "prefill" else row["batch"]
+    """Of the whole batch: a step makes one token of each sequence, a prefill reads them all;
+    generate() makes its new ones, the prompt's time included."""
+    made = {"prefill": row["tokens"], "generate": row.get("new")}
+    tokens = made.get(row["phase"], row["batch"])
     return 1e3 * float(tokens) / float(row["ms"])
+
+
+def work_text(row: Row) -> str:
+    """ "decode 512, 1 thread", "generate 64 + 32, 2 threads"; older rows have no threads."""
+    text = f"{row['phase']} {row['tokens']}"
+    if "new" in row:
+        text += f" + {row['new']}"
+    threads = row.get("threads")
+    return f"{text}, {threads} thread{'s' * (threads > 1)}" if threads else text
 
 
 def layers_text(row: Row) -> str:
@@ -89,7 +108,7 @@ def models_short(content: Content) -> str:
     shown = [r for r in rows if r["layers"] in (r["of_layers"], most.get(r["model"]))]
     works: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in shown:
-        key = (row["model"], layers_text(row), f"{row['phase']} {row['tokens']}", str(row["batch"]))
+        key = (row["model"], layers_text(row), work_text(row), str(row["batch"]))
         works.setdefault(key, {})[row["way"]] = row
     ways = list(dict.fromkeys(row["way"] for row in shown))
     lines = [[*key, *(_cell(found.get(way)) for way in ways)] for key, found in works.items()]
@@ -106,6 +125,8 @@ def _cell(row: Row | None) -> str:
     notes = []
     if row["over_inductor"] is not None and row["way"] != PLAIN:
         notes.append(f"{row['over_inductor']:.2f}x")
+    if row.get("over_llama_cpp") and row["way"] != LLAMA_CPP:
+        notes.append(f"{row['over_llama_cpp']:.2f}x llama.cpp")
     if "of_ideal" in row:
         notes.append(f"{row['of_ideal']:.0%}")
     if row["layers"] == row["of_layers"]:
@@ -154,26 +175,28 @@ def _start_line(cold: Row, warm: Row) -> list[str]:
 
 def models(content: Content) -> str:
     """Every row, and the starts."""
-    lines = [_line(row) for row in content["rows"] if "ms" in row]
+    rows = [row for row in content["rows"] if "ms" in row]
+    compared = [key for key in OVER if any(row.get(key) for row in rows)]
+    lines = [_line(row, compared) for row in rows]
     headers = ("model", "layers", "work", "batch", "way", "ms [20th, 80th percentile]", "ms/token",
-               "over inductor", "GiB read", "ideal, ms", "of ideal", "error (allowed)")  # fmt: skip
+               *(f"over {OVER[key]}" for key in compared), "GiB read", "ideal, ms", "of ideal",
+               "error (allowed)")  # fmt: skip
     what = f"{content['settings']['dtype']}, medians."
     told = [what, table(lines, headers), *_starts(content), failures(content, "way")]
     return paragraphs(*told, left_out(content))
 
 
-def _line(row: Row) -> list[str]:
-    over = row["over_inductor"]
+def _line(row: Row, compared: Iterable[str]) -> list[str]:
     ms = spread(row, "ms", 2) if "low" in row else f"{row['ms']:.2f}"
     return [
         row["model"],
         layers_text(row),
-        f"{row['phase']} {row['tokens']}",
+        work_text(row),
         str(row["batch"]),
-        row["way"],
+        row["way"] + ", flash attention" * row.get("flash_attention", False),
         ms,
         f"{1e3 / tokens_per_second(row):.3g}",
-        "" if over is None else f"{over:.2f}x",
+        *(f"{row[key]:.2f}x" if row.get(key) else "" for key in compared),
         *_ideal_cells(row),
         f"{row['error']:.2g} ({row['allowed']:.2g})" if "error" in row else "",
     ]

@@ -43,6 +43,7 @@ PLAIN_LAYERS = ("cuBLAS", "F.linear bf16")
 CPU_FLOPS_OF_A_THREAD = 64 * 3.7e9
 CPU_LAUNCH_SECONDS, CPU_STEP_SECONDS = 1e-5, 1e-4
 _ANY_CHUNK = 1 << 30
+_PLANNED = ("Llama", "OPT")  # classes of transformers: of others no rows are predicted
 
 
 @dataclass(frozen=True)
@@ -174,9 +175,11 @@ def _experts_seconds(shape: ExpertShape, tokens: int, form: WeightFormat, device
 
 def _model(row: Row, settings: Mapping[str, Any], machine: Machine) -> Iterator[Compared]:
     """A step of decoding or a prefill; and the bytes of all weights that are matrices."""
-    device = machine.device(settings.get("threads"))
+    device = machine.device(row.get("threads", settings.get("threads")))
     form = None if settings.get("dtype") == "fp32" else MODEL_WAYS.get(row.get("way", ""))
     if "ms" not in row or row["model"] not in MODELS or form is None or device is None:
+        return
+    if row["phase"] == "generate" or MODELS[row["model"]].kind not in _PLANNED:
         return
     shape = _decoder(row["model"], row["layers"])
     load = Workload(row["batch"], row["tokens"], _ANY_CHUNK)

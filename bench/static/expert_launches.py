@@ -28,9 +28,8 @@ from fqcompile.kernels.triton.configs import candidates
 from fqcompile.kernels.triton.expert_gemm import (
     expert_gemm_kernel,
     finish_experts_kernel,
-    schedule_kernel,
 )
-from fqcompile.kernels.triton.launch import FINISH_BLOCK_N, SCHEDULE_TILE, filled_up, has_two_sums
+from fqcompile.kernels.triton.launch import FINISH_BLOCK_N, filled_up, has_two_sums
 from fqcompile.kernels.triton.layout import BLOCK_K
 from fqcompile.tensor.format import NORMAL, UNIFORM
 
@@ -55,7 +54,7 @@ def routed(spec: GemmSpec, config: TileConfig) -> Case:
     direct = config.SPLIT_K == 1
     gated = spec.gated and has_two_sums(spec.n, config)
     pointers = {"x_ptr": f"*{dtype}", "qweight_ptr": "*i32", "scale_ptr": "*fp16"}
-    pointers |= {"routing_ptr": "*i32" if grouped else IDS}
+    pointers |= {"routing_ptr": OFFSETS if grouped else IDS}
     pointers |= {"y_ptr": f"*{dtype}" if direct else "*fp32"}
     has_bias = spec.has_bias and direct
     pointers |= {"bias_ptr": f"*{dtype}"} if has_bias else {}
@@ -63,6 +62,7 @@ def routed(spec: GemmSpec, config: TileConfig) -> Case:
     constants |= {} if has_bias else {"bias_ptr": None}
     constants |= {
         "GROUPED": grouped,
+        "BLOCK_E": filled_up(spec.experts),
         "GATED": gated,
         "EVEN_K": spec.k % BLOCK_K == 0,
         "BLOCK_M": config.BLOCK_M,
@@ -97,15 +97,6 @@ def finish(spec: GemmSpec) -> Case:
     return Case(f"finish {spec.routing}", launch, spec, None, FINISH_BLOCK_N)
 
 
-def schedule(spec: GemmSpec, block_m: int) -> Case:
-    """`schedule_kernel` as launched for many rows; its "weights" are the blocks of a program."""
-    wide = filled_up(spec.experts)
-    blocks = max(1, SCHEDULE_TILE // wide)
-    constants = {"BLOCK_M": block_m, "BLOCK_E": wide, "BLOCK": blocks}
-    pointers = {"offsets_ptr": OFFSETS, "schedule_ptr": "*i32"}
-    return Case("schedule", Launch(schedule_kernel, pointers, constants), spec, None, blocks)
-
-
 def chosen(arch: int) -> Iterator[Case]:
     """What the closed form picks for the models, for 1 to 16 tokens, and grouped for many."""
     found: dict[tuple[object, ...], Case] = {}
@@ -127,7 +118,6 @@ def matrix(arch: int) -> Iterator[Case]:
     yield from chosen(arch)
     for model in EXPERTS:
         one = layer(model, "gate_up", "grouped", gpu=GPUS[arch])
-        yield schedule(one, 16)
         yield finish(one)
         yield finish(replace(one, routing="gathered"))
         yield dequantize(one)
@@ -152,5 +142,4 @@ def selection(arch: int) -> Iterator[Case]:
     yield dequantize(normal("down", "grouped"))
     yield routed(layer(qwen, "down", "grouped", gpu=gpu, group_size=32), small)
     yield routed(layer(qwen, "down", "grouped", gpu=gpu), large)
-    yield schedule(layer(qwen, "down", "grouped", gpu=gpu), 16)
     yield dequantize(layer(qwen, "down", "grouped", gpu=gpu))

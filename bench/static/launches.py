@@ -58,7 +58,7 @@ class Case:
 
     kind: "gemm", "finish", "dequantize", "plain", or one of `bench.static.expert_launches`.
     weights: read in one iteration of the kernel's loop, or by a program where there is no loop; of
-        "finish", the elements that a program writes; of "schedule", its blocks.
+        "finish", the elements that a program writes.
     """
 
     kind: str
@@ -94,8 +94,6 @@ class Case:
         spec, width = self.spec, self.spec.dtype.itemsize
         if self.kind.startswith("finish"):
             return (2 if spec.gated else 1) * FINISHED_SHARES * 4 + 2 * width
-        if self.kind == "schedule":
-            return 3 * 4
         codes = spec.bits / 8 + spec.scale_dtype.itemsize / min(spec.group_size, spec.k)
         return codes + (width if self.kind == "dequantize" else 0)
 

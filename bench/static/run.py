@@ -10,7 +10,7 @@ could take if nothing but their issue slots, or any of their pipes, counted; "me
 reaches on H200 or A100. A kernel is bound by the least. Nothing was run: no latency, no cache.
 
 "grouped" and "gathered" are the kernels of experts, for E x rows x K of two models: what the closed
-form picks to decode 1 to 16 tokens, and for 256 and 4096. A "weight" of their schedule is a block.
+form picks to decode 1 to 16 tokens, and for 256 and 4096.
 
 "plain" is `static.plain`; "ideal" is what memory allows. --check fails on `static.faults`.
 """

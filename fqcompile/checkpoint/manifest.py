@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +19,7 @@ from fqcompile.errors import CheckpointError
 from fqcompile.files.safetensors_file import DTYPES, byte_size, encode_header, is_shape
 from fqcompile.files.untrusted import check_name, checked, parse_json, shown
 from fqcompile.quant.checks import WEIGHT_DTYPES
+from fqcompile.report import installed_version
 from fqcompile.tensor.format import QTYPES, UNIFORM, Format, num_groups, packed_columns
 
 MANIFEST, JOURNAL = "fqcompile.json", "fqcompile.journal"
@@ -200,7 +200,7 @@ def _digest(content: object) -> str:
 def versions() -> dict[str, str]:
     """Versions of the writing packages: fqcompile, torch and, if installed, transformers."""
     names = [name for name in ("fqcompile", "torch", "transformers") if find_spec(name)]
-    return {name: version(name) for name in names}
+    return {name: installed_version(name) for name in names}
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -30,7 +30,7 @@ from fqcompile.checkpoint.hugging_face import config_of
 from fqcompile.checkpoint.journal import Journal, Progress
 from fqcompile.checkpoint.manifest import MANIFEST, Manifest, versions
 from fqcompile.checkpoint.model import CheckpointModel, shortened, slots
-from fqcompile.checkpoint.source import open_source, other_files, will_read
+from fqcompile.checkpoint.source import Source, open_source, other_files, will_read
 from fqcompile.checkpoint.stream_writer import StreamWriter, site_from
 from fqcompile.config import FineQuantConfig
 from fqcompile.errors import CheckpointError, OptionError
@@ -54,28 +54,27 @@ def quantize_checkpoint(
 ) -> Plan:
     """Quantize a Hugging Face checkpoint into a directory that `fqcompile.load` reads.
 
-    The result equals `quantize_` on the model that `from_pretrained` loads. Peak memory is less
-    than a GiB plus the needs of the largest tensor or stack; with calibration plus a block and the
-    states between two, and 4 GiB for GPTQ. A model without such blocks is loaded whole.
+    The result equals `quantize_` on the model that `from_pretrained` loads. Tensors are read and
+    quantized one at a time (a stack of experts is one): peak memory is less than a GiB plus what
+    the largest needs. Calibration adds a block and the states between blocks, GPTQ 4 GiB; a model
+    that does not run block by block is loaded whole, which `say` is told.
 
     Args:
         source: a local directory with `config.json` and safetensors files.
         calibration, method: as for `quantize_`, or a text file, of which 128 x 512 tokens are used.
-        dtype: of the model; by default that of the config, else of the tensors.
+        dtype: dtype of the model; by default that of the config, else of the tensors.
         resume: continue a killed run with the same arguments; without one, start a new run.
-        overwrite: replace the save in `out`, which stays valid until the new one is complete.
+        overwrite: replace the save in `out`, which stays valid until the new one is whole.
         say: receives lines about the rate, tensors without use, and a model that is loaded whole.
-        options: of `quantize_`.
+        options: those of `quantize_`.
 
     Raises:
-        CheckpointError: the source is not such a checkpoint, is quantized or pickled, or does not
-            match the class that its config names; `out` cannot be written; memory is too little.
+        CheckpointError: the source is no such checkpoint, is quantized or pickled, or not of the
+            class that its config names; `out` cannot be written; memory is too little.
         OptionError, UnquantizableWeight: as for `quantize_`.
     """
-    config, target = packing_config({**options, "calibration": None}), Path(out)
-    found = open_source(Path(source))
-    if os.path.realpath(target) == os.path.realpath(found.directory):
-        raise CheckpointError(f"{target} is the checkpoint itself; give another directory")
+    config = packing_config({**options, "calibration": None})
+    target, found = Path(out), _opened(Path(source), Path(out))
     work = CheckpointModel.of(found, dtype)
     data = data_of(found.directory, calibration=calibration, method=method)
     identity = _identity(work, config, data)
@@ -86,10 +85,17 @@ def quantize_checkpoint(
     if data is None:
         return _run(work, config, target, identity, before, say)
     try:
-        return _run(work, config, target, identity, before, say, data.by_blocks(work, config))
+        blocks = data.by_blocks(work, config)
     except RunsWhole as error:
         say(error.announced(work))
-    return data.quantize(work, target, identity, _files(work), options)
+        return data.quantize(work, target, identity, _files(work), options)
+    return _run(work, config, target, identity, before, say, blocks)
+
+
+def _opened(source: Path, target: Path) -> Source:
+    if os.path.realpath(target) == os.path.realpath(source):
+        raise CheckpointError(f"{target} is the checkpoint itself; give another directory")
+    return open_source(source)
 
 
 def _before(

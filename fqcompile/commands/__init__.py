@@ -39,6 +39,7 @@ _HELP = {
     "min_elements": "leave weights with fewer elements (default: 16384)",
     "on_unsupported": "keep: leave a weight that cannot be quantized, with its reason; error: stop",
     "weight_updates": "detect: pack again what was changed in place; ignore: only new tensors",
+    "fuse_attention": "true: decode on a CPU by our attention kernel; false: PyTorch's",
     "autotune": "GPU kernels. off: as measured before or modeled; fast, max: measure some, or all",
     "calibration": "what is run to weigh errors: synthetic, random token ids; first_call; null",
     "debug_dir": "directory for the graph before and after each pass",

@@ -20,6 +20,7 @@ from fqcompile.kernels.registry import TEMPLATES
 from fqcompile.kernels.spec import GemmSpec, gpu_of
 from fqcompile.kernels.template import Template
 from fqcompile.native import library as native_library
+from fqcompile.report import installed_version
 from fqcompile.tensor.format import QTYPES, QType
 from fqcompile.weights.disk_cache import SIZE, disk_cache
 
@@ -63,15 +64,11 @@ def _decode_spec(device_type: str, qtype: QType) -> GemmSpec:
     return GemmSpec(*shape, bf16, bf16, device_type, gpu=gpu, levels=qtype.levels)
 
 
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def _versions() -> list[Line]:
-    return [("python", platform.python_version()), *((d, _version(d)) for d in DISTRIBUTIONS)]
+    return [
+        ("python", platform.python_version()),
+        *((d, installed_version(d)) for d in DISTRIBUTIONS),
+    ]
 
 
 def _cuda_devices() -> list[Line]:

@@ -35,7 +35,9 @@ from fqcompile.weights.recipe import IDENTITY
 from fqcompile.weights.store import plain_eager
 
 # Options that only affect compilation; `quantize_` refuses them.
-OF_COMPILING = "weight_updates autotune debug_dir inner_backend inductor mode".split()
+OF_COMPILING = (
+    "weight_updates fuse_attention autotune debug_dir inner_backend inductor mode".split()
+)
 
 
 def quantize_(

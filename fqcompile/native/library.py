@@ -91,6 +91,7 @@ class NativeLibrary:
     matmul: Callable[[bytes], int]
     serve: Callable[[bytes | None], None]
     dequantize: Callable[[bytes], None]
+    attention: Callable[[bytes], None]
     search: Callable[[bytes], None]
     encode: Callable[[bytes], None]
 
@@ -277,7 +278,7 @@ def load(isa: Isa, path: Path) -> NativeLibrary:
         library = ctypes.CDLL(str(path))
         matmul, *others = (
             getattr(library, f"fqcompile_{name}")
-            for name in ("matmul", "serve", "dequantize", "search", "encode")
+            for name in ("matmul", "serve", "dequantize", "attention", "search", "encode")
         )
     except (OSError, AttributeError) as error:
         raise KernelBuildError(f"{path} does not load: {error}") from error

@@ -64,6 +64,20 @@ INLINE float sum_of_lanes(F32 v) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
+// Lane i is the sum of v[i]'s lanes.
+INLINE F32 sums_of_each(const F32 (&v)[LANES]) {
+  F32 two[8], four[4];
+  for (int i = 0; i < 8; i++)
+    two[i] = add(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < 4; i++) {
+    const __m512d a = _mm512_castps_pd(two[2 * i]), b = _mm512_castps_pd(two[2 * i + 1]);
+    four[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  const auto halves = [](F32 a, F32 b) {
+    return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return halves(halves(four[0], four[1]), halves(four[2], four[3]));
+}
 INLINE uint32_t equal_lanes(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 INLINE void store_bytes(uint8_t* p, U32 v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(v)); }
 // Entry v & 15 of the 16 that `low` holds; with 8 lanes `high` holds the last 8 of them.
@@ -133,6 +147,17 @@ INLINE float sum_of_lanes(F32 v) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+INLINE F32 sums_of_each(const F32 (&v)[LANES]) {
+  F32 two[4];
+  for (int i = 0; i < 4; i++)
+    two[i] = add(_mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+  const auto lanes_of = [](F32 a, F32 b) {
+    const __m256d c = _mm256_castps_pd(a), d = _mm256_castps_pd(b);
+    return add(_mm256_castpd_ps(_mm256_unpacklo_pd(c, d)), _mm256_castpd_ps(_mm256_unpackhi_pd(c, d)));
+  };
+  const F32 first = lanes_of(two[0], two[1]), second = lanes_of(two[2], two[3]);
+  return add(_mm256_permute2f128_ps(first, second, 0x20), _mm256_permute2f128_ps(first, second, 0x31));
 }
 INLINE uint32_t equal_lanes(F32 a, F32 b) {
   return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ));

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
+from fqcompile.passes.attention import fuse_attention
 from fqcompile.passes.effects import effects_between
 from fqcompile.passes.expert_bias import expert_bias
 from fqcompile.passes.fuse_patterns import (
@@ -242,4 +243,5 @@ RULES = (
     Rule("halves", _halves),
     Rule("residual", _residual),
     Rule("siblings", _siblings, keeps_backward=True),
+    Rule("attention", fuse_attention),
 )

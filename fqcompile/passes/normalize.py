@@ -96,6 +96,12 @@ SIGNATURES = {
     "_grouped_mm": _signature("input mat2", _NO_OFFSETS),
     "grouped_mm": _signature("mat_a mat_b", **_NO_OFFSETS),
     "transformers.grouped_mm_fallback": _signature("input weight offs"),
+    "scaled_dot_product_attention": _signature(
+        "query key value",
+        {"attn_mask": None, "dropout_p": 0.0, "is_causal": False},
+        scale=None,
+        enable_gqa=False,
+    ),
     "index_select": _signature("input dim index"),
     "narrow": _signature("input dim start length"),
     "transpose": _signature("input dim0 dim1"),

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 from torch import Tensor, fx
@@ -42,6 +41,7 @@ from fqcompile.report import (
     Plan,
     amend,
     dump_report,
+    installed_version,
     is_traced,
     record,
     trace_report,
@@ -57,7 +57,7 @@ _graph_numbers = itertools.count()
 # At most this many sets of plans are compiled for one graph; Dynamo's own recompile_limit does not
 # count them.
 MOST_VARIANTS = 8
-_VERSIONS = {name: version(name) for name in ("fqcompile", "torch")}
+_VERSIONS = {name: installed_version(name) for name in ("fqcompile", "torch")}
 
 
 def compile_graph(

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,14 @@ from fqcompile.report.site import Site, shorten
 # A graph's signature is one line of many kilobytes, which would hide everything else.
 LONGEST_LINE = 240
 _DIFF_CSS = {"+": "added", "-": "removed", "@": "place"}
+
+
+def installed_version(name: str) -> str:
+    """A package's version; a checkout on PYTHONPATH has none."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,8 @@ def static_measures(sources: Sources, readme: str) -> dict[str, Measure]:
             statistics.quantiles(lengths, n=10)[-1], 28
         ),
         "lines of bench": Measure(_lines(_below("bench", sources)), 7_000),
-        "files of bench that `bench models` imports": Measure(len(bench), 10, bench),
+        # Ten, and two since for llama.cpp: its calls, and the file that it reads.
+        "files of bench that `bench models` imports": Measure(len(bench), 12, bench),
         "lines of tests": Measure(_lines(_below("tests", sources)), 27_000),
         "lines of the README": Measure(len(readme.splitlines()), 150),
     }

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -148,3 +150,25 @@ def test_a_warning_that_comes_later_is_in_the_report_that_is_kept() -> None:
     later = amend(reports_before[0], warnings=("said later",))
     assert reports() == [later, reports_before[1]]
     assert later.warnings == ("said later",)
+
+
+def test_a_checkout_that_is_not_installed_compiles_and_says_so(tmp_path: Path) -> None:
+    """PYTHONPATH is all that a machine without a network needs."""
+    program = """
+import importlib.metadata as metadata
+asked = metadata.version
+def version(name):
+    if name == "fqcompile":
+        raise metadata.PackageNotFoundError(name)
+    return asked(name)
+metadata.version = version
+import torch, fqcompile.backend
+options = {"min_elements": 1, "inner_backend": "eager", "calibration": None}
+layer = torch.nn.Linear(64, 64).requires_grad_(False)
+torch.compile(layer, backend="finequant", options=options)(torch.ones(1, 64))
+(report,) = fqcompile.reports()
+assert report.plan.quantized
+print(report.versions["fqcompile"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "not installed\n", done.stderr

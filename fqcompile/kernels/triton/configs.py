@@ -12,10 +12,11 @@ from fqcompile.kernels.spec import DENSE, Config, GemmSpec, Gpu, LaunchTable, St
 from fqcompile.kernels.template import SearchMode
 from fqcompile.kernels.triton.cost import (
     MAX_REGISTERS,
+    as_run,
     cost,
     mean_experts_hit,
 )
-from fqcompile.kernels.triton.launch import GROUPED_MM_ALIGNED, has_two_sums
+from fqcompile.kernels.triton.launch import GROUPED_MM_ALIGNED, MOST_GATHERED, has_two_sums
 from fqcompile.kernels.triton.layout import BLOCK_K, dot_width
 from fqcompile.tensor.format import NORMAL
 
@@ -62,15 +63,16 @@ def _bounds(spec: GemmSpec) -> list[int]:
     """
     if not spec.experts:
         return list(_FULL_TILES)
-    bounds = {*_FEW_ROWS, _TILE_M[0]}
-    if spec.routing == "grouped":
-        bounds |= {spec.experts * rows // 2 for rows in _FULL_TILES}
-    return sorted(bounds)
+    few = {*_FEW_ROWS, _TILE_M[0]}
+    many = {spec.experts * rows // 2 for rows in _FULL_TILES}
+    if spec.routing == "gathered":
+        last = MOST_GATHERED * spec.experts
+        few, many = {b for b in few if b < last} | {last}, {b for b in many if b > last}
+    return sorted(few | many)
 
 
 def _many_rows(spec: GemmSpec) -> int:
-    grouped = spec.routing == "grouped"
-    return max(_MANY_ROWS, _MANY_ROWS_OF_EACH * spec.experts) if grouped else _MANY_ROWS
+    return max(_MANY_ROWS, _MANY_ROWS_OF_EACH * spec.experts)
 
 
 def offers_dense(spec: GemmSpec) -> bool:
@@ -121,6 +123,7 @@ def _is_unshapely(spec: GemmSpec, config: Config, m: int) -> bool:
 @cache
 def _candidates(spec: GemmSpec, m: int, limit: int | None) -> tuple[Config, ...]:
     gpu, m = spec.gpu, max(1, m)
+    spec = as_run(spec, m)
     assert gpu is not None, "templates refuse specs without a GPU"
     seconds: dict[Config, float] = dict(_fitting(spec, gpu, m))
     # For fewer rows, writing and reading the dense weight never pays off.

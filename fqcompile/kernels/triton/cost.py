@@ -8,7 +8,7 @@ measured time.
 """
 
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -16,7 +16,7 @@ from sympy import Max, Min, Symbol, ceiling, floor, lambdify
 
 from fqcompile.kernels.roofline import LAUNCH_SECONDS, M
 from fqcompile.kernels.spec import GemmSpec, Gpu, TileConfig
-from fqcompile.kernels.triton.launch import has_two_sums
+from fqcompile.kernels.triton.launch import MOST_GATHERED, has_two_sums
 from fqcompile.kernels.triton.layout import BLOCK_K, blocks_per_group, dot_width
 from fqcompile.tensor.format import NORMAL
 
@@ -31,6 +31,7 @@ _WARP_SHARE = 0.35  # of its scheduler's slots, the part that one warp fills: th
 _WGMMA = (1.49, 0.87, 13.5, 7.2, 0.0, 48.0)
 _MMA = (1.42, 1.02, 1.2, 33.8, 0.94, 28.9)
 _LOOK_UP = 1.0  # additional instructions per weight with normal levels
+_SEARCH_SECONDS = 1e-6  # of a block for its expert: two loads one after the other, and a scan
 _NOT_HIDDEN = 0.1  # the part of each resource's time that does not overlap with the longest
 _SHARE_BYTES = 8  # per fp32 element of a split-K partial sum: written once, read once
 
@@ -40,7 +41,8 @@ class Model:
     """The formulas; fields are numbers or symbols.
 
     one_scale, normal, wgmma: 1 or 0. dots: dots per block of K. pair: 2 if gate and up have an
-    accumulator each, else 1. kernels: 2 if a schedule kernel runs first, else 1.
+    accumulator each, else 1. grouped: 1 if each
+    program looks for its expert first, else 0.
     """
 
     rows: Any
@@ -57,7 +59,7 @@ class Model:
     stages: Any
     pair: Any
     wgmma: Any
-    kernels: Any
+    grouped: Any
     sms: Any
     clock: Any
     bandwidth: Any
@@ -137,7 +139,7 @@ class Model:
         finish = Min(self.split - 1, 1) * (LAUNCH_SECONDS + shares)
         times = (blocks * issue, blocks * matrix, memory, from_cache)
         hidden = (1 - _NOT_HIDDEN) * Max(*times) + _NOT_HIDDEN * sum(times)
-        return hidden + waiting + self.kernels * LAUNCH_SECONDS + finish
+        return hidden + waiting + LAUNCH_SECONDS + self.grouped * _SEARCH_SECONDS + finish
 
 
 def _model(spec: GemmSpec, config: TileConfig, gpu: Gpu) -> Model:
@@ -156,7 +158,7 @@ def _model(spec: GemmSpec, config: TileConfig, gpu: Gpu) -> Model:
         stages=config.num_stages,
         pair=2 if spec.gated and has_two_sums(spec.n, config) else 1,
         wgmma=int(gpu.has_wgmma),
-        kernels=2 if spec.routing == "grouped" else 1,
+        grouped=int(spec.routing == "grouped"),
         sms=gpu.num_sms,
         clock=gpu.clock_hz,
         bandwidth=gpu.bandwidth,
@@ -211,8 +213,18 @@ def _tiles(spec: GemmSpec, config: TileConfig, m: int, hit: float) -> float:
     return tiles
 
 
+def as_run(spec: GemmSpec, m: int) -> GemmSpec:
+    """The spec with the routing that m rows run with: many rows with ids are sorted by expert."""
+    many = spec.routing == "gathered" and m > MOST_GATHERED * spec.experts
+    return replace(spec, routing="grouped") if many else spec
+
+
 def cost(spec: GemmSpec, config: TileConfig, gpu: Gpu, m: int, hit: float | None = None) -> Cost:
-    """The model's figures for m rows; `hit`: the number of experts that they read, if known."""
+    """The model's figures for m rows; `hit`: the number of experts that they read, if known.
+
+    Sorting rows is not counted.
+    """
+    spec = as_run(spec, m)
     hit = mean_experts_hit(spec, m) if hit is None else hit
     tiles = _tiles(spec, config, m, hit)
     return Cost(*_evaluate()(m, tiles, hit, *astuple(_model(spec, config, gpu))))

@@ -1,8 +1,8 @@
 """y[m, n] = act(Σ_k ŵ[e(m), n, k] x[m, k] + bias[e(m), n]): the GEMM with an expert for each row.
 
-grouped    a program has up to BLOCK_M rows of one expert, given by the schedule, which is made on
-           the device. The host knows only the largest possible number of such blocks: the grid has
-           that many, and superfluous blocks have no expert
+grouped    a program has a block of up to BLOCK_M rows of one expert, which it finds in the offsets.
+           The host knows only the largest possible number of such blocks: the grid has that many,
+           and superfluous blocks have no expert
 gathered   a program has one row, whose id names its expert; rows need not be sorted
 
 A stack holds the packed weights of its experts one after the other.
@@ -25,20 +25,13 @@ def load_offset(offsets_ptr, index, mask, M):
     return tl.minimum(tl.maximum(offset, 0), M).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["M", "experts", "num_blocks"])
-def schedule_kernel(
-    offsets_ptr,
-    schedule_ptr,
-    M,
-    experts,
-    num_blocks,
-    BLOCK_M: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """schedule int32 [num_blocks, 3]: the expert or -1, the block's first row, and its end.
+@triton.jit
+def rows_of_block(
+    offsets_ptr, block, M, experts, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr
+):  # fmt: skip
+    """(expert, or `experts` where the block has none; its first row, and the end of its rows).
 
-    offsets [experts]. BLOCK_E: experts rounded up to a power of two. BLOCK: blocks per program.
+    offsets [experts]. BLOCK_E: experts rounded up to a power of two.
     """
     e = tl.arange(0, BLOCK_E)
     # [BLOCK_E]
@@ -46,24 +39,14 @@ def schedule_kernel(
     # [BLOCK_E]
     start = load_offset(offsets_ptr, e - 1, (e > 0) & (e < experts), M)
     blocks = tl.maximum(tl.cdiv(end - start, BLOCK_M), 0)
-    last = tl.cumsum(blocks, 0)  # the end of each expert's blocks
-
-    block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    # A block's expert is the number of experts, empty ones included, that end before the block.
-    before = last[None, :] <= block[:, None]
-    expert = tl.sum(before.to(tl.int32), 1)
-    ahead = tl.sum(tl.where(before, blocks[None, :], 0), 1)
-    has_rows = expert < experts
-    # [BLOCK]
-    row = load_offset(offsets_ptr, expert - 1, has_rows & (expert > 0), M)
+    # The expert is the number of those, without rows too, whose blocks end before this one.
+    before = tl.cumsum(blocks, 0) <= block
+    expert = tl.minimum(tl.sum(before.to(tl.int32), 0), experts)
+    ahead = tl.sum(tl.where(before, blocks, 0), 0)
+    row = load_offset(offsets_ptr, expert - 1, (expert > 0) & (expert < experts), M)
     row += (block - ahead) * BLOCK_M
-    # [BLOCK]
-    row_end = load_offset(offsets_ptr, expert, has_rows, M)
-    mask = block < num_blocks
-    entry = schedule_ptr + 3 * block
-    tl.store(entry, tl.where(has_rows, expert, -1), mask=mask)
-    tl.store(entry + 1, row, mask=mask)
-    tl.store(entry + 2, tl.minimum(row + BLOCK_M, row_end), mask=mask)
+    row_end = load_offset(offsets_ptr, expert, expert < experts, M)
+    return expert, row, tl.minimum(row + BLOCK_M, row_end)
 
 
 @triton.jit
@@ -90,6 +73,7 @@ def expert_gemm_kernel(
     num_blocks,
     stride_xm,
     GROUPED: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCKS_PER_GROUP: tl.constexpr,
     DOT_K: tl.constexpr,
     BITS: tl.constexpr,
@@ -107,19 +91,20 @@ def expert_gemm_kernel(
 ):
     """y [M, N], or its split-K shares, as in `gemm_kernel`; blocks without an expert write nothing.
 
-    routing: the schedule [num_blocks, 3], or ids [M] with num_blocks = M. A row whose id names no
-    expert becomes NaN.
+    routing: offsets [experts], or ids [M] with num_blocks = M. A row whose id names no expert
+    becomes NaN. BLOCK_E: experts rounded up to a power of two.
     """
     # Neighboring programs may read the same weight tile, as blocks of one expert do.
     block = tl.program_id(0) % num_blocks
     offs_n = (tl.program_id(0) // num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     lanes = tl.arange(0, BLOCK_M)
     if GROUPED:
-        expert = tl.load(routing_ptr + 3 * block).to(tl.int64)
-        if expert < 0:
+        expert, first, end = rows_of_block(routing_ptr, block, M, experts, BLOCK_M, BLOCK_E)
+        if expert >= experts:
             return
-        offs_m = tl.load(routing_ptr + 3 * block + 1) + lanes
-        mask_m = offs_m < tl.load(routing_ptr + 3 * block + 2)
+        expert = expert.to(tl.int64)
+        offs_m = first + lanes
+        mask_m = offs_m < end
     else:
         expert, known = expert_of_id(routing_ptr, block, experts)
         offs_m = block + lanes

@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.epilogue import activation as activation_entry
@@ -13,7 +14,6 @@ from fqcompile.kernels.triton.epilogue import finish_kernel
 from fqcompile.kernels.triton.expert_gemm import (
     expert_gemm_kernel,
     finish_experts_kernel,
-    schedule_kernel,
 )
 from fqcompile.kernels.triton.fragments import dequantize_kernel
 from fqcompile.kernels.triton.gemm import gemm_kernel
@@ -30,8 +30,8 @@ from fqcompile.torch_compat import grouped_mm
 
 FINISH_BLOCK_N = 256
 DEQUANTIZE_ROWS = 32
-SCHEDULE_TILE = 2048  # pairs of expert and block that one program of the schedule compares
 GROUPED_MM_ALIGNED = 8  # `torch._grouped_mm` takes rows of multiples of 16 bytes
+MOST_GATHERED = 2  # rows of an expert, on average, that are not worth sorting
 PRODUCT = Epilogue()  # with split K: the finishing kernel applies the epilogue
 
 
@@ -86,12 +86,30 @@ def dequant_gemm(
             return y
         shares = x.new_empty((config.SPLIT_K, m, weight.format.rows), dtype=torch.float32)
         _gemm(x, weight, shares, weight.format.rows, PRODUCT, config, kwidth)
-        bias, residual, activation, gated = epilogue
-        finish_kernel[(m * cdiv(n, FINISH_BLOCK_N),)](
-            shares, bias, residual, y, m, n, 0 if residual is None else residual.stride(0),
-            *forms_of(activation), gated, config.SPLIT_K, FINISH_BLOCK_N,
-            num_warps=2,
-        )  # fmt: skip
+        _finish(shares, y, epilogue, config.SPLIT_K)
+    return y
+
+
+def _finish(shares: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, split: int) -> None:
+    (m, n), (bias, residual, activation, gated) = y.shape, epilogue
+    finish_kernel[(m * cdiv(n, FINISH_BLOCK_N),)](
+        shares, bias, residual, y, m, n, 0 if residual is None else residual.stride(0),
+        *forms_of(activation), gated, split, FINISH_BLOCK_N,
+        num_warps=2,
+    )  # fmt: skip
+
+
+def dense_gemm(
+    x: torch.Tensor, weight: QuantizedTensor, epilogue: Epilogue, kwidth: int
+) -> torch.Tensor:
+    """`dequant_gemm` by a dequantized ŵ and PyTorch's matmul, and one kernel for what follows."""
+    z = F.linear(x, dequantize(weight, x.dtype, kwidth), epilogue.bias)
+    epilogue = with_whole_rows(epilogue._replace(bias=None))
+    if epilogue == PRODUCT:
+        return z
+    y = z.new_empty(z.shape[0], epilogue.columns(z.shape[1]))
+    with device_of(x):
+        _finish(z, y, epilogue, 1)
     return y
 
 
@@ -161,17 +179,11 @@ def filled_up(experts: int) -> int:
     return 1 << max(0, experts - 1).bit_length()
 
 
-def schedule_of(offsets: torch.Tensor, m: int, block_m: int) -> torch.Tensor:
-    """int32 [blocks, 3]: expert or -1, first row, end. `blocks` does not depend on the offsets."""
-    experts = offsets.shape[0]
-    blocks = most_blocks(m, experts, block_m)
-    schedule = torch.empty((blocks, 3), dtype=torch.int32, device=offsets.device)
-    wide = filled_up(experts)
-    each = max(1, min(filled_up(blocks), SCHEDULE_TILE // wide))
-    schedule_kernel[(cdiv(blocks, each),)](
-        offsets.contiguous(), schedule, m, experts, blocks, block_m, wide, each
-    )
-    return schedule
+def rows_of(routing: Routing) -> torch.Tensor:
+    """The offsets or the ids."""
+    given = routing.ids if routing.offsets is None else routing.offsets
+    assert given is not None, "one of the two is given"
+    return given.contiguous()
 
 
 def expert_gemm(
@@ -198,17 +210,25 @@ def expert_gemm(
             return y
         shares = x.new_empty((config.SPLIT_K, m, weight.format.rows), dtype=torch.float32)
         _expert_gemm(x, weight, routing, shares, weight.format.rows, PRODUCT, config, kwidth)
-        grouped = routing.offsets is not None
-        rows_of = routing.offsets if grouped else routing.ids
-        assert rows_of is not None
-        bias, _, activation, gated = epilogue
-        experts = weight.qweight.shape[0]
-        finish_experts_kernel[(m * cdiv(n, FINISH_BLOCK_N),)](
-            shares, rows_of.contiguous(), bias, y, m, n, experts,
-            grouped, filled_up(experts), *forms_of(activation), gated, config.SPLIT_K,
-            FINISH_BLOCK_N, num_warps=2,
-        )  # fmt: skip
+        _finish_experts(shares, weight, routing, y, epilogue, config.SPLIT_K)
     return y
+
+
+def _finish_experts(
+    shares: torch.Tensor,
+    weight: QuantizedTensor,
+    routing: Routing,
+    y: torch.Tensor,
+    epilogue: Epilogue,
+    split: int,
+) -> None:
+    (m, n), (bias, _, activation, gated) = y.shape, epilogue
+    experts = weight.qweight.shape[0]
+    finish_experts_kernel[(m * cdiv(n, FINISH_BLOCK_N),)](
+        shares, rows_of(routing), bias, y, m, n, experts,
+        routing.offsets is not None, filled_up(experts), *forms_of(activation), gated, split,
+        FINISH_BLOCK_N, num_warps=2,
+    )  # fmt: skip
 
 
 def _expert_gemm(
@@ -222,16 +242,11 @@ def _expert_gemm(
     kwidth: int,
 ) -> None:
     (m, k), f = x.shape, weight.format
-    grouped = routing.offsets is not None
-    if routing.offsets is not None:
-        rows_of_blocks = schedule_of(routing.offsets, m, config.BLOCK_M)
-        blocks = rows_of_blocks.shape[0]
-    else:
-        assert routing.ids is not None
-        rows_of_blocks, blocks = routing.ids.contiguous(), m
+    experts, grouped = weight.qweight.shape[0], routing.offsets is not None
+    blocks = most_blocks(m, experts, config.BLOCK_M) if grouped else m
     expert_gemm_kernel[(blocks * cdiv(n, config.BLOCK_N), config.SPLIT_K)](
-        x, weight.qweight, weight.scale, rows_of_blocks, epilogue.bias, y,
-        m, n, k, weight.qweight.shape[0], blocks, x.stride(0), grouped,
+        x, weight.qweight, weight.scale, rows_of(routing), epilogue.bias, y,
+        m, n, k, experts, blocks, x.stride(0), grouped, filled_up(experts),
         *format_of(f.group_size, k), f.bits, f.levels, kwidth, conversion(x.device, x.dtype),
         *forms_of(epilogue.activation), epilogue.gated, k % BLOCK_K == 0,
         config.BLOCK_M, config.BLOCK_N, BLOCK_K, config.SPLIT_K,
@@ -247,9 +262,22 @@ def dense_experts(
         x = x.contiguous()
     w_hat = dequantize(weight, x.dtype, kwidth)
     z = grouped_mm(x, w_hat.transpose(1, 2), offs=offsets.to(torch.int32))
-    if epilogue.bias is not None:
-        rows = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
-        expert = torch.searchsorted(offsets, rows, right=True)
-        # Rows beyond the last offset have no expert and are not defined: any bias will do.
-        z = z + epilogue.bias[expert.clamp_(max=offsets.shape[0] - 1)]
-    return epilogue.apply_to_biased(z)
+    epilogue = with_whole_rows(epilogue)
+    if epilogue == PRODUCT:
+        return z
+    y = z.new_empty(z.shape[0], epilogue.columns(z.shape[1]))
+    with device_of(x):
+        _finish_experts(z, weight, Routing(offsets), y, epilogue, 1)
+    return y
+
+
+def sorted_by_expert(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, Routing, torch.Tensor]:
+    """The rows in the order of their experts, their offsets, and which rows have no expert.
+
+    Those come last, beyond the last offset. Nothing is copied to the host.
+    """
+    own = torch.where(ids < 0, ids + experts, ids)
+    unknown = (own < 0) | (own >= experts)
+    ordered, order = own.masked_fill(unknown, experts).sort(stable=True)
+    each = torch.arange(experts, device=ids.device, dtype=ordered.dtype)
+    return order, Routing(torch.searchsorted(ordered, each, right=True, out_int32=True)), unknown

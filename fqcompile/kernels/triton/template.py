@@ -1,9 +1,9 @@
 """The Triton family as templates: when it applies, its configurations, how it runs."""
 
+import logging
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from triton import CompilationError, OutOfResources
 from triton.runtime.errors import PTXASError
 
@@ -14,22 +14,26 @@ from fqcompile.kernels.template import Layout, Routing, Template
 from fqcompile.kernels.triton import layout
 from fqcompile.kernels.triton.configs import candidates, launches
 from fqcompile.kernels.triton.launch import (
+    MOST_GATHERED,
     dense_experts,
+    dense_gemm,
     dequant_gemm,
     dequantize,
     expert_gemm,
+    sorted_by_expert,
 )
 from fqcompile.kernels.triton.layout import BLOCK_K
 from fqcompile.kernels.triton.target import kwidth as kwidth_of
 from fqcompile.tensor.quantized import QuantizedTensor
 
+log = logging.getLogger("fqcompile")
 # What compiling or loading a kernel raises; a kernel that fails while it runs raises others.
 _BUILD_ERRORS = (CompilationError, OutOfResources, PTXASError)
 _MAY_BE_OF_THE_BUILD = (*_BUILD_ERRORS, RuntimeError)
 _DTYPES = (torch.float16, torch.bfloat16)
 _LEAST_GROUP = 16
 _MOST_BYTES = 1 << 32  # per expert: offsets in 4-byte words are signed 32-bit integers
-_ANY_ROWS = TileConfig(16, 64, BLOCK_K, 1, 4, 3)  # for experts if no configuration is given
+_ANY_ROWS = TileConfig(16, 64, BLOCK_K, 1, 4, 3)  # fits every GPU
 
 
 def _refuse(spec: GemmSpec, kwidth: int) -> str | None:
@@ -62,14 +66,26 @@ def _run(
     try:
         if routing is not None:
             return _run_experts(x, weight, routing, epilogue, config, kwidth)
-        if config is None or config is DENSE:
-            z = F.linear(x, dequantize(weight, x.dtype, kwidth), epilogue.bias)
-            return epilogue.apply_to_biased(z)
-        return dequant_gemm(x, weight, epilogue, config, kwidth)
+        return _run_one(x, weight, epilogue, config, kwidth)
     except _MAY_BE_OF_THE_BUILD as error:
         if not _is_of_the_build(error):
             raise
         raise KernelBuildError(f"{type(error).__name__}: {error}") from error
+
+
+def _run_one(
+    x: torch.Tensor,
+    weight: QuantizedTensor,
+    epilogue: Epilogue,
+    config: Config | None,
+    kwidth: int,
+) -> torch.Tensor:
+    if config is None or config is DENSE:
+        try:
+            return dense_gemm(x, weight, epilogue, kwidth)
+        except torch.OutOfMemoryError as error:
+            config = _without_scratch(error)
+    return dequant_gemm(x, weight, epilogue, config, kwidth)
 
 
 def _run_experts(
@@ -80,11 +96,25 @@ def _run_experts(
     config: Config | None,
     kwidth: int,
 ) -> torch.Tensor:
-    if config is not DENSE:
-        return expert_gemm(x, weight, routing, epilogue, config or _ANY_ROWS, kwidth)
-    if routing.offsets is None:
-        raise KernelBuildError("dense experts take rows that are grouped, not gathered")
-    return dense_experts(x, weight, routing.offsets, epilogue, kwidth)
+    experts = weight.qweight.shape[0]
+    if routing.ids is not None and x.shape[0] > MOST_GATHERED * experts:
+        order, by_expert, unknown = sorted_by_expert(routing.ids, experts)
+        ordered = _run_experts(x[order], weight, by_expert, epilogue, config, kwidth)
+        y = torch.empty_like(ordered).index_copy_(0, order, ordered)
+        return y.masked_fill_(unknown.unsqueeze(1), torch.nan)
+    if config is DENSE:
+        if routing.offsets is None:
+            raise KernelBuildError("dense experts take rows that are grouped, not gathered")
+        try:
+            return dense_experts(x, weight, routing.offsets, epilogue, kwidth)
+        except torch.OutOfMemoryError as error:
+            config = _without_scratch(error)
+    return expert_gemm(x, weight, routing, epilogue, config or _ANY_ROWS, kwidth)
+
+
+def _without_scratch(error: torch.OutOfMemoryError) -> TileConfig:
+    log.warning("no memory for a dequantized weight: its codes are read instead; %s", error)
+    return _ANY_ROWS
 
 
 def _is_of_the_build(error: Exception) -> bool:

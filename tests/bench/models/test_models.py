@@ -13,7 +13,15 @@ from bench.core.results import Row
 from bench.core.shapes import MODELS, build, parameter_bytes
 from bench.models import rows as model_rows
 from bench.models import run as models
-from bench.models.phases import Decoding, Prefill, Rates, flops_of, ideal_ms, weight_bytes_read
+from bench.models.phases import (
+    Decoding,
+    Prefill,
+    Rates,
+    experts_hit,
+    flops_of,
+    ideal_ms,
+    weight_bytes_read,
+)
 from bench.models.rows import WAYS, Way, allowed_error, check_matrices, clocked
 from bench.models.section import extrapolated, tokens_per_second
 from bench.models.section import models as section
@@ -104,12 +112,15 @@ def test_a_model_is_drawn_in_its_type_and_keeps_the_size_of_values(name: str) ->
 def test_the_models_have_the_known_numbers_of_weights() -> None:
     hf = pytest.importorskip("transformers")
     billions = {"llama-3-8b": 8.0, "opt-30b": 30.0, "opt-175b": 175.0}
+    billions |= {"llama-1b": 1.24, "qwen3-30b-a3b": 30.5}
     for name, expected in billions.items():
         shape = MODELS[name]
         config = getattr(hf, f"{shape.kind}Config")(**shape.sizes, num_hidden_layers=shape.layers)
         with torch.device("meta"):
             model = getattr(hf, f"{shape.kind}ForCausalLM")(config)
-        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(expected, rel=0.01)
+        assert parameter_bytes(model) / 1e9 / model.dtype.itemsize == pytest.approx(
+            expected, rel=0.01
+        )
 
 
 def _row(way: str, layers: int, ms: float, **more: Any) -> Row:
@@ -141,6 +152,56 @@ def test_nothing_is_extrapolated_from_noise_or_one_count_or_all_layers() -> None
 def test_what_there_was_no_time_for_is_named() -> None:
     results = models.run(arguments("--time-budget", "0"))
     assert results.left_out == ["tiny, 1 layers"]
+
+
+def test_a_work_is_measured_with_each_number_of_threads() -> None:
+    few = ("--ways", "inductor", "--context", "4", "--threads", "1,2", "--phases", "decode")
+    before = torch.get_num_threads()
+    try:
+        results = models.run(arguments(*few))
+    finally:
+        torch.set_num_threads(before)
+    assert [row["threads"] for row in results.rows] == [1, 2]
+    assert set(results.settings["rates"]) == {"1", "2"}
+    assert "decode 4, 2 threads" in section(results.content)
+
+
+def test_each_phase_comes_in_each_size() -> None:
+    asked = arguments("--context", "4,8", "--prompt", "3,5", "--phases", *models.PHASES)
+    found = [about for about, _ in models.phases(build("tiny", 1, device=CPU), asked)]
+    sizes = [(about["phase"], about["batch"], about["tokens"]) for about in found]
+    assert sizes[:2] == [("decode", 2, 4), ("decode", 2, 8)]
+    assert sizes[2:4] == [("prefill", 1, 3), ("prefill", 1, 5)]
+    assert sizes[4:] == [("generate", 1, 3), ("generate", 1, 5)]
+
+
+def test_whole_generations_are_checked_and_timed() -> None:
+    few = ("--ways", "int4", "--phases", "generate", "--prompt", "6", "--new", "3")
+    rows = models.run(arguments(*few)).rows
+    (row,) = rows
+    assert row["error"] <= row["allowed"]
+    assert tokens_per_second(row) == pytest.approx(3e3 / row["ms"])
+
+
+@pytest.mark.parametrize("context", [3, 6])
+def test_a_step_past_a_sliding_window_is_like_the_one_before_it(context: int) -> None:
+    hf = pytest.importorskip("transformers")
+    config = hf.Gemma3TextConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64, vocab_size=64, sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    model = hf.Gemma3ForCausalLM(config).eval()
+    with torch.no_grad():
+        decoding = Decoding(model, 1, context, 3)
+        assert decoding.context_bytes == 2 * 4 * 64 * (min(context, 4) + context)
+        work = decoding.step_of(model, lambda step: step)
+        decoding.rewind()
+        first, second = work(), work()
+        assert {layer.cumulative_length_int for layer in decoding.sliding} == {context + 1}
+        decoding.rewind()
+        assert torch.equal(work(), first)
+        assert not torch.equal(second, first)
 
 
 def test_a_model_too_large_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +269,7 @@ def test_shares_are_of_the_bytes_that_each_way_keeps(decoded: Any) -> None:
         "int4": (n["layers"] / 2 + n["head"], (n["layers"] / 2 + n["head"]) * (1 + 4 / 32)),
         "int4 head": (weights / 2, weights / 2 * (1 + 4 / 32)),
     }
-    rates = [results.settings[name] for name in ("bandwidth", "flops")]
+    (rates,) = (list(found.values()) for found in results.settings["rates"].values())
     flops = 2 * 2 * weights + 4 * 256 * 2 * 9
     for row in results.rows:
         low, high = bounds[row["way"]]
@@ -216,6 +277,19 @@ def test_shares_are_of_the_bytes_that_each_way_keeps(decoded: Any) -> None:
         ideal = 1e3 * max(row["bytes_read"] / rates[0], flops / rates[1])
         assert row["ideal_ms"] == pytest.approx(ideal)
         assert row["of_ideal"] == pytest.approx(ideal / row["ms"])
+
+
+def test_of_experts_what_a_batch_is_expected_to_hit_is_read() -> None:
+    """Eight, of which a token takes two; each 3 * 256 * 128."""
+    model = build("tiny-moe", 1, torch.bfloat16, CPU)
+    experts = 2 * 8 * 3 * 256 * 128
+    rest = weight_bytes_read(model, 0)
+    assert rest + experts == weight_bytes_read(model) == parameter_bytes(model) - 2 * 512 * 256
+    assert experts_hit(model, 1) == 0.25
+    assert experts_hit(model, 2) == 1 - 0.75**2
+    linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    products = 2 * 3 * (linears + 2 * 3 * 256 * 128)
+    assert flops_of(model, Decoding(model, 3, 8, 4)) == products + 4 * 256 * 3 * 9
 
 
 def test_the_ideal_of_all_layers_is_on_the_same_line() -> None:

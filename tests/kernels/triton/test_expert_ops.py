@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -15,6 +16,7 @@ from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.registry import parse_kernel, select_kernel
 from fqcompile.kernels.spec import A100, DENSE, H200, GemmSpec
 from fqcompile.kernels.template import Routing
+from fqcompile.kernels.triton import launch
 from fqcompile.kernels.triton import template as template_module
 from fqcompile.kernels.triton.template import TRITON_GEMM
 from fqcompile.tensor.format import Format
@@ -77,6 +79,50 @@ def test_experts_run_the_configuration_that_their_kernel_names(
     with running(device):
         y = matmul(*arguments(case, inputs, kernel, device))
     assert_close(case, inputs, y.cpu())
+
+
+@on_every_device
+@pytest.mark.parametrize("kernel", ["triton_gemm:32x64x128x1w4s2", SPLIT, TABLE])
+def test_many_rows_with_ids_are_sorted_by_expert(kernel: str, device: str) -> None:
+    """From two an expert on; those whose id names no expert are NaN."""
+    ids = (2, 0, -1, 5, 1, 2, -3, -9, 0, 0)
+    case = ExpertCase(ids=ids, experts=3, one=replace(ONE, dtype=BF16))
+    inputs = draw(case)
+    with running(device):
+        y = matmul(*arguments(case, inputs, kernel, device)).cpu().double()
+    want, tolerance = dense_bound(case, inputs)
+    has_expert = case.of_rows >= 0
+    assert ((y - want).abs() <= tolerance)[has_expert].all()
+    assert y[~has_expert].isnan().all()
+
+
+def test_sorting_rows_waits_for_no_device() -> None:
+    """Fake tensors have no values that the host could read."""
+    with FakeTensorMode():
+        ids = torch.empty(10, dtype=torch.int32, device="cuda")
+        order, routing, unknown = launch.sorted_by_expert(ids, 3)
+    assert routing.offsets is not None
+    assert (order.shape, routing.offsets.shape, unknown.shape) == ((10,), (3,), (10,))
+
+
+@pytest.mark.parametrize("routed", [False, True], ids=["one", "experts"])
+def test_without_memory_for_a_dense_weight_its_codes_are_read(
+    routed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*rest: Any) -> Tensor:
+        raise torch.OutOfMemoryError("tried to allocate 15 GiB")
+
+    monkeypatch.setattr(template_module, "dense_experts", fails)
+    monkeypatch.setattr(template_module, "dense_gemm", fails)
+    case = replace(GROUPED, offsets=(1, 4, 6) if routed else (6,))
+    inputs = draw(case)
+    x, qweight, scale, bias, *rest, offsets, ids = arguments(case, inputs, TABLE)
+    if not routed:
+        qweight, scale, bias, offsets = qweight[0], scale[0], bias[0], None
+    with running("cpu"):
+        y = matmul(x, qweight, scale, bias, *rest, offsets, ids)
+    assert_close(case, inputs, y)
+    assert "no memory for a dequantized weight" in caplog.text
 
 
 def dense_bound(case: ExpertCase, inputs: ExpertInputs) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,8 @@ def test_the_table_decides_by_the_number_of_rows(monkeypatch: pytest.MonkeyPatch
     seen = []
     monkeypatch.setattr(launch, "_gemm", lambda x, *rest: seen.append(("tile", x.shape[0])))
     monkeypatch.setattr(
-        "fqcompile.kernels.triton.template.dequantize",
+        launch,
+        "dequantize",
         lambda weight, dtype, kwidth: seen.append(("dense", dtype)) or torch.zeros(20, 130).half(),
     )
     for m in (1, 4, 5):

@@ -1,0 +1,178 @@
+"""The operator `fqcompile::attention`: softmax(scale q kᵀ + mask) v for few rows of q, on x86.
+
+    q [B, H, S, D], k [B, G, T, D], v [B, G, T, E], mask broadcast to [B, H, S, T] -> [B, H, S, E]
+
+Head h of q reads head h // (H / G) of k and v: those that repeat_kv or enable_gqa would repeat are
+read once (native/attention.cpp). The result lies in memory as [B, S, H, E]. There is no backward.
+
+    softcap            cap tanh(score / cap) before the mask is added, 0 for none
+    causal             row i of q sees keys 0 to i; it takes no mask
+    nan_if_hidden      what a row of q becomes from which -inf or False hides every key: NaN, as by
+                       softmax written out, or zeros, as by scaled_dot_product_attention
+
+Keys that the mask hides from all rows of q that meet them are not read: a static cache costs what
+is filled of it. Hidden are False, -inf, and numbers up to -1e30, which leave nothing of a score,
+unless some row has nothing else. NaN in hidden keys and values has no effect, where PyTorch makes
+NaN of it.
+"""
+
+from collections.abc import Callable
+from struct import Struct
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fqcompile.locks import in_forked_child
+from fqcompile.native import library as native
+from fqcompile.native.library import DTYPES
+
+MOST_ROWS = 8  # rows of q; for more, PyTorch's kernel shares the work on keys better
+ATTENTION_SCHEMA = (
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap, "
+    "bool causal, bool nan_if_hidden) -> Tensor"
+)
+# The struct that the C++ function reads; all fields have eight bytes.
+_CALL = Struct("=30q2d")
+_MASK_TYPES = {**DTYPES, torch.bool: 3}
+_Strides = tuple[int, int, int, int]
+Known = Callable[[Any], bool]
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, *, known: Known = bool
+) -> None:
+    """Whether tensors fit together; `known` tells of a condition on sizes if it is known to hold.
+
+    Raises:
+        RuntimeError: they do not, in sizes or types.
+    """
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise RuntimeError(f"attention takes [batch, heads, rows, width] of each, not {shapes}")
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES):
+        kinds = f"{q.dtype}, {k.dtype} and {v.dtype}"
+        raise RuntimeError(f"attention takes fp32, bf16 or fp16, the same for all, not {kinds}")
+    (batch, heads, rows, width), (_, shared, keys, _) = q.shape, k.shape
+    expected = (batch, shared, keys, width), (batch, shared, keys)
+    given = k.shape, v.shape[:3]
+    differ = [
+        a != b
+        for want, got in zip(expected, given, strict=True)
+        for a, b in zip(want, got, strict=True)
+    ]
+    if any(map(known, differ)) or known(shared == 0) or known(heads % shared != 0):
+        raise RuntimeError(
+            f"attention of {shapes}: batch, heads of k and v, keys and width must be the same, and "
+            "heads of q a multiple of those of k"
+        )
+    if mask is None:
+        return
+    full = (batch, heads, rows, keys)
+    sizes = list(zip(mask.shape[::-1], full[::-1], strict=False))
+    if causal or mask.dim() > 4 or any(known(m != n) and known(m != 1) for m, n in sizes):
+        raise RuntimeError(
+            f"mask has the shape {tuple(mask.shape)}, beside causal={causal}; attention takes one "
+            f"that broadcasts to {full}, or causal"
+        )
+    if mask.dtype not in _MASK_TYPES:
+        raise RuntimeError(f"mask is {mask.dtype}; attention takes one of bool, fp32, bf16 or fp16")
+
+
+def _impl(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+    causal: bool,
+    nan_if_hidden: bool,
+) -> Tensor:
+    _check(q, k, v, mask, causal)
+    batch, heads, queries, width = q.shape
+    _, kv_heads, keys, v_width = v.shape
+    out = q.new_empty((batch, queries, heads, v_width))
+    if not out.numel():
+        return out.transpose(1, 2)
+    if native.refusal() is not None:
+        plain = plain_attention(q, k, v, mask, scale, softcap, causal, nan_if_hidden)
+        return out.transpose(1, 2).copy_(plain)
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+    size = q.element_size()
+    (qb, qh, qs, _), (kb, kh, ks, _), (vb, vh, vs, _) = q.stride(), k.stride(), v.stride()
+    mask_at = mask_type = mb = mh = ms = mk = 0
+    if mask is not None:
+        mb, mh, ms, mk = _strides(mask)
+        mask_at, mask_type = mask.data_ptr(), _MASK_TYPES[mask.dtype]
+    fields = _CALL.pack(
+        q.data_ptr(), size * qb, size * qh, size * qs,
+        k.data_ptr(), size * kb, size * kh, size * ks,
+        v.data_ptr(), size * vb, size * vh, size * vs,
+        mask_at, mb, mh, ms, mk, mask_type,
+        out.data_ptr(), DTYPES[q.dtype],
+        batch, heads, kv_heads, queries, keys, width, v_width,
+        causal, nan_if_hidden, in_forked_child(), scale, softcap,
+    )  # fmt: skip
+    native.native_library().attention(fields)
+    return out.transpose(1, 2)
+
+
+def _strides(mask: Tensor) -> _Strides:
+    """In bytes, 0 for what is broadcast."""
+    size = mask.element_size()
+    given = [s * size if n > 1 else 0 for n, s in zip(mask.shape, mask.stride(), strict=True)]
+    b, h, s, k = [0] * (4 - len(given)) + given
+    return b, h, s, k
+
+
+def plain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+    causal: bool,
+    nan_if_hidden: bool,
+) -> Tensor:
+    """The same by PyTorch's operations, which repeat heads and read what is hidden."""
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    if not softcap and not nan_if_hidden:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
+    scores = (q.float() @ k.float().transpose(2, 3)) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    if causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    weights = torch.softmax(scores, -1)
+    if not nan_if_hidden:
+        weights = weights.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)
+    return (weights @ v.float()).to(q.dtype)
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+    causal: bool,
+    nan_if_hidden: bool,
+) -> Tensor:
+    _check(q, k, v, mask, causal, known=statically_known_true)
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2)
+
+
+_library = torch.library.Library("fqcompile", "FRAGMENT")
+_library.define(ATTENTION_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+_library.impl("attention", _impl, "CPU")
+torch.library.register_fake("fqcompile::attention", _fake, lib=_library)
+attention = torch.ops.fqcompile.attention.default

@@ -1,0 +1,246 @@
+"""The rule that fuses attention of few rows: its drawing, each form, and near misses that stay."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from fqcompile.kernels.cpu.attention import attention
+from fqcompile.native import library as native_library
+from tests.passes.graphs import Run, assert_same, run_passes
+
+sdpa = F.scaled_dot_product_attention
+Q, K, V = torch.randn(2, 8, 1, 32), torch.randn(2, 2, 40, 32), torch.randn(2, 2, 40, 24)
+SEEN = torch.rand(2, 1, 1, 40) < 0.5
+NUMBERS = torch.where(SEEN, 0.0, torch.finfo(torch.float32).min)
+
+
+def repeated(t: Tensor, n: int = 4) -> Tensor:
+    """As Hugging Face's repeat_kv."""
+    b, g, s, d = t.shape
+    return t[:, :, None, :, :].expand(b, g, n, s, d).reshape(b, g * n, s, d)
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """As eager_attention_forward of Hugging Face's models."""
+    scores = torch.matmul(q, k.transpose(2, 3)) * 0.3
+    if mask is not None:
+        scores = scores + mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    weights = F.dropout(weights, p=0.1, training=False)
+    return torch.matmul(weights, v)
+
+
+def capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """As Gemma 2's."""
+    scores = torch.matmul(q, k.transpose(2, 3)) * 0.3
+    scores = torch.tanh(scores / 5.0) * 5.0 + mask
+    return torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)
+
+
+def ops(run: Run) -> list[fx.Node]:
+    return [node for node in run.state.graph.nodes if node.target is attention]
+
+
+def shapes(run: Run) -> list[tuple[int, ...]]:
+    """Of k and v, as the operator reads them."""
+    (op,) = ops(run)
+    return [tuple(a.meta["example_value"].shape) for a in op.args[1:3]]
+
+
+def test_the_drawing() -> None:
+    run = run_passes(
+        lambda q, k, v, m: sdpa(q, repeated(k), repeated(v), m, scale=0.3), Q, K, V, SEEN
+    )
+    assert run.state.matched == ["attention: scaled_dot_product_attention"]
+    assert run.ops == {"fqcompile.attention.default": 1}
+    assert shapes(run) == [(2, 2, 40, 32), (2, 2, 40, 24)]
+    assert ops(run)[0].args[4:] == (0.3, 0.0, False, False)
+    assert_same(run)
+
+
+FORMS: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {
+    "no mask": (lambda q, k, v: sdpa(q, repeated(k), repeated(v)), (Q, K, V)),
+    "enable_gqa": (lambda q, k, v: sdpa(q, k, v, enable_gqa=True), (Q, K, V)),
+    "repeat_interleave": (
+        lambda q, k, v: sdpa(q, k.repeat_interleave(4, dim=1), v.repeat_interleave(4, 1)),
+        (Q, K, V),
+    ),
+    "unsqueeze": (
+        lambda q, k, v, m: sdpa(
+            q,
+            k.unsqueeze(2).expand(-1, -1, 4, -1, -1).reshape(2, 8, 40, 32),
+            repeated(v),
+            attn_mask=m,
+        ),
+        (Q, K, V, SEEN),
+    ),
+    "causal": (
+        lambda q, k, v: sdpa(q, repeated(k), repeated(v), is_causal=True),
+        (Q.expand(2, 8, 5, 32), K, V),
+    ),
+    "operator": (
+        lambda q, k, v: torch.ops.aten.scaled_dot_product_attention.default(
+            q, repeated(k), repeated(v)
+        ),
+        (Q, K, V),
+    ),
+    "written out": (lambda q, k, v: written_out(q, repeated(k), repeated(v)), (Q, K, V)),
+    "written out, mask": (
+        lambda q, k, v, m: written_out(q, repeated(k), repeated(v), m),
+        (Q, K, V, NUMBERS),
+    ),
+    "softcap": (lambda q, k, v, m: capped(q, repeated(k), repeated(v), m), (Q, K, V, NUMBERS)),
+    "BERT's": (
+        lambda q, k, v, m: (
+            F.softmax(torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(32) + m, dim=-1) @ v
+        ),
+        (Q, K.repeat(1, 4, 1, 1), V.repeat(1, 4, 1, 1), NUMBERS),
+    ),
+    "no scale": (
+        lambda q, k, v: torch.softmax(q @ k.transpose(-2, -1), -1) @ v,
+        (Q, K.repeat(1, 4, 1, 1), V.repeat(1, 4, 1, 1)),
+    ),
+    "four rows": (
+        lambda q, k, v, m: (
+            written_out(q, repeated(k), repeated(v), m).transpose(1, 2).reshape(2, 4, -1)
+        ),
+        (torch.randn(2, 8, 4, 32), K, V, torch.randn(4, 40)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_form(name: str) -> None:
+    function, arguments = FORMS[name]
+    run = run_passes(function, *arguments)
+    heads = 8 if "BERT" in name or name == "no scale" else 2
+    assert shapes(run) == [(2, heads, 40, 32), (2, heads, 40, 24)], run.state.matched
+    assert_same(run)
+    assert all("softmax" not in op and "dot_product" not in op for op in run.ops)
+
+
+def test_bf16_and_symbolic_lengths() -> None:
+    low = [t.bfloat16() for t in (Q, K, V, NUMBERS)]
+    run = run_passes(lambda q, k, v, m: written_out(q, repeated(k), repeated(v), m), *low)
+    assert len(ops(run)) == 1
+    (got,), (want,) = run.outputs(), run.expected()
+    torch.testing.assert_close(got, want, atol=2**-6, rtol=2**-6)
+    run = run_passes(lambda q, k, v: sdpa(q, repeated(k), repeated(v)), Q, K, V, dynamic=True)
+    assert not ops(run)  # heads and width are symbolic, too
+
+
+def static_cache(q: Tensor, new: Tensor, k: Tensor, v: Tensor, at: Tensor) -> Tensor:
+    k.index_copy_(2, at, new)
+    return sdpa(q, repeated(k), repeated(v))
+
+
+def test_a_cache_is_written_before_it_is_read() -> None:
+    run = run_passes(static_cache, Q, torch.randn(2, 2, 1, 32), K, V, torch.tensor([3]))
+    assert shapes(run)[0] == (2, 2, 40, 32)
+    assert_same(run)
+
+
+def written_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    wide = repeated(k)
+    k.zero_()
+    return sdpa(q, wide, repeated(v))
+
+
+def test_a_write_after_repeating_leaves_the_repeated_heads() -> None:
+    run = run_passes(written_between, Q, K, V)
+    assert shapes(run)[0] == (2, 8, 40, 32)
+    assert_same(run)
+
+
+def other_user(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    weights = torch.softmax(q @ k.transpose(2, 3), -1)
+    return weights @ v, weights
+
+
+def write_inside(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(2, 3)
+    v.add_(1)
+    return torch.softmax(scores, -1) @ v
+
+
+WIDE_K, WIDE_V = K.repeat(1, 4, 1, 1), V.repeat(1, 4, 1, 1)
+NEAR_MISSES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
+    "weights are returned": (other_user, (Q, WIDE_K, WIDE_V), ""),
+    "a write inside": (write_inside, (Q, WIDE_K, WIDE_V), "may write"),
+    "nine rows": (
+        lambda q, k, v: sdpa(q, k, v),
+        (Q.repeat(1, 1, 9, 1), WIDE_K, WIDE_V),
+        "9 rows of q",
+    ),
+    "dropout": (lambda q, k, v: sdpa(q, k, v, dropout_p=0.5), (Q, WIDE_K, WIDE_V), "dropout"),
+    "dropout written out": (
+        lambda q, k, v: F.dropout(torch.softmax(q @ k.transpose(2, 3), -1), 0.5, True) @ v,
+        (Q, WIDE_K, WIDE_V),
+        "dropout",
+    ),
+    "three dimensions": (
+        lambda q, k, v: sdpa(q, k, v),
+        (Q[0], WIDE_K[0], WIDE_V[0]),
+        "takes [batch, heads, rows, width]",
+    ),
+    "broadcast batch": (lambda q, k, v: sdpa(q, k, v), (Q, WIDE_K[:1], WIDE_V[:1]), "broadcast"),
+    "float64": (
+        lambda q, k, v: sdpa(q, k, v),
+        (Q.double(), WIDE_K.double(), WIDE_V.double()),
+        "float64",
+    ),
+    "softmax over rows": (
+        lambda q, k, v: torch.softmax(q @ k.transpose(2, 3), 2) @ v,
+        (Q, WIDE_K, WIDE_V),
+        "",
+    ),
+    "another function between": (
+        lambda q, k, v: torch.softmax((q @ k.transpose(2, 3)).abs(), -1) @ v,
+        (Q, WIDE_K, WIDE_V),
+        "",
+    ),
+    "another cap": (
+        lambda q, k, v: torch.softmax(torch.tanh(q @ k.transpose(2, 3) / 3) * 4, -1) @ v,
+        (Q, WIDE_K, WIDE_V),
+        "",
+    ),
+    "a mask that is true or false, added": (
+        lambda q, k, v, m: torch.softmax(q @ k.transpose(2, 3) + m, -1) @ v,
+        (Q, WIDE_K, WIDE_V, SEEN),
+        "a mask of torch.bool",
+    ),
+    "vmap": (
+        lambda q, k, v: torch.vmap(lambda a, b, c: sdpa(a, b, c))(q[None], k[None], v[None]),
+        (Q, WIDE_K, WIDE_V),
+        "transform",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_miss(name: str) -> None:
+    function, arguments, reason = NEAR_MISSES[name]
+    run = run_passes(function, *arguments)
+    assert not ops(run)
+    lines = [line for line in run.state.matched if line.startswith("attention:")]
+    assert len(lines) == bool(reason) and reason in "".join(lines), lines
+
+
+def test_gradients_and_the_option_keep_it() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sdpa(q, k, v)
+
+    assert not ops(run_passes(function, Q, WIDE_K, WIDE_V, grad=True))
+    assert not ops(run_passes(function, Q, WIDE_K, WIDE_V, fuse_attention=False))
+    assert ops(run_passes(function, Q, WIDE_K, WIDE_V))
+
+
+def test_without_a_compiler_it_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_library, "refusal", lambda: "no C++ compiler")
+    run = run_passes(lambda q, k, v: sdpa(q, k, v), Q, WIDE_K, WIDE_V)
+    assert not ops(run) and "no C++ compiler" in run.state.matched[0]
