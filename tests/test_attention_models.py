@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 from torch import nn
 
+from fqcompile.kernels.cpu import attention, stream
 from fqcompile.native import library as native_library
 from tests.dense_models import COMMON, VOCAB, ids
 from tests.helpers import frozen
@@ -100,6 +101,8 @@ def test_generated_tokens_are_those_of_the_eager_model(
 
     counting = replace(found, attention=counted)
     monkeypatch.setattr(native_library, "loaded", lambda: counting)
+    monkeypatch.setattr(attention, "serve", lambda library: None)  # Python is called, and counts
+    stream.serve(None)
     options = {"min_elements": 1 << 40, "inner_backend": "eager"}  # weights stay as they are
     model.forward = torch.compile(model.forward, backend="finequant", options=options)
     assert generate(model, cache) == expected

@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from fqcompile.distributed.ranks import progress
-from fqcompile.modules.calibrate import call
+from fqcompile.modules.calibrate import call, copy_of
 from fqcompile.modules.inputs import Collect, WeightInputs
 from fqcompile.modules.weights import ModuleWeight
 from fqcompile.quant.calibration import fixed_random_numbers
@@ -247,7 +247,7 @@ def _copy(model: nn.Module, buffers: bool) -> nn.Module:
     shared: list[Any] = [module._parameters for module in model.modules()]
     if buffers:
         shared += [module._buffers for module in model.modules()]
-    copied = copy.deepcopy(model, {id(own): own for own in shared}).eval()
+    copied = copy_of(model, shared).eval()
     for module in copied.modules():
         config: Any = getattr(module, "config", None)
         if hasattr(config, "use_cache"):

@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fqcompile.distributed.shards import team_of
-from fqcompile.errors import OptionError, ShardingError
+from fqcompile.errors import FineQuantError, OptionError, ShardingError
 from fqcompile.modules.inputs import Collect, WeightInputs
 from fqcompile.modules.weights import ModuleWeight
 from fqcompile.passes.naming import begin_token_of
@@ -54,16 +55,42 @@ def collect_inputs(
         weights: of this model; those of other names are not told.
     """
     found = list(weights)
-    own = _copy(plain_module(model)).eval()
+    plain = plain_module(model)
+    own = copy_of(plain, plain.parameters()).eval()
     devices = {weight.weight.device for weight in found}
     for batch in batches:  # made outside: by code that may draw random numbers, or run the model
         with fixed_random_numbers(devices), WeightInputs(found, collect):
             call(own, batch)
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    """With the same parameters, and copies of all else that a call may write to."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+class _Detaching(TorchFunctionMode):
+    """Copies results that a model keeps, such as a loss, which PyTorch refuses if it has a grad."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is not Tensor.__deepcopy__ or args[0].is_leaf:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        memo[id(tensor)] = made = tensor.detach().clone()
+        return made
+
+
+def copy_of(model: nn.Module, shared: Iterable[object]) -> nn.Module:
+    """A model with these very objects, and copies of all else that a call may write to.
+
+    Raises:
+        FineQuantError: it holds something that cannot be copied.
+    """
+    try:
+        with _Detaching():
+            return copy.deepcopy(model, {id(own): own for own in shared})
+    except Exception as error:  # of anybody's __deepcopy__ or __getstate__
+        raise FineQuantError(
+            f"a copy of the model is run to calibrate it, and {type(model).__name__} cannot be "
+            f"copied: {type(error).__name__}: {error}; take out for the time what does not let "
+            "copy.deepcopy(model) work, or pass calibration=None"
+        ) from error
 
 
 def call(model: nn.Module, batch: object) -> None:

@@ -9,12 +9,13 @@
 #include <cmath>
 #include <vector>
 
+#include "attention.h"
 #include "epilogue.h"
 #include "parallel.h"
 
 namespace {
 
-constexpr int BLOCK = 64;
+constexpr int BLOCK = 32;
 constexpr int64_t LEAST_CHUNK = 128;  // visible keys of a task, which takes microseconds to hand over
 constexpr int64_t CHUNKS = 4;         // tasks for each thread, where heads are fewer
 constexpr int64_t CACHE_LINE = 64, AHEAD = 8192;  // bytes; measured
@@ -22,36 +23,12 @@ constexpr uint32_t ALL_LANES = LANES == 16 ? 0xffff : 0xff;
 constexpr float HIDDEN = -1e30f;      // a mask's value that leaves nothing of a score: of dense masks, the least number
 constexpr float INF = INFINITY;
 
-enum MaskType : int64_t { BOOL = 3 };  // or one of DType
-
-// Where element [b, h, row] of a tensor begins.
-struct Tensor4 {
-  const char* data;
-  int64_t batch, head, row;  // strides in bytes
-
-  const char* at(int64_t b, int64_t h, int64_t r) const { return data + b * batch + h * head + r * row; }
-};
-
-// What Python hands over; its fields are described in attention.py.
-struct Call {
-  Tensor4 q, k, v, mask;  // mask.data is null where there is none
-  int64_t mask_key;       // its stride from key to key, in bytes
-  int64_t mask_type;
-  void* out;              // [batch, queries, heads, v_width]
-  DType type;
-  int64_t batch, heads, kv_heads, queries, keys, width, v_width;
-  int64_t causal, nan_if_hidden, one_thread;
-  double scale, softcap;  // softcap is 0 where there is none
-
-  int64_t rows() const { return heads / kv_heads * queries; }  // of q that meet one head of k
-};
-
 int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // How numbers are multiplied: widened to fp32, a unit of a row is one vector.
 template <DType TYPE>
 struct Widened {
-  static constexpr int WIDTH = LANES, TOGETHER = 1;
+  static constexpr int WIDTH = LANES, TOGETHER = 1, BYTES = TYPE == FP32 ? 4 : 2;
   static constexpr DType PACKED = FP32;
   using Unit = F32;
   using Weight = float;  // a probability
@@ -76,7 +53,7 @@ struct Widened {
 #if defined(__AVX512BF16__)
 // In pairs of bf16: a unit is two vectors long, and its sums lie as the pairs of two keys' values do.
 struct Paired {
-  static constexpr int WIDTH = 2 * LANES, TOGETHER = 2;
+  static constexpr int WIDTH = 2 * LANES, TOGETHER = 2, BYTES = 2;
   static constexpr DType PACKED = BF16;
   using Unit = U32;
   using Weight = uint16_t;
@@ -142,11 +119,17 @@ void dot_products(const char* const* keys, const char* q, int64_t q_row, int64_t
   for (int r = 0; r < ROWS; r++) memcpy(to + r * BLOCK, found + r * KEYS, KEYS * 4);
 }
 
+// The values of one block; `ahead` bytes after each, those of the next one begin.
+struct Values {
+  const char* rows[BLOCK];
+  int64_t count, ahead;
+};
+
 // sums[row][at ... at + W units] += Σ p[row][key] v[key] over `count` keys; `last` numbers where the only
 // unit is not whole.
 template <class Way, int ROWS, int W, bool WHOLE>
-void weighted_sums(const char* const* values, int64_t count, const typename Way::Weight* p, int64_t at, int64_t last,
-                   float* sums, int64_t row) {
+void weighted_sums(const Values& values, const typename Way::Weight* p, int64_t at, int64_t last, float* sums,
+                   int64_t row) {
   constexpr int N = Way::TOGETHER;
   F32 sum[ROWS][W][N];
   const auto each = [&](const auto& act) __attribute__((always_inline)) {
@@ -161,17 +144,20 @@ void weighted_sums(const char* const* values, int64_t count, const typename Way:
   const auto load_values = [&](typename Way::Unit (&v)[W], const char* from) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int w = 0; w < W; w++)
+    {
       v[w] = WHOLE ? Way::load(from, at + w * Way::WIDTH) : Way::load(from, at, last);
+      _mm_prefetch(from + values.ahead + (at + w * Way::WIDTH) * Way::BYTES, _MM_HINT_T1);
+    }
   };
   typename Way::Unit v[N][W];
   int64_t j = 0;
-  for (; j + N <= count; j += N) {
+  for (; j + N <= values.count; j += N) {
 #pragma GCC unroll 2
-    for (int n = 0; n < N; n++) load_values(v[n], values[j + n]);
+    for (int n = 0; n < N; n++) load_values(v[n], values.rows[j + n]);
     Way::template add_values<ROWS, W>(sum, v, p + j);
   }
-  if (j < count) {  // half a pair
-    load_values(v[0], values[j]);
+  if (j < values.count) {  // half a pair
+    load_values(v[0], values.rows[j]);
     for (auto& unit : v[N - 1]) unit = Way::none();
     Way::template add_values<ROWS, W>(sum, v, p + j);
   }
@@ -189,23 +175,22 @@ void dot_products(int64_t rows, const char* const* keys, const char* q, int64_t 
 }
 
 template <class Way, int ROWS>
-void all_sums(const char* const* values, int64_t count, const typename Way::Weight* p, int64_t width, float* sums,
-              int64_t row) {
+void all_sums(const Values& values, const typename Way::Weight* p, int64_t width, float* sums, int64_t row) {
   constexpr int W = std::min(4, MOST_SUMS / ROWS);
   int64_t d = 0;
   for (; d + W * Way::WIDTH <= width; d += W * Way::WIDTH)
-    weighted_sums<Way, ROWS, W, true>(values, count, p, d, 0, sums, row);
+    weighted_sums<Way, ROWS, W, true>(values, p, d, 0, sums, row);
   for (; d + Way::WIDTH <= width; d += Way::WIDTH)
-    weighted_sums<Way, ROWS, 1, true>(values, count, p, d, 0, sums, row);
-  if (d < width) weighted_sums<Way, ROWS, 1, false>(values, count, p, d, width - d, sums, row);
+    weighted_sums<Way, ROWS, 1, true>(values, p, d, 0, sums, row);
+  if (d < width) weighted_sums<Way, ROWS, 1, false>(values, p, d, width - d, sums, row);
 }
 
 template <class Way, int ROWS = MOST_SUMS>
-void all_sums(int64_t rows, const char* const* values, int64_t count, const typename Way::Weight* p, int64_t width,
-              float* sums, int64_t row) {
+void all_sums(int64_t rows, const Values& values, const typename Way::Weight* p, int64_t width, float* sums,
+              int64_t row) {
   if constexpr (ROWS > 1)
-    if (rows < ROWS) return all_sums<Way, ROWS / 2>(rows, values, count, p, width, sums, row);
-  all_sums<Way, ROWS>(values, count, p, width, sums, row);
+    if (rows < ROWS) return all_sums<Way, ROWS / 2>(rows, values, p, width, sums, row);
+  all_sums<Way, ROWS>(values, p, width, sums, row);
 }
 
 int64_t power_of_two_within(int64_t n, int64_t most) {
@@ -230,7 +215,7 @@ INLINE float finite_or_zero(float top) { return top == -INF ? 0.0f : top; }
 // Prefetches the row that is AHEAD bytes after one, where rows follow each other.
 struct Ahead {
   int64_t offset, bytes;
-  Ahead(const Tensor4& of, int64_t row) : offset((AHEAD + row - 1) / row * of.row), bytes(row) {}
+  Ahead(const Rows& of, int64_t row, int64_t ahead) : offset((ahead + row - 1) / row * of.row), bytes(row) {}
   INLINE_MEMBER void prefetch(const char* row) const {
     for (int64_t at = 0; at < bytes; at += CACHE_LINE) _mm_prefetch(row + offset + at, _MM_HINT_T1);
   }
@@ -245,7 +230,7 @@ INLINE F32 capped(F32 x, float cap) {
 // The visible keys of each plane: of all rows that share a part of the mask.
 class Visible {
  public:
-  Visible(const Call& call)
+  Visible(const AttentionCall& call)
       : c(call),
         batches(c.mask.data && c.mask.batch ? c.batch : 1),
         heads(c.mask.data && c.mask.head ? c.kv_heads : 1),
@@ -286,7 +271,7 @@ class Visible {
   }
 
  private:
-  const Call& c;
+  const AttentionCall& c;
   const int64_t batches, heads;
   std::vector<int64_t> counts;
   int32_t* indices;
@@ -339,7 +324,7 @@ class Visible {
 template <class Way>
 class Attention {
  public:
-  Attention(const Call& call) : c(call), visible(call), as_is(visible.is_all()) {}
+  Attention(const AttentionCall& call) : c(call), visible(call), as_is(visible.is_all()) {}
 
   void run() {
     uint32_t threads = 1;
@@ -362,7 +347,7 @@ class Attention {
  private:
   using Unit = typename Way::Unit;
   using Weight = typename Way::Weight;
-  const Call& c;
+  const AttentionCall& c;
   const Visible visible;
   const bool as_is;
 
@@ -412,29 +397,34 @@ class Attention {
     for (int64_t r = 0; r < rows; r++) top_of(part + r * record()) = -INF;
     pack_q(b, kv_head, q);
     const char* keys[BLOCK + LANES];
-    const char* values[BLOCK];
+    Values values;
+    bool first = true;
     const int64_t end = count * (chunk + 1) / chunks;
     for (int64_t start = count * chunk / chunks; start < end; start += BLOCK) {
       const int32_t* some = visible.keys(plane) + start;
       const int64_t n = std::min<int64_t>(BLOCK, end - start);
       for (int64_t j = 0; j < n; j++) {
         keys[j] = c.k.at(b, kv_head, some[j]);
-        values[j] = c.v.at(b, kv_head, some[j]);
+        values.rows[j] = c.v.at(b, kv_head, some[j]);
       }
+      values.count = n;
+      values.ahead = start + BLOCK < end ? BLOCK * c.v.row : 0;
       std::fill_n(keys + n, LANES, keys[n - 1]);
-      score(n, keys, values, q, scores);
+      score(n, keys, first ? values.rows : nullptr, q, scores);
       weigh(b, kv_head, some, n, scores, weights, part);
       for (int64_t r = 0, taken; r < rows; r += taken) {
         taken = power_of_two_within(rows - r, MOST_SUMS);
-        all_sums<Way>(taken, values, n, weights + r * BLOCK, c.v_width, part + r * record(), record());
+        all_sums<Way>(taken, values, weights + r * BLOCK, c.v_width, part + r * record(), record());
+        values.ahead = 0;
       }
+      first = false;
     }
   }
 
   // q kᵀ of one block.
   void score(int64_t n, const char* const* keys, const char* const* values, const char* q, float* scores) const {
     const int64_t rows = c.rows();
-    const Ahead keys_ahead(c.k, c.width * bytes_of(c.type)), values_ahead(c.v, c.v_width * bytes_of(c.type));
+    const Ahead keys_ahead(c.k, c.width * bytes_of(c.type), AHEAD), values_here(c.v, c.v_width * bytes_of(c.type), 0);
     for (int64_t r = 0, taken; r < rows; r += taken) {
       taken = power_of_two_within(rows - r, MOST_DOTS);
       const int64_t together = LANES / taken;
@@ -442,7 +432,7 @@ class Attention {
         dot_products<Way>(taken, keys + j, q + r * q_row(), q_row(), c.width, scores + r * BLOCK + j);
         for (int64_t i = j; r == 0 && i < std::min(j + together, n); i++) {
           keys_ahead.prefetch(keys[i]);
-          values_ahead.prefetch(values[i]);
+          if (values) values_here.prefetch(values[i]);
         }
       }
     }
@@ -458,6 +448,7 @@ class Attention {
       const int64_t h = head_of(kv_head, r), query = query_of(r);
       if (!as_is && (r == 0 || c.mask.head || query != query_of(r - 1)))
         for (int64_t j = 0; j < n; j++) bias[j] = visible.bias(c.mask.at(b, h, query), query, keys[j]);
+      std::fill_n(scores + n, rounded_up(n, LANES) - n, 0.0f);  // of no key, and maybe an earlier call's NaN
       const F32 before = splat(top_of(part));
       F32 top = before;
       for (int64_t j = 0; j < n; j += LANES) {
@@ -511,13 +502,17 @@ class Attention {
 
 }  // namespace
 
-extern "C" EXPORT void fqcompile_attention(const char* bytes) {
-  Call call;
-  memcpy(&call, bytes, sizeof(call));
+void attend(const AttentionCall& call) {
 #if defined(__AVX512BF16__)
   if (call.type == BF16) return Attention<Paired>(call).run();
 #endif
   if (call.type == FP32) return Attention<Widened<FP32>>(call).run();
   if (call.type == BF16) return Attention<Widened<BF16>>(call).run();
   Attention<Widened<FP16>>(call).run();
+}
+
+extern "C" EXPORT void fqcompile_attention(const char* bytes) {
+  AttentionCall call;
+  memcpy(&call, bytes, sizeof(call));
+  attend(call);
 }

@@ -1,15 +1,17 @@
-// fqcompile::matmul and fqcompile::matmul.inference, called by PyTorch's dispatcher with no Python between:
-// 4 us a call, of which an operator that does nothing takes 3.5. By Python it takes 10, and more where
-// weights have pushed Python out of the caches.
+// fqcompile::matmul, fqcompile::matmul.inference and fqcompile::attention, called by PyTorch's dispatcher
+// with no Python between: 4 us a call, of which an operator that does nothing takes 3.5. By Python it takes
+// 10, and more where weights have pushed Python out of the caches.
 //
-// This comes before the implementation for CPUs, which is Python's (kernels/op.py). What is not usual is left
-// to that one, unchanged: other kernels and layouts, and wrong arguments, of which it says what is wrong.
+// This comes before the implementation for CPUs, which is Python's (kernels/op.py, cpu/attention.py). What
+// is not usual is left to that one, unchanged: other kernels and layouts, and wrong arguments, of which it
+// says what is wrong.
 #include <ATen/EmptyTensor.h>
 #include <pthread.h>
 #include <torch/library.h>
 
 #include <optional>
 
+#include "attention.h"
 #include "call.h"
 
 namespace {
@@ -156,6 +158,70 @@ void matmul(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit:
   op.redispatchBoxed(keys.remove(c10::DispatchKey::BackendSelect), stack);
 }
 
+// The same for fqcompile::attention.
+enum AttentionPlace { Q, KEYS, VALUES, MASK, SCALE_OF_SCORES, SOFTCAP, CAUSAL, NAN_IF_HIDDEN, ATTENTION_PLACES };
+
+class UsualAttention {
+ public:
+  AttentionCall call{};
+  at::ScalarType type{};
+
+  bool read(const c10::IValue* a) {
+    const at::Tensor &q = a[Q].toTensor(), &k = a[KEYS].toTensor(), &v = a[VALUES].toTensor();
+    type = q.scalar_type();
+    if (!type_of(q, call.type) || !read_rows(q, call.q) || !read_rows(k, call.k) || !read_rows(v, call.v)) return false;
+    call.batch = q.size(0), call.heads = q.size(1), call.queries = q.size(2), call.width = q.size(3);
+    call.kv_heads = k.size(1), call.keys = k.size(2), call.v_width = v.size(3);
+    call.scale = a[SCALE_OF_SCORES].toDouble(), call.softcap = a[SOFTCAP].toDouble();
+    call.causal = a[CAUSAL].toBool(), call.nan_if_hidden = a[NAN_IF_HIDDEN].toBool();
+    const bool same = k.size(0) == call.batch && k.size(3) == call.width &&
+                      v.sizes().slice(0, 3) == k.sizes().slice(0, 3);
+    return same && q.numel() && v.numel() && call.heads % call.kv_heads == 0 && read_mask(a[MASK]);
+  }
+
+ private:
+  bool read_rows(const at::Tensor& t, Rows& to) const {
+    if (!is_dense(t) || t.dim() != 4 || t.scalar_type() != type || t.stride(3) != 1) return false;
+    const int64_t size = int64_t(t.element_size());
+    to = {(const char*)t.const_data_ptr(), size * t.stride(0), size * t.stride(1), size * t.stride(2)};
+    return true;
+  }
+
+  bool read_mask(const c10::IValue& given) {
+    if (given.isNone()) return true;
+    const at::Tensor& mask = given.toTensor();
+    DType numbers;
+    if (mask.scalar_type() == at::kBool) call.mask_type = BOOL;
+    else if (type_of(mask, numbers)) call.mask_type = numbers;
+    else return false;
+    if (!is_dense(mask) || mask.dim() > 4 || call.causal) return false;
+    const int64_t full[] = {call.batch, call.heads, call.queries, call.keys};
+    int64_t strides[4] = {};  // 0 where it is broadcast
+    for (int64_t i = 4 - mask.dim(), d = 0; i < 4; i++, d++) {
+      if (mask.size(d) != 1 && mask.size(d) != full[i]) return false;
+      if (mask.size(d) != 1) strides[i] = int64_t(mask.element_size()) * mask.stride(d);
+    }
+    call.mask = {(const char*)mask.const_data_ptr(), strides[0], strides[1], strides[2]};
+    call.mask_key = strides[3];
+    return true;
+  }
+};
+
+void attention(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  UsualAttention usual;
+  if (!usual.read(stack->data() + stack->size() - ATTENTION_PLACES))
+    return op.redispatchBoxed(keys.remove(c10::DispatchKey::BackendSelect), stack);
+  AttentionCall& call = usual.call;
+  const int64_t row = call.v_width, query = call.heads * row;
+  at::Tensor out = at::detail::empty_strided_cpu({call.batch, call.heads, call.queries, row},
+                                                 {call.queries * query, row, query, 1}, usual.type);
+  call.out = out.mutable_data_ptr();
+  call.one_thread = settings.forked;
+  attend(call);
+  torch::jit::drop(*stack, ATTENTION_PLACES);
+  stack->emplace_back(std::move(out));
+}
+
 std::optional<torch::Library> serving;
 
 }  // namespace
@@ -170,4 +236,5 @@ extern "C" EXPORT void fqcompile_serve(const char* bytes) {
   serving.emplace(torch::Library::IMPL, "fqcompile", c10::DispatchKey::BackendSelect, __FILE__, __LINE__);
   for (const char* name : {"matmul", "matmul.inference"})
     serving->impl(name, torch::CppFunction::makeFromBoxedFunction<&matmul>());
+  serving->impl("attention", torch::CppFunction::makeFromBoxedFunction<&attention>());
 }

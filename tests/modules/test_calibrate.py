@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 import fqcompile
-from fqcompile.errors import OptionError
+from fqcompile.errors import FineQuantError, OptionError
 from fqcompile.modules.calibrate import random_batch
 from fqcompile.tensor.codes import _levels_of_bytes
 from fqcompile.weights.store import STORE
@@ -123,6 +124,32 @@ def test_default_types_and_devices_change_nothing(method: str, other_defaults: N
     expected, weights = packed()
     assert sources == expected and all(source.startswith("batches") for source in sources)
     assert all(torch.equal(one, other) for one, other in zip(found, weights, strict=True))
+
+
+@pytest.mark.parametrize("method", ["scale", "gptq"])
+def test_a_model_that_keeps_results_with_gradients_is_copied(method: str) -> None:
+    model, inputs = frozen(Mlp()), torch.randn(600, 128)
+    plain = copy.deepcopy(model)
+    model.kept = [model.up(X.clone().requires_grad_())]
+    before = model.kept[0].detach().clone()
+    plan = fqcompile.quantize_(model, calibration=inputs, method=method)
+    assert not model.kept[0].is_leaf and torch.equal(model.kept[0], before)
+    expected = fqcompile.quantize_(plain, calibration=inputs, method=method)
+    assert [site.calibration for site in plan.sites] == [s.calibration for s in expected.sites]
+    pairs = (fqcompile.restore(one).parameters() for one in (model, plain))
+    dense = zip(*pairs, strict=True)
+    assert all(torch.equal(one, other) for one, other in dense)
+
+
+@pytest.mark.parametrize("method", ["scale", "gptq"])
+def test_a_model_that_cannot_be_copied_says_what_helps(method: str) -> None:
+    model = frozen(Mlp())
+    model.guard = threading.Lock()
+    with pytest.raises(FineQuantError, match=r"Mlp cannot be copied: .*lock.* calibration=None"):
+        fqcompile.quantize_(model, calibration=torch.randn(600, 128), method=method)
+    assert type(model.up.weight) is nn.Parameter
+    plan = fqcompile.quantize_(model, calibration=None)
+    assert all(site.status == "quantized" for site in plan.sites)
 
 
 def test_a_model_without_input_ids_says_how_to_pass_inputs(

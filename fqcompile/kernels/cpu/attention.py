@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fqcompile.kernels.cpu.stream import serve
 from fqcompile.locks import in_forked_child
 from fqcompile.native import library as native
 from fqcompile.native.library import DTYPES
@@ -116,7 +117,9 @@ def _impl(
         batch, heads, kv_heads, queries, keys, width, v_width,
         causal, nan_if_hidden, in_forked_child(), scale, softcap,
     )  # fmt: skip
-    native.native_library().attention(fields)
+    library = native.native_library()
+    serve(library)
+    library.attention(fields)
     return out.transpose(1, 2)
 
 

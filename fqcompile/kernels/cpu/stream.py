@@ -89,7 +89,7 @@ _lock = fork_safe(RLock())
 
 
 def serve(library: NativeLibrary | None) -> None:
-    """Let PyTorch's dispatcher call this library for usual matmuls; without one it calls Python."""
+    """Let PyTorch's dispatcher call this library for usual calls; without one it calls Python."""
     with _lock:
         if library not in _serving:
             while _serving:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fqcompile.kernels.cpu.attention import attention, plain_attention
+from fqcompile.kernels.cpu.attention import _impl, attention, plain_attention
 from fqcompile.native import library as native_library
 from tests.children import in_child
 from tests.kernels.cpu.guarded import at_end_of_page, at_start_of_page
@@ -87,6 +87,9 @@ def oracle(p: Problem) -> tuple[Tensor, Tensor]:
 
 def assert_right(p: Problem) -> None:
     got, (want, bound) = attention(*p.arguments), oracle(p)
+    by_python = _impl(*p.arguments)
+    assert got.equal(by_python) or got.isnan().any()
+    assert got.stride() == by_python.stride() or not got.numel()
     assert got.shape == want.shape and got.dtype == p.q.dtype
     assert got.transpose(1, 2).is_contiguous()
     assert bool((got.isnan() == want.isnan()).all())
@@ -266,6 +269,16 @@ def test_nothing_beyond_the_tensors_is_touched(
                     Tensor, "new_empty", lambda self, shape: side(torch.empty(shape, dtype=dtype))
                 )
                 assert_right(replace(p, mask=mask))
+
+
+def test_a_call_leaves_nothing_to_the_next() -> None:
+    """NaN of more keys stays in the memory for scores."""
+    for name in NAMES:
+        for rows in (1, 2, 3, 8):
+            p = make(repeats=1, rows=rows)
+            with path(name):
+                attention(*replace(p, k=p.k * torch.nan).arguments)
+                assert_right(make(repeats=1, rows=rows, keys=5))
 
 
 def test_a_count_of_threads_gives_the_same_bits_again() -> None:
