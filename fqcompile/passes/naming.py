@@ -219,7 +219,8 @@ def begin_token_of(model: nn.Module) -> int | None:
 
     Of a config with several parts, as transformers has them, that of the text.
     """
-    for config in (vars(module).get("config") for module in model.modules()):
+    configs: list[Any] = [vars(module).get("config") for module in model.modules()]
+    for config in configs:
         token = None
         # of transformers with several texts, or anybody's own code
         with suppress(Exception):
