@@ -50,7 +50,8 @@ sanitize: .venv/dev.installed
 	FQTEST_SANITIZE=1 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0 $(BIN)/pytest $(ARGS) \
 	tests/kernels/cpu/test_stream.py tests/kernels/cpu/test_stream_experts.py \
-	tests/kernels/cpu/test_stream_bounds.py tests/kernels/cpu/test_attention.py tests/quant/test_native_quantizer.py
+	tests/kernels/cpu/test_stream_bounds.py tests/kernels/cpu/test_attention.py \
+	tests/native/test_operator.py tests/quant/test_native_quantizer.py
 
 static: .venv/dev.installed
 	$(BIN)/python -m bench static --check $(ARGS)

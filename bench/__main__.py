@@ -19,7 +19,7 @@ BENCHMARKS = {
     "models": "decoding and prefill of whole models, random weights: time and ideal",
     "planner": "how far the planner's predictions are from all results",
     "launch_overhead": "Python's time in one call of the operator, against Triton's own launcher",
-    "gpu": "a GPU: the tests marked gpu and the short benchmarks, into one folder",
+    "gpu": "fifteen minutes of a GPU: is it right, how fast, what is the fastest; in two parts",
     "short": "what `make bench` runs: each of the above on a small case, 10 minutes on 2 cores",
     "readme": "writes the README's tables, and docs/results.md, from the results",
 }

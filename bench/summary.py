@@ -14,7 +14,7 @@ _MIB = 2**20
 _HEADERS = ("", "PyTorch, 16 bits", "fqcompile", "other libraries")
 _OURS = {"int8": "int8", "int4": "int4", "int4 head": "int4 (head too)"}  # names of rows, and shown
 _QUALITY = {
-    "int4 normal g64, synthetic": "int4",
+    "int4 normal adaptive, synthetic": "int4",
     "int4 normal g64, gptq": "by GPTQ",
     "int4 normal g64": "uncalibrated",
     "int4 uniform g64": "uniform levels",

@@ -19,13 +19,16 @@ Ended = tuple[str, str, float, str]  # step, how it ended, its seconds, the last
 class Step:
     """`command(directory, seconds it may take)`.
 
-    share: of what is left of the budget. shown: characters of the end of its log, which is whole in
-    the folder.
+    share: of what is left of the budget. shown: characters of the end of its output, which is whole
+    in the folder.
     """
 
     command: Callable[[Path, float], Sequence[str]]
     share: float = 1.0
     shown: int = 1000
+
+
+EACH_ITS_OWN = "{step}.log"  # the file that a step's output goes to
 
 
 def run_suite(
@@ -35,6 +38,7 @@ def run_suite(
     usual: Sequence[str],
     seconds: float,
     out: Path | None = None,
+    log: str = EACH_ITS_OWN,
 ) -> None:
     """The command line of a suite.
 
@@ -42,6 +46,7 @@ def run_suite(
         usual: the steps that run unless others are asked for.
         seconds: that it takes at most unless told otherwise.
         out: where results and logs go; without one it must be said.
+        log: the file there that a step's output goes to; one for all has no "{step}".
 
     Raises:
         SystemExit: with status 1, where a step did not pass.
@@ -56,16 +61,20 @@ def run_suite(
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=out, required=not out, metavar="DIRECTORY")
-    parser.add_argument("--time-budget", type=float, default=seconds, metavar="SECONDS")
+    parser.add_argument("--budget", "--time-budget", type=float, default=seconds, metavar="SECONDS")
     parser.add_argument("--steps", type=names, default=list(usual), metavar="NAME,...")
     arguments = parser.parse_args(argv)
     chosen, folder = {name: steps[name] for name in arguments.steps}, arguments.out.resolve()
-    _conclude(chosen, session(chosen, folder, arguments.time_budget), folder)
+    _conclude(session(chosen, folder, arguments.budget, log), folder)
 
 
-def session(steps: Mapping[str, Step], out: Path, budget: float) -> list[Ended]:
-    """Runs all; each step's output is in `out`/STEP.log. What there was no time for says so."""
+def session(
+    steps: Mapping[str, Step], out: Path, budget: float, log: str = EACH_ITS_OWN
+) -> list[Ended]:
+    """Runs all, and prints the end of each output. What there was no time for says so."""
     out.mkdir(parents=True, exist_ok=True)
+    for name in steps:
+        (out / log.format(step=name)).unlink(missing_ok=True)
     end = time.monotonic() + budget
     rows: list[Ended] = []
     for name, step in steps.items():
@@ -73,16 +82,19 @@ def session(steps: Mapping[str, Step], out: Path, budget: float) -> list[Ended]:
         if seconds <= 1:
             rows.append((name, "no time", 0.0, ""))
             continue
-        log = out / f"{name}.log"
-        ended, took = _run(name, step.command(out, seconds), log, seconds)
-        rows.append((name, ended, took, _last_line(log)))
+        path = out / log.format(step=name)
+        before = path.stat().st_size if path.exists() else 0
+        ended, took = _run(name, step.command(out, seconds), path, seconds)
+        text = path.read_bytes()[before:].decode(errors="replace")
+        print(f"\n-- {name}\n{text[-step.shown :]}", flush=True)
+        rows.append((name, ended, took, (text.strip().splitlines() or [""])[-1][:80]))
     return rows
 
 
 def _run(name: str, command: Sequence[str], log: Path, seconds: float) -> tuple[str, float]:
     start = time.monotonic()
     print(f"== {name}: {' '.join(command)}", flush=True)
-    with open(log, "w", encoding="utf-8") as file:
+    with open(log, "a", encoding="utf-8") as file:
         try:
             result = subprocess.run(
                 command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=seconds
@@ -93,23 +105,12 @@ def _run(name: str, command: Sequence[str], log: Path, seconds: float) -> tuple[
     return end, time.monotonic() - start
 
 
-def _last_line(path: Path) -> str:
-    return (_text_of(path).strip().splitlines() or [""])[-1][:80]
-
-
-def _text_of(path: Path) -> str:
-    """Of a log, which is not there where its step had no time."""
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-
-
-def _conclude(steps: Mapping[str, Step], rows: Sequence[Ended], out: Path) -> None:
-    """Prints the end of each log and a table of the steps, which is also `out`/summary.txt.
+def _conclude(rows: Sequence[Ended], out: Path) -> None:
+    """Prints a table of the steps, which is also `out`/summary.txt.
 
     Raises:
         SystemExit: with status 1, where a step did not pass.
     """
-    for name, *_ in rows:
-        print(f"\n-- {name}\n{_text_of(out / f'{name}.log')[-steps[name].shown :]}")
     table = tabulate(rows, ("step", "end", "seconds", "last line"), floatfmt=".0f")
     (out / "summary.txt").write_text(table + "\n", encoding="utf-8")
     print(f"\n{table}\n{sum(row[2] for row in rows):.0f} s; results and logs lie in {out}")

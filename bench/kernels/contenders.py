@@ -4,7 +4,7 @@ A contender holds as many copies of its weight as no cache keeps, made once for 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -89,7 +89,8 @@ def wrong_result(y: Tensor, expected: Tensor, contender: Contender, spec: GemmSp
 
 
 class Ours:
-    """Our kernel on one layer: for each M the closed form, what tuning found, and `dense`."""
+    """Our kernel on one layer: for each M the closed form, what a dynamic number of rows runs where
+    that is something else, what tuning found, and `dense`."""
 
     def __init__(self, problem: Problem) -> None:
         self.spec = problem.spec
@@ -103,6 +104,9 @@ class Ours:
             yield self._contender("fqcompile", None)
             return
         yield self._contender("fqcompile closed form", closed.at(spec.m))
+        opened = self.template.launches(replace(spec, m_range=(1, None)))
+        if opened is not None and opened.at(spec.m) != closed.at(spec.m):
+            yield self._contender("fqcompile dynamic", opened.at(spec.m))
         chosen = tuned_launches(spec, self.template, tune)
         if chosen.launches is not None and chosen.source != CLOSED_FORM:
             yield self._contender("fqcompile tuned", chosen.launches.at(spec.m))

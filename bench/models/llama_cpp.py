@@ -11,6 +11,7 @@ prompt, and after a token that follows it.
 
 import copy
 import ctypes
+import logging
 import tempfile
 import time
 import weakref
@@ -131,6 +132,7 @@ class _File:
         else:
             self.path = gemma_folder() / FILE
         self.library = import_module(PACKAGE)
+        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # prints every tensor else
         self.library.llama_backend_init()
         settings = self.library.llama_model_default_params()
         settings.use_mmap, settings.n_gpu_layers = False, 0

@@ -219,10 +219,14 @@ def begin_token_of(model: nn.Module) -> int | None:
 
     Of a config with several parts, as transformers has them, that of the text.
     """
-    for config in (vars(module).get("config") for module in model.modules()):
-        with suppress(ValueError):  # several texts
-            config = getattr(config, "get_text_config", lambda own=config: own)()
-        token = getattr(config, "bos_token_id", None)
+    configs: list[Any] = [vars(module).get("config") for module in model.modules()]
+    for config in configs:
+        token = None
+        # of transformers with several texts, or anybody's own code
+        with suppress(Exception):
+            config = config.get_text_config()
+        with suppress(Exception):
+            token = config.bos_token_id
         token = token[0] if isinstance(token, list | tuple) and token else token
         if isinstance(token, int):
             return token

@@ -8,7 +8,7 @@ invalidated when the weight's storage or version changes, or its content if that
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -49,10 +49,11 @@ def plain_eager(device_type: str) -> Iterator[None]:
     Tensors made in inference mode could not be saved for a backward pass later; autocast would
     change the arithmetic.
     """
+    casts = torch.amp.is_autocast_available(device_type)  # not on the meta device
     with (
         torch.inference_mode(False),
         torch.no_grad(),
-        torch.autocast(device_type, enabled=False),
+        torch.autocast(device_type, enabled=False) if casts else nullcontext(),
     ):
         yield
 

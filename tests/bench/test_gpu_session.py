@@ -1,9 +1,12 @@
 """`bench gpu`, the identity and the budget: without a GPU and without waiting."""
 
+import json
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +17,10 @@ from bench.__main__ import BENCHMARKS
 from bench.core import results
 from bench.core.results import Budget, Results
 from bench.core.steps import Step, session
+from bench.experts import run as experts
+from bench.kernels import run as kernels
 from bench.launch_overhead.run import host_microseconds
+from bench.models import run as models
 from fqcompile.kernels.tuning.measure import DeviceLost
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +37,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> None:
         "bad": step("print('why'); raise SystemExit(3)"),
         "slow": step("import time; print('begun', flush=True); time.sleep(60)", 0.1),
     }
-    monkeypatch.setattr(gpu, "STEPS", made_up)
+    monkeypatch.setattr(gpu, "PARTS", {1: made_up, 2: {}})
 
 
 def test_no_step_stops_the_next(
@@ -48,22 +54,89 @@ def test_no_step_stops_the_next(
     ]  # fmt: skip
     assert table[0].endswith("why")
     assert table[1].endswith("begun")
-    assert (tmp_path / "out" / "good.log").read_text() == "a\nb\n"
+    assert (tmp_path / "out" / "log.txt").read_text() == "why\nbegun\na\nb\n"
     assert "good" in (tmp_path / "out" / "summary.txt").read_text()
 
 
 def test_without_time_left_a_step_is_left_out(steps: None, tmp_path: Path) -> None:
-    good = {"good": gpu.STEPS["good"]}
+    good = {"good": gpu.PARTS[1]["good"]}
     assert session(good, tmp_path, 0.5) == [("good", "no time", 0.0, "")]
 
 
-def test_the_usual_steps_are_there_in_their_order_and_their_commands_known() -> None:
-    assert gpu.USUAL == ("environment", "tests", "kernels", "overhead")
-    for name, known in gpu.STEPS.items():
-        command = known.command(Path("out"), 100.0)
+PARSERS = {"kernels": kernels.parse, "experts": experts.parse, "models": models.parse}
+
+
+@pytest.mark.parametrize("parts", [gpu.PARTS, gpu.DRY], ids=["gpu", "dry"])
+@pytest.mark.parametrize("part", [1, 2])
+def test_every_command_is_one_that_there_is_and_at_most_eight_files_come_back(
+    part: int, parts: dict[int, dict[str, Step]]
+) -> None:
+    files = {"log.txt", "summary.txt"}
+    for known in parts[part].values():
+        command = list(known.command(Path("out"), 100.0))
+        files |= set(re.findall(r"out/([\w-]+\.jsonl?)", " ".join(command)))
         if "bench" in command:
-            assert command[command.index("bench") + 1] in BENCHMARKS, name
-    assert "--time-budget" in gpu.STEPS["kernels"].command(Path("out"), 100.0)
+            name, *flags = command[command.index("bench") + 1 :]
+            assert name in BENCHMARKS
+            if name in PARSERS:
+                assert PARSERS[name](flags).time_budget == 85
+        tests = [text for text in command if text.startswith("tests/")]
+        assert all((ROOT / path).exists() for path in tests)
+    assert len(files) <= 8, files
+
+
+def test_the_result_of_a_test_is_on_disk_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "tests.jsonl"
+    monkeypatch.setenv("BENCH_TESTS", str(log))
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    report = SimpleNamespace(
+        when="setup", passed=True, failed=False, nodeid="a.py::b", outcome="passed", duration=0.125
+    )
+    gpu.pytest_runtest_logreport(report)
+    report.when = "call"
+    gpu.pytest_runtest_logreport(report)
+    report.failed, report.passed, report.outcome, report.longrepr = True, False, "failed", "x" * 999
+    gpu.pytest_runtest_logreport(report)
+    passed, failed = map(json.loads, log.read_text().splitlines())
+    assert passed == {"test": "a.py::b", "outcome": "passed", "seconds": 0.12}
+    assert len(failed["why"]) == 600
+
+
+def test_what_came_back_becomes_results_and_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    back, root = tmp_path / "back", tmp_path / "results"
+    back.mkdir()
+    source = ROOT / "bench" / "results" / "amd-epyc" / "memory.json"
+    content = json.loads(source.read_text())
+    content["identity"]["device"] = "NVIDIA H200"
+    (back / "memory.json").write_text(json.dumps(content))
+    (back / "tuned.json").write_text("{}")
+    page = tmp_path / "README.md"
+    (tmp_path / "docs").mkdir()
+    page.write_text((ROOT / "README.md").read_text())
+    results_page = tmp_path / "docs" / "results.md"
+    results_page.write_text((ROOT / "docs" / "results.md").read_text())
+    gpu.replay([back], root, page)
+    assert (root / "nvidia-h200" / "memory.json").exists()
+    assert not (root / "nvidia-h200" / "tuned.json").exists()
+    assert "NVIDIA H200" in results_page.read_text()
+    assert "error" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [1, 2])
+def test_a_dry_run_executes_every_command_that_needs_no_gpu(part: int, tmp_path: Path) -> None:
+    gpu.main(["--part", str(part), "--dry", "--out", str(tmp_path), "--budget", "900"])
+    written = {path.name for path in tmp_path.iterdir()}
+    wanted = {
+        1: {"tests.jsonl", "kernels-cpu.json"},
+        2: {"models-cpu.json", "launch-overhead.json"},
+    }
+    assert {"log.txt", "summary.txt", *wanted[part]} <= written
+    assert len(written) <= 8
 
 
 def test_the_short_suite_goes_on_after_a_failure_and_says_so(

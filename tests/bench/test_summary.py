@@ -49,8 +49,9 @@ ROWS: dict[str, list[Row]] = {
         for way, peak, after in (("bf16", 9, 8), ("quantize_", 7, 3), ("load", 4, 2))
     ],
     "accuracy-draws": [
-        quality("int4 uniform g64", 4.25, 0.4), quality("int4 normal g64, synthetic", 4.25, 0.1),
-        quality("int4 normal g32, synthetic", 4.5, 0.05), quality("int8 g128", 8.125, 0.001),
+        quality("int4 uniform g64", 4.25, 0.4), quality("int8 g128", 8.125, 0.001),
+        quality("int4 normal adaptive, synthetic", 4.25, 0.1),
+        quality("int4 normal g32, synthetic", 4.5, 0.05),
         quality("a", 4.5, 0.3), quality("a", 4.5, 0.001, "MiniLM"), quality("b", 5.0, 0.2),
     ],
     "startup": [

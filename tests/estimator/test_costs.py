@@ -309,4 +309,6 @@ def test_on_a_gpu_experts_that_are_not_met_are_not_read() -> None:
         few, many = (matmul_seconds(spec, gpu, hit) for hit in (8.0, 64.0))
         one = 3072 * 4096 * form.bits / 8 / gpu.bandwidth
         assert many - few > 25 * one, form.name
-        assert many - few < 80 * one, form.name
+        # 56 experts; normal levels issue for 1.15 times as long as their bytes take, and a tenth of
+        # what else an SM does is not hidden behind that.
+        assert many - few < 1.5 * 56 * one, form.name

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 import fqcompile
-from fqcompile.errors import OptionError
+from fqcompile.errors import FineQuantError, OptionError
 from fqcompile.modules.calibrate import random_batch
 from fqcompile.tensor.codes import _levels_of_bytes
 from fqcompile.weights.store import STORE
@@ -125,6 +126,32 @@ def test_default_types_and_devices_change_nothing(method: str, other_defaults: N
     assert all(torch.equal(one, other) for one, other in zip(found, weights, strict=True))
 
 
+@pytest.mark.parametrize("method", ["scale", "gptq"])
+def test_a_model_that_keeps_results_with_gradients_is_copied(method: str) -> None:
+    model, inputs = frozen(Mlp()), torch.randn(600, 128)
+    plain = copy.deepcopy(model)
+    model.kept = [model.up(X.clone().requires_grad_())]
+    before = model.kept[0].detach().clone()
+    plan = fqcompile.quantize_(model, calibration=inputs, method=method)
+    assert not model.kept[0].is_leaf and torch.equal(model.kept[0], before)
+    expected = fqcompile.quantize_(plain, calibration=inputs, method=method)
+    assert [site.calibration for site in plan.sites] == [s.calibration for s in expected.sites]
+    pairs = (fqcompile.restore(one).parameters() for one in (model, plain))
+    dense = zip(*pairs, strict=True)
+    assert all(torch.equal(one, other) for one, other in dense)
+
+
+@pytest.mark.parametrize("method", ["scale", "gptq"])
+def test_a_model_that_cannot_be_copied_says_what_helps(method: str) -> None:
+    model = frozen(Mlp())
+    model.guard = threading.Lock()
+    with pytest.raises(FineQuantError, match=r"Mlp cannot be copied: .*lock.* calibration=None"):
+        fqcompile.quantize_(model, calibration=torch.randn(600, 128), method=method)
+    assert type(model.up.weight) is nn.Parameter
+    plan = fqcompile.quantize_(model, calibration=None)
+    assert all(site.status == "quantized" for site in plan.sites)
+
+
 def test_a_model_without_input_ids_says_how_to_pass_inputs(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -135,6 +162,29 @@ def test_a_model_without_input_ids_says_how_to_pass_inputs(
     alone = fqcompile.quantize_(frozen(Mlp()), calibration=None)
     for one, other in zip(plan.sites, alone.sites, strict=True):
         assert one.relative_error == other.relative_error and other.calibration is None
+
+
+class Silent(nn.Module):
+    """Does not say which of its embeddings is that of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types, self.tokens = nn.Embedding(2, 128), nn.Embedding(50, 128)
+        self.up = nn.Linear(128, 128)
+
+    def get_input_embeddings(self) -> nn.Module:
+        raise NotImplementedError
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.up(self.tokens(input_ids) + self.types(input_ids % 2))
+
+
+def test_of_a_model_that_does_not_say_its_table_it_is_the_largest() -> None:
+    model = frozen(Silent())
+    ids = torch.randint(0, 50, (32, 16), generator=torch.Generator().manual_seed(0))
+    x = (model.tokens(ids) + model.types(ids % 2)).flatten(0, 1).double().square().mean(0)
+    h = _h(fqcompile.quantize_(model))["up.weight"].double()
+    torch.testing.assert_close(h, x / x.mean() / 2 + 0.5, rtol=2.0**-8, atol=0)
 
 
 class Passing(nn.Module):

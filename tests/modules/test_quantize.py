@@ -235,6 +235,14 @@ def test_weights_that_cannot_be_packed_stay_with_their_reason() -> None:
         fqcompile.quantize_(model, on_unsupported="error")
 
 
+def test_a_model_without_values_stays_as_it_is() -> None:
+    with torch.device("meta"):
+        model = Mlp()
+    plan = fqcompile.quantize_(model, **SMALL)
+    assert {site.status for site in plan.sites} == {"kept"}
+    assert all("holds no values: load it first" in str(site.reason) for site in plan.sites)
+
+
 def test_experts_that_do_not_say_their_orientation_stay() -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:

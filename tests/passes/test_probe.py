@@ -124,6 +124,17 @@ def _of_two_texts() -> SimpleNamespace:
     return SimpleNamespace(bos_token_id=1, get_text_config=two)
 
 
+class _Own:
+    """A config of other code, which may raise anything."""
+
+    def get_text_config(self, decoder: bool) -> None:
+        """In another form than that of transformers."""
+
+    @property
+    def bos_token_id(self) -> int:
+        raise KeyError("bos_token_id")
+
+
 @pytest.mark.parametrize(
     ("make", "config", "begins"),
     [
@@ -134,6 +145,7 @@ def _of_two_texts() -> SimpleNamespace:
         (Tokens, _config(None), False),
         (Tokens, _config(VOCAB), False),
         (Tokens, {"bos_token_id": 1}, False),
+        (Tokens, _Own(), False),
         (Typed, _config(1), True),
     ],
 )
