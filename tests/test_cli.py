@@ -19,6 +19,7 @@ from fqcompile.cli import COMMANDS, main
 from fqcompile.demo import decoder, embedding, gemma, time_interleaved
 from fqcompile.demo.embedding import stdlib_sentences
 from fqcompile.modules.quantize import OF_COMPILING
+from tests.dense_models import build as build_dense
 
 
 def tiny_model() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
@@ -289,3 +290,20 @@ class Words:
 
     def decode(self, tokens: torch.Tensor) -> str:
         return " ".join(str(token) for token in tokens.tolist())
+
+
+@torch.no_grad()
+def test_the_demo_does_not_compile_each_token_anew() -> None:
+    """The static cache of a sliding window counts tokens in a number that graphs are guarded by."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    model, _ = build_dense("gemma3", torch.float32)
+    prompt = torch.arange(8)[None] + 10
+    compiled = decoder._compiled(model, backend=backend).model
+    tokens = decoder._generate(compiled, prompt, 6)
+    assert torch.equal(tokens, decoder._generate(model, prompt, 6))
+    assert len(graphs) <= 3  # the prompt, a token, and a token at any place

@@ -239,9 +239,21 @@ def _batches_of_text(file: Path, directory: Path) -> list[Tensor]:
             "model's tokenizer files there, or in Python give batches of token ids"
         ) from error
     length = min(_TOKENS, tokenizer.model_max_length, _positions(read_config(directory)))
-    ids = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)
-    whole = [one for one in ids["input_ids"] if len(one) == length] or ids["input_ids"][:1]
+    ids = _sequences(tokenizer, text, length)
+    whole = [one for one in ids if len(one) == length] or ids[:1]
     return [torch.tensor([one]) for one in whole[:_MOST]]
+
+
+def _sequences(tokenizer: Any, text: str, length: int) -> list[list[int]]:
+    """The whole text in pieces of so many tokens; only those of Rust can make pieces themselves."""
+    if getattr(tokenizer, "is_fast", False):
+        made = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)
+        sequences: list[list[int]] = made["input_ids"]
+        return sequences
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    size = length - tokenizer.num_special_tokens_to_add()
+    pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
+    return [tokenizer.build_inputs_with_special_tokens(piece) for piece in pieces]
 
 
 def _positions(config: Mapping[str, Any]) -> int:

@@ -81,7 +81,7 @@ def _compiled(model: nn.Module, **arguments: Any) -> Generation:
     """The model with a compiled forward; the weights are shared."""
     own = copy.copy(model)
     own.__dict__ = dict(model.__dict__)
-    own.forward = torch.compile(model.forward, dynamic=False, **arguments)
+    own.forward = torch.compile(model.forward, **arguments)
     return Generation(own)
 
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from fqcompile.distributed.ranks import progress
 from fqcompile.modules.calibrate import call, copy_of
-from fqcompile.modules.inputs import Collect, WeightInputs
+from fqcompile.modules.inputs import Collect, WeightInputs, without_fast_paths
 from fqcompile.modules.weights import ModuleWeight
 from fqcompile.quant.calibration import fixed_random_numbers
 from fqcompile.tensor.chunks import plain_tensors
@@ -207,7 +207,7 @@ class BlockRuns:
 
         threads = [_Thread(partial(work, batch)) for batch in batches]
         devices = {parameter.device for parameter in self._copy.parameters()}
-        with fixed_random_numbers(devices), _stopping(threads):
+        with fixed_random_numbers(devices), without_fast_paths(), _stopping(threads):
             for thread in threads:
                 thread.resume()
             while waiting := [(t, t.call) for t in threads if t.call is not None]:

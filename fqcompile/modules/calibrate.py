@@ -4,6 +4,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from fqcompile.distributed.shards import team_of
 from fqcompile.errors import FineQuantError, OptionError, ShardingError
-from fqcompile.modules.inputs import Collect, WeightInputs
+from fqcompile.modules.inputs import Collect, WeightInputs, without_fast_paths
 from fqcompile.modules.weights import ModuleWeight
 from fqcompile.passes.naming import begin_token_of
 from fqcompile.passes.probe_inputs import ROWS, TOKENS
@@ -59,7 +60,7 @@ def collect_inputs(
     own = copy_of(plain, plain.parameters()).eval()
     devices = {weight.weight.device for weight in found}
     for batch in batches:  # made outside: by code that may draw random numbers, or run the model
-        with fixed_random_numbers(devices), WeightInputs(found, collect):
+        with fixed_random_numbers(devices), without_fast_paths(), WeightInputs(found, collect):
             call(own, batch)
 
 
@@ -183,20 +184,27 @@ def random_batch(model: nn.Module) -> dict[str, Any]:
     """
     model = _taking_ids(model)
     accepted = inspect.signature(model.forward).parameters
-    asked = getattr(model, "get_input_embeddings", lambda: None)()
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)] if asked is None else []
-    table = asked or max(tables, key=lambda table: table.num_embeddings, default=None)
+    table = _table_of(model)
     if table is None:
         raise ValueError(f"{type(model).__name__} has no embedding whose rows its input_ids name")
-    rows, generator, begin = table.weight.shape[0], token_generator(), begin_token_of(model)
+    rows, generator, begin = table.shape[0], token_generator(), begin_token_of(model)
     names = ["input_ids"]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         names += [name for name in ("decoder_input_ids",) if name in accepted]
     shape = (ROWS // TOKENS, TOKENS)
-    device = "cpu" if table.weight.is_meta else table.weight.device  # meta: filled when it runs
+    device = "cpu" if table.is_meta else table.device  # meta: filled when it runs
     ids = {name: token_ids(shape, rows, generator, begin).to(device) for name in names}
     spared = {"use_cache": False, "logits_to_keep": 1}  # what no weight's input depends on
     return ids | {name: value for name, value in spared.items() if name in accepted}
+
+
+def _table_of(model: Any) -> Tensor | None:
+    """What `input_ids` name rows of: as the model says, if it does; else its largest embedding."""
+    with suppress(Exception):  # transformers raises for models that it does not know enough of
+        asked: Tensor = model.get_input_embeddings().weight
+        return asked
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    return max(tables, key=len, default=None)
 
 
 def _taking_ids(model: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ the model calls, and a weight is known by where it lies in memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +124,7 @@ class WeightInputs(TorchDispatchMode):
             experts = None if place is None else place.read_as(w)
             if place is None or experts is None:
                 continue
-            if name in _GROUPED:
+            if name in _GROUPED and x.dim() < w.dim():  # else every row meets its whole matrix
                 ends = given[2].tolist()
                 rows = [x[a:b] for a, b in zip([0, *ends], ends, strict=False)]
             else:
@@ -148,6 +149,17 @@ class WeightInputs(TorchDispatchMode):
             experts = [experts[i] for i in ids.flatten().tolist()]
             out = out.flatten(0, ids.dim() - 1)
         self._add(_Place.of(place.weight, out, experts))
+
+
+@contextmanager
+def without_fast_paths() -> Iterator[None]:
+    """PyTorch's transformer layers call their linears, and no operator that has them all inside."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _factors(pair: list[Any], name: str) -> Iterator[Product]:

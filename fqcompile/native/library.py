@@ -17,8 +17,9 @@ import sys
 import tempfile
 from array import array
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -232,20 +233,27 @@ def _digest(command: list[str]) -> str:
 
 
 def _compile(command: list[str], path: Path) -> None:
-    """Compile to a temporary file first, so that `path` is always a complete library."""
-    made = path.with_name(".made")
-    torch_at = Path(torch.__file__).parent
-    mains = [str(path) for path in _SOURCES if path.suffix == ".cpp"]
-    command = [*command, f"-I{torch_at}/include", *mains, "-o", str(made)]
-    command += [f"-L{torch_at}/lib", "-ltorch_cpu", "-lc10"]
-    made.unlink(missing_ok=True)  # a pipe of that name would be waited for
+    """Compile to temporary files first, so that `path` is always a complete library."""
+    torch_at, mains = Path(torch.__file__).parent, [s for s in _SOURCES if s.suffix == ".cpp"]
+    *objects, made = (path.with_name(name) for name in (*(f".{s.stem}.o" for s in mains), ".made"))
+    # What lies between the compiler and the linker fits where the library does.
+    run = partial(_run, environment={**os.environ, "TMPDIR": str(path.parent.absolute())})
+    parts = [
+        [*command, f"-I{torch_at}/include", "-c", str(source), "-o", str(part)]
+        for source, part in zip(mains, objects, strict=True)
+    ]
+    linking = [*command, *map(str, objects), "-o", str(made), f"-L{torch_at}/lib"]
+    for file in (*objects, made):
+        file.unlink(missing_ok=True)  # a pipe of that name would be waited for
     try:
-        # What lies between the compiler and the linker fits where the library does.
-        _run(command, {**os.environ, "TMPDIR": str(path.parent.absolute())})
+        with ThreadPoolExecutor(len(parts)) as pool:
+            list(pool.map(run, parts))
+        run([*linking, "-ltorch_cpu", "-lc10"])
         content = made.read_bytes()
         replace_file(path, [content, sha256(content).digest()])
     finally:
-        made.unlink(missing_ok=True)
+        for file in (*objects, made):
+            file.unlink(missing_ok=True)
 
 
 def _run(command: list[str], environment: dict[str, str] | None = None) -> str:

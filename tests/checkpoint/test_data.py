@@ -72,6 +72,25 @@ def test_a_text_is_what_its_tokens_are(
     assert len(hf.AutoTokenizer.from_pretrained(tmp_path / "out")) == WORDS
 
 
+def test_a_tokenizer_in_python_gives_whole_sequences_too(source: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((source / name).read_bytes())
+    hf.ByT5Tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "text.txt"
+    file.write_text("many words, " * 100)
+    ids = torch.tensor(list(file.read_bytes())) + 3  # each byte is a token, behind three others
+    pieces = [torch.cat([piece, torch.tensor([1])])[None] for piece in ids.split(511)]
+    model = hf.LlamaForCausalLM.from_pretrained(source)
+    expected = fqcompile.quantize_(model, calibration=pieces[:2], **OPTIONS)
+    plan = fqcompile.quantize_checkpoint(tmp_path, tmp_path / "out", calibration=file, **OPTIONS)
+    rows = [(site.name, site.calibration_rows) for site in plan.sites]
+    assert rows == [(site.name, site.calibration_rows) for site in expected.sites]
+    assert {site.calibration_rows for site in plan.quantized if site.bits == 4} == {1024}
+    loaded = parameters_of(fqcompile.load(None, tmp_path / "out"))
+    for name, values in parameters_of(model).items():
+        assert torch.equal(loaded[name], values), name
+
+
 def test_a_finished_run_is_not_repeated_and_other_data_is_another_run(
     source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

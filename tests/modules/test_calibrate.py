@@ -164,6 +164,29 @@ def test_a_model_without_input_ids_says_how_to_pass_inputs(
         assert one.relative_error == other.relative_error and other.calibration is None
 
 
+class Silent(nn.Module):
+    """Does not say which of its embeddings is that of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types, self.tokens = nn.Embedding(2, 128), nn.Embedding(50, 128)
+        self.up = nn.Linear(128, 128)
+
+    def get_input_embeddings(self) -> nn.Module:
+        raise NotImplementedError
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.up(self.tokens(input_ids) + self.types(input_ids % 2))
+
+
+def test_of_a_model_that_does_not_say_its_table_it_is_the_largest() -> None:
+    model = frozen(Silent())
+    ids = torch.randint(0, 50, (32, 16), generator=torch.Generator().manual_seed(0))
+    x = (model.tokens(ids) + model.types(ids % 2)).flatten(0, 1).double().square().mean(0)
+    h = _h(fqcompile.quantize_(model))["up.weight"].double()
+    torch.testing.assert_close(h, x / x.mean() / 2 + 0.5, rtol=2.0**-8, atol=0)
+
+
 class Passing(nn.Module):
     """Hands on what it is called with, as an adapter's wrapper does."""
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 from fqcompile.config import FineQuantConfig
+from fqcompile.modules.blocks import BlockRuns
 from fqcompile.modules.calibrate import collect_inputs
 from fqcompile.modules.inputs import WeightInputs
 from fqcompile.modules.weights import ModuleWeight, module_weights
@@ -119,6 +120,44 @@ def test_every_way_to_multiply_is_seen(form: str) -> None:
 @pytest.mark.parametrize("form", ["square", "columns", "dead copy"])
 def test_what_is_no_product_with_all_columns_is_not_told(form: str) -> None:
     assert not _moments(Forms(), lambda model: model(torch.randn(2, 7, 8), form))
+
+
+@pytest.mark.parametrize("runs", [collect_inputs, lambda m, *a: BlockRuns(m).collect(*a)])
+def test_layers_that_pytorch_runs_as_one_operator_are_seen(runs: Callable[..., None]) -> None:
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval().requires_grad_(False)
+    x, found = torch.randn(3, 5, 16), dict[str, Moments]()
+
+    def collect(weight: ModuleWeight, expert: int, x: Tensor) -> None:
+        found.setdefault(weight.name, Moments(weight.matrix.shape)).add(x)
+
+    before = torch.backends.mha.get_fastpath_enabled()
+    runs(model, [x], _weights(model), collect)
+    assert torch.backends.mha.get_fastpath_enabled() == before
+    own = model.double()
+    attended = own.norm1(x.double() + own.self_attn(*3 * (x.double(),), need_weights=False)[0])
+    hidden = own.linear1(attended).relu()
+    assert sorted(found) == ["linear1.weight", "linear2.weight"]
+    for name, rows in (("linear1.weight", attended), ("linear2.weight", hidden)):
+        expected = rows.flatten(0, 1).square().sum(0)
+        torch.testing.assert_close(found[name].total[0], expected, rtol=1e-4, atol=1e-6)
+
+
+class Stacked(nn.Module):
+    """Experts that all have the same number of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.is_transposed = nn.Parameter(torch.randn(2, 16, 8)), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch._grouped_mm(x, self.experts.to(x.dtype))
+
+
+def test_a_grouped_product_without_offsets_is_one_of_batches() -> None:
+    x = torch.randn(2, 5, 16).bfloat16()
+    (found,) = _moments(Stacked(), lambda model: model(x)).values()
+    assert found.rows == [5, 5]
+    torch.testing.assert_close(found.total, x.double().square().sum(1))
 
 
 def test_the_model_and_random_numbers_stay_as_they_are() -> None:

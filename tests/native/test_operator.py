@@ -92,6 +92,12 @@ def test_usual_calls_need_no_python(name: str, operator: Any) -> None:
         operator(*USUAL[name]())
 
 
+@pytest.mark.parametrize("name", ["one row", "ids"])
+def test_it_is_the_operator_that_was_promised(name: str) -> None:
+    with path(NAMES[0]):
+        torch.library.opcheck(op.matmul_inference, tuple(USUAL[name]()))
+
+
 UNUSUAL: dict[str, Callable[[], list[Any]]] = {
     "columns apart": lambda: call(strided=True),
     "rows apart in three dimensions": lambda: [
