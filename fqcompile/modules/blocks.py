@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 from torch import nn
@@ -63,10 +64,10 @@ class _Thread(threading.Thread):
     def __init__(self, work: Callable[[], None]) -> None:
         super().__init__(daemon=True)
         self.call: _Call | None = None
-        self._work, self._output = work, None
+        self._work = work
         self._error: BaseException | None = None
-        self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
-        self._ended = False
+        self._turn: SimpleQueue[Any] = SimpleQueue()  # outputs of blocks, or _Stopped
+        self._back: SimpleQueue[None] = SimpleQueue()
 
     def run(self) -> None:
         try:
@@ -75,33 +76,31 @@ class _Thread(threading.Thread):
         except BaseException as error:
             self._error = error
         self.call = None
-        self._back.release()
+        self._back.put(None)
 
     def wait_for(self, call: _Call) -> Any:
         """In this thread: let the other go on; what it found the block's output to be."""
         self.call = call
-        self._back.release()
-        self._turn.acquire()
-        if self._ended:
+        self._back.put(None)
+        output = self._turn.get()
+        if output is _Stopped:
             raise _Stopped
-        output, self._output = self._output, None
         return output
 
     def resume(self, output: Any = None) -> None:
         """Run until it is at its next block, or at its end; raises what the model raises."""
-        self.call, self._output = None, output
+        self.call = None
         if self.ident is None:
             self.start()
         else:
-            self._turn.release()
-        self._back.acquire()
+            self._turn.put(output)
+        self._back.get()
         if self._error is not None:
             raise self._error
 
     def stop(self) -> None:
-        self._ended = True
         if self.is_alive():
-            self._turn.release()
+            self._turn.put(_Stopped)
             self.join()
 
 

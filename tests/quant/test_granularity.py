@@ -164,9 +164,7 @@ def test_adaptive_stops_early_only_where_no_coarser_size_could_win(drops, finest
         )
         chosen = adaptive_rule(w, candidates, SiteOptions(bits=bits), 16)
     good = [size for size in candidates if errors[size] <= 0.01]
-    costs = [
-        1.4 * math.log2(errors[g]) + bits_per_weight(bits, 8, 1024, g, 16) for g in candidates
-    ]
+    costs = [1.4 * math.log2(errors[g]) + bits_per_weight(bits, 8, 1024, g, 16) for g in candidates]
     assert chosen == (good[0] if good else candidates[costs.index(min(costs))])
 
 
