@@ -219,9 +219,9 @@ def begin_token_of(model: nn.Module) -> int | None:
 
     Of a config with several parts, as transformers has them, that of the text.
     """
-    configs: list[Any] = [vars(module).get("config") for module in model.modules()]
-    for config in configs:
-        token = None
+    for module in model.modules():
+        config: Any = vars(module).get("config")
+        token: Any = None
         # of transformers with several texts, or anybody's own code
         with suppress(Exception):
             config = config.get_text_config()
