@@ -19,7 +19,8 @@ def wants(group_size: int, n: int, k: int) -> Tensor:
     if group_size == k:
         return (2 * torch.rand(n, k) - 1) / k**0.5
     magnitudes = torch.exp(0.6 * torch.randn(n, k // group_size))
-    return torch.randn(n, k) * magnitudes.repeat_interleave(group_size, 1) / k**0.5
+    # without tails, for which finer groups would be worth it
+    return torch.randn(n, k).clamp(-1.5, 1.5) * magnitudes.repeat_interleave(group_size, 1) / k**0.5
 
 
 def block(up: int, down: int) -> nn.Module:
