@@ -1,7 +1,7 @@
 """A step of decoding, a prefill and a whole `generate()` of a model, to compile and to time.
 
-A step reads a static cache that holds a context of random keys and values; the steps of all that is
-compared read and write the same one, from the same length on.
+A step reads a static cache that holds a context of random tokens; the steps of all that is compared
+read and write the same one, from the same length on.
 
 The least time of a step or a prefill is what it must read and compute, over the device's rates:
 
@@ -75,9 +75,7 @@ class Decoding:
         key_heads = getattr(config, "num_key_value_heads", None) or heads
         self.cache.early_initialization(batch, key_heads, _head_size(config), dtype, device)
         generator = torch.Generator(device).manual_seed(1)
-        for layer in self.cache.layers:
-            layer.keys.normal_(generator=generator)
-            layer.values.normal_(generator=generator)
+        self._fill(model, batch, generator)
         # These count in Python too, and a graph is compiled for one count. A full one loses a token
         # with each step.
         self.sliding = [layer for layer in self.cache.layers if layer.is_sliding]
@@ -92,6 +90,19 @@ class Decoding:
         self.positions = torch.full((batch, 1), context, device=device)
         # OPT counts positions from the mask where it is not given one.
         self.mask = torch.ones((batch, self.length), dtype=torch.long, device=device)
+
+    @torch.no_grad()
+    def _fill(self, model: nn.Module, batch: int, generator: torch.Generator) -> None:
+        """By the model itself: Gemma makes of random keys and values what no rounding survives."""
+        config: Any = model.config
+        shape, device = (batch, self.context), generator.device
+        model(
+            input_ids=torch.randint(config.vocab_size, shape, device=device, generator=generator),
+            attention_mask=torch.ones(shape, dtype=torch.long, device=device),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
 
     def rewind(self) -> None:
         """Forget all tokens after the context."""
