@@ -80,7 +80,9 @@ def operand(
     """[rows, WIDTH] in DTYPE, level / code_factor, from words [rows, 4, chunks]."""
     ROWS: tl.constexpr = words.shape[0]
     CHUNKS: tl.constexpr = words.shape[2]
-    tl.static_assert(LEVELS == "uniform" or (LEVELS == "normal" and BITS == 4))
+    if LEVELS != "uniform":
+        tl.static_assert(LEVELS == "normal")
+        tl.static_assert(BITS == 4)
     if BITS == 4:
         places = words & 0x77777777
         if LEVELS == "normal":
