@@ -74,8 +74,9 @@ class Decoding:
         heads = config.num_attention_heads
         key_heads = getattr(config, "num_key_value_heads", None) or heads
         self.cache.early_initialization(batch, key_heads, _head_size(config), dtype, device)
-        generator = torch.Generator(device).manual_seed(1)
-        self._fill(model, batch, generator)
+        tokens = random_tokens(model, context + 1, batch)
+        self.tokens = tokens[:, -1:]
+        self._fill(model, tokens[:, :-1])
         # These count in Python too, and a graph is compiled for one count. A full one loses a token
         # with each step.
         self.sliding = [layer for layer in self.cache.layers if layer.is_sliding]
@@ -84,25 +85,15 @@ class Decoding:
         self.context_bytes = sum(
             token * min(context, layer.max_cache_len) for layer in self.cache.layers
         )
-        self.tokens = torch.randint(
-            config.vocab_size, (batch, 1), device=device, generator=generator
-        )
         self.positions = torch.full((batch, 1), context, device=device)
         # OPT counts positions from the mask where it is not given one.
         self.mask = torch.ones((batch, self.length), dtype=torch.long, device=device)
 
     @torch.no_grad()
-    def _fill(self, model: nn.Module, batch: int, generator: torch.Generator) -> None:
+    def _fill(self, model: nn.Module, tokens: Tensor) -> None:
         """By the model itself: Gemma makes of random keys and values what no rounding survives."""
-        config: Any = model.config
-        shape, device = (batch, self.context), generator.device
-        model(
-            input_ids=torch.randint(config.vocab_size, shape, device=device, generator=generator),
-            attention_mask=torch.ones(shape, dtype=torch.long, device=device),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        mask = torch.ones_like(tokens)
+        model(tokens, mask, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
 
     def rewind(self) -> None:
         """Forget all tokens after the context."""
@@ -217,12 +208,12 @@ class Generation:
 Phase = Decoding | Prefill | Generation
 
 
-def random_tokens(model: nn.Module, length: int) -> Tensor:
-    """Of one sequence, [1, length]."""
+def random_tokens(model: nn.Module, length: int, batch: int = 1) -> Tensor:
+    """Of sequences, [batch, length]."""
     config: Any = model.config
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(2)
-    return torch.randint(config.vocab_size, (1, length), device=device, generator=generator)
+    return torch.randint(config.vocab_size, (batch, length), device=device, generator=generator)
 
 
 def _head_size(config: Any) -> int:
