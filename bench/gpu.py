@@ -37,7 +37,7 @@ from bench.planner import run as planner
 
 # Reads the card's state and changes none of it.
 _STATE = "nvidia-smi -q -d CLOCK,POWER,UTILIZATION,PERFORMANCE"
-_LOG_OF_TESTS = "BENCH_TESTS"
+_LOG_OF_TESTS, _WORKER = "BENCH_TESTS", "PYTEST_XDIST_WORKER"
 _LONGEST_REASON = 600
 _BUDGET = 420.0
 _FAMILY = "target gemm fragments dequantize experts expert_ops gemm_edges schedule launch_ops"
@@ -52,8 +52,7 @@ _SHAPES = ("8192x8192", "28672x4096", "4096x14336", "6144x4096", "4096x4096")
 def pytest_runtest_logreport(report: Any) -> None:
     """With `-p bench.gpu` every test's result is on disk at once: a killed run loses none."""
     path = os.environ.get(_LOG_OF_TESTS)
-    in_a_worker = "PYTEST_XDIST_WORKER" in os.environ
-    if path is None or in_a_worker or (report.when != "call" and report.passed):
+    if path is None or _WORKER in os.environ or (report.when != "call" and report.passed):
         return
     row = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
     if report.failed:
@@ -71,7 +70,8 @@ def _tests(*chosen: str) -> Callable[[Path, float], Sequence[str]]:
         several = ("-n", str(os.cpu_count()), "--dist", "worksteal") if find_spec("xdist") else ()
         options = ("-q", "--tb=line", "-p", "bench.gpu", "-p", "no:cacheprovider", *several)
         log = f"{_LOG_OF_TESTS}={out / 'tests.jsonl'}"
-        return ("env", log, sys.executable, "-m", "pytest", *options, *chosen)
+        # Tests that run in a worker of other tests are not in a worker of these.
+        return ("env", "-u", _WORKER, log, sys.executable, "-m", "pytest", *options, *chosen)
 
     return command
 
