@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from fqcompile.distributed.shards import team_of
 from fqcompile.errors import FineQuantError, OptionError, ShardingError
-from fqcompile.modules.inputs import Collect, WeightInputs, without_fast_paths
+from fqcompile.modules.inputs import Collect, WeightInputs, without_shortcuts
 from fqcompile.modules.weights import ModuleWeight
 from fqcompile.passes.naming import begin_token_of
 from fqcompile.passes.probe_inputs import ROWS, TOKENS
@@ -60,7 +60,7 @@ def collect_inputs(
     own = copy_of(plain, plain.parameters()).eval()
     devices = {weight.weight.device for weight in found}
     for batch in batches:  # made outside: by code that may draw random numbers, or run the model
-        with fixed_random_numbers(devices), without_fast_paths(), WeightInputs(found, collect):
+        with fixed_random_numbers(devices), without_shortcuts(), WeightInputs(found, collect):
             call(own, batch)
 
 
