@@ -14,17 +14,18 @@ import copy
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
+import torch
 from torch import nn
 
 from fqcompile.distributed.ranks import progress
 from fqcompile.modules.calibrate import call, copy_of
-from fqcompile.modules.inputs import Collect, WeightInputs, without_fast_paths
+from fqcompile.modules.inputs import Collect, WeightInputs, without_shortcuts
 from fqcompile.modules.weights import ModuleWeight
 from fqcompile.quant.calibration import fixed_random_numbers
 from fqcompile.tensor.chunks import plain_tensors
@@ -64,7 +65,7 @@ class _Thread(threading.Thread):
     def __init__(self, work: Callable[[], None]) -> None:
         super().__init__(daemon=True)
         self.call: _Call | None = None
-        self._work = work
+        self._work = _as_here(work)
         self._error: BaseException | None = None
         self._turn: SimpleQueue[Any] = SimpleQueue()  # outputs of blocks, or _Stopped
         self._back: SimpleQueue[None] = SimpleQueue()
@@ -206,7 +207,7 @@ class BlockRuns:
 
         threads = [_Thread(partial(work, batch)) for batch in batches]
         devices = {parameter.device for parameter in self._copy.parameters()}
-        with fixed_random_numbers(devices), without_fast_paths(), _stopping(threads):
+        with fixed_random_numbers(devices), without_shortcuts(), _stopping(threads):
             for thread in threads:
                 thread.resume()
             while waiting := [(t, t.call) for t in threads if t.call is not None]:
@@ -233,11 +234,26 @@ def _stopping(threads: Sequence[_Thread]) -> Iterator[None]:
             thread.stop()
 
 
+def _as_here(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, to be called in another thread with this one's default device and autocast."""
+    device, kinds = torch.get_default_device(), ("cpu", "cuda")
+    casts = [(k, torch.get_autocast_dtype(k), torch.is_autocast_enabled(k)) for k in kinds]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            stack.enter_context(device)
+            for cast in casts:
+                stack.enter_context(torch.autocast(*cast, cache_enabled=False))
+            return function(*args, **kwargs)
+
+    return run
+
+
 def _visit(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """In place of a block's `forward`; a block that another runs is a part of that."""
     thread = threading.current_thread()
     if isinstance(thread, _Thread):
-        return thread.wait_for(_Call(name, forward, args, kwargs))
+        return thread.wait_for(_Call(name, _as_here(forward), args, kwargs))
     return forward(*args, **kwargs)
 
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from fqcompile.distributed.shards import team_of
 from fqcompile.errors import FineQuantError, OptionError, ShardingError
-from fqcompile.modules.inputs import Collect, WeightInputs, without_fast_paths
+from fqcompile.modules.inputs import Collect, WeightInputs, without_shortcuts
 from fqcompile.modules.weights import ModuleWeight
 from fqcompile.passes.naming import begin_token_of
 from fqcompile.passes.probe_inputs import ROWS, TOKENS
@@ -60,7 +60,7 @@ def collect_inputs(
     own = copy_of(plain, plain.parameters()).eval()
     devices = {weight.weight.device for weight in found}
     for batch in batches:  # made outside: by code that may draw random numbers, or run the model
-        with fixed_random_numbers(devices), without_fast_paths(), WeightInputs(found, collect):
+        with fixed_random_numbers(devices), without_shortcuts(), WeightInputs(found, collect):
             call(own, batch)
 
 
@@ -187,13 +187,13 @@ def random_batch(model: nn.Module) -> dict[str, Any]:
     table = _table_of(model)
     if table is None:
         raise ValueError(f"{type(model).__name__} has no embedding whose rows its input_ids name")
-    rows, generator, begin = table.shape[0], token_generator(), begin_token_of(model)
-    names = ["input_ids"]
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        names += [name for name in ("decoder_input_ids",) if name in accepted]
-    shape = (ROWS // TOKENS, TOKENS)
+    tables, shape = {"input_ids": table}, (ROWS // TOKENS, TOKENS)
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
+        tables["decoder_input_ids"] = _table_of_decoder(model, table)
     device = "cpu" if table.is_meta else table.device  # meta: filled when it runs
-    ids = {name: token_ids(shape, rows, generator, begin).to(device) for name in names}
+    generator, begin = token_generator(), begin_token_of(model)
+    ids = {n: token_ids(shape, len(t), generator, begin).to(device) for n, t in tables.items()}
     spared = {"use_cache": False, "logits_to_keep": 1}  # what no weight's input depends on
     return ids | {name: value for name, value in spared.items() if name in accepted}
 
@@ -205,6 +205,12 @@ def _table_of(model: Any) -> Tensor | None:
         return asked
     tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     return max(tables, key=len, default=None)
+
+
+def _table_of_decoder(model: Any, other: Tensor) -> Tensor:
+    """Its own, as where languages have a vocabulary each; the other one where it has none."""
+    own = _table_of(model.get_decoder()) if hasattr(model, "get_decoder") else None
+    return other if own is None else own
 
 
 def _taking_ids(model: nn.Module) -> nn.Module:

@@ -152,14 +152,20 @@ class WeightInputs(TorchDispatchMode):
 
 
 @contextmanager
-def without_fast_paths() -> Iterator[None]:
-    """PyTorch's transformer layers call their linears, and no operator that has them all inside."""
-    before = torch.backends.mha.get_fastpath_enabled()
+def without_shortcuts() -> Iterator[None]:
+    """Every product is one of an operator that is seen, with a weight that is known.
+
+    PyTorch's transformer layers call their linears, and no operator that has them all inside; and
+    autocast casts weights each time, not once for all that runs in a caller's range.
+    """
+    before = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    torch.set_autocast_cache_enabled(False)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        torch.backends.mha.set_fastpath_enabled(before[0])
+        torch.set_autocast_cache_enabled(before[1])
 
 
 def _factors(pair: list[Any], name: str) -> Iterator[Product]:

@@ -222,10 +222,9 @@ def begin_token_of(model: nn.Module) -> int | None:
     for module in model.modules():
         config: Any = vars(module).get("config")
         token: Any = None
-        # of transformers with several texts, or anybody's own code
-        with suppress(Exception):
+        with suppress(AttributeError, TypeError, ValueError):  # no such config, or several texts
             config = config.get_text_config()
-        with suppress(Exception):
+        with suppress(AttributeError, LookupError):
             token = config.bos_token_id
         token = token[0] if isinstance(token, list | tuple) and token else token
         if isinstance(token, int):

@@ -103,7 +103,8 @@ class Probe:
         """Run the graph; return the moments of each site's inputs, and what the inputs were.
 
         `random`: replace token ids, if the graph has any, by random ones. If it does not run on
-        these, it runs on those of the call, unless it has collectives.
+        these, or to values that are not finite, it runs on those of the call, unless it has
+        collectives.
 
         Raises:
             ProbeError: the graph could not be run; the message says why.
@@ -119,6 +120,8 @@ class Probe:
                 with fixed_random_numbers(devices):
                     for given in each_run(inputs, args, sizes, tables, self.written, self.begin):
                         _Interpreter(self, moments).whole(given)
+                if tables and not self.talks:  # else there is nothing else to run on
+                    self._check_finite(each)
             except Exception as error:
                 log.debug("a probe failed at sizes %s", sizes, exc_info=True)
                 failed = f"{type(error).__name__}: {error}"
@@ -126,6 +129,12 @@ class Probe:
                 instead = f", since random ids failed: {failed}" if failed else ""
                 return moments, "synthetic" if tables else f"first_call{instead}"
         raise ProbeError(failed)
+
+    def _check_finite(self, each: Sequence[Moments]) -> None:
+        """Raise where a row is not, as of ids that no call has: it hides all that are."""
+        for site, moments in zip(self.sites, each, strict=True):
+            if not moments.total.isfinite().all():
+                raise ValueError(f"inputs of {site.name} are not finite")
 
     def _attempts(self, args: Sequence[Any], random: bool) -> Iterator[tuple[Sizes, Tables]]:
         """Sizes and tables to run at, one after the other until a run succeeds.

@@ -1,11 +1,15 @@
 """Models run block by block: the same inputs of weights as in one go, whatever connects blocks."""
 
+import copy
 import threading
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fqcompile.config import FineQuantConfig
 from fqcompile.modules.blocks import BlockRuns, parts
@@ -84,6 +88,42 @@ def test_the_same_inputs_come_to_weights_as_in_one_go() -> None:
     assert names == ["embed", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "head"]
     assert all(block.calls == 0 for block in model.blocks)
     assert model(batches[0]).isfinite().all() and threading.active_count() < 4
+
+
+class Casting(nn.Module):
+    """Casts in a range of its own, multiplies beside its blocks, and makes tensors where told."""
+
+    def __init__(self, casts: bool) -> None:
+        super().__init__()
+        self.casts = casts
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert torch.empty(0).is_meta
+        with torch.autocast("cpu", torch.bfloat16) if self.casts else nullcontext():
+            for block in self.blocks:
+                x = block(x)
+            return functional.linear(x, self.blocks[0].weight)
+
+
+@pytest.mark.parametrize("casts", ["caller", "model"])
+@pytest.mark.parametrize("by_blocks", [True, False])
+def test_autocast_and_the_default_device_are_those_of_the_caller(
+    casts: str, by_blocks: bool
+) -> None:
+    model, batches, found = Casting(casts == "model"), model_and_batches()[1], Seen()
+    first, second = copy.deepcopy(model.blocks).bfloat16()
+    y = [first(x.bfloat16()) for x in batches]
+    expected = {"blocks.0.weight": [*batches, *map(second, y)], "blocks.1.weight": y}
+    with torch.autocast("cpu", torch.bfloat16, enabled=casts == "caller"), torch.device("meta"):
+        model(batches[0])  # its casts of weights are kept until the end of the caller's range
+        run = BlockRuns(model).collect if by_blocks else partial(collect_inputs, model)
+        run(batches, weights_of(model), found)
+        assert torch.is_autocast_cache_enabled()
+    assert all(x.dtype == torch.bfloat16 for seen in found.values() for x in seen)
+    for name, x in expected.items():
+        rows_of = [torch.cat(one).bfloat16().sort(0)[0] for one in (found[name], x)]
+        torch.testing.assert_close(*rows_of)
 
 
 def test_what_a_block_is_replaced_by_is_what_batches_go_on_through() -> None:

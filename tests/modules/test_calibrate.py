@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason="the demo extra is not installed")
+import transformers
+
 import fqcompile
 from fqcompile.errors import FineQuantError, OptionError
 from fqcompile.modules.calibrate import random_batch
@@ -54,6 +56,23 @@ def test_random_ids_give_what_a_compiled_graph_of_symbolic_sizes_gets(name: str)
     assert packed.keys() == compiled.keys() and len(packed) >= 8
     for weight, h in packed.items():
         torch.testing.assert_close(h, compiled[weight], rtol=2.0**-7, atol=0, msg=weight)
+
+
+@pytest.mark.parametrize("vocabularies", [(200, 50), (50, 200)])
+def test_ids_of_a_decoder_are_of_its_own_vocabulary(vocabularies: tuple[int, int]) -> None:
+    source, target = vocabularies
+    model: Any = transformers.FSMTForConditionalGeneration(
+        transformers.FSMTConfig(
+            langs=["en", "de"], src_vocab_size=source, tgt_vocab_size=target, d_model=32,
+            encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64, decoder_ffn_dim=64,
+            encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=20,
+        )
+    )  # fmt: skip
+    ids = random_batch(model)
+    assert 0.9 * source < ids["input_ids"].max() < source
+    assert 0.9 * target < ids["decoder_input_ids"].max() < target
+    plan = fqcompile.quantize_(model, min_elements=1000)
+    assert {site.calibration for site in plan.quantized} == {"synthetic"}
 
 
 X = torch.randn(6, 128, generator=torch.Generator().manual_seed(0))

@@ -446,6 +446,21 @@ def test_a_model_that_refuses_random_ids_is_calibrated_by_the_call() -> None:
     assert torch.equal(actual, own) and not torch.is_autocast_enabled("cpu")
 
 
+@pytest.mark.parametrize("of_call", [False, True])
+def test_ids_of_infinite_values_give_way_to_those_of_the_call(of_call: bool) -> None:
+    model = frozen(Tokens())
+    model.table.weight.data[0 if of_call else VOCAB - 1] = torch.inf
+    _compiled(model, IDS)
+    (h, _), source = map(_h, _sites().values()), "inputs of up.weight are not finite"
+    found = {str(site.calibration) for site in _sites().values()}
+    if of_call:
+        assert h is None and found == {"none: its inputs were zeros or not finite"}
+    else:
+        assert found == {f"first_call, since random ids failed: ValueError: {source}"}
+        _assert_h(_h(_sites()["up.weight"]), model.double().table(IDS))
+    assert source in report().warnings[0]
+
+
 class Transformed(Tokens):
     """Transforms of torch.func, one in the other, before the layers."""
 
