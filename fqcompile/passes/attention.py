@@ -268,9 +268,9 @@ def _fits(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> bool:
     sizes = (heads, shared, width, v.shape[3])
     if not all(isinstance(n, int) and n > 0 for n in sizes) or heads % shared:
         return False
-    same_keys = same_shape((batch, shared, width), (k.shape[0], v.shape[1], k.shape[3]))
-    same_batch = same_shape((batch,), v.shape[:1])
-    return same_keys and same_batch and same_shape(out.shape, (batch, heads, rows, v.shape[3]))
+    same_keys = same_shape(k.shape, (batch, shared, k.shape[2], width))
+    same_values = same_shape(v.shape[:3], k.shape[:3])  # a mask may have broadcast one key
+    return same_keys and same_values and same_shape(out.shape, (batch, heads, rows, v.shape[3]))
 
 
 def _is_mask(mask: Tensor, call: _Call) -> bool:
