@@ -30,6 +30,7 @@ from fqcompile.locks import in_forked_child
 from fqcompile.native import library as native
 from fqcompile.native.library import DTYPES
 
+_MOST_KEYS = 2**31 - 1  # C++ lists the visible ones in 32 bits each
 MOST_ROWS = 8  # rows of q; for more, PyTorch's kernel shares the work on keys better
 ATTENTION_SCHEMA = (
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap, "
@@ -77,6 +78,8 @@ def _check(
             f"attention of {shapes}: batch, heads of k and v, keys and width must be the same, and "
             "heads of q a multiple of those of k"
         )
+    if known(keys > _MOST_KEYS):
+        raise RuntimeError(f"attention of {shapes}: it takes at most {_MOST_KEYS} keys")
     if mask is None:
         return
     full = (batch, heads, rows, keys)

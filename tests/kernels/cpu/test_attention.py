@@ -315,6 +315,7 @@ REFUSED = [
     ({"v": random(1, 1, 1, 99, 64)}, "must be the same"),
     ({"k": random(1, 1, 3, 100, 64), "v": random(1, 1, 3, 100, 64)}, "a multiple of"),
     ({"k": random(1, 1, 1, 100, 64).double()}, "the same for all"),
+    (dict.fromkeys("kv", torch.ones(1, 1, 1, 64).expand(1, 1, 2**31, 64)), "at most 2147483647"),
     ({"mask": torch.zeros(7)}, "that broadcasts to"),
     ({"mask": torch.zeros(100), "causal": True}, "or causal"),
     ({"mask": torch.zeros(100, dtype=torch.int32)}, "one of bool"),
