@@ -223,7 +223,8 @@ INLINE F32 capped(F32 x, float cap) {
   return multiply(splat(cap), subtract(splat(1.0f), divide(splat(2.0f), add(splat(1.0f), e))));
 }
 
-// The visible keys of each plane: of all rows that share a part of the mask.
+// The visible keys of each plane: of all rows that share a part of the mask. The lists stay for the
+// thread's next call, as long as the longest was: 5 bytes a key, where its numbers have hundreds.
 class Visible {
  public:
   Visible(const AttentionCall& call)

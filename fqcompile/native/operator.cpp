@@ -176,7 +176,8 @@ class UsualAttention {
     call.causal = a[CAUSAL].toBool(), call.nan_if_hidden = a[NAN_IF_HIDDEN].toBool();
     const bool same = k.size(0) == call.batch && k.size(3) == call.width &&
                       v.sizes().slice(0, 3) == k.sizes().slice(0, 3);
-    return same && q.numel() && v.numel() && call.heads % call.kv_heads == 0 && read_mask(a[MASK]);
+    return same && q.numel() && v.numel() && call.keys <= INT32_MAX &&
+           call.heads % call.kv_heads == 0 && read_mask(a[MASK]);
   }
 
  private:

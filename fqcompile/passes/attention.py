@@ -9,13 +9,13 @@ Casts, scale, softcap, mask and dropout of the second form may be missing. S is 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fqcompile.kernels.cpu.attention import MOST_ROWS, attention
+from fqcompile.kernels.cpu.attention import MOST_ROWS, Options, attention
 from fqcompile.native import library as native
 from fqcompile.native.library import DTYPES
 from fqcompile.passes.effects import effects_between, in_transforms
@@ -61,7 +61,7 @@ def fuse_attention(state: GraphState, node: fx.Node) -> bool:
     q, out = example(call.q), example(node)
     assert q is not None and out is not None
     scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
-    options = (scale, call.softcap, call.causal, call.written_out)
+    options = Options(scale, call.softcap, call.causal, nan_if_hidden=call.written_out)
     with state.graph.inserting_before(node):
         arguments = (call.q, call.k, call.v, call.mask, *options)
         fused = state.graph.call_function(attention, arguments)
@@ -195,7 +195,7 @@ def _with_shared_heads(call: _Call, node: fx.Node) -> _Call:
     begins = min(n for n in (call.begins, repeat_k, repeat_v) if n is not None)
     if begins is node or effects_between(begins, node):
         return call  # what was repeated may have been written to since
-    return _Call(**{**vars(call), "k": k, "v": v, "begins": begins})
+    return replace(call, k=k, v=v, begins=begins)
 
 
 def _unrepeated(node: Any) -> tuple[Any, fx.Node | None]:
@@ -268,9 +268,9 @@ def _fits(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> bool:
     sizes = (heads, shared, width, v.shape[3])
     if not all(isinstance(n, int) and n > 0 for n in sizes) or heads % shared:
         return False
-    same_keys = same_shape((batch, shared, width), (k.shape[0], v.shape[1], k.shape[3]))
-    same_batch = same_shape((batch,), v.shape[:1])
-    return same_keys and same_batch and same_shape(out.shape, (batch, heads, rows, v.shape[3]))
+    same_keys = same_shape(k.shape, (batch, shared, k.shape[2], width))
+    same_values = same_shape(v.shape[:3], k.shape[:3])  # a mask may have broadcast one key
+    return same_keys and same_values and same_shape(out.shape, (batch, heads, rows, v.shape[3]))
 
 
 def _is_mask(mask: Tensor, call: _Call) -> bool:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from fqcompile.kernels import op
 from fqcompile.kernels.cpu import stream
-from fqcompile.kernels.epilogue import ACTIVATIONS
-from tests.kernels.cpu.test_stream import DTYPES, of_every_form, packed
+from tests.kernels.cpu.test_stream import FEATURES, of_every_form, packed
 from tests.kernels.cpu.test_stream_experts import stack_of
 from tests.native.paths import NAMES, path
 from tests.strategies import make_problem
@@ -24,17 +23,12 @@ if not NAMES:
 
 BF16 = torch.bfloat16
 usual = of_every_form(
-    {
+    FEATURES
+    | {
         "leading": st.sampled_from([(), (1,), (3,), (1, 1), (2, 1, 5)]),
         "n": st.sampled_from([1, 64, 70]),
         "k": st.sampled_from([1, 40, 72, 256]),
         "group_size": st.sampled_from([5, 32, 4096]),
-        "activation": st.sampled_from(list(ACTIVATIONS)),
-        "gated": st.booleans(),
-        "bias": st.booleans(),
-        "residual": st.booleans(),
-        "dtype": st.sampled_from(DTYPES),
-        "scale_dtype": st.sampled_from(DTYPES),
     }
 )
 

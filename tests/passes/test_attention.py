@@ -189,6 +189,11 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
         "takes [batch, heads, rows, width]",
     ),
     "broadcast batch": (lambda q, k, v: sdpa(q, k, v), (Q, WIDE_K[:1], WIDE_V[:1]), "broadcast"),
+    "one key for all numbers of a mask": (
+        lambda q, k, v, m: torch.softmax(q @ k.transpose(2, 3) + m, -1) @ v,
+        (Q, WIDE_K[:, :, :1], WIDE_V, NUMBERS),
+        "broadcast",
+    ),
     "float64": (
         lambda q, k, v: sdpa(q, k, v),
         (Q.double(), WIDE_K.double(), WIDE_V.double()),

@@ -18,7 +18,7 @@ NaN of it.
 
 from collections.abc import Callable
 from struct import Struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from fqcompile.locks import in_forked_child
 from fqcompile.native import library as native
 from fqcompile.native.library import DTYPES
 
+_MOST_KEYS = 2**31 - 1  # C++ lists the visible ones in 32 bits each
 MOST_ROWS = 8  # rows of q; for more, PyTorch's kernel shares the work on keys better
 ATTENTION_SCHEMA = (
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap, "
@@ -38,8 +39,16 @@ ATTENTION_SCHEMA = (
 # The struct that the C++ function reads; all fields have eight bytes.
 _CALL = Struct("=30q2d")
 _MASK_TYPES = {**DTYPES, torch.bool: 3}
-_Strides = tuple[int, int, int, int]
 Known = Callable[[Any], bool]
+
+
+class Options(NamedTuple):
+    """What follows the tensors in the schema, in its order."""
+
+    scale: float
+    softcap: float
+    causal: bool
+    nan_if_hidden: bool
 
 
 def _check(
@@ -69,6 +78,8 @@ def _check(
             f"attention of {shapes}: batch, heads of k and v, keys and width must be the same, and "
             "heads of q a multiple of those of k"
         )
+    if known(keys > _MOST_KEYS):
+        raise RuntimeError(f"attention of {shapes}: it takes at most {_MOST_KEYS} keys")
     if mask is None:
         return
     full = (batch, heads, rows, keys)
@@ -82,31 +93,23 @@ def _check(
         raise RuntimeError(f"mask is {mask.dtype}; attention takes one of bool, fp32, bf16 or fp16")
 
 
-def _impl(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float,
-    causal: bool,
-    nan_if_hidden: bool,
-) -> Tensor:
-    _check(q, k, v, mask, causal)
+def _impl(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *given: Any) -> Tensor:
+    options = Options(*given)
+    _check(q, k, v, mask, options.causal)
     batch, heads, queries, width = q.shape
     _, kv_heads, keys, v_width = v.shape
     out = q.new_empty((batch, queries, heads, v_width))
     if not out.numel():
         return out.transpose(1, 2)
     if native.refusal() is not None:
-        plain = plain_attention(q, k, v, mask, scale, softcap, causal, nan_if_hidden)
-        return out.transpose(1, 2).copy_(plain)
+        return out.transpose(1, 2).copy_(plain_attention(q, k, v, mask, options))
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     size = q.element_size()
     (qb, qh, qs, _), (kb, kh, ks, _), (vb, vh, vs, _) = q.stride(), k.stride(), v.stride()
     mask_at = mask_type = mb = mh = ms = mk = 0
     if mask is not None:
-        mb, mh, ms, mk = _strides(mask)
+        strides = mask.expand(batch, heads, queries, keys).stride()
+        mb, mh, ms, mk = (mask.element_size() * stride for stride in strides)
         mask_at, mask_type = mask.data_ptr(), _MASK_TYPES[mask.dtype]
     fields = _CALL.pack(
         q.data_ptr(), size * qb, size * qh, size * qs,
@@ -115,7 +118,7 @@ def _impl(
         mask_at, mb, mh, ms, mk, mask_type,
         out.data_ptr(), DTYPES[q.dtype],
         batch, heads, kv_heads, queries, keys, width, v_width,
-        causal, nan_if_hidden, in_forked_child(), scale, softcap,
+        options.causal, options.nan_if_hidden, in_forked_child(), options.scale, options.softcap,
     )  # fmt: skip
     library = native.native_library()
     serve(library)
@@ -123,25 +126,11 @@ def _impl(
     return out.transpose(1, 2)
 
 
-def _strides(mask: Tensor) -> _Strides:
-    """In bytes, 0 for what is broadcast."""
-    size = mask.element_size()
-    given = [s * size if n > 1 else 0 for n, s in zip(mask.shape, mask.stride(), strict=True)]
-    b, h, s, k = [0] * (4 - len(given)) + given
-    return b, h, s, k
-
-
 def plain_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float,
-    causal: bool,
-    nan_if_hidden: bool,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options
 ) -> Tensor:
     """The same by PyTorch's operations, which repeat heads and read what is hidden."""
+    scale, softcap, causal, nan_if_hidden = options
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     if not softcap and not nan_if_hidden:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
@@ -160,17 +149,8 @@ def plain_attention(
     return (weights @ v.float()).to(q.dtype)
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float,
-    causal: bool,
-    nan_if_hidden: bool,
-) -> Tensor:
-    _check(q, k, v, mask, causal, known=statically_known_true)
+def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *given: Any) -> Tensor:
+    _check(q, k, v, mask, Options(*given).causal, known=statically_known_true)
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2)
 
 

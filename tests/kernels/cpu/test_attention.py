@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fqcompile.kernels.cpu.attention import _impl, attention, plain_attention
+from fqcompile.kernels.cpu.attention import Options, _impl, attention, plain_attention
 from fqcompile.native import library as native_library
 from tests.children import in_child
 from tests.kernels.cpu.guarded import at_end_of_page, at_start_of_page
@@ -35,9 +35,12 @@ class Problem:
     nan_if_hidden: bool = False
 
     @property
+    def options(self) -> Options:
+        return Options(self.scale, self.softcap, self.causal, self.nan_if_hidden)
+
+    @property
     def arguments(self) -> tuple[Any, ...]:
-        options = (self.scale, self.softcap, self.causal, self.nan_if_hidden)
-        return (self.q, self.k, self.v, self.mask, *options)
+        return (self.q, self.k, self.v, self.mask, *self.options)
 
 
 def oracle(p: Problem) -> tuple[Tensor, Tensor]:
@@ -224,7 +227,7 @@ def test_what_is_not_finite_is_so_as_in_eager(name: str, dtype: torch.dtype, bad
     for tensor, at in (("k", 0), ("k", 70), ("k", 99), ("v", 0), ("v", 70), ("v", 99), ("q", 0)):
         p = make(dtype=dtype, keys=100, rows=2)
         getattr(p, tensor)[0, 0, min(at, getattr(p, tensor).shape[2] - 1), 3] = bad
-        want = plain_attention(*(t.float() for t in (p.q, p.k, p.v)), *p.arguments[3:])
+        want = plain_attention(*(t.float() for t in (p.q, p.k, p.v)), p.mask, p.options)
         with path(name):
             got = attention(*p.arguments)
         assert bool((got.isnan() == want.isnan()).all()), (tensor, at)
@@ -312,6 +315,7 @@ REFUSED = [
     ({"v": random(1, 1, 1, 99, 64)}, "must be the same"),
     ({"k": random(1, 1, 3, 100, 64), "v": random(1, 1, 3, 100, 64)}, "a multiple of"),
     ({"k": random(1, 1, 1, 100, 64).double()}, "the same for all"),
+    (dict.fromkeys("kv", torch.ones(1, 1, 1, 64).expand(1, 1, 2**31, 64)), "at most 2147483647"),
     ({"mask": torch.zeros(7)}, "that broadcasts to"),
     ({"mask": torch.zeros(100), "causal": True}, "or causal"),
     ({"mask": torch.zeros(100, dtype=torch.int32)}, "one of bool"),

@@ -35,18 +35,22 @@ def of_every_form(options: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrate
     return both.map(lambda found: {**found[0], **found[1]})
 
 
+# What a problem has besides sizes, seed and strides.
+FEATURES: dict[str, st.SearchStrategy[Any]] = {
+    "activation": st.sampled_from(list(ACTIVATIONS)),
+    "gated": st.booleans(),
+    "bias": st.booleans(),
+    "residual": st.booleans(),
+    "dtype": st.sampled_from(DTYPES),
+    "scale_dtype": st.sampled_from(DTYPES),
+}
 problems = of_every_form(
-    {
+    FEATURES
+    | {
         "leading": st.integers(0, 40).map(lambda m: (m,)),
         "n": st.one_of(st.integers(1, 140), st.sampled_from([63, 64, 65, 128, 192])),
         "k": st.one_of(st.integers(1, 70), st.sampled_from([128, 256, 257, 520, 777])),
         "group_size": st.sampled_from([1, 5, 8, 24, 31, 32, 64, 100, 128, 4096]),
-        "activation": st.sampled_from(list(ACTIVATIONS)),
-        "gated": st.booleans(),
-        "bias": st.booleans(),
-        "residual": st.booleans(),
-        "dtype": st.sampled_from(DTYPES),
-        "scale_dtype": st.sampled_from(DTYPES),
         "strided": st.booleans(),
         "seed": st.integers(0, 99),
     }
