@@ -40,7 +40,7 @@ _STATE = "nvidia-smi -q -d CLOCK,POWER,UTILIZATION,PERFORMANCE"
 _LOG_OF_TESTS, _WORKER = "BENCH_TESTS", "PYTEST_XDIST_WORKER"
 _LONGEST_REASON = 600
 _BUDGET = 420.0
-_FAMILY = "target gemm fragments dequantize experts expert_ops gemm_edges schedule launch_ops"
+_FAMILY = "target gemm fragments dequantize experts expert_ops gemm_edges row_blocks launch_ops"
 _TESTS = [
     *(f"tests/kernels/triton/test_{name}.py" for name in _FAMILY.split()),
     "tests/kernels/tuning",
@@ -104,30 +104,24 @@ def _overhead(*flags: str) -> Callable[[Path, float], Sequence[str]]:
 
 
 _GPU = ("--device", "cuda")
-_LAYERS = (*_GPU, "--shapes", *_SHAPES, "--m", "1,16,24,64,256")
-_INT8 = (*_GPU, "--shapes", _SHAPES[0], _SHAPES[4], "--m", "1,16", "--bits", "8")
-_PEERS = (*_GPU, "--shapes", _SHAPES[0], "--m", "1,16,64")
+_LAYERS = (
+    *_GPU, "--shapes", *_SHAPES, "--m", "1,16,24,64,256", "--baselines", "cuBLAS", "tinygemm",
+)  # fmt: skip
+_INT8 = (
+    *_GPU, "--shapes", _SHAPES[0], _SHAPES[4], "--m", "1,16", "--bits", "8", "--group", "column",
+    "--baselines", "cuBLAS",
+)  # fmt: skip
+_PEERS = (
+    *_GPU, "--shapes", _SHAPES[0], "--m", "1,16,64", "--baselines", "cuBLAS", "torchao", "gemlite",
+)  # fmt: skip
 _LLAMA = (*_GPU, "--model", "llama-3-8b", "--layers", "4", "--batch", "1", "--phases", "decode")
 _QWEN = (*_GPU, "--models", "qwen3-30b-a3b", "--tokens", "1,4,16,64")
 PARTS: dict[int, dict[str, Step]] = {
     1: {
         "environment": Step(_environment, share=0.1),
         "tests": Step(_tests("-m", "gpu", *_TESTS), share=0.35),
-        "kernels": Step(
-            _measured(
-                "kernels", *_LAYERS, "--baselines", "cuBLAS", "tinygemm", file="kernels"
-            ),
-            share=0.5,
-            shown=6000,
-        ),
-        "int8": Step(
-            _measured(
-                "kernels", *_INT8, "--group", "column", "--baselines", "cuBLAS",
-                file="kernels-int8",
-            ),
-            share=0.45,
-            shown=3000,
-        ),
+        "kernels": Step(_measured("kernels", *_LAYERS, file="kernels"), share=0.5, shown=6000),
+        "int8": Step(_measured("kernels", *_INT8, file="kernels-int8"), share=0.45, shown=3000),
         "tune": Step(_tune, shown=3000),
     },
     2: {
@@ -137,14 +131,7 @@ PARTS: dict[int, dict[str, Step]] = {
             shown=3000,
         ),
         "experts": Step(_measured("experts", *_QWEN, file="experts"), share=0.45, shown=3000),
-        "peers": Step(
-            _measured(
-                "kernels", *_PEERS, "--baselines", "cuBLAS", "torchao", "gemlite",
-                file="kernels-peers",
-            ),
-            share=0.7,
-            shown=3000,
-        ),
+        "peers": Step(_measured("kernels", *_PEERS, file="kernels-peers"), share=0.7, shown=3000),
         "overhead": Step(_overhead(*_GPU), shown=1500),
     },
 }  # fmt: skip
@@ -174,7 +161,11 @@ DRY: dict[int, dict[str, Step]] = {
 def replay(folders: Sequence[Path], root: Path = RESULTS, page: Path = ROOT / "README.md") -> None:
     """Put each file of results below its device, and write and print what follows from them."""
     for path in sorted(path for folder in folders for path in folder.glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            print(f"{path} is left out: it is no whole JSON ({error})")
+            continue
         if "identity" in content and "rows" in content:
             device = root / slug(content["identity"]["device"])
             device.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ from torch import nn
 import fqcompile
 from fqcompile.compiled import warm_up
 from fqcompile.explain import gemm_specs
+from fqcompile.kernels.registry import EVERY_STEP
 from tests.helpers import Mlp, finequant, frozen, report
 
 X = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
@@ -42,6 +43,13 @@ def test_each_kind_of_call_is_warmed_up_by_itself() -> None:
     second = warm_up(compiled, X[:3], scale=2.0)
     assert fqcompile.reports() == [*first, *second]
     assert len(first) == len(second) == 1
+
+
+def test_kernels_of_all_numbers_of_rows_are_built_in_its_calls_alone() -> None:
+    seen: list[bool] = []
+    assert warm_up(lambda: seen.append(bool(EVERY_STEP))) == []
+    assert seen == [True]
+    assert not EVERY_STEP
 
 
 class Blocks(nn.Module):

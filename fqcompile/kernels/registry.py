@@ -18,7 +18,7 @@ from fqcompile.kernels.cpu.aten_packed import INT4PACK, INT8PACK
 from fqcompile.kernels.cpu.stream import X86_STREAM
 from fqcompile.kernels.epilogue import HAS_TRITON, Epilogue
 from fqcompile.kernels.spec import GemmSpec, LaunchTable, gpu_of
-from fqcompile.kernels.template import DEQUANTIZE, Layout, Routing, Template
+from fqcompile.kernels.template import DEQUANTIZE, MOST_GATHERED, Layout, Routing, Template
 from fqcompile.kernels.tuning.launches import tuned_launches
 from fqcompile.tensor.format import Format
 from fqcompile.tensor.quantized import QuantizedTensor
@@ -101,10 +101,35 @@ def build_every_step(
     routing: Routing | None,
     epilogue: Epilogue,
 ) -> None:
-    """Run every configuration; one that does not build is reported by the call that needs it."""
-    for _, config in choice.launches.steps if choice.launches else ():
-        with suppress(KernelBuildError):
-            choice.template.run(x, weight, routing, epilogue, config)
+    """Run every configuration; one that does not build is reported by the call that needs it.
+
+    While a CUDA graph is captured only the call itself runs: each replay would run all of them.
+    """
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    least = 1
+    for bound, config in choice.launches.steps if choice.launches else ():
+        for rows, told in _calls_of_a_step(x, weight, routing, least, bound):
+            with suppress(KernelBuildError):
+                choice.template.run(rows, weight, told, epilogue, config)
+        least = least if bound is None else bound + 1
+
+
+def _calls_of_a_step(
+    x: torch.Tensor,
+    weight: QuantizedTensor,
+    routing: Routing | None,
+    least: int,
+    bound: int | None,
+) -> Iterator[tuple[torch.Tensor, Routing | None]]:
+    """x and routing: as they are, or for ids the step's first and last number of rows, since those
+    that are sorted by expert run another kernel."""
+    if routing is None or routing.ids is None:
+        yield x, routing
+        return
+    sorted_from = MOST_GATHERED * weight.qweight.shape[0] + 1
+    for m in sorted({min(least, sorted_from), min(bound or sorted_from, sorted_from)}):
+        yield x[:1].repeat(m, 1), Routing(ids=routing.ids[:1].repeat(m))
 
 
 def in_kernel_layout(weight: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:

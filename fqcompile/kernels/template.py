@@ -25,6 +25,7 @@ SearchMode = Literal["fast", "max"]
 # Weights dequantized at a time: they are multiplied while in the cache, and no large buffer is
 # mapped anew on every call. Measured, 4096 x 4096, int4, M = 1, fp32: 9 ms against 35.
 _CPU_CHUNK = 1 << 21
+MOST_GATHERED = 2  # rows of an expert, on average, that GPU kernels do not sort by expert
 
 
 class Routing(NamedTuple):

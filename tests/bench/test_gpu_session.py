@@ -107,6 +107,7 @@ def test_the_result_of_a_test_is_on_disk_at_once(
 def test_what_came_back_becomes_results_and_tables(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """But for a file that was cut off on its way."""
     back, root = tmp_path / "back", tmp_path / "results"
     back.mkdir()
     source = ROOT / "bench" / "results" / "amd-epyc" / "memory.json"
@@ -114,6 +115,7 @@ def test_what_came_back_becomes_results_and_tables(
     content["identity"]["device"] = "NVIDIA H200"
     (back / "memory.json").write_text(json.dumps(content))
     (back / "tuned.json").write_text("{}")
+    (back / "kernels.json").write_text(json.dumps(content)[:-9])
     page = tmp_path / "README.md"
     (tmp_path / "docs").mkdir()
     page.write_text((ROOT / "README.md").read_text())
@@ -123,7 +125,10 @@ def test_what_came_back_becomes_results_and_tables(
     assert (root / "nvidia-h200" / "memory.json").exists()
     assert not (root / "nvidia-h200" / "tuned.json").exists()
     assert "NVIDIA H200" in results_page.read_text()
-    assert "error" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{back / 'kernels.json'} is left out: it is no whole JSON" in printed
+    assert not (root / "nvidia-h200" / "kernels.json").exists()
+    assert "error" in printed
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fqcompile.errors import KernelBuildError
 from fqcompile.kernels import registry
@@ -15,7 +16,7 @@ from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.registry import every_step_built
 from fqcompile.kernels.run import dequantize_weight, run_matmul
 from fqcompile.kernels.spec import DENSE, LaunchTable, TileConfig
-from fqcompile.kernels.template import PLAIN, Layout, Template
+from fqcompile.kernels.template import PLAIN, Layout, Routing, Template
 from fqcompile.tensor.codes import pack
 from fqcompile.tensor.format import INT4, Format
 from fqcompile.tensor.quantized import QuantizedTensor
@@ -87,26 +88,57 @@ def test_a_layout_that_cannot_be_dequantized_has_no_other_way(install: Any) -> N
         dequantize_weight(WEIGHT, torch.float32, "broken")
 
 
-def test_warming_up_builds_the_kernels_of_all_numbers_of_rows(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    ran: list[object] = []
+SHORT, TALL = TileConfig(16, 64, 128), TileConfig(128, 64, 128)
+STEPPED = f"stepped:{LaunchTable(((16, SHORT), (128, TALL), (None, DENSE)))}"
+Ran = list[tuple[object, int]]
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ran]:
+    """What "stepped", of which TALL does not build, was run with: configurations, rows."""
+    found: Ran = []
 
     def run(x: Any, weight: Any, routing: Any, epilogue: Any, config: Any) -> torch.Tensor:
-        ran.append(config)
-        if config == tall:
+        found.append((config, x.shape[0]))
+        assert routing is None or routing.ids.shape == x.shape[:1]
+        if config == TALL:
             raise KernelBuildError("out of registers")
-        return torch.zeros(3, 6)
+        return x.new_zeros(x.shape[0], 6)
 
-    short, tall = TileConfig(16, 64, 128), TileConfig(128, 64, 128)
-    table = LaunchTable(((16, short), (128, tall), (None, DENSE)))
     stepped = replace(registry.TEMPLATES["dequantize"], name="stepped", run=run)
     monkeypatch.setitem(registry.TEMPLATES, "stepped", stepped)
-    linear = partial(run_matmul, X, WEIGHT, None, Epilogue(), f"stepped:{table}")
+    registry.parse_kernel.cache_clear()
+    yield found
+    registry.parse_kernel.cache_clear()
+
+
+def test_warming_up_builds_the_kernels_of_all_numbers_of_rows(ran: Ran) -> None:
+    linear = partial(run_matmul, X, WEIGHT, None, Epilogue(), STEPPED)
     linear()
-    assert ran == [short]
+    assert ran == [(SHORT, 3)]
     with every_step_built():
         linear()
-    assert ran[1:] == [short, tall, DENSE, short]
+    assert ran[1:] == [(SHORT, 3), (TALL, 3), (DENSE, 3), (SHORT, 3)]
     linear()
-    assert ran[5:] == [short]
+    assert ran[5:] == [(SHORT, 3)]
+
+
+@pytest.mark.parametrize("rows", [1, 200])
+def test_warming_up_builds_those_of_sorted_and_of_other_rows(ran: Ran, rows: int) -> None:
+    """Of 25 experts 51 rows are sorted; the second step has more and less."""
+    stack = QuantizedTensor(
+        WEIGHT.qweight.expand(25, -1, -1),
+        WEIGHT.scale.expand(25, -1, -1),
+        replace(WEIGHT.format, experts=25),
+    )
+    routing = Routing(ids=torch.arange(rows) % 25)
+    with every_step_built():
+        run_matmul(torch.randn(rows, 10), stack, routing, Epilogue(), STEPPED)
+    assert ran[:-1] == [(SHORT, 1), (SHORT, 16), (TALL, 17), (TALL, 51), (DENSE, 51)]
+
+
+def test_a_cuda_graph_has_each_kernel_once(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with FakeTensorMode(), every_step_built():
+        run_matmul(torch.empty(3, 10, device="cuda"), WEIGHT, None, Epilogue(), STEPPED)
+    assert ran == [(SHORT, 3)]

@@ -9,14 +9,14 @@ import torch
 
 from fqcompile.kernels.roofline import M, dense
 from fqcompile.kernels.spec import DENSE, Config, GemmSpec, Gpu, LaunchTable, Step, TileConfig
-from fqcompile.kernels.template import SearchMode
+from fqcompile.kernels.template import MOST_GATHERED, SearchMode
 from fqcompile.kernels.triton.cost import (
     MAX_REGISTERS,
     as_run,
     cost,
     mean_experts_hit,
 )
-from fqcompile.kernels.triton.launch import GROUPED_MM_ALIGNED, MOST_GATHERED, has_two_sums
+from fqcompile.kernels.triton.launch import GROUPED_MM_ALIGNED, has_two_sums
 from fqcompile.kernels.triton.layout import BLOCK_K, dot_width
 from fqcompile.tensor.format import NORMAL
 

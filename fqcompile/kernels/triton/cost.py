@@ -16,7 +16,8 @@ from sympy import Max, Min, Symbol, ceiling, floor, lambdify
 
 from fqcompile.kernels.roofline import LAUNCH_SECONDS, M
 from fqcompile.kernels.spec import GemmSpec, Gpu, TileConfig
-from fqcompile.kernels.triton.launch import MOST_GATHERED, has_two_sums
+from fqcompile.kernels.template import MOST_GATHERED
+from fqcompile.kernels.triton.launch import has_two_sums
 from fqcompile.kernels.triton.layout import BLOCK_K, blocks_per_group, dot_width
 from fqcompile.tensor.format import NORMAL
 

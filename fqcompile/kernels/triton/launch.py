@@ -31,7 +31,6 @@ from fqcompile.torch_compat import grouped_mm
 FINISH_BLOCK_N = 256
 DEQUANTIZE_ROWS = 32
 GROUPED_MM_ALIGNED = 8  # `torch._grouped_mm` takes rows of multiples of 16 bytes
-MOST_GATHERED = 2  # rows of an expert, on average, that are not worth sorting
 PRODUCT = Epilogue()  # with split K: the finishing kernel applies the epilogue
 
 

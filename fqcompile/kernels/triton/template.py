@@ -10,11 +10,10 @@ from triton.runtime.errors import PTXASError
 from fqcompile.errors import KernelBuildError
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import DENSE, Config, GemmSpec, TileConfig
-from fqcompile.kernels.template import Layout, Routing, Template
+from fqcompile.kernels.template import MOST_GATHERED, Layout, Routing, Template
 from fqcompile.kernels.triton import layout
 from fqcompile.kernels.triton.configs import candidates, launches
 from fqcompile.kernels.triton.launch import (
-    MOST_GATHERED,
     dense_experts,
     dense_gemm,
     dequant_gemm,

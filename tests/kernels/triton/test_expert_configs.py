@@ -14,7 +14,7 @@ from fqcompile.kernels.spec import A100, DENSE, H200, GemmSpec, TileConfig
 from fqcompile.kernels.triton.configs import candidates, launches, offers_dense
 from fqcompile.kernels.triton.cost import _tiles, cost, mean_experts_hit
 from fqcompile.kernels.tuning.launches import steps_in_range
-from tests.kernels.triton.test_schedule import counted
+from tests.kernels.triton.test_row_blocks import counted
 from tests.tiers import examples
 
 BF16 = torch.bfloat16

@@ -87,13 +87,8 @@ def test_many_rows_with_ids_are_sorted_by_expert(kernel: str, device: str) -> No
     """From two an expert on; those whose id names no expert are NaN."""
     ids = (2, 0, -1, 5, 1, 2, -3, -9, 0, 0)
     case = ExpertCase(ids=ids, experts=3, one=replace(ONE, dtype=BF16))
-    inputs = draw(case)
-    with running(device):
-        y = matmul(*arguments(case, inputs, kernel, device)).cpu().double()
-    want, tolerance = dense_bound(case, inputs)
-    has_expert = case.of_rows >= 0
-    assert ((y - want).abs() <= tolerance)[has_expert].all()
-    assert y[~has_expert].isnan().all()
+    y = checked_as_dense(case, kernel, device)
+    assert y[case.of_rows < 0].isnan().all()
 
 
 def test_sorting_rows_waits_for_no_device() -> None:
@@ -138,6 +133,16 @@ def dense_bound(case: ExpertCase, inputs: ExpertInputs) -> tuple[Tensor, Tensor]
     return want, tolerance
 
 
+def checked_as_dense(case: ExpertCase, kernel: str, device: str = "cpu") -> Tensor:
+    """The result in fp64, whose rows of experts are within `dense_bound`."""
+    inputs = draw(case)
+    with running(device):
+        y = matmul(*arguments(case, inputs, kernel, device)).cpu().double()
+    want, tolerance = dense_bound(case, inputs)
+    assert ((y - want).abs() <= tolerance)[case.of_rows >= 0].all()
+    return y
+
+
 @on_every_device
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
@@ -147,12 +152,7 @@ def test_dense_is_the_stack_dequantized_and_multiplied_by_pytorch(
 ) -> None:
     one = replace(ONE, dtype=BF16, bits=bits, levels=levels, bias=bias)
     case = replace(GROUPED, one=one, tail=2, index_dtype=index_dtype)
-    inputs = draw(case)
-    with running(device):
-        y = matmul(*arguments(case, inputs, TABLE, device)).cpu().double()
-    want, tolerance = dense_bound(case, inputs)
-    has_expert = case.of_rows >= 0
-    assert ((y - want).abs() <= tolerance)[has_expert].all()
+    checked_as_dense(case, TABLE, device)
 
 
 def test_dense_applies_the_gate() -> None:
@@ -192,12 +192,8 @@ def test_dense_for_gathered_rows_is_told_and_computed_another_way(
     """No selection writes that; a table is a file."""
     monkeypatch.setattr(run_module, "BROKEN", {})
     case = replace(GATHERED, ids=(0, 1, 2, 0, 1), one=ONE)
-    inputs = draw(case)
-    with running("cpu"):
-        y = matmul(*arguments(case, inputs, TABLE))
+    checked_as_dense(case, TABLE)
     assert "take rows that are grouped" in caplog.text
-    want, tolerance = dense_bound(case, inputs)
-    assert ((y.double() - want).abs() <= tolerance).all()
 
 
 @pytest.mark.parametrize("error", [template_module.OutOfResources(1, 2, "shared memory")])

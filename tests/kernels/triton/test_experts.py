@@ -37,7 +37,7 @@ from tests.kernels.triton.oracle import (
     on_every_device,
     running,
 )
-from tests.kernels.triton.test_schedule import blocks_of
+from tests.kernels.triton.test_row_blocks import blocks_of
 from tests.tiers import examples
 
 ONE = Case(n=20, k=130)
