@@ -76,6 +76,12 @@ def pytest_collection() -> Generator[None, object, object]:
     return result
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Data that a module draws as it is imported is the same in every process."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_process_state() -> Iterator[None]:
     """Compiled code and reports of one test are not seen by the next."""

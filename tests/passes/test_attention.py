@@ -128,8 +128,12 @@ def test_bf16_and_symbolic_lengths() -> None:
     low = [t.bfloat16() for t in (Q, K, V, NUMBERS)]
     run = run_passes(lambda q, k, v, m: written_out(q, repeated(k), repeated(v), m), *low)
     assert len(ops(run)) == 1
-    (got,), (want,) = run.outputs(), run.expected()
-    torch.testing.assert_close(got, want, atol=2**-6, rtol=2**-6)
+    (got,) = run.outputs()
+    q, k, v, m = (t.double() for t in low)
+    # 2^-9 by rounding the result, and 2^-9 Σ p|v| by rounding each p: p sums to 1
+    bound = 2**-8 * v.abs().max() * 1.1
+    assert got.dtype == torch.bfloat16
+    assert (got - written_out(q, repeated(k), repeated(v), m)).abs().max() <= bound
     run = run_passes(lambda q, k, v: sdpa(q, repeated(k), repeated(v)), Q, K, V, dynamic=True)
     assert not ops(run)  # heads and width are symbolic, too
 
