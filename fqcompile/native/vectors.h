@@ -82,6 +82,10 @@ INLINE uint32_t equal_lanes(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP
 INLINE void store_bytes(uint8_t* p, U32 v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(v)); }
 // Entry v & 15 of the 16 that `low` holds; with 8 lanes `high` holds the last 8 of them.
 INLINE F32 look_up(U32 v, F32 low, F32) { return _mm512_permutexvar_ps(v, low); }
+// Of each word: entry (v >> 16) & 31 of the 32 halves in the table, above 16 zeros.
+INLINE U32 look_up_upper_halves(U32 v, U32 table) {
+  return _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, v, table);
+}
 INLINE F32 where_nan(F32 test, F32 yes, F32 no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(test, test, _CMP_UNORD_Q), no, yes);
 }
