@@ -65,8 +65,7 @@ struct Codes<4, true> {
   explicit Codes(const Levels& levels) : table(twice(levels.sixteenths)) {}
   INLINE_MEMBER F32 at(U32 words, int i) const {
     const U32 codes = and_bits(bit(i) % 8 ? right(words, 4) : words, splat_bits(0x0f0f0f0f));
-    const U32 top = left(look_up_bytes(codes, table), 24 - bit(i) / 8 * 8);
-    return from_int(bit(i) / 8 ? and_bits(top, splat_bits(0xff000000)) : top);
+    return from_int(byte_at_top(look_up_bytes(codes, table), bit(i) / 8));
   }
 #endif
 };
