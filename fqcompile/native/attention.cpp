@@ -418,7 +418,7 @@ class Attention {
     }
   }
 
-  // q kᵀ of one block; prefetches keys that follow, and those of `values` that are given.
+  // q kᵀ of one block; prefetches keys that follow, evenly, and those of `values` that are given.
   void score(int64_t n, const char* const* keys, const char* const* values, const char* q, float* scores) const {
     const int64_t rows = c.rows(), k_bytes = c.width * bytes_of(c.type), v_bytes = c.v_width * bytes_of(c.type);
     const int64_t ahead = (AHEAD / std::max<int64_t>(k_bytes, 1) + 1) * c.k.row;
@@ -427,9 +427,9 @@ class Attention {
       const int64_t together = LANES / taken;
       for (int64_t j = 0; j < n; j += together) {
         dot_products<Way>(taken, keys + j, q + r * q_row(), q_row(), c.width, scores + r * BLOCK + j);
-        for (int64_t i = j; r == 0 && i < std::min(j + together, n); i++) {
-          prefetch(keys[i] + ahead, k_bytes);
-          if (values) prefetch(values[i], v_bytes);
+        for (int64_t i = j; i < std::min(j + together, n); i++) {
+          prefetch(keys[i] + ahead + k_bytes * r / rows, k_bytes * taken / rows);
+          if (values && r == 0) prefetch(values[i], v_bytes);
         }
       }
     }
