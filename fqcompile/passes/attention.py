@@ -23,6 +23,7 @@ from fqcompile.passes.effects import effects_between, in_transforms
 from fqcompile.passes.fuse_patterns import MULTIPLIES, is_call
 from fqcompile.passes.op_nodes import ADDS, sole_user
 from fqcompile.passes.state import GraphState, erase_dead, example, same_layout, same_shape
+from fqcompile.torch_compat import FakeTensor
 from fqcompile.weights.recipe import target_name
 
 _DIVIDES = ("truediv", "div", "divide")
@@ -267,6 +268,9 @@ def _refusal(state: GraphState, node: fx.Node, call: _Call) -> str | None:
         return "something between may write to its tensors"
     if node in in_transforms(state.graph):
         return "it is inside of a transform of torch.func"
+    others = [type(t).__name__ for t in (*values, mask) if not isinstance(t, FakeTensor | None)]
+    if others:  # of a subclass, which may know no operator but PyTorch's
+        return f"tensors of the type {others[0]}"
     return native.refusal()
 
 

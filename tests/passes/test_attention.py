@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.testing._internal.two_tensor import TwoTensor
 
 from fqcompile.kernels.cpu.attention import attention
 from fqcompile.native import library as native_library
@@ -265,6 +266,14 @@ def test_near_miss(name: str) -> None:
     assert not ops(run)
     lines = [line for line in run.state.matched if line.startswith("attention:")]
     assert len(lines) == bool(reason) and reason in "".join(lines), lines
+
+
+def test_tensors_of_a_subclass_keep_it() -> None:
+    """A cache in another form, say in 8 bits, may know no operator but PyTorch's."""
+    k, v = TwoTensor(WIDE_K, WIDE_K), TwoTensor(WIDE_V, WIDE_V)
+    for arguments in ((Q, k, v), (Q, WIDE_K, WIDE_V, TwoTensor(NUMBERS, NUMBERS))):
+        run = run_passes(lambda *given: sdpa(*given), *arguments)
+        assert not ops(run) and "tensors of the type TwoTensor" in run.state.matched[0]
 
 
 def test_gradients_and_the_option_keep_it() -> None:
