@@ -116,6 +116,7 @@ def _of_step(spec: GemmSpec, fewest: int, most: int) -> Config:
 
     What is best for 256 rows, four full tiles of 64, has a tile too many for 129.
     """
+    fewest, most = max(1, fewest), max(1, most)  # no rows launch nothing
     few, many = _ranked(spec, fewest), _ranked(spec, most)
     best_of_few, best_of_many = min(few.values()), min(many.values())
 

@@ -6,7 +6,7 @@ from itertools import groupby, pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -65,7 +65,9 @@ def test_every_candidate_fits_and_none_is_faster_than_the_first(spec: GemmSpec) 
             assert config.SPLIT_K == 1 or -(-spec.k // 128) >= 4 * config.SPLIT_K
 
 
-@given(spec=specs, low=st.integers(1, 3000), span=st.none() | st.integers(0, 3000))
+@given(spec=specs, low=st.integers(0, 3000), span=st.none() | st.integers(0, 3000))
+@example(spec=SPEC, low=0, span=None)
+@example(spec=SPEC, low=0, span=0)
 @settings(max_examples=examples(20), deadline=None)
 def test_open_rows_have_steps_within_their_range(
     spec: GemmSpec, low: int, span: int | None
