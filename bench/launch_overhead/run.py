@@ -55,7 +55,7 @@ def ways(device: torch.device) -> dict[str, Callable[[], object]]:
     y = x.new_empty((M, N))
     grid = (triton.cdiv(M, CONFIG.BLOCK_M) * triton.cdiv(N, CONFIG.BLOCK_N), CONFIG.SPLIT_K)
     arguments = (
-        x, *tensors, None, None, y, M, N, K, x.stride(0), 0,
+        x, *tensors, None, None, y, None, None, M, N, K, x.stride(0), 0,
         blocks_per_group(GROUP, K), dot_width(GROUP, K), spec.bits, spec.levels, KWIDTH,
         target.conversion(device, x.dtype), *forms_of("none"), False,
         K % BLOCK_K == 0, CONFIG.BLOCK_M, CONFIG.BLOCK_N, BLOCK_K, CONFIG.SPLIT_K,

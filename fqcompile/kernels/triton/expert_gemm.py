@@ -66,6 +66,8 @@ def expert_gemm_kernel(
     routing_ptr,
     bias_ptr,
     y_ptr,
+    shares_ptr,
+    arrivals_ptr,
     M,
     N,
     K,
@@ -124,7 +126,7 @@ def expert_gemm_kernel(
         acc = tl.where(known, acc, float("nan"))
     mask = (offs_n < N)[:, None] & mask_m[None, :]
     store(
-        acc, acc_up, bias_ptr, None, y_ptr, offs_m, offs_n, mask, M, N, 0,
+        acc, acc_up, bias_ptr, None, y_ptr, shares_ptr, arrivals_ptr, offs_m, offs_n, mask, M, N, 0,
         ACTIVATION, UP, GATED, SPLIT_K,
     )  # fmt: skip
 

@@ -6,8 +6,8 @@ The weight is the left operand: the only one that wgmma can read from registers,
 mma.sync can read in fragment order without a shuffle. Products use the codes, which fp16 and bf16
 represent exactly; the scale of a group multiplies its fp32 sum, so a dot never crosses a group.
 
-With SPLIT_K > 1 each program sums one share of K, and a second kernel, `finish_kernel`, adds the
-shares in a fixed order.
+With SPLIT_K > 1 each program sums one share of K. Who adds the shares, in a fixed order, is either
+a second kernel, `finish_kernel`, or the last program of each tile: it saves that kernel's launch.
 """
 
 # mypy: allow-incomplete-defs, allow-untyped-defs
@@ -171,6 +171,8 @@ def gemm_kernel(
     bias_ptr,
     residual_ptr,
     y_ptr,
+    shares_ptr,
+    arrivals_ptr,
     M,
     N,
     K,
@@ -193,6 +195,7 @@ def gemm_kernel(
 ):
     """y [M, N], or with SPLIT_K > 1 shares [SPLIT_K, M, N] in fp32, before the epilogue.
 
+    arrivals: a counter for each tile, 0 before and after; then `store` makes y [M, N] of shares.
     BLOCKS_PER_GROUP: blocks of K that share their scales, 0 where there is one scale per row.
     DOT_K: columns of K in one dot.
     """
@@ -209,6 +212,6 @@ def gemm_kernel(
     )  # fmt: skip
     mask = (offs_n < N)[:, None] & mask_m[None, :]
     store(
-        acc, acc_up, bias_ptr, residual_ptr, y_ptr, offs_m, offs_n, mask, M, N, stride_rm,
-        ACTIVATION, UP, GATED, SPLIT_K,
+        acc, acc_up, bias_ptr, residual_ptr, y_ptr, shares_ptr, arrivals_ptr, offs_m, offs_n, mask,
+        M, N, stride_rm, ACTIVATION, UP, GATED, SPLIT_K,
     )  # fmt: skip

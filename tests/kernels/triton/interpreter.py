@@ -8,6 +8,8 @@
     with interpreted() as memory:
         y = launch_my_kernel(x)
     assert memory.unwritten(y) == 0
+
+With `memory.order`, a random.Random, programs run in a random order instead of the grid's.
 """
 
 import ast
@@ -19,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -38,6 +40,14 @@ ACQUIRES = (SEMANTIC.ACQUIRE, SEMANTIC.ACQUIRE_RELEASE)
 RELEASES = (SEMANTIC.RELEASE, SEMANTIC.ACQUIRE_RELEASE)
 # The attribute of a handle that names the argument which its pointers point into.
 ARGUMENT = "fqcompile.argument"
+
+
+class Launched(NamedTuple):
+    """A kernel, its arguments by name, and its grid."""
+
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    grid: Any
 
 
 class CheckedBuilder(HardwareNumbers):
@@ -68,14 +78,12 @@ class CheckedBuilder(HardwareNumbers):
     ) -> Any:
         if val.dtype.scalar == tl.bfloat16:
             raise NotImplementedError("atomics on bf16 are not emulated, use fp32")
-        self._touch(Access.ATOMIC, ptr, mask)
-        self._synchronize(ptr, mask, sem)
+        self._update(ptr, mask, sem)
         return super().create_atomic_rmw(op, ptr, val, mask, sem, *rest)
 
     def create_atomic_cas(self, ptr: Any, cmp: Any, val: Any, sem: Any, *rest: Any) -> Any:
         mask = Handle(np.ones_like(ptr.data, bool), tl.int1)
-        self._touch(Access.ATOMIC, ptr, mask)
-        self._synchronize(ptr, mask, sem)
+        self._update(ptr, mask, sem)
         return super().create_atomic_cas(ptr, cmp, val, sem, *rest)
 
     def _touch(self, access: Access, ptrs: Any, mask: Any) -> None:
@@ -83,9 +91,13 @@ class CheckedBuilder(HardwareNumbers):
         addresses = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].astype(np.uint64)
         self.memory.touch(access, addresses, size, ptrs.attr.get(ARGUMENT))
 
-    def _synchronize(self, ptr: Any, mask: Any, sem: Any) -> None:
-        if ptr.data.size == 1 and mask.data.all():
-            self.memory.synchronize(int(ptr.data.item()), sem in ACQUIRES, sem in RELEASES)
+    def _update(self, ptr: Any, mask: Any, sem: Any) -> None:
+        orders = ptr.data.size == 1 and mask.data.all()
+        if orders and sem in ACQUIRES:
+            self.memory.acquire(int(ptr.data.item()))
+        self._touch(Access.ATOMIC, ptr, mask)
+        if orders and sem in RELEASES:
+            self.memory.release(int(ptr.data.item()))
 
 
 def _keep_argument(operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -181,7 +193,9 @@ def _index(scalar: Any) -> int:
     return int(scalar.handle.data.item())
 
 
-def _run_programs(kernel: JITFunction, arguments: dict[str, Any], grid: Any) -> None:
+def _programs(launch: Launched, memory: Memory) -> Iterator[Callable[[], None]]:
+    """What runs each program of a launch, in the order of the grid."""
+    kernel, arguments, grid = launch
     function = _as_python(kernel.fn)
     sizes = tuple(grid(arguments) if callable(grid) else grid)
     sizes += (1,) * (3 - len(sizes))
@@ -190,15 +204,20 @@ def _run_programs(kernel: JITFunction, arguments: dict[str, Any], grid: Any) -> 
         name: getattr(value, "value", value) if name in constants else _argument(name, value)
         for name, value in arguments.items()
     }
-    _builder.set_grid_dim(*sizes)
-    for program in product(*(range(size) for size in sizes)):
+    named_tensors = (_tensors(name, value) for name, value in arguments.items())
+    views = memory.views_of(dict(pair for pairs in named_tensors for pair in pairs))
+
+    def run(program: tuple[int, int, int]) -> None:
+        _builder.set_grid_dim(*sizes)
         _builder.set_grid_idx(*program)
-        _builder.memory.begin_program(program)
+        memory.begin_program(program, views)
         try:
             function(**converted)
         except Exception as error:
             error.add_note(f"in program {program} of {kernel.fn.__name__}")
             raise
+
+    return (functools.partial(run, program) for program in product(*map(range, sizes)))
 
 
 def _call(function: JITFunction, *args: Any, **kwargs: Any) -> Any:
@@ -213,8 +232,15 @@ def _launch(kernel: JITFunction, memory: Memory, *args: Any, **kwargs: Any) -> N
     named = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
     bound = inspect.signature(kernel.fn).bind(*args, **named)
     bound.apply_defaults()
-    named_tensors = (_tensors(name, value) for name, value in bound.arguments.items())
-    memory.begin_launch(dict(pair for pairs in named_tensors for pair in pairs))
+    launch = Launched(kernel, bound.arguments, grid)
+    if memory.together is None:
+        _run([launch], memory)
+    else:
+        memory.together.append(launch)
+
+
+def _run(launches: list[Launched], memory: Memory) -> None:
+    memory.begin_launch()
     _builder.memory = memory
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         patch.setattr(JITFunction, "__call__", _call)
@@ -224,7 +250,22 @@ def _launch(kernel: JITFunction, memory: Memory, *args: Any, **kwargs: Any) -> N
             patch_language.setattr(tl, "multiple_of", _multiple_of)
             patch_language.setattr(tl.tensor, "__index__", _index)
             patch_reductions(patch_language)
-            _run_programs(kernel, bound.arguments, grid)
+            programs = [run for launch in launches for run in _programs(launch, memory)]
+            if memory.order is not None:
+                memory.order.shuffle(programs)
+            for run in programs:
+                run()
+
+
+@contextmanager
+def together(memory: Memory) -> Iterator[None]:
+    """The launches inside run at the end, as on several streams: their programs are one launch."""
+    memory.together = []
+    try:
+        yield
+        _run(memory.together, memory)
+    finally:
+        memory.together = None
 
 
 @contextmanager

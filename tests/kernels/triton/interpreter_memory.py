@@ -13,6 +13,8 @@ launch touched, one of the two not a load, unless atomics order the two:
 
 from dataclasses import dataclass, field
 from enum import Enum
+from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,9 +93,14 @@ class View:
 
 @dataclass
 class Memory:
-    """Every launch of one `interpreted()` context."""
+    """Every launch of one `interpreted()` context.
+
+    order: shuffles the programs of a launch. together: launches that wait for `together()` to end.
+    """
 
     views: list[View] = field(default_factory=list)
+    order: Random | None = None
+    together: list[Any] | None = None
     program: Program = (0, 0, 0)
     _storages: dict[int, Storage] = field(default_factory=dict)
     # The program of each segment of this launch, the segment `_launch_begin` being the first.
@@ -103,16 +110,20 @@ class Memory:
     _ordered_before: set[int] = field(default_factory=set)
     _released: dict[int, set[int]] = field(default_factory=dict)
 
-    def begin_launch(self, tensors: dict[str, torch.Tensor]) -> None:
+    def views_of(self, tensors: dict[str, torch.Tensor]) -> list[View]:
+        """What the programs of a launch may touch."""
         present = {name: t for name, t in tensors.items() if t.numel()}
-        self.views = [View(name, t, self._storage_of(t)) for name, t in present.items()]
+        return [View(name, t, self._storage_of(t)) for name, t in present.items()]
+
+    def begin_launch(self) -> None:
+        """Or several that run together: between their programs nothing is ordered."""
         self._launch_begin += len(self._programs)
         # The first segment stands for loads by several programs, which nothing orders.
         self._programs = [None]
         self._released = {}
 
-    def begin_program(self, program: Program) -> None:
-        self.program = program
+    def begin_program(self, program: Program, views: list[View]) -> None:
+        self.program, self.views = program, views
         self._programs.append(program)
         self._program_begin = self._segment
         self._ordered_before = set()
@@ -150,14 +161,15 @@ class Memory:
             f"{access.value} {size} bytes, {_nearest(views, int(left[0]), argument)}"
         )
 
-    def synchronize(self, address: int, acquire: bool, release: bool) -> None:
-        """What an atomic on the element at `address` orders."""
-        if acquire:
-            self._ordered_before |= self._released.get(address, set())
-        if release:
-            mine = set(range(self._program_begin, self._segment + 1))
-            self._released.setdefault(address, set()).update(self._ordered_before, mine)
-            self._programs.append(self.program)
+    def acquire(self, address: int) -> None:
+        """What the atomic on the element at `address` that comes next is ordered after."""
+        self._ordered_before |= self._released.get(address, set())
+
+    def release(self, address: int) -> None:
+        """What the atomic on the element at `address` that was just made is ordered before."""
+        mine = set(range(self._program_begin, self._segment + 1))
+        self._released.setdefault(address, set()).update(self._ordered_before, mine)
+        self._programs.append(self.program)
 
     @property
     def _segment(self) -> int:
