@@ -40,7 +40,8 @@ _STATE = "nvidia-smi -q -d CLOCK,POWER,UTILIZATION,PERFORMANCE"
 _LOG_OF_TESTS, _WORKER = "BENCH_TESTS", "PYTEST_XDIST_WORKER"
 _LONGEST_REASON = 600
 _BUDGET = 420.0
-_FAMILY = "target gemm fragments dequantize experts expert_ops gemm_edges row_blocks launch_ops"
+_FAMILY = """target gemm last_finishes fragments dequantize experts expert_ops gemm_edges row_blocks
+launch_ops"""
 _TESTS = [
     *(f"tests/kernels/triton/test_{name}.py" for name in _FAMILY.split()),
     "tests/kernels/tuning",

@@ -94,10 +94,10 @@ def store(
 def _is_last(counter_ptr, SPLIT_K: tl.constexpr):
     """Count this program in; whether it is the last, which sees what all others have stored.
 
-    The barrier puts the stores of all threads before the atomic of one of them: up to 3.8 Triton
-    does not. The atomic releases them to the programs that come after, and acquires what came
-    before; its result reaches all threads through a barrier too. The last program sets the counter
-    back to 0 for the next launch.
+    The barrier puts the stores of all threads before the atomic of one of them; Triton by itself
+    promises that of this one's stores alone. The atomic releases them to the programs that come
+    after, and acquires what came before; its result reaches all threads through a barrier too. The
+    last program sets the counter back to 0 for the next launch.
     """
     tl.debug_barrier()
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
