@@ -20,6 +20,7 @@ from bench.static.machine_code import Launch, MachineCode, read
 from bench.static.plain import plain_kernel
 from fqcompile.kernels.spec import A100, H200, GemmSpec, Gpu, TileConfig
 from fqcompile.kernels.triton.configs import candidates
+from fqcompile.kernels.triton.dependent_launch import LEAST_CAPABILITY
 from fqcompile.kernels.triton.epilogue import finish_kernel
 from fqcompile.kernels.triton.fragments import dequantize_kernel
 from fqcompile.kernels.triton.gemm import gemm_kernel
@@ -143,6 +144,12 @@ def format_of(spec: GemmSpec) -> dict[str, Any]:
     }
 
 
+def starts_early(spec: GemmSpec) -> bool:
+    """Whether its kernels are launched before the kernel before them ends."""
+    assert spec.gpu is not None
+    return spec.gpu.capability >= LEAST_CAPABILITY
+
+
 def epilogue_of(name: str) -> dict[str, Any]:
     """The constants of every kernel that ends with an activation."""
     return dict(zip(("ACTIVATION", "UP"), forms_of(name), strict=True))
@@ -166,11 +173,12 @@ def gemm(spec: GemmSpec, config: TileConfig, **changes: Any) -> Case:
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_K": BLOCK_K,
         "SPLIT_K": config.SPLIT_K,
+        "PDL": starts_early(spec),
     }
     launch = Launch(
         gemm_kernel, pointers, constants | changes,
         divisible=("N", "K", "stride_xm", "stride_rm"),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=starts_early(spec),
     )  # fmt: skip
     weights = (2 if gated else 1) * config.BLOCK_N * BLOCK_K
     return Case("gemm", launch, spec, config, weights)
@@ -186,9 +194,11 @@ def finish(spec: GemmSpec) -> Case:
         "GATED": spec.gated,
         "SPLIT_K": FINISHED_SHARES,
         "BLOCK_N": FINISH_BLOCK_N,
+        "PDL": starts_early(spec),
     }
     launch = Launch(
-        finish_kernel, pointers, constants, divisible=("N", "stride_rm"), num_warps=2
+        finish_kernel, pointers, constants, divisible=("N", "stride_rm"), num_warps=2,
+        launch_pdl=starts_early(spec),
     )  # fmt: skip
     return Case("finish", launch, spec, None, FINISH_BLOCK_N)
 

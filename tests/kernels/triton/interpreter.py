@@ -1,7 +1,8 @@
 """Runs kernels without a GPU, in the process that also compiles them: Triton's interpreter, with
 
 * the arithmetic of the hardware (`interpreter_numbers`),
-* every access checked: in bounds, aligned, free of races (`interpreter_memory`), and
+* every access checked: in bounds, aligned, free of races, after what it has to wait for
+  (`interpreter_memory`), and
 * everything that is uninitialized set to NaN, or to the largest integer: `torch.empty`, and the
   masked-off lanes of a load that does not say what they are.
 
@@ -196,6 +197,7 @@ def _run_programs(kernel: JITFunction, arguments: dict[str, Any], grid: Any) -> 
         _builder.memory.begin_program(program)
         try:
             function(**converted)
+            _builder.memory.end_program()
         except Exception as error:
             error.add_note(f"in program {program} of {kernel.fn.__name__}")
             raise
@@ -207,6 +209,7 @@ def _call(function: JITFunction, *args: Any, **kwargs: Any) -> Any:
 
 def _launch(kernel: JITFunction, memory: Memory, *args: Any, **kwargs: Any) -> None:
     grid, warmup = kwargs.pop("grid"), kwargs.pop("warmup", False)
+    starts_early = kwargs.pop("launch_pdl", False)
     if warmup:
         return
     # The others are launch options, such as num_warps.
@@ -214,7 +217,7 @@ def _launch(kernel: JITFunction, memory: Memory, *args: Any, **kwargs: Any) -> N
     bound = inspect.signature(kernel.fn).bind(*args, **named)
     bound.apply_defaults()
     named_tensors = (_tensors(name, value) for name, value in bound.arguments.items())
-    memory.begin_launch(dict(pair for pairs in named_tensors for pair in pairs))
+    memory.begin_launch(dict(pair for pairs in named_tensors for pair in pairs), starts_early)
     _builder.memory = memory
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         patch.setattr(JITFunction, "__call__", _call)
@@ -222,6 +225,9 @@ def _launch(kernel: JITFunction, memory: Memory, *args: Any, **kwargs: Any) -> N
         patch.setattr(upstream, "interpreter_semantic", _semantic)
         with _language(), pytest.MonkeyPatch.context() as patch_language:
             patch_language.setattr(tl, "multiple_of", _multiple_of)
+            dependent = {"gdc_wait": "wait", "gdc_launch_dependents": "launch_dependents"}
+            for name, own in dependent.items():
+                patch_language.setattr(tl.extra.cuda, name, getattr(memory, own))
             patch_language.setattr(tl.tensor, "__index__", _index)
             patch_reductions(patch_language)
             _run_programs(kernel, bound.arguments, grid)
