@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fqcompile.kernels.cpu.attention import MOST_ROWS, Options, attention
 from fqcompile.native import library as native
@@ -268,8 +269,12 @@ def _fits(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> bool:
     sizes = (heads, shared, width, v.shape[3])
     if not all(isinstance(n, int) and n > 0 for n in sizes) or heads % shared:
         return False
-    same_keys = same_shape(k.shape, (batch, shared, k.shape[2], width))
-    same_values = same_shape(v.shape[:3], k.shape[:3])  # a mask may have broadcast one key
+    keys, values = k.shape[2], v.shape[2]
+    # A single one may have been broadcast by the mask; of several, PyTorch allows no other number.
+    if not (statically_known_true(keys == values) or statically_known_true(keys > 1)):
+        return False
+    same_keys = same_shape(k.shape, (batch, shared, keys, width))
+    same_values = same_shape(v.shape[:2], (batch, shared))
     return same_keys and same_values and same_shape(out.shape, (batch, heads, rows, v.shape[3]))
 
 

@@ -138,6 +138,21 @@ def test_bf16_and_symbolic_lengths() -> None:
     assert not ops(run)  # heads and width are symbolic, too
 
 
+def test_a_cache_that_grows() -> None:
+    """Its keys and values have a symbol each: PyTorch compares them only as it runs."""
+
+    def attend(q: Tensor, new: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = torch.cat([k, new], 2), torch.cat([v, new], 2)
+        return sdpa(q, repeated(keys), repeated(values))
+
+    k, v = K.clone(), K.flip(2)
+    for t in (k, v):
+        torch._dynamo.mark_dynamic(t, 2)
+    run = run_passes(attend, Q, torch.randn(2, 2, 1, 32), k, v, dynamic=None)
+    lengths = [n for _, _, n, _ in shapes(run)]
+    assert all(isinstance(n, torch.SymInt) for n in lengths) and str(lengths[0]) != str(lengths[1])
+
+
 def static_cache(q: Tensor, new: Tensor, k: Tensor, v: Tensor, at: Tensor) -> Tensor:
     k.index_copy_(2, at, new)
     return sdpa(q, repeated(k), repeated(v))
