@@ -22,6 +22,7 @@ from bench.static.launches import (
     epilogue_of,
     format_of,
     meeting,
+    starts_early,
 )
 from bench.static.machine_code import Launch
 from fqcompile.kernels.spec import H200, GemmSpec, Gpu, TileConfig
@@ -70,10 +71,11 @@ def routed(spec: GemmSpec, config: TileConfig) -> Case:
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_K": BLOCK_K,
         "SPLIT_K": config.SPLIT_K,
+        "PDL": starts_early(spec),
     }
     launch = Launch(
         expert_gemm_kernel, pointers, constants, divisible=("N", "K", "stride_xm"),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=starts_early(spec),
     )  # fmt: skip
     weights = (2 if gated else 1) * config.BLOCK_N * BLOCK_K
     return Case(str(spec.routing), launch, spec, config, weights)
@@ -91,9 +93,11 @@ def finish(spec: GemmSpec) -> Case:
         "GATED": spec.gated,
         "SPLIT_K": FINISHED_SHARES,
         "BLOCK_N": FINISH_BLOCK_N,
+        "PDL": starts_early(spec),
     }
     launch = Launch(
-        finish_experts_kernel, pointers, constants, divisible=("N",), num_warps=2
+        finish_experts_kernel, pointers, constants, divisible=("N",), num_warps=2,
+        launch_pdl=starts_early(spec),
     )  # fmt: skip
     return Case(f"finish {spec.routing}", launch, spec, None, FINISH_BLOCK_N)
 

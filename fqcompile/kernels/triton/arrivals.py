@@ -5,7 +5,7 @@ to fill it for a launch, which would take as long as the kernel that it saves, i
 launches that may run at the same time ever count on the same one:
 
 * Launches into one stream run one after the other, and each stream has its own counters. A launch
-  that begins before its predecessor ends must wait for that end before it stores.
+  that starts early waits for the one before it before it stores (rule 1 of `dependent_launch`).
 * What a CUDA graph captures is replayed into any stream, beside anything. Each captured launch gets
   counters of its own, forever: nothing tells when a graph ends. No graph runs beside itself: "each
   launch is ordered behind any previous launches" of it (CUDA Runtime API, `cudaGraphLaunch`).

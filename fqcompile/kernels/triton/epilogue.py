@@ -10,6 +10,8 @@ Whoever adds them gets the same bits: a second kernel, or the last program of a 
 import triton
 import triton.language as tl
 
+from fqcompile.kernels.triton.dependent_launch import wait_for_earlier_kernels
+
 
 @triton.jit
 def none(z):
@@ -200,11 +202,13 @@ def finish_kernel(
     GATED: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """y [M, N] from shares [SPLIT_K, M, N], or [SPLIT_K, M, 2 N] with gate before up.
 
     One share in 16 bits is a product that PyTorch made.
     """
+    wait_for_earlier_kernels(PDL)
     num_pid_n = tl.cdiv(N, BLOCK_N)
     m = (tl.program_id(0) // num_pid_n).to(tl.int64)
     offs_n = (tl.program_id(0) % num_pid_n) * BLOCK_N + tl.arange(0, BLOCK_N)

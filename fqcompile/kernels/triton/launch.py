@@ -11,6 +11,7 @@ from fqcompile.kernels.epilogue import activation as activation_entry
 from fqcompile.kernels.spec import TileConfig
 from fqcompile.kernels.template import Routing
 from fqcompile.kernels.triton.arrivals import meeting_place
+from fqcompile.kernels.triton.dependent_launch import early_launch
 from fqcompile.kernels.triton.epilogue import finish_kernel
 from fqcompile.kernels.triton.expert_gemm import (
     expert_gemm_kernel,
@@ -100,7 +101,7 @@ def _finish(shares: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, split: in
     finish_kernel[(m * cdiv(n, FINISH_BLOCK_N),)](
         shares, bias, residual, y, m, n, 0 if residual is None else residual.stride(0),
         *forms_of(activation), gated, split, FINISH_BLOCK_N,
-        num_warps=2,
+        num_warps=2, **early_launch(y.device),
     )  # fmt: skip
 
 
@@ -146,7 +147,7 @@ def _gemm(
         *format_of(f.group_size, k), f.bits, f.levels, kwidth, conversion(x.device, x.dtype),
         *forms_of(activation), gated, k % BLOCK_K == 0,
         config.BLOCK_M, config.BLOCK_N, BLOCK_K, config.SPLIT_K,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **early_launch(x.device),
     )  # fmt: skip
 
 
@@ -233,7 +234,7 @@ def _finish_experts(
     finish_experts_kernel[(m * cdiv(n, FINISH_BLOCK_N),)](
         shares, rows_of(routing), bias, y, m, n, experts,
         routing.offsets is not None, filled_up(experts), *forms_of(activation), gated, split,
-        FINISH_BLOCK_N, num_warps=2,
+        FINISH_BLOCK_N, num_warps=2, **early_launch(y.device),
     )  # fmt: skip
 
 
@@ -259,7 +260,7 @@ def _expert_gemm(
         *format_of(f.group_size, k), f.bits, f.levels, kwidth, conversion(x.device, x.dtype),
         *forms_of(epilogue.activation), epilogue.gated, k % BLOCK_K == 0,
         config.BLOCK_M, config.BLOCK_N, BLOCK_K, config.SPLIT_K,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **early_launch(x.device),
     )  # fmt: skip
 
 

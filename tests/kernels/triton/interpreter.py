@@ -1,7 +1,8 @@
 """Runs kernels without a GPU, in the process that also compiles them: Triton's interpreter, with
 
 * the arithmetic of the hardware (`interpreter_numbers`),
-* every access checked: in bounds, aligned, free of races (`interpreter_memory`), and
+* every access checked: in bounds, aligned, free of races, after what it has to wait for
+  (`interpreter_memory`), and
 * everything that is uninitialized set to NaN, or to the largest integer: `torch.empty`, and the
   masked-off lanes of a load that does not say what they are.
 
@@ -43,11 +44,12 @@ ARGUMENT = "fqcompile.argument"
 
 
 class Launched(NamedTuple):
-    """A kernel, its arguments by name, and its grid."""
+    """A kernel, its arguments by name, its grid, and whether it starts before earlier ones end."""
 
     kernel: JITFunction
     arguments: dict[str, Any]
     grid: Any
+    starts_early: bool
 
 
 class CheckedBuilder(HardwareNumbers):
@@ -195,7 +197,7 @@ def _index(scalar: Any) -> int:
 
 def _programs(launch: Launched, memory: Memory) -> Iterator[Callable[[], None]]:
     """What runs each program of a launch, in the order of the grid."""
-    kernel, arguments, grid = launch
+    kernel, arguments, grid, starts_early = launch
     function = _as_python(kernel.fn)
     sizes = tuple(grid(arguments) if callable(grid) else grid)
     sizes += (1,) * (3 - len(sizes))
@@ -210,9 +212,10 @@ def _programs(launch: Launched, memory: Memory) -> Iterator[Callable[[], None]]:
     def run(program: tuple[int, int, int]) -> None:
         _builder.set_grid_dim(*sizes)
         _builder.set_grid_idx(*program)
-        memory.begin_program(program, views)
+        memory.begin_program(program, views, starts_early)
         try:
             function(**converted)
+            memory.end_program()
         except Exception as error:
             error.add_note(f"in program {program} of {kernel.fn.__name__}")
             raise
@@ -226,13 +229,14 @@ def _call(function: JITFunction, *args: Any, **kwargs: Any) -> Any:
 
 def _launch(kernel: JITFunction, memory: Memory, *args: Any, **kwargs: Any) -> None:
     grid, warmup = kwargs.pop("grid"), kwargs.pop("warmup", False)
+    starts_early = kwargs.pop("launch_pdl", False)
     if warmup:
         return
     # The others are launch options, such as num_warps.
     named = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
     bound = inspect.signature(kernel.fn).bind(*args, **named)
     bound.apply_defaults()
-    launch = Launched(kernel, bound.arguments, grid)
+    launch = Launched(kernel, bound.arguments, grid, starts_early)
     if memory.together is None:
         _run([launch], memory)
     else:
@@ -248,6 +252,9 @@ def _run(launches: list[Launched], memory: Memory) -> None:
         patch.setattr(upstream, "interpreter_semantic", _semantic)
         with _language(), pytest.MonkeyPatch.context() as patch_language:
             patch_language.setattr(tl, "multiple_of", _multiple_of)
+            dependent = {"gdc_wait": "wait", "gdc_launch_dependents": "launch_dependents"}
+            for name, own in dependent.items():
+                patch_language.setattr(tl.extra.cuda, name, getattr(memory, own))
             patch_language.setattr(tl.tensor, "__index__", _index)
             patch_reductions(patch_language)
             programs = [run for launch in launches for run in _programs(launch, memory)]

@@ -9,6 +9,9 @@ launch touched, one of the two not a load, unless atomics order the two:
 * An atomic on a single element (a counter, a lock) with release semantics publishes everything that
   its program did before; one with acquire semantics, on the same element, orders that before what
   its program does afterwards. An atomic on a block of elements orders nothing.
+
+A launch that is allowed to start early (`launch_pdl`) overlaps the launch before it: each program
+has to wait for that before any access, before it lets the next launch start, and before it ends.
 """
 
 from dataclasses import dataclass, field
@@ -24,6 +27,10 @@ Program = tuple[int, int, int]
 
 class RaceError(RuntimeError):
     """The result depends on the order in which programs, or lanes of a store, run."""
+
+
+class OrderError(RuntimeError):
+    """A program does before `gdc_wait` what it may do only when earlier launches are complete."""
 
 
 class Access(Enum):
@@ -102,6 +109,7 @@ class Memory:
     order: Random | None = None
     together: list[Any] | None = None
     program: Program = (0, 0, 0)
+    _has_waited: bool = True
     _storages: dict[int, Storage] = field(default_factory=dict)
     # The program of each segment of this launch, the segment `_launch_begin` being the first.
     _programs: list[Program | None] = field(default_factory=list)
@@ -122,11 +130,33 @@ class Memory:
         self._programs = [None]
         self._released = {}
 
-    def begin_program(self, program: Program, views: list[View]) -> None:
-        self.program, self.views = program, views
+    def begin_program(self, program: Program, views: list[View], starts_early: bool) -> None:
+        self.program, self.views, self._has_waited = program, views, not starts_early
         self._programs.append(program)
         self._program_begin = self._segment
         self._ordered_before = set()
+
+    def wait(self) -> None:
+        self._has_waited = True
+
+    def launch_dependents(self) -> None:
+        self._require_wait("lets the next launch start")
+
+    def end_program(self) -> None:
+        self._require_wait("ends")
+
+    def prefetch(self, addresses: np.ndarray, argument: str | None) -> None:
+        """Returns no value, so it may come before the wait. The bytes are to be in an argument."""
+        views = [view for view in self.views if argument in (None, view.name)]
+        inside = [view.holds(addresses, 1) for view in views]
+        if not np.any(inside, axis=0).all():
+            raise IndexError(
+                f"program {self.program} prefetches beyond {argument or 'all tensors'}"
+            )
+
+    def _require_wait(self, what: str) -> None:
+        if not self._has_waited:
+            raise OrderError(f"program {self.program} {what} before it waits for earlier launches")
 
     def unwritten(self, tensor: torch.Tensor) -> int:
         """How many elements of this view no launch has stored or atomically updated."""
@@ -145,6 +175,7 @@ class Memory:
         """
         if not addresses.size:
             return
+        self._require_wait(f"{access.value} {argument or 'memory'}")
         if (addresses % np.uint64(size)).any():
             raise IndexError(f"{access.value} {size} bytes at an address that is not aligned")
         views = [view for view in self.views if argument in (None, view.name)]

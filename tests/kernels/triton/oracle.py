@@ -4,7 +4,7 @@ Nothing here unpacks: the weight is built from the codes before they are packed.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
 
@@ -32,6 +32,7 @@ COLUMN = 4096  # more than any K here: one scale per row
 GROUPS = (16, 32, 48, 64, 96, 128, 192, 256, 384, COLUMN)
 UNEVEN_GROUPS = (272, 320)  # beyond 256, and no multiple of a block
 SMALL = TileConfig(16, 64, 128, 1, 4, 2)
+EARLY = {"PDL": True, "launch_pdl": True}  # what kernels are launched with on an H200
 
 # Tensor cores cut sums off where a CPU rounds them to nearest.
 U32 = 2.0**-23
@@ -45,13 +46,16 @@ on_every_device = pytest.mark.parametrize("device", ["cpu", CUDA])
 
 @contextmanager
 def running(device: str, order: int | None = None) -> Iterator[Memory | None]:
-    """Inside, kernels run: on a GPU, or on the CPU with every access checked.
+    """Inside, kernels run: on a GPU, or on the CPU with every access checked, as on an H200.
 
     order: the seed of a random order of the programs; the order of the grid if None.
     """
-    with interpreted() if device == "cpu" else nullcontext() as memory, emulated_ptx():
-        if memory is not None and order is not None:
-            memory.order = Random(order)
+    if device != "cpu":
+        yield None
+        return
+    with pytest.MonkeyPatch.context() as patch, interpreted() as memory, emulated_ptx():
+        patch.setattr(launch, "early_launch", lambda device: EARLY)
+        memory.order = None if order is None else Random(order)
         yield memory
 
 
