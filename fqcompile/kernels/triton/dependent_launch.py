@@ -47,7 +47,7 @@ SWITCH = "FQCOMPILE_PDL"
 LEAST_CAPABILITY = 90
 _LEAST_DRIVER = 12030  # the first CUDA with programmatic edges in graphs
 # The constant of the kernels, and the attribute of the launch.
-_EARLY = {"PDL": True, "launch_pdl": True}
+EARLY = {"PDL": True, "launch_pdl": True}
 _PLAIN: dict[str, bool] = {}
 
 
@@ -75,7 +75,7 @@ def early_launch(device: torch.device) -> Mapping[str, bool]:
         return _PLAIN
     refusal = refuse_early_launch(gpu_of(device))
     if refusal is None:
-        return _EARLY
+        return EARLY
     log.info("%s: kernels start when the one before is complete; early launch %s", device, refusal)
     return _PLAIN
 

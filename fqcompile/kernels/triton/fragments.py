@@ -21,10 +21,6 @@ from fqcompile.kernels.triton.dependent_launch import prefetch
 
 MICRO_ROWS = tl.constexpr(layout.MICRO_ROWS)
 SCALE_ROWS = tl.constexpr(layout.SCALE_ROWS)
-# Blocks of K to ask L2 for ahead of time: 16 KiB of 4-bit codes for 64 rows, which is what an SM
-# with two such programs has under way.
-PREFETCHED = tl.constexpr(4)
-LINE = tl.constexpr(128)  # bytes
 
 
 @triton.jit
@@ -70,9 +66,13 @@ def prefetch_weights(
 ):
     """Of the rows `row` to row + BLOCK_N the blocks of K from `first` on: what a loop loads first.
 
+    Four of them, 16 KiB of 4-bit codes for 64 rows: two such programs have an SM's share under way.
     row: a multiple of MICRO_ROWS. With fewer blocks left, codes of the rows after; none beyond the
     end. One bound for all of them leaves the compiler's loop as it is without prefetch.
     """
+    # Not globals: at every launch Triton looks whether those that a kernel uses have changed.
+    PREFETCHED: tl.constexpr = 4
+    LINE: tl.constexpr = 128  # bytes
     WORDS: tl.constexpr = MICRO_ROWS * BLOCK_K * BITS // 32  # of a micro-tile
     LINE_WORDS: tl.constexpr = LINE // 4
     of_rows = row // MICRO_ROWS + tl.arange(0, BLOCK_N // MICRO_ROWS)

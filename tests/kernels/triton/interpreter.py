@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import triton.compiler.code_generator  # noqa: F401  (keeps the language as it is when imported)
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as upstream

@@ -15,6 +15,7 @@ from torch import Tensor
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import TileConfig
 from fqcompile.kernels.triton import launch, layout
+from fqcompile.kernels.triton.dependent_launch import EARLY
 from fqcompile.tensor.codes import pack
 from fqcompile.tensor.format import QTYPES, Format
 from fqcompile.tensor.quantized import QuantizedTensor
@@ -32,7 +33,6 @@ COLUMN = 4096  # more than any K here: one scale per row
 GROUPS = (16, 32, 48, 64, 96, 128, 192, 256, 384, COLUMN)
 UNEVEN_GROUPS = (272, 320)  # beyond 256, and no multiple of a block
 SMALL = TileConfig(16, 64, 128, 1, 4, 2)
-EARLY = {"PDL": True, "launch_pdl": True}  # what kernels are launched with on an H200
 
 # Tensor cores cut sums off where a CPU rounds them to nearest.
 U32 = 2.0**-23

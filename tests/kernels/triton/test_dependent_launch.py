@@ -26,7 +26,6 @@ from bench.static.machine_code import toolchain_missing
 from bench.static.sass import GLOBAL_READS, LOCAL_ACCESSES, ahead_of
 from fqcompile.kernels.spec import A100, H200, Gpu, TileConfig
 from fqcompile.kernels.triton import dependent_launch, launch
-from fqcompile.kernels.triton.fragments import LINE, PREFETCHED
 from fqcompile.torch_compat import inductor_config
 from tests.kernels.triton import expert_oracle, oracle
 from tests.kernels.triton.expert_oracle import ExpertCase
@@ -35,6 +34,7 @@ from tests.kernels.triton.interpreter_memory import Access, Memory, OrderError
 from tests.kernels.triton.oracle import BF16, EARLY, SMALL, Case, packed, random_codes
 from tests.kernels.triton.ptx import emulated_ptx
 
+PREFETCHED, LINE = 4, 128  # blocks of K, bytes
 SPLIT = replace(SMALL, SPLIT_K=2)
 ONE = Case(n=80, k=700, bias=True, residual=True, activation="silu")
 # Each kernel that is launched early, in each of its forms.
@@ -133,11 +133,11 @@ def test_a_program_prefetches_what_it_loads_first(
     assert len(lines) > 1
     for program, at in lines.items():
         words, scales = loads[program, "qweight_ptr"], loads[program, "scale_ptr"]
-        first = kinds * min(PREFETCHED.value, len(words) // kinds)
+        first = kinds * min(PREFETCHED, len(words) // kinds)
         # Before the loop come the scales of a weight without groups.
         own = scales[:kinds] if group_size == oracle.COLUMN else scales[kinds : kinds + first]
         wanted = {int(a) for load in [*words[:first], *own] for a in load}
-        assert wanted <= {a + byte for a in at for byte in range(LINE.value)}
+        assert wanted <= {a + byte for a in at for byte in range(LINE)}
 
 
 def noted(patch: pytest.MonkeyPatch) -> tuple[dict[Any, list[np.ndarray]], dict[Any, list[int]]]:
