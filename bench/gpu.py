@@ -15,6 +15,7 @@ left. Every test and every row is on disk as soon as it is there, in eight files
     int8          8 bits, two of them
     tune          which configurations are the fastest: tuned.json, and all trials
 2   models        four layers of Llama 3 8B that decode in CUDA graphs
+    plain         the same with each kernel launched when the one before it is complete
     experts       a layer of Qwen3 30B
     peers         torchao and gemlite where they are installed
     overhead      host time of one call
@@ -40,7 +41,10 @@ _STATE = "nvidia-smi -q -d CLOCK,POWER,UTILIZATION,PERFORMANCE"
 _LOG_OF_TESTS, _WORKER = "BENCH_TESTS", "PYTEST_XDIST_WORKER"
 _LONGEST_REASON = 600
 _BUDGET = 420.0
-_FAMILY = "target gemm fragments dequantize experts expert_ops gemm_edges row_blocks launch_ops"
+_FAMILY = (
+    "target gemm last_finishes layer_chains fragments dequantize experts expert_ops gemm_edges "
+    "row_blocks launch_ops"
+)
 _TESTS = [
     *(f"tests/kernels/triton/test_{name}.py" for name in _FAMILY.split()),
     "tests/kernels/tuning",
@@ -87,6 +91,11 @@ def _measured(name: str, *flags: str, file: str) -> Callable[[Path, float], Sequ
     return command
 
 
+def _plainly(command: Callable[[Path, float], Sequence[str]]) -> Callable[..., Sequence[str]]:
+    """The same without programmatic dependent launch."""
+    return lambda out, seconds: ("env", "FQCOMPILE_PDL=0", *command(out, seconds))
+
+
 def _tune(out: Path, seconds: float) -> Sequence[str]:
     """Its table is kept by its cache, also where it is stopped."""
     report, cache = out / "tuning.json", out / "cache"
@@ -129,6 +138,11 @@ PARTS: dict[int, dict[str, Step]] = {
             _measured("models", *_LLAMA, "--ways", "inductor", "int4", "int4 head", file="models"),
             share=0.45,
             shown=3000,
+        ),
+        "plain": Step(
+            _plainly(_measured("models", *_LLAMA, "--ways", "int4", file="models-plain")),
+            share=0.35,
+            shown=1500,
         ),
         "experts": Step(_measured("experts", *_QWEN, file="experts"), share=0.45, shown=3000),
         "peers": Step(_measured("kernels", *_PEERS, file="kernels-peers"), share=0.7, shown=3000),

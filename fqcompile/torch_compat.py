@@ -71,6 +71,7 @@ __all__ = [
 ]
 
 dynamo_config = torch._dynamo.config
+inductor_config = torch._inductor.config
 optimize = torch._dynamo.optimize
 
 # Tensors.

@@ -29,6 +29,11 @@ def test_every_name_is_there() -> None:
     assert not missing
 
 
+def test_inductor_says_whether_its_kernels_start_early() -> None:
+    with compat.inductor_config.patch({"triton.enable_pdl": True}):
+        assert compat.inductor_config.triton.enable_pdl is True
+
+
 def test_writes_to_a_tensor_are_counted() -> None:
     tensor = torch.zeros(3)
     before = compat.count_of_writes(tensor)

@@ -89,8 +89,9 @@ def wrong_result(y: Tensor, expected: Tensor, contender: Contender, spec: GemmSp
 
 
 class Ours:
-    """Our kernel on one layer: for each M the closed form, what a dynamic number of rows runs where
-    that is something else, what tuning found, and `dense`."""
+    """Our kernel on one layer: for each M the closed form, the same with its split-K shares added
+    the other way, what a dynamic number of rows runs where that is something else, what tuning
+    found, and `dense`."""
 
     def __init__(self, problem: Problem) -> None:
         self.spec = problem.spec
@@ -103,9 +104,13 @@ class Ours:
         if closed is None:
             yield self._contender("fqcompile", None)
             return
-        yield self._contender("fqcompile closed form", closed.at(spec.m))
+        config = closed.at(spec.m)
+        yield self._contender("fqcompile closed form", config)
+        if config is not DENSE and config.SPLIT_K > 1:
+            other = replace(config, last_finishes=not config.last_finishes)
+            yield self._contender("fqcompile other finish", other)
         opened = self.template.launches(replace(spec, m_range=(1, None)))
-        if opened is not None and opened.at(spec.m) != closed.at(spec.m):
+        if opened is not None and opened.at(spec.m) != config:
             yield self._contender("fqcompile dynamic", opened.at(spec.m))
         chosen = tuned_launches(spec, self.template, tune)
         if chosen.launches is not None and chosen.source != CLOSED_FORM:

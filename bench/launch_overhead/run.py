@@ -14,6 +14,7 @@ missing.
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,7 +31,8 @@ from fqcompile.kernels import op as operator
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.registry import KernelChoice
 from fqcompile.kernels.spec import H200, GemmSpec, LaunchTable, TileConfig, gpu_of
-from fqcompile.kernels.triton import target
+from fqcompile.kernels.triton import launch, target
+from fqcompile.kernels.triton.dependent_launch import EARLY
 from fqcompile.kernels.triton.gemm import gemm_kernel
 from fqcompile.kernels.triton.launch import dequant_gemm, forms_of
 from fqcompile.kernels.triton.layout import BLOCK_K, blocks_per_group, dot_width
@@ -55,12 +57,13 @@ def ways(device: torch.device) -> dict[str, Callable[[], object]]:
     y = x.new_empty((M, N))
     grid = (triton.cdiv(M, CONFIG.BLOCK_M) * triton.cdiv(N, CONFIG.BLOCK_N), CONFIG.SPLIT_K)
     arguments = (
-        x, *tensors, None, None, y, M, N, K, x.stride(0), 0,
+        x, *tensors, None, None, y, None, None, M, N, K, x.stride(0), 0,
         blocks_per_group(GROUP, K), dot_width(GROUP, K), spec.bits, spec.levels, KWIDTH,
         target.conversion(device, x.dtype), *forms_of("none"), False,
         K % BLOCK_K == 0, CONFIG.BLOCK_M, CONFIG.BLOCK_N, BLOCK_K, CONFIG.SPLIT_K,
     )  # fmt: skip
     options = {"num_warps": CONFIG.num_warps, "num_stages": CONFIG.num_stages}
+    options |= launch.early_launch(device)
     kernel = str(KernelChoice(TRITON_GEMM, LaunchTable.of(CONFIG)))
     format_ = (spec.bits, spec.levels, GROUP, N, K, "none", False, kernel, None, None, False)
 
@@ -117,7 +120,8 @@ def measure(device: torch.device, calls: int, repeat: int) -> dict[str, list[flo
     install()
     # The probe would run a kernel. Its answer is kept for each device and type, as on a GPU.
     kept = patch.object(target, "keeps_subnormals", lambda device, dtype: True)
-    with kept, torch.no_grad():
+    early = patch.object(launch, "early_launch", cache(lambda device: EARLY))  # as on an H200
+    with kept, early, torch.no_grad():
         return host_microseconds(ways(device), calls, repeat, _nothing)
 
 

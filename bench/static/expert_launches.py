@@ -21,6 +21,8 @@ from bench.static.launches import (
     dequantize,
     epilogue_of,
     format_of,
+    meeting,
+    starts_early,
 )
 from bench.static.machine_code import Launch
 from fqcompile.kernels.spec import H200, GemmSpec, Gpu, TileConfig
@@ -29,7 +31,7 @@ from fqcompile.kernels.triton.expert_gemm import (
     expert_gemm_kernel,
     finish_experts_kernel,
 )
-from fqcompile.kernels.triton.launch import FINISH_BLOCK_N, filled_up, has_two_sums
+from fqcompile.kernels.triton.launch import FINISH_BLOCK_N, filled_up, has_two_sums, is_whole
 from fqcompile.kernels.triton.layout import BLOCK_K
 from fqcompile.tensor.format import NORMAL, UNIFORM
 
@@ -51,15 +53,15 @@ def layer(
 def routed(spec: GemmSpec, config: TileConfig) -> Case:
     """`expert_gemm_kernel` as launched for the spec's routing."""
     dtype, grouped = TYPES[spec.dtype], spec.routing == "grouped"
-    direct = config.SPLIT_K == 1
+    direct = is_whole(spec.n, spec.gated, config)
     gated = spec.gated and has_two_sums(spec.n, config)
     pointers = {"x_ptr": f"*{dtype}", "qweight_ptr": "*i32", "scale_ptr": "*fp16"}
     pointers |= {"routing_ptr": OFFSETS if grouped else IDS}
     pointers |= {"y_ptr": f"*{dtype}" if direct else "*fp32"}
-    has_bias = spec.has_bias and direct
-    pointers |= {"bias_ptr": f"*{dtype}"} if has_bias else {}
+    given = {"bias_ptr": f"*{dtype}" * (spec.has_bias and direct)} | meeting(config)
+    pointers |= {name: pointer for name, pointer in given.items() if pointer}
     constants = format_of(spec) | epilogue_of(spec.activation if direct else "none")
-    constants |= {} if has_bias else {"bias_ptr": None}
+    constants |= {name: None for name, pointer in given.items() if not pointer}
     constants |= {
         "GROUPED": grouped,
         "BLOCK_E": filled_up(spec.experts),
@@ -69,10 +71,11 @@ def routed(spec: GemmSpec, config: TileConfig) -> Case:
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_K": BLOCK_K,
         "SPLIT_K": config.SPLIT_K,
+        "PDL": starts_early(spec),
     }
     launch = Launch(
         expert_gemm_kernel, pointers, constants, divisible=("N", "K", "stride_xm"),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=starts_early(spec),
     )  # fmt: skip
     weights = (2 if gated else 1) * config.BLOCK_N * BLOCK_K
     return Case(str(spec.routing), launch, spec, config, weights)
@@ -90,9 +93,11 @@ def finish(spec: GemmSpec) -> Case:
         "GATED": spec.gated,
         "SPLIT_K": FINISHED_SHARES,
         "BLOCK_N": FINISH_BLOCK_N,
+        "PDL": starts_early(spec),
     }
     launch = Launch(
-        finish_experts_kernel, pointers, constants, divisible=("N",), num_warps=2
+        finish_experts_kernel, pointers, constants, divisible=("N",), num_warps=2,
+        launch_pdl=starts_early(spec),
     )  # fmt: skip
     return Case(f"finish {spec.routing}", launch, spec, None, FINISH_BLOCK_N)
 
@@ -133,6 +138,8 @@ def selection(arch: int) -> Iterator[Case]:
         yield routed(layer(qwen, "gate_up", routing, gpu=gpu), gated)
         yield routed(layer(qwen, "down", routing, gpu=gpu), small)
         yield routed(layer(qwen, "down", routing, gpu=gpu), replace(small, SPLIT_K=8))
+        last = replace(small, SPLIT_K=8, last_finishes=True)
+        yield routed(layer(qwen, "down", routing, gpu=gpu), last)
         yield routed(layer(mixtral, "down", routing, bits=8, group_size=1 << 20, gpu=gpu), small)
         yield finish(replace(layer(qwen, "gate_up", routing, gpu=gpu), has_bias=True))
     normal = partial(layer, qwen, gpu=gpu, levels=NORMAL)

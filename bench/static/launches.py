@@ -1,8 +1,7 @@
 """Launches to read machine code of: what `fqcompile.kernels.triton.launch` would launch, as values.
 
     case = gemm(spec(4, 128), TileConfig(16, 128, 128, 1, 4, 4))
-    code = case.read()
-    code.per_weight(case.weights)
+    case.read().per_weight(case.weights)
 
 `tests/kernels/triton/test_static.py` holds that both launch the same.
 """
@@ -20,6 +19,7 @@ from bench.static.machine_code import Launch, MachineCode, read
 from bench.static.plain import plain_kernel
 from fqcompile.kernels.spec import A100, H200, GemmSpec, Gpu, TileConfig
 from fqcompile.kernels.triton.configs import candidates
+from fqcompile.kernels.triton.dependent_launch import LEAST_CAPABILITY
 from fqcompile.kernels.triton.epilogue import finish_kernel
 from fqcompile.kernels.triton.fragments import dequantize_kernel
 from fqcompile.kernels.triton.gemm import gemm_kernel
@@ -28,6 +28,7 @@ from fqcompile.kernels.triton.launch import (
     FINISH_BLOCK_N,
     forms_of,
     has_two_sums,
+    is_whole,
 )
 from fqcompile.kernels.triton.layout import BLOCK_K, blocks_per_group, dot_width
 from fqcompile.kernels.triton.target import kwidth
@@ -40,7 +41,6 @@ GPUS = {90: H200, 80: A100}
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 CONVERSION = "subnormal_prmt"
 ACTIVATION = "silu"
-
 FINISHED_SHARES = 8
 
 # For each BLOCK_M a tile that the registers hold. On sm_80 they hold no two sums of 64 rows.
@@ -143,34 +143,44 @@ def format_of(spec: GemmSpec) -> dict[str, Any]:
     }
 
 
+def starts_early(spec: GemmSpec) -> bool:
+    """Whether its kernels are launched before the kernel before them ends."""
+    return spec.gpu is not None and spec.gpu.capability >= LEAST_CAPABILITY
+
+
 def epilogue_of(name: str) -> dict[str, Any]:
     """The constants of every kernel that ends with an activation."""
     return dict(zip(("ACTIVATION", "UP"), forms_of(name), strict=True))
 
 
+def meeting(config: TileConfig) -> dict[str, str]:
+    """The pointers to shares and arrivals; "" where there are none."""
+    pointers = {"shares_ptr": "*fp32", "arrivals_ptr": "*i32"}
+    return {name: pointer * config.last_finishes for name, pointer in pointers.items()}
+
+
 def gemm(spec: GemmSpec, config: TileConfig, **changes: Any) -> Case:
     """`gemm_kernel` as launched, but for `changes` to its constants."""
     dtype = TYPES[spec.dtype]
-    direct = config.SPLIT_K == 1
+    direct = is_whole(spec.n, spec.gated, config)
     gated = spec.gated and has_two_sums(spec.n, config)
     pointers = {"x_ptr": f"*{dtype}", "qweight_ptr": "*i32", "scale_ptr": "*fp16"}
     pointers["y_ptr"] = f"*{dtype}" if direct else "*fp32"
     ends = {"bias_ptr": spec.has_bias and direct, "residual_ptr": spec.has_residual and direct}
-    pointers |= {name: f"*{dtype}" for name, there in ends.items() if there}
-    constants = format_of(spec) | {name: None for name, there in ends.items() if not there}
+    given = {name: f"*{dtype}" * there for name, there in ends.items()} | meeting(config)
+    pointers |= {name: pointer for name, pointer in given.items() if pointer}
+    constants = format_of(spec) | {name: None for name, pointer in given.items() if not pointer}
     constants |= {
         **epilogue_of(spec.activation if direct else "none"),
         "GATED": gated,
         "EVEN_K": spec.k % BLOCK_K == 0,
-        "BLOCK_M": config.BLOCK_M,
-        "BLOCK_N": config.BLOCK_N,
-        "BLOCK_K": BLOCK_K,
-        "SPLIT_K": config.SPLIT_K,
+        **{name: getattr(config, name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K")},
+        "PDL": starts_early(spec),
     }
     launch = Launch(
         gemm_kernel, pointers, constants | changes,
         divisible=("N", "K", "stride_xm", "stride_rm"),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=starts_early(spec),
     )  # fmt: skip
     weights = (2 if gated else 1) * config.BLOCK_N * BLOCK_K
     return Case("gemm", launch, spec, config, weights)
@@ -186,9 +196,11 @@ def finish(spec: GemmSpec) -> Case:
         "GATED": spec.gated,
         "SPLIT_K": FINISHED_SHARES,
         "BLOCK_N": FINISH_BLOCK_N,
+        "PDL": starts_early(spec),
     }
     launch = Launch(
-        finish_kernel, pointers, constants, divisible=("N", "stride_rm"), num_warps=2
+        finish_kernel, pointers, constants, divisible=("N", "stride_rm"), num_warps=2,
+        launch_pdl=starts_early(spec),
     )  # fmt: skip
     return Case("finish", launch, spec, None, FINISH_BLOCK_N)
 
@@ -223,23 +235,17 @@ def plain(spec: GemmSpec, config: TileConfig) -> Case:
     return Case("plain", launch, spec, config, config.BLOCK_N * config.BLOCK_K)
 
 
-def _shares(config: TileConfig) -> TileConfig:
-    return replace(config, SPLIT_K=FINISHED_SHARES)
-
-
 def matrix(arch: int) -> Iterator[Case]:
-    """Every format in every tile; K is split where there are few rows.
-
-    Where it is, gate and up are columns of one product, as in a layer without them.
-    """
+    """Every format in every tile; K is split where there are few rows, and finished in both ways
+    but of gated layers, whose product a second kernel finishes as any other."""
     gpu = GPUS[arch]
     for (bits, levels), group_size, dtype in product(FORMATS, GROUP_SIZES, TYPES):
         for gated in (False, True):
             layer = spec(bits, group_size, dtype, gpu, gated, levels=levels)
             tiles = [TileConfig.parse(text) for text in TILES[arch, gated]]
             yield from (gemm(layer, tile) for tile in tiles)
-            if not gated:
-                yield from (gemm(layer, _shares(tile)) for tile in tiles[:2])
+            for last, tile in product((True,) if gated else (True, False), tiles[:2]):
+                yield gemm(layer, replace(tile, SPLIT_K=FINISHED_SHARES, last_finishes=last))
     for dtype, gated in product(TYPES, (False, True)):
         yield finish(spec(4, 128, dtype, gpu, gated))
     for (bits, levels), group_size, dtype in product(FORMATS, GROUP_SIZES, TYPES):
@@ -265,25 +271,26 @@ def chosen(arch: int) -> Iterator[Case]:
 
 def selection(arch: int) -> Iterator[Case]:
     """Of `matrix`, one case for each thing that may go wrong: what the tests read."""
-    gpu = GPUS[arch]
+    gpu, pair = GPUS[arch], TileConfig.parse(TILES[arch, True][0])
+    shares = partial(replace, SPLIT_K=FINISHED_SHARES)
     small, _, medium, large = map(TileConfig.parse, TILES[arch, False])
     bf16, fp16 = torch.bfloat16, torch.float16
     formats = [(4, 128, bf16), (4, 128, fp16), (4, K, bf16), (4, 64, fp16), (4, 32, bf16)]
     formats += [(4, 16, bf16), (8, K, bf16), (8, 128, fp16), (8, 32, bf16)]
     yield from (gemm(spec(*given, gpu=gpu), small) for given in formats)
-    yield gemm(spec(4, 128, gpu=gpu), _shares(small))
-    yield gemm(spec(4, 128, gpu=gpu, gated=True), TileConfig.parse(TILES[arch, True][0]))
+    yield gemm(spec(4, 128, gpu=gpu), shares(small))
+    yield gemm(spec(4, 128, gpu=gpu), shares(small, last_finishes=True))
+    yield gemm(spec(4, 128, gpu=gpu, gated=True), pair)
+    yield gemm(spec(4, 128, gpu=gpu, gated=True), shares(pair, last_finishes=True))
     yield gemm(spec(4, 128, gpu=gpu), medium)
     yield gemm(spec(8, K, gpu=gpu), large)
     yield finish(spec(4, 128, gpu=gpu, gated=True))
-    yield dequantize(spec(4, 128, gpu=gpu))
-    yield dequantize(spec(8, K, gpu=gpu))
+    yield from map(dequantize, (spec(4, 128, gpu=gpu), spec(8, K, gpu=gpu)))
     normal = partial(spec, 4, gpu=gpu, levels=NORMAL)
     given = [(128, bf16), (128, fp16), (K, bf16), (64, fp16), (32, bf16), (16, bf16)]
     yield from (gemm(normal(*one), small) for one in given)
-    yield gemm(normal(128), _shares(small))
-    yield gemm(normal(128, gated=True), TileConfig.parse(TILES[arch, True][0]))
-    yield gemm(normal(128), medium)
+    yield gemm(normal(128), shares(small))
+    yield from (gemm(normal(128, gated=tile is pair), tile) for tile in (pair, medium))
     yield dequantize(normal(128))
 
 

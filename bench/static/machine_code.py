@@ -48,6 +48,7 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 3
     maxnreg: int | None = None
+    launch_pdl: bool = False
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,8 @@ def compile_for(launch: Launch, arch: int | str) -> Any:
     types |= dict(launch.pointers) | dict.fromkeys(launch.constants, "constexpr")
     aligned = sorted({*launch.pointers, *launch.divisible})
     hints = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    options = {option: getattr(launch, option) for option in ("num_warps", "num_stages", "maxnreg")}
+    names_of_options = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
+    options = {option: getattr(launch, option) for option in names_of_options}
     source = ASTSource(launch.kernel, types, dict(launch.constants), hints)
     backend, warp = ("cuda", 32) if isinstance(arch, int) else ("hip", 64)
     return triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)

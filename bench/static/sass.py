@@ -162,6 +162,18 @@ def hot_loop(sass: str) -> tuple[list[Instruction], bool]:
     return [code[i] for i in sorted(body) if code[i].name != "NOP"], bool(innermost)
 
 
+def ahead_of(sass: str, opcode: str) -> list[Instruction]:
+    """What the kernel may execute before it comes to its first `opcode`, in address order."""
+    code, labels = parse(sass)
+    follow = _successors(code, labels)
+    for i, instruction in enumerate(code):
+        if instruction.name == opcode and not instruction.guard:
+            follow[i] = []
+    entry = min((i for name, i in labels.items() if name.startswith(".text.")), default=0)
+    reached, _ = _walk(follow, [entry])
+    return [code[i] for i in sorted(reached) if code[i].name != opcode]
+
+
 def reads_registers(instruction: Instruction) -> bool:
     """Whether this is a Hopper product whose left operand is in registers.
 

@@ -6,7 +6,7 @@ experts: ŵ[E, N, K], and each row of x has its expert:  y[m] = act(x[m] @ ŵ[e(
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
 from typing import Any, Final, Literal
@@ -27,7 +27,7 @@ _HALVED = "GeForce"  # whose fp32 sums take twice as long (71 TFLOP/s of an RTX 
 # Fraction of the nominal memory bandwidth that a copy reaches, and of peak FLOPs cuBLAS reaches.
 COPY_SHARE, MATRIX_SHARE = 0.9, 0.8
 _SHARED_RESERVED = 1 << 10  # bytes of each program's shared memory that the system takes
-_TILE = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)w(\d+)s(\d+)")
+_TILE = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)w(\d+)s(\d+)(-last)?")
 _STEP = re.compile(r"(?:m(\d+)=)?(.+)")
 
 
@@ -163,8 +163,12 @@ class GemmSpec:
 class TileConfig:
     """`BLOCK_M x BLOCK_N` output tile, `BLOCK_K` step, split-K factor, warps, pipeline stages.
 
+    `last_finishes`: of the programs that split K, the last one to arrive adds the shares of its
+    tile; else a second kernel adds all of them.
+
     Raises:
-        OptionError: a size is not a power of two, or `num_stages` is below 1.
+        OptionError: a size is not a power of two, `num_stages` is below 1, or K is not split and
+            still the last program finishes.
     """
 
     BLOCK_M: int
@@ -173,6 +177,7 @@ class TileConfig:
     SPLIT_K: int = 1
     num_warps: int = 4
     num_stages: int = 3
+    last_finishes: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K", "num_warps"):
@@ -181,21 +186,25 @@ class TileConfig:
                 raise OptionError(f"TileConfig.{name}={value} must be a power of two")
         if self.num_stages < 1:
             raise OptionError(f"TileConfig.num_stages={self.num_stages} must be at least 1")
+        if self.last_finishes and self.SPLIT_K == 1:
+            raise OptionError("TileConfig.last_finishes=True needs SPLIT_K of at least 2, not 1")
 
     def __str__(self) -> str:
         tile = f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K}x{self.SPLIT_K}"
-        return f"{tile}w{self.num_warps}s{self.num_stages}"
+        return f"{tile}w{self.num_warps}s{self.num_stages}" + "-last" * self.last_finishes
 
     @classmethod
     def parse(cls, text: str) -> "TileConfig":
-        """The config that `str()` wrote as `text`, for example "16x64x128x1w4s3"."""
+        """The config that `str()` wrote, such as "16x64x128x1w4s3" or "16x64x128x8w4s3-last"."""
         match = _TILE.fullmatch(text)
         if match is None:
             raise OptionError(
                 f"tile config {text!r} is not of the form "
-                "BLOCK_MxBLOCK_NxBLOCK_KxSPLIT_KwWARPSsSTAGES, for example '16x64x128x1w4s3'"
+                "BLOCK_MxBLOCK_NxBLOCK_KxSPLIT_KwWARPSsSTAGES, for example '16x64x128x1w4s3', "
+                "with -last behind it where the last program finishes"
             )
-        return cls(*map(int, match.groups()))
+        *sizes, last = match.groups()
+        return cls(*map(int, sizes), last_finishes=last is not None)
 
 
 class Way(Enum):

@@ -1,5 +1,6 @@
 """What kernels are told: GPUs known and derived, tile configurations and tables of them as text."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -124,10 +125,16 @@ sizes = st.sampled_from([2**e for e in range(11)])
 )
 def test_parse_reads_what_str_wrote(config: TileConfig) -> None:
     assert TileConfig.parse(str(config)) == config
+    if config.SPLIT_K > 1:
+        last = replace(config, last_finishes=True)
+        assert TileConfig.parse(str(last)) == last
+        assert str(last) != str(config)
 
 
 def test_text_is_compact() -> None:
-    assert str(TileConfig(16, 64, 128, 2, num_warps=8, num_stages=4)) == "16x64x128x2w8s4"
+    config = TileConfig(16, 64, 128, 2, num_warps=8, num_stages=4)
+    assert str(config) == "16x64x128x2w8s4"
+    assert str(replace(config, last_finishes=True)) == "16x64x128x2w8s4-last"
 
 
 @pytest.mark.parametrize(
@@ -144,6 +151,13 @@ def test_sizes_are_sizes_of_two(name: str, value: int) -> None:
     given_sizes = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16} | {name: value}
     with pytest.raises(OptionError, match=f"TileConfig.{name}={value} must be a power of two"):
         TileConfig(**given_sizes)
+
+
+def test_one_share_has_no_last_program() -> None:
+    with pytest.raises(OptionError, match="last_finishes=True needs SPLIT_K of at least 2, not 1"):
+        TileConfig(16, 16, 16, last_finishes=True)
+    with pytest.raises(OptionError, match="last_finishes=True"):
+        TileConfig.parse("16x64x128x1w4s4-last")
 
 
 def test_stages_start_at_one() -> None:

@@ -16,7 +16,7 @@ from fqcompile.kernels.triton.cost import (
     cost,
     mean_experts_hit,
 )
-from fqcompile.kernels.triton.launch import GROUPED_MM_ALIGNED, has_two_sums
+from fqcompile.kernels.triton.launch import GROUPED_MM_ALIGNED, has_two_sums, is_whole
 from fqcompile.kernels.triton.layout import BLOCK_K, dot_width
 from fqcompile.tensor.format import NORMAL
 
@@ -102,7 +102,8 @@ def offers_dense(spec: GemmSpec) -> bool:
 def candidates(spec: GemmSpec, m: int, mode: SearchMode) -> Sequence[Config]:
     """Configurations to try, fastest first by the cost model; those of a bad shape come last.
 
-    "fast" has twelve: the best one of each tile, then the best of the others. "max" has all.
+    "fast" has twelve: the best one of each tile, with shares that its last program adds and without
+    such, then the best of the others. "max" has all.
     """
     return _candidates(spec, m, FAST_CANDIDATES if mode == "fast" else None)
 
@@ -171,7 +172,9 @@ def _candidates(spec: GemmSpec, m: int, limit: int | None) -> tuple[Config, ...]
 
 
 def _tile(config: Config) -> object:
-    return config if config is DENSE else (config.BLOCK_M, config.BLOCK_N, config.num_warps)
+    if config is DENSE:
+        return config
+    return config.BLOCK_M, config.BLOCK_N, config.num_warps, config.last_finishes
 
 
 def _fitting(spec: GemmSpec, gpu: Gpu, m: int) -> Iterator[tuple[TileConfig, float]]:
@@ -181,12 +184,19 @@ def _fitting(spec: GemmSpec, gpu: Gpu, m: int) -> Iterator[tuple[TileConfig, flo
     shares = [1]
     while shares[-1] < _MOST_SHARES and blocks >= 2 * shares[-1] * _LEAST_BLOCKS:
         shares.append(2 * shares[-1])
+    # The order in which a GPU sees what several programs store is known of NVIDIA's alone.
+    ends = (False, True) if gpu.capability else (False,)
     widest = max(_TILE_M[0], 1 << (_rows_of_a_weight(spec, m) - 1).bit_length())
     tiles_m = [tile for tile in _TILE_M if tile <= widest]
-    for tile_m, tile_n, share, warps, stages in product(tiles_m, _TILE_N, shares, _WARPS, _STAGES):
-        config = TileConfig(tile_m, tile_n, BLOCK_K, share, warps, stages)
-        if tile_n < _ROWS_OF_A_WARP * warps:
-            continue  # several warps would compute the same products
+    for tile_m, tile_n, share, last, warps, stages in product(
+        tiles_m, _TILE_N, shares, ends, _WARPS, _STAGES
+    ):
+        if tile_n < _ROWS_OF_A_WARP * warps or (last and share == 1):
+            continue  # several warps would compute the same products, or one program be the last
+        sizes = (tile_m, tile_n, BLOCK_K, share, warps, stages)
+        config = TileConfig(*sizes, last_finishes=last)
+        if last and not is_whole(spec.n, spec.gated, config):
+            continue
         if _spills(spec, gpu, config):
             continue
         needs = cost(spec, config, gpu, m)

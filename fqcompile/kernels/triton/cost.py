@@ -35,6 +35,9 @@ _LOOK_UP = 1.0  # additional instructions per weight with normal levels
 _SEARCH_SECONDS = 1e-6  # of a block for its expert: two loads one after the other, and a scan
 _NOT_HIDDEN = 0.1  # the part of each resource's time that does not overlap with the longest
 _SHARE_BYTES = 8  # per fp32 element of a split-K partial sum: written once, read once
+# Of the last program of a tile: until its share is in L2, the atomic, and the first load after it.
+# Three trips to L2 one after the other; the first, a fence, takes as long as the other two.
+_ARRIVAL_SECONDS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class Model:
     """The formulas; fields are numbers or symbols.
 
     one_scale, normal, wgmma: 1 or 0. dots: dots per block of K. pair: 2 if gate and up have an
-    accumulator each, else 1. grouped: 1 if each
-    program looks for its expert first, else 0.
+    accumulator each, else 1. grouped: 1 if each program looks for its expert first, else 0. last: 1
+    if the last program of a tile adds its shares, 0 if a second kernel does.
     """
 
     rows: Any
@@ -61,6 +64,7 @@ class Model:
     pair: Any
     wgmma: Any
     grouped: Any
+    last: Any
     sms: Any
     clock: Any
     bandwidth: Any
@@ -136,11 +140,20 @@ class Model:
         from_cache = read / (_L2_OVER_DRAM * self.bandwidth)
         # A program's products wait for its own conversions; other resident programs fill the gap.
         waiting = blocks * Min(issue, matrix) / Max(1, floor(self._resident))
-        shares = self.split * M * self.rows * _SHARE_BYTES / self.bandwidth
-        finish = Min(self.split - 1, 1) * (LAUNCH_SECONDS + shares)
         times = (blocks * issue, blocks * matrix, memory, from_cache)
         hidden = (1 - _NOT_HIDDEN) * Max(*times) + _NOT_HIDDEN * sum(times)
-        return hidden + waiting + LAUNCH_SECONDS + self.grouped * _SEARCH_SECONDS + finish
+        around = LAUNCH_SECONDS + self.grouped * _SEARCH_SECONDS + self._finish(tiles_m)
+        return hidden + waiting + around
+
+    def _finish(self, tiles_m: Any) -> Any:
+        """Seconds until the shares are added: by a kernel more, or by the last program of each tile
+        alone, as fast as one SM reads from L2."""
+        shares = self.split * M * self.rows * _SHARE_BYTES
+        kernel = LAUNCH_SECONDS + shares / self.bandwidth
+        tile = self.split * self.pair * self.tile_n * M / tiles_m * _SHARE_BYTES / 2
+        cache = _L2_OVER_DRAM * self.bandwidth
+        last = _ARRIVAL_SECONDS + shares / 2 / cache + tile / (cache / self.sms)
+        return Min(self.split - 1, 1) * (self.last * last + (1 - self.last) * kernel)
 
 
 def _model(spec: GemmSpec, config: TileConfig, gpu: Gpu) -> Model:
@@ -160,6 +173,7 @@ def _model(spec: GemmSpec, config: TileConfig, gpu: Gpu) -> Model:
         pair=2 if spec.gated and has_two_sums(spec.n, config) else 1,
         wgmma=int(gpu.has_wgmma),
         grouped=int(spec.routing == "grouped"),
+        last=int(config.last_finishes),
         sms=gpu.num_sms,
         clock=gpu.clock_hz,
         bandwidth=gpu.bandwidth,

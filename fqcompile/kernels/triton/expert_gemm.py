@@ -13,6 +13,7 @@ A stack holds the packed weights of its experts one after the other.
 import triton
 import triton.language as tl
 
+from fqcompile.kernels.triton.dependent_launch import wait_for_earlier_kernels
 from fqcompile.kernels.triton.epilogue import finish_row, store
 from fqcompile.kernels.triton.fragments import scales_of_an_expert, words_of_an_expert
 from fqcompile.kernels.triton.gemm import scaled_products
@@ -66,6 +67,8 @@ def expert_gemm_kernel(
     routing_ptr,
     bias_ptr,
     y_ptr,
+    shares_ptr,
+    arrivals_ptr,
     M,
     N,
     K,
@@ -88,12 +91,15 @@ def expert_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """y [M, N], or its split-K shares, as in `gemm_kernel`; blocks without an expert write nothing.
 
     routing: offsets [experts], or ids [M] with num_blocks = M. A row whose id names no expert
     becomes NaN. BLOCK_E: experts rounded up to a power of two.
     """
+    # Which weights a program reads, an earlier kernel says: there is nothing to prefetch.
+    wait_for_earlier_kernels(PDL)
     # Neighboring programs may read the same weight tile, as blocks of one expert do.
     block = tl.program_id(0) % num_blocks
     offs_n = (tl.program_id(0) // num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -124,7 +130,7 @@ def expert_gemm_kernel(
         acc = tl.where(known, acc, float("nan"))
     mask = (offs_n < N)[:, None] & mask_m[None, :]
     store(
-        acc, acc_up, bias_ptr, None, y_ptr, offs_m, offs_n, mask, M, N, 0,
+        acc, acc_up, bias_ptr, None, y_ptr, shares_ptr, arrivals_ptr, offs_m, offs_n, mask, M, N, 0,
         ACTIVATION, UP, GATED, SPLIT_K,
     )  # fmt: skip
 
@@ -145,11 +151,13 @@ def finish_experts_kernel(
     GATED: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """y [M, N] from shares, as in `finish_kernel`; grouped rows without an expert are skipped.
 
     routing: offsets [experts] or ids [M]. BLOCK_E: experts rounded up to a power of two.
     """
+    wait_for_earlier_kernels(PDL)
     num_pid_n = tl.cdiv(N, BLOCK_N)
     m = (tl.program_id(0) // num_pid_n).to(tl.int64)
     offs_n = (tl.program_id(0) % num_pid_n) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -17,6 +17,7 @@ from fqcompile.kernels.triton.conversion import (
     second_bytes,
     uniform_levels,
 )
+from fqcompile.kernels.triton.dependent_launch import prefetch
 
 MICRO_ROWS = tl.constexpr(layout.MICRO_ROWS)
 SCALE_ROWS = tl.constexpr(layout.SCALE_ROWS)
@@ -47,6 +48,47 @@ def load_scales(scale_ptr, offs_n, rows, group, BLOCK_N: tl.constexpr, DOTS: tl.
     """[BLOCK_N, DOTS]. Rows of scales are filled up to whole tiles, so there is no mask."""
     start = scale_ptr + group * (tl.cdiv(rows, SCALE_ROWS) * SCALE_ROWS * DOTS)
     return tl.load(start + offs_n[:, None] * DOTS + tl.arange(0, DOTS)[None, :])
+
+
+@triton.jit
+def prefetch_weights(
+    qweight_ptr,
+    scale_ptr,
+    row,
+    rows,
+    first,
+    num_blocks,
+    BLOCKS_PER_GROUP: tl.constexpr,
+    DOTS: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Of the rows `row` to row + BLOCK_N the blocks of K from `first` on: what a loop loads first.
+
+    Four of them, 16 KiB of 4-bit codes for 64 rows: two such programs have an SM's share under way.
+    row: a multiple of MICRO_ROWS. With fewer blocks left, codes of the rows after; none beyond the
+    end. One bound for all of them leaves the compiler's loop as it is without prefetch.
+    """
+    # Not globals: at every launch Triton looks whether those that a kernel uses have changed.
+    PREFETCHED: tl.constexpr = 4
+    LINE: tl.constexpr = 128  # bytes
+    WORDS: tl.constexpr = MICRO_ROWS * BLOCK_K * BITS // 32  # of a micro-tile
+    LINE_WORDS: tl.constexpr = LINE // 4
+    of_rows = row // MICRO_ROWS + tl.arange(0, BLOCK_N // MICRO_ROWS)
+    lines = first * WORDS + tl.arange(0, PREFETCHED * WORDS // LINE_WORDS) * LINE_WORDS
+    words = of_rows[:, None] * (num_blocks * WORDS) + lines[None, :]
+    last = tl.cdiv(rows, MICRO_ROWS) * (num_blocks * WORDS) - 1
+    prefetch(qweight_ptr + tl.minimum(words, last))
+    SCALES: tl.constexpr = BLOCK_N * DOTS
+    LINE_SCALES: tl.constexpr = LINE * 8 // scale_ptr.dtype.element_ty.primitive_bitwidth
+    columns = row * DOTS + tl.arange(0, SCALES // LINE_SCALES) * LINE_SCALES
+    GROUPED: tl.constexpr = BLOCKS_PER_GROUP > 0
+    groups = tl.arange(0, PREFETCHED if GROUPED else 1)
+    if GROUPED:
+        groups = tl.minimum(first + groups, num_blocks - 1) // BLOCKS_PER_GROUP
+    groups *= tl.cdiv(rows, SCALE_ROWS) * SCALE_ROWS * DOTS
+    prefetch(scale_ptr + groups[:, None] + columns[None, :])
 
 
 @triton.jit

@@ -6,8 +6,8 @@ The weight is the left operand: the only one that wgmma can read from registers,
 mma.sync can read in fragment order without a shuffle. Products use the codes, which fp16 and bf16
 represent exactly; the scale of a group multiplies its fp32 sum, so a dot never crosses a group.
 
-With SPLIT_K > 1 each program sums one share of K, and a second kernel, `finish_kernel`, adds the
-shares in a fixed order.
+With SPLIT_K > 1 each program sums one share of K. Who adds the shares, in a fixed order, is either
+a second kernel, `finish_kernel`, or the last program of each tile: it saves that kernel's launch.
 """
 
 # mypy: allow-incomplete-defs, allow-untyped-defs
@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from fqcompile.kernels.triton.conversion import code_factor
+from fqcompile.kernels.triton.dependent_launch import wait_for_earlier_kernels
 from fqcompile.kernels.triton.epilogue import store
 from fqcompile.kernels.triton.fragments import (
     MICRO_ROWS,
@@ -23,6 +24,7 @@ from fqcompile.kernels.triton.fragments import (
     load_scales,
     load_words,
     operand,
+    prefetch_weights,
     word_offsets,
 )
 
@@ -163,6 +165,32 @@ def scaled_products(
     return acc, acc_up
 
 
+@triton.jit
+def _prefetch(
+    qweight_ptr,
+    scale_ptr,
+    row,
+    N,
+    K,
+    BLOCKS_PER_GROUP: tl.constexpr,
+    DOTS: tl.constexpr,
+    BITS: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):
+    """The first codes and scales that `scaled_products` loads, up's too."""
+    rows = N * 2 if GATED else N
+    num_blocks = tl.cdiv(K, BLOCK_K)
+    first = tl.program_id(1) * tl.cdiv(num_blocks, SPLIT_K)
+    for half in tl.static_range(2 if GATED else 1):
+        prefetch_weights(
+            qweight_ptr, scale_ptr, row + half * N, rows, first, num_blocks,
+            BLOCKS_PER_GROUP, DOTS, BITS, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
     x_ptr,
@@ -171,6 +199,8 @@ def gemm_kernel(
     bias_ptr,
     residual_ptr,
     y_ptr,
+    shares_ptr,
+    arrivals_ptr,
     M,
     N,
     K,
@@ -190,14 +220,22 @@ def gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """y [M, N], or with SPLIT_K > 1 shares [SPLIT_K, M, N] in fp32, before the epilogue.
 
+    arrivals: a counter for each tile, 0 before and after; then `store` makes y [M, N] of shares.
     BLOCKS_PER_GROUP: blocks of K that share their scales, 0 where there is one scale per row.
     DOT_K: columns of K in one dot.
     """
     # Neighboring programs read the same weight tile: L2 serves it to all but the first.
     num_pid_m = tl.cdiv(M, BLOCK_M)
+    if PDL:
+        _prefetch(
+            qweight_ptr, scale_ptr, (tl.program_id(0) // num_pid_m) * BLOCK_N, N, K,
+            BLOCKS_PER_GROUP, BLOCK_K // DOT_K, BITS, GATED, BLOCK_N, BLOCK_K, SPLIT_K,
+        )  # fmt: skip
+    wait_for_earlier_kernels(PDL)
     offs_m = (tl.program_id(0) % num_pid_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = (tl.program_id(0) // num_pid_m) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
@@ -209,6 +247,6 @@ def gemm_kernel(
     )  # fmt: skip
     mask = (offs_n < N)[:, None] & mask_m[None, :]
     store(
-        acc, acc_up, bias_ptr, residual_ptr, y_ptr, offs_m, offs_n, mask, M, N, stride_rm,
-        ACTIVATION, UP, GATED, SPLIT_K,
+        acc, acc_up, bias_ptr, residual_ptr, y_ptr, shares_ptr, arrivals_ptr, offs_m, offs_n, mask,
+        M, N, stride_rm, ACTIVATION, UP, GATED, SPLIT_K,
     )  # fmt: skip

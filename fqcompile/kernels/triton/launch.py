@@ -10,6 +10,8 @@ from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.epilogue import activation as activation_entry
 from fqcompile.kernels.spec import TileConfig
 from fqcompile.kernels.template import Routing
+from fqcompile.kernels.triton.arrivals import meeting_place
+from fqcompile.kernels.triton.dependent_launch import early_launch
 from fqcompile.kernels.triton.epilogue import finish_kernel
 from fqcompile.kernels.triton.expert_gemm import (
     expert_gemm_kernel,
@@ -45,7 +47,13 @@ def has_two_sums(n: int, config: TileConfig) -> bool:
     Up must begin at a micro-tile, and its last tile must read no scales beyond the padding.
     """
     fits = n % MICRO_ROWS == 0 and config.BLOCK_N <= SCALE_ROWS // 2
-    return config.SPLIT_K == 1 and fits
+    return fits and (config.SPLIT_K == 1 or config.last_finishes)
+
+
+def is_whole(n: int, gated: bool, config: TileConfig) -> bool:
+    """Whether the GEMM's kernel computes all of y, with no other one that finishes."""
+    alone = config.SPLIT_K == 1 or config.last_finishes
+    return has_two_sums(n, config) if gated else alone
 
 
 def forms_of(activation: str) -> tuple[object, object]:
@@ -78,13 +86,12 @@ def dequant_gemm(
         x = x.contiguous()
     epilogue = with_whole_rows(epilogue)
     y = x.new_empty((m, n))
-    direct = has_two_sums(n, config) if epilogue.gated else config.SPLIT_K == 1
     with device_of(x):
-        if direct:
-            _gemm(x, weight, y, n, epilogue, config, kwidth)
+        if is_whole(n, epilogue.gated, config):
+            _gemm(x, weight, y, n, epilogue, config, kwidth, config.last_finishes)
             return y
         shares = x.new_empty((config.SPLIT_K, m, weight.format.rows), dtype=torch.float32)
-        _gemm(x, weight, shares, weight.format.rows, PRODUCT, config, kwidth)
+        _gemm(x, weight, shares, weight.format.rows, PRODUCT, config, kwidth, False)
         _finish(shares, y, epilogue, config.SPLIT_K)
     return y
 
@@ -94,7 +101,7 @@ def _finish(shares: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, split: in
     finish_kernel[(m * cdiv(n, FINISH_BLOCK_N),)](
         shares, bias, residual, y, m, n, 0 if residual is None else residual.stride(0),
         *forms_of(activation), gated, split, FINISH_BLOCK_N,
-        num_warps=2,
+        num_warps=2, **early_launch(y.device),
     )  # fmt: skip
 
 
@@ -128,17 +135,19 @@ def _gemm(
     epilogue: Epilogue,
     config: TileConfig,
     kwidth: int,
+    last: bool,
 ) -> None:
     (m, k), f = x.shape, weight.format
     bias, residual, activation, gated = epilogue
     tiles = -(-m // config.BLOCK_M) * -(-n // config.BLOCK_N)
+    meeting = meeting_place(x, (config.SPLIT_K, m, f.rows), tiles) if last else (None, None)
     gemm_kernel[(tiles, config.SPLIT_K)](
-        x, weight.qweight, weight.scale, bias, residual, y,
+        x, weight.qweight, weight.scale, bias, residual, y, *meeting,
         m, n, k, x.stride(0), 0 if residual is None else residual.stride(0),
         *format_of(f.group_size, k), f.bits, f.levels, kwidth, conversion(x.device, x.dtype),
         *forms_of(activation), gated, k % BLOCK_K == 0,
         config.BLOCK_M, config.BLOCK_N, BLOCK_K, config.SPLIT_K,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **early_launch(x.device),
     )  # fmt: skip
 
 
@@ -202,13 +211,12 @@ def expert_gemm(
         x = x.contiguous()
     epilogue = with_whole_rows(epilogue)
     y = x.new_empty((m, n))
-    direct = has_two_sums(n, config) if epilogue.gated else config.SPLIT_K == 1
     with device_of(x):
-        if direct:
-            _expert_gemm(x, weight, routing, y, n, epilogue, config, kwidth)
+        if is_whole(n, epilogue.gated, config):
+            _expert_gemm(x, weight, routing, y, n, epilogue, config, kwidth, config.last_finishes)
             return y
         shares = x.new_empty((config.SPLIT_K, m, weight.format.rows), dtype=torch.float32)
-        _expert_gemm(x, weight, routing, shares, weight.format.rows, PRODUCT, config, kwidth)
+        _expert_gemm(x, weight, routing, shares, weight.format.rows, PRODUCT, config, kwidth, False)
         _finish_experts(shares, weight, routing, y, epilogue, config.SPLIT_K)
     return y
 
@@ -226,7 +234,7 @@ def _finish_experts(
     finish_experts_kernel[(m * cdiv(n, FINISH_BLOCK_N),)](
         shares, rows_of(routing), bias, y, m, n, experts,
         routing.offsets is not None, filled_up(experts), *forms_of(activation), gated, split,
-        FINISH_BLOCK_N, num_warps=2,
+        FINISH_BLOCK_N, num_warps=2, **early_launch(y.device),
     )  # fmt: skip
 
 
@@ -239,17 +247,20 @@ def _expert_gemm(
     epilogue: Epilogue,
     config: TileConfig,
     kwidth: int,
+    last: bool,
 ) -> None:
     (m, k), f = x.shape, weight.format
     experts, grouped = weight.qweight.shape[0], routing.offsets is not None
     blocks = most_blocks(m, experts, config.BLOCK_M) if grouped else m
-    expert_gemm_kernel[(blocks * cdiv(n, config.BLOCK_N), config.SPLIT_K)](
-        x, weight.qweight, weight.scale, rows_of(routing), epilogue.bias, y,
+    tiles = blocks * cdiv(n, config.BLOCK_N)
+    meeting = meeting_place(x, (config.SPLIT_K, m, f.rows), tiles) if last else (None, None)
+    expert_gemm_kernel[(tiles, config.SPLIT_K)](
+        x, weight.qweight, weight.scale, rows_of(routing), epilogue.bias, y, *meeting,
         m, n, k, experts, blocks, x.stride(0), grouped, filled_up(experts),
         *format_of(f.group_size, k), f.bits, f.levels, kwidth, conversion(x.device, x.dtype),
         *forms_of(epilogue.activation), epilogue.gated, k % BLOCK_K == 0,
         config.BLOCK_M, config.BLOCK_N, BLOCK_K, config.SPLIT_K,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **early_launch(x.device),
     )  # fmt: skip
 
 

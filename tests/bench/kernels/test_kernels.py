@@ -22,7 +22,7 @@ from bench.kernels.section import gpu_kernels
 from fqcompile.errors import OptionError
 from fqcompile.kernels.registry import KernelChoice
 from fqcompile.kernels.roofline import ideal_seconds
-from fqcompile.kernels.spec import DENSE, H200, LaunchTable
+from fqcompile.kernels.spec import DENSE, H200, LaunchTable, TileConfig
 from fqcompile.kernels.tuning import measure as measure_module
 from fqcompile.kernels.tuning.launches import SEARCHED, Chosen
 from fqcompile.kernels.tuning.measure import DeviceLost
@@ -140,6 +140,19 @@ def test_one_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> No
     assert named(results)["fqcompile dense"]["failure"] == "RuntimeError: out of resource"
     assert "us" in named(results)["cuBLAS"]
     kernels.show(results, gpu_kernels)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_split_k_is_timed_with_both_ways_to_finish(
+    last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = TileConfig(16, 64, 128, 2, last_finishes=last)
+    template = replace(TEMPLATE, launches=lambda spec: LaunchTable.of(split))
+    monkeypatch.setattr(contenders, "select_kernel", lambda spec: KernelChoice(template))
+    rows = named(run())
+    assert rows["fqcompile closed form"]["detail"] == f"fake:{split}"
+    other = replace(split, last_finishes=not last)
+    assert rows["fqcompile other finish"]["detail"] == f"fake:{other}"
 
 
 def test_what_tuning_found_is_timed_beside_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:

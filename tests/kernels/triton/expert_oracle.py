@@ -114,11 +114,13 @@ def stacked(case: ExpertCase, inputs: ExpertInputs, device: str = "cpu") -> Quan
     return QuantizedTensor.stack(each)
 
 
-def run(case: ExpertCase, inputs: ExpertInputs, device: str = "cpu") -> Tensor:
+def run(
+    case: ExpertCase, inputs: ExpertInputs, device: str = "cpu", order: int | None = None
+) -> Tensor:
     """What the family computes; of rows that belong to no expert nothing is written."""
     one, weight = case.one, stacked(case, inputs, device)
     x, bias = (on_device(t, device) for t in (inputs.x, inputs.bias))
-    with pytest.MonkeyPatch.context() as patch, running(device) as memory:
+    with pytest.MonkeyPatch.context() as patch, running(device, order) as memory:
         patch.setattr(launch, "conversion", lambda device, dtype: one.conversion)
         epilogue = Epilogue(bias, None, one.activation, one.gated)
         y = launch.expert_gemm(x, weight, case.routing(device), epilogue, one.config, one.kwidth)

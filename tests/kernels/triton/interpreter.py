@@ -1,13 +1,16 @@
 """Runs kernels without a GPU, in the process that also compiles them: Triton's interpreter, with
 
 * the arithmetic of the hardware (`interpreter_numbers`),
-* every access checked: in bounds, aligned, free of races (`interpreter_memory`), and
+* every access checked: in bounds, aligned, free of races, after what it has to wait for
+  (`interpreter_memory`), and
 * everything that is uninitialized set to NaN, or to the largest integer: `torch.empty`, and the
   masked-off lanes of a load that does not say what they are.
 
     with interpreted() as memory:
         y = launch_my_kernel(x)
     assert memory.unwritten(y) == 0
+
+With `memory.order`, a random.Random, programs run in a random order instead of the grid's.
 """
 
 import ast
@@ -19,11 +22,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+import triton.compiler.code_generator  # noqa: F401  (keeps the language as it is when imported)
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as upstream
@@ -38,6 +42,15 @@ ACQUIRES = (SEMANTIC.ACQUIRE, SEMANTIC.ACQUIRE_RELEASE)
 RELEASES = (SEMANTIC.RELEASE, SEMANTIC.ACQUIRE_RELEASE)
 # The attribute of a handle that names the argument which its pointers point into.
 ARGUMENT = "fqcompile.argument"
+
+
+class Launched(NamedTuple):
+    """A kernel, its arguments by name, its grid, and whether it starts before earlier ones end."""
+
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    grid: Any
+    starts_early: bool
 
 
 class CheckedBuilder(HardwareNumbers):
@@ -68,14 +81,12 @@ class CheckedBuilder(HardwareNumbers):
     ) -> Any:
         if val.dtype.scalar == tl.bfloat16:
             raise NotImplementedError("atomics on bf16 are not emulated, use fp32")
-        self._touch(Access.ATOMIC, ptr, mask)
-        self._synchronize(ptr, mask, sem)
+        self._update(ptr, mask, sem)
         return super().create_atomic_rmw(op, ptr, val, mask, sem, *rest)
 
     def create_atomic_cas(self, ptr: Any, cmp: Any, val: Any, sem: Any, *rest: Any) -> Any:
         mask = Handle(np.ones_like(ptr.data, bool), tl.int1)
-        self._touch(Access.ATOMIC, ptr, mask)
-        self._synchronize(ptr, mask, sem)
+        self._update(ptr, mask, sem)
         return super().create_atomic_cas(ptr, cmp, val, sem, *rest)
 
     def _touch(self, access: Access, ptrs: Any, mask: Any) -> None:
@@ -83,9 +94,13 @@ class CheckedBuilder(HardwareNumbers):
         addresses = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].astype(np.uint64)
         self.memory.touch(access, addresses, size, ptrs.attr.get(ARGUMENT))
 
-    def _synchronize(self, ptr: Any, mask: Any, sem: Any) -> None:
-        if ptr.data.size == 1 and mask.data.all():
-            self.memory.synchronize(int(ptr.data.item()), sem in ACQUIRES, sem in RELEASES)
+    def _update(self, ptr: Any, mask: Any, sem: Any) -> None:
+        orders = ptr.data.size == 1 and mask.data.all()
+        if orders and sem in ACQUIRES:
+            self.memory.acquire(int(ptr.data.item()))
+        self._touch(Access.ATOMIC, ptr, mask)
+        if orders and sem in RELEASES:
+            self.memory.release(int(ptr.data.item()))
 
 
 def _keep_argument(operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -181,7 +196,9 @@ def _index(scalar: Any) -> int:
     return int(scalar.handle.data.item())
 
 
-def _run_programs(kernel: JITFunction, arguments: dict[str, Any], grid: Any) -> None:
+def _programs(launch: Launched, memory: Memory) -> Iterator[Callable[[], None]]:
+    """What runs each program of a launch, in the order of the grid."""
+    kernel, arguments, grid, starts_early = launch
     function = _as_python(kernel.fn)
     sizes = tuple(grid(arguments) if callable(grid) else grid)
     sizes += (1,) * (3 - len(sizes))
@@ -190,15 +207,21 @@ def _run_programs(kernel: JITFunction, arguments: dict[str, Any], grid: Any) -> 
         name: getattr(value, "value", value) if name in constants else _argument(name, value)
         for name, value in arguments.items()
     }
-    _builder.set_grid_dim(*sizes)
-    for program in product(*(range(size) for size in sizes)):
+    named_tensors = (_tensors(name, value) for name, value in arguments.items())
+    views = memory.views_of(dict(pair for pairs in named_tensors for pair in pairs))
+
+    def run(program: tuple[int, int, int]) -> None:
+        _builder.set_grid_dim(*sizes)
         _builder.set_grid_idx(*program)
-        _builder.memory.begin_program(program)
+        memory.begin_program(program, views, starts_early)
         try:
             function(**converted)
+            memory.end_program()
         except Exception as error:
             error.add_note(f"in program {program} of {kernel.fn.__name__}")
             raise
+
+    return (functools.partial(run, program) for program in product(*map(range, sizes)))
 
 
 def _call(function: JITFunction, *args: Any, **kwargs: Any) -> Any:
@@ -207,14 +230,22 @@ def _call(function: JITFunction, *args: Any, **kwargs: Any) -> Any:
 
 def _launch(kernel: JITFunction, memory: Memory, *args: Any, **kwargs: Any) -> None:
     grid, warmup = kwargs.pop("grid"), kwargs.pop("warmup", False)
+    starts_early = kwargs.pop("launch_pdl", False)
     if warmup:
         return
     # The others are launch options, such as num_warps.
     named = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
     bound = inspect.signature(kernel.fn).bind(*args, **named)
     bound.apply_defaults()
-    named_tensors = (_tensors(name, value) for name, value in bound.arguments.items())
-    memory.begin_launch(dict(pair for pairs in named_tensors for pair in pairs))
+    launch = Launched(kernel, bound.arguments, grid, starts_early)
+    if memory.together is None:
+        _run([launch], memory)
+    else:
+        memory.together.append(launch)
+
+
+def _run(launches: list[Launched], memory: Memory) -> None:
+    memory.begin_launch()
     _builder.memory = memory
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         patch.setattr(JITFunction, "__call__", _call)
@@ -222,9 +253,27 @@ def _launch(kernel: JITFunction, memory: Memory, *args: Any, **kwargs: Any) -> N
         patch.setattr(upstream, "interpreter_semantic", _semantic)
         with _language(), pytest.MonkeyPatch.context() as patch_language:
             patch_language.setattr(tl, "multiple_of", _multiple_of)
+            dependent = {"gdc_wait": "wait", "gdc_launch_dependents": "launch_dependents"}
+            for name, own in dependent.items():
+                patch_language.setattr(tl.extra.cuda, name, getattr(memory, own))
             patch_language.setattr(tl.tensor, "__index__", _index)
             patch_reductions(patch_language)
-            _run_programs(kernel, bound.arguments, grid)
+            programs = [run for launch in launches for run in _programs(launch, memory)]
+            if memory.order is not None:
+                memory.order.shuffle(programs)
+            for run in programs:
+                run()
+
+
+@contextmanager
+def together(memory: Memory) -> Iterator[None]:
+    """The launches inside run at the end, as on several streams: their programs are one launch."""
+    memory.together = []
+    try:
+        yield
+        _run(memory.together, memory)
+    finally:
+        memory.together = None
 
 
 @contextmanager

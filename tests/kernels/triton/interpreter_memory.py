@@ -9,10 +9,15 @@ launch touched, one of the two not a load, unless atomics order the two:
 * An atomic on a single element (a counter, a lock) with release semantics publishes everything that
   its program did before; one with acquire semantics, on the same element, orders that before what
   its program does afterwards. An atomic on a block of elements orders nothing.
+
+A launch that is allowed to start early (`launch_pdl`) overlaps the launch before it: each program
+has to wait for that before any access, before it lets the next launch start, and before it ends.
 """
 
 from dataclasses import dataclass, field
 from enum import Enum
+from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +27,10 @@ Program = tuple[int, int, int]
 
 class RaceError(RuntimeError):
     """The result depends on the order in which programs, or lanes of a store, run."""
+
+
+class OrderError(RuntimeError):
+    """A program does before `gdc_wait` what it may do only when earlier launches are complete."""
 
 
 class Access(Enum):
@@ -91,10 +100,16 @@ class View:
 
 @dataclass
 class Memory:
-    """Every launch of one `interpreted()` context."""
+    """Every launch of one `interpreted()` context.
+
+    order: shuffles the programs of a launch. together: launches that wait for `together()` to end.
+    """
 
     views: list[View] = field(default_factory=list)
+    order: Random | None = None
+    together: list[Any] | None = None
     program: Program = (0, 0, 0)
+    _has_waited: bool = True
     _storages: dict[int, Storage] = field(default_factory=dict)
     # The program of each segment of this launch, the segment `_launch_begin` being the first.
     _programs: list[Program | None] = field(default_factory=list)
@@ -103,19 +118,45 @@ class Memory:
     _ordered_before: set[int] = field(default_factory=set)
     _released: dict[int, set[int]] = field(default_factory=dict)
 
-    def begin_launch(self, tensors: dict[str, torch.Tensor]) -> None:
+    def views_of(self, tensors: dict[str, torch.Tensor]) -> list[View]:
+        """What the programs of a launch may touch."""
         present = {name: t for name, t in tensors.items() if t.numel()}
-        self.views = [View(name, t, self._storage_of(t)) for name, t in present.items()]
+        return [View(name, t, self._storage_of(t)) for name, t in present.items()]
+
+    def begin_launch(self) -> None:
+        """Or several that run together: between their programs nothing is ordered."""
         self._launch_begin += len(self._programs)
         # The first segment stands for loads by several programs, which nothing orders.
         self._programs = [None]
         self._released = {}
 
-    def begin_program(self, program: Program) -> None:
-        self.program = program
+    def begin_program(self, program: Program, views: list[View], starts_early: bool) -> None:
+        self.program, self.views, self._has_waited = program, views, not starts_early
         self._programs.append(program)
         self._program_begin = self._segment
         self._ordered_before = set()
+
+    def wait(self) -> None:
+        self._has_waited = True
+
+    def launch_dependents(self) -> None:
+        self._require_wait("lets the next launch start")
+
+    def end_program(self) -> None:
+        self._require_wait("ends")
+
+    def prefetch(self, addresses: np.ndarray, argument: str | None) -> None:
+        """Returns no value, so it may come before the wait. The bytes are to be in an argument."""
+        views = [view for view in self.views if argument in (None, view.name)]
+        inside = [view.holds(addresses, 1) for view in views]
+        if not np.any(inside, axis=0).all():
+            raise IndexError(
+                f"program {self.program} prefetches beyond {argument or 'all tensors'}"
+            )
+
+    def _require_wait(self, what: str) -> None:
+        if not self._has_waited:
+            raise OrderError(f"program {self.program} {what} before it waits for earlier launches")
 
     def unwritten(self, tensor: torch.Tensor) -> int:
         """How many elements of this view no launch has stored or atomically updated."""
@@ -134,6 +175,7 @@ class Memory:
         """
         if not addresses.size:
             return
+        self._require_wait(f"{access.value} {argument or 'memory'}")
         if (addresses % np.uint64(size)).any():
             raise IndexError(f"{access.value} {size} bytes at an address that is not aligned")
         views = [view for view in self.views if argument in (None, view.name)]
@@ -150,14 +192,15 @@ class Memory:
             f"{access.value} {size} bytes, {_nearest(views, int(left[0]), argument)}"
         )
 
-    def synchronize(self, address: int, acquire: bool, release: bool) -> None:
-        """What an atomic on the element at `address` orders."""
-        if acquire:
-            self._ordered_before |= self._released.get(address, set())
-        if release:
-            mine = set(range(self._program_begin, self._segment + 1))
-            self._released.setdefault(address, set()).update(self._ordered_before, mine)
-            self._programs.append(self.program)
+    def acquire(self, address: int) -> None:
+        """What the atomic on the element at `address` that comes next is ordered after."""
+        self._ordered_before |= self._released.get(address, set())
+
+    def release(self, address: int) -> None:
+        """What the atomic on the element at `address` that was just made is ordered before."""
+        mine = set(range(self._program_begin, self._segment + 1))
+        self._released.setdefault(address, set()).update(self._ordered_before, mine)
+        self._programs.append(self.program)
 
     @property
     def _segment(self) -> int:

@@ -4,8 +4,9 @@ Nothing here unpacks: the weight is built from the codes before they are packed.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
+from random import Random
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import TileConfig
 from fqcompile.kernels.triton import launch, layout
+from fqcompile.kernels.triton.dependent_launch import EARLY
 from fqcompile.tensor.codes import pack
 from fqcompile.tensor.format import QTYPES, Format
 from fqcompile.tensor.quantized import QuantizedTensor
@@ -43,9 +45,17 @@ on_every_device = pytest.mark.parametrize("device", ["cpu", CUDA])
 
 
 @contextmanager
-def running(device: str) -> Iterator[Memory | None]:
-    """Inside, kernels run: on a GPU, or on the CPU with every access checked."""
-    with interpreted() if device == "cpu" else nullcontext() as memory, emulated_ptx():
+def running(device: str, order: int | None = None) -> Iterator[Memory | None]:
+    """Inside, kernels run: on a GPU, or on the CPU with every access checked, as on an H200.
+
+    order: the seed of a random order of the programs; the order of the grid if None.
+    """
+    if device != "cpu":
+        yield None
+        return
+    with pytest.MonkeyPatch.context() as patch, interpreted() as memory, emulated_ptx():
+        patch.setattr(launch, "early_launch", lambda device: EARLY)
+        memory.order = None if order is None else Random(order)
         yield memory
 
 
@@ -167,13 +177,13 @@ def on_device(t: Tensor | None, device: str) -> Tensor | None:
     return whole.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
 
 
-def run(case: Case, inputs: Inputs, device: str = "cpu") -> Tensor:
-    """What the family computes, every element of it written by a kernel."""
+def run(case: Case, inputs: Inputs, device: str = "cpu", order: int | None = None) -> Tensor:
+    """What the family computes, every element of it written by a kernel; order as in `running`."""
     weight = packed(
         inputs.codes, inputs.scale, case.bits, case.group_size, case.kwidth, device, case.levels
     )
     x, bias, residual = (on_device(t, device) for t in (inputs.x, inputs.bias, inputs.residual))
-    with pytest.MonkeyPatch.context() as patch, running(device) as memory:
+    with pytest.MonkeyPatch.context() as patch, running(device, order) as memory:
         patch.setattr(launch, "conversion", lambda device, dtype: case.conversion)
         epilogue = Epilogue(bias, residual, case.activation, case.gated)
         y = launch.dequant_gemm(x, weight, epilogue, case.config, case.kwidth)

@@ -5,6 +5,7 @@
     mov.b32 d, a                  a
     and.b32 d, a, b               a & b
     fma.rn.bf16x2 d, a, b, c      a * b + c of the halves, each rounded once; .f16x2 the same
+    prefetch.global.L2 [a]        asks the L2 cache for the line at address a; there is no result
 
 The fourth bit of a nibble asks for the byte's sign in all eight bits. An operand is a number, or
 the name of a register.
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 import triton.language as tl
 
-from tests.kernels.triton.interpreter import CheckedBuilder
+from tests.kernels.triton.interpreter import ARGUMENT, CheckedBuilder
 from tests.kernels.triton.interpreter_numbers import Handle, multiply_add_to_odd, rounded, values
 
 _STATEMENT = re.compile(r"(\.reg \.b32|[a-z][a-z0-9.]*) ([^;{}]+);")
@@ -72,6 +73,11 @@ def _run(asm: str, registers: dict[str, np.ndarray], like: np.ndarray) -> None:
 def _create_inline_asm(
     self: Any, asm: str, constraints: str, inputs: Any, types: Any, is_pure: bool, pack: int
 ) -> Any:
+    if asm.startswith("prefetch.global.L2 [$1];") and constraints == "=r,l":
+        (pointers,) = inputs
+        self.memory.prefetch(pointers.data.astype(np.uint64).ravel(), pointers.attr.get(ARGUMENT))
+        zeros = Handle(np.zeros(pointers.data.shape, np.int32), tl.int32)
+        return SimpleNamespace(get_result=lambda index: zeros)
     count = len(types)
     wanted = ["=r"] * count + ["r"] * len(inputs)
     # "&": written before all inputs are read, which only the compiler has to know.

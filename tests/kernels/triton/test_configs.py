@@ -163,6 +163,50 @@ def test_few_rows_split_k_until_the_gpu_is_full(m: int, gpu, bits: int, group_si
     assert programs >= gpu.num_sms / 2
 
 
+def ends(spec: GemmSpec, mode: str = "max") -> set[bool]:
+    """How the candidates for the spec's M finish where K is split."""
+    found = candidates(spec, spec.m, mode)
+    return {c.last_finishes for c in found if c is not DENSE and c.SPLIT_K > 1}
+
+
+@pytest.mark.parametrize("mode", ["fast", "max"])
+@pytest.mark.parametrize("gpu", [H200, A100], ids=lambda gpu: gpu.arch)
+@pytest.mark.parametrize("m", [1, 16])
+def test_both_ways_to_finish_are_offered(m: int, gpu, mode: str) -> None:
+    for n, gated in ((4096, False), (4096, True)):
+        assert ends(replace(SPEC, m=m, n=n, gated=gated, gpu=gpu), mode) == {False, True}
+
+
+def test_the_last_program_finishes_only_where_it_can() -> None:
+    """It has gate and up both or not at all; the order in which AMD's memory is written is not
+    proven."""
+    assert ends(replace(SPEC, n=4095, gated=True)) == {False}
+    assert ends(replace(SPEC, n=4095)) == {False, True}
+    assert ends(replace(SPEC, gpu=replace(H200, arch="gfx942"))) == {False}
+    for config in candidates(replace(SPEC, n=4096, gated=True), 1, "max"):
+        assert config is DENSE or not config.last_finishes or config.BLOCK_N <= 128
+
+
+def of_the_two(spec: GemmSpec, text: str, m: int) -> tuple[float, float]:
+    """Microseconds with the finishing kernel, and with the last program."""
+    kernel = TileConfig.parse(text)
+    last = replace(kernel, last_finishes=True)
+    return 1e6 * seconds(spec, kernel, m), 1e6 * seconds(spec, last, m)
+
+
+def test_the_last_program_saves_a_launch_where_tiles_are_small() -> None:
+    kernel, last = of_the_two(replace(SPEC, n=4096), "16x128x128x8w4s4", 1)
+    assert 0.5 < kernel - last < 1e6 * LAUNCH_SECONDS
+
+
+def test_the_last_program_is_slow_where_a_tile_has_many_shares_of_many_rows() -> None:
+    """32 shares of 64 x 128 are 1 MiB for one SM, which reads 65 GB/s from the L2 cache."""
+    kernel, last = of_the_two(replace(SPEC, n=1024), "64x128x128x8w8s3", 64)
+    assert last > kernel + 1
+    kernel, last = of_the_two(replace(SPEC, n=1024), "16x64x128x2w4s3", 1)
+    assert last < kernel
+
+
 @pytest.mark.parametrize("gpu", [H200, A100], ids=lambda gpu: gpu.arch)
 def test_dense_takes_over_where_the_model_says_so(gpu) -> None:
     spec = replace(SPEC, gpu=gpu, m_range=(1, None))

@@ -13,6 +13,7 @@ from fqcompile.kernels.roofline import M, dense, experts_hit, ideal_seconds, wei
 from fqcompile.kernels.spec import A100, DENSE, H200, GemmSpec, TileConfig
 from fqcompile.kernels.triton.configs import candidates, launches, offers_dense
 from fqcompile.kernels.triton.cost import _tiles, cost, mean_experts_hit
+from fqcompile.kernels.triton.launch import has_two_sums
 from fqcompile.kernels.tuning.launches import steps_in_range
 from tests.kernels.triton.test_row_blocks import counted
 from tests.tiers import examples
@@ -184,6 +185,6 @@ def test_a_stack_whose_dense_form_is_large_stays_packed(
 def test_a_single_token_fills_the_gpu(spec: GemmSpec) -> None:
     config = candidates(spec, 8, "fast")[0]
     assert isinstance(config, TileConfig)
-    sums = 2 if config.SPLIT_K == 1 else 1
+    sums = 2 if has_two_sums(spec.n, config) else 1
     programs = 8 * spec.weight_rows // (sums * config.BLOCK_N) * config.SPLIT_K
     assert programs >= H200.num_sms / 2

@@ -28,6 +28,7 @@ from fqcompile.kernels.triton.cost import cost
 from fqcompile.kernels.triton.target import kwidth
 from fqcompile.tensor.format import Format
 from fqcompile.tensor.quantized import QuantizedTensor
+from tests.kernels.triton.oracle import EARLY
 from tests.kernels.triton.test_static import BUDGETS as OF_ONE
 from tests.kernels.triton.test_static import (
     SLACK,
@@ -145,8 +146,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
 
 
 @by_name
-def test_the_cases_are_what_is_launched(case: Case, calls: list[Launch]) -> None:
+def test_the_cases_are_what_is_launched(
+    case: Case, calls: list[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
     s, empty = case.spec, torch.empty
+    early = EARLY if launches.starts_early(s) else {}
+    monkeypatch.setattr(launch, "early_launch", lambda device: early)
     with torch.device("meta"):
         codes = empty(s.experts, 1, 1, 1, 1, dtype=torch.int32)
         scales = empty(s.experts, 1, dtype=s.scale_dtype)
