@@ -1,4 +1,4 @@
-"""Writes what `results/*/*.json` say: five rows into the README, the rest into docs/results.md.
+"""Writes what `results/*/*.json` say: six rows into the README, the rest into docs/results.md.
 
     python -m bench readme [--check]
 

@@ -1,7 +1,8 @@
-"""The README's table: five figures of each device that has results, losses included.
+"""The README's table: six figures of each device that has results, losses included.
 
-Decoding, a layer with many rows, memory, quality, first start: each beside PyTorch in 16
-bits (whole models under Inductor) and beside the best other library in the same run.
+Decoding of a real model and of layers of a large one, a layer with many rows, memory, quality,
+first start: each beside PyTorch in 16 bits (whole models under Inductor) and beside the best other
+library in the same run.
 """
 
 from collections.abc import Callable, Iterator

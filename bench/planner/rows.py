@@ -190,7 +190,7 @@ def _model(row: Row, settings: Mapping[str, Any], machine: Machine) -> Iterator[
         about += " (extrapolated)"
     what = f"{about}, {row['phase']} {row['tokens']}, batch {row['batch']}"
     yield Compared(machine.name, row["phase"], what, row["way"], row["ms"], 1e3 * seconds)
-    if row.get("linear_bytes"):
+    if row.get("linear_bytes") and not shape.tied:  # of a tied one reports count the head alone
         held = weight_memory(shape, Sharing(), form, device) - FLOAT_BYTES * shape.vectors
         measured = row["linear_bytes"] / 1e6
         yield Compared(machine.name, "weights, MB", about, row["way"], measured, held / 1e6)
