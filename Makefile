@@ -45,10 +45,11 @@ check: .venv/dev.installed
 soak: .venv/dev.installed
 	FQCOMPILE_CACHE_SIZE=0 $(BIN)/python -m tests.soak $(ARGS)
 
-# The C++ for x86 under the address and undefined-behavior sanitizers, every path that is here.
+# The C++ for x86 under the address and undefined-behavior sanitizers, every path that is here. What
+# they find ends pytest, and would be lost with its captured output.
 sanitize: .venv/dev.installed
 	FQTEST_SANITIZE=1 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0:handle_segv=0 $(BIN)/pytest $(ARGS) \
+	ASAN_OPTIONS=detect_leaks=0:handle_segv=0 $(BIN)/pytest -s $(ARGS) \
 	tests/kernels/cpu/test_stream.py tests/kernels/cpu/test_stream_experts.py \
 	tests/kernels/cpu/test_stream_bounds.py tests/kernels/cpu/test_attention.py \
 	tests/native/test_operator.py tests/quant/test_native_quantizer.py

@@ -380,11 +380,12 @@ class Attention {
     for (int64_t r = 0; r < c.rows(); r++, to += q_row()) {
       const char* from = c.q.at(b, head_of(kv_head, r), query_of(r));
       memset(to, 0, size_t(q_row()));
-      if (Way::PACKED == c.type)
-        memcpy(to, from, size_t(c.width * bytes_of(c.type)));
-      else
+      if (Way::PACKED == c.type) {
+        if (c.width > 0) memcpy(to, from, size_t(c.width * bytes_of(c.type)));  // else q is null
+      } else {
         for (int64_t d = 0; d < c.width; d += LANES)
           store((float*)to + d, load_some(from, c.type, d, c.width - d));
+      }
     }
   }
 
