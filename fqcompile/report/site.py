@@ -195,7 +195,5 @@ PAGE_HEADERS = (
 
 def site_page_table(sites: Sequence[Site]) -> Table:
     """The sites with all text in full; columns that are empty for every site are left out."""
-    rows = [_cells(site) for site in sites]
-    said = [i for i in range(len(PAGE_HEADERS)) if not rows or any(row[i].text for row in rows)]
-    cells = tuple(tuple(row[i] for i in said) for row in rows)
-    return Table("sites", tuple(PAGE_HEADERS[i] for i in said), cells, filterable=True)
+    rows = tuple(_cells(site) for site in sites)
+    return Table("sites", PAGE_HEADERS, rows, filterable=True).without_empty()

@@ -121,6 +121,15 @@ def test_bars_are_fractions_of_the_width_and_stay_inside() -> None:
     table = Table("t", ("size",), ((Cell("", 1.0, shares=(0.5, 1 / 3, 7.0)),),))
     widths = [value for name, value in Page(table_html(table)).attributes if name == "width"]
     assert widths == ["50.00%", "33.33%", "100.00%"]
+    colors = [value for name, value in Page(table_html(table)).attributes if name == "class"]
+    assert colors[-3:] == ["bar0", "bar1", "over"]
+
+
+def test_a_bad_cell_is_marked_and_columns_without_text_can_be_left_out() -> None:
+    rows = ((Cell("1", 1.0, bad=True), Cell(""), Cell("")), (Cell("x"), Cell(""), Cell("y")))
+    table = Table("t", ("a", "b", "c"), rows)
+    assert ("class", "number bad") in Page(table_html(table)).attributes
+    assert table.without_empty() == Table("t", ("a", "c"), tuple(row[::2] for row in rows))
 
 
 @given(st.lists(st.lists(PRINTABLE, min_size=2, max_size=2), max_size=4), PRINTABLE)
@@ -170,12 +179,12 @@ def test_point_stands_where_its_values_say() -> None:
 
 def test_drawing_is_an_image_with_its_words_and_hostile_text_stays_text() -> None:
     axis = Axis("<x>", 0.0, 1.0, ((0.5, "<b>"),))
-    point = Point(0.5, 0.5, "</title><script>", '"', square=True, query='"<')
+    point = Point(0.5, 0.5, "</title><script>", '"', square=True, query='"<', label='<"')
     text = points_svg([point], axis, axis, '"><script>')
     page = Page(text)
     assert "script" not in page.tags and page.titles == ["</title><script>"]
     assert ("aria-label", '"><script>') in page.attributes and ("role", "img") in page.attributes
-    assert ("data-query", '"<') in page.attributes
+    assert ("data-query", '"<') in page.attributes and ("data-label", '<"') in page.attributes
     assert re.search("<b>", text) is None
 
 
