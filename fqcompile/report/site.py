@@ -4,7 +4,8 @@ The text table is at most 120 characters wide and shortens names; the HTML page 
 """
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -82,6 +83,7 @@ class Site:
         return {**named, "shape": list(self.shape)}
 
 
+_NUMBER = re.compile(r"(?<!\w)(\d+(?:\.\d+)?(?:e[+-]?\d+)?)")  # no part of a name: float16
 WIDTH = 120
 MIN_LAST = 24
 HEADERS = ("name", "shape", "status", "group", "size, MiB", "error", "kernel, or why kept")
@@ -158,6 +160,27 @@ def site_table(sites: Sequence[Site]) -> str:
     # As rows of the body: tabulate widens every column that has a header by two.
     rule = ["-" * width for width in (name, *widest[1:-1], last)]
     return tabulate([HEADERS, rule, *rows], tablefmt="plain", colalign=ALIGN, disable_numparse=True)
+
+
+def reasons_of(sites: Iterable[Site]) -> list[tuple[str, list[Site]]]:
+    """The sites by the reason why they are kept, the most common reason first.
+
+    Reasons that differ in numbers alone are one, with … for the numbers that differ.
+    """
+    alike: dict[str, list[Site]] = {}
+    for site in sites:
+        alike.setdefault(_NUMBER.sub("…", reason_of(site)), []).append(site)
+    groups = sorted(alike.values(), key=lambda group: -len(group))
+    return [(_common(list(map(reason_of, group))), group) for group in groups]
+
+
+def reason_of(site: Site) -> str:
+    return site.reason or "no reason recorded"
+
+
+def _common(reasons: Sequence[str]) -> str:
+    parts = zip(*map(_NUMBER.split, reasons), strict=True)
+    return "".join(same[0] if len(set(same)) == 1 else "…" for same in parts)
 
 
 def _cells(site: Site) -> tuple[Cell, ...]:

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,16 @@ def test_page_of_kept_sites_alone_says_that_nothing_is_quantized(
     assert page.facts["sites quantized"] == "0 of 2"
     assert "none: nothing is quantized" in text and "there is none, or they came packed" in text
     assert "kernels" not in page.rows and len(page.rows["sites"]) == 2
+
+
+def test_kept_sites_of_one_reason_are_one_line_and_keep_their_own_numbers(
+    plan: Plan, tmp_path: Path
+) -> None:
+    sites = [replace(site, reason=f"{at} values are nan") for at, site in enumerate(plan.sites[2:])]
+    text = Plan(tuple(sites)).to_html(tmp_path / "plan.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.summaries[0] == "2 sites, 0.03 MiB: … values are nan"
+    assert "layers.2.mlp.router.weight, 8x2048: 0 values are nan</li>" in text
 
 
 PRINTABLE = st.text(st.characters(codec="utf-8", exclude_categories=["C"]))
