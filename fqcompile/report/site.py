@@ -4,7 +4,8 @@ The text table is at most 120 characters wide and shortens names; the HTML page 
 """
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -95,6 +96,7 @@ class Site:
         return {**named, "shape": list(self.shape)}
 
 
+_NUMBER = re.compile(r"(?<!\w)(\d+(?:\.\d+)?(?:e[+-]?\d+)?)")  # no part of a name: float16
 WIDTH = 120
 MIN_LAST = 24
 HEADERS = ("name", "shape", "status", "group", "size, MiB", "error", "kernel, or why kept")
@@ -173,6 +175,27 @@ def site_table(sites: Sequence[Site]) -> str:
     return tabulate([HEADERS, rule, *rows], tablefmt="plain", colalign=ALIGN, disable_numparse=True)
 
 
+def reasons_of(sites: Iterable[Site]) -> list[tuple[str, list[Site]]]:
+    """The sites by the reason why they are kept, the most common reason first.
+
+    Reasons that differ in numbers alone are one, with … for the numbers that differ.
+    """
+    alike: dict[str, list[Site]] = {}
+    for site in sites:
+        alike.setdefault(_NUMBER.sub("…", reason_of(site)), []).append(site)
+    groups = sorted(alike.values(), key=lambda group: -len(group))
+    return [(_common(list(map(reason_of, group))), group) for group in groups]
+
+
+def reason_of(site: Site) -> str:
+    return site.reason or "no reason recorded"
+
+
+def _common(reasons: Sequence[str]) -> str:
+    parts = zip(*map(_NUMBER.split, reasons), strict=True)
+    return "".join(same[0] if len(set(same)) == 1 else "…" for same in parts)
+
+
 def _cells(site: Site) -> tuple[Cell, ...]:
     return (
         Cell(site.name),
@@ -208,7 +231,5 @@ PAGE_HEADERS = (
 
 def site_page_table(sites: Sequence[Site]) -> Table:
     """The sites with all text in full; columns that are empty for every site are left out."""
-    rows = [_cells(site) for site in sites]
-    said = [i for i in range(len(PAGE_HEADERS)) if not rows or any(row[i].text for row in rows)]
-    cells = tuple(tuple(row[i] for i in said) for row in rows)
-    return Table("sites", tuple(PAGE_HEADERS[i] for i in said), cells, filterable=True)
+    rows = tuple(_cells(site) for site in sites)
+    return Table("sites", PAGE_HEADERS, rows, filterable=True).without_empty()
