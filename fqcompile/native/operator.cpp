@@ -159,7 +159,7 @@ void matmul(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit:
 }
 
 // The same for fqcompile::attention.
-enum AttentionPlace { Q, KEYS, VALUES, MASK, SCALE_OF_SCORES, SOFTCAP, CAUSAL, NAN_IF_HIDDEN, ATTENTION_PLACES };
+enum AttentionPlace { Q, KEYS, VALUES, MASK, SINKS, SCALE_OF_SCORES, SOFTCAP, CAUSAL, NAN_IF_HIDDEN, ATTENTION_PLACES };
 
 class UsualAttention {
  public:
@@ -177,7 +177,7 @@ class UsualAttention {
     const bool same = k.size(0) == call.batch && k.size(3) == call.width &&
                       v.sizes().slice(0, 3) == k.sizes().slice(0, 3);
     return same && q.numel() && v.numel() && call.keys <= INT32_MAX &&
-           call.heads % call.kv_heads == 0 && read_mask(a[MASK]);
+           call.heads % call.kv_heads == 0 && read_mask_and_sinks(a[MASK], a[SINKS]);
   }
 
  private:
@@ -188,23 +188,31 @@ class UsualAttention {
     return true;
   }
 
-  bool read_mask(const c10::IValue& given) {
+  // A tensor that is broadcast to [batch, heads, queries, last], or none; `key`: the stride of what is last.
+  bool read_broadcast(const c10::IValue& given, int64_t last, Rows& to, int64_t& type, int64_t& key) const {
     if (given.isNone()) return true;
-    const at::Tensor& mask = given.toTensor();
+    const at::Tensor& t = given.toTensor();
     DType numbers;
-    if (mask.scalar_type() == at::kBool) call.mask_type = BOOL;
-    else if (type_of(mask, numbers)) call.mask_type = numbers;
+    if (t.scalar_type() == at::kBool) type = BOOL;
+    else if (type_of(t, numbers)) type = numbers;
     else return false;
-    if (!is_dense(mask) || mask.dim() > 4 || call.causal) return false;
-    const int64_t full[] = {call.batch, call.heads, call.queries, call.keys};
+    if (!is_dense(t) || t.dim() > 4) return false;
+    const int64_t full[] = {call.batch, call.heads, call.queries, last};
     int64_t strides[4] = {};  // 0 where it is broadcast
-    for (int64_t i = 4 - mask.dim(), d = 0; i < 4; i++, d++) {
-      if (mask.size(d) != 1 && mask.size(d) != full[i]) return false;
-      if (mask.size(d) != 1) strides[i] = int64_t(mask.element_size()) * mask.stride(d);
+    for (int64_t i = 4 - t.dim(), d = 0; i < 4; i++, d++) {
+      if (t.size(d) != 1 && t.size(d) != full[i]) return false;
+      if (t.size(d) != 1) strides[i] = int64_t(t.element_size()) * t.stride(d);
     }
-    call.mask = {(const char*)mask.const_data_ptr(), strides[0], strides[1], strides[2]};
-    call.mask_key = strides[3];
+    to = {(const char*)t.const_data_ptr(), strides[0], strides[1], strides[2]};
+    key = strides[3];
     return true;
+  }
+
+  bool read_mask_and_sinks(const c10::IValue& mask, const c10::IValue& sinks) {
+    int64_t none;
+    return read_broadcast(mask, call.keys, call.mask, call.mask_type, call.mask_key) &&
+           read_broadcast(sinks, 1, call.sinks, call.sinks_type, none) && call.sinks_type != BOOL &&
+           !(call.causal && call.mask.data);
   }
 };
 
