@@ -91,8 +91,13 @@ class SiteOptions:
 class FineQuantConfig(SiteOptions):
     """Every option, by the names used in `options={}`, the decorator, `explain` and the CLI.
 
+    docs/guide/options.md has what each means. An instance is frozen and hashable.
     Lists are stored as tuples and dicts as read-only mappings. If `debug_dir` is not given, the
     environment variable FQCOMPILE_DEBUG_DIR is read; an explicit None disables dumps.
+
+    Raises:
+        OptionError: a name is unknown, a type is wrong or a value is not allowed; the message says
+            what is, and the nearest name.
     """
 
     include: tuple[str, ...] | list[str] = ()

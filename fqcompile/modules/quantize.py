@@ -281,7 +281,8 @@ def packed_site(found: ModuleWeight, plan: QuantPlan, packed: PackedWeight) -> S
 def restore(model: nn.Module) -> nn.Module:
     """Replace each packed parameter with a dense one of its dequantized values; return `model`.
 
-    The model can then be run, saved and copied like any other. Memory use grows accordingly.
+    The model can then be run, saved and copied like any other. Each weight has the dtype of its
+    packed parameter, so memory use grows to that of the model before it was packed.
     """
     dense: dict[Tensor, nn.Parameter] = {}  # a tied weight stays tied
     for module in model.modules():
