@@ -175,23 +175,35 @@ def _pack(
     calibration: Calibration | None,
     inputs: WeightsInputs | None = None,
 ) -> Site:
-    reason = found.reason
-    if reason is None:
-        try:
-            options = config.site_options(found.name, head=found.head)
-            plan, packed = _pack_weight(found, options, calibration, inputs)
-        except UnquantizableWeight as error:
-            reason = str(error)
-            if config.on_unsupported == "error":
-                raise UnquantizableWeight(f"{found.name}: {error}") from error
-    if reason is not None:
-        return replace(site_of(found), reason=reason)
-    for module, attribute in found.holders:
-        parameter = nn.Parameter(with_part(found.parameter, packed), requires_grad=False)
-        module._parameters[attribute] = parameter
+    site, packed = packed_of(found, config, calibration, inputs)
+    if packed is not None:
+        found.put(with_part(found.parameter, packed))
+    return site
+
+
+def packed_of(
+    found: ModuleWeight,
+    config: FineQuantConfig,
+    calibration: Calibration | None = None,
+    inputs: WeightsInputs | None = None,
+) -> tuple[Site, PackedWeight | None]:
+    """The plan's row for a weight, and what replaces it; None if it stays.
+
+    Raises:
+        UnquantizableWeight: it has to stay, and `on_unsupported="error"`.
+    """
+    if found.reason is not None:
+        return replace(site_of(found), reason=found.reason), None
+    try:
+        options = config.site_options(found.name, head=found.head)
+        plan, packed = _pack_weight(found, options, calibration, inputs)
+    except UnquantizableWeight as error:
+        if config.on_unsupported == "error":
+            raise UnquantizableWeight(f"{found.name}: {error}") from error
+        return replace(site_of(found), reason=str(error)), None
     site = packed_site(found, plan, packed)
     # What GPTQ makes cannot be made again of the weight and its plan.
-    return site if inputs is None else replace(site, recipe=None)
+    return (site if inputs is None else replace(site, recipe=None)), packed
 
 
 def _pack_weight(

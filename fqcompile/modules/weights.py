@@ -73,6 +73,11 @@ class ModuleWeight:
         """[N, K] or [E, N, K]; a view."""
         return self.weight.transpose(-2, -1) if self.transposed else self.weight
 
+    def put(self, packed: Tensor) -> None:
+        """Replace it where it is multiplied with; each module gets a parameter of its own."""
+        for module, attribute in self.holders:
+            module._parameters[attribute] = nn.Parameter(packed, requires_grad=False)
+
 
 Held = tuple[str, nn.Module, str]  # qualified name, module, attribute
 
