@@ -86,7 +86,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Plan:
-    """The sites of a model or graph in order of appearance, and the options that produced them."""
+    """The sites of a graph or model in order: all, `quantized`, `kept`; `totals` and `options`."""
 
     sites: tuple[Site, ...]
     options: Mapping[str, object] = field(default_factory=dict)

@@ -37,13 +37,26 @@ class _OnceAsked:
 class Site:
     """A linear or a stack of experts whose weight was considered for quantization.
 
-    `shape` is (N, K) or (E, N, K); `group_size` is K for per-channel scales. `relative_error` is
-    ‖w-ŵ‖/‖w‖ of the stored codes; `expert_errors` has it for each expert. `least_us` is the
-    roofline lower bound in microseconds for the rows of the example call: the time to move its
-    bytes or, on a GPU, to compute if that is longer; a CPU's bandwidth is measured on first use.
-    `calibration` says what its errors were weighed with: "synthetic", "first_call", "batches", or
-    "none" and why; `calibration_rows` how many rows that were.
-    `recipe` locates the weight in a model, for `fake_quantize_`; it is never written to files.
+    Attributes:
+        name: of the parameter, as in `named_parameters()`.
+        kind: "linear" or "experts".
+        shape: (N, K): outputs and inputs; or (E, N, K) of E experts.
+        status: "quantized", or "kept" dense.
+        reason: why it is kept.
+        bits: 4 or 8.
+        levels: "normal" or "uniform".
+        group_size: how many weights along K share a scale; K for per-channel scales.
+        bytes_before, bytes_after: of the weight; with its scales after.
+        relative_error: ‖w-ŵ‖/‖w‖ of the stored codes.
+        calibration: what its errors were weighed with: "synthetic", "first_call", "batches", or
+            "none" and why.
+        calibration_rows: how many rows that were.
+        expert_errors: the relative error of each expert.
+        kernel: the kernel that multiplies by it here.
+        least_us: the roofline lower bound in microseconds for the rows of the example call: the
+            time to move its bytes or, on a GPU, to compute if that is longer; a CPU's bandwidth is
+            measured on first use.
+        recipe: locates the weight in a model, for `fake_quantize_`; never written to files.
     """
 
     name: str
