@@ -28,7 +28,7 @@ LAYERS = [
     {"passes"},
     {"backend", "modules"},
     {"checkpoint", "compiled", "explain"},
-    {"demo", "interop"},
+    {"demo", "interop", "integrations"},
     {"commands"},
     {"cli", "__init__"},
     {"__main__"},

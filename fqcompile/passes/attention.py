@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fqcompile.kernels.cpu.attention import MOST_ROWS, Options, attention
 from fqcompile.native import library as native
-from fqcompile.native.library import DTYPES
+from fqcompile.native.interface import DTYPES
 from fqcompile.passes.attention_forms import Attention, Step, read_attention
 from fqcompile.passes.effects import effects_between, in_transforms
 from fqcompile.passes.fuse_patterns import is_call

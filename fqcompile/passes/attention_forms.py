@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import fx
 
-from fqcompile.native.library import DTYPES
+from fqcompile.native.interface import DTYPES
 from fqcompile.passes.effects import has_effects
 from fqcompile.passes.fuse_patterns import MULTIPLIES, bound_arguments, is_call
 from fqcompile.passes.op_nodes import ADDS

@@ -30,14 +30,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fqcompile.kernels.cpu.stream import serve
 from fqcompile.locks import in_forked_child
 from fqcompile.native import library as native
-from fqcompile.native.library import DTYPES
+from fqcompile.native.interface import DTYPES, define
 
 _MOST_KEYS = 2**31 - 1  # C++ lists the visible ones in 32 bits each
 MOST_ROWS = 8  # rows of q; for more, PyTorch's kernel shares the work on keys better
-ATTENTION_SCHEMA = (
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, float scale, "
-    "float softcap, bool causal, bool nan_if_hidden) -> Tensor"
-)
 # The struct that the C++ function reads; all fields have eight bytes.
 _CALL = Struct("=35q2d")
 _MASK_TYPES = {**DTYPES, torch.bool: 3}
@@ -188,7 +184,7 @@ def _fake(
 
 
 _library = torch.library.Library("fqcompile", "FRAGMENT")
-_library.define(ATTENTION_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+define(_library, "attention")
 _library.impl("attention", _impl, "CPU")
 torch.library.register_fake("fqcompile::attention", _fake, lib=_library)
 attention = torch.ops.fqcompile.attention.default
