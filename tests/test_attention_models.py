@@ -127,8 +127,8 @@ def test_generated_tokens_are_those_of_the_eager_model(
     name: str, form: str, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     no_form = name in EAGER_ONLY and form == "sdpa"
-    if no_form or (name, cache) == ("falcon with alibi", "static"):
-        pytest.skip("transformers has no such form of it")
+    if no_form or (cache == "static" and name in ("falcon with alibi", "mpt")):
+        pytest.skip("transformers refuses it, or breaks the graph between scores and softmax")
     torch._dynamo.reset()
     torch.manual_seed(0)
     model: Any = frozen(MODELS[name]())

@@ -89,7 +89,7 @@ def _mask(graph: fx.Graph, steps: Iterable[Step], heads: int) -> fx.Node | None:
             tensor = graph.call_method("unflatten", (tensor, 0, (-1, heads)))
         wide = None if mask is None else graph.call_method("float", (mask,))
         if step.name == "hide":
-            fp32 = {"dtype": torch.float32}
+            fp32: dict[str, Any] = {"dtype": torch.float32}
             wide = wide or graph.call_function(torch.zeros_like, (tensor,), fp32)
             mask = graph.call_function(torch.where, (tensor, step.number, wide))
         elif wide is None:

@@ -89,7 +89,8 @@ def read_attention(node: fx.Node) -> Attention | str | None:
 def _composite(node: fx.Node) -> Attention | None:
     if target_name(node.target) != "scaled_dot_product_attention" or len(node.args) != 6:
         return None
-    q, k, v, mask, dropout, causal = node.args
+    given: Any = node.args
+    q, k, v, mask, dropout, causal = given
     if not isinstance(causal, bool):
         return None
     scale: Any = node.kwargs.get("scale")
@@ -113,7 +114,8 @@ def _written_out(node: fx.Node) -> Attention | str | None:
     if chain is None:
         return "its scores are not a product that is scaled, capped and masked"
     steps, before = chain
-    q, keys = before[0].args[-2:]
+    product: Any = before[0]
+    q, keys = product.args[-2:]
     if not _is_transpose(keys):
         return "its scores are not q @ k.transpose(-2, -1)"
     inside = frozenset([node, *after, *before])
@@ -124,9 +126,9 @@ def _written_out(node: fx.Node) -> Attention | str | None:
         return f"its scores are made in another order: {', '.join(names)}"
     if sum(map(_cuts_last, after)) != names.count("sinks"):
         return "what is dropped after its softmax is not what was added before"
-    whole = [_apart(x) for x in (q, keys.args[0], v)]
-    begins = min([before[0], *(view for _, view in whole if view is not None)])
-    found = Attention(*(x for x, _ in whole), inside, begins, 1.0, (), written_out=True)
+    (q, view_q), (k, view_k), (v, view_v) = map(_apart, (q, keys.args[0], v))
+    begins = min(n for n in (product, view_q, view_k, view_v) if n is not None)
+    found = Attention(q, k, v, inside, begins, 1.0, (), written_out=True)
     return _with_steps(replace(found, dropout=any(map(_drops, after))), steps)
 
 
@@ -220,7 +222,7 @@ def _is_column(tensor: Any, dim: Any) -> bool:
 
 def _largest(scores: Any, top: Any) -> list[fx.Node]:
     """The nodes of scores.max(dim=-1, keepdim=True).values, if top is that."""
-    most = top.args[0] if is_call(top, ("getitem", "getattr"), 2) else None
+    most: Any = top.args[0] if is_call(top, ("getitem", "getattr"), 2) else None
     if not is_call(most, ("max",)) or top.args[1] not in (0, "values"):
         return []
     found = bound_arguments(most, "input", "dim", "keepdim")
