@@ -54,7 +54,9 @@ def _decoding(content: Content) -> Iterator[Line]:
     ]
     heads = {"torchao int4": " (head too)", "llama.cpp": ""}
     others = [f"{way}{heads[way]} {r['ms']:.1f} ms" for way, r in by_way.items() if way in heads]
-    what = f"decode a token: {most} of {plain['of_layers']} layers of {plain['model']} and the head"
+    whole = most == plain["of_layers"]
+    part = "" if whole else f"{most} of {plain['of_layers']} layers of "
+    what = f"decode a token: {part}{plain['model']}" + " and the head" * (not whole)
     what += f", batch {plain['batch']}, bf16"
     if threads := plain.get("threads"):
         what += f", {threads} thread{'s' * (threads > 1)}"
@@ -130,6 +132,7 @@ def _start(content: Content) -> Iterator[Line]:
 
 # The files of results, by the order of the lines.
 _KINDS: dict[str, Callable[[Content], Iterator[Line]]] = {
+    "models-cpu-gemma": _decoding,
     "models-cpu": _decoding,
     "kernels-cpu": _many_rows,
     "memory": _memory,

@@ -33,6 +33,7 @@ from bench.core.measure import (
 from bench.core.results import Results, Row, Step
 from bench.core.section import failures, show
 from bench.decode_attention.section import decode_attention
+from fqcompile.commands import counts as row_counts
 from fqcompile.kernels.tuning.measure import WrongResult
 
 # Heads of keys and values, heads of queries, width of a head.
@@ -42,6 +43,7 @@ SHAPES = {
     "llama-3-8b": (8, 32, 128),
     "qwen3-30b-a3b": (4, 32, 128),
 }
+DTYPES = ("bfloat16", "float16", "float32")
 LAYERS = 8
 CACHES = 96 << 20  # bytes of all: three times what a cache of the processor holds
 Layers = list[Tensor]  # [2, 1, heads of K, context, width] of each
@@ -133,16 +135,21 @@ def _recorded(
     return recorded_on_cpu([partial(way, q, mask, caches) for caches in sets])
 
 
+def _dtypes(text: str) -> list[str]:
+    """Comma-separated types that the kernel takes: of others PyTorch's would be timed as ours."""
+    if set(parts := text.split(",")) <= set(DTYPES):
+        return parts
+    raise argparse.ArgumentTypeError(f"{text!r} is not a list of {', '.join(DTYPES)}")
+
+
 @torch.no_grad()
 @torch._dynamo.config.patch(**MANY_COMPILATIONS)
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    words = lambda text: text.split(",")  # noqa: E731
-    numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--contexts", type=numbers, default=[512, 2048, 8192])
-    parser.add_argument("--dtypes", type=words, default=["bfloat16", "float32"])
-    parser.add_argument("--threads", type=numbers, default=[1, 2])
+    parser.add_argument("--contexts", type=row_counts, default=[512, 2048, 8192])
+    parser.add_argument("--dtypes", type=_dtypes, default=["bfloat16", "float32"])
+    parser.add_argument("--threads", type=row_counts, default=[1, 2])
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--time-budget", type=float, default=1100.0, metavar="SECONDS")
     arguments = parser.parse_args(argv)

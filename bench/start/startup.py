@@ -40,7 +40,7 @@ from fqcompile.weights.store import WeightStore
 
 Seconds = dict[str, float]
 _LOGITS = 256  # of the last token, for comparison
-# What is timed by its name: (owner, function) -> part. None calls one of another part.
+# What is timed by its name: (owner, function) -> part. A part within another is taken off that one.
 TIMED = {
     (fingerprint, "content_digest"): "digest",
     (disk_cache, "choose_and_quantize"): "quantize",
@@ -60,19 +60,24 @@ def since_creation() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - begun
 
 
-def timed(function: Callable[..., Any], part: str, seconds: Seconds) -> Callable[..., Any]:
-    active: list[str] = []
+def timed(
+    function: Callable[..., Any], part: str, seconds: Seconds, active: list[str]
+) -> Callable[..., Any]:
+    """The function, whose time is added to its part; `active`: the parts that run now."""
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if active:  # it calls itself
+        if part in active:  # it calls itself
             return function(*args, **kwargs)
         active.append(part)
         start = time.perf_counter()
         try:
             return function(*args, **kwargs)
         finally:
-            seconds[active.pop()] += time.perf_counter() - start
+            spent = time.perf_counter() - start
+            seconds[active.pop()] += spent
+            if active:
+                seconds[active[-1]] -= spent
 
     return run
 
@@ -81,8 +86,9 @@ def timed(function: Callable[..., Any], part: str, seconds: Seconds) -> Callable
 def start(backend: str, size: str, imported: float) -> tuple[Seconds, list[float]]:
     """The parts of this start, and logits; "dynamo" is what remains of the first call."""
     seconds: Seconds = defaultdict(float)
+    active: list[str] = []
     for (owner, name), part in TIMED.items():
-        setattr(owner, name, timed(getattr(owner, name), part, seconds))
+        setattr(owner, name, timed(getattr(owner, name), part, seconds, active))
     model, ids = build(size, MODELS[size].timed), prompt(size)
     logits: list[float] = []
     compiled: Any = torch.compile(model, backend=backend, dynamic=False)

@@ -47,10 +47,16 @@ struct Codes<4, true> {
   static constexpr int WORD = 8;
   static constexpr int bit(int i) { return Codes<4, false>::bit(i); }
 #if defined(__AVX512F__)
+  // One shift brings both codes of a pair to the lowest bits of their halves; looked up as bf16, the second
+  // is an fp32 whose lower half is zero.
   static constexpr float UNIT = 1;
   F32 table;
-  explicit Codes(const Levels& levels) : table(load(levels.fp32)) {}
-  INLINE_MEMBER F32 at(U32 words, int i) const { return look_up(right(words, bit(i)), table, table); }
+  U32 table_of_halves;
+  explicit Codes(const Levels& levels) : table(load(levels.fp32)), table_of_halves(load_words(levels.bf16)) {}
+  INLINE_MEMBER F32 at(U32 words, int i) const {
+    const U32 pair = right(words, bit(i & ~1));
+    return i & 1 ? as_float(look_up_upper_halves(pair, table_of_halves)) : look_up(pair, table, table);
+  }
 #else
   // Four codes of each word are looked up at a time, as bytes, and each is moved to the top of its word: no
   // second shift has to bring its sign down.
@@ -59,8 +65,7 @@ struct Codes<4, true> {
   explicit Codes(const Levels& levels) : table(twice(levels.sixteenths)) {}
   INLINE_MEMBER F32 at(U32 words, int i) const {
     const U32 codes = and_bits(bit(i) % 8 ? right(words, 4) : words, splat_bits(0x0f0f0f0f));
-    const U32 top = left(look_up_bytes(codes, table), 24 - bit(i) / 8 * 8);
-    return from_int(bit(i) / 8 ? and_bits(top, splat_bits(0xff000000)) : top);
+    return from_int(byte_at_top(look_up_bytes(codes, table), bit(i) / 8));
   }
 #endif
 };

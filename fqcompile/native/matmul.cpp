@@ -35,9 +35,10 @@ INLINE F32 in_units(F32 v) {
 // sums[row][64] of one block for ROWS rows of packed x: [k / PER_UNIT][ROWS].
 template <class Code, int ROWS>
 void tile(const Weight& w, const Levels& levels, int64_t block, const Bits* x, float* sums, int64_t stride) {
-  // As many vectors of outputs as leave registers for their codes; one row has two sums for each.
+  // As many vectors of outputs as leave registers for their codes; two sums for each where there are so few
+  // that each would wait for its last addition.
   constexpr int WIDE = LANES == 16 ? (ROWS <= 4 ? 4 : 2) : (ROWS <= 2 ? 4 : ROWS <= 4 ? 2 : 1);
-  constexpr int CHAINS = ROWS == 1 ? 2 : 1;
+  constexpr int CHAINS = ROWS * WIDE <= 5 ? 2 : 1;
   const Code code(levels);
   const uint32_t* words = w.words + block * w.block_words();
   const int64_t padded = w.padded_k(), scales = block * w.block_scales();

@@ -82,6 +82,10 @@ INLINE uint32_t equal_lanes(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP
 INLINE void store_bytes(uint8_t* p, U32 v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(v)); }
 // Entry v & 15 of the 16 that `low` holds; with 8 lanes `high` holds the last 8 of them.
 INLINE F32 look_up(U32 v, F32 low, F32) { return _mm512_permutexvar_ps(v, low); }
+// Of each word: entry (v >> 16) & 31 of the 32 halves in the table, above 16 zeros.
+INLINE U32 look_up_upper_halves(U32 v, U32 table) {
+  return _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, v, table);
+}
 INLINE F32 where_nan(F32 test, F32 yes, F32 no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(test, test, _CMP_UNORD_Q), no, yes);
 }
@@ -169,6 +173,13 @@ INLINE void store_bytes(uint8_t* p, U32 v) {  // the lowest of each word
 }
 INLINE U32 twice(const void* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)); }
 INLINE U32 look_up_bytes(U32 v, U32 table) { return _mm256_shuffle_epi8(table, v); }
+// Byte i of each word, above 24 zeros. The three ways are carried out by different units of the processor.
+INLINE U32 byte_at_top(U32 v, int i) {
+  if (i == 0) return left(v, 24);
+  if (i == 3) return and_bits(v, splat_bits(0xff000000));
+  const int a = 0x00808080 | i << 24, b = a + (4 << 24), c = b + (4 << 24), d = c + (4 << 24);  // 0x80: zero
+  return _mm256_shuffle_epi8(v, _mm256_setr_epi32(a, b, c, d, a, b, c, d));
+}
 INLINE F32 look_up(U32 v, F32 low, F32 high) {
   const F32 from_low = _mm256_permutevar8x32_ps(low, v), from_high = _mm256_permutevar8x32_ps(high, v);
   return _mm256_blendv_ps(from_low, from_high, as_float(left(v, 28)));

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fqcompile.kernels.cpu.attention import MOST_ROWS, Options, attention
 from fqcompile.native import library as native
@@ -22,6 +23,7 @@ from fqcompile.passes.effects import effects_between, in_transforms
 from fqcompile.passes.fuse_patterns import MULTIPLIES, is_call
 from fqcompile.passes.op_nodes import ADDS, sole_user
 from fqcompile.passes.state import GraphState, erase_dead, example, same_layout, same_shape
+from fqcompile.torch_compat import FakeTensor
 from fqcompile.weights.recipe import target_name
 
 _DIVIDES = ("truediv", "div", "divide")
@@ -151,28 +153,33 @@ def _unmasked(node: Any) -> tuple[Any, Any]:
 
 def _uncapped(node: Any) -> Iterator[tuple[Any, float]]:
     """cap * tanh(x / cap) -> (x, cap); what may be no softcap also as it is, (x, 0)."""
-    factor = _number_of(node, MULTIPLIES)
-    if factor is not None and is_call(tanh := node.args[0], ("tanh",), 1):
-        divided = tanh.args[0]
-        if factor == _number_of(divided, _DIVIDES) != 0:
-            yield divided.args[0], factor
+    tanh, factor = _parted(node, MULTIPLIES)
+    if is_call(tanh, ("tanh",), 1):
+        x, divisor = _parted(tanh.args[0], _DIVIDES)
+        if factor == divisor != 0:
+            yield x, factor
     yield node, 0.0
 
 
 def _unscaled(node: Any) -> tuple[Any, float]:
-    factor, divisor = _number_of(node, MULTIPLIES), _number_of(node, _DIVIDES)
-    if factor is None and not divisor:
-        return node, 1.0
-    return node.args[0], 1 / divisor if divisor else factor  # type: ignore[return-value]
+    x, divisor = _parted(node, _DIVIDES)
+    return (x, 1 / divisor) if x is not node and divisor else _parted(node, MULTIPLIES)
 
 
-def _number_of(node: Any, names: tuple[str, ...]) -> float | None:
-    """c of x * c or x / c."""
-    number = node.args[1] if is_call(node, names, 2) else None
-    return float(number) if isinstance(number, int | float) else None
+def _parted(node: Any, names: tuple[str, ...]) -> tuple[Any, float]:
+    """(x, c) of x * c, c * x or x / c; else the node itself, and 1."""
+    if is_call(node, names, 2):
+        x, number = node.args
+        if isinstance(x, int | float) and names is MULTIPLIES:
+            x, number = number, x
+        if isinstance(number, int | float):
+            return x, float(number)
+    return node, 1.0
 
 
 def _is_transpose(node: Any) -> bool:
+    if is_call(node, ("getattr",), 2):
+        return bool(node.args[1] == "mT")
     return is_call(node, ("transpose",), 3) and sorted(d % 4 for d in node.args[1:]) == [2, 3]
 
 
@@ -253,12 +260,17 @@ def _refusal(state: GraphState, node: fx.Node, call: _Call) -> str | None:
         return f"a mask of {mask.dtype}{' beside is_causal' if call.causal else ''}"
     if call.dropout:
         return "dropout"
+    if state.grad_possible:
+        return "a gradient may flow through it"
     if not (out.is_contiguous() or same_layout(_laid_out(out), out)):
         return f"the result has the strides {out.stride()}"
     if call.begins is not node and effects_between(call.begins, node):
         return "something between may write to its tensors"
     if node in in_transforms(state.graph):
         return "it is inside of a transform of torch.func"
+    others = [type(t).__name__ for t in (*values, mask) if not isinstance(t, FakeTensor | None)]
+    if others:  # of a subclass, which may know no operator but PyTorch's
+        return f"tensors of the type {others[0]}"
     return native.refusal()
 
 
@@ -268,8 +280,12 @@ def _fits(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> bool:
     sizes = (heads, shared, width, v.shape[3])
     if not all(isinstance(n, int) and n > 0 for n in sizes) or heads % shared:
         return False
-    same_keys = same_shape(k.shape, (batch, shared, k.shape[2], width))
-    same_values = same_shape(v.shape[:3], k.shape[:3])  # a mask may have broadcast one key
+    keys, values = k.shape[2], v.shape[2]
+    # A single one may have been broadcast by the mask; of several, PyTorch allows no other number.
+    if not (statically_known_true(keys == values) or statically_known_true(keys > 1)):
+        return False
+    same_keys = same_shape(k.shape, (batch, shared, keys, width))
+    same_values = same_shape(v.shape[:2], (batch, shared))
     return same_keys and same_values and same_shape(out.shape, (batch, heads, rows, v.shape[3]))
 
 

@@ -243,5 +243,5 @@ RULES = (
     Rule("halves", _halves),
     Rule("residual", _residual),
     Rule("siblings", _siblings, keeps_backward=True),
-    Rule("attention", fuse_attention),
+    Rule("attention", fuse_attention, keeps_backward=True),  # it refuses, and says so
 )

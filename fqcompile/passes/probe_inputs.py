@@ -18,7 +18,7 @@ from fqcompile.torch_compat import hint_of, memory_id, size_at, size_within, sym
 from fqcompile.weights.recipe import CASTS, MOVING, target_name
 
 ROWS = 512  # what there may be ids for, all runs together
-RUN = 32  # a run costs as much as so many more ids, because it reads all weights
+RUN = 48  # a run costs as much as so many more ids: it reads all weights, and starts every kernel
 TOKENS = 16  # per sequence: many short sequences tell more than a long one
 _TABLE_READS = frozenset("embedding embedding_bag index_select getitem index".split())
 _PICKS = frozenset(

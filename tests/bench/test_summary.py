@@ -38,6 +38,9 @@ ROWS: dict[str, list[Row]] = {
         step("int4 head", 4, 20.0), step("torchao int4", 4, 2.0),
         step("inductor", 8, 20.0, extrapolated_from=[2, 4]),
     ],
+    "models-cpu-gemma": [
+        step("inductor", 8, 9.0), step("int4", 8, 3.0), step("llama.cpp", 8, 4.0),
+    ],
     "kernels-cpu": [
         kernel(9, 1, "fqcompile bf16", 1.0), kernel(5, 16, "fqcompile bf16", 8000.0),
         kernel(5, 16, "F.linear bf16", 4000.0), kernel(5, 16, "rival", 2000.0),
@@ -85,6 +88,11 @@ def test_decoding_is_that_of_the_most_layers_that_ran(table: str) -> None:
     row = cells(table, "decode a token: 4 of 8 layers of m")
     assert row[1:] == ["Inductor 10.0 ms", "int4 4.0 ms (2.50x), int4 (head too) 20.0 ms (0.50x)",
                        "torchao int4 (head too) 2.0 ms"]  # fmt: skip
+
+
+def test_a_whole_model_has_no_number_of_layers(table: str) -> None:
+    row = cells(table, "decode a token: m, batch 4, bf16")
+    assert row[1:] == ["Inductor 9.0 ms", "int4 3.0 ms (3.00x)", "llama.cpp 4.0 ms"]
 
 
 def test_many_rows_show_the_fastest_library_and_our_loss(table: str) -> None:

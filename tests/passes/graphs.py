@@ -96,13 +96,21 @@ def dynamo_graph(
         return module.forward
 
     torch._dynamo.reset()
-    copies = [a.clone() if isinstance(a, Tensor) else a for a in args]
+    copies = [_copied(a) if isinstance(a, Tensor) else a for a in args]
     with torch.set_grad_enabled(grad):
         torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*copies)
     assert len(found) == 1, f"{len(found)} graphs"
     # The call may have written to its inputs.
     inputs = [_original(a, copies, args) for a in found[0].args]
     return Captured(found[0].module, inputs)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """With the dimensions that are marked as dynamic."""
+    copy = tensor.clone()
+    for dim in getattr(tensor, "_dynamo_dynamic_indices", ()):
+        torch._dynamo.mark_dynamic(copy, dim)
+    return copy
 
 
 def _original(value: Any, copies: Sequence[Any], args: Sequence[Any]) -> Any:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.testing._internal.two_tensor import TwoTensor
 
 from fqcompile.kernels.cpu.attention import attention
 from fqcompile.native import library as native_library
@@ -105,6 +106,18 @@ FORMS: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {
         lambda q, k, v: torch.softmax(q @ k.transpose(-2, -1), -1) @ v,
         (Q, K.repeat(1, 4, 1, 1), V.repeat(1, 4, 1, 1)),
     ),
+    "mT, and the number first": (
+        lambda q, k, v, m: torch.softmax(0.3 * (q @ repeated(k).mT) + m, -1) @ repeated(v),
+        (Q, K, V, NUMBERS),
+    ),
+    "softcap, the number first": (
+        lambda q, k, v: torch.softmax(5.0 * torch.tanh(q @ repeated(k).mT / 5), -1) @ repeated(v),
+        (Q, K, V),
+    ),
+    "tanh alone": (
+        lambda q, k, v: torch.softmax(torch.tanh(0.3 * (q @ repeated(k).mT)), -1) @ repeated(v),
+        (Q, K, V),
+    ),
     "four rows": (
         lambda q, k, v, m: (
             written_out(q, repeated(k), repeated(v), m).transpose(1, 2).reshape(2, 4, -1)
@@ -136,6 +149,21 @@ def test_bf16_and_symbolic_lengths() -> None:
     assert (got - written_out(q, repeated(k), repeated(v), m)).abs().max() <= bound
     run = run_passes(lambda q, k, v: sdpa(q, repeated(k), repeated(v)), Q, K, V, dynamic=True)
     assert not ops(run)  # heads and width are symbolic, too
+
+
+def test_a_cache_that_grows() -> None:
+    """Its keys and values have a symbol each: PyTorch compares them only as it runs."""
+
+    def attend(q: Tensor, new: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = torch.cat([k, new], 2), torch.cat([v, new], 2)
+        return sdpa(q, repeated(keys), repeated(values))
+
+    k, v = K.clone(), K.flip(2)
+    for t in (k, v):
+        torch._dynamo.mark_dynamic(t, 2)
+    run = run_passes(attend, Q, torch.randn(2, 2, 1, 32), k, v, dynamic=None)
+    lengths = [n for _, _, n, _ in shapes(run)]
+    assert all(isinstance(n, torch.SymInt) for n in lengths) and str(lengths[0]) != str(lengths[1])
 
 
 def static_cache(q: Tensor, new: Tensor, k: Tensor, v: Tensor, at: Tensor) -> Tensor:
@@ -240,11 +268,20 @@ def test_near_miss(name: str) -> None:
     assert len(lines) == bool(reason) and reason in "".join(lines), lines
 
 
+def test_tensors_of_a_subclass_keep_it() -> None:
+    """A cache in another form, say in 8 bits, may know no operator but PyTorch's."""
+    k, v = TwoTensor(WIDE_K, WIDE_K), TwoTensor(WIDE_V, WIDE_V)
+    for arguments in ((Q, k, v), (Q, WIDE_K, WIDE_V, TwoTensor(NUMBERS, NUMBERS))):
+        run = run_passes(lambda *given: sdpa(*given), *arguments)
+        assert not ops(run) and "tensors of the type TwoTensor" in run.state.matched[0]
+
+
 def test_gradients_and_the_option_keep_it() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return sdpa(q, k, v)
 
-    assert not ops(run_passes(function, Q, WIDE_K, WIDE_V, grad=True))
+    run = run_passes(function, Q, WIDE_K, WIDE_V, grad=True)
+    assert not ops(run) and "a gradient may flow" in run.state.matched[0]
     assert not ops(run_passes(function, Q, WIDE_K, WIDE_V, fuse_attention=False))
     assert ops(run_passes(function, Q, WIDE_K, WIDE_V))
 

@@ -12,8 +12,8 @@ read once (native/attention.cpp). The result lies in memory as [B, S, H, E]. The
 
 Keys that the mask hides from all rows of q that meet them are not read: a static cache costs what
 is filled of it. Hidden are False, -inf, and numbers up to -1e30, which leave nothing of a score,
-unless some row has nothing else. NaN in hidden keys and values has no effect, where PyTorch makes
-NaN of it.
+unless some row has nothing else. NaN in keys and values that are not read has no effect, where
+PyTorch makes NaN of it.
 """
 
 from collections.abc import Callable

@@ -13,6 +13,7 @@ import ctypes
 import mmap
 import sys
 import weakref
+from contextlib import suppress
 from threading import RLock
 from typing import Any
 
@@ -38,7 +39,8 @@ class _Chunk:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         self.memory = mmap.mmap(-1, nbytes + _LARGE_PAGE, flags=flags)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            self.memory.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # a kernel that was built without them refuses
+                self.memory.madvise(mmap.MADV_HUGEPAGE)
         address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         self.next = -address % _LARGE_PAGE
         self.end = self.next + nbytes
@@ -67,15 +69,24 @@ _chunks: weakref.WeakSet[_Chunk] = weakref.WeakSet()
 _lock = fork_safe(RLock())
 
 
-def _taken(nbytes: int) -> Any:
+def _mapped(nbytes: int) -> _Chunk | None:
+    """None where the process may not map so much, as by `ulimit -v`: malloc's memory will do."""
+    try:
+        return _Chunk(nbytes)
+    except OSError:
+        return None
+
+
+def _taken(nbytes: int) -> Any | None:
     with _lock:
         for chunk in _chunks:
             taken = chunk.take(nbytes)
             if taken is not None:
                 return taken
-        chunk = _Chunk(_CHUNK_BYTES)
-        _chunks.add(chunk)
-        return chunk.take(nbytes)
+        if (fresh := _mapped(_CHUNK_BYTES)) is None:
+            return None
+        _chunks.add(fresh)
+        return fresh.take(nbytes)
 
 
 def _has_place(tensor: torch.Tensor) -> bool:
@@ -86,20 +97,25 @@ def _has_place(tensor: torch.Tensor) -> bool:
 def in_huge_pages(fresh: torch.Tensor) -> torch.Tensor:
     """A tensor like this one, which has no values yet, in large pages of its own.
 
-    One that is too small, not on a CPU or not on Linux is returned as it is.
+    One that is too small, not on a CPU, not on Linux or more than may be mapped is returned itself.
     """
     if not _has_place(fresh) or fresh.nbytes < _LEAST_BYTES:
         return fresh
-    memory = torch.frombuffer(_Chunk(fresh.nbytes).take(fresh.nbytes), dtype=fresh.dtype)
+    if (chunk := _mapped(fresh.nbytes)) is None:
+        return fresh
+    memory = torch.frombuffer(chunk.take(fresh.nbytes), dtype=fresh.dtype)
     return memory.view(fresh.shape)
 
 
 def beside_others(tensor: torch.Tensor) -> torch.Tensor:
     """A copy in large pages that small tensors share, in the order of these calls.
 
-    What is large enough for pages of its own, not on a CPU or not on Linux is returned as it is.
+    What is large enough for pages of its own, not on a CPU, not on Linux or more than may be mapped
+    is returned as it is.
     """
     if not _has_place(tensor) or tensor.nbytes >= _LEAST_BYTES:
         return tensor
-    memory = torch.frombuffer(_taken(tensor.nbytes), dtype=tensor.dtype)
+    if (taken := _taken(tensor.nbytes)) is None:
+        return tensor
+    memory = torch.frombuffer(taken, dtype=tensor.dtype)
     return memory.view(tensor.shape).copy_(tensor)

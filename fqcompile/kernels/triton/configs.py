@@ -38,15 +38,21 @@ def launches(spec: GemmSpec) -> LaunchTable:
     """The heuristic: the configuration that the cost model ranks first for the spec's M.
 
     If M is dynamic, a table that has a step for each number of tiles: between two bounds a
-    configuration's time hardly changes. From where dequantizing and calling cuBLAS is faster by the
+    configuration's time changes little. From where dequantizing and calling cuBLAS is faster by the
     model, the last step does that.
     """
     if spec.m_range is None:
         return LaunchTable.of(_first(spec, spec.m))
     least, most = spec.m_range
     bounds = [b for b in _bounds(spec) if least <= b and (most is None or b < most)]
-    steps: list[Step] = [(bound, _first(spec, bound)) for bound in bounds]
-    last = _first(spec, max(_many_rows(spec), least) if most is None else most)
+    begins = [least, *(bound + 1 for bound in bounds)]
+    steps: list[Step] = [
+        (bound, _of_step(spec, begin, bound)) for begin, bound in zip(begins, bounds, strict=False)
+    ]
+    if most is None:
+        last = _first(spec, max(_many_rows(spec), least))
+    else:
+        last = _of_step(spec, begins[-1], most)
     ends = [
         (bound, config)
         for (bound, config), (_, after) in pairwise([*steps, (None, last)])
@@ -105,6 +111,21 @@ def _first(spec: GemmSpec, m: int) -> Config:
     return _candidates(spec, m, None)[0]
 
 
+def _of_step(spec: GemmSpec, fewest: int, most: int) -> Config:
+    """The configuration that loses least to the best one of `fewest` and to that of `most` rows.
+
+    What is best for 256 rows, four full tiles of 64, has a tile too many for 129.
+    """
+    few, many = _ranked(spec, fewest), _ranked(spec, most)
+    best_of_few, best_of_many = min(few.values()), min(many.values())
+
+    def rank(config: Config) -> tuple[bool, float]:
+        loss = max(few[config] / best_of_few, many[config] / best_of_many)
+        return all(_is_unshapely(spec, config, m) for m in (fewest, most)), loss
+
+    return min((config for config in many if config in few), key=rank)
+
+
 def _is_unshapely(spec: GemmSpec, config: Config, m: int) -> bool:
     """Whether a thread has so many weights that it spills, or too few to hide the loop's overhead.
 
@@ -121,7 +142,8 @@ def _is_unshapely(spec: GemmSpec, config: Config, m: int) -> bool:
 
 
 @cache
-def _candidates(spec: GemmSpec, m: int, limit: int | None) -> tuple[Config, ...]:
+def _ranked(spec: GemmSpec, m: int) -> dict[Config, float]:
+    """The seconds of every configuration that fits; the first is the heuristic's choice."""
     gpu, m = spec.gpu, max(1, m)
     spec = as_run(spec, m)
     assert gpu is not None, "templates refuse specs without a GPU"
@@ -130,8 +152,14 @@ def _candidates(spec: GemmSpec, m: int, limit: int | None) -> tuple[Config, ...]
     if offers_dense(spec) and (m > _TILE_M[0] or not seconds):
         seconds[DENSE] = float(dense(spec, gpu).subs(M, m))
     ranked = sorted(seconds, key=lambda c: (_is_unshapely(spec, c, m), seconds[c], str(c)))
+    return {config: seconds[config] for config in ranked}
+
+
+@cache
+def _candidates(spec: GemmSpec, m: int, limit: int | None) -> tuple[Config, ...]:
+    ranked = tuple(_ranked(spec, m))
     if limit is None:
-        return tuple(ranked)
+        return ranked
     best_of_tile: dict[object, Config] = {}
     for config in ranked:
         best_of_tile.setdefault(_tile(config), config)

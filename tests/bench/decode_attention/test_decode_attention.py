@@ -42,3 +42,13 @@ def test_a_tiny_case_is_right_and_has_all_times(monkeypatch: pytest.MonkeyPatch)
         found = {r["way"]: r for r in rows()}
     assert set(found) == {"fqcompile", "inductor", "read"}
     assert all(r["us"] > 0 and r["bytes"] == 2 * 32 * 16 * 4 for r in found.values()), found
+
+
+@pytest.mark.parametrize(
+    "given", ["--dtypes float64", "--dtypes foo", "--contexts 0", "--contexts x", "--threads 0"]
+)
+def test_what_it_cannot_time_is_refused(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.main(given.split())
+    option, value = given.split()
+    assert f"argument {option}: {value!r} is not a list of" in capsys.readouterr().err

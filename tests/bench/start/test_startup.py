@@ -111,13 +111,24 @@ def test_a_function_that_calls_itself_is_timed_once() -> None:
     def down(depth: int) -> int:
         return depth and run(depth - 1)
 
-    run: Any = startup.timed(down, "part", seconds)
+    run: Any = startup.timed(down, "part", seconds, [])
     ticks = iter(range(100))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(startup.time, "perf_counter", lambda: next(ticks))
         assert run(3) == 0
         assert run(0) == 0
     assert seconds["part"] == 2  # a tick for each of the two outer calls
+
+
+def test_a_part_within_another_is_taken_off_that_one() -> None:
+    seconds, active = {"inner": 0.0, "outer": 0.0}, list[str]()
+    inner = startup.timed(lambda: None, "inner", seconds, active)
+    outer = startup.timed(lambda: [inner(), inner()], "outer", seconds, active)
+    ticks = iter([10, 11, 14, 20, 22, 100])  # the outer one's begin, two inner ones, its end
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(startup.time, "perf_counter", lambda: next(ticks))
+        outer()
+    assert seconds == {"inner": 3 + 2, "outer": 90 - 5}
 
 
 def test_a_process_is_as_old_as_it_is() -> None:

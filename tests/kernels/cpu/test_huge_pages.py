@@ -1,11 +1,15 @@
 """Packed weights ask for large pages; the values are those of any other memory."""
 
 import copy
+import errno
+import mmap
 import pickle
 import re
 import sys
+import weakref
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +70,34 @@ def test_elsewhere_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere tensors stay where they are")
 @pytest.mark.skipif(not _KNOWN, reason="this system has no transparent large pages")
+def _refuse(*_: object, **__: object) -> Any:
+    raise OSError(errno.EINVAL, "Invalid argument")
+
+
+class _KernelWithoutLargePages(mmap.mmap):
+    """madvise(2): EINVAL, advice is MADV_HUGEPAGE, but the kernel was not configured with them."""
+
+    madvise = _refuse
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere tensors stay where they are")
+def test_a_kernel_without_large_pages_gives_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huge_pages, "_chunks", weakref.WeakSet())
+    monkeypatch.setattr(mmap, "mmap", _KernelWithoutLargePages)
+    small, large = torch.randn(1000), torch.empty(2 << 20)
+    copied, fresh = beside_others(small), in_huge_pages(large)
+    assert torch.equal(copied, small) and copied.data_ptr() != small.data_ptr()
+    assert fresh.shape == large.shape and fresh.data_ptr() != large.data_ptr()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere tensors stay where they are")
+def test_what_may_not_be_mapped_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huge_pages, "_chunks", weakref.WeakSet())
+    monkeypatch.setattr(mmap, "mmap", _refuse)
+    small, large = torch.randn(1000), torch.empty(2 << 20)
+    assert beside_others(small) is small and in_huge_pages(large) is large
+
+
 def test_small_tensors_lie_one_behind_the_other_in_large_pages() -> None:
     given = [torch.full((n,), n, dtype=torch.int32) for n in (1000, 3, 70_000)]
     moved = [beside_others(t) for t in given]

@@ -75,8 +75,11 @@ def test_open_rows_have_steps_within_their_range(
     bounds = [bound for bound, _ in table.steps if bound is not None]
     assert all(low <= bound and (high is None or bound < high) for bound in bounds)
     assert all(before != after for (_, before), (_, after) in pairwise(table.steps))
-    for bound in bounds:
-        assert table.at(bound) == candidates(spec, bound, "max")[0]
+    for begin, bound in zip([low, *(bound + 1 for bound in bounds)], bounds, strict=False):
+        both = [candidates(spec, m, "max") for m in (begin, bound)]
+        assert all(table.at(bound) in found for found in both)
+        if both[0][0] == both[1][0]:
+            assert table.at(bound) == both[0][0]
 
 
 LAYERS = [
