@@ -6,10 +6,13 @@
 of programs, plus a launch; "model" is `cost`. Neither was held against a GPU.
 """
 
+import json
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from math import ceil
+from pathlib import Path
 
 import torch
 
@@ -19,7 +22,7 @@ from bench.static.expert_launches import routed
 from bench.static.launches import GPUS, Case, gemm
 from bench.static.simulate import Program
 from fqcompile.kernels.roofline import LAUNCH_SECONDS, M, dense, ideal_seconds
-from fqcompile.kernels.spec import DENSE, Config, GemmSpec, Gpu, TileConfig
+from fqcompile.kernels.spec import DENSE, GemmSpec, Gpu, TileConfig
 from fqcompile.kernels.triton.configs import candidates
 from fqcompile.kernels.triton.cost import cost, mean_experts_hit
 from fqcompile.kernels.triton.layout import BLOCK_K
@@ -107,40 +110,12 @@ def _layers() -> Iterator[Layer]:
 LAYERS = tuple(_layers())
 
 
-_CHARTED = ("gemlite", "Marlin")
-
-
-def _published() -> dict[Layer, tuple[Published, ...]]:
-    tile_ops = partial(Published, "Marlin", source="H200, tile-ai/TileOPs#1874")
-    found: dict[Layer, tuple[Published, ...]] = {
-        Layer(90, 8192, 8192, 1): (tile_ops(20.3),),
-        Layer(90, 8192, 16384, 1): (tile_ops(38.1),),
-        Layer(90, 7168, 20480, 1): (tile_ops(40.6),),
-    }
-    # TFLOP/s of 2 x 8192² a row, Marlin and Humming.
-    for bits, m, marlin, humming in (
-        (4, 1, 5.81, 5.99), (4, 16, 90.52, 91.99), (8, 1, 4.29, 4.42), (8, 16, 67.18, 69.49)
-    ):  # fmt: skip
-        rates = zip(("Marlin", "Humming"), (marlin, humming), strict=True)
-        found[Layer(90, 8192, 8192, m, bits, PER_COLUMN)] = tuple(
-            Published(who, 2 * 8192**2 * m / rate / 1e6, "H100, vllm#34556") for who, rate in rates
-        )
-    machete = {(1536, 7168): (23.04, 31.07, 25.37), (5120, 2048): (16.21, 13.47, 16.37)}
-    for (n, k), times in machete.items():
-        for m, us in zip((64, 128, 256), times, strict=True):
-            source = "Hopper, PaddlePaddle/FastDeploy#3561"
-            found[Layer(90, n, k, m)] = (Published("Machete", us, source),)
-    # gemlite's README, charts of groups of 128 against torch fp16, with launches: gemlite, Marlin.
-    charts = {
-        (90, 4096): ((1.68, 1.65), (1.28, 1.63), (0.74, 0.70), (0.51, 0.87)),
-        (90, 8192): ((1.78, 2.20), (1.29, 2.21), (0.73, 1.48), (0.41, 0.63)),
-        (80, 8192): ((1.64, 2.49), (1.50, 2.45), (0.74, 1.55), (0.55, 0.88)),
-    }
-    for (arch, n), rows in charts.items():
-        for m, ratios in zip((1, 16, 64, 256), rows, strict=True):
-            source = f"{'H100' if arch == 90 else 'A100'}, gemlite's README"
-            chart = [Published(w, r, source, True) for w, r in zip(_CHARTED, ratios, strict=True)]
-            found[Layer(arch, n, n, m)] = (*found.get(Layer(arch, n, n, m), ()), *chart)
+def _published() -> dict[Layer, list[Published]]:
+    """vllm#34556 has TFLOP/s; gemlite's charts are of groups of 128 against fp16, with launches."""
+    found = defaultdict[Layer, list[Published]](list)
+    for row in json.loads(Path(__file__).with_name("published.json").read_text()):
+        layer = Layer(*(row.pop(key) for key in ("arch", "n", "k", "m", "bits", "group_size")))
+        found[layer].append(Published(**row))
     return found
 
 
@@ -204,8 +179,7 @@ def _traffic(spec: GemmSpec, config: TileConfig, iterations: int) -> Traffic:
 
 
 def waves(spec: GemmSpec, config: TileConfig, programs: int, iterations: int) -> float:
-    """Seconds of the SM with the most programs. What a program does before and after its loop is
-    hidden by others, but for the first ones."""
+    """Seconds of the SM with the most programs, which hide each other's begin and end."""
     gpu, program = gpu_of_layer(spec), program_of(spec, config)
     traffic = _traffic(spec, config, programs * iterations)
     cycles, left, first = 0.0, programs, True
@@ -222,15 +196,10 @@ def waves(spec: GemmSpec, config: TileConfig, programs: int, iterations: int) ->
     return cycles / gpu.clock_hz
 
 
-def chosen(spec: GemmSpec) -> Config:
-    """What the cost model ranks first."""
-    return candidates(spec, spec.m, "max")[0]
-
-
 def predicted(layer: Layer) -> Row:
     """A row: microseconds, and what others published."""
     spec = layer.spec
-    gpu, config = GPUS[layer.arch], chosen(spec)
+    gpu, config = GPUS[layer.arch], candidates(spec, spec.m, "max")[0]
     row: Row = {"layer": layer.name, "gpu": gpu.name, "m": layer.m, "config": str(config)}
     row["ideal"] = 1e6 * ideal_seconds(spec, spec.m)
     if config is DENSE:
@@ -238,11 +207,8 @@ def predicted(layer: Layer) -> Row:
     else:
         row["model"] = 1e6 * cost(spec, config, gpu, spec.m).seconds
         row["simulated"] = 1e6 * simulated(spec, config)
-    row["sixteen_bits"] = 1e6 * _sixteen_bits(spec, gpu)
+    # Of cuBLAS at best: bytes and products at the rates of a copy and of a large product.
+    least = ideal_seconds(replace(spec, bits=16), spec.m)
+    row["sixteen_bits"] = 1e6 * (least + LAUNCH_SECONDS)
     row["published"] = [str(one) for one in PUBLISHED.get(layer, ())]
     return row
-
-
-def _sixteen_bits(spec: GemmSpec, gpu: Gpu) -> float:
-    """Seconds of cuBLAS at best: bytes and products at the rates of a copy and a large product."""
-    return ideal_seconds(replace(spec, bits=16), spec.m) + LAUNCH_SECONDS

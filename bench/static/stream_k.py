@@ -32,7 +32,6 @@ from fqcompile.kernels.triton.configs import candidates
 from fqcompile.kernels.triton.cost import L2_OVER_DRAM, Model, cost, model_of
 from fqcompile.kernels.triton.layout import BLOCK_K
 
-FREE = 1e-9  # cycles per byte: a memory without limits
 STREAMED = (64, 96, 128, 192, 256)  # rows
 SIMULATED = (64, 128)  # of them, those that are also simulated: a second each
 
@@ -93,8 +92,8 @@ def _balanced_simulated(spec: GemmSpec, config: TileConfig) -> float:
     held, tiles = program.resident, cost(spec, config, gpu, spec.m).programs
     programs = gpu.num_sms * held
     seconds = waves(spec, config, programs, ceil(tiles * ceil(spec.k / BLOCK_K) / programs))
-    again = tiles / gpu.num_sms * program.overhead(held, FREE) / held / gpu.clock_hz
+    again = tiles / gpu.num_sms * program.overhead(held, per_byte=1e-9) / held / gpu.clock_hz
     parts = programs + gpu.num_sms * (programs / tiles + 1)
-    tile = model_of(spec, config, gpu).pair * config.BLOCK_M * config.BLOCK_N * 4
+    tile: float = model_of(spec, config, gpu).pair * config.BLOCK_M * config.BLOCK_N * 4
     seconds += HAND_OVER + parts * tile / L2_BANDWIDTH[gpu.capability] + again
     return LAUNCHED[gpu.capability] + seconds
