@@ -34,7 +34,7 @@ _WAYS = {
     "the defaults": "int4",
     '`overrides={"lm_head": {"bits": 4}}`': "int4 head",
     "torchao int4, 4 bits in the head too": "torchao int4",
-    "llama.cpp Q4_K_M": "llama.cpp",
+    "llama.cpp": "llama.cpp",
 }
 _LAYER = (11008, 4096)
 _CONTENDERS = {

@@ -25,15 +25,19 @@ from torch import Tensor, nn
 from bench.core.measure import Replay, allowed_error, relative_error, timed_if_right
 from bench.core.results import Row, with_version
 from bench.models import llama_cpp
-from bench.models.ideal import (
+from bench.models.phases import (
+    Decoding,
+    Generation,
+    Phase,
     Rates,
+    Ready,
     bytes_saved,
     experts_hit,
     flops_of,
     ideal_ms,
+    random_tokens,
     weight_bytes_read,
 )
-from bench.models.phases import Decoding, Generation, Phase, Ready
 from bench.models.section import LLAMA_CPP, PLAIN, over
 from fqcompile.backend import finequant
 from fqcompile.kernels.tuning.measure import WrongResult
@@ -46,6 +50,7 @@ GROUP = 128
 _ALLOWED_INT4 = 0.16
 _TRIED_ROWS = 4
 _LONG = 1e6  # microseconds: of a call that takes more, the warm-ups of a round are its replays
+_TRIED_TOKENS = 16  # of which a model with experts decodes one
 WARM_CALLS = 3  # the first compiles, the second is recorded as a CUDA graph, the third replays it
 
 
@@ -177,7 +182,7 @@ def _prepared(model: nn.Module, phase: Phase, way: Way, layers: int, inner: str)
     found = reports()
     oracle = _oracle(changed, found)
     if isinstance(phase, Decoding):
-        phase.settle(oracle)
+        settle(phase, oracle)
     phase.rewind()
     logits = work().clone()
     phase.rewind()
@@ -220,6 +225,33 @@ def _kernels(report: CompileReport) -> Iterator[str]:
     for record in report.passes:
         if record.name == "select":
             yield from (line.partition(": ")[2] for line in record.matched)
+
+
+def settle(phase: Decoding, oracle: nn.Module) -> None:
+    """Decode the token whose experts the oracle chooses by the widest margin, of a few tried.
+
+    Where two experts score alike, rounding decides which one is asked, and right ways to run a
+    model differ by a whole expert.
+    """
+    chosen = getattr(oracle.config, "num_experts_per_tok", None)
+    if chosen is None:
+        return
+    margins: list[float] = []
+
+    def run(**inputs: Any) -> Any:
+        output = oracle(**inputs, output_router_logits=True)
+        best = [scores.float().topk(chosen + 1).values for scores in output.router_logits]
+        margins.append(min(float((scores[:, -2] - scores[:, -1]).min()) for scores in best))
+        return output
+
+    step = phase.step_of(run, lambda step: step)
+    random = random_tokens(oracle, _TRIED_TOKENS, len(phase.tokens))
+    tried = [tokens.contiguous() for tokens in random.split(1, dim=1)]
+    for tokens in tried:
+        phase.tokens = tokens
+        phase.rewind()
+        step()
+    phase.tokens = tried[margins.index(max(margins))]
 
 
 def _oracle(model: nn.Module, found: Sequence[CompileReport]) -> nn.Module:

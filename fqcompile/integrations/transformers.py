@@ -24,9 +24,10 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fqcompile.checkpoint.conversion import target_types
-from fqcompile.checkpoint.packed_record import METHOD, PackedRecord, described, read_packed, to_disk
+from fqcompile.checkpoint.packed_record import METHOD, PackedRecord
 from fqcompile.config import packing_config
 from fqcompile.errors import CheckpointError, FineQuantError, OptionError, UnquantizableWeight
+from fqcompile.integrations import in_files, packed_files, refuse_offloading
 from fqcompile.hf_compat import ignore_unexpected, loading, save_by_own_names
 from fqcompile.modules.quantize import packed_of, restore, site_of
 from fqcompile.modules.weights import ModuleWeight, module_weights
@@ -151,19 +152,8 @@ class FineQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
-        """Refuse to offload: accelerate's hooks move weights as plain tensors.
-
-        Raises:
-            FineQuantError: a part is to lie on the disk, or on the CPU beside an accelerator.
-        """
-        found = device_map.values() if isinstance(device_map, Mapping) else ()
-        places = {str(place) for place in found}
-        if "disk" in places or ("cpu" in places and len(places) > 1):
-            raise FineQuantError(
-                f"device_map puts parts on {', '.join(sorted(places))}, and packed weights cannot "
-                "be offloaded: give a map of accelerators only, or of the CPU only; with "
-                "device_map='auto', leave the CPU out of max_memory"
-            )
+        """Refuse to offload; see `refuse_offloading`."""
+        refuse_offloading(device_map)
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes, for `device_map="auto"`."""
@@ -191,12 +181,7 @@ class FineQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _read_records(self, model: Any, files: Sequence[str]) -> None:
         """Find what is packed in the files, by its name in the model."""
-        if not files or not all(file.endswith(".safetensors") for file in files):
-            raise CheckpointError(
-                f"config.json says that weights are packed by {METHOD}, and safetensors files hold "
-                "these: give from_pretrained their directory, and no state_dict"
-            )
-        tensors, records = read_packed(map(Path, files))
+        tensors, records = packed_files(files)
         known, prefix = model.state_dict(), f"{model.base_model_prefix}."
         for name, record in records.items():
             names = (name, prefix + name, name.removeprefix(prefix))
@@ -282,17 +267,7 @@ class FineQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Codes and scales in the plain layout, in place of packed weights, and their records."""
-        state: dict[str, Tensor] = {}
-        records: dict[str, PackedRecord] = {}
-        roots = set()
-        for name, tensor in model.state_dict().items():
-            if not isinstance(tensor, PackedWeight):
-                state[name] = tensor
-            elif id(tensor.memory.root) not in roots:  # tied names share it
-                roots.add(id(tensor.memory.root))
-                records[name], tensors = to_disk(name, tensor.quantized(), tensor.dtype)
-                state |= tensors
-        return state, described(records)
+        return in_files(model.state_dict())
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         save_by_own_names(model, own=False)

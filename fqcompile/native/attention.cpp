@@ -228,6 +228,17 @@ INLINE F32 capped(F32 x, float cap) {
   return add(where_positive(small, multiply(x, series)), subtract(far, where_positive(small, far)));
 }
 
+// Of a mask: what is false is hidden.
+INLINE float number(const char* at, int64_t type) {
+  if (type == BOOL) return *at ? 0 : -INF;
+  if (type == FP32) return *(const float*)at;
+  if (type == FP16) return _cvtsh_ss(*(const uint16_t*)at);
+  const uint32_t bits = uint32_t(*(const uint16_t*)at) << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
 // The visible keys of each plane: of all rows that share a part of the mask. The lists stay for the
 // thread's next call, as long as the longest was: 5 bytes a key, where its numbers have hundreds.
 class Visible {
@@ -261,15 +272,7 @@ class Visible {
   // What is added to the score of one row: -inf hides a key.
   float bias(const char* mask, int64_t query, int64_t key) const {
     if (c.causal && key > query) return -INF;
-    if (!c.mask.data) return 0;
-    const char* at = mask + key * c.mask_key;
-    if (c.mask_type == BOOL) return *at ? 0 : -INF;
-    if (c.mask_type == FP32) return *(const float*)at;
-    if (c.mask_type == FP16) return _cvtsh_ss(*(const uint16_t*)at);
-    const uint32_t bits = uint32_t(*(const uint16_t*)at) << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
+    return c.mask.data ? number(mask + key * c.mask_key, c.mask_type) : 0;
   }
 
  private:
@@ -482,6 +485,14 @@ class Attention {
     top_of(row) = top;
   }
 
+  // Relative to the largest score, to which the row is raised.
+  float weight_of_sink(int64_t pair, int64_t r, float* row) const {
+    if (!c.sinks.data) return 0;
+    const float score = number(c.sinks.at(pair / c.kv_heads, head_of(pair % c.kv_heads, r), query_of(r)), c.sinks_type);
+    raise(row, std::max(top_of(row), score));
+    return weight_of(score - finite_or_zero(top_of(row)));
+  }
+
   // Adds up the parts of all chunks of one head's keys, and writes its rows of the result.
   void finish(int64_t pair, float* parts, int64_t chunks) const {
     for (int64_t r = 0; r < c.rows(); r++) {
@@ -493,7 +504,8 @@ class Attention {
         raise(other, top);
         for (int64_t d = 0; d < sums() + LANES; d += LANES) store(row + d, add(load(row + d), load(other + d)));
       }
-      const float total = sum_of_lanes(load(row + sums()));
+      const float sink = weight_of_sink(pair, r, row);  // before the sums are read: it may raise them
+      const float total = sum_of_lanes(load(row + sums())) + sink;
       const F32 nothing = splat(c.nan_if_hidden && c.keys ? NAN : 0.0f);
       const int64_t at = (pair / c.kv_heads * c.queries + query_of(r)) * c.heads + head_of(pair % c.kv_heads, r);
       for (int64_t d = 0; d < c.v_width; d += LANES) {

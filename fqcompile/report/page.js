@@ -39,7 +39,8 @@ function sort(head) {
 }
 
 // Where a label may stand beside its mark, in pixels from its middle.
-const PLACES = [[8, 0, "start"], [-8, 0, "end"], [0, -12, "middle"], [0, 12, "middle"]];
+const PLACES = [[8, 0, "start"], [-8, 0, "end"], [0, -12, "middle"], [0, 12, "middle"],
+  [6, -12, "end"], [-6, -12, "start"], [6, 12, "end"], [-6, 12, "start"]];
 const MOST_TRIED = 60;
 
 function boxes(mark, label) {

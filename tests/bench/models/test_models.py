@@ -13,15 +13,17 @@ from bench.core.results import Row
 from bench.core.shapes import MODELS, build, parameter_bytes
 from bench.models import rows as model_rows
 from bench.models import run as models
-from bench.models.ideal import (
+from bench.models.phases import (
+    Decoding,
+    Prefill,
     Rates,
     experts_hit,
     flops_of,
     ideal_ms,
+    random_tokens,
     weight_bytes_read,
 )
-from bench.models.phases import Decoding, Prefill, random_tokens
-from bench.models.rows import WAYS, Way, allowed_error, check_matrices, clocked
+from bench.models.rows import WAYS, Way, allowed_error, check_matrices, clocked, settle
 from bench.models.section import extrapolated, tokens_per_second
 from bench.models.section import models as section
 from tests.bench.made_up_results import content
@@ -224,7 +226,7 @@ def test_a_step_of_experts_has_the_token_whose_experts_are_furthest_from_a_tie()
         best = [scores.view(1, 8, -1)[0, -1].sort(descending=True).values for scores in layers]
         return min(float(scores[1] - scores[2]) for scores in best)
 
-    phase.settle(model)
+    settle(phase, model)
     margins = [margin(token) for token in random_tokens(model, 16).split(1, dim=1)]
     assert margin(phase.tokens) == pytest.approx(max(margins), rel=1e-4)
     assert max(margins) > 2 * margins[0]
