@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason="the demo extra is not installed")
@@ -223,8 +224,9 @@ def test_a_config_of_another_size_is_refused(llama: Any, tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match=r"down_proj.weight is \[128, 256\] in .* and \[128"):
         hf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     options = {"quantization_config": FineQuantHfConfig(**OPTIONS), "intermediate_size": 128}
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        hf.AutoModelForCausalLM.from_pretrained(directory, **options)
+    if Version(hf.__version__) >= Version("5.23"):  # 5.17 compares no sizes where one quantizes
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            hf.AutoModelForCausalLM.from_pretrained(directory, **options)
     loaded = hf.AutoModelForCausalLM.from_pretrained(
         directory, **options, ignore_mismatched_sizes=True
     )
