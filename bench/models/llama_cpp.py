@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from bench.core.measure import allowed_error, relative_error
 from bench.models import gguf_file
+from bench.models.ideal import experts_hit
 from bench.models.phases import (
     Decoding,
     Generation,
@@ -35,7 +36,6 @@ from bench.models.phases import (
     Prefill,
     Ready,
     Work,
-    experts_hit,
     random_tokens,
 )
 from fqcompile.demo.gemma import FILE, gemma_folder

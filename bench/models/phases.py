@@ -2,37 +2,19 @@
 
 A step reads a static cache that holds a context of random tokens; the steps of all that is compared
 read and write the same one, from the same length on.
-
-The least time of a step or a prefill is what it must read and compute, over the device's rates:
-
-    read      each weight once as the way holds it, tables that are looked up in left out, and of
-              experts what random routing is expected to hit; the keys and values of the context
-    compute   2 for each token and weight of a linear layer, 4 for each token, token that it attends
-              to and value of a head; at the rate of a dense product in 16 bits
-
-The longer of the two. On a GPU the rates are those that copies and cuBLAS reach (`kernels.spec`);
-on a CPU they are measured: reading a large tensor, and F.linear in the model's type.
 """
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bench.core.results import Row
-from fqcompile.kernels.roofline import read_bandwidth
-from fqcompile.kernels.spec import gpu_of
-from fqcompile.report import CompileReport
 
-_ROWS, _SIDE, _PRODUCTS = 1024, 2048, 5
-_STACKED = 3  # dimensions of the parameters of experts
+_TRIED_TOKENS = 16  # of which a model with experts decodes one
 
 Work = Callable[[], Tensor]
 
@@ -73,7 +55,7 @@ class Decoding:
         self.cache = cache_type(config=config, max_cache_len=self.length)
         heads = config.num_attention_heads
         key_heads = getattr(config, "num_key_value_heads", None) or heads
-        self.cache.early_initialization(batch, key_heads, _head_size(config), dtype, device)
+        self.cache.early_initialization(batch, key_heads, head_size(config), dtype, device)
         tokens = random_tokens(model, context + 1, batch)
         self.tokens = tokens[:, -1:]
         self._fill(model, tokens[:, :-1])
@@ -81,7 +63,7 @@ class Decoding:
         # with each step.
         self.sliding = [layer for layer in self.cache.layers if layer.is_sliding]
         self.windows = [(layer.keys.clone(), layer.values.clone()) for layer in self.sliding]
-        token = 2 * batch * key_heads * _head_size(config) * dtype.itemsize
+        token = 2 * batch * key_heads * head_size(config) * dtype.itemsize
         self.context_bytes = sum(
             token * min(context, layer.max_cache_len) for layer in self.cache.layers
         )
@@ -94,6 +76,34 @@ class Decoding:
         """By the model itself: Gemma makes of random keys and values what no rounding survives."""
         mask = torch.ones_like(tokens)
         model(tokens, mask, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+
+    def settle(self, model: nn.Module) -> None:
+        """Take the token whose experts `model` chooses by the widest margin, of a few tried.
+
+        Where two experts score alike, rounding decides which one is asked, and right ways to run a
+        model differ by a whole expert.
+        """
+        chosen = getattr(model.config, "num_experts_per_tok", None)
+        if chosen is None:
+            return
+        random = random_tokens(model, _TRIED_TOKENS, len(self.tokens))
+        tried = (tokens.contiguous() for tokens in random.split(1, dim=1))
+        self.tokens = max(tried, key=lambda tokens: self._margin(model, tokens, chosen))
+
+    def _margin(self, model: Callable[..., Any], tokens: Tensor, chosen: int) -> float:
+        """Between the last expert that any of `tokens` is given in any layer, and the next one."""
+        self.rewind()
+        self._rewind_sliding()
+        output = model(
+            input_ids=tokens,
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            output_router_logits=True,
+        )
+        best = [scores.float().topk(chosen + 1).values for scores in output.router_logits]
+        return min(float((scores[:, -2] - scores[:, -1]).min()) for scores in best)
 
     def rewind(self) -> None:
         """Forget all tokens after the context."""
@@ -216,82 +226,5 @@ def random_tokens(model: nn.Module, length: int, batch: int = 1) -> Tensor:
     return torch.randint(config.vocab_size, (batch, length), device=device, generator=generator)
 
 
-def _head_size(config: Any) -> int:
+def head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Of a device: bytes/s that it reads, and flop/s of its dense products."""
-
-    bandwidth: float
-    flops: float
-
-
-def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Those that the ideal is taken from; a CPU's are of as many threads as PyTorch uses now."""
-    if device.type == "cuda":
-        gpu = gpu_of(device)
-        return Rates(gpu.bandwidth, gpu.matrix_flops)
-    return Rates(read_bandwidth(), _product_flops(dtype, torch.get_num_threads()))
-
-
-@cache
-def _product_flops(dtype: torch.dtype, threads: int) -> float:
-    x, weight = torch.ones(_ROWS, _SIDE, dtype=dtype), torch.ones(_SIDE, _SIDE, dtype=dtype)
-    seconds = []
-    for _ in range(_PRODUCTS):
-        start = time.perf_counter()
-        F.linear(x, weight)
-        seconds.append(time.perf_counter() - start)
-    return 2 * _ROWS * _SIDE * _SIDE / min(seconds)
-
-
-def experts_hit(model: nn.Module, rows: int) -> float:
-    """The share of the experts that `rows` tokens are expected to read; 1 without experts."""
-    config: Any = model.config
-    experts = getattr(config, "num_experts", None)
-    return 1 - (1 - config.num_experts_per_tok / experts) ** rows if experts else 1.0
-
-
-def weight_bytes_read(model: nn.Module, hit: float = 1.0) -> float:
-    """Bytes of the parameters that a pass through the model reads, each once; of experts `hit`."""
-    multiplied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - multiplied
-    read = [p for p in model.parameters() if id(p) not in tables]
-    return sum(_nbytes(p) * (hit if p.dim() == _STACKED else 1) for p in read)
-
-
-def _nbytes(tensor: Tensor) -> int:
-    """Of the tensors inside, where it is packed."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return tensor.nbytes
-    names, _ = tensor.__tensor_flatten__()
-    return sum(_nbytes(getattr(tensor, name)) for name in names)
-
-
-def bytes_saved(found: Iterable[CompileReport], hit: float = 1.0) -> float:
-    """By how much the quantized weights are smaller than they were; of experts `hit`."""
-    sites = (site for report in found for site in report.plan.quantized)
-    return sum(
-        (site.bytes_before - site.bytes_after) * (hit if len(site.shape) == _STACKED else 1)
-        for site in sites
-    )
-
-
-def flops_of(model: nn.Module, phase: Decoding | Prefill) -> int:
-    """Of linear layers and attention; what else there is costs next to nothing."""
-    config: Any = model.config
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    experts = sum(p.numel() for p in model.parameters() if p.dim() == _STACKED)
-    inner = 2 * phase.rows * (linears - head.weight.numel() + experts * experts_hit(model, 1))
-    last = 2 * phase.head_rows * head.weight.numel()
-    width = config.num_attention_heads * _head_size(config)
-    attention = 4 * phase.attended * config.num_hidden_layers * width
-    return int(inner + last + attention)
-
-
-def ideal_ms(bytes_read: float, flops: float, rates: Rates) -> float:
-    """The longer of reading and computing."""
-    return 1e3 * max(bytes_read / rates.bandwidth, flops / rates.flops)

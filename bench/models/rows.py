@@ -25,17 +25,15 @@ from torch import Tensor, nn
 from bench.core.measure import Replay, allowed_error, relative_error, timed_if_right
 from bench.core.results import Row, with_version
 from bench.models import llama_cpp
-from bench.models.phases import (
-    Generation,
-    Phase,
+from bench.models.ideal import (
     Rates,
-    Ready,
     bytes_saved,
     experts_hit,
     flops_of,
     ideal_ms,
     weight_bytes_read,
 )
+from bench.models.phases import Decoding, Generation, Phase, Ready
 from bench.models.section import LLAMA_CPP, PLAIN, over
 from fqcompile.backend import finequant
 from fqcompile.kernels.tuning.measure import WrongResult
@@ -173,11 +171,17 @@ def _prepared(model: nn.Module, phase: Phase, way: Way, layers: int, inner: str)
     work = phase.step_of(changed, way.compiler(inner, phase.dynamic))
     phase.rewind()
     start = time.perf_counter()
-    logits = work().clone()
-    synchronize(logits.device)
+    work()
+    synchronize(next(model.parameters()).device)
     row: Row = {"first_call_s": time.perf_counter() - start}
     found = reports()
-    error = relative_error(logits, _oracle_logits(changed, phase, found))
+    oracle = _oracle(changed, found)
+    if isinstance(phase, Decoding):
+        phase.settle(oracle)
+    phase.rewind()
+    logits = work().clone()
+    phase.rewind()
+    error = relative_error(logits, phase.step_of(oracle, lambda step: step)())
     dtype = next(model.parameters()).dtype
     row |= {"error": error, "allowed": allowed_error(dtype, layers)}
     if not error <= row["allowed"]:
@@ -218,13 +222,12 @@ def _kernels(report: CompileReport) -> Iterator[str]:
             yield from (line.partition(": ")[2] for line in record.matched)
 
 
-def _oracle_logits(model: nn.Module, phase: Phase, found: Sequence[CompileReport]) -> Tensor:
-    """Eager, with every weight that was quantized here replaced by its dequantized value."""
+def _oracle(model: nn.Module, found: Sequence[CompileReport]) -> nn.Module:
+    """To run eagerly: every weight that was quantized here has its dequantized value."""
     oracle = copy.deepcopy(model) if found else model
     for report in found:
         fake_quantize_(oracle, report)
-    phase.rewind()
-    return phase.step_of(oracle, lambda step: step)()
+    return oracle
 
 
 def _replay(ready: Ready, device: torch.device) -> Replay:

@@ -14,7 +14,7 @@ step of decoding has a static cache filled with --context tokens; what is timed 
 compiled on its own, in turn with the others: 25 steps, the median, 20th and 80th percentile. Before
 that a way's logits are compared with those of its weights, dequantized, in the eager model. "of
 ideal" is the least time that reading its own weights and the context, or the products, allow
-(`models.phases`) over the time measured. generate() reads a prompt and makes --new tokens.
+(`models.ideal`) over the time measured. generate() reads a prompt and makes --new tokens.
 
 A model with fewer layers than it has is measured with half as many too; what is said of all its
 layers is extrapolated from the two on a straight line, and marked so.
@@ -37,7 +37,8 @@ from bench.core.results import Budget, Results, Row, failure, missing
 from bench.core.section import show as show_section
 from bench.core.shapes import DTYPES, LARGE, MODELS, build, parameter_bytes
 from bench.models import llama_cpp, section
-from bench.models.phases import Decoding, Generation, Phase, Prefill, rates_of
+from bench.models.ideal import rates_of
+from bench.models.phases import Decoding, Generation, Phase, Prefill
 from bench.models.rows import WAYS, Way, measured_rows, runs_on
 from fqcompile.commands import counts as row_counts
 from fqcompile.kernels.spec import gpu_of
@@ -84,7 +85,9 @@ class Runner:
             self.results.leave_out(f"all after {name}: {lost}")
 
     def _counts(self, name: str, layers: int) -> list[int]:
-        return [layers] if layers == MODELS[name].layers else sorted({max(1, layers // 2), layers})
+        """The number asked for first: a short time budget ends before half as many."""
+        half = max(1, layers // 2)
+        return [layers] if half == layers or layers == MODELS[name].layers else [layers, half]
 
     def _attempt(self, name: str, layers: int) -> None:
         if not self.budget.allows_a_step():

@@ -32,9 +32,8 @@ from fqcompile.checkpoint.manifest import MANIFEST, Manifest, versions
 from fqcompile.checkpoint.model import CheckpointModel, shortened, slots
 from fqcompile.checkpoint.source import Source, open_source, other_files, will_read
 from fqcompile.checkpoint.stream_writer import StreamWriter, site_from
-from fqcompile.config import FineQuantConfig
+from fqcompile.config import FineQuantConfig, packing_config
 from fqcompile.errors import CheckpointError, OptionError
-from fqcompile.modules.quantize import packing_config
 from fqcompile.report import Plan
 
 log = logging.getLogger("fqcompile")

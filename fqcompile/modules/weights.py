@@ -6,7 +6,8 @@ devices.
 """
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from fqcompile.config import HEAD_NAMES, ROUTER, ROUTERS, FineQuantConfig
 from fqcompile.distributed.shards import local_part
+from fqcompile.errors import OptionError
 from fqcompile.quant.checks import OTHER_DTYPE, WEIGHT_DTYPES
 from fqcompile.torch_compat import Convolution
 from fqcompile.weights.parameter import PackedWeight
@@ -24,6 +26,7 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _ROUTERS = ROUTERS | {"classifier"}  # beside experts alone
 _ONE_CALL = "PyTorch's own {} reads it in one call, which takes no packed weight"
 _NO_WEIGHT = "only weights of linears and stacks of experts are packed, and this is "
+_FILTERED = "filter_fn does not accept its module"
 _ORIENTATION = (
     "stack of experts whose module does not say by is_transposed if its matrices are [N, K] "
     "or [K, N]"
@@ -54,6 +57,11 @@ class ModuleWeight:
     head: bool = False
     tied: bool = False
     reason: str | None = None
+
+    @property
+    def module_name(self) -> str:
+        """The qualified name of the first module that multiplies with it."""
+        return self.name.rpartition(".")[0]
 
     @property
     def weight(self) -> Tensor:
@@ -91,6 +99,29 @@ def module_weights(model: nn.Module, config: FineQuantConfig) -> list[ModuleWeig
             _stays(*held, multiply, modules, config) for held in rest[:1] if _counts(*held, config)
         )
     return found
+
+
+def filtered(
+    weights: Iterable[ModuleWeight], accepts: Callable[[nn.Module, str], bool] | None
+) -> list[ModuleWeight]:
+    """The weights, of which those that `accepts(module, its name)` refuses stay as they are.
+
+    Raises:
+        OptionError: `accepts` cannot be called.
+    """
+    if accepts is None:
+        return list(weights)
+    if not callable(accepts):
+        raise OptionError(
+            f"filter_fn is {accepts!r}; allowed: a function of a module and its qualified name "
+            "that returns whether its weight is quantized, or None"
+        )
+    return [
+        found
+        if found.reason is not None or accepts(found.holders[0][0], found.module_name)
+        else replace(found, reason=_FILTERED)
+        for found in weights
+    ]
 
 
 def _multiplies(name: str, module: nn.Module, attribute: str) -> bool:
