@@ -4,10 +4,10 @@ Importing this module registers the quant_method "finequant" with diffusers, for
 components of pipelines. The files are those that `integrations.transformers` writes and reads.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 from diffusers import ModelMixin
@@ -28,8 +28,8 @@ from fqcompile.weights.parameter import PackedWeight
 
 _FP32 = "diffusers keeps its module in float32, for which the model's class names it"
 _TABLE = (
-    "an embedding shares it, and keeps it: call fqcompile.quantize_ on the loaded model for a packed "
-    "copy"
+    "an embedding shares it, and keeps it: call fqcompile.quantize_ on the loaded model for a "
+    "packed copy"
 )
 _NEW = "no tensor of the checkpoint is its value, which is new"
 
@@ -135,8 +135,8 @@ class FineQuantDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         param_value: Tensor,
         param_name: str,
         target_device: device | str | int,
-        *_: Any,
-        **__: Any,
+        *others: Any,
+        **named: Any,
     ) -> None:
         """Quantize a weight on its device, if it is not packed yet, and put it into the model.
 
@@ -175,8 +175,8 @@ class FineQuantDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return in_files(state_dict)
 
     def _dequantize(self, model: Any) -> Any:
-        config = {k: v for k, v in model.config.items() if k != "quantization_config"}
-        model._internal_dict = type(model.config)(config)
+        # A config is frozen, and diffusers has no way to take a key from it.
+        OrderedDict.__delitem__(model.config, "quantization_config")
         return restore(model)
 
 

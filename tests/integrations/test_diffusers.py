@@ -229,7 +229,7 @@ def test_a_weight_that_cannot_be_quantized_stays_or_raises(tmp_path: Path) -> No
 def test_modules_that_diffusers_keeps_in_float32_are_not_packed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, inputs = built("dit", torch.bfloat16)
+    model, _ = built("dit", torch.bfloat16)
     model.save_pretrained(tmp_path)
     monkeypatch.setattr(type(model), "_keep_in_fp32_modules", ["proj_out_1"])
     loaded = opened(model, tmp_path, quantization_config=FineQuantDiffusersConfig(**OPTIONS))
