@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from fqcompile.files.trusted import replace_text
 from fqcompile.kernels.spec import gpu_of
 from fqcompile.kernels.tuning.key import fingerprint, kernel_source_hash
 from fqcompile.kernels.tuning.measure import DeviceLost, WrongResult, check_device
+from fqcompile.report.compile_report import installed_version
 
 COMMIT_VARIABLE = "BENCH_COMMIT"
 ROOT = Path(__file__).parents[2]
@@ -168,8 +168,9 @@ def missing(package: str) -> str | None:
 
 
 def with_version(package: str) -> str:
-    """ "torchao 0.18.0"; a package may be of a distribution with another name."""
-    return f"{package} {version(_DISTRIBUTIONS.get(package, package))}"
+    """ "torchao 0.18.0"; a package may be of a distribution with another name. A checkout that is
+    found by PYTHONPATH has none: "fqcompile not installed"."""
+    return f"{package} {installed_version(_DISTRIBUTIONS.get(package, package))}"
 
 
 def device_name(device: torch.device) -> str:

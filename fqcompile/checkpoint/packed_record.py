@@ -1,10 +1,12 @@
 """How a packed weight lies in a file: as two tensors, and a record that says how to read them.
 
     NAME.codes [all rows, bytes of a row]        "__metadata__": {"format": "pt", "finequant":
-    NAME.scale [all rows, groups]                    {"version": 1, "weights": {NAME: {...}}}}
+    NAME       [all rows, groups]: scales            {"version": 1, "weights": {NAME: {...}}}}
 
 The records of a file's weights are in its own header, so that whoever gets the file can open it:
-`from_pretrained` of transformers, also of files that its `save_pretrained` wrote.
+`from_pretrained` of transformers, also of files that its `save_pretrained` wrote. Who does not read
+records finds a NAME of another shape than the model's, and fails; a NAME that is missing would be
+filled with random values.
 """
 
 import json
@@ -106,7 +108,7 @@ def to_disk(
     form = weight.format
     record = PackedRecord(
         codes=f"{name}.codes",
-        scale=f"{name}.scale",
+        scale=name,
         dtype=DTYPE_NAMES[dtype],
         bits=form.bits,
         group_size=form.group_size,

@@ -32,7 +32,7 @@ def refuse_offloading(device_map: object) -> None:
 
 def packed_files(
     files: Sequence[str],
-) -> tuple[Mapping[str, TensorPlace], Mapping[str, PackedRecord]]:
+) -> tuple[dict[str, TensorPlace], dict[str, PackedRecord]]:
     """What `read_packed` finds in the files that `from_pretrained` is about to read.
 
     Raises:

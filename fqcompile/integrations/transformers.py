@@ -27,8 +27,8 @@ from fqcompile.checkpoint.conversion import target_types
 from fqcompile.checkpoint.packed_record import METHOD, PackedRecord
 from fqcompile.config import packing_config
 from fqcompile.errors import CheckpointError, FineQuantError, OptionError, UnquantizableWeight
-from fqcompile.integrations import in_files, packed_files, refuse_offloading
 from fqcompile.hf_compat import ignore_unexpected, loading, save_by_own_names
+from fqcompile.integrations import in_files, packed_files, refuse_offloading
 from fqcompile.modules.quantize import packed_of, restore, site_of
 from fqcompile.modules.weights import ModuleWeight, module_weights
 from fqcompile.report import Plan, Site

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -197,6 +198,9 @@ def test_a_dry_run_executes_every_command_that_needs_no_gpu(part: int, tmp_path:
     }
     assert {"log.txt", "summary.txt", *wanted[part]} <= written
     assert len(written) <= 8
+    for path in tmp_path.glob("*.json"):
+        content = json.loads(path.read_text())
+        assert content["rows"] and not content["left_out"], path
 
 
 def test_the_short_suite_goes_on_after_a_failure_and_says_so(
@@ -240,6 +244,11 @@ def test_who_copied_the_checkout_says_which_commit_it_was(monkeypatch: pytest.Mo
     monkeypatch.setattr(results, "_git", lambda command, *rest: answers[command])
     assert results.commit() == "def+"
     assert results.identity(torch.device("cpu"))["commit"] == "def+"
+
+
+def test_a_library_is_named_with_its_version_and_a_checkout_without() -> None:
+    assert results.with_version("torch") == f"torch {version('torch')}"
+    assert results.with_version("bench") == "bench not installed"
 
 
 def test_a_step_begins_where_the_longest_so_far_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,5 +155,4 @@ def test_configs_are_beside_the_weights(tmp_path: Path) -> None:
     assert config.architectures == ["LlamaForCausalLM"]
     assert config.hidden_size == model.config.hidden_size
     assert fqcompile.load(None, tmp_path).generation_config.max_new_tokens == 17
-    with pytest.raises(OSError, match=r"model\.safetensors"):
-        hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert config.quantization_config["quant_method"] == "finequant"

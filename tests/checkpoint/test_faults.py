@@ -45,7 +45,10 @@ def found_in(directory: Path) -> tuple[dict[str, Any], Any] | None:
 
 
 def state_of(model: Any) -> tuple[dict[str, Any], Any]:
-    return contents(model), {"seed": model.config.seed, "architectures": ["Small"]}
+    quantization = {"quantization_config": {"quant_method": "finequant"}}
+    return contents(model), {
+        "seed": model.config.seed, "architectures": ["Small"], **quantization
+    }  # fmt: skip
 
 
 def assert_clean(directory: Path) -> None:

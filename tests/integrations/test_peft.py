@@ -65,6 +65,23 @@ def test_an_adapter_trains_and_is_opened_beside_its_base(base: Any, tmp_path: Pa
     assert torch.equal(run(loaded, inputs), expected)
 
 
+def test_the_trainer_of_transformers_takes_it(base: Any, tmp_path: Path) -> None:
+    directory, inputs = base
+    rows = [{"input_ids": row, "labels": row} for row in inputs["input_ids"]]
+    arguments = hf.TrainingArguments(
+        str(tmp_path / "run"), max_steps=2, use_cpu=True, report_to=[], save_strategy="no"
+    )
+    alone = hf.AutoModelForCausalLM.from_pretrained(directory)
+    with pytest.raises(ValueError, match="purely quantized models"):
+        hf.Trainer(alone, arguments, train_dataset=rows)
+    model = _adapted(directory)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    hf.Trainer(model, arguments, train_dataset=rows).train()
+    assert before and all(
+        not torch.equal(model.get_parameter(name), values) for name, values in before.items()
+    )
+
+
 def test_an_adapter_is_merged_into_dense_values_and_packed_again(base: Any, tmp_path: Path) -> None:
     directory, inputs = base
     model = _adapted(directory)

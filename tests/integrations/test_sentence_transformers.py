@@ -28,7 +28,6 @@ def directory(tmp_path: Path) -> Path:
     """A BERT of two layers, and a tokenizer that knows these words."""
     torch.manual_seed(0)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({*" ".join(SENTENCES).split()})]
-    (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
     config = hf.BertConfig(
         vocab_size=len(words),
         hidden_size=64,
@@ -38,8 +37,8 @@ def directory(tmp_path: Path) -> Path:
         max_position_embeddings=32,
     )
     hf.BertModel(config).save_pretrained(tmp_path / "dense")
-    tokenizer = hf.BertTokenizerFast(vocab_file=str(tmp_path / "vocab.txt"))
-    tokenizer.save_pretrained(tmp_path / "dense")
+    vocab = {word: number for number, word in enumerate(words)}
+    hf.BertTokenizer(vocab=vocab).save_pretrained(tmp_path / "dense")
     return tmp_path / "dense"
 
 
