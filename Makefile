@@ -7,7 +7,7 @@ PARALLEL := -n $(WORKERS) --dist worksteal
 VERSIONS ?= oldest newest
 ARGS ?=
 
-.PHONY: demo test test-all test-versions zoo test-gpu check docs soak sanitize static format bench clean
+.PHONY: demo test test-all test-versions test-engines zoo test-gpu check docs soak sanitize static format bench clean
 
 demo: .venv/demo.installed
 	$(BIN)/fqcompile demo $(ARGS)
@@ -26,6 +26,15 @@ test-versions: $(foreach v,$(VERSIONS),.venv-$(v)/dev.installed)
 .venv-%/dev.installed: pyproject.toml constraints-%.txt
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e '.[dev]'
+	touch $@
+
+# vLLM itself, which pins other versions than ours: 3 GB in a venv of its own.
+test-engines: .venv/dev.installed .venv-engines/engines.installed
+	$(BIN)/pytest --all $(ARGS) tests/interop/test_engines.py
+
+.venv-engines/engines.installed: requirements-engines.txt
+	test -x .venv-engines/bin/python || $(PYTHON) -m venv .venv-engines
+	.venv-engines/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-engines.txt
 	touch $@
 
 # Architectures of other libraries, some of timm and diffusers where these are installed.
