@@ -38,7 +38,7 @@ ONLY = {"estimator": {"errors", "kernels"}}
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 PIPELINE = tuple("capture normalize match plan rewrite fuse select lower".split())
 PASS_HELPERS = set(
-    """attention calibrate choices effects expert_bias fold fuse_patterns gather kept naming
+    """attention calibrate choices effects einsum expert_bias fold fuse_patterns gather kept naming
     op_nodes probe probe_inputs products state""".split()
 )
 # What runs the passes, before them, after them or around them: each may import earlier ones.

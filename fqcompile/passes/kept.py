@@ -13,7 +13,7 @@ from fqcompile.distributed.shards import NOT_LOCAL, is_dtensor, local_part
 from fqcompile.passes.effects import bodies, has_effects, in_transforms
 from fqcompile.passes.fold import ConstantFolder
 from fqcompile.passes.naming import note_table
-from fqcompile.passes.products import PRODUCTS
+from fqcompile.passes.products import OF_LAYERS, PRODUCTS
 from fqcompile.passes.state import GraphState, KeptWeight, example, placeholders
 from fqcompile.weights.recipe import CASTS, MOVING, target_name
 
@@ -26,6 +26,7 @@ IN_THE_GRAPH = "it is a constant of the graph, not one of its inputs"
 INTO_AN_INPUT = (
     "turn torch._inductor.config.freezing off, or call fqcompile.quantize_(model) before compiling"
 )
+CONVOLUTION = "of convolutions only those of single pixels are quantized, without groups or stride"
 TABLE = "embedding table: embeddings are not quantized"
 _ROW_READS = frozenset("embedding embedding_bag index_select index gather take_along_dim".split())
 # Calls that read only shape, dtype and device: of every operand, or of those after the first.
@@ -132,7 +133,7 @@ def _why_not(
     if any(map(bodies, readers)):
         return f"read inside {', '.join(names)}: {IN_A_BODY}"
     if any(name.lstrip("_").startswith("conv") for name in names):
-        return f"read by {', '.join(names)}: convolutions are not quantized"
+        return f"read by {', '.join(names)}: {CONVOLUTION}"
     return f"read by {', '.join(names)}: not a linear or expert form that is quantized"
 
 
@@ -192,7 +193,7 @@ def reads_values(reader: fx.Node, embedded: bool = False) -> bool:
 def _kind(weight: Tensor, readers: list[fx.Node]) -> str:
     """The kind in plans: a stack is "experts" only if a matmul of stacks reads it, else "other"."""
     names = {target_name(reader.target) for reader in readers}
-    if weight.dim() == 3 and names & (PRODUCTS - {"linear"}):
+    if weight.dim() == 3 and names & (PRODUCTS - OF_LAYERS):
         return "experts"
     return "linear" if weight.dim() == 2 else "other"
 
