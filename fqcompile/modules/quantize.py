@@ -23,7 +23,7 @@ from fqcompile.kernels.registry import kernel_for
 from fqcompile.modules.blocks import BlockRuns
 from fqcompile.modules.calibrate import calibrated, collect_inputs
 from fqcompile.modules.gptq import Run, WeightsInputs, batches_for, compensated
-from fqcompile.modules.weights import ModuleWeight, module_weights
+from fqcompile.modules.weights import ModuleWeight, module_weights, settle_norms
 from fqcompile.passes.summary import SiteRecipe, said_of
 from fqcompile.quant.calibration import Calibration
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
@@ -43,14 +43,14 @@ OF_COMPILING = (
 def quantize_(
     model: nn.Module, *, calibration: Any = "synthetic", method: str = "scale", **options: object
 ) -> Plan:
-    """Replace the weights of linears, Conv1Ds and stacks of experts with packed ones, in place.
+    """Replace the weights of linears, attention, recurrent cells and experts with packed ones.
 
     The model then runs eagerly and under every torch.compile backend, including "finequant", which
-    uses the packed weights as they are. A linear that shares its weight with an embedding, or with
-    another module that may read it as a table, gets a packed copy; the original stays dense.
-    Packed weights cannot be trained; adapters on top of them can. Weights are packed one at a time,
-    so peak memory is the model plus one weight; with "gptq", plus up to 4 GiB. In a sharded model
-    each rank packs its own shards, and all ranks must call this function.
+    uses the packed weights as they are. A linear that shares its weight with a table gets a packed
+    copy, unless `quantize_embeddings=8` packs it for both. Weights that PyTorch's norms compute are
+    parameters then, in evaluation mode. Packed weights cannot be trained; adapters on top of them
+    can. They are packed one at a time, so peak memory is the model plus one weight; with "gptq",
+    plus up to 4 GiB. Of a sharded model all ranks must call this, and each packs its own shards.
 
     Args:
         calibration: what the model is run on first, to see in which columns of its weights errors
@@ -75,6 +75,7 @@ def quantize_(
     known = calibration is None or isinstance(calibration, str)
     config = packing_config(options | {"calibration": calibration} if known else options)
     refuse_fsdp_modules(model)
+    settle_norms(model, config)
     waiting = module_weights(model, config)
     found = worth_it(waiting, config)
     batches = batches_for(method, calibration, found)
@@ -189,8 +190,8 @@ def _pack(
                 raise UnquantizableWeight(f"{found.name}: {error}") from error
     if reason is not None:
         return replace(site_of(found), reason=reason)
-    for module, attribute in found.holders:
-        parameter = nn.Parameter(with_part(found.parameter, packed), requires_grad=False)
+    parameter = nn.Parameter(with_part(found.parameter, packed), requires_grad=False)
+    for module, attribute in found.holders:  # what is tied stays so
         module._parameters[attribute] = parameter
     site = packed_site(found, plan, packed)
     # What GPTQ makes cannot be made again of the weight and its plan.
@@ -265,7 +266,7 @@ def packed_site(found: ModuleWeight, plan: QuantPlan, packed: PackedWeight) -> S
         bytes_after=packed.packed_bytes,
         **said_of(plan),
         kernel=kernel_for(packed.format, packed.dtype, scale, device, None),
-        recipe=SiteRecipe(recipe, (found.name,), plan),
+        recipe=SiteRecipe(recipe, (found.name,), plan, of_tables=found.of_tables),
     )
 
 

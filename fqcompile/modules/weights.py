@@ -1,7 +1,8 @@
 """Find the parameters of a model that can be packed, from its modules alone.
 
-These are the `weight` of Linear [N, K] and Conv1D [K, N], and stacks of experts [E, N, K] or
-[E, K, N]. Other large parameters are listed with the reason why they are skipped. Works on meta
+These are the `weight` of Linear [N, K] and Conv1D [K, N], those of MultiheadAttention and of
+recurrent cells, stacks of experts [E, N, K] or [E, K, N], and on request tables of embeddings
+[rows, K]. Other large parameters are listed with the reason why they are skipped. Works on meta
 devices.
 """
 
@@ -10,19 +11,24 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fqcompile.config import HEAD_NAMES, ROUTER, ROUTERS, FineQuantConfig
-from fqcompile.distributed.shards import local_part
+from fqcompile.distributed.shards import is_part, local_part
 from fqcompile.quant.checks import OTHER_DTYPE, WEIGHT_DTYPES
-from fqcompile.torch_compat import Convolution
+from fqcompile.torch_compat import Convolution, remover_of_norm
 from fqcompile.weights.parameter import PackedWeight
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+# Modules whose calls read several weights, as `composites` writes them.
+_MATRICES: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+    nn.RNNCellBase: ("weight_ih", "weight_hh"),
+}
 _ROUTERS = ROUTERS | {"classifier"}  # beside experts alone
 _ONE_CALL = "PyTorch's own {} reads it in one call, which takes no packed weight"
+_COMPUTED = "the weight is computed from it in each call: {}"
 _NO_WEIGHT = "only weights of linears and stacks of experts are packed, and this is "
 _ORIENTATION = (
     "stack of experts whose module does not say by is_transposed if its matrices are [N, K] "
@@ -39,10 +45,12 @@ class ModuleWeight:
     Attributes:
         parameter: the parameter as the module holds it.
         name: qualified name in the first module that multiplies with it.
-        holders: (module, attribute) of every module that multiplies with it.
+        holders: (module, attribute) of every module that multiplies with it, or reads its rows if
+            those are packed too.
         transposed: its matrices are [K, N].
-        head: an output head, which gets 8 bits unless the options set bits.
-        tied: an embedding, or another module that reads it as a table, also holds it, and keeps it.
+        head: an output head or a table, which gets 8 bits unless the options set bits.
+        tied: another module that reads it as a table also holds it, and keeps it.
+        of_tables: embeddings are among the holders.
         reason: why it is skipped; None if it may be packed.
     """
 
@@ -53,6 +61,7 @@ class ModuleWeight:
     transposed: bool = False
     head: bool = False
     tied: bool = False
+    of_tables: bool = False
     reason: str | None = None
 
     @property
@@ -72,7 +81,7 @@ Held = tuple[str, nn.Module, str]  # qualified name, module, attribute
 def module_weights(model: nn.Module, config: FineQuantConfig) -> list[ModuleWeight]:
     """All matrices of linears and experts, and other large parameters with the skip reason.
 
-    Embeddings are not listed.
+    Embeddings are listed only if the options ask for them.
     """
     sharing: dict[int, list[Held]] = {}
     for prefix, module in model.named_modules():
@@ -83,6 +92,7 @@ def module_weights(model: nn.Module, config: FineQuantConfig) -> list[ModuleWeig
     found: list[ModuleWeight] = []
     for holders in sharing.values():
         multiply = [held for held in holders if _multiplies(*held)]
+        multiply += [held for held in holders if _is_table(*held, multiply, config)]
         others = [held for held in holders if held not in multiply]
         if multiply:
             found.append(_weight(multiply, bool(others), modules, config))
@@ -93,12 +103,42 @@ def module_weights(model: nn.Module, config: FineQuantConfig) -> list[ModuleWeig
     return found
 
 
+def settle_norms(model: nn.Module, config: FineQuantConfig) -> None:
+    """Make parameters of the weights of linears that a weight or spectral norm computes, in place.
+
+    In evaluation mode they have the same values in each call. Those that stay anyway stay computed.
+    """
+    for prefix, module in model.named_modules():
+        remove = remover_of_norm(module) if _is_linear(module) and not module.training else None
+        if remove is not None and config.kept_by_name(f"{prefix}.weight".lstrip(".")) is None:
+            weight: Tensor = module.weight  # type: ignore[assignment]
+            if config.kept_by_size(weight.numel()) is None:
+                remove()
+
+
 def _multiplies(name: str, module: nn.Module, attribute: str) -> bool:
     """Whether the module is known to multiply with it, even if the orientation is unknown."""
     dims = _parameter(module, attribute).dim()
     if dims == 2:
-        return attribute == "weight" and (_is_linear(module) or _is_conv1d(module))
+        linear = attribute == "weight" and (_is_linear(module) or _is_conv1d(module))
+        return linear or any(
+            isinstance(module, kind) and attribute in names for kind, names in _MATRICES.items()
+        )
     return dims == 3 and _holds_experts(name, module, attribute)
+
+
+def _is_table(
+    name: str, module: nn.Module, attribute: str, multiply: list[Held], config: FineQuantConfig
+) -> bool:
+    """Whether its rows are packed: of an embedding that does not rescale them, where asked for.
+
+    A table that Conv1D multiplies with has K along its rows, so that none can be read alone.
+    """
+    asked = config.quantize_embeddings and config.kept_by_name(name) is None
+    plain = isinstance(module, nn.Embedding) and module.max_norm is None
+    whole = not is_part(_parameter(module, attribute))
+    turned = any(_is_conv1d(other) for _, other, _ in multiply)
+    return bool(asked and plain and whole and attribute == "weight" and not turned)
 
 
 def _parameter(module: nn.Module, attribute: str) -> Tensor:
@@ -112,7 +152,8 @@ def _weight(
 ) -> ModuleWeight:
     name, module, attribute = holders[0]
     parameter = _parameter(module, attribute)
-    stacked = parameter.dim() == 3
+    stacked, of_tables = parameter.dim() == 3, isinstance(holders[-1][1], _EMBEDDINGS)
+    alone = isinstance(module, _EMBEDDINGS)
     transposed = _is_transposed(module, attribute) if stacked else _is_conv1d(module)
     reason = _reason(name, module, local_part(parameter), modules, config)
     if transposed is None:
@@ -123,10 +164,11 @@ def _weight(
         name=name,
         parameter=parameter,
         holders=tuple((module, attribute) for _, module, attribute in holders),
-        kind="experts" if stacked else "linear",
+        kind="experts" if stacked else "embedding" if alone else "linear",
         transposed=bool(transposed),
-        head=tied or HEAD_NAMES.search(name) is not None,
+        head=of_tables or tied or HEAD_NAMES.search(name) is not None,
         tied=tied,
+        of_tables=of_tables,
         reason=reason,
     )
 
@@ -158,22 +200,21 @@ def _stays(
 def _why_no_weight(module: nn.Module, attribute: str, *, computed: bool) -> str:
     """Why a parameter is not a weight to pack; `computed`: a parametrization reads it."""
     of = type(module).__name__
+    if _is_linear(module) and remover_of_norm(module) is not None:
+        return _COMPUTED.format("call model.eval() first, after which it no longer changes")
     if computed and _is_linear(module):
-        return (
-            "the weight is computed from it in each call: call torch.nn.utils.parametrize."
-            "remove_parametrizations to have a weight that can be packed"
+        return _COMPUTED.format(
+            "call torch.nn.utils.parametrize.remove_parametrizations to have one that can be packed"
         )
     if _is_linear(module) and attribute in ("weight_v", "weight_g", "weight_orig"):
-        return (
-            "the weight is computed from it in each call: call torch.nn.utils.remove_weight_norm, "
-            "remove_spectral_norm or prune.remove to have a weight that can be packed"
+        return _COMPUTED.format(
+            "call torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove to have "
+            "one that can be packed"
         )
     if isinstance(module, Convolution):
         return f"{_NO_WEIGHT}a convolution's"
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+    if isinstance(module, nn.RNNBase):
         return _ONE_CALL.format(of)
-    if isinstance(module, nn.MultiheadAttention):
-        return _ONE_CALL.format("attention")
     if _is_linear(module):
         return f"{_NO_WEIGHT}another parameter of a {of}"
     return f"{_NO_WEIGHT}a parameter of {of}, whose use is not known without a graph: see explain()"
@@ -229,8 +270,6 @@ def _reason(
         return f"the weight is a {type(weight).__name__}, not a plain parameter"
     if weight.dtype not in WEIGHT_DTYPES:
         return OTHER_DTYPE.format(weight.dtype)
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return _ONE_CALL.format("attention")
     if _is_router(name, modules) and not config.override_matches(name):
         return ROUTER
     return config.kept_by_size(weight.numel())

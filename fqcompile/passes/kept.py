@@ -15,6 +15,7 @@ from fqcompile.passes.fold import ConstantFolder
 from fqcompile.passes.naming import note_table
 from fqcompile.passes.products import OF_LAYERS, PRODUCTS
 from fqcompile.passes.state import GraphState, KeptWeight, example, placeholders
+from fqcompile.weights.parameter import PackedWeight
 from fqcompile.weights.recipe import CASTS, MOVING, target_name
 
 IN_A_BODY = "the bodies of higher-order operators stay as they are"
@@ -27,7 +28,11 @@ INTO_AN_INPUT = (
     "turn torch._inductor.config.freezing off, or call fqcompile.quantize_(model) before compiling"
 )
 CONVOLUTION = "of convolutions only those of single pixels are quantized, without groups or stride"
-TABLE = "embedding table: embeddings are not quantized"
+TABLE = (
+    "embedding table: a compiled model keeps it, and fqcompile.quantize_(model, "
+    "quantize_embeddings=8) packs it"
+)
+PACKED_TABLE = "embedding table, packed already: the rows that are read are dequantized"
 _ROW_READS = frozenset("embedding embedding_bag index_select index gather take_along_dim".split())
 # Calls that read only shape, dtype and device: of every operand, or of those after the first.
 _LIKE = frozenset(
@@ -90,7 +95,7 @@ def kept_matrices(state: GraphState) -> list[KeptWeight]:
         sharded, weight = is_dtensor(whole), local_part(whole)
         if not _is_matrix(weight, state.config.min_elements):
             continue
-        reason = TABLE if table else _why_not(state, node, readers, transformed)
+        reason = _of_table(weight) if table else _why_not(state, node, readers, transformed)
         reason = NOT_LOCAL if sharded and "embedding" not in reason else reason
         kept.append(
             KeptWeight(
@@ -100,11 +105,15 @@ def kept_matrices(state: GraphState) -> list[KeptWeight]:
                 table=as_table,
                 kind=_kind(weight, readers),
                 shape=tuple(weight.shape),
-                nbytes=weight.numel() * weight.element_size(),
+                nbytes=weight.nbytes,
                 reason=reason,
             )
         )
     return kept
+
+
+def _of_table(weight: Tensor) -> str:
+    return PACKED_TABLE if isinstance(weight, PackedWeight) else TABLE
 
 
 def _is_matrix(weight: Tensor, min_elements: int) -> bool:
