@@ -7,7 +7,7 @@ PARALLEL := -n $(WORKERS) --dist worksteal
 VERSIONS ?= oldest newest
 ARGS ?=
 
-.PHONY: demo test test-all test-versions zoo test-gpu check soak sanitize static format bench clean
+.PHONY: demo test test-all test-versions zoo test-gpu check docs soak sanitize static format bench clean
 
 demo: .venv/demo.installed
 	$(BIN)/fqcompile demo $(ARGS)
@@ -40,6 +40,14 @@ check: .venv/dev.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest tests/test_house.py
+
+# The site, in build/site; a link that leads nowhere fails. The pages stay where they are, and are
+# linked from one folder, so that relative links hold in the repository and on the site.
+PAGES := README.md CONTRIBUTING.md CHANGELOG.md LICENSE docs bench
+docs: .venv/docs.installed
+	mkdir -p build/pages
+	for page in $(PAGES); do ln -sfn ../../$$page build/pages/$$page; done
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build --strict --quiet)
 
 # 20,000 calls, 300 models, and ten minutes of threads, writes and forks; ARGS="--minutes 1" for less.
 soak: .venv/dev.installed

@@ -3,16 +3,19 @@
     python -m bench gpu --out DIRECTORY --part 1 [--budget 420] [--steps tests,kernels]
     python -m bench gpu --out DIRECTORY --part 2 [--budget 420]
     python -m bench gpu --out DIRECTORY --part 1 --dry     on a CPU: does every command work?
+    python -m bench gpu --ahead DIRECTORY                  on a CPU: builds kernels of part 1
     python -m bench gpu --replay DIRECTORY ...             their files become results, and tables
 
 Needs a checkout on PYTHONPATH and no network. Steps come in the order of their worth, each in a
 process of its own; one that fails or takes too long does not stop the next, whose time is what is
-left. Every test and every row is on disk as soon as it is there, in eight files at most:
+left. What was built ahead is found where TRITON_CACHE_DIR is that folder, and Python's version, the
+files of Triton and those of our kernels are the same. Every test and every row is on disk as soon
+as it is there, in eight files at most:
 
 1   environment   clocks, driver, versions, kernels that would be selected
     tests         what the kernels compute, against fp64, several at a time: tests.jsonl
     kernels       4 bits, five layers, 1 to 256 rows, static and dynamic, against cuBLAS, tinygemm
-    int8          8 bits, two of them
+    int8          8 bits, the same layers
     tune          which configurations are the fastest: tuned.json, and all trials
 2   models        four layers of Llama 3 8B that decode in CUDA graphs
     plain         the same with each kernel launched when the one before it is complete
@@ -26,15 +29,28 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+from tabulate import tabulate
+
 from bench import readme
 from bench.core.results import RESULTS, slug
-from bench.core.steps import BENCH, ROOT, Step, run_suite
+from bench.core.shapes import parse_shapes
+from bench.core.steps import BENCH, ROOT, Step, planned, run_suite
+from bench.kernels import run as kernels
+from bench.kernels.contenders import Ours, Problem
+from bench.launch_overhead.stub_driver import as_on_an_h200
 from bench.planner import run as planner
+from fqcompile.commands.tune import specs_of_shape
+from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.spec import H200
+from fqcompile.kernels.tuning.table import read_cases
+from fqcompile.tensor.format import NORMAL, QTYPES
 
 # Reads the card's state and changes none of it.
 _STATE = "nvidia-smi -q -d CLOCK,POWER,UTILIZATION,PERFORMANCE"
@@ -99,7 +115,8 @@ def _plainly(command: Callable[[Path, float], Sequence[str]]) -> Callable[..., S
 def _tune(out: Path, seconds: float) -> Sequence[str]:
     """Its table is kept by its cache, also where it is stopped."""
     report, cache = out / "tuning.json", out / "cache"
-    tune = f"{sys.executable} -m fqcompile tune {_SHAPES[0]} {_SHAPES[4]} --m 1,16,64"
+    rows = ",".join(map(str, _TUNED_ROWS))
+    tune = f"{sys.executable} -m fqcompile tune {' '.join(_TUNED)} --m {rows}"
     stopped = f"timeout {max(10, seconds - 5):.0f} {tune} --report {report}"
     keep = f"mv {cache}/tuned/*.json {out}/tuned.json; rm -rf {cache}; exit $code"
     return ("sh", "-c", f"FQCOMPILE_CACHE_DIR={cache} {stopped}; code=$?; {keep}")
@@ -117,38 +134,51 @@ _LAYERS = (
     *_GPU, "--shapes", *_SHAPES, "--m", "1,16,24,64,256", "--baselines", "cuBLAS", "tinygemm",
 )  # fmt: skip
 _INT8 = (
-    *_GPU, "--shapes", _SHAPES[0], _SHAPES[4], "--m", "1,16", "--bits", "8", "--group", "column",
+    *_GPU, "--shapes", *_SHAPES, "--m", "1,16,24,64,256", "--bits", "8", "--group", "column",
     "--baselines", "cuBLAS",
 )  # fmt: skip
+_TUNED, _TUNED_ROWS = (_SHAPES[0], _SHAPES[4]), (1, 16, 64)
 _PEERS = (
     *_GPU, "--shapes", _SHAPES[0], "--m", "1,16,64", "--baselines", "cuBLAS", "torchao", "gemlite",
 )  # fmt: skip
 _LLAMA = (*_GPU, "--model", "llama-3-8b", "--layers", "4", "--batch", "1", "--phases", "decode")
 _QWEN = (*_GPU, "--models", "qwen3-30b-a3b", "--tokens", "1,4,16,64")
+# Expected seconds: 12 to start a process; 1.2 to build a kernel, of tests 16 at a time; 0.3 to time
+# one; 3 for a layer's weights; for four layers of Llama 3 8B 20, and 25 for Inductor to compile.
 PARTS: dict[int, dict[str, Step]] = {
     1: {
-        "environment": Step(_environment, share=0.1),
-        "tests": Step(_tests("-m", "gpu", *_TESTS), share=0.35),
-        "kernels": Step(_measured("kernels", *_LAYERS, file="kernels"), share=0.5, shown=6000),
-        "int8": Step(_measured("kernels", *_INT8, file="kernels-int8"), share=0.45, shown=3000),
-        "tune": Step(_tune, shown=3000),
+        "environment": Step(_environment, share=0.1, expected=15),
+        "tests": Step(_tests("-m", "gpu", *_TESTS), share=0.35, expected=110),
+        "kernels": Step(
+            _measured("kernels", *_LAYERS, file="kernels"), share=0.5, expected=110, shown=6000
+        ),
+        "int8": Step(
+            _measured("kernels", *_INT8, file="kernels-int8"), share=0.45, expected=75, shown=3000
+        ),
+        "tune": Step(_tune, expected=100, shown=3000),
     },
     2: {
         "models": Step(
             _measured("models", *_LLAMA, "--ways", "inductor", "int4", "int4 head", file="models"),
             share=0.45,
+            expected=150,
             shown=3000,
         ),
         "plain": Step(
             _plainly(_measured("models", *_LLAMA, "--ways", "int4", file="models-plain")),
             share=0.35,
+            expected=65,
             shown=1500,
         ),
-        "experts": Step(_measured("experts", *_QWEN, file="experts"), share=0.45, shown=3000),
-        "peers": Step(_measured("kernels", *_PEERS, file="kernels-peers"), share=0.7, shown=3000),
-        "overhead": Step(_overhead(*_GPU), shown=1500),
+        "experts": Step(
+            _measured("experts", *_QWEN, file="experts"), share=0.45, expected=75, shown=3000
+        ),
+        "peers": Step(
+            _measured("kernels", *_PEERS, file="kernels-peers"), share=0.7, expected=60, shown=3000
+        ),
+        "overhead": Step(_overhead(*_GPU), expected=20, shown=1500),
     },
-}  # fmt: skip
+}
 # The same commands on small cases of a CPU; experts and tuning have none.
 _CPU = ("--device", "cpu")
 _SMALL = (*_CPU, "--shapes", "384x384", "--m", "1", "--threads", "1", "--baselines")
@@ -172,8 +202,36 @@ DRY: dict[int, dict[str, Step]] = {
 }  # fmt: skip
 
 
+def build_ahead(folder: Path, layers: Sequence[Sequence[str]], tuned: Sequence[str]) -> int:
+    """Builds what `kernels` of these arguments and `tune` of these shapes launch; how many did."""
+    os.environ["TRITON_CACHE_DIR"] = str(folder.resolve())
+    cpu = torch.device("cpu")
+    with as_on_an_h200() as stub:
+        before = stub.launches
+        for arguments in map(kernels.parse, layers):
+            for shape in parse_shapes(arguments.shapes):
+                cases = kernels.specs(shape, arguments, H200, "cuda")
+                problem = Problem(replace(cases[0], m=max(arguments.m)), cpu)
+                ours = Ours(problem)
+                for spec in cases:
+                    for way in ours.contenders(spec, "off"):
+                        way.run(problem.x(spec.m), way.weights[0])
+        for text in tuned:
+            found = specs_of_shape(
+                text, QTYPES[4, NORMAL], None, torch.bfloat16, False, None, "cuda", H200
+            )
+            for spec in found or ():
+                problem = Problem(replace(spec, m=max(_TUNED_ROWS)), cpu)
+                ours = Ours(problem)
+                for m in _TUNED_ROWS:
+                    for config in ours.template.candidates(spec, m, "fast"):
+                        ours.template.run(problem.x(m), ours.weights[0], None, Epilogue(), config)
+        return stub.launches - before
+
+
 def replay(folders: Sequence[Path], root: Path = RESULTS, page: Path = ROOT / "README.md") -> None:
-    """Put each file of results below its device, and write and print what follows from them."""
+    """Put each file of results, and the tuned table, below its device; write and print what follows
+    from them."""
     for path in sorted(path for folder in folders for path in folder.glob("*.json")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -185,20 +243,49 @@ def replay(folders: Sequence[Path], root: Path = RESULTS, page: Path = ROOT / "R
             device.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, device / path.name)
             print(f"{path} is {device / path.name} now")
+        elif "fingerprint" in content and "schema" in content:
+            _replay_tuned(path, content["fingerprint"], root)
     readme.main([], readme=page, root=root)
     planner.main(["--results", str(root)])
+
+
+def _replay_tuned(path: Path, fingerprint: Mapping[str, str], root: Path) -> None:
+    """Copy the table, and print the fastest configuration of each case beside the heuristic's."""
+    lines = []
+    for (key, bucket), case in read_cases(path, fingerprint).items():
+        if (best := case.best) is None or best.timing is None:
+            lines.append((key, bucket, "none", "", case.failure))
+            continue
+        first = case.trials[0]  # the heuristic's comes first
+        over = first.timing and f"{first.timing.microseconds / best.timing.microseconds:.2f}x"
+        lines.append((key, bucket, best.config, best.timing, f"{first.config} {over or 'failed'}"))
+    device = root / slug(fingerprint["gpu"])
+    device.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, device / path.name)
+    print(f"{path} is {device / path.name} now\n")
+    print(tabulate(lines, ("tuned", "M", "fastest", "us", "heuristic"), disable_numparse=True))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], add_help=False)
     parser.add_argument("--part", type=int, choices=PARTS, default=1)
     parser.add_argument("--dry", action="store_true", help="small cases on a CPU")
+    parser.add_argument("--ahead", type=Path, metavar="DIRECTORY")
     parser.add_argument("--replay", type=Path, nargs="+", metavar="DIRECTORY")
     arguments, rest = parser.parse_known_args(argv)
+    if arguments.ahead:
+        layers, tuned = ((_SMALL,), ()) if arguments.dry else ((_LAYERS, _INT8), _TUNED)
+        launched = build_ahead(arguments.ahead, layers, tuned)
+        built = len([*arguments.ahead.rglob("*.cubin")])
+        print(f"{built} kernels for {launched} launches lie in {arguments.ahead}")
+        return
     if arguments.replay:
         replay(arguments.replay)
         return
     steps = (DRY if arguments.dry else PARTS)[arguments.part]
+    if arguments.dry:
+        table = planned(PARTS[arguments.part], _BUDGET)
+        print(tabulate(table, ("on a GPU", "seconds expected", "at most"), floatfmt=".0f"))
     run_suite(steps, rest, usual=list(steps), seconds=_BUDGET, log="log.txt")
 
 

@@ -1,4 +1,5 @@
-"""Writes what `results/*/*.json` say: six rows into the README, the rest into docs/results.md.
+"""Writes what `results/*/*.json` say: six rows into the README, what an option costs into
+docs/guide/choosing.md, all into docs/results.md.
 
     python -m bench readme [--check]
 
@@ -6,15 +7,17 @@
     ... is replaced ...
     <!-- /bench:kernels -->
 
-The README has one such place, `summary`; docs/results.md one for the telling rows of each section,
-and `all` for every row. Results that are not there leave everything as it is. With --check nothing
-is written, and it fails where a text and the results differ.
+The README has one such place, `summary`; the guide one for each of its tables; docs/results.md one
+for the telling rows of each section, and `all` for every row. Results that are not there leave
+everything as it is. With --check nothing is written, and it fails where a text and the results
+differ.
 """
 
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bench.choices import choices
 from bench.core.results import RESULTS, stored
 from bench.core.section import paragraphs, place
 from bench.sections import SECTIONS
@@ -22,6 +25,7 @@ from bench.summary import summary
 
 README = Path(__file__).parent.parent / "README.md"
 PAGE = Path("docs", "results.md")  # beside the README
+GUIDE = Path("docs", "guide", "choosing.md")
 
 
 def telling_rows(root: Path) -> dict[str, str]:
@@ -70,9 +74,13 @@ def main(argv: Sequence[str] | None = None, readme: Path = README, root: Path = 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="fail where they differ")
     arguments = parser.parse_args(argv)
-    page = telling_rows(root) | {"all": all_rows(root)}
+    bodies_of = {
+        readme: {"summary": summary(root)},
+        readme.parent / GUIDE: choices(root),
+        readme.parent / PAGE: telling_rows(root) | {"all": all_rows(root)},
+    }
     wanted = {}
-    for path, bodies in ((readme, {"summary": summary(root)}), (readme.parent / PAGE, page)):
+    for path, bodies in bodies_of.items():
         before = path.read_text(encoding="utf-8")
         try:
             wanted[path] = (before, filled(before, bodies))

@@ -13,7 +13,7 @@ from bench.kernels.section import cpu_kernels, cpu_kernels_short, gpu_kernels
 from bench.launch_overhead.section import launch_overhead, launch_overhead_short
 from bench.models.section import models, models_short
 from bench.start.section import memory, startup
-from bench.static.section import static, static_short
+from bench.static.section import predictions, static, static_short
 
 Render = Callable[[Content], str]
 
@@ -59,6 +59,7 @@ SECTIONS = (
     ),
     Section("memory", "Memory", "memory", memory),
     Section("static", "Machine code of the GPU kernels", "static*", static, static_short),
+    Section("predicted", "Times of GPU kernels, predicted", "predicted", predictions),
     Section(
         "launch-overhead",
         "A call on the host",

@@ -22,6 +22,7 @@ from fqcompile.interop.findings import Finding
 from fqcompile.interop.load import load
 from fqcompile.modules.fake_quantize import fake_quantize_
 from fqcompile.modules.quantize import quantize_, restore
+from fqcompile.native.library import library_path
 from fqcompile.report import CompileReport, Plan, Site, reports
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "export",
     "fake_quantize_",
     "finequant",
+    "library_path",
     "load",
     "quantize_",
     "quantize_checkpoint",

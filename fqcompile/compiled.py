@@ -79,8 +79,13 @@ def warm_up(
     really runs, so caches that it updates (such as a KV cache) are updated.
 
     Args:
+        model: what `torch.compile` returned, or a module that was compiled in place.
+        args, kwargs: what it is called with, as the first request will.
         grad: call in grad mode, if requests will run in it; by default under `torch.no_grad()`. A
             graph is compiled for one mode, and in grad mode weights that require grad stay dense.
+
+    Returns:
+        The report of each graph that was compiled; none if all were compiled before.
     """
     before = recorded()
     for _ in range(_MOST_CALLS):

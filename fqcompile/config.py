@@ -38,6 +38,11 @@ ADAPTER = (
     "overrides or include to quantize it"
 )
 
+# Options that only affect compilation; `quantize_` refuses them.
+OF_COMPILING = (
+    "weight_updates fuse_attention autotune debug_dir inner_backend inductor mode".split()
+)
+
 
 def excluded_by(pattern: str) -> str:
     """Why a weight is skipped whose name matches this pattern of `exclude`."""
@@ -86,8 +91,13 @@ class SiteOptions:
 class FineQuantConfig(SiteOptions):
     """Every option, by the names used in `options={}`, the decorator, `explain` and the CLI.
 
+    docs/guide/options.md has what each means. An instance is frozen and hashable.
     Lists are stored as tuples and dicts as read-only mappings. If `debug_dir` is not given, the
     environment variable FQCOMPILE_DEBUG_DIR is read; an explicit None disables dumps.
+
+    Raises:
+        OptionError: a name is unknown, a type is wrong or a value is not allowed; the message says
+            what is, and the nearest name.
     """
 
     include: tuple[str, ...] | list[str] = ()
@@ -179,3 +189,19 @@ class FineQuantConfig(SiteOptions):
     def as_dict(self) -> dict[str, object]:
         """Every option as a JSON value; a value that JSON cannot represent becomes a string."""
         return {f.name: _as_json(getattr(self, f.name)) for f in fields(self)}
+
+
+def packing_config(options: Mapping[str, object]) -> FineQuantConfig:
+    """The options of `quantize_` as a config.
+
+    Raises:
+        OptionError: one is unknown, its value is not allowed, or it only affects compilation.
+    """
+    config = FineQuantConfig.from_options(options)
+    given = [name for name in OF_COMPILING if name in options]
+    if given:
+        raise OptionError(
+            f"option {given[0]} is one of compiling, which this function does not do: pass it to "
+            "torch.compile(model, backend='finequant', options=...)"
+        )
+    return config

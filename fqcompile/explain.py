@@ -64,9 +64,15 @@ def explain(
     plan describes this run; a second `explain` describes later runs.
 
     Args:
+        model: a module or a function, as for `torch.compile`.
+        example_inputs, example_kwargs: what it is called with.
         grad: run in grad mode, as in training, where weights that require grad are skipped. By
             default the plan describes calls under `torch.no_grad()`.
         options: the fields of `FineQuantConfig`.
+
+    Returns:
+        A plan with one row per weight that a matrix product reads: bits, group size and error, or
+        why it would stay dense.
 
     Raises:
         OptionError: an option is unknown or its value is not allowed.

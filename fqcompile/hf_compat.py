@@ -4,6 +4,7 @@ All were seen to work in transformers 5.17.0, 5.23.0 and 5.24.0; `tests/test_hf_
 each. transformers is an extra, so it is imported when one of them is asked for.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from importlib import import_module
@@ -87,3 +88,17 @@ def can_switch_experts(model_class: Any) -> bool | None:
     """Whether `set_experts_implementation` works for a class; None if it is not a model class."""
     ask = getattr(model_class, "_can_set_experts_implementation", None)
     return None if ask is None else bool(ask())
+
+
+def ignore_unexpected(model: Any, names: Iterable[str]) -> None:
+    """Have `from_pretrained` say nothing of these in a file."""
+    patterns = {rf"(^|\.){re.escape(name)}$" for name in names}
+    model._keys_to_ignore_on_load_unexpected = {
+        *(model._keys_to_ignore_on_load_unexpected or ()),
+        *patterns,
+    }
+
+
+def save_by_own_names(model: Any, own: bool = True) -> None:
+    """Have `save_pretrained` write the model's tensors as they are there; or as for any model."""
+    model._weight_conversions = [] if own else None

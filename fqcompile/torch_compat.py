@@ -94,6 +94,7 @@ int8pack_mm = torch.ops.aten._weight_int8pack_mm
 int4pack_mm = torch.ops.aten._weight_int4pack_mm_for_cpu
 pack_int4 = torch.ops.aten._convert_weight_to_int4pack_for_cpu
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+is_operator = torch._C._dispatch_has_kernel  # whether it is defined or has any kernel
 without_keys = torch._C._ExcludeDispatchKeyGuard  # a context manager
 
 # The machine.

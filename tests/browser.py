@@ -7,13 +7,15 @@ import select
 import shutil
 import subprocess
 import time
+import zlib
 from pathlib import Path
 from typing import Any, Self
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run
 --disable-background-networking --disable-component-update --disable-sync --disable-dev-shm-usage
---disable-extensions --remote-debugging-pipe""".split()
+--disable-extensions --hide-scrollbars --remote-debugging-pipe""".split()
+Color = tuple[int, int, int]
 PATIENCE = 60.0  # seconds for one answer
 
 UNFOLD = "document.querySelectorAll('details').forEach(d => d.open = true)"
@@ -178,6 +180,59 @@ class Browser:
         data = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(data["data"]))
         return path
+
+    def picture(
+        self, x: float, y: float, width: float, height: float, scale: float = 1.0
+    ) -> list[list[Color]]:
+        """The colors of a part of the page in rows; `x` and `y` count from the page's corner."""
+        clip = {"x": x, "y": y, "width": width, "height": height, "scale": scale}
+        options = {"format": "png", "captureBeyondViewport": True, "clip": clip}
+        return read_png(base64.b64decode(self.send("Page.captureScreenshot", **options)["data"]))
+
+
+def read_png(data: bytes) -> list[list[Color]]:
+    """The rows of a picture of eight bits for a color, as browsers write it."""
+    at, compressed = 8, b""
+    while at < len(data):
+        length, kind = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8]
+        body = data[at + 8 : at + 8 + length]
+        if kind == b"IHDR":
+            width, depth, colors = int.from_bytes(body[:4]), body[8], body[9]
+        if kind == b"IDAT":
+            compressed += body
+        at += length + 12
+    assert depth == 8 and colors in (2, 6), (depth, colors)
+    step = 3 if colors == 2 else 4
+    raw, rows, stride = zlib.decompress(compressed), [], width * step + 1
+    above = bytearray(width * step)
+    for start in range(0, len(raw), stride):
+        line = bytearray(raw[start + 1 : start + stride])
+        _unfilter(raw[start], line, above, step)
+        rows.append([(line[i], line[i + 1], line[i + 2]) for i in range(0, len(line), step)])
+        above = line
+    return rows
+
+
+def _unfilter(kind: int, line: bytearray, above: bytearray, step: int) -> None:
+    """Add to each byte what its row was predicted from: the filters of the PNG specification."""
+    for i, byte in enumerate(line):
+        left = line[i - step] if i >= step else 0
+        corner = above[i - step] if i >= step else 0
+        line[i] = (byte + _PREDICTIONS[kind](left, above[i], corner)) & 255
+
+
+def _paeth(left: int, above: int, corner: int) -> int:
+    guess = left + above - corner
+    return min((left, above, corner), key=lambda near: abs(guess - near))
+
+
+_PREDICTIONS = (
+    lambda left, above, corner: 0,
+    lambda left, above, corner: left,
+    lambda left, above, corner: above,
+    lambda left, above, corner: (left + above) // 2,
+    _paeth,
+)
 
 
 def assert_quiet(browser: Browser, page: Path, *, width: int, dark: bool) -> None:

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from fqcompile.cli import COMMANDS, main
+from fqcompile.config import OF_COMPILING
 from fqcompile.demo import decoder, embedding, gemma, time_interleaved
 from fqcompile.demo.embedding import stdlib_sentences
-from fqcompile.modules.quantize import OF_COMPILING
 from tests.dense_models import build as build_dense
 
 

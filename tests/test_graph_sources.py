@@ -46,6 +46,26 @@ def test_saved_export_is_quantized() -> None:
     assert quantized_names(report().sites) == BOTH
 
 
+@pytest.mark.parametrize("decomposed", [False, True], ids=["weights", "codes"])
+@pytest.mark.parametrize("also_dense", [False, True], ids=["packed", "in part"])
+def test_exported_packed_weights_stay_packed(decomposed: bool, also_dense: bool) -> None:
+    """As packed weights, or as the codes that `run_decompositions` makes of them."""
+    model = frozen(Mlp())
+    plan = fqcompile.quantize_(model, exclude=["down"] if also_dense else [])
+    program = torch.export.export(model, (X,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    if decomposed:
+        program = program.run_decompositions({})
+    with torch.no_grad():
+        expected = model(X)
+        assert torch.equal(program.module()(X), expected)
+        actual = finequant(program.module())(X[:3])
+        if also_dense:
+            model = oracle(frozen(Mlp()), plan)
+            fqcompile.fake_quantize_(model, report())
+        assert_close(actual, model(X[:3]), k=256, depth=2)
+    assert not report().warnings
+
+
 def mamba(**sizes: int) -> nn.Module:
     return transformers.MambaForCausalLM(transformers.MambaConfig(**sizes, state_size=8))
 

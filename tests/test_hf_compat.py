@@ -1,7 +1,11 @@
 """What the names of transformers are used for, each tried on the release that is installed."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 import transformers as hf
@@ -77,3 +81,21 @@ def test_which_models_switch_their_experts() -> None:
     assert compat.can_switch_experts(hf.MixtralForCausalLM) is True
     assert compat.can_switch_experts(hf.DbrxForCausalLM) is False
     assert compat.can_switch_experts(torch.nn.Linear) is None
+
+
+def test_what_a_model_is_told_for_its_files(tmp_path: Path) -> None:
+    model: Any = moe_models.build("mixtral", torch.float32, "eager")
+    compat.save_by_own_names(model)
+    model.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert names == model.state_dict().keys() and any("gate_up_proj" in name for name in names)
+    tensors = {**model.state_dict(), "model.rotary_emb.cos": torch.ones(2), "other": torch.ones(2)}
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "model.safetensors")
+
+    class Told(hf.MixtralForCausalLM):  # type: ignore[misc]
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            compat.ignore_unexpected(self, ["model.rotary_emb.cos"])
+
+    _, info = Told.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["unexpected_keys"] == {"other"} and not info["missing_keys"]

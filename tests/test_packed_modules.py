@@ -222,6 +222,41 @@ def test_weights_in_files_of_dense_values_are_refused_by_name(tmp_path: Any) -> 
         PackedWeight(torch.ones(3, 4), requires_grad=False)
 
 
+def test_a_device_map_of_packed_sizes_is_followed() -> None:
+    """Scales are not counted: at most 4 bytes for 32 codes of half a byte, or more of them."""
+    accelerate = pytest.importorskip("accelerate", reason="the dev extra is not installed")
+    model = _language_model()
+    plan = fqcompile.quantize_(model, min_elements=4096)
+    ids = torch.arange(7)[None]
+    expected = model(ids).logits.detach()
+    types = {4: accelerate.utils.CustomDtype.INT4, 8: torch.int8}
+    packed = {site.name: types[site.bits] for site in plan.quantized}
+    sizes = accelerate.utils.compute_module_sizes(model, special_dtypes=packed)
+    held = sum(p.nbytes for p in model.parameters())
+    assert held / 1.25 <= sizes[""] <= held
+    parts = accelerate.infer_auto_device_map(
+        model, {"cpu": held}, no_split_module_classes=["LlamaDecoderLayer"], special_dtypes=packed
+    )
+    assert set(parts.values()) == {"cpu"}
+    dispatched = accelerate.dispatch_model(model, parts, main_device="cpu", force_hooks=True)
+    assert torch.equal(dispatched(ids).logits, expected)
+
+
+def test_dense_files_are_dispatched_before_packing_and_not_after(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="the dev extra is not installed")
+    dense = _language_model()
+    dense.save_pretrained(tmp_path)
+    with accelerate.init_empty_weights():
+        empty = type(dense)(dense.config)
+    filled = accelerate.load_checkpoint_and_dispatch(empty, tmp_path, device_map={"": "cpu"})
+    plans = [fqcompile.quantize_(model, min_elements=4096) for model in (dense, filled.eval())]
+    ids = torch.arange(7)[None]
+    assert plans[0].totals == plans[1].totals
+    assert torch.equal(filled(ids).logits, dense(ids).logits)
+    with pytest.raises(FineQuantError, match=r"cannot replace a packed weight.*fqcompile\.restore"):
+        accelerate.load_checkpoint_and_dispatch(dense, tmp_path, device_map={"": "cpu"})
+
+
 def _language_model(*, tied: bool = False) -> Any:
     transformers = pytest.importorskip("transformers", reason="the demo extra is not installed")
     torch.manual_seed(0)

@@ -127,6 +127,7 @@ def test_schemas_name_arguments_and_what_is_written() -> None:
     assert isinstance(compat.cond_op, compat.HigherOrderOperator)
     assert compat.has_kernel("aten::matmul", "CompositeImplicitAutograd")
     assert not compat.has_kernel("aten::mm", "CompositeImplicitAutograd")
+    assert compat.is_operator("aten::add.Tensor") and not compat.is_operator("aten::no_such")
 
 
 def test_autocast_can_be_left() -> None:

@@ -1,10 +1,13 @@
 """Benchmarks one after another, each in a process of its own; one that fails stops none."""
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +22,13 @@ Ended = tuple[str, str, float, str]  # step, how it ended, its seconds, the last
 class Step:
     """`command(directory, seconds it may take)`.
 
-    share: of what is left of the budget. shown: characters of the end of its output, which is whole
-    in the folder.
+    share: of what is left of the budget. expected: seconds that it is thought to take. shown:
+    characters of the end of its output, which is whole in the folder.
     """
 
     command: Callable[[Path, float], Sequence[str]]
     share: float = 1.0
+    expected: float = 0.0
     shown: int = 1000
 
 
@@ -68,6 +72,16 @@ def run_suite(
     _conclude(session(chosen, folder, arguments.budget, log), folder)
 
 
+def planned(steps: Mapping[str, Step], budget: float) -> list[tuple[str, float, float]]:
+    """Of each step its name, the seconds it is expected to take, and the most that it may where
+    those before it take what is expected."""
+    rows = []
+    for name, step in steps.items():
+        rows.append((name, step.expected, step.share * budget))
+        budget -= step.expected
+    return rows
+
+
 def session(
     steps: Mapping[str, Step], out: Path, budget: float, log: str = EACH_ITS_OWN
 ) -> list[Ended]:
@@ -93,15 +107,21 @@ def session(
 
 def _run(name: str, command: Sequence[str], log: Path, seconds: float) -> tuple[str, float]:
     start = time.monotonic()
-    print(f"== {name}: {' '.join(command)}", flush=True)
+    print(f"== {name}, at most {seconds:.0f} s: {' '.join(command)}", flush=True)
     with open(log, "a", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            result = subprocess.run(
-                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=seconds
-            )
-            end = "passed" if result.returncode == 0 else f"FAILED ({result.returncode})"
+            status = process.wait(seconds)
+            end = "passed" if status == 0 else f"FAILED ({status})"
         except subprocess.TimeoutExpired:
             end = f"STOPPED after {seconds:.0f} s"
+        finally:
+            # What it started may live on, and take the time of the next step.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     return end, time.monotonic() - start
 
 

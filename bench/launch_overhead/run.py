@@ -14,11 +14,9 @@ missing.
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import triton
@@ -26,13 +24,12 @@ import triton
 from bench.core.results import Results, identity
 from bench.core.section import show
 from bench.launch_overhead import section
-from bench.launch_overhead.stub_driver import install
+from bench.launch_overhead.stub_driver import as_on_an_h200
 from fqcompile.kernels import op as operator
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.registry import KernelChoice
 from fqcompile.kernels.spec import H200, GemmSpec, LaunchTable, TileConfig, gpu_of
 from fqcompile.kernels.triton import launch, target
-from fqcompile.kernels.triton.dependent_launch import EARLY
 from fqcompile.kernels.triton.gemm import gemm_kernel
 from fqcompile.kernels.triton.launch import dequant_gemm, forms_of
 from fqcompile.kernels.triton.layout import BLOCK_K, blocks_per_group, dot_width
@@ -117,11 +114,7 @@ def measure(device: torch.device, calls: int, repeat: int) -> dict[str, list[flo
     if device.type == "cuda":
         with torch.no_grad():
             return host_microseconds(ways(device), calls, repeat, torch.cuda.synchronize)
-    install()
-    # The probe would run a kernel. Its answer is kept for each device and type, as on a GPU.
-    kept = patch.object(target, "keeps_subnormals", lambda device, dtype: True)
-    early = patch.object(launch, "early_launch", cache(lambda device: EARLY))  # as on an H200
-    with kept, early, torch.no_grad():
+    with as_on_an_h200():
         return host_microseconds(ways(device), calls, repeat, _nothing)
 
 

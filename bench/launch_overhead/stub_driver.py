@@ -1,7 +1,10 @@
 """A Triton driver for machines without a GPU: kernels are compiled and bound, never launched."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -9,6 +12,8 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
 from fqcompile.kernels.spec import H200
+from fqcompile.kernels.triton import launch, target
+from fqcompile.kernels.triton.dependent_launch import EARLY
 
 
 class _Utils:
@@ -61,10 +66,16 @@ class StubDriver(DriverBase):  # type: ignore[misc]
 _STUB = StubDriver()
 
 
-def install() -> StubDriver:
-    """Make Triton use it in this process from now on.
+@contextmanager
+def as_on_an_h200() -> Iterator[StubDriver]:
+    """Inside, our kernels are launched as there, with tensors of main memory.
 
-    It is one for all: a kernel that was compiled before keeps the launcher of its driver.
+    Triton uses the stub from then on. It is one for all: a kernel that was compiled before keeps
+    the launcher of its driver.
     """
     driver.set_active(_STUB)
-    return _STUB
+    # The probe would run a kernel. Its answer is kept for each device and type, as on a GPU.
+    kept = patch.object(target, "keeps_subnormals", lambda device, dtype: True)
+    early = patch.object(launch, "early_launch", cache(lambda device: EARLY))
+    with kept, early, torch.no_grad():
+        yield _STUB

@@ -109,7 +109,7 @@ class Decoding:
             layer.cumulative_length.fill_(self.context)
             layer.cumulative_length_int = self.context
 
-    def step_of(self, model: nn.Module, compiled: Callable[[Any], Any]) -> Work:
+    def step_of(self, model: Callable[..., Any], compiled: Callable[[Any], Any]) -> Work:
         """A compiled step of `model`: the logits [batch, vocabulary] after one more token."""
         cache, mask = self.cache, self.mask
 

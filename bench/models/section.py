@@ -25,9 +25,10 @@ def extrapolated(rows: Sequence[Row], name: str, of_layers: int) -> Iterator[Row
             key = (row["phase"], row["batch"], row["tokens"], row.get("threads"))
             measured.setdefault(key, {}).setdefault(row["way"], []).append(row)
     for ways in measured.values():
-        whole = {way: _of_all_layers(found[0], found[-1]) for way, found in ways.items()}
-        for way, found in ways.items():
-            few, many, ms = found[0], found[-1], whole[way]
+        ends = {way: _fewest_and_most_layers(found) for way, found in ways.items()}
+        whole = {way: _of_all_layers(few, many) for way, (few, many) in ends.items()}
+        for way, (few, many) in ends.items():
+            ms = whole[way]
             if ms is not None and many["layers"] < of_layers:
                 keep = ("model", "of_layers", "phase", "batch", "tokens", "new", "threads", "way",
                         "library")  # fmt: skip
@@ -41,6 +42,11 @@ def extrapolated(rows: Sequence[Row], name: str, of_layers: int) -> Iterator[Row
                     "ms": ms,
                     **over(ms, whole),
                 }
+
+
+def _fewest_and_most_layers(rows: Sequence[Row]) -> tuple[Row, Row]:
+    by_layers = sorted(rows, key=lambda row: row["layers"])
+    return by_layers[0], by_layers[-1]
 
 
 def over(ms: float, found: Mapping[str, float | None]) -> Row:

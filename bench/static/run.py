@@ -1,6 +1,7 @@
 """What the compiler makes of the Triton kernels, for GPUs that need not be there.
 
     python -m bench static [--arch 90] [--quick] [--experts] [--check] [--json FILE]
+    python -m bench static --predict | --stream-k [--arch 90] [--json FILE]
 
 Compiles every format in every tile and reads the machine code. A row is a kernel: instructions of a
 thread per weight; copies and loads of 16 bytes / fewer, stores to shared memory, conversions from
@@ -13,6 +14,8 @@ reaches on H200 or A100. A kernel is bound by the least. Nothing was run: no lat
 form picks to decode 1 to 16 tokens, and for 256 and 4096.
 
 "plain" is `static.plain`; "ideal" is what memory allows. --check fails on `static.faults`.
+
+--predict is `static.predict`, how long layers would take; --stream-k what `static.stream_k` gains.
 """
 
 import argparse
@@ -26,11 +29,15 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from bench.core.results import Results, identity
+from bench.core.results import Results, Row, identity
+from bench.core.section import show
 from bench.static import expert_launches
 from bench.static.faults import LEAST_IN_FLIGHT, faults, most_instructions
 from bench.static.launches import GPUS, Case, chosen, matrix, plain_cases, selection
 from bench.static.machine_code import MachineCode, toolchain_missing
+from bench.static.predict import LAYERS, predicted
+from bench.static.section import predictions, stream_k
+from bench.static.stream_k import streamed
 
 HEADERS = {
     "kernel": "kernel",
@@ -136,22 +143,40 @@ def measure(
     return rows, complaints
 
 
+def _made(archs: Sequence[int], stream: bool) -> Iterator[Row]:
+    """The rows of --predict, or of --stream-k."""
+    if stream:
+        for arch in archs:
+            yield from streamed(arch)
+        return
+    layers = [layer for layer in LAYERS if layer.arch in archs]
+    for layer in tqdm(layers, "layers", disable=None, leave=False):
+        yield predicted(layer)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", type=int, choices=tuple(GPUS), help="one instead of all")
     parser.add_argument("--quick", action="store_true", help="only what the tests read")
     parser.add_argument("--experts", action="store_true", help="only the kernels of experts")
     parser.add_argument("--check", action="store_true", help="fail if a rule is broken")
+    parser.add_argument("--predict", action="store_true", help="times of layers, none measured")
+    parser.add_argument("--stream-k", action="store_true", help="what stream-K would gain")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     if missing := toolchain_missing():
         raise SystemExit(f"no machine code to read: {missing}")
     archs = [arguments.arch] if arguments.arch else list(GPUS)
+    about = identity(torch.device("cpu")) | {"triton": version("triton")}
+    if arguments.predict or arguments.stream_k:
+        results = Results(about, {"arch": archs}, arguments.json)
+        results.add(*_made(archs, arguments.stream_k))
+        show(results, stream_k if arguments.stream_k else predictions)
+        return
     rows, complaints = measure(archs, arguments.quick, arguments.experts)
     table = [[row.get(name) for name in HEADERS] for row in rows]
     print(tabulate(table, list(HEADERS.values()), floatfmt=".4g", disable_numparse=[5, 6]))
     settings = {"arch": archs, "quick": arguments.quick, "experts": arguments.experts}
-    about = identity(torch.device("cpu")) | {"triton": version("triton")}
     Results(about, settings, arguments.json).add(*rows)
     if arguments.check and complaints:
         raise SystemExit("\n".join(["", *complaints]))

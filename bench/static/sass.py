@@ -146,6 +146,32 @@ def hot_loop(sass: str) -> tuple[list[Instruction], bool]:
     called (CALL, as for exact division) are not part of the loop that calls them.
     """
     code, labels = parse(sass)
+    body, found = _hot(code, labels)
+    return [code[i] for i in sorted(body) if code[i].name != "NOP"], found
+
+
+def around_hot_loop(
+    sass: str,
+) -> tuple[list[Instruction], list[Instruction], list[Instruction]]:
+    """What stands before the hot loop, the loop, and what follows it up to the function's end.
+
+    Or up to where a program tells others that its share is stored: what comes then, the last does.
+    """
+    code, labels = parse(sass)
+    body, _ = _hot(code, labels)
+    after = range(max(body) + 1, len(code))
+    end = next((i for i in after if _is_end(code[i])), len(code))
+    parts = range(min(body)), sorted(body), range(max(body) + 1, end)
+    before, loop, rest = ([code[i] for i in part if code[i].name != "NOP"] for part in parts)
+    return before, loop, rest
+
+
+def _is_end(instruction: Instruction) -> bool:
+    return instruction.name == "MEMBAR" or (instruction.name == "EXIT" and not instruction.guard)
+
+
+def _hot(code: list[Instruction], labels: Mapping[str, int]) -> tuple[frozenset[int], bool]:
+    """Where the instructions of the hot loop are."""
     follow = _successors(code, labels)
     entries = sorted({i for name, i in labels.items() if name.startswith(".text.")} | {0})
     reached, closing = _walk(follow, [i for i in entries if i < len(code)])
@@ -158,8 +184,7 @@ def hot_loop(sass: str) -> tuple[list[Instruction], bool]:
     deciding = next(i for i, number in enumerate(score(reached)) if number)
     working = [p for p in _natural_loops(follow, reached, closing) if score(p)[deciding]]
     innermost = [loop for loop in working if not any(other < loop for other in working)]
-    body = max(innermost, key=score, default=frozenset(reached))
-    return [code[i] for i in sorted(body) if code[i].name != "NOP"], bool(innermost)
+    return max(innermost, key=score, default=frozenset(reached)), bool(innermost)
 
 
 def ahead_of(sass: str, opcode: str) -> list[Instruction]:
@@ -234,12 +259,16 @@ def pipe_cycles(loop: Mapping[str, int], arch: int) -> dict[str, float]:
     """
     cycles = dict.fromkeys(PIPE_RATES, 0.0) | {"issue": float(sum(loop.values()))}
     for label, number in loop.items():
-        name = label.split(".")[0]
-        if name in _FP32 and arch < 86:
-            pipe = "multiply"  # 16 lanes for both, up to A100
-        elif name in _FULL_RATE or name.startswith("@!PT"):
-            continue
-        else:
-            pipe = _PIPE_OF.get(name, "uniform" if name.startswith("U") else "integer")
-        cycles[pipe] += number / PIPE_RATES[pipe]
+        if pipe := pipe_of(label, arch):
+            cycles[pipe] += number / PIPE_RATES[pipe]
     return cycles
+
+
+def pipe_of(label: str, arch: int) -> str | None:
+    """Of PIPE_RATES the one that executes it; None where it costs its issue slot and no more."""
+    name = label.split(".")[0]
+    if name in _FP32 and arch < 86:
+        return "multiply"  # 16 lanes for both, up to A100
+    if name in _FULL_RATE or name.startswith("@!PT"):
+        return None
+    return _PIPE_OF.get(name, "uniform" if name.startswith("U") else "integer")

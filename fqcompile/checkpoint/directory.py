@@ -17,13 +17,13 @@ from os.path import realpath, samestat
 from pathlib import Path
 
 from fqcompile import locks
-from fqcompile.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from fqcompile.checkpoint.manifest import MANIFEST, SHARD, Manifest, read_manifest
 from fqcompile.errors import CheckpointError
 from fqcompile.files.trusted import remove, rename, sync_directory, write_file
 
 LOCK = ".fqcompile.lock"
 
-_SHARD = re.compile(r"fqcompile-([0-9a-f]{8})-\d{5}\.safetensors")
+_SHARD = re.compile(SHARD + r"([0-9a-f]{8})-\d{5}\.safetensors")
 _RECORD = re.compile(r"fqcompile\.(json|journal)")
 _STAGED = re.compile(r"(.+)\.fqcompile-([0-9a-f]{8})")
 

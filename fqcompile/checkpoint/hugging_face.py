@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from fqcompile.checkpoint.packed_record import METHOD
+from fqcompile.config import OF_COMPILING
 from fqcompile.errors import CheckpointError
 from fqcompile.files.untrusted import read_json, shown
 from fqcompile.hf_compat import is_model_class, meta_safe, model_from_config
@@ -33,6 +35,7 @@ _IMPLEMENTATIONS = {
     "attn_implementation": ("eager", "sdpa", "flex_attention"),
     "experts_implementation": ("eager", "batched_mm", "grouped_mm"),
 }
+_QUANTIZATION = "quantization_config"
 _MOST_LAYERS = 10_000
 # Config keys that set the length of a module list; other keys that mention layers do not.
 _COUNT = re.compile(r"(?!max_|min_)(?!.*per_)(.+_)?(n_?)?(layers?|blocks|depth)")
@@ -92,6 +95,7 @@ def build_model(
             kind = {} if dtype is None else {"dtype": dtype}
             # transformers 5.17 refuses the name of a class that is in none of its lists.
             own = {**without_code(config), "architectures": [found.__name__]}
+            own.pop(_QUANTIZATION, None)  # of weights that are not made here
             return model_from_config(found, own, **kind)
     except CheckpointError:
         raise
@@ -163,13 +167,18 @@ def generation_config(path: Path) -> Any:
         ) from error
 
 
-def hugging_face_files(model: Any) -> dict[str, bytes]:
-    """The model's configs, as `save_pretrained` would write them; empty for other models."""
+def hugging_face_files(model: Any, options: Mapping[str, Any]) -> dict[str, bytes]:
+    """The model's configs, as `save_pretrained` would write them; empty for other models.
+
+    `options`: those it was quantized with, as far as they are known.
+    """
     files = {}
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_json_string"):
         content = json.loads(config.to_json_string())
         content["architectures"] = [type(model).__name__]
+        of_packing = {n: v for n, v in options.items() if n not in (*OF_COMPILING, "calibration")}
+        content[_QUANTIZATION] = {**of_packing, "quant_method": METHOD}
         files["config.json"] = _text(content)
     generation = getattr(model, "generation_config", None)
     if generation is not None and hasattr(generation, "to_json_string"):
@@ -178,8 +187,9 @@ def hugging_face_files(model: Any) -> dict[str, bytes]:
 
 
 def config_of(files: Mapping[str, bytes]) -> Any:
-    """The content of `config.json` among them, or None."""
-    return json.loads(files["config.json"]) if "config.json" in files else None
+    """The model's own content of `config.json` among them, or None."""
+    content = json.loads(files.get("config.json", b"null"))
+    return content and {key: value for key, value in content.items() if key != _QUANTIZATION}
 
 
 def _text(content: Any) -> bytes:

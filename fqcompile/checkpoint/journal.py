@@ -13,13 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fqcompile.checkpoint.directory import staged
-from fqcompile.checkpoint.manifest import (
-    JOURNAL,
-    PackedRecord,
-    ShardRecord,
-    SlotRecord,
-    TensorRecord,
-)
+from fqcompile.checkpoint.manifest import JOURNAL, ShardRecord, SlotRecord, TensorRecord
+from fqcompile.checkpoint.packed_record import PackedRecord
 from fqcompile.errors import CheckpointError
 from fqcompile.files.trusted import append_to_file, remove, replace_durably, sync_directory
 from fqcompile.files.untrusted import checked, parse_json

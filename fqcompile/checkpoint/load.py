@@ -11,13 +11,9 @@ from torch import Tensor, nn
 from fqcompile.checkpoint.blocks import Block, assemble
 from fqcompile.checkpoint.directory import file_of
 from fqcompile.checkpoint.hugging_face import build_model, generation_config
-from fqcompile.checkpoint.manifest import (
-    Manifest,
-    PackedRecord,
-    PartsRecord,
-    read_manifest,
-)
+from fqcompile.checkpoint.manifest import Manifest, PartsRecord, read_manifest
 from fqcompile.checkpoint.model import Slot, check_fits, put, slots
+from fqcompile.checkpoint.packed_record import PackedRecord
 from fqcompile.checkpoint.shards import MappedShards
 from fqcompile.distributed.shards import (
     Sharding,

@@ -1,6 +1,6 @@
 """The manifest `fqcompile.json`: the contents of a directory, with checksums.
 
-    {"format": "fqcompile", "version": 3, "sha256": of the content, "content": {...}}
+    {"format": "fqcompile", "version": 4, "sha256": of the content, "content": {...}}
 
 A slot is a name in the model (a parameter, a buffer or a plain attribute); its value is a packed
 weight, a dense tensor, or the shards of either that several ranks wrote. Tied names share a value.
@@ -14,26 +14,28 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
+from fqcompile.checkpoint.packed_record import PackedRecord, described
 from fqcompile.distributed.shards import Sharding
 from fqcompile.errors import CheckpointError
 from fqcompile.files.safetensors_file import DTYPES, byte_size, encode_header, is_shape
 from fqcompile.files.untrusted import check_name, checked, parse_json, shown
-from fqcompile.quant.checks import WEIGHT_DTYPES
 from fqcompile.report import installed_version
-from fqcompile.tensor.format import QTYPES, UNIFORM, Format, num_groups, packed_columns
 
 MANIFEST, JOURNAL = "fqcompile.json", "fqcompile.journal"
+SHARD = "fqcompile-"  # how the names of shards begin
 # Version 2 added sharded values, version 3 levels: without them there were none, and uniform ones.
-FORMAT, VERSION, OLDEST_VERSION = "fqcompile", 3, 1
+# Version 4 added shards that describe themselves.
+FORMAT, VERSION, OLDEST_VERSION = "fqcompile", 4, 1
 KINDS = ("parameter", "buffer", "attribute")
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A file and its size."""
+    """A file and its size; `described`: its header has the records of its packed weights."""
 
     file: str
     bytes: int
+    described: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,43 +51,6 @@ class TensorRecord:
     @property
     def nbytes(self) -> int:
         return byte_size(self.dtype, self.shape)
-
-
-@dataclass(frozen=True)
-class PackedRecord:
-    """A packed weight: the tensors of its codes and scales, and how to read them.
-
-    `rows` and `k` describe one of the `experts` (0: not a stack); `dtype` is the dtype of the
-    dense weight.
-    """
-
-    codes: str
-    scale: str
-    dtype: str
-    bits: int
-    group_size: int
-    rows: int
-    k: int
-    experts: int
-    transposed: bool
-    scale_method: str
-    levels: str = UNIFORM
-
-    @property
-    def format(self) -> Format:
-        """The format of the tensors in the file."""
-        of_matrix = (self.bits, self.group_size, self.rows, self.k)
-        stack = (self.experts, self.transposed, self.scale_method)
-        return Format(*of_matrix, *stack, levels=self.levels)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the dense weight."""
-        return self.format.shape
-
-    @property
-    def all_rows(self) -> int:
-        return self.rows * max(1, self.experts)
 
 
 @dataclass(frozen=True)
@@ -185,11 +150,22 @@ class Manifest:
             raise CheckpointError(f"{path}: {shown(problem)}; save the model again")
         return manifest
 
+    def index(self) -> bytes:
+        """The files of the tensors, as an index of Hugging Face."""
+        files = {name: self.shards[tensor.shard].file for name, tensor in self.tensors.items()}
+        size = sum(tensor.nbytes for tensor in self.tensors.values())
+        content = {"metadata": {"total_size": size}, "weight_map": files}
+        return json.dumps(content, indent=2, sort_keys=True).encode()
+
     def shard_header(self, index: int) -> bytes:
         """The header with which the shard's file must begin."""
         inside = [(t.start, name, t) for name, t in self.tensors.items() if t.shard == index]
         inside.sort(key=lambda item: item[:2])
-        return encode_header({name: (t.dtype, t.shape, t.start) for _, name, t in inside})
+        entries = {name: (t.dtype, t.shape, t.start) for _, name, t in inside}
+        if not self.shards[index].described:
+            return encode_header(entries)
+        records = {name: r for name, r in self.packed.items() if r.codes in entries}
+        return encode_header(entries, described(records))
 
 
 def _digest(content: object) -> str:
@@ -237,8 +213,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         if tensor.shard >= len(manifest.shards) or tensor.dtype not in DTYPES:
             yield f"tensor {name} of {tensor.dtype!r} in shard {tensor.shard}, which is not there"
     for name, record in manifest.packed.items():
-        tensors = manifest.tensors.get(record.codes), manifest.tensors.get(record.scale)
-        problem = _packed_problem(record, *tensors)
+        problem = record.problem(manifest.tensors)
         if problem is not None:
             yield f"packed weight {name}: {problem}"
     values = {**manifest.packed, **manifest.tensors, **manifest.sharded}
@@ -271,25 +246,4 @@ def _parts_problem(manifest: Manifest, record: PartsRecord) -> str | None:
         shape[record.dim] = sum(stop - start for start, stop in held)
         if manifest.shape_of(part) != tuple(shape):
             return f"{part} is {list(manifest.shape_of(part))}, expected {shape}"
-    return None
-
-
-def _packed_problem(
-    record: PackedRecord, codes: TensorRecord | None, scale: TensorRecord | None
-) -> str | None:
-    """Why the tensors do not match the record, or None."""
-    qtype = QTYPES.get((record.bits, record.levels))
-    if qtype is None or not 1 <= record.group_size <= max(1, record.k):
-        kind = f"{record.bits} bits, {record.levels} levels"
-        return f"{kind}, in groups of {record.group_size} of {record.k}"
-    if DTYPES.get(record.dtype) not in WEIGHT_DTYPES:
-        return f"dtype {record.dtype!r}"
-    if codes is None or scale is None:
-        return "its codes or scales are not there"
-    expected = (record.all_rows, packed_columns(qtype, record.k))
-    if codes.shape != expected or DTYPES[codes.dtype] != qtype.storage_dtype:
-        return f"codes {codes.dtype} {list(codes.shape)}, expected {list(expected)}"
-    expected = (record.all_rows, num_groups(record.k, record.group_size))
-    if scale.shape != expected or DTYPES[scale.dtype] not in WEIGHT_DTYPES:
-        return f"scales {scale.dtype} {list(scale.shape)}, expected {list(expected)}"
     return None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fqcompile.checkpoint.conversion import Conversion, conversions, initialize
-from fqcompile.checkpoint.hugging_face import build_model, hugging_face_files
+from fqcompile.checkpoint.hugging_face import build_model
 from fqcompile.checkpoint.manifest import Manifest
 from fqcompile.checkpoint.source import Source
 from fqcompile.errors import CheckpointError
@@ -209,11 +209,6 @@ class CheckpointModel:
         """
         places = self.source.tensors
         return step.run(self.model, lambda name: read_tensor(places[name]).to(dtype))
-
-    @property
-    def config_file(self) -> bytes:
-        """The model's `config.json`, with the dtype of this model."""
-        return hugging_face_files(self.model)["config.json"]
 
 
 def _dtype(source: Source) -> torch.dtype:

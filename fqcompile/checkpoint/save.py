@@ -21,7 +21,6 @@ from fqcompile.checkpoint.directory import (
 from fqcompile.checkpoint.hugging_face import config_of, hugging_face_files
 from fqcompile.checkpoint.manifest import (
     Manifest,
-    PackedRecord,
     PartsRecord,
     ShardRecord,
     SlotRecord,
@@ -29,7 +28,9 @@ from fqcompile.checkpoint.manifest import (
     versions,
 )
 from fqcompile.checkpoint.model import Slot, slots
+from fqcompile.checkpoint.packed_record import PackedRecord
 from fqcompile.checkpoint.shards import DigestWriter, ShardWriter
+from fqcompile.checkpoint.source import INDEX
 from fqcompile.distributed.ranks import Team
 from fqcompile.distributed.shards import Sharding, local_part, sharding_of, team_of
 from fqcompile.errors import CheckpointError, OptionError
@@ -74,9 +75,9 @@ def save(
     """Write a model that `fqcompile.quantize_` has quantized.
 
     Packed weights are written as codes and scales in the plain layout, all other tensors unchanged;
-    tied tensors once. For a Hugging Face model, `config.json` and `generation_config.json` are
-    written too. An earlier save in the directory is replaced atomically: if the process is killed,
-    the directory holds the old save or the new one. Other files, such as a tokenizer's, stay.
+    tied tensors once. For a Hugging Face model, its configs and an index are written too, so that
+    `from_pretrained` opens it (`fqcompile.integrations.transformers`). An earlier save is replaced
+    atomically: a killed process leaves the old one or the new one. A tokenizer's files, say, stay.
 
     A sharded model is saved by all ranks together, each rank its own shards, to a directory that
     all can reach. It can be loaded on any number of ranks that its group sizes allow.
@@ -101,7 +102,7 @@ def save(
         def begin() -> str:
             _check_savable(model, found)
             if not team.index:
-                check_not_replaced(target, hugging_face_files(inner), _ELSEWHERE)
+                check_not_replaced(target, _files(inner, recorded), _ELSEWHERE)
                 owned.enter_context(writing(target))
             return new_generation()
 
@@ -132,9 +133,10 @@ def _finish(
     target: Path, generation: str, model: nn.Module, plan: Plan | None, written: _Written
 ) -> None:
     """Write the other files and the manifest, after all shards."""
-    files = hugging_face_files(model)
+    files = _files(model, plan)
+    if written.held:
+        files.pop(INDEX, None)  # from_pretrained reads whole tensors
     before = readable_manifest(target)
-    stage(target, generation, files)
     names = dict.fromkeys([*files, *(before.files if before else ())])
     sites = plan.sites if plan else [_site(n, r, written) for n, r in written.packed.items()]
     manifest = Manifest(
@@ -150,7 +152,16 @@ def _finish(
         files=tuple(names),
         sharded={name: _parts_record(held) for name, held in written.held.items()},
     )
+    if INDEX in files:
+        files[INDEX] = manifest.index()
+    stage(target, generation, files)
     commit(target, manifest)
+
+
+def _files(model: nn.Module, plan: Plan | None) -> dict[str, bytes]:
+    """The files of Hugging Face, of which the index is empty until the shards are known."""
+    files = hugging_face_files(model, plan.options if plan else {})
+    return {**files, INDEX: b""} if files else {}
 
 
 def _write_slots(found: Iterable[Slot], directory: Path, generation: str, team: Team) -> _Written:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fqcompile.checkpoint.manifest import Manifest, PackedRecord, ShardRecord, TensorRecord
+from fqcompile.checkpoint.manifest import SHARD, Manifest, ShardRecord, TensorRecord
+from fqcompile.checkpoint.packed_record import PackedRecord, described, to_disk
 from fqcompile.errors import CheckpointError
 from fqcompile.files.safetensors_file import (
     ALIGNMENT,
@@ -29,7 +30,7 @@ SHARD_BYTES = 256 << 20
 
 def shard_name(generation: str, index: int) -> str:
     """The file name of a shard, which no other save uses."""
-    return f"fqcompile-{generation}-{index:05d}.safetensors"
+    return f"{SHARD}{generation}-{index:05d}.safetensors"
 
 
 class ShardWriter:
@@ -54,6 +55,7 @@ class ShardWriter:
         self.shards = list(shards)
         self.tensors = dict(tensors or {})
         self._waiting: dict[str, Tensor] = {}
+        self._records: dict[str, PackedRecord] = {}
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Add tensors to one shard; they must not change until it is written.
@@ -71,21 +73,9 @@ class ShardWriter:
 
     def add_packed(self, name: str, weight: QuantizedTensor, dtype: torch.dtype) -> PackedRecord:
         """Add a packed weight of this dtype, experts stacked along the rows; return its record."""
-        form = weight.format
-        record = PackedRecord(
-            codes=f"{name}.codes",
-            scale=f"{name}.scale",
-            dtype=DTYPE_NAMES[dtype],
-            bits=form.bits,
-            group_size=form.group_size,
-            rows=form.rows,
-            k=form.k,
-            experts=form.experts,
-            transposed=form.transposed,
-            scale_method=form.scale_method,
-            levels=form.levels,
-        )
-        self.add(dict(zip((record.codes, record.scale), weight.as_rows(), strict=True)))
+        record, tensors = to_disk(name, weight, dtype)
+        self.add(tensors)
+        self._records[name] = record
         return record
 
     @property
@@ -102,7 +92,7 @@ class ShardWriter:
         )
         forms = {name: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in ordered.items()}
         entries = consecutive(forms)
-        header = encode_header(entries)
+        header = encode_header(entries, described(self._records))
         pieces: list[Piece] = [header, *map(bytes_of, ordered.values())]
         records = {
             name: TensorRecord(len(self.shards), *entry, hashlib.sha256(piece).hexdigest())
@@ -111,9 +101,10 @@ class ShardWriter:
         number = self._first + self._step * len(self.shards)
         file = shard_name(self._generation, number)
         self._write(file, pieces)
-        self.shards.append(ShardRecord(file, sum(map(len, pieces))))
+        self.shards.append(ShardRecord(file, sum(map(len, pieces)), described=True))
         self.tensors.update(records)
         self._waiting.clear()
+        self._records.clear()
         return records
 
     def _write(self, file: str, pieces: Sequence[Piece]) -> None:

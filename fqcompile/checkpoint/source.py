@@ -3,7 +3,6 @@
 Also recognizes other contents of a directory passed to `load`, and names the right command.
 """
 
-import os
 import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fqcompile.checkpoint.manifest import JOURNAL, MANIFEST
+from fqcompile.checkpoint.manifest import JOURNAL, MANIFEST, SHARD
 from fqcompile.errors import CheckpointError
 from fqcompile.files.safetensors_file import TensorPlace, read_header
 from fqcompile.files.untrusted import check_name, read_json, shown
@@ -24,7 +23,7 @@ FOREIGN = {
 _PACKED = {**FOREIGN, "qweight": "GPTQ or AWQ", "weight_packed": "compressed-tensors"}
 # Files that begin so are no model's under another name.
 _OTHERS = {
-    "fqcompile-": f", a shard of a save of fqcompile without its {MANIFEST}; copy that here too",
+    SHARD: f", a shard of a save of fqcompile without its {MANIFEST}; copy that here too",
     "consolidated": ", Mistral's own format, whose tensors have other names; download the files "
     "model*.safetensors of the same model",
     "diffusion_pytorch_model": ", a model of diffusers; load it there, from_pretrained(directory), "
@@ -100,14 +99,20 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or not a JSON object; or the directory is a save of ours.
     """
-    names = {name for name in (MANIFEST, SINGLE, INDEX) if (directory / name).is_file()}
-    if names == {MANIFEST}:  # beside weights of Hugging Face it says nothing of these
+    if _is_saved(directory):
         raise CheckpointError(
             f"{directory} was saved by fqcompile and is quantized already; load it: "
             f"fqcompile.load(None, {str(directory)!r}); or write it for an engine: fqcompile "
             f"export {shlex.quote(str(directory))} OUT, which checks it too"
         )
     return _json(directory / "config.json", directory)
+
+
+def _is_saved(directory: Path) -> bool:
+    """Whether a manifest there is of the weights; beside others it says nothing of these."""
+    there = {name for name in (MANIFEST, SINGLE, INDEX) if (directory / name).is_file()}
+    files = _weight_map(directory / INDEX).values() if INDEX in there else ()
+    return there - {INDEX} == {MANIFEST} and all(file.startswith(SHARD) for file in files)
 
 
 def read_tensors(directory: Path) -> dict[str, TensorPlace]:
@@ -117,15 +122,19 @@ def read_tensors(directory: Path) -> dict[str, TensorPlace]:
         CheckpointError: there are no safetensors files, or one is missing, damaged or cut short.
     """
     tensors: dict[str, TensorPlace] = {}
-    for path in _files(directory):
+    for path in weight_files(directory):
         tensors |= read_header(path).tensors
     if (directory / INDEX).is_file() and not (directory / SINGLE).is_file():
         _check_index(directory / INDEX, tensors)
     return tensors
 
 
-def _files(directory: Path) -> list[Path]:
-    """The weight files, as `from_pretrained` finds them."""
+def weight_files(directory: Path) -> list[Path]:
+    """The weight files, as `from_pretrained` finds them.
+
+    Raises:
+        CheckpointError: there are none, or one is missing.
+    """
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
     if (directory / INDEX).is_file():
@@ -192,18 +201,6 @@ def _is_copied(path: Path) -> bool:
     if path.name.endswith(".index.json") or path.name.startswith("fqcompile."):
         return False
     return path.suffix in _COPIED or path.name.startswith(_LICENCES)
-
-
-def will_read(places: list[TensorPlace]) -> None:
-    """Ask the system to prefetch these into the page cache, if it supports such advice."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for place in places:
-        descriptor = os.open(place.path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, place.start, place.nbytes, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(descriptor)
 
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

@@ -26,15 +26,15 @@ from fqcompile.checkpoint.directory import (
     writing,
     writing_to,
 )
-from fqcompile.checkpoint.hugging_face import config_of
+from fqcompile.checkpoint.hugging_face import config_of, hugging_face_files
 from fqcompile.checkpoint.journal import Journal, Progress
 from fqcompile.checkpoint.manifest import MANIFEST, Manifest, versions
 from fqcompile.checkpoint.model import CheckpointModel, shortened, slots
-from fqcompile.checkpoint.source import Source, open_source, other_files, will_read
+from fqcompile.checkpoint.source import INDEX, Source, open_source, other_files
 from fqcompile.checkpoint.stream_writer import StreamWriter, site_from
-from fqcompile.config import FineQuantConfig
+from fqcompile.config import FineQuantConfig, packing_config
 from fqcompile.errors import CheckpointError, OptionError
-from fqcompile.modules.quantize import packing_config
+from fqcompile.files.safetensors_file import TensorPlace
 from fqcompile.report import Plan
 
 log = logging.getLogger("fqcompile")
@@ -77,19 +77,19 @@ def quantize_checkpoint(
     target, found = Path(out), _opened(Path(source), Path(out))
     work = CheckpointModel.of(found, dtype)
     data = data_of(found.directory, calibration=calibration, method=method)
-    identity = _identity(work, config, data)
+    identity, files = _identity(work, config, data), _files(work, config)
     with writing_to(target):
-        before = _before(work, target, identity, resume, overwrite)
+        before = _before(target, identity, files, resume, overwrite)
     if isinstance(before, Plan):
         return before
     if data is None:
-        return _run(work, config, target, identity, before, say)
+        return _run(work, config, target, identity, files, before, say)
     try:
         blocks = data.by_blocks(work, config)
     except RunsWhole as error:
         say(error.announced(work))
-        return data.quantize(work, target, identity, _files(work), options)
-    return _run(work, config, target, identity, before, say, blocks)
+        return data.quantize(work, target, identity, files, options)
+    return _run(work, config, target, identity, files, before, say, blocks)
 
 
 def _opened(source: Path, target: Path) -> Source:
@@ -99,7 +99,7 @@ def _opened(source: Path, target: Path) -> Source:
 
 
 def _before(
-    work: CheckpointModel, target: Path, identity: str, resume: bool, overwrite: bool
+    target: Path, identity: str, files: Mapping[str, bytes], resume: bool, overwrite: bool
 ) -> Plan | tuple[str, Progress]:
     """The plan of such a run that is finished, or how far one is that is not, or that begins.
 
@@ -116,7 +116,7 @@ def _before(
     if finished and finished.model.get("source") == identity:
         return Plan(tuple(map(site_from, finished.sites)), finished.options)
     if not overwrite:
-        _check_unused(work, target, resume)
+        _check_unused(target, files, resume)
     return new_generation(), Progress()
 
 
@@ -125,6 +125,7 @@ def _run(
     config: FineQuantConfig,
     target: Path,
     identity: str,
+    files: Mapping[str, bytes],
     before: tuple[str, Progress],
     say: Callable[[str], None],
     blocks: BlockData | None = None,
@@ -139,9 +140,9 @@ def _run(
         _write_all(work, writer)
         given = {} if blocks is None else {"calibration": blocks.data.source}
         plan = Plan(writer.sites(), config.as_dict() | given)
-        files = _files(work)
-        stage(target, generation, files)
-        commit(target, _manifest(work, identity, generation, writer.done, plan, files))
+        manifest = _manifest(work, identity, generation, writer.done, plan, files)
+        stage(target, generation, {**files, INDEX: manifest.index()})
+        commit(target, manifest)
         journal.close()
     seconds = time.perf_counter() - start
     say(
@@ -161,7 +162,7 @@ def _write_all(work: CheckpointModel, writer: StreamWriter) -> None:
     with tqdm(total=work.source.nbytes, desc=label, unit="B", unit_scale=True, disable=None) as bar:
         for i, step in enumerate(work.steps):
             if not all(map(writer.wrote, step.targets)):
-                will_read(places[i + 1] if i + 1 < len(places) else [])
+                _will_read(places[i + 1] if i + 1 < len(places) else [])
                 results = work.convert(step, types(step.target))
                 while results:  # frees each tensor once it is written
                     name = next(iter(results))
@@ -169,6 +170,18 @@ def _write_all(work: CheckpointModel, writer: StreamWriter) -> None:
             bar.update(sum(place.nbytes for place in places[i]))
     _write_the_rest(work, writer)
     writer.flush()
+
+
+def _will_read(places: list[TensorPlace]) -> None:
+    """Ask the system to prefetch these into the page cache, if it supports such advice."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for place in places:
+        descriptor = os.open(place.path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, place.start, place.nbytes, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
 
 
 def _write_the_rest(work: CheckpointModel, writer: StreamWriter) -> None:
@@ -207,9 +220,10 @@ def _manifest(
     )
 
 
-def _files(work: CheckpointModel) -> dict[str, bytes]:
-    """The files that are written next to the shards."""
-    return {**other_files(work.source.directory), "config.json": work.config_file}
+def _files(work: CheckpointModel, config: FineQuantConfig) -> dict[str, bytes]:
+    """The files that are written next to the shards; the index is empty until these are known."""
+    own = hugging_face_files(work.model, config.as_dict())["config.json"]
+    return {**other_files(work.source.directory), "config.json": own, INDEX: b""}
 
 
 def _identity(work: CheckpointModel, config: FineQuantConfig, data: Data | None) -> str:
@@ -220,11 +234,11 @@ def _identity(work: CheckpointModel, config: FineQuantConfig, data: Data | None)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _check_unused(work: CheckpointModel, target: Path, resume: bool) -> None:
+def _check_unused(target: Path, files: Mapping[str, bytes], resume: bool) -> None:
     remedy = "give overwrite=True (--overwrite) to replace it, or another directory"
     if (target / MANIFEST).exists():
         raise CheckpointError(f"{target} holds a quantized model; {remedy}")
-    check_not_replaced(target, _files(work), remedy)
+    check_not_replaced(target, files, remedy)
     if Journal(target).path.exists() and not resume:
         raise CheckpointError(
             f"{target} holds an unfinished run; give resume=True (--resume) to go on with it, or "

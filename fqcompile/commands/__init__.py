@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from fqcompile.checkpoint.source import read_config
+from fqcompile.config import OF_COMPILING
 from fqcompile.errors import CheckpointError, FineQuantError, nearest
-from fqcompile.modules.quantize import OF_COMPILING
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The `--help` text of each option.

@@ -206,7 +206,7 @@ def _model_html(found: Sequence[Estimate]) -> str:
     possible = [estimate for estimate in found if estimate.refusal is None]
     if possible:
         rows = tuple(_cells(estimate) for estimate in possible)
-        parts.append(table_html(Table(found[0].model.name, _HEADERS, rows)))
+        parts.append(table_html(Table(found[0].model.name, _HEADERS, rows).without_empty()))
     refused = dict.fromkeys(estimate.refusal for estimate in found if estimate.refusal)
     if refused:
         parts.append(unordered(reason for reason in refused if reason))
@@ -223,9 +223,10 @@ def _plot(running: Sequence[tuple[Estimate, Speed]]) -> str:
     """Decoding: latency per token against throughput per GPU."""
     waits = [1e3 * seconds_of_a_token(*pair) for pair in running]
     rates = [e.tokens_per_second(speed) / e.gpus for e, speed in running]
+    labels = _labels([estimate for estimate, _ in running])
     points = [
-        Point(x, y, _title(e, x, y), f"bits{e.form.bits}")
-        for (e, _), x, y in zip(running, waits, rates, strict=True)
+        Point(x, y, _title(e, x, y), f"bits{e.form.bits}", label=label)
+        for (e, _), x, y, label in zip(running, waits, rates, labels, strict=True)
     ]
     best = max(points, key=lambda point: point.y)
     return points_svg(
@@ -238,6 +239,23 @@ def _plot(running: Sequence[tuple[Estimate, Speed]]) -> str:
 
 def _from_zero(title: str, values: Sequence[float]) -> Axis:
     return axis_over(title, values, from_zero=True)
+
+
+def _labels(running: Sequence[Estimate]) -> list[str]:
+    """For each estimate its format, and what else they differ in."""
+    told = [
+        (
+            e.form.name,
+            f"{e.gpus} {e.device_name}",
+            f"tp {e.sharing.tp}",
+            f"ep {e.sharing.ep}",
+            f"batch {e.load.batch}",
+            f"context {e.load.context}",
+        )
+        for e in running
+    ]
+    differ = [i for i, column in enumerate(zip(*told, strict=True)) if i == 0 or len({*column}) > 1]
+    return [", ".join(row[i] for i in differ) for row in told]
 
 
 def _title(estimate: Estimate, wait: float, rate: float) -> str:
@@ -270,7 +288,7 @@ def _cells(estimate: Estimate) -> tuple[Cell, ...]:
 
 def _speed_cells(estimate: Estimate, speed: Speed | None, units: float) -> tuple[Cell, ...]:
     if speed is None:
-        return Cell("does not fit"), Cell(""), Cell("")
+        return Cell("does not fit", bad=True), Cell(""), Cell("")
     rate, wait = estimate.tokens_per_second(speed), units * seconds_of_a_token(estimate, speed)
     share = speed.communication_share
     return Cell(f"{rate:,.0f}", rate), Cell(f"{wait:.2f}", wait), Cell(f"{share:.0%}", share)

@@ -14,11 +14,11 @@ from fqcompile.errors import FineQuantError, OptionError
 from fqcompile.explain import gemm_specs
 from fqcompile.kernels.registry import select_kernel
 from fqcompile.kernels.spec import GemmSpec, Gpu, gpu_of
-from fqcompile.kernels.template import SearchMode, Template
-from fqcompile.kernels.tuning.key import Bucket, bucket_of, tuning_key
-from fqcompile.kernels.tuning.launches import buckets_of_a_model, search
+from fqcompile.kernels.template import Template
+from fqcompile.kernels.tuning.key import Bucket, Ends, bucket_of, tuning_key
+from fqcompile.kernels.tuning.launches import ends_in_a_model, search
 from fqcompile.kernels.tuning.measure import measure_on_gpu
-from fqcompile.kernels.tuning.table import TunedTable, table_for
+from fqcompile.kernels.tuning.table import table_for
 from fqcompile.report.tuning_case import TuningCase, searched_case
 from fqcompile.report.tuning_report import SUFFIXES, TuningReport
 from fqcompile.tensor.format import NORMAL, UNIFORM, QType, qtype_for
@@ -41,11 +41,12 @@ _NOTES = (
 
 
 class _Search(NamedTuple):
-    """A matmul at one bucket of M to tune."""
+    """A matmul to tune at one bucket of M, for all rows between `ends`."""
 
     spec: GemmSpec
     template: Template
     bucket: Bucket
+    ends: Ends
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,33 +89,25 @@ def run(arguments: argparse.Namespace) -> None:
     table = table_for(gpu)
     specs = [spec for target in arguments.target for spec in _specs(target, arguments, gpu)]
     searches, untuned = _searches(specs, arguments.m)
+    cases: dict[object, TuningCase] = {}
     try:
-        cases = [
-            _tuned(one, arguments.mode, table) for one in tqdm(searches, "cases", disable=None)
-        ]
+        for spec, template, bucket, ends in tqdm(searches, "cases", disable=None):
+            found = search(template, spec, bucket, arguments.mode, measure_on_gpu, table, ends)
+            case = searched_case(spec, template, bucket, *found)
+            cases[case.tuning["key"], bucket] = case
     except KeyboardInterrupt:
         raise FineQuantError(
             f"stopped; what was measured is kept in {table.path}, and the same command goes on"
         ) from None
     about = {"fingerprint": table.fingerprint, "table": str(table.path), "mode": arguments.mode}
-    report = TuningReport(cases, about, notes=_NOTES, left_out=untuned)
+    report = TuningReport([*cases.values()], about, notes=_NOTES, left_out=untuned)
     print("\n".join(filter(None, (str(report), f"kept in {table.path}"))))
     for path in arguments.report:
         report.write(path)
 
 
-def _tuned(one: _Search, mode: SearchMode, table: TunedTable) -> TuningCase:
-    """The result from the tuned table, or from a search."""
-    known = table.case(tuning_key(one.spec, one.template.layout.name), one.bucket)
-    if known.has(mode):
-        return searched_case(*one, known, known.failure)
-    return searched_case(
-        *one, *search(one.template, one.spec, one.bucket, mode, measure_on_gpu, table)
-    )
-
-
 def _searches(specs: list[GemmSpec], rows: list[int] | None) -> tuple[list[_Search], list[str]]:
-    """One case per key and bucket, and a line for each matmul with nothing to search."""
+    """One case per key, bucket and ends, and a line for each matmul with nothing to search."""
     searches: dict[object, _Search] = {}
     untuned: dict[str, None] = {}
     for spec in specs:
@@ -123,10 +116,11 @@ def _searches(specs: list[GemmSpec], rows: list[int] | None) -> tuple[list[_Sear
             text = f"{spec.n}x{spec.k} {spec.qtype.name} g{spec.group_size}"
             untuned[f"{text}: kernel {template.name} has no configuration to search"] = None
             continue
-        buckets = [bucket_of(m, spec) for m in rows] if rows else buckets_of_a_model(spec, template)
+        each = [(bucket_of(m, spec),) for m in rows] if rows else ends_in_a_model(spec, template)
         key = tuning_key(spec, template.layout.name)
-        for bucket in buckets:
-            searches.setdefault((key, bucket), _Search(spec, template, bucket))
+        for ends in each:
+            for bucket in ends:
+                searches.setdefault((key, bucket, ends), _Search(spec, template, bucket, ends))
     return list(searches.values()), list(untuned)
 
 

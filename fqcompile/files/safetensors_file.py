@@ -24,7 +24,7 @@ from fqcompile.files.untrusted import LARGEST, check_name, parse_json, shown
 # Tensors start at multiples of it if their sizes allow: compiled graphs copy unaligned tensors.
 ALIGNMENT = 64
 _MOST_DIMENSIONS, _MOST_NUMBERS = 64, 2**63 - 1  # that PyTorch has
-_METADATA, _PT = "__metadata__", {"format": "pt"}
+_METADATA, PT = "__metadata__", {"format": "pt"}
 Shape = tuple[int, ...]
 
 DTYPES: dict[str, torch.dtype] = {
@@ -96,7 +96,7 @@ def consecutive(tensors: Mapping[str, tuple[str, Shape]]) -> dict[str, tuple[str
 
 
 def encode_header(
-    tensors: Mapping[str, tuple[str, Shape, int]], metadata: Mapping[str, str] = _PT
+    tensors: Mapping[str, tuple[str, Shape, int]], metadata: Mapping[str, str] = PT
 ) -> bytes:
     """Length and header of {name: (dtype, shape, start)}, padded so that the data is aligned."""
     entries: dict[str, Any] = {_METADATA: metadata}

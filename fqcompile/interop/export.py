@@ -19,7 +19,7 @@ from fqcompile.checkpoint.manifest import MANIFEST, read_manifest, versions
 from fqcompile.checkpoint.source import open_source, other_files
 from fqcompile.checkpoint.stream import quantize_checkpoint
 from fqcompile.checkpoint.stream_writer import site_from
-from fqcompile.config import HEAD_NAMES, FineQuantConfig, excluded_by
+from fqcompile.config import HEAD_NAMES, FineQuantConfig, excluded_by, packing_config
 from fqcompile.errors import CheckpointError, OptionError, UnquantizableWeight
 from fqcompile.interop.check import find_problems
 from fqcompile.interop.export_blocks import (
@@ -40,7 +40,6 @@ from fqcompile.interop.export_directory import (
     write_checkpoint,
 )
 from fqcompile.interop.layers import Layer, Scheme, is_embedding, stack_of
-from fqcompile.modules.quantize import packing_config
 from fqcompile.report import Plan, Site
 from fqcompile.report.site import format_status
 from fqcompile.tensor.format import NORMAL, UNIFORM

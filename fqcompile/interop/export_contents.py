@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fqcompile.checkpoint.conversion import Reversion, reversions
 from fqcompile.checkpoint.hugging_face import build_model
-from fqcompile.checkpoint.manifest import Manifest, PackedRecord, read_manifest
+from fqcompile.checkpoint.manifest import Manifest, read_manifest
+from fqcompile.checkpoint.packed_record import PackedRecord
 from fqcompile.checkpoint.shards import MappedShards
 from fqcompile.errors import CheckpointError
 from fqcompile.files.safetensors_file import DTYPES

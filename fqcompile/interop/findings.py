@@ -19,7 +19,16 @@ Rule = tuple[str, Effect, object, str, str]
 
 @dataclass(frozen=True)
 class Finding:
-    """One rule that some layers break, with the effect and the remedy."""
+    """One rule that some layers break, with the effect and the remedy.
+
+    Attributes:
+        rule: its name.
+        engine: "vllm", "sglang" or "transformers".
+        effect: "refused": it does not load; "wrong": it loads and computes something else; "slow":
+            not by the engine's fastest kernels; "needs": versions that are not installed here.
+        layers: the names of those that break it.
+        problem, remedy: what is wrong, and what to do.
+    """
 
     rule: str
     engine: str

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ from fqcompile.checkpoint.hugging_face import generation_config
 from fqcompile.checkpoint.load import load_saved
 from fqcompile.checkpoint.manifest import MANIFEST
 from fqcompile.checkpoint.model import CheckpointModel, Slot, shortened, slots
-from fqcompile.checkpoint.source import Source, read_config, read_tensors, recognized
+from fqcompile.checkpoint.packed_record import METHOD, read_packed
+from fqcompile.checkpoint.source import Source, read_config, read_tensors, recognized, weight_files
 from fqcompile.errors import CheckpointError
-from fqcompile.files.safetensors_file import TensorPlace
+from fqcompile.files.safetensors_file import TensorPlace, read_tensor
 from fqcompile.files.untrusted import shown
 from fqcompile.interop.assemble import ForeignLayer, assemble
 from fqcompile.interop.compressed_tensors import read_compressed_tensors
 from fqcompile.interop.gptq_awq import read_awq, read_gptq
 from fqcompile.tensor.format import INT8
+from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.weights.parameter import PackedWeight
 
 log = logging.getLogger("fqcompile")
@@ -45,9 +48,10 @@ def load(
 
     Dense tensors are private memory maps of the files, so changes to them are not written back.
     Packed weights are read once, into the layout of this machine's kernels.
-    Checkpoints of compressed-tensors (pack-quantized), GPTQ without act-order and AWQ can also be
-    loaded, with None as the model. If the model's parameters are DTensors, each rank loads its own
-    shards, whatever the number of ranks that saved the model; all ranks must call this function.
+    What `save_pretrained` wrote, and checkpoints of compressed-tensors (pack-quantized), GPTQ
+    without act-order and AWQ can also be loaded, with None as the model. If the model's parameters
+    are DTensors, each rank loads its own shards, whatever the number of ranks that saved the model;
+    all ranks must call this function.
 
     Args:
         model_or_factory: a function without arguments, called on the meta device, so that no dense
@@ -84,8 +88,8 @@ def _load_of_others(given: object, directory: Path, device: torch.device) -> nn.
         raise CheckpointError(f"{directory} has no {MANIFEST}: {recognized(directory)}")
     if given is not None:
         raise CheckpointError(
-            f"{directory} was not written by fqcompile, and its names are translated for the class "
-            "that its config names: give None in place of a model"
+            f"{directory} has no {MANIFEST}, and opens as the class that its config names: give "
+            "None in place of a model"
         )
     try:
         return _loaded(directory, config, device)
@@ -105,25 +109,56 @@ def _quantized_config(directory: Path) -> dict[str, Any] | None:
 
 def _loaded(directory: Path, config: dict[str, Any], device: torch.device) -> nn.Module:
     """Build the model with the checkpoint's codes unchanged; no dense weight is created."""
+    method = _method(config, directory)
+    if method == METHOD:
+        return _load_own(directory, config, device)
     tensors = read_tensors(directory)
-    layers = _reader(config, directory)(config, tensors, str(directory / "config.json"))
-    work = CheckpointModel.of(_as_if_dense(directory, config, tensors, layers), None)
+    layers = READERS[method](config, tensors, str(directory / "config.json"))
+    weights = {f"{name}.weight": layer for name, layer in layers.items()}
+    source = Source(directory, config, _as_if_dense(tensors, layers))
+    model, given = _built(source, partial(_values, weights), device)
+    _tell_of_zero_points(layers, given)
+    return model
+
+
+def _load_own(directory: Path, config: dict[str, Any], device: torch.device) -> nn.Module:
+    """Of `save_pretrained`, which writes no manifest; its names are the model's."""
+    tensors, records = read_packed(weight_files(directory))
+    parts = {name for r in records.values() for name in (r.codes, r.scale)}
+    found = {name: place for name, place in tensors.items() if name not in parts}
+    for name, record in records.items():
+        found[name] = TensorPlace(directory, record.dtype, record.shape, 0, 0)
+
+    def values(step: Conversion, work: CheckpointModel, dtype: torch.dtype) -> dict[str, Tensor]:
+        record = records.get(step.names[0])
+        if record is None:
+            return work.convert(step, dtype)
+        codes, scale = (read_tensor(tensors[name]) for name in (record.codes, record.scale))
+        weight = QuantizedTensor.of_rows(codes, scale, record.format)
+        return {step.target: PackedWeight.of(weight, dtype)}
+
+    return _built(Source(directory, config, found), values, device)[0]
+
+
+def _built(
+    source: Source, values_of: Callable[..., dict[str, Tensor]], device: torch.device
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model with all values, and those of the checkpoint; `values_of` a step of conversion."""
+    work = CheckpointModel.of(source, None)
     if work.unused:
         log.warning("left out, as %s has no place for them: %s", work.name, shortened(work.unused))
     model = work.model
-    initialize(model, work.missing, directory)
+    initialize(model, work.missing, source.directory)
     places = {slot.name: slot for slot in slots(model)}
     types = target_types(model, work.dtype)
-    weights = {f"{name}.weight": layer for name, layer in layers.items()}
     given: dict[str, Tensor] = {}
     for step in work.steps:
-        given |= _values(step, work, weights, types(step.target))
+        given |= values_of(step, work, types(step.target))
     _put_all(places, given, device)
-    _tell_of_zero_points(layers, given)
-    path = directory / "generation_config.json"
+    path = source.directory / "generation_config.json"
     if path.is_file():
         model.generation_config = generation_config(path)
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval(), given
 
 
 def _tell_of_zero_points(layers: Mapping[str, ForeignLayer], given: Mapping[str, Tensor]) -> None:
@@ -139,24 +174,21 @@ def _tell_of_zero_points(layers: Mapping[str, ForeignLayer], given: Mapping[str,
         )  # fmt: skip
 
 
-def _reader(config: Mapping[str, Any], directory: Path) -> Reader:
+def _method(config: Mapping[str, Any], directory: Path) -> str:
     found = config.get("quantization_config")
     method = found.get("quant_method") if isinstance(found, Mapping) else None
-    if not isinstance(method, str) or method not in READERS:
+    if not isinstance(method, str) or method not in (METHOD, *READERS):
         raise CheckpointError(
             f"{directory / 'config.json'}: quantization_config.quant_method is "
-            f"{shown(repr(method))}; this opens {', '.join(READERS)}; give the checkpoint that it "
-            "was made from to: fqcompile quantize CHECKPOINT OUT"
+            f"{shown(repr(method))}; this opens {', '.join((METHOD, *READERS))}; give the "
+            "checkpoint that it was made from to: fqcompile quantize CHECKPOINT OUT"
         )
-    return READERS[method]
+    return method
 
 
 def _as_if_dense(
-    directory: Path,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, TensorPlace],
-    layers: Mapping[str, ForeignLayer],
-) -> Source:
+    tensors: Mapping[str, TensorPlace], layers: Mapping[str, ForeignLayer]
+) -> dict[str, TensorPlace]:
     """Names as the converters of transformers know them: one weight [N, K] for each layer."""
     parts = {place for layer in layers.values() for place in layer.places.values()}
     found = {name: place for name, place in tensors.items() if place not in parts}
@@ -164,14 +196,13 @@ def _as_if_dense(
         place = next(iter(layer.places.values()))
         weight = TensorPlace(place.path, layer.scale_dtype, (layer.n, layer.k), 0, 0)
         found[f"{layer.name}.weight"] = weight
-    own = {key: value for key, value in config.items() if key != "quantization_config"}
-    return Source(directory, own, found)
+    return found
 
 
 def _values(
+    weights: Mapping[str, ForeignLayer],
     step: Conversion,
     work: CheckpointModel,
-    weights: Mapping[str, ForeignLayer],
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """The model's tensors that a step produces."""

@@ -43,25 +43,14 @@ from fqcompile.kernels.run import (
     run_matmul,
 )
 from fqcompile.kernels.template import Routing, dequantize_plain
+from fqcompile.native import interface
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import key_set, without_keys
 
-MATMUL_SCHEMA = (
-    "(Tensor x, Tensor qweight, Tensor scale, Tensor? bias, Tensor? residual, int bits, "
-    "str levels, int group_size, int n, int k, str activation, bool gated, str kernel, "
-    "Tensor? offsets, Tensor? ids, bool zero_rest) -> Tensor"
-)
-BACKWARD_SCHEMA = (
-    "(Tensor dz, Tensor qweight, Tensor scale, int bits, str levels, int group_size, int rows, "
-    "int k, str kernel, Tensor? offsets, Tensor? ids) -> Tensor"
-)
-_FORM = "int bits, str levels, int group_size, int rows, int k, ScalarType dtype, str kernel"
-DEQUANTIZE_SCHEMA = f"(Tensor qweight, Tensor scale, {_FORM}) -> Tensor"
-ROWS_SCHEMA = f"(Tensor qweight, Tensor scale, Tensor ids, {_FORM}) -> Tensor"
-
 # Compiled graphs are cached on disk by the graph and this: another version of the operators, whose
 # calls or backward graphs differ, does not find them.
-_DEFINED_IN = (Path(__file__), Path(__file__).parent / "cpu" / "attention.py")
+_HERE = Path(__file__)
+_DEFINED_IN = (_HERE, _HERE.parent / "cpu" / "attention.py", Path(interface.__file__))
 _digest = hashlib.sha256(b"".join(path.read_bytes() for path in _DEFINED_IN))
 CACHE_TAG = f"fqcompile:{_digest.hexdigest()[:16]}"
 
@@ -184,14 +173,14 @@ def _rows_fake(qweight: Tensor, scale: Tensor, ids: Tensor, *arguments: Any) -> 
 
 
 _library = torch.library.Library("fqcompile", "DEF")
-for _name, _schema, _impl, _fake in (
-    ("matmul", MATMUL_SCHEMA, _matmul_impl, _matmul_fake),
-    ("matmul.inference", MATMUL_SCHEMA, _matmul_impl, _matmul_fake),
-    ("matmul_backward", BACKWARD_SCHEMA, _backward_impl, _backward_fake),
-    ("dequantize", DEQUANTIZE_SCHEMA, _dequantize_impl, _dequantize_fake),
-    ("rows", ROWS_SCHEMA, _rows_impl, _rows_fake),
+for _name, _impl, _fake in (
+    ("matmul", _matmul_impl, _matmul_fake),
+    ("matmul.inference", _matmul_impl, _matmul_fake),
+    ("matmul_backward", _backward_impl, _backward_fake),
+    ("dequantize", _dequantize_impl, _dequantize_fake),
+    ("rows", _rows_impl, _rows_fake),
 ):
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    interface.define(_library, _name)
     _library.impl(_name, _impl, "CPU")
     _library.impl(_name, on_one_device(_impl), "CUDA")
     torch.library.register_fake(f"fqcompile::{_name}", on_one_device(_fake), lib=_library)

@@ -217,7 +217,21 @@ PLAIN = Layout(
 )
 
 
-def nothing_to_search(spec: GemmSpec, m: int, mode: SearchMode) -> Sequence[Config]:
+class Candidates(Protocol):
+    """Configurations worth measuring, at most 12 in mode "fast".
+
+    For `m` rows, where that of `launches` comes first; or for a configuration that serves `fewest`
+    to `m` rows and is measured at both.
+    """
+
+    def __call__(
+        self, spec: GemmSpec, m: int, mode: SearchMode, fewest: int | None = None
+    ) -> Sequence[Config]: ...
+
+
+def nothing_to_search(
+    spec: GemmSpec, m: int, mode: SearchMode, fewest: int | None = None
+) -> Sequence[Config]:
     """The candidates of a kernel that has no configuration."""
     return ()
 
@@ -230,8 +244,7 @@ class Template:
         refuse: pure and total: None where the template can run the spec, else the reason it cannot.
         launches: the configurations without measuring (None: nothing to configure).
         run: runs it, for one matrix or for experts; `one_by_one` makes it of a kernel for one.
-        candidates: configurations worth measuring for M rows, the one of `launches` first; at most
-            12 in mode "fast".
+        candidates: configurations worth measuring, see `Candidates`.
     """
 
     name: str
@@ -239,7 +252,7 @@ class Template:
     refuse: Callable[[GemmSpec], str | None]
     launches: Callable[[GemmSpec], LaunchTable | None]
     run: Run
-    candidates: Callable[[GemmSpec, int, SearchMode], Sequence[Config]] = nothing_to_search
+    candidates: Candidates = nothing_to_search
 
 
 def multiply_dequantized(

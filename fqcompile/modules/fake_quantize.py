@@ -39,6 +39,10 @@ def fake_quantize_(model: nn.Module, plan: Plan | CompileReport) -> nn.Module:
     Errors are weighed as they were when this model was compiled, if it was. In a copy, or another
     instance of the class, they are weighed as for the model that the plan was made for.
 
+    Args:
+        model: with dense weights, under the names that the plan has.
+        plan: of `explain`, `quantize_` or `quantize_checkpoint`, or the report of a compilation.
+
     Raises:
         FineQuantError: a site's name matches no tensor of the model or several; two sites write to
             the same elements; or the dequantized value cannot be stored, because the weight is

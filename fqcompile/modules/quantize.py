@@ -1,6 +1,6 @@
 """Pack the weights of a model in place, without compiling it (`quantize_`), and `restore` them."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fqcompile.config import HEAD_BITS, FineQuantConfig, SiteOptions
+from fqcompile.config import HEAD_BITS, FineQuantConfig, SiteOptions, packing_config
 from fqcompile.distributed.ranks import agree, progress
 from fqcompile.distributed.shards import (
     is_part,
@@ -18,12 +18,13 @@ from fqcompile.distributed.shards import (
     refuse_fsdp_modules,
     with_part,
 )
-from fqcompile.errors import OptionError, UnquantizableWeight
+from fqcompile.errors import UnquantizableWeight
 from fqcompile.kernels.registry import kernel_for
 from fqcompile.modules.blocks import BlockRuns
 from fqcompile.modules.calibrate import calibrated, collect_inputs
 from fqcompile.modules.gptq import Run, WeightsInputs, batches_for, compensated
-from fqcompile.modules.weights import ModuleWeight, module_weights, settle_norms
+from fqcompile.modules.kinds import settle_norms
+from fqcompile.modules.weights import ModuleWeight, filtered, module_weights
 from fqcompile.passes.summary import SiteRecipe, said_of
 from fqcompile.quant.calibration import Calibration
 from fqcompile.quant.choose import QuantPlan, scale_dtype_beside
@@ -34,14 +35,14 @@ from fqcompile.weights.parameter import PackedWeight
 from fqcompile.weights.recipe import IDENTITY
 from fqcompile.weights.store import plain_eager
 
-# Options that only affect compilation; `quantize_` refuses them.
-OF_COMPILING = (
-    "weight_updates fuse_attention autotune debug_dir inner_backend inductor mode".split()
-)
-
 
 def quantize_(
-    model: nn.Module, *, calibration: Any = "synthetic", method: str = "scale", **options: object
+    model: nn.Module,
+    *,
+    calibration: Any = "synthetic",
+    method: str = "scale",
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    **options: object,
 ) -> Plan:
     """Replace the weights of linears, attention, recurrent cells and experts with packed ones.
 
@@ -61,6 +62,8 @@ def quantize_(
         method: "scale" rounds each weight, at the best scales. "gptq" needs your own inputs: codes
             of 4 bits make up for each other's errors, where 512 rows or more came to a weight, or
             expert; some thousand are better. What an interrupted run had made is found on disk.
+        filter_fn: called with the module that holds a weight and its qualified name, as torchao
+            does; weights for which the result is false stay, with that reason in the plan.
         options: the fields of `FineQuantConfig` that choose which weights are quantized, and how.
 
     Returns:
@@ -75,8 +78,20 @@ def quantize_(
     known = calibration is None or isinstance(calibration, str)
     config = packing_config(options | {"calibration": calibration} if known else options)
     refuse_fsdp_modules(model)
-    settle_norms(model, config)
-    waiting = module_weights(model, config)
+    settle_norms(model, config, filter_fn)
+    waiting = filtered(module_weights(model, config), filter_fn)
+    sites = _pack_on_all_ranks(model, waiting, config, calibration, method)
+    given = {} if known else {"calibration": "batches"}
+    return Plan(tuple(sites), config.as_dict() | given)
+
+
+def _pack_on_all_ranks(
+    model: nn.Module,
+    waiting: list[ModuleWeight],
+    config: FineQuantConfig,
+    calibration: Any,
+    method: str,
+) -> list[Site]:
     found = worth_it(waiting, config)
     batches = batches_for(method, calibration, found)
     whole = {w.name for w in waiting if not is_part(w.parameter)}
@@ -89,8 +104,7 @@ def quantize_(
         del found
         sites = _compensate_all(model, waiting, config, batches)
     agree("what quantize_ packs", _shared_facts(sites, whole, config), groups)
-    given = {} if known else {"calibration": "batches"}
-    return Plan(tuple(sites), config.as_dict() | given)
+    return sites
 
 
 def _pack_all(
@@ -157,45 +171,41 @@ def _shared_facts(
     return facts
 
 
-def packing_config(options: Mapping[str, object]) -> FineQuantConfig:
-    """The options of `quantize_` as a config.
-
-    Raises:
-        OptionError: one is unknown, its value is not allowed, or it only affects compilation.
-    """
-    config = FineQuantConfig.from_options(options)
-    given = [name for name in OF_COMPILING if name in options]
-    if given:
-        raise OptionError(
-            f"option {given[0]} is one of compiling, which this function does not do: pass it to "
-            "torch.compile(model, backend='finequant', options=...)"
-        )
-    return config
-
-
 def _pack(
     found: ModuleWeight,
     config: FineQuantConfig,
     calibration: Calibration | None,
     inputs: WeightsInputs | None = None,
 ) -> Site:
-    reason = found.reason
-    if reason is None:
-        try:
-            options = config.site_options(found.name, head=found.head)
-            plan, packed = _pack_weight(found, options, calibration, inputs)
-        except UnquantizableWeight as error:
-            reason = str(error)
-            if config.on_unsupported == "error":
-                raise UnquantizableWeight(f"{found.name}: {error}") from error
-    if reason is not None:
-        return replace(site_of(found), reason=reason)
-    parameter = nn.Parameter(with_part(found.parameter, packed), requires_grad=False)
-    for module, attribute in found.holders:  # what is tied stays so
-        module._parameters[attribute] = parameter
+    site, packed = packed_of(found, config, calibration, inputs)
+    if packed is not None:
+        found.put(with_part(found.parameter, packed))
+    return site
+
+
+def packed_of(
+    found: ModuleWeight,
+    config: FineQuantConfig,
+    calibration: Calibration | None = None,
+    inputs: WeightsInputs | None = None,
+) -> tuple[Site, PackedWeight | None]:
+    """The plan's row for a weight, and what replaces it; None if it stays.
+
+    Raises:
+        UnquantizableWeight: it has to stay, and `on_unsupported="error"`.
+    """
+    if found.reason is not None:
+        return replace(site_of(found), reason=found.reason), None
+    try:
+        options = config.site_options(found.name, head=found.head)
+        plan, packed = _pack_weight(found, options, calibration, inputs)
+    except UnquantizableWeight as error:
+        if config.on_unsupported == "error":
+            raise UnquantizableWeight(f"{found.name}: {error}") from error
+        return replace(site_of(found), reason=str(error)), None
     site = packed_site(found, plan, packed)
     # What GPTQ makes cannot be made again of the weight and its plan.
-    return site if inputs is None else replace(site, recipe=None)
+    return (site if inputs is None else replace(site, recipe=None)), packed
 
 
 def _pack_weight(
@@ -273,7 +283,8 @@ def packed_site(found: ModuleWeight, plan: QuantPlan, packed: PackedWeight) -> S
 def restore(model: nn.Module) -> nn.Module:
     """Replace each packed parameter with a dense one of its dequantized values; return `model`.
 
-    The model can then be run, saved and copied like any other. Memory use grows accordingly.
+    The model can then be run, saved and copied like any other. Each weight has the dtype of its
+    packed parameter, so memory use grows to that of the model before it was packed.
     """
     dense: dict[Tensor, nn.Parameter] = {}  # a tied weight stays tied
     for module in model.modules():

@@ -28,7 +28,7 @@ int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 // How numbers are multiplied: widened to fp32, a unit of a row is one vector.
 template <DType TYPE>
 struct Widened {
-  static constexpr int WIDTH = LANES, TOGETHER = 1, BYTES = TYPE == FP32 ? 4 : 2;
+  static constexpr int WIDTH = LANES, TOGETHER = 1, BYTES = TYPE == FP32 ? 4 : 2, MOST_DOTS = 4;
   static constexpr DType PACKED = FP32;
   using Unit = F32;
   using Weight = float;  // a probability
@@ -53,7 +53,7 @@ struct Widened {
 #if defined(__AVX512BF16__)
 // In pairs of bf16: a unit is two vectors long, and its sums lie as the pairs of two keys' values do.
 struct Paired {
-  static constexpr int WIDTH = 2 * LANES, TOGETHER = 2, BYTES = 2;
+  static constexpr int WIDTH = 2 * LANES, TOGETHER = 2, BYTES = 2, MOST_DOTS = 8;
   static constexpr DType PACKED = BF16;
   using Unit = U32;
   using Weight = uint16_t;
@@ -91,9 +91,12 @@ struct Paired {
 };
 #endif
 
-// to[row * BLOCK + key]: the products of ROWS rows of packed q with LANES / ROWS keys.
+// Keys that so many rows meet in one call.
+constexpr int keys_together(int64_t rows) { return rows == 8 ? 8 : LANES / int(rows); }
+
+// to[row * BLOCK + key]: the products of ROWS rows of packed q with some keys.
 template <class Way, int ROWS>
-void dot_products(const char* const* keys, const char* q, int64_t q_row, int64_t width, float* to) {
+void dot_products(const char* const* keys, const char* q, int64_t q_row, int64_t width, int64_t, float* to) {
   constexpr int KEYS = LANES / ROWS;
   F32 sum[LANES];
   for (F32& s : sum) s = zero();
@@ -118,6 +121,49 @@ void dot_products(const char* const* keys, const char* q, int64_t q_row, int64_t
   store(found, sums_of_each(sum));
   for (int r = 0; r < ROWS; r++) memcpy(to + r * BLOCK, found + r * KEYS, KEYS * 4);
 }
+
+#if defined(__AVX512BF16__)
+// The same for eight rows. A vector of q has eight numbers of each of four rows, which all meet the same eight
+// of a key: of a product four lanes are left to be summed up, where they would be sixteen. The keys that lie
+// `ahead` bytes after these are fetched between products, which take longer than memory does: fetched after
+// them, it would stand still meanwhile.
+template <>
+void dot_products<Paired, 8>(const char* const* keys, const char* q, int64_t, int64_t width, int64_t ahead,
+                             float* to) {
+  F32 sum[2][8];
+  for (auto& four_rows : sum)
+    for (F32& s : four_rows) s = zero();
+  const auto step = [&](const auto& load) __attribute__((always_inline)) {
+    const U32 low = load_words(q), high = load_words(q + 64);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) {
+      const U32 key = _mm512_broadcast_i32x4(load((const uint16_t*)keys[j]));
+      sum[0][j] = Paired::multiply_add(sum[0][j], low, key);
+      sum[1][j] = Paired::multiply_add(sum[1][j], high, key);
+    }
+    q += 128;
+  };
+  int64_t d = 0;
+  for (; d + 8 <= width; d += 8) {
+    if (d % 32 == 0)  // a line of each
+      for (int j = 0; j < 8; j++) _mm_prefetch(keys[j] + ahead + 2 * d, _MM_HINT_T1);
+    step([&](const uint16_t* key) __attribute__((always_inline)) { return _mm_loadu_si128((const __m128i*)(key + d)); });
+  }
+  if (d < width)
+    step([&](const uint16_t* key) __attribute__((always_inline)) {
+      return _mm_maskz_loadu_epi16((__mmask8)((1 << (width - d)) - 1), key + d);
+    });
+  const auto in_pairs = [](F32 a, F32 b) { return add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
+  for (int half = 0; half < 2; half++)
+    for (int j = 0; j < 8; j += 4) {
+      const __m512d a = _mm512_castps_pd(in_pairs(sum[half][j], sum[half][j + 1]));
+      const __m512d b = _mm512_castps_pd(in_pairs(sum[half][j + 2], sum[half][j + 3]));
+      float found[LANES];  // [row][key], four of each
+      store(found, add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b))));
+      for (int r = 0; r < 4; r++) memcpy(to + (4 * half + r) * BLOCK + j, found + 4 * r, 16);
+    }
+}
+#endif
 
 // The values of one block; `ahead` bytes after each, those of the next one begin.
 struct Values {
@@ -165,13 +211,14 @@ void weighted_sums(const Values& values, const typename Way::Weight* p, int64_t 
 }
 
 // The largest count of rows that one call serves.
-constexpr int MOST_DOTS = 4, MOST_SUMS = LANES == 16 ? 8 : 4;
+constexpr int MOST_SUMS = LANES == 16 ? 8 : 4;
 
-template <class Way, int ROWS = MOST_DOTS>
-void dot_products(int64_t rows, const char* const* keys, const char* q, int64_t q_row, int64_t width, float* to) {
+template <class Way, int ROWS = Way::MOST_DOTS>
+void dot_products(int64_t rows, const char* const* keys, const char* q, int64_t q_row, int64_t width, int64_t ahead,
+                  float* to) {
   if constexpr (ROWS > 1)
-    if (rows < ROWS) return dot_products<Way, ROWS / 2>(rows, keys, q, q_row, width, to);
-  dot_products<Way, ROWS>(keys, q, q_row, width, to);
+    if (rows < ROWS) return dot_products<Way, ROWS / 2>(rows, keys, q, q_row, width, ahead, to);
+  dot_products<Way, ROWS>(keys, q, q_row, width, ahead, to);
 }
 
 template <class Way, int ROWS>
@@ -228,6 +275,17 @@ INLINE F32 capped(F32 x, float cap) {
   return add(where_positive(small, multiply(x, series)), subtract(far, where_positive(small, far)));
 }
 
+// Of a mask: what is false is hidden.
+INLINE float number(const char* at, int64_t type) {
+  if (type == BOOL) return *at ? 0 : -INF;
+  if (type == FP32) return *(const float*)at;
+  if (type == FP16) return _cvtsh_ss(*(const uint16_t*)at);
+  const uint32_t bits = uint32_t(*(const uint16_t*)at) << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
 // The visible keys of each plane: of all rows that share a part of the mask. The lists stay for the
 // thread's next call, as long as the longest was: 5 bytes a key, where its numbers have hundreds.
 class Visible {
@@ -261,15 +319,7 @@ class Visible {
   // What is added to the score of one row: -inf hides a key.
   float bias(const char* mask, int64_t query, int64_t key) const {
     if (c.causal && key > query) return -INF;
-    if (!c.mask.data) return 0;
-    const char* at = mask + key * c.mask_key;
-    if (c.mask_type == BOOL) return *at ? 0 : -INF;
-    if (c.mask_type == FP32) return *(const float*)at;
-    if (c.mask_type == FP16) return _cvtsh_ss(*(const uint16_t*)at);
-    const uint32_t bits = uint32_t(*(const uint16_t*)at) << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
+    return c.mask.data ? number(mask + key * c.mask_key, c.mask_type) : 0;
   }
 
  private:
@@ -376,15 +426,21 @@ class Attention {
   }
   int64_t query_of(int64_t row) const { return row / (c.heads / c.kv_heads); }
 
+  // In the order in which dot_products reads it.
   void pack_q(int64_t b, int64_t kv_head, char* to) const {
-    for (int64_t r = 0; r < c.rows(); r++, to += q_row()) {
-      const char* from = c.q.at(b, head_of(kv_head, r), query_of(r));
-      memset(to, 0, size_t(q_row()));
-      if (Way::PACKED == c.type) {
-        if (c.width > 0) memcpy(to, from, size_t(c.width * bytes_of(c.type)));  // else q is null
-      } else {
-        for (int64_t d = 0; d < c.width; d += LANES)
-          store((float*)to + d, load_some(from, c.type, d, c.width - d));
+    memset(to, 0, size_t(c.rows() * q_row()));
+    for (int64_t r = 0, taken; r < c.rows(); r += taken, to += taken * q_row()) {
+      taken = power_of_two_within(c.rows() - r, Way::MOST_DOTS);
+      for (int64_t i = 0; i < taken; i++) {
+        const char* from = c.q.at(b, head_of(kv_head, r + i), query_of(r + i));
+        if (Way::PACKED != c.type)
+          for (int64_t d = 0; d < c.width; d += LANES)
+            store((float*)(to + i * q_row()) + d, load_some(from, c.type, d, c.width - d));
+        else if (taken == 8)
+          for (int64_t d = 0; d < c.width; d += 8)
+            memcpy(to + (d + i) * 16, from + 2 * d, size_t(2 * std::min<int64_t>(8, c.width - d)));
+        else if (c.width > 0)  // else q is null
+          memcpy(to + i * q_row(), from, size_t(c.width * bytes_of(c.type)));
       }
     }
   }
@@ -429,12 +485,12 @@ class Attention {
     const int64_t rows = c.rows(), k_bytes = c.width * bytes_of(c.type), v_bytes = c.v_width * bytes_of(c.type);
     const int64_t ahead = (AHEAD / std::max<int64_t>(k_bytes, 1) + 1) * c.k.row;
     for (int64_t r = 0, taken; r < rows; r += taken) {
-      taken = power_of_two_within(rows - r, MOST_DOTS);
-      const int64_t together = LANES / taken;
+      taken = power_of_two_within(rows - r, Way::MOST_DOTS);
+      const int64_t together = keys_together(taken), begin = k_bytes * r / rows, share = k_bytes * taken / rows;
       for (int64_t j = 0; j < n; j += together) {
-        dot_products<Way>(taken, keys + j, q + r * q_row(), q_row(), c.width, scores + r * BLOCK + j);
+        dot_products<Way>(taken, keys + j, q + r * q_row(), q_row(), c.width, r ? 0 : ahead, scores + r * BLOCK + j);
         for (int64_t i = j; i < std::min(j + together, n); i++) {
-          prefetch(keys[i] + ahead + k_bytes * r / rows, k_bytes * taken / rows);
+          if (taken < 8) prefetch(keys[i] + ahead + begin, share);
           if (values && r == 0) prefetch(values[i], v_bytes);
         }
       }
@@ -482,6 +538,14 @@ class Attention {
     top_of(row) = top;
   }
 
+  // Relative to the largest score, to which the row is raised.
+  float weight_of_sink(int64_t pair, int64_t r, float* row) const {
+    if (!c.sinks.data) return 0;
+    const float score = number(c.sinks.at(pair / c.kv_heads, head_of(pair % c.kv_heads, r), query_of(r)), c.sinks_type);
+    raise(row, std::max(top_of(row), score));
+    return weight_of(score - finite_or_zero(top_of(row)));
+  }
+
   // Adds up the parts of all chunks of one head's keys, and writes its rows of the result.
   void finish(int64_t pair, float* parts, int64_t chunks) const {
     for (int64_t r = 0; r < c.rows(); r++) {
@@ -493,7 +557,8 @@ class Attention {
         raise(other, top);
         for (int64_t d = 0; d < sums() + LANES; d += LANES) store(row + d, add(load(row + d), load(other + d)));
       }
-      const float total = sum_of_lanes(load(row + sums()));
+      const float sink = weight_of_sink(pair, r, row);  // before the sums are read: it may raise them
+      const float total = sum_of_lanes(load(row + sums())) + sink;
       const F32 nothing = splat(c.nan_if_hidden && c.keys ? NAN : 0.0f);
       const int64_t at = (pair / c.kv_heads * c.queries + query_of(r)) * c.heads + head_of(pair % c.kv_heads, r);
       for (int64_t d = 0; d < c.v_width; d += LANES) {

@@ -17,6 +17,8 @@ struct AttentionCall {
   Rows q, k, v, mask;  // numbers of a row lie side by side but in the mask, which may be null
   int64_t mask_key;    // its stride from key to key, in bytes
   int64_t mask_type;
+  Rows sinks;  // a score more of each row, of which no value follows; may be null
+  int64_t sinks_type;
   void* out;           // [batch, queries, heads, v_width]
   DType type;
   int64_t batch, heads, kv_heads, queries, keys, width, v_width;

@@ -47,3 +47,14 @@ struct Call {
 
 // y = act(x @ ŵᵀ + bias) + residual; false where the routing names a row or an expert that there is not.
 bool multiply(const Call& call);
+
+// ŵᵀ of `count` blocks from `first` on, one beside the other.
+struct Panel {
+  Weight weight;
+  int64_t first, count;
+  DType type;
+  void* to;
+  int64_t stride, one_thread;
+};
+
+void dequantize(const Panel& panel);

@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,25 +33,13 @@ from fqcompile.files.trusted import (
     warn_unusable,
     writing,
 )
-from fqcompile.tensor.format import QTYPES, UNIFORM
+from fqcompile.native.interface import DEFINITIONS
 from fqcompile.torch_compat import InvalidCxxCompiler, cpp_compiler, has_feature
 
 log = logging.getLogger("fqcompile")
 
 OVERRIDE = "FQCOMPILE_CPU_ISA"
 _SOURCES = sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".h", ".cpp"))
-
-
-class _Numbers(dict[torch.dtype, int]):
-    def __missing__(self, dtype: torch.dtype) -> int:
-        raise RuntimeError(f"the x86 kernel takes fp32, bf16 and fp16, not {dtype}")
-
-
-# As enumerated in vectors.h.
-DTYPES = _Numbers({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})
-# The levels of 16 codes; none where codes are their own.
-_LEVELS = {q.levels: array("f", q.values) for q in QTYPES.values() if q.levels != UNIFORM}
-LEVELS_AT = {UNIFORM: 0} | {name: found.buffer_info()[0] for name, found in _LEVELS.items()}
 # Inductor's own builds take minutes at most; a compiler that hangs must not hang a model.
 _TIME_LIMIT = 600.0
 _DIGEST_BYTES = sha256().digest_size
@@ -60,6 +47,7 @@ _DIGEST_BYTES = sha256().digest_size
 _FLAGS = (
     *("-std=c++20", "-O3", "-fPIC", "-shared", "-fvisibility=hidden"),
     *("-fno-math-errno", "-ffp-contract=off"),
+    *DEFINITIONS,
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
@@ -108,6 +96,21 @@ def native_library() -> NativeLibrary:
     if isinstance(found, str):
         raise KernelBuildError(found)
     return found
+
+
+def library_path() -> Path:
+    """The operators for x86 CPUs as one file, for processes that load them without this package.
+
+    `torch.ops.load_library(path)` in Python and `dlopen` in C++ define and implement the operators
+    that exported programs call. The file, which may be copied, needs libtorch of the version that
+    is here, and the instructions of this processor; with FQCOMPILE_CPU_ISA=avx2, only those of any
+    x86 processor since 2015.
+
+    Raises:
+        KernelBuildError: no path fits this processor, it does not build, or it cannot be kept in
+            the cache directory.
+    """
+    return build(chosen_isa(), cache_directory() / "x86")
 
 
 def refusal() -> str | None:

@@ -382,20 +382,17 @@ extern "C" EXPORT int64_t fqcompile_matmul(const char* bytes) {
   return multiply(call) ? 0 : 1;
 }
 
-// ŵᵀ of `count` blocks from `first` on, one beside the other.
-extern "C" EXPORT void fqcompile_dequantize(const char* bytes) {
-  struct {
-    Weight weight;
-    int64_t first, count;
-    DType type;
-    void* to;
-    int64_t stride, one_thread;
-  } call;
-  memcpy(&call, bytes, sizeof(call));
-  const Levels levels(call.weight.values);
-  const Way way = way_of(call.weight, levels, call.type);
-  in_parallel(call.count, call.one_thread, [&](int64_t i) {
-    char* to = (char*)call.to + i * OUTPUTS * bytes_of(call.type);
-    way.dequantize(call.weight, levels, call.first + i, call.type, to, call.stride);
+void dequantize(const Panel& panel) {
+  const Levels levels(panel.weight.values);
+  const Way way = way_of(panel.weight, levels, panel.type);
+  in_parallel(panel.count, panel.one_thread, [&](int64_t i) {
+    char* to = (char*)panel.to + i * OUTPUTS * bytes_of(panel.type);
+    way.dequantize(panel.weight, levels, panel.first + i, panel.type, to, panel.stride);
   });
+}
+
+extern "C" EXPORT void fqcompile_dequantize(const char* bytes) {
+  Panel panel;
+  memcpy(&panel, bytes, sizeof(panel));
+  dequantize(panel);
 }

@@ -1,15 +1,20 @@
-// fqcompile::matmul, fqcompile::matmul.inference and fqcompile::attention, called by PyTorch's dispatcher
-// with no Python between: 4 us a call, of which an operator that does nothing takes 3.5. By Python it takes
-// 10, and more where weights have pushed Python out of the caches.
+// fqcompile::matmul, matmul.inference, dequantize and attention, called by PyTorch's dispatcher with no
+// Python between: 4 us a call, of which an operator that does nothing takes 3.5. By Python it takes 10,
+// and more where weights have pushed Python out of the caches.
 //
 // This comes before the implementation for CPUs, which is Python's (kernels/op.py, cpu/attention.py). What
 // is not usual is left to that one, unchanged: other kernels and layouts, and wrong arguments, of which it
 // says what is wrong.
+//
+// Where the library is loaded and Python's fqcompile is not, as for exported programs in C++, it defines the
+// operators too. What is not usual is then made so, by copies that are contiguous, or refused.
 #include <ATen/EmptyTensor.h>
 #include <pthread.h>
 #include <torch/library.h>
 
 #include <optional>
+#include <span>
+#include <sstream>
 
 #include "attention.h"
 #include "call.h"
@@ -18,21 +23,23 @@ namespace {
 
 // As `serve` of kernels/cpu/stream.py hands it over.
 struct Settings {
-  const float* normal;  // the values of the codes -8 to 7 with normal levels
-  int64_t most_bf16_rows;  // of bf16 and one matrix; for more, Python's way is faster
+  int64_t most_bf16_rows = INT64_MAX;  // of bf16 and one matrix; for more, Python's way is faster
   int64_t forked;  // whether this is a child of os.fork, where libgomp would wait for the parent's threads
 } settings;
+
+// The values of the codes -8 to 7. This and the schemas come from native/interface.py.
+constexpr float NORMAL[] = {FQCOMPILE_NORMAL_LEVELS};
 
 // The schema's order.
 enum Place {
   X, QWEIGHT, SCALE, BIAS, RESIDUAL, BITS, LEVELS, GROUP_SIZE, N, K, ACTIVATION, GATED, KERNEL, OFFSETS, IDS,
-  ZERO_REST, PLACES
+  ZERO_REST
 };
 
 constexpr const char* ACTIVATIONS[] = {"none", "relu", "gelu", "gelu_tanh", "silu", "swiglu_oai"};
 
-bool type_of(const at::Tensor& t, DType& type) {
-  switch (t.scalar_type()) {
+bool type_of(at::ScalarType given, DType& type) {
+  switch (given) {
     case at::kFloat: type = FP32; return true;
     case at::kBFloat16: type = BF16; return true;
     case at::kHalf: type = FP16; return true;
@@ -40,10 +47,34 @@ bool type_of(const at::Tensor& t, DType& type) {
   }
 }
 
+bool type_of(const at::Tensor& t, DType& type) { return type_of(t.scalar_type(), type); }
+
+// What a call gives, if it is a usual one.
+using Result = std::optional<at::Tensor>;
+
 bool is_dense(const at::Tensor& t) { return t.key_set().has_all(c10::DispatchKeySet(c10::DispatchKey::CPU)); }
 
 bool is(const at::Tensor& t, at::IntArrayRef sizes) {
   return is_dense(t) && t.sizes() == sizes && t.is_contiguous();
+}
+
+bool read_format(int64_t bits, const std::string& levels, int64_t group, int64_t rows, int64_t k, Weight& w) {
+  if (rows <= 0 || k <= 0 || group <= 0 || (bits != 4 && bits != 8)) return false;
+  if (levels != "uniform" && (levels != "normal" || bits != 4)) return false;
+  w.values = levels == "normal" ? NORMAL : nullptr;
+  w.bits = bits, w.group = std::min(group, k), w.rows = rows, w.k = k;
+  return true;
+}
+
+// Of a stack of experts, or of one matrix, for which `stack` is empty.
+bool read_weight(const at::Tensor& qweight, const at::Tensor& scale, const at::DimVector& stack, Weight& w) {
+  at::DimVector words(stack), scales(stack);
+  words.append({w.blocks(), w.padded_k() * w.bits / 32, OUTPUTS});
+  scales.append({w.blocks(), w.groups(), OUTPUTS});
+  if (qweight.scalar_type() != at::kInt || !is(qweight, words) || !is(scale, scales)) return false;
+  w.words = (const uint32_t*)qweight.const_data_ptr();
+  w.scales = scale.const_data_ptr();
+  return type_of(scale, w.scale_type);
 }
 
 // A call that is read from the stack of arguments, if it is a usual one.
@@ -54,29 +85,29 @@ class Usual {
   at::ScalarType type{};
 
   bool read(const c10::IValue* a) {
-    return a[KERNEL].toStringRef() == "x86_stream" && !a[ZERO_REST].toBool() && read_form(a) && read_x(a[X].toTensor()) &&
-           read_routing(a) && read_weight(a[QWEIGHT].toTensor(), a[SCALE].toTensor()) && read_bias(a[BIAS]) &&
+    return a[KERNEL].toStringRef() == "x86_stream" && read_form(a) && read_x(a[X].toTensor()) && read_routing(a) &&
+           read_weight(a[QWEIGHT].toTensor(), a[SCALE].toTensor(), stack, call.weight) && read_bias(a[BIAS]) &&
            read_residual(a[RESIDUAL]);
+  }
+
+  // Rows of y past the last offset, which belong to no expert, are undefined until they are made zeros.
+  void zero_rest() const {
+    const int64_t e = call.experts - 1, row = call.n() * bytes_of(call.type);
+    const int64_t used = call.routing_bytes == 8 ? ((int64_t*)call.routing)[e] : ((int32_t*)call.routing)[e];
+    memset((char*)call.y + used * row, 0, size_t((call.m - used) * row));
   }
 
  private:
   at::DimVector stack;  // [experts] or []
 
   bool read_form(const c10::IValue* a) {
-    Weight& w = call.weight;
-    const int64_t n = a[N].toInt(), group = a[GROUP_SIZE].toInt();
-    w.bits = a[BITS].toInt();
-    w.k = a[K].toInt();
+    const int64_t n = a[N].toInt();
     call.gated = a[GATED].toBool();
-    w.rows = call.gated ? 2 * n : n;
-    if (n <= 0 || w.k <= 0 || group <= 0 || (w.bits != 4 && w.bits != 8)) return false;
-    w.group = std::min(group, w.k);
-    const std::string& levels = a[LEVELS].toStringRef();
-    if (levels == "normal" && w.bits == 4) w.values = settings.normal;
-    else if (levels != "uniform") return false;
     const std::string& name = a[ACTIVATION].toStringRef();
     for (const char* known : ACTIVATIONS) {
-      if (name == known) return true;
+      if (name == known)
+        return read_format(a[BITS].toInt(), a[LEVELS].toStringRef(), a[GROUP_SIZE].toInt(), call.gated ? 2 * n : n,
+                           a[K].toInt(), call.weight);
       call.activation = Activation(call.activation + 1);
     }
     return false;
@@ -84,7 +115,7 @@ class Usual {
 
   bool read_x(const at::Tensor& x) {
     const int64_t k = call.weight.k;
-    if (!is_dense(x) || !x.dim() || x.sizes().back() != k || !x.numel() || !type_of(x, call.type)) return false;
+    if (!is_dense(x) || !x.dim() || x.sizes().back() != k || !type_of(x, call.type)) return false;
     const bool rows = x.dim() == 2 && x.stride(1) == 1;
     if (!rows && !x.is_contiguous()) return false;
     call.x = x.const_data_ptr();
@@ -98,6 +129,7 @@ class Usual {
 
   bool read_routing(const c10::IValue* a) {
     call.experts = 1;
+    if (a[ZERO_REST].toBool() && a[OFFSETS].isNone()) return false;
     if (a[OFFSETS].isNone() && a[IDS].isNone()) return call.type != BF16 || call.m <= settings.most_bf16_rows;
     if (!a[OFFSETS].isNone() && !a[IDS].isNone()) return false;
     call.routing_is_ids = a[OFFSETS].isNone();
@@ -107,20 +139,10 @@ class Usual {
     call.experts = qweight.size(0);
     stack.assign(1, call.experts);
     if (told.scalar_type() != at::kInt && told.scalar_type() != at::kLong) return false;
-    call.routing = is(told, {call.routing_is_ids ? call.m : call.experts}) ? told.const_data_ptr() : nullptr;
+    if (!call.experts || !is(told, {call.routing_is_ids ? call.m : call.experts})) return false;
+    call.routing = told.const_data_ptr();
     call.routing_bytes = int64_t(told.element_size());
-    return call.experts > 0 && call.routing;
-  }
-
-  bool read_weight(const at::Tensor& qweight, const at::Tensor& scale) {
-    Weight& w = call.weight;
-    at::DimVector words(stack), scales(stack);
-    words.append({w.blocks(), w.padded_k() * w.bits / 32, OUTPUTS});
-    scales.append({w.blocks(), w.groups(), OUTPUTS});
-    if (qweight.scalar_type() != at::kInt || !is(qweight, words) || !is(scale, scales)) return false;
-    w.words = (const uint32_t*)qweight.const_data_ptr();
-    w.scales = scale.const_data_ptr();
-    return type_of(scale, w.scale_type);
+    return true;
   }
 
   bool read_bias(const c10::IValue& given) {
@@ -128,38 +150,54 @@ class Usual {
     at::DimVector biases(stack);
     biases.push_back(call.weight.rows);
     const at::Tensor& bias = given.toTensor();
-    call.bias = bias.scalar_type() == type && is(bias, biases) ? bias.const_data_ptr() : nullptr;
+    if (bias.scalar_type() != type || !is(bias, biases)) return false;
+    call.bias = bias.const_data_ptr();
     call.bias_type = call.type;
-    return call.bias;
+    return true;
   }
 
   bool read_residual(const c10::IValue& given) {
     if (given.isNone()) return true;
     const at::Tensor& residual = given.toTensor();
-    const bool fits = !call.routing && residual.scalar_type() == type && is(residual, sizes);
-    call.residual = fits ? residual.const_data_ptr() : nullptr;
+    if (!stack.empty() || residual.scalar_type() != type || !is(residual, sizes)) return false;
+    call.residual = residual.const_data_ptr();
     call.residual_stride = call.n();
-    return call.residual;
+    return true;
   }
 };
 
-void matmul(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+Result matmul(const c10::IValue* a) {
   Usual usual;
-  if (usual.read(stack->data() + stack->size() - PLACES)) {
-    at::Tensor y = at::detail::empty_cpu(usual.sizes, usual.type);
-    usual.call.y = y.mutable_data_ptr();
-    usual.call.one_thread = settings.forked;
-    if (multiply(usual.call)) {
-      torch::jit::drop(*stack, PLACES);
-      stack->emplace_back(std::move(y));
-      return;
-    }
-  }
-  op.redispatchBoxed(keys.remove(c10::DispatchKey::BackendSelect), stack);
+  if (!usual.read(a)) return {};
+  at::Tensor y = at::detail::empty_cpu(usual.sizes, usual.type);
+  usual.call.y = y.mutable_data_ptr();
+  usual.call.one_thread = settings.forked;
+  if (usual.call.m && !multiply(usual.call)) return {};
+  if (usual.call.m && a[ZERO_REST].toBool()) usual.zero_rest();
+  return y;
+}
+
+// ŵ [rows, K], for fqcompile::dequantize.
+Result dequantize(const c10::IValue* a) {
+  enum { QWEIGHT, SCALE, BITS, LEVELS, GROUP_SIZE, ROWS, K, DTYPE, KERNEL };
+  Panel panel{};
+  Weight& w = panel.weight;
+  const at::ScalarType type = a[DTYPE].toScalarType();
+  if (a[KERNEL].toStringRef() != "x86_stream" || !type_of(type, panel.type) ||
+      !read_format(a[BITS].toInt(), a[LEVELS].toStringRef(), a[GROUP_SIZE].toInt(), a[ROWS].toInt(), a[K].toInt(), w) ||
+      !read_weight(a[QWEIGHT].toTensor(), a[SCALE].toTensor(), {}, w))
+    return {};
+  const at::Tensor turned = at::detail::empty_cpu({w.k, w.rows}, type);
+  panel.count = w.blocks();
+  panel.to = turned.mutable_data_ptr();
+  panel.stride = w.rows;
+  panel.one_thread = settings.forked;
+  ::dequantize(panel);
+  return turned.t().contiguous();
 }
 
 // The same for fqcompile::attention.
-enum AttentionPlace { Q, KEYS, VALUES, MASK, SCALE_OF_SCORES, SOFTCAP, CAUSAL, NAN_IF_HIDDEN, ATTENTION_PLACES };
+enum AttentionPlace { Q, KEYS, VALUES, MASK, SINKS, SCALE_OF_SCORES, SOFTCAP, CAUSAL, NAN_IF_HIDDEN };
 
 class UsualAttention {
  public:
@@ -177,7 +215,7 @@ class UsualAttention {
     const bool same = k.size(0) == call.batch && k.size(3) == call.width &&
                       v.sizes().slice(0, 3) == k.sizes().slice(0, 3);
     return same && q.numel() && v.numel() && call.keys <= INT32_MAX &&
-           call.heads % call.kv_heads == 0 && read_mask(a[MASK]);
+           call.heads % call.kv_heads == 0 && read_mask_and_sinks(a[MASK], a[SINKS]);
   }
 
  private:
@@ -188,30 +226,37 @@ class UsualAttention {
     return true;
   }
 
-  bool read_mask(const c10::IValue& given) {
+  // A tensor that is broadcast to [batch, heads, queries, last], or none; `key`: the stride of what is last.
+  bool read_broadcast(const c10::IValue& given, int64_t last, Rows& to, int64_t& type, int64_t& key) const {
     if (given.isNone()) return true;
-    const at::Tensor& mask = given.toTensor();
+    const at::Tensor& t = given.toTensor();
     DType numbers;
-    if (mask.scalar_type() == at::kBool) call.mask_type = BOOL;
-    else if (type_of(mask, numbers)) call.mask_type = numbers;
+    if (t.scalar_type() == at::kBool) type = BOOL;
+    else if (type_of(t, numbers)) type = numbers;
     else return false;
-    if (!is_dense(mask) || mask.dim() > 4 || call.causal) return false;
-    const int64_t full[] = {call.batch, call.heads, call.queries, call.keys};
+    if (!is_dense(t) || t.dim() > 4) return false;
+    const int64_t full[] = {call.batch, call.heads, call.queries, last};
     int64_t strides[4] = {};  // 0 where it is broadcast
-    for (int64_t i = 4 - mask.dim(), d = 0; i < 4; i++, d++) {
-      if (mask.size(d) != 1 && mask.size(d) != full[i]) return false;
-      if (mask.size(d) != 1) strides[i] = int64_t(mask.element_size()) * mask.stride(d);
+    for (int64_t i = 4 - t.dim(), d = 0; i < 4; i++, d++) {
+      if (t.size(d) != 1 && t.size(d) != full[i]) return false;
+      if (t.size(d) != 1) strides[i] = int64_t(t.element_size()) * t.stride(d);
     }
-    call.mask = {(const char*)mask.const_data_ptr(), strides[0], strides[1], strides[2]};
-    call.mask_key = strides[3];
+    to = {(const char*)t.const_data_ptr(), strides[0], strides[1], strides[2]};
+    key = strides[3];
     return true;
+  }
+
+  bool read_mask_and_sinks(const c10::IValue& mask, const c10::IValue& sinks) {
+    int64_t none;
+    return read_broadcast(mask, call.keys, call.mask, call.mask_type, call.mask_key) &&
+           read_broadcast(sinks, 1, call.sinks, call.sinks_type, none) && call.sinks_type != BOOL &&
+           !(call.causal && call.mask.data);
   }
 };
 
-void attention(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+Result attention(const c10::IValue* a) {
   UsualAttention usual;
-  if (!usual.read(stack->data() + stack->size() - ATTENTION_PLACES))
-    return op.redispatchBoxed(keys.remove(c10::DispatchKey::BackendSelect), stack);
+  if (!usual.read(a)) return {};
   AttentionCall& call = usual.call;
   const int64_t row = call.v_width, query = call.heads * row;
   at::Tensor out = at::detail::empty_strided_cpu({call.batch, call.heads, call.queries, row},
@@ -219,23 +264,72 @@ void attention(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::j
   call.out = out.mutable_data_ptr();
   call.one_thread = settings.forked;
   attend(call);
-  torch::jit::drop(*stack, ATTENTION_PLACES);
-  stack->emplace_back(std::move(out));
+  return out;
 }
 
-std::optional<torch::Library> serving;
+// What only Python could run, where there is none.
+[[noreturn]] void refuse(const c10::OperatorHandle& op, std::span<const c10::IValue> arguments) {
+  std::ostringstream call;
+  for (size_t i = 0; i < arguments.size(); i++) {
+    call << (i ? ", " : "") << op.schema().arguments()[i].name() << "=";
+    if (!arguments[i].isTensor()) call << arguments[i];
+    else if (const at::Tensor& t = arguments[i].toTensor(); t.defined())
+      call << t.toString() << t.sizes() << " on " << t.device();
+  }
+  TORCH_CHECK(false, op.operator_name().name, ": fqcompile's library for x86 was loaded without Python's fqcompile. ",
+              "It runs the kernel x86_stream alone, on CPU tensors that fit together. `import fqcompile` in this ",
+              "process, which has the other kernels and says what does not fit. The call: ", call.str());
+}
+
+template <Result (*run)(const c10::IValue*)>
+void serve(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const size_t places = op.schema().arguments().size();
+  const std::span<c10::IValue> arguments(stack->data() + stack->size() - places, places);
+  Result y = run(arguments.data());
+  if (!y && op.hasKernelForDispatchKey(c10::DispatchKey::CPU))
+    return op.redispatchBoxed(keys.remove(c10::DispatchKey::BackendSelect), stack);
+  if (!y) {
+    for (c10::IValue& a : arguments)
+      if (a.isTensor() && is_dense(a.toTensor())) a = a.toTensor().contiguous();
+    y = run(arguments.data());
+    if (!y) refuse(op, arguments);
+  }
+  torch::jit::drop(*stack, places);
+  stack->emplace_back(std::move(*y));
+}
+
+std::optional<torch::Library> serving, defined;
+
+c10::Dispatcher& dispatcher() { return c10::Dispatcher::singleton(); }
+
+// From now on the dispatcher comes here first, unless it comes to another copy of this library already.
+void begin_to_serve() {
+  static const int watched = pthread_atfork(nullptr, nullptr, [] { settings.forked = 1; });
+  (void)watched;
+  if (dispatcher().findSchemaOrThrow("fqcompile::matmul", "").hasKernelForDispatchKey(c10::DispatchKey::BackendSelect))
+    return;
+  serving.emplace(torch::Library::IMPL, "fqcompile", c10::DispatchKey::BackendSelect, __FILE__, __LINE__);
+  for (const char* name : {"matmul", "matmul.inference"})
+    serving->impl(name, torch::CppFunction::makeFromBoxedFunction<&serve<matmul>>());
+  serving->impl("dequantize", torch::CppFunction::makeFromBoxedFunction<&serve<dequantize>>());
+  serving->impl("attention", torch::CppFunction::makeFromBoxedFunction<&serve<attention>>());
+}
+
+// As the library is loaded: Python defines the operators before it loads it.
+[[maybe_unused]] const bool alone = [] {
+  if (dispatcher().findSchema({"fqcompile::matmul", ""})) return false;
+  defined.emplace(torch::Library::FRAGMENT, "fqcompile", std::nullopt, __FILE__, __LINE__);
+  for (const char* schema : {FQCOMPILE_SCHEMAS}) defined->def(schema, {at::Tag::pt2_compliant_tag});
+  begin_to_serve();
+  return true;
+}();
 
 }  // namespace
 
-// From now on the dispatcher comes here first; with null, no longer.
+// With null, the dispatcher comes here no longer.
 extern "C" EXPORT void fqcompile_serve(const char* bytes) {
   serving.reset();
   if (!bytes) return;
   memcpy(&settings, bytes, sizeof(settings));
-  static const int watched = pthread_atfork(nullptr, nullptr, [] { settings.forked = 1; });
-  (void)watched;
-  serving.emplace(torch::Library::IMPL, "fqcompile", c10::DispatchKey::BackendSelect, __FILE__, __LINE__);
-  for (const char* name : {"matmul", "matmul.inference"})
-    serving->impl(name, torch::CppFunction::makeFromBoxedFunction<&matmul>());
-  serving->impl("attention", torch::CppFunction::makeFromBoxedFunction<&attention>());
+  begin_to_serve();
 }

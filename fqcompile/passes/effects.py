@@ -2,6 +2,7 @@
 
 import inspect
 import operator
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -148,13 +149,13 @@ def in_transforms(graph: fx.Graph) -> dict[fx.Node, str]:
     return inside
 
 
-def effects_between(first: fx.Node, last: fx.Node) -> bool:
-    """Whether a node strictly between the two (in graph order) has effects."""
+def effects_between(first: fx.Node, last: fx.Node, but: Collection[fx.Node] = ()) -> bool:
+    """Whether a node strictly between the two (in graph order), `but` these, has effects."""
     node = first.next
     while node is not last:
         if node.op == "root":
             raise AssertionError(f"{last} does not come after {first}")
-        if has_effects(node):
+        if node not in but and has_effects(node):
             return True
         node = node.next
     return False

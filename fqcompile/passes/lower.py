@@ -81,4 +81,4 @@ def _describe_inputs(
     for node, tensor in zip(new, packed, strict=True):
         set_source(node, None)
         fake = fake_mode.from_tensor(tensor, static_shapes=True) if fake_mode else tensor
-        node.meta = {"example_value": fake, "tensor_dict": dict(_STATIC_INPUT)}
+        node.meta |= {"example_value": fake, "tensor_dict": dict(_STATIC_INPUT)}

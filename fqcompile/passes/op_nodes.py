@@ -26,13 +26,20 @@ from fqcompile.weights.recipe import target_name
 
 ADDS = ("add", "__add__", "iadd")
 MATMUL, INFERENCE = matmul, matmul_inference  # the second if no gradient can flow
+OWN = "packed input"  # in the meta of inputs that `rewrite` adds
 _NAMES = [argument.name for argument in schema_of(matmul).arguments]
 _UNROUTED = {"offsets": None, "ids": None, "zero_rest": False}
 
 
 def is_quantized(node: object) -> bool:
-    """Whether the node is a call of the operator, for one matrix or for experts."""
-    return isinstance(node, fx.Node) and node.target in (MATMUL, INFERENCE)
+    """Whether the node is a call of the operator that `rewrite` made, for a matrix or experts.
+
+    A graph may have others from the start: those of an exported program with packed weights.
+    """
+    if not isinstance(node, fx.Node) or node.target not in (MATMUL, INFERENCE):
+        return False
+    codes = node.args[1] if len(node.args) > 1 else None
+    return isinstance(codes, fx.Node) and OWN in codes.meta
 
 
 def is_linear(node: object) -> bool:

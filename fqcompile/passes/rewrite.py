@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fqcompile.passes.fold import VIEWS, ConstantFolder, Emitter, Size
-from fqcompile.passes.op_nodes import MATMUL, matmul_arguments
+from fqcompile.passes.op_nodes import MATMUL, OWN, matmul_arguments
 from fqcompile.passes.state import (
     Contraction,
     GraphState,
@@ -57,6 +57,7 @@ def _add_inputs(state: GraphState, prefix: str) -> tuple[fx.Node, ...]:
     for name in ("qweight", "scale"):
         with state.graph.inserting_after(placeholders(state.graph)[-1]):
             nodes.append(state.graph.placeholder(f"{prefix}_{name}"))
+        nodes[-1].meta[OWN] = True
     return tuple(nodes)
 
 

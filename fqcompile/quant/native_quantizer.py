@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from fqcompile.locks import in_forked_child
 from fqcompile.native import library as native
-from fqcompile.native.library import DTYPES, LEVELS_AT
+from fqcompile.native.interface import DTYPES, LEVELS_AT
 from fqcompile.quant.scale_search import REFITS, error_table, group_weights
 from fqcompile.tensor.chunks import row_chunks
 from fqcompile.tensor.format import QType, num_groups

@@ -132,6 +132,14 @@ class CompileReport:
     Identical layers may share one graph. Its plan has a row for each weight that a call passed in
     for an input that can be quantized, under that weight's own name; rows appear with the first
     call that passes the weight. A graph without such inputs lists the weights it was compiled with.
+
+    Attributes:
+        graph: its name.
+        plan: a row for each weight.
+        passes: each pass with its seconds and the number of its changes.
+        warnings: what the log was told while it was compiled.
+        versions: of fqcompile, torch and what else took part.
+        total_seconds: from the captured graph to the compiled one, quantization included.
     """
 
     graph: str
@@ -143,6 +151,7 @@ class CompileReport:
 
     @property
     def sites(self) -> tuple[Site, ...]:
+        """The rows of the plan."""
         return self.plan.sites
 
     @property
@@ -181,6 +190,7 @@ class CompileReport:
         }
 
     def to_json(self) -> str:
+        """The report as a JSON object, without the graphs."""
         return json.dumps(self.as_dict(), indent=2)
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:

@@ -10,12 +10,12 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 HEIGHT = 220
 _GAP = 0.04  # margin beyond the values, as a fraction of their range
@@ -23,7 +23,10 @@ _GAP = 0.04  # margin beyond the values, as a fraction of their range
 
 @dataclass(frozen=True)
 class Point:
-    """One mark: `span` is the range of values it stands for, `css` the class that styles it."""
+    """One mark: `span` is the range of values it stands for, `css` the class that styles it.
+
+    `label` is written beside the mark where there is room, and otherwise when it is pointed at.
+    """
 
     x: float
     y: float
@@ -32,6 +35,7 @@ class Point:
     square: bool = False
     span: tuple[float, float] | None = None
     query: str = ""
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,13 @@ def points_svg(
 
 
 def share_bar(shares: Sequence[float]) -> str:
-    """Bars over each other, each a fraction of the whole width, the later in a stronger color."""
+    """Bars over each other, each a fraction of the whole width, the later in a stronger color.
+
+    A share above one ends at the whole width, in the color of what does not fit.
+    """
     bars = "".join(
-        f'<rect class="bar{number}" width="{_percent(share)}" height="8" rx="2"/>'
+        f'<rect class="{"over" if share > 1 else f"bar{number}"}" width="{_percent(share)}"'
+        ' height="8" rx="2"/>'
         for number, share in enumerate(shares)
     )
     return f'<svg class="bar" aria-hidden="true">{bars}</svg>'
@@ -131,21 +139,23 @@ def _mark(x: Axis, y: Axis, point: Point) -> str:
         low, high = (_height(y, value) for value in point.span)
         span = f'<line x1="{left}" x2="{left}" y1="{low}" y2="{high}"/>'
     query = f' data-query="{escape(point.query)}"' if point.query else ""
+    label = f' data-label="{escape(point.label)}"' if point.label else ""
     title = f"<title>{escape(point.title)}</title>"
-    return f'<g class="point {point.css}"{query}>{title}{span}{shape}</g>'
+    return f'<g class="point {point.css}"{query}{label}>{title}{span}{shape}</g>'
 
 
 class Cell(NamedTuple):
     """The text of a cell, and the number to sort by if the text would sort wrongly.
 
     `query` makes the text a button that filters the sites by it; `shares` are fractions of one,
-    drawn as bars over each other, the longest first.
+    drawn as bars over each other, the longest first. `bad` is the color of what does not fit.
     """
 
     text: str
     value: float | None = None
     query: str = ""
     shares: tuple[float, ...] = ()
+    bad: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,6 +169,12 @@ class Table:
     headers: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     filterable: bool = False
+
+    def without_empty(self) -> Self:
+        """The table without the columns whose cells have no text, in any row."""
+        said = [i for i, _ in enumerate(self.headers) if any(row[i].text for row in self.rows)]
+        rows = tuple(tuple(row[i] for i in said) for row in self.rows)
+        return replace(self, headers=tuple(self.headers[i] for i in said), rows=rows)
 
 
 class Section(NamedTuple):
@@ -222,10 +238,11 @@ def unordered(items: Iterable[str]) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    number = ' class="number"' if _is_number(cell) else ""
+    names = [name for name, on in (("number", _is_number(cell)), ("bad", cell.bad)) if on]
+    css = f' class="{" ".join(names)}"' if names else ""
     value = "" if cell.value is None else f' data-value="{cell.value}"'
     text = filter_button(cell.text, cell.query) if cell.query else escape(cell.text)
-    return f"<td{number}{value}>{text}{share_bar(cell.shares) if cell.shares else ''}</td>"
+    return f"<td{css}{value}>{text}{share_bar(cell.shares) if cell.shares else ''}</td>"
 
 
 _FILTER = """\

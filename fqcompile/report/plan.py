@@ -28,6 +28,8 @@ from fqcompile.report.site import (
     format_mib,
     format_shape,
     format_sizes,
+    reason_of,
+    reasons_of,
     site_page_table,
     site_table,
 )
@@ -84,7 +86,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Plan:
-    """The sites of a model or graph in order of appearance, and the options that produced them."""
+    """The sites of a graph or model in order: all, `quantized`, `kept`; `totals` and `options`."""
 
     sites: tuple[Site, ...]
     options: Mapping[str, object] = field(default_factory=dict)
@@ -111,9 +113,8 @@ class Plan:
         raise KeyError(f"this plan has no site {name!r} among its {len(self.sites)}{hint}")
 
     def kept_lines(self) -> list[str]:
-        """The reasons of the kept sites in full, most common first, each with its count."""
-        counts = Counter(s.reason or "no reason recorded" for s in self.kept)
-        return [f"kept {count}: {reason}" for reason, count in counts.most_common()]
+        """The reasons of the kept sites, most common first, each with its count."""
+        return [f"kept {len(sites)}: {reason}" for reason, sites in reasons_of(self.kept)]
 
     def expert_lines(self) -> list[str]:
         """One line about the errors of single experts, if there are stacks of experts."""
@@ -285,12 +286,15 @@ def _kept_html(sites: Sequence[Site]) -> str:
     """The skipped sites by reason, collapsed, the most common reason first."""
     if not sites:
         return "<p>nothing: every weight that was looked at is quantized</p>"
-    groups = _grouped(sites, lambda site: site.reason or "no reason recorded", len)
     return "\n".join(
         details(
             f"{len(group)} {'site' if len(group) == 1 else 'sites'}, "
             f"{format_mib(_after(group))} MiB: {reason}",
-            unordered(f"{site.name}, {format_shape(site.shape)}" for site in group),
+            unordered(
+                f"{site.name}, {format_shape(site.shape)}"
+                + ("" if reason_of(site) == reason else f": {reason_of(site)}")
+                for site in group
+            ),
         )
-        for reason, group in groups
+        for reason, group in reasons_of(sites)
     )

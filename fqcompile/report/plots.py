@@ -20,12 +20,13 @@ from fqcompile.report.page import (
     points_svg,
     table_html,
 )
-from fqcompile.report.site import Site, format_error, format_group, format_status
+from fqcompile.report.site import Site, format_error, format_group, format_status, shorten
 from fqcompile.report.tuning_case import Candidate, TuningCase
 
 WORST = 10
 _MOST_LAYERS_NAMED = 8
 _MOST_CASES_NAMED = 12
+_LONGEST_LABEL = 28
 
 
 def errors_html(sites: Sequence[Site]) -> str:
@@ -114,7 +115,14 @@ def _point(site: Site, x: float) -> Point:
         square=site.kind == "experts",
         span=(min(experts), max(experts)) if experts else None,
         query=f"^{site.name}",
+        label=_label(site),
     )
+
+
+def _label(site: Site) -> str:
+    place = place_of(site.name)
+    layer = "" if place.layer is None else f"{place.layer} "
+    return shorten(f"{layer}{place.role}", _LONGEST_LABEL)
 
 
 def _bits_plot(sites: Sequence[Site]) -> str:
@@ -202,6 +210,7 @@ def _share_point(case: TuningCase, number: int, candidate: Candidate, timing: Ti
         square=candidate.name == case.choice,
         span=(spread[0], spread[1]),
         query=case_query(number),
+        label=shorten(candidate.name, _LONGEST_LABEL),
     )
 
 
@@ -235,6 +244,7 @@ def _ratio_point(case: TuningCase, number: int) -> Point | None:
         square=True,
         span=(chosen.low / unit, chosen.high / unit),
         query=case_query(number),
+        label=shorten(case.name, _LONGEST_LABEL),
     )
 
 

@@ -4,7 +4,8 @@ The text table is at most 120 characters wide and shortens names; the HTML page 
 """
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -36,13 +37,26 @@ class _OnceAsked:
 class Site:
     """A linear or a stack of experts whose weight was considered for quantization.
 
-    `shape` is (N, K) or (E, N, K); `group_size` is K for per-channel scales. `relative_error` is
-    ‖w-ŵ‖/‖w‖ of the stored codes; `expert_errors` has it for each expert. `least_us` is the
-    roofline lower bound in microseconds for the rows of the example call: the time to move its
-    bytes or, on a GPU, to compute if that is longer; a CPU's bandwidth is measured on first use.
-    `calibration` says what its errors were weighed with: "synthetic", "first_call", "batches", or
-    "none" and why; `calibration_rows` how many rows that were.
-    `recipe` locates the weight in a model, for `fake_quantize_`; it is never written to files.
+    Attributes:
+        name: of the parameter, as in `named_parameters()`.
+        kind: "linear" or "experts".
+        shape: (N, K): outputs and inputs; or (E, N, K) of E experts.
+        status: "quantized", or "kept" dense.
+        reason: why it is kept.
+        bits: 4 or 8.
+        levels: "normal" or "uniform".
+        group_size: how many weights along K share a scale; K for per-channel scales.
+        bytes_before, bytes_after: of the weight; with its scales after.
+        relative_error: ‖w-ŵ‖/‖w‖ of the stored codes.
+        calibration: what its errors were weighed with: "synthetic", "first_call", "batches", or
+            "none" and why.
+        calibration_rows: how many rows that were.
+        expert_errors: the relative error of each expert.
+        kernel: the kernel that multiplies by it here.
+        least_us: the roofline lower bound in microseconds for the rows of the example call: the
+            time to move its bytes or, on a GPU, to compute if that is longer; a CPU's bandwidth is
+            measured on first use.
+        recipe: locates the weight in a model, for `fake_quantize_`; never written to files.
     """
 
     name: str
@@ -82,6 +96,7 @@ class Site:
         return {**named, "shape": list(self.shape)}
 
 
+_NUMBER = re.compile(r"(?<!\w)(\d+(?:\.\d+)?(?:e[+-]?\d+)?)")  # no part of a name: float16
 WIDTH = 120
 MIN_LAST = 24
 HEADERS = ("name", "shape", "status", "group", "size, MiB", "error", "kernel, or why kept")
@@ -160,6 +175,27 @@ def site_table(sites: Sequence[Site]) -> str:
     return tabulate([HEADERS, rule, *rows], tablefmt="plain", colalign=ALIGN, disable_numparse=True)
 
 
+def reasons_of(sites: Iterable[Site]) -> list[tuple[str, list[Site]]]:
+    """The sites by the reason why they are kept, the most common reason first.
+
+    Reasons that differ in numbers alone are one, with … for the numbers that differ.
+    """
+    alike: dict[str, list[Site]] = {}
+    for site in sites:
+        alike.setdefault(_NUMBER.sub("…", reason_of(site)), []).append(site)
+    groups = sorted(alike.values(), key=lambda group: -len(group))
+    return [(_common(list(map(reason_of, group))), group) for group in groups]
+
+
+def reason_of(site: Site) -> str:
+    return site.reason or "no reason recorded"
+
+
+def _common(reasons: Sequence[str]) -> str:
+    parts = zip(*map(_NUMBER.split, reasons), strict=True)
+    return "".join(same[0] if len(set(same)) == 1 else "…" for same in parts)
+
+
 def _cells(site: Site) -> tuple[Cell, ...]:
     return (
         Cell(site.name),
@@ -195,7 +231,5 @@ PAGE_HEADERS = (
 
 def site_page_table(sites: Sequence[Site]) -> Table:
     """The sites with all text in full; columns that are empty for every site are left out."""
-    rows = [_cells(site) for site in sites]
-    said = [i for i in range(len(PAGE_HEADERS)) if not rows or any(row[i].text for row in rows)]
-    cells = tuple(tuple(row[i] for i in said) for row in rows)
-    return Table("sites", tuple(PAGE_HEADERS[i] for i in said), cells, filterable=True)
+    rows = tuple(_cells(site) for site in sites)
+    return Table("sites", PAGE_HEADERS, rows, filterable=True).without_empty()

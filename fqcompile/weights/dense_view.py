@@ -167,7 +167,7 @@ def refusal(func: object, written: _Views) -> FineQuantError:
     return FineQuantError(
         f"{func} would write to a packed weight {tuple(written.shape)}{place}; only copy_ of whole "
         "rows (as load_state_dict does) can: call fqcompile.restore(model) to change values in "
-        f"place{keep}"
+        f"place or to merge an adapter{keep}"
     )
 
 

@@ -16,12 +16,14 @@ from bench import gpu, short
 from bench.__main__ import BENCHMARKS
 from bench.core import results
 from bench.core.results import Budget, Results
-from bench.core.steps import Step, session
+from bench.core.steps import Step, planned, session
 from bench.experts import run as experts
 from bench.kernels import run as kernels
 from bench.launch_overhead.run import host_microseconds
 from bench.models import run as models
+from fqcompile.kernels.spec import TileConfig
 from fqcompile.kernels.tuning.measure import DeviceLost
+from fqcompile.kernels.tuning.table import Timing, Trial, TunedTable
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,6 +63,24 @@ def test_no_step_stops_the_next(
 def test_without_time_left_a_step_is_left_out(steps: None, tmp_path: Path) -> None:
     good = {"good": gpu.PARTS[1]["good"]}
     assert session(good, tmp_path, 0.5) == [("good", "no time", 0.0, "")]
+
+
+def test_what_a_stopped_step_has_started_is_stopped_too(tmp_path: Path) -> None:
+    late = tmp_path / "late"
+    child = f"import time; print('on', flush=True); time.sleep(3); open({str(late)!r}, 'w')"
+    start = f"subprocess.Popen([sys.executable, '-c', {child!r}])"
+    steps = {"slow": step(f"import subprocess, sys, time; {start}; time.sleep(60)")}
+    ((_, end, *_, last),) = session(steps, tmp_path, 2.0)
+    assert (end, last) == ("STOPPED after 2 s", "on")
+    time.sleep(2)
+    assert not late.exists()
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_what_is_expected_fits(part: int) -> None:
+    rows = planned(gpu.PARTS[part], 420)
+    assert all(0 < expected <= most for _, expected, most in rows), rows
+    assert sum(expected for _, expected, _ in rows) <= 420
 
 
 PARSERS = {"kernels": kernels.parse, "experts": experts.parse, "models": models.parse}
@@ -129,6 +149,41 @@ def test_what_came_back_becomes_results_and_tables(
     assert f"{back / 'kernels.json'} is left out: it is no whole JSON" in printed
     assert not (root / "nvidia-h200" / "kernels.json").exists()
     assert "error" in printed
+
+
+def test_a_tuned_table_that_came_back_is_kept_and_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu.readme, "main", lambda *arguments, **named: None)
+    back, root = tmp_path / "back", tmp_path / "results"
+    back.mkdir()
+    root.mkdir()
+    table = TunedTable.load(back / "tuned.json", {"gpu": "NVIDIA H200"})
+    first, best = (TileConfig(16, 64, 128, num_stages=stages) for stages in (3, 4))
+    for config, us in ((first, 12.0), (best, 8.0)):
+        table.add("dense 8192x8192", 16, Trial(config, Timing(us, us, us)))
+    table.add("dense 64x64", None, Trial(first, refusal="no shared memory"))
+    gpu.replay([back], root, tmp_path / "README.md")
+    kept = TunedTable.load(root / "nvidia-h200" / "tuned.json", table.fingerprint)
+    assert kept.case("dense 8192x8192", 16) == table.case("dense 8192x8192", 16)
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if "8192x8192" in line]
+    assert line.split() == (
+        ["dense", "8192x8192", "16", str(best), "8.0", "[8.0,", "8.0]", str(first), "1.50x"]
+    )
+    assert "all 1 configurations failed" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the stub would take the GPU's place")
+def test_kernels_built_ahead_are_found_by_who_has_the_folder(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench", "gpu", "--ahead", str(tmp_path), "--dry"]
+    made = []
+    for _ in range(2):
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        made.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.cubin")})
+    assert {path.name for path in made[0]} == {"gemm_kernel.cubin", "dequantize_kernel.cubin"}
+    assert made[0] == made[1]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from bench import readme
+from bench.choices import choices
 from bench.core.results import Results
 from bench.summary import summary
 
@@ -37,7 +38,9 @@ def page_text(root: Path, text: str = EMPTY) -> str:
 def checkout(tmp_path: Path) -> tuple[Path, Path]:
     """A README and a page of results, with places for the GPU's kernels and all rows."""
     file, page = tmp_path / "README.md", tmp_path / "docs" / "results.md"
-    page.parent.mkdir()
+    guide = tmp_path / readme.GUIDE
+    guide.parent.mkdir(parents=True)
+    guide.write_text("no tables")
     file.write_text("as it is")
     page.write_text(EMPTY + ALL)
     return file, page
@@ -138,6 +141,9 @@ def test_every_section_has_its_place_on_the_page() -> None:
         assert text.count(f"<!-- bench:{name} -->") == 1, name
         assert text.count(f"<!-- /bench:{name} -->") == 1, name
     assert readme.README.read_text(encoding="utf-8").count("<!-- bench:summary -->") == 1
+    guide = (readme.README.parent / readme.GUIDE).read_text(encoding="utf-8")
+    for name in choices():
+        assert guide.count(f"<!-- bench:{name} -->") == 1, name
 
 
 def test_the_readme_of_this_checkout_is_as_its_results_have_it() -> None:
@@ -148,3 +154,27 @@ def test_committed_results_say_what_they_are_of() -> None:
     for path in readme.RESULTS.glob("*/*.json"):
         content = json.loads(path.read_text())
         assert {"device", "torch", "commit", "command"} <= set(content["identity"]), path
+
+
+def test_the_guide_has_an_option_beside_what_was_measured_of_it(tmp_path: Path) -> None:
+    draws = [
+        {"model": model, "way": "int4 normal g32, synthetic", "bits_per_weight": 4.5, **found}
+        for model, found in {"gemma": {"divergence": 0.12}, "MiniLM": {"divergence": 0.016}}.items()
+    ]
+    step = {"model": "m", "layers": 2, "phase": "decode", "tokens": 64}
+    steps = [step | {"way": "inductor", "ms": 9.0}, step | {"way": "int8", "ms": 3.0}]
+    for name, rows in {"accuracy-draws": draws, "models-cpu-gemma": steps}.items():
+        Results(IDENTITY, {}, tmp_path / "x" / f"{name}.json").add(*rows)
+    tables = choices(tmp_path)
+    assert cells_of(tables["choices-quality"]) == [["`granularity=32`", "4.50", "0.1200", "0.0160"]]
+    assert cells_of(tables["choices-decoding"]) == [
+        ["Inductor, 16 bits", "9.0 ms"],
+        ["`bits=8`", "3.0 ms (3.00x)"],
+    ]
+    assert tables["choices-memory"] == ""
+
+
+def cells_of(text: str) -> list[list[str]]:
+    """The rows of its table."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]

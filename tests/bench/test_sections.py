@@ -11,7 +11,7 @@ from bench.launch_overhead.section import (
 )
 from bench.models.section import models, models_short
 from bench.start.section import memory, startup
-from bench.static.section import static, static_short
+from bench.static.section import predictions, static, static_short, stream_k
 from tests.bench.made_up_results import cells, content
 
 MIB, GIB = 2**20, 2**30
@@ -164,3 +164,23 @@ def test_of_machine_code_the_tile_with_the_fewest_instructions_is_shown() -> Non
     assert cells(text, "plain")[1] == "8.12"
     assert text.count("sm_90") == 2
     assert static(content(rows)).count("sm_90") == 5
+
+
+def test_predictions_stand_beside_each_other_and_beside_what_others_published() -> None:
+    row = {"layer": "10 x 10 w4", "gpu": "G", "m": 1, "config": "tile", "ideal": 1.0, "model": 2.0}
+    near = row | {"simulated": 2.2, "sixteen_bits": 4.0, "published": ["A 3 µs (there)"]}
+    far = near | {"m": 2, "simulated": 3.0, "published": []}
+    dense = {key: near[key] for key in near if key != "simulated"} | {"m": 3, "gpu": "H"}
+    text = predictions(content([near, far, dense]))
+    assert "1.10 to 1.50 of the model's, 1 of 2 further than 25 %" in text
+    first = ["10 x 10 w4", "1", "tile", "1.0", "2.0", "2.2", "4.0", "A 3 µs (there)"]
+    assert cells(text, "10 x 10 w4") == first
+    assert "H:" in text and "| 10 x 10 w4 | 3   | tile            | 1.0" in text
+
+
+def test_stream_k_is_counted_where_it_gains_a_tenth() -> None:
+    row = {"layer": "l", "gpu": "G", "m": 64, "config": "c", "model": 10.0, "stream_config": "s"}
+    rows = [row | {"stream": 10 - 10 * gain, "gain": gain} for gain in (0.1, 0.09, -0.2)]
+    text = stream_k(content([*rows, rows[0] | {"simulated_gain": 0.05}]))
+    assert "G, gain: 10 % and more in 2 of 4 cases." in text
+    assert "G, simulated_gain: 10 % and more in 0 of 1 cases." in text

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from fqcompile.checkpoint.manifest import (
     Manifest,
-    PackedRecord,
     PartsRecord,
     ShardRecord,
     SlotRecord,
     TensorRecord,
 )
+from fqcompile.checkpoint.packed_record import PackedRecord
 from fqcompile.errors import CheckpointError
 
 PATH = Path("fqcompile.json")
@@ -89,7 +89,7 @@ def test_any_config_and_site_survives(value: Any) -> None:
         ("[" * 100_000, "not JSON"),
         ("[]", "not a manifest of fqcompile"),
         ('{"format": "other"}', "not a manifest of fqcompile"),
-        (signed(content(), version=4), "format version 4"),
+        (signed(content(), version=5), "format version 5"),
         (signed(content(), version="1"), "format version '1'"),
         (signed(content(), sha256="00"), "checksum differs"),
         (MANIFEST.to_json().replace('"group_size": 32', '"group_size": 64'), "checksum differs"),

@@ -62,6 +62,23 @@ def test_the_table_has_a_line_for_each_way(
     assert by_wait[0][1] < by_wait[-1][1]
 
 
+def test_page_labels_its_points_and_marks_what_does_not_fit(tmp_path: Path) -> None:
+    page = tmp_path / "estimate.html"
+    arguments = ["--model", "llama-3-70b", "--gpu", "h200", "--tp", "1,2", "--batch", "64"]
+    assert main(["estimate", *arguments, "--context", "4096", "--html", str(page)]) == 0
+    html = page.read_text(encoding="utf-8")
+    labels = re.findall(r'data-label="([^"]*)"', html)
+    assert labels == [
+        "int4, 1 h200, tp 1",
+        "bf16, 2 h200, tp 2",
+        "int8, 2 h200, tp 2",
+        "int4, 2 h200, tp 2",
+    ]
+    assert html.count('<td class="bad">does not fit</td>') == 2 * 2
+    assert html.count('<rect class="over" width="100.00%"') == 2
+    assert "cost of 1M" not in html, "no price was given"
+
+
 def test_replicas_multiply_tokens_and_not_their_cost(model: str, tmp_path: Path) -> None:
     common = ["--model", model, "--tp", "2", "--batch", "1", "--context", "64", "--format", "int4"]
     one, many = estimated(tmp_path, *common, "--gpus", "2,4097", "--price", "h200=3.6")

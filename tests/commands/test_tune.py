@@ -77,7 +77,9 @@ def test_the_second_time_nothing_is_measured(
         assert main(["tune", "4096x14336"]) == 0
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1]
-    assert measure.set_up == [1, 16, 128, 2048]
+    assert measure.set_up == [1, 16, 17, 128, 2048]
+    for rows in ("M <= 1 ", "M <= 16 ", "M = 17 ", "M <= 128 ", "M > 512 "):
+        assert outputs[0].count(rows) == 1
 
 
 def test_ctrl_c_is_one_line_and_the_command_goes_on_from_there(

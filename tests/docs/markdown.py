@@ -21,7 +21,7 @@ import pytest
 from fqcompile import cli
 
 PYTHON, SHELL = ("python",), ("sh", "bash", "console")
-NOT_RUN = ("", "text", "json", "diff")  # drawings, output, file contents
+NOT_RUN = ("", "text", "json", "diff", "cpp")  # drawings, output, file contents
 _STEP = re.compile(
     r"^<!-- (?P<word>setup|check|skip|raises): (?P<note>.*?) -->$"
     r"|^```(?P<language>\w*)\n(?P<body>.*?)^```$",

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch._inductor.compile_fx
 
@@ -19,7 +20,7 @@ from tests.docs import markdown, stand_ins
 ROOT = Path(__file__).parent.parent.parent
 GUIDES = sorted(ROOT.glob("docs/guide/*.md"))
 EXECUTED = [ROOT / "README.md", *GUIDES]
-LINKED = [*EXECUTED, *sorted(ROOT.glob("docs/design/*.md")), ROOT / "docs" / "results.md",
+LINKED = [*EXECUTED, *sorted(ROOT.glob("docs/design/*.md")), *sorted(ROOT.glob("docs/*.md")),
           ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md"]  # fmt: skip
 KNOWN = {name: getattr(stand_ins, name) for name in stand_ins.__all__}
 
@@ -78,14 +79,18 @@ def test_a_failure_names_the_file_and_line(tmp_path: Path) -> None:
 
 
 def test_most_blocks_are_run() -> None:
-    """What is skipped needs a GPU, ranks, packages to install or minutes."""
+    """What is skipped needs a GPU, ranks, packages to install, a compiler or minutes."""
     found = {p: list(markdown.steps(p.read_text(encoding="utf-8"))) for p in EXECUTED}
     skipped = {name(p): sum(bool(s.skip) for s in steps) for p, steps in found.items()}
     assert {n: count for n, count in skipped.items() if count} == {
         "README.md": 1,
+        "docs/guide/diffusers.md": 4,
         "docs/guide/distributed.md": 1,
+        "docs/guide/evaluating.md": 2,
+        "docs/guide/exported.md": 3,
         "docs/guide/reports.md": 1,
         "docs/guide/tuning.md": 3,
+        "docs/guide/tutorial.md": 2,
     }
 
 
@@ -124,3 +129,55 @@ def test_the_table_of_options_is_complete() -> None:
         value = getattr(config, option)
         shown = f'`"{value}"`' if isinstance(value, str) else str(value)
         assert default == (shown if isinstance(value, str | int | float | None) else "none"), option
+
+
+def test_the_site_has_every_page() -> None:
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    missing = [name(path) for path in LINKED if f": {name(path)}\n" not in menu]
+    assert not missing, f"mkdocs.yml has no line for {missing}"
+
+
+def test_the_reference_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    # explain is a module too, and its function's name in it.
+    names = re.findall(r"^::: fqcompile\.(?:explain\.)?(\w+)$", text, re.MULTILINE)
+    assert sorted(names) == fqcompile.__all__
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=name)
+def test_tests_that_are_named_exist(path: Path) -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", path.read_text(encoding="utf-8"))
+    for file, test in named:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert not test or f"def {test}(" in source, f"{name(path)} names {file}::{test}"
+
+
+def test_each_answer_says_what_shows_it() -> None:
+    text = (ROOT / "docs" / "guide" / "faq.md").read_text(encoding="utf-8")
+    for answer in text.split("\n### ")[1:]:
+        shown = answer.partition("Shown by: ")[2]
+        assert "`tests/" in shown or ".md#" in shown, answer.partition("\n")[0]
+
+
+@pytest.mark.usefixtures("no_inductor")
+def test_every_call_that_replaces_another_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code in the right columns of the tables, each on a model of its own."""
+    monkeypatch.chdir(tmp_path)
+    stand_ins.checkpoint("checkpoint", hidden_size=512, intermediate_size=1024, heads=8)
+    ids = torch.arange(1, 6)[None]
+    text = (ROOT / "docs" / "guide" / "migrating.md").read_text(encoding="utf-8")
+    calls = re.findall(r"^\| .* \| `(\w+\..*?)`[^|`]* \|$", text, re.MULTILINE)
+    assert len(calls) == len(re.findall(r"^\| `", text, re.MULTILINE))
+    for call in calls:
+        known = {**KNOWN, "fqcompile": fqcompile, "peft": peft, "MyModel": stand_ins.llama}
+        known["model"] = model = stand_ins.llama()
+        known["config"] = peft.LoraConfig(r=4, target_modules=["q_proj"])
+        known["batches"] = [torch.randint(512, (4, 128)) for _ in range(4)]
+        if "quantize_" not in call and "compile(" not in call:
+            fqcompile.quantize_(model)
+        result = eval(call, known)
+        if isinstance(result, torch.nn.Module):
+            with torch.no_grad():
+                assert result(input_ids=ids).logits.isfinite().all(), call

@@ -530,3 +530,40 @@ def test_a_router_inside_of_a_module_is_kept(
     assert fqcompile.quantize_(frozen(alone)).site(name).status == "quantized"
     overridden = fqcompile.quantize_(model, overrides={name: {"bits": 8}})
     assert overridden.site(name).bits == 8
+
+
+def test_filter_fn_chooses_by_module_and_name_as_torchaos_does() -> None:
+    model, inputs = build("llama", torch.float32)
+    asked: dict[str, nn.Module] = {}
+
+    def accepts(module: nn.Module, name: str) -> bool:
+        asked[name] = module
+        return isinstance(module, nn.Linear) and name.endswith(("up_proj", "q_proj"))
+
+    packed, plan = _packed(model, filter_fn=accepts)
+    modules = dict(packed.named_modules())
+    assert {f"{name}.weight" for name in asked} == {
+        s.name for s in plan.sites if s.status == "quantized" or "filter_fn" in str(s.reason)
+    }
+    assert all(asked[name] is modules[name] for name in asked)
+    for site in plan.sites:
+        chosen = site.name.endswith(("up_proj.weight", "q_proj.weight"))
+        assert (site.status == "quantized") == chosen
+        assert isinstance(packed.get_parameter(site.name), PackedWeight) == chosen
+        assert chosen or site.reason == "filter_fn does not accept its module"
+    assert_close(run(packed, inputs), run(oracle(model, plan), inputs), depth=CHAIN * 4)
+
+
+def test_filter_fn_is_not_asked_about_what_stays_anyway_and_finds_the_model_itself() -> None:
+    lone = nn.Linear(128, 128)
+    asked: list[tuple[nn.Module, str]] = []
+    plan = fqcompile.quantize_(lone, filter_fn=lambda *given: asked.append(given) is None, **SMALL)
+    assert asked == [(lone, "")] and plan.quantized
+    plan = fqcompile.quantize_(lone, filter_fn=lambda *_: False, **SMALL)
+    assert plan.sites[0].reason == "the weight is packed already"
+
+
+def test_filter_fn_of_another_type_is_refused() -> None:
+    names: Any = ["lm_head"]
+    with pytest.raises(OptionError, match=r"filter_fn is \['lm_head'\]; allowed: a function of a"):
+        fqcompile.quantize_(nn.Linear(128, 128), filter_fn=names)

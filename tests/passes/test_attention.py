@@ -43,6 +43,57 @@ def capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)
 
 
+def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    """As T5's."""
+    scores = torch.matmul(q, k.transpose(2, 3)) * 1.0
+    scores = scores + bias
+    scores = scores + mask
+    return torch.matmul(F.dropout(F.softmax(scores, dim=-1), 0.1, False), v)
+
+
+def filled(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:
+    """As MPT's."""
+    scores = torch.matmul(q, k.transpose(-1, -2)) * 0.3 + bias
+    scores = scores.masked_fill(hidden, torch.finfo(q.dtype).min)
+    return torch.matmul(F.softmax(scores.float(), dim=-1).to(v.dtype), v)
+
+
+def in_place(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """As Falcon's with rotary embedding; k and v have one head for all."""
+    scores = q @ k.transpose(-1, -2)
+    scores /= math.sqrt(32)
+    return F.softmax(scores + mask, dim=-1, dtype=q.dtype) @ v
+
+
+def alibi(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, mask: Tensor) -> Tensor:
+    """As Falcon's with alibi, which is scaled as the scores are."""
+    scores = (q @ k.transpose(-1, -2)).view(2, 8, -1, 40).to(torch.float32)
+    logits = scores + slopes.view(2, 8, 1, -1)
+    logits *= 0.3
+    weights = F.softmax(logits + mask, dim=-1, dtype=q.dtype)
+    return (weights.view(2, 8, -1, 40) @ v).flatten(0, 1)
+
+
+def merged(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, mask: Tensor) -> Tensor:
+    """As Bloom's: batch and heads are one dimension of the products."""
+    q, keys = q.reshape(16, -1, 32), k.reshape(16, -1, 32).transpose(-1, -2)
+    scores = slopes.baddbmm(batch1=q, batch2=keys, beta=1.0, alpha=0.3)
+    scores = scores.view(2, 8, -1, 40) + mask
+    weights = F.dropout(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), 0.1, False)
+    out = torch.bmm(weights.view(16, -1, 40), v.reshape(16, -1, 24))
+    return out.view(2, 8, -1, 24).permute(0, 2, 1, 3).reshape(2, -1, 192)
+
+
+def sinking(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor) -> Tensor:
+    """As GPT-OSS's."""
+    scores = torch.matmul(q, k.transpose(2, 3)) * 0.3 + mask
+    ends = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)
+    logits = torch.cat([scores, ends], dim=-1)
+    logits = logits - logits.max(dim=-1, keepdim=True).values
+    weights = F.softmax(logits, dim=-1, dtype=logits.dtype)[..., :-1]
+    return torch.matmul(F.dropout(weights, 0.1, training=False).to(v.dtype), v)
+
+
 def ops(run: Run) -> list[fx.Node]:
     return [node for node in run.state.graph.nodes if node.target is attention]
 
@@ -60,10 +111,13 @@ def test_the_drawing() -> None:
     assert run.state.matched == ["attention: scaled_dot_product_attention"]
     assert run.ops == {"fqcompile.attention.default": 1}
     assert shapes(run) == [(2, 2, 40, 32), (2, 2, 40, 24)]
-    assert ops(run)[0].args[4:] == (0.3, 0.0, False, False)
+    assert ops(run)[0].args[4:] == (None, 0.3, 0.0, False, False)
     assert_same(run)
 
 
+WIDE_K, WIDE_V = K.repeat(1, 4, 1, 1), V.repeat(1, 4, 1, 1)
+BIAS, SLOPES = torch.randn(1, 8, 1, 40), torch.randn(16, 1, 40)
+HIDDEN = ~SEEN | (torch.arange(40) < 3)
 FORMS: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {
     "no mask": (lambda q, k, v: sdpa(q, repeated(k), repeated(v)), (Q, K, V)),
     "enable_gqa": (lambda q, k, v: sdpa(q, k, v, enable_gqa=True), (Q, K, V)),
@@ -124,6 +178,34 @@ FORMS: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {
         ),
         (torch.randn(2, 8, 4, 32), K, V, torch.randn(4, 40)),
     ),
+    "position bias": (biased, (Q, WIDE_K, WIDE_V, BIAS, NUMBERS)),
+    "bias, and numbers in place of scores": (filled, (Q, WIDE_K, WIDE_V, BIAS[0], HIDDEN)),
+    "-inf in place of scores": (
+        lambda q, k, v, m: torch.softmax((q @ k.mT).masked_fill(m, -math.inf), -1) @ v,
+        (Q, WIDE_K, WIDE_V, HIDDEN),
+    ),
+    "in place": (in_place, (Q, K[:, :1], V[:, :1], NUMBERS)),
+    "alibi": (alibi, (Q, WIDE_K, WIDE_V, SLOPES, NUMBERS)),
+    "merged": (merged, (Q, WIDE_K, WIDE_V, SLOPES, NUMBERS)),
+    "merged, four rows": (merged, (Q.repeat(1, 1, 4, 1), WIDE_K, WIDE_V, SLOPES, NUMBERS)),
+    "sinks": (
+        lambda q, k, v, m, s: sinking(q, repeated(k), repeated(v), m, s),
+        (Q, K, V, NUMBERS, torch.randn(8)),
+    ),
+    "sinks alone": (
+        lambda q, k, v, s: torch.softmax(torch.cat([q @ k.mT, s], -1), -1)[..., :-1] @ v,
+        (Q, WIDE_K, WIDE_V, torch.randn(2, 8, 1, 1)),
+    ),
+    "a product as mask": (
+        lambda q, k, v, far: torch.softmax(q @ k.mT * 0.3 + q @ far.mT, -1) @ v,
+        (Q, WIDE_K, WIDE_V, torch.randn(8, 40, 32)),
+    ),
+}
+HEADS = {
+    **dict.fromkeys(("BERT's", "no scale", "position bias", "-inf in place of scores"), 8),
+    **dict.fromkeys(("bias, and numbers in place of scores", "alibi", "a product as mask"), 8),
+    **dict.fromkeys(("merged", "merged, four rows", "sinks alone"), 8),
+    "in place": 1,
 }
 
 
@@ -131,10 +213,22 @@ FORMS: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {
 def test_form(name: str) -> None:
     function, arguments = FORMS[name]
     run = run_passes(function, *arguments)
-    heads = 8 if "BERT" in name or name == "no scale" else 2
+    heads = HEADS.get(name, 2)
     assert shapes(run) == [(2, heads, 40, 32), (2, heads, 40, 24)], run.state.matched
     assert_same(run)
     assert all("softmax" not in op and "dot_product" not in op for op in run.ops)
+    assert run.ops["matmul"] == (name == "a product as mask") and not run.ops["bmm"]
+
+
+def test_masks_of_16_bits_are_summed_up_in_32() -> None:
+    """200 has the unit 1 in bf16: added or scaled there, weights would be off by e^.5."""
+    slopes = torch.arange(40.0) + 200 - torch.rand(16, 1, 40)
+    low = [t.bfloat16() for t in (Q, WIDE_K, WIDE_V, slopes, torch.randn(2, 1, 1, 40))]
+    for function in (alibi, merged):
+        run = run_passes(function, *low)
+        assert len(ops(run)) == 1
+        (got,), want = run.outputs(), function(*(t.double() for t in low))
+        assert (got - want).abs().max() <= 2**-8 * WIDE_V.abs().max() * 1.1
 
 
 def test_bf16_and_symbolic_lengths() -> None:
@@ -200,9 +294,75 @@ def write_inside(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(scores, -1) @ v
 
 
-WIDE_K, WIDE_V = K.repeat(1, 4, 1, 1), V.repeat(1, 4, 1, 1)
+def read_after(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    scores = q @ k.transpose(2, 3)
+    scores.mul_(0.3)
+    return torch.softmax(scores, -1) @ v, scores
+
+
+def into_the_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    mask = mask.expand(2, 8, 1, 40).clone()
+    mask += q @ k.transpose(2, 3)
+    return torch.softmax(mask, -1) @ v, mask
+
+
+OF_NO_FORM = "its scores are not a product"
 NEAR_MISSES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
-    "weights are returned": (other_user, (Q, WIDE_K, WIDE_V), ""),
+    "weights are returned": (other_user, (Q, WIDE_K, WIDE_V), "have other readers"),
+    "scores are read after a write": (read_after, (Q, WIDE_K, WIDE_V), "have other readers"),
+    "scores are added to the mask": (into_the_mask, (Q, WIDE_K, WIDE_V, NUMBERS), OF_NO_FORM),
+    "a number that leaves something of a score": (
+        lambda q, k, v, m: torch.softmax((q @ k.mT).masked_fill(m, -1e9), -1) @ v,
+        (Q, WIDE_K, WIDE_V, HIDDEN),
+        OF_NO_FORM,
+    ),
+    "keys that are no transpose": (
+        lambda q, k, v: torch.softmax(q @ k, -1) @ v,
+        (Q, WIDE_K.mT.contiguous(), WIDE_V),
+        "not q @ k.transpose(-2, -1)",
+    ),
+    "a cap between two scales": (
+        lambda q, k, v: torch.softmax(torch.tanh(q @ k.mT * 0.3) * 4, -1) @ v,
+        (Q, WIDE_K, WIDE_V),
+        "in another order: times, cap, times",
+    ),
+    "a cap of what is masked": (
+        lambda q, k, v, m: torch.softmax(torch.tanh(q @ k.mT + m), -1) @ v,
+        (Q, WIDE_K, WIDE_V, NUMBERS),
+        "in another order: add, cap",
+    ),
+    "heads in another order": (
+        lambda q, k, v, m: (
+            torch.softmax(((q @ k.mT).view(8, 2, 1, 40) + m).view(2, 8, 1, 40), -1) @ v
+        ),
+        (Q, WIDE_K, WIDE_V, torch.randn(8, 1, 1, 40)),
+        OF_NO_FORM,
+    ),
+    "sinks that meet a value": (
+        lambda q, k, v, s: torch.softmax(torch.cat([q @ k.mT, s], -1), -1) @ v,
+        (Q, WIDE_K[:, :, 1:], WIDE_V, torch.randn(2, 8, 1, 1)),
+        "what is dropped after its softmax",
+    ),
+    "a key without a value": (
+        lambda q, k, v: torch.softmax(q @ k.mT, -1)[..., :-1] @ v,
+        (Q, WIDE_K, WIDE_V[:, :, 1:]),
+        "what is dropped after its softmax",
+    ),
+    "sinks before the mask": (
+        lambda q, k, v, s, m: torch.softmax(torch.cat([q @ k.mT, s], -1) + m, -1)[..., :-1] @ v,
+        (Q, WIDE_K, WIDE_V, torch.randn(2, 8, 1, 1), torch.randn(41)),
+        "in another order: sinks, add",
+    ),
+    "less than the largest score of another row": (
+        lambda q, k, v: torch.softmax((s := q @ k.mT) - s.max(dim=-2, keepdim=True).values, -1) @ v,
+        (Q.repeat(1, 1, 2, 1), WIDE_K, WIDE_V),
+        OF_NO_FORM,
+    ),
+    "one value for each key": (
+        lambda q, k, v: torch.softmax(q @ k.mT, -1) @ v,
+        (Q, WIDE_K, V[0, 0, :, 0]),
+        "takes [batch, heads, rows, width]",
+    ),
     "a write inside": (write_inside, (Q, WIDE_K, WIDE_V), "may write"),
     "nine rows": (
         lambda q, k, v: sdpa(q, k, v),
@@ -234,17 +394,17 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
     "softmax over rows": (
         lambda q, k, v: torch.softmax(q @ k.transpose(2, 3), 2) @ v,
         (Q, WIDE_K, WIDE_V),
-        "",
+        "softmax is over dimension 2",
     ),
     "another function between": (
         lambda q, k, v: torch.softmax((q @ k.transpose(2, 3)).abs(), -1) @ v,
         (Q, WIDE_K, WIDE_V),
-        "",
+        OF_NO_FORM,
     ),
     "another cap": (
         lambda q, k, v: torch.softmax(torch.tanh(q @ k.transpose(2, 3) / 3) * 4, -1) @ v,
         (Q, WIDE_K, WIDE_V),
-        "",
+        OF_NO_FORM,
     ),
     "a mask that is true or false, added": (
         lambda q, k, v, m: torch.softmax(q @ k.transpose(2, 3) + m, -1) @ v,

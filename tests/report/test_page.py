@@ -8,6 +8,7 @@ import base64
 import hashlib
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,16 @@ def test_page_of_kept_sites_alone_says_that_nothing_is_quantized(
     assert "kernels" not in page.rows and len(page.rows["sites"]) == 2
 
 
+def test_kept_sites_of_one_reason_are_one_line_and_keep_their_own_numbers(
+    plan: Plan, tmp_path: Path
+) -> None:
+    sites = [replace(site, reason=f"{at} values are nan") for at, site in enumerate(plan.sites[2:])]
+    text = Plan(tuple(sites)).to_html(tmp_path / "plan.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.summaries[0] == "2 sites, 0.03 MiB: … values are nan"
+    assert "layers.2.mlp.router.weight, 8x2048: 0 values are nan</li>" in text
+
+
 PRINTABLE = st.text(st.characters(codec="utf-8", exclude_categories=["C"]))
 
 
@@ -121,6 +132,15 @@ def test_bars_are_fractions_of_the_width_and_stay_inside() -> None:
     table = Table("t", ("size",), ((Cell("", 1.0, shares=(0.5, 1 / 3, 7.0)),),))
     widths = [value for name, value in Page(table_html(table)).attributes if name == "width"]
     assert widths == ["50.00%", "33.33%", "100.00%"]
+    colors = [value for name, value in Page(table_html(table)).attributes if name == "class"]
+    assert colors[-3:] == ["bar0", "bar1", "over"]
+
+
+def test_a_bad_cell_is_marked_and_columns_without_text_can_be_left_out() -> None:
+    rows = ((Cell("1", 1.0, bad=True), Cell(""), Cell("")), (Cell("x"), Cell(""), Cell("y")))
+    table = Table("t", ("a", "b", "c"), rows)
+    assert ("class", "number bad") in Page(table_html(table)).attributes
+    assert table.without_empty() == Table("t", ("a", "c"), tuple(row[::2] for row in rows))
 
 
 @given(st.lists(st.lists(PRINTABLE, min_size=2, max_size=2), max_size=4), PRINTABLE)
@@ -170,12 +190,12 @@ def test_point_stands_where_its_values_say() -> None:
 
 def test_drawing_is_an_image_with_its_words_and_hostile_text_stays_text() -> None:
     axis = Axis("<x>", 0.0, 1.0, ((0.5, "<b>"),))
-    point = Point(0.5, 0.5, "</title><script>", '"', square=True, query='"<')
+    point = Point(0.5, 0.5, "</title><script>", '"', square=True, query='"<', label='<"')
     text = points_svg([point], axis, axis, '"><script>')
     page = Page(text)
     assert "script" not in page.tags and page.titles == ["</title><script>"]
     assert ("aria-label", '"><script>') in page.attributes and ("role", "img") in page.attributes
-    assert ("data-query", '"<') in page.attributes
+    assert ("data-query", '"<') in page.attributes and ("data-label", '<"') in page.attributes
     assert re.search("<b>", text) is None
 
 

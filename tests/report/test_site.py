@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fqcompile.report import Plan, Site
-from fqcompile.report.site import PAGE_HEADERS, WIDTH, shorten, site_page_table, site_table
+from fqcompile.report.site import (
+    PAGE_HEADERS,
+    WIDTH,
+    reasons_of,
+    shorten,
+    site_page_table,
+    site_table,
+)
 
 
 def test_recipe_is_neither_compared_nor_shown_nor_written(plan: Plan) -> None:
@@ -103,6 +110,44 @@ def test_shortened_text_is_the_text_or_exactly_as_wide_as_asked(
     assert cut == text if len(text) <= width else len(cut) == width
     head, _, end = cut.partition("…") if cut != text else (text, "", "")
     assert text.startswith(head) and text.endswith(end)
+
+
+def test_reasons_that_differ_in_numbers_alone_are_one(plan: Plan) -> None:
+    reasons = [
+        "1 of 64 values are nan; the first is nan at (3, 5)",
+        "a router",
+        "12 of 64 values are nan; the first is nan at (0, 5)",
+        "1 of 64 values are inf",
+        None,
+        "2.5e-07 is small",
+        "1 is small",
+        "dtype is torch.float64",
+        "dtype is torch.float8_e4m3fn",
+    ]
+    sites = [
+        dataclasses.replace(plan.sites[2], name=str(number), reason=reason)
+        for number, reason in enumerate(reasons)
+    ]
+    assert [(text, [site.name for site in group]) for text, group in reasons_of(sites)] == [
+        ("… of 64 values are nan; the first is nan at (…, 5)", ["0", "2"]),
+        ("… is small", ["5", "6"]),
+        ("a router", ["1"]),
+        ("1 of 64 values are inf", ["3"]),
+        ("no reason recorded", ["4"]),
+        ("dtype is torch.float64", ["7"]),
+        ("dtype is torch.float8_e4m3fn", ["8"]),
+    ]
+
+
+@given(st.lists(SITES, max_size=8))
+def test_every_site_is_under_one_reason_and_its_own_where_all_are_equal(sites: list[Site]) -> None:
+    groups = reasons_of(sites)
+    assert sorted(map(id, sites)) == sorted(id(site) for _, group in groups for site in group)
+    counts = [len(group) for _, group in groups]
+    assert counts == sorted(counts, reverse=True)
+    for text, group in groups:
+        own = {site.reason or "no reason recorded" for site in group}
+        assert len(own) > 1 or own == {text}
 
 
 def test_page_table_sorts_by_number(plan: Plan) -> None:

@@ -34,15 +34,16 @@ from fqcompile.kernels.spec import Config, GemmSpec
 from fqcompile.kernels.template import Layout, Routing, Template
 from fqcompile.locks import fork_safe, in_forked_child
 from fqcompile.native import library as native
-from fqcompile.native.library import DTYPES, LEVELS_AT, NativeLibrary
-from fqcompile.tensor.format import NORMAL, QTYPES
+from fqcompile.native.interface import DTYPES, LEVELS_AT
+from fqcompile.native.library import NativeLibrary
+from fqcompile.tensor.format import QTYPES
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import has_amx
 
 # As enumerated in epilogue.h.
 _ACTIVATIONS = {name: i for i, name in enumerate(ACTIVATIONS)}
 # The structs that the C++ functions read; all fields have eight bytes.
-_MATMUL, _DEQUANTIZE, _SETTINGS = Struct("=24q"), Struct("=14q"), Struct("=3q")
+_MATMUL, _DEQUANTIZE, _SETTINGS = Struct("=24q"), Struct("=14q"), Struct("=2q")
 
 # With AMX, PyTorch's GEMM does 8 times the bf16 products of AVX-512 a cycle: from so many rows on
 # that pays for dequantizing. From the instructions' rates: no such processor was measured.
@@ -97,7 +98,7 @@ def serve(library: NativeLibrary | None) -> None:
                 _serving.pop().serve(None)
         if library is not None and not _serving:
             most = AMX_ROWS - 1 if _has_amx() else sys.maxsize
-            library.serve(_SETTINGS.pack(LEVELS_AT[NORMAL], most, in_forked_child()))
+            library.serve(_SETTINGS.pack(most, in_forked_child()))
             _serving.append(library)
 
 

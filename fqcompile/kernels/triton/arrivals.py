@@ -82,13 +82,13 @@ def counters(x: torch.Tensor, number: int) -> torch.Tensor:
 
     A capture that finds none left takes memory of its graph, which fills it in every replay.
     """
-    own = _of_device.get(x.device) or _of_device.setdefault(x.device, _Counters(x.device))
-    on_gpu = x.device.type == "cuda"
+    device, on_gpu = x.device, x.is_cuda  # `device.type` would take 0.2 us
+    own = _of_device.get(device) or _of_device.setdefault(device, _Counters(device))
     if on_gpu and torch.cuda.is_current_stream_capturing():
         taken = own.take(number)
         return x.new_zeros(number, dtype=torch.int32) if taken is None else taken
     # The stream that Triton launches into.
-    stream = driver.active.get_current_stream(x.device.index) if on_gpu else 0
+    stream = driver.active.get_current_stream(device.index) if on_gpu else 0
     found = own.of_stream.get(stream)
     if found is None or found.numel() < number:
         found = own.give(stream, max(number, _OF_A_STREAM))

@@ -1,6 +1,7 @@
 """The kernel configurations: all of them, those that fit a GPU, and the cost model's choice."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise, product
 from math import ceil
@@ -42,23 +43,15 @@ def launches(spec: GemmSpec) -> LaunchTable:
     model, the last step does that.
     """
     if spec.m_range is None:
-        return LaunchTable.of(_first(spec, spec.m))
+        return LaunchTable.of(_candidates(spec, spec.m, spec.m, None)[0])
     least, most = spec.m_range
     bounds = [b for b in _bounds(spec) if least <= b and (most is None or b < most)]
-    begins = [least, *(bound + 1 for bound in bounds)]
-    steps: list[Step] = [
-        (bound, _of_step(spec, begin, bound)) for begin, bound in zip(begins, bounds, strict=False)
-    ]
-    if most is None:
-        last = _first(spec, max(_many_rows(spec), least))
-    else:
-        last = _of_step(spec, begins[-1], most)
-    ends = [
-        (bound, config)
-        for (bound, config), (_, after) in pairwise([*steps, (None, last)])
-        if config != after
-    ]
-    return LaunchTable((*ends, (None, last)))
+    begins, many = [least, *(bound + 1 for bound in bounds)], max(_many_rows(spec), least)
+    spans = [*zip(begins, bounds, strict=False)]
+    spans.append((many, many) if most is None else (begins[-1], most))
+    best = [_candidates(spec, *span, None)[0] for span in spans]
+    steps: list[Step] = [*zip([*bounds, None], best, strict=True)]
+    return LaunchTable((*(a for a, b in pairwise(steps) if a[1] != b[1]), steps[-1]))
 
 
 def _bounds(spec: GemmSpec) -> list[int]:
@@ -99,33 +92,18 @@ def offers_dense(spec: GemmSpec) -> bool:
     return spec.routing == "grouped" and fast and aligned and small
 
 
-def candidates(spec: GemmSpec, m: int, mode: SearchMode) -> Sequence[Config]:
-    """Configurations to try, fastest first by the cost model; those of a bad shape come last.
+def candidates(
+    spec: GemmSpec, m: int, mode: SearchMode, fewest: int | None = None
+) -> Sequence[Config]:
+    """Configurations to try, best first by the cost model; those of a bad shape come last.
 
     "fast" has twelve: the best one of each tile, with shares that its last program adds and without
-    such, then the best of the others. "max" has all.
+    such, then the best of the others. "max" has all. Best is what is fastest for `m` rows; of one
+    that serves `fewest` to `m` rows, what loses least to the fastest at both ends: the best for 256
+    rows, four full tiles of 64, has a tile too many for 129.
     """
-    return _candidates(spec, m, FAST_CANDIDATES if mode == "fast" else None)
-
-
-def _first(spec: GemmSpec, m: int) -> Config:
-    return _candidates(spec, m, None)[0]
-
-
-def _of_step(spec: GemmSpec, fewest: int, most: int) -> Config:
-    """The configuration that loses least to the best one of `fewest` and to that of `most` rows.
-
-    What is best for 256 rows, four full tiles of 64, has a tile too many for 129.
-    """
-    fewest, most = max(1, fewest), max(1, most)  # no rows launch nothing
-    few, many = _ranked(spec, fewest), _ranked(spec, most)
-    best_of_few, best_of_many = min(few.values()), min(many.values())
-
-    def rank(config: Config) -> tuple[bool, float]:
-        loss = max(few[config] / best_of_few, many[config] / best_of_many)
-        return all(_is_unshapely(spec, config, m) for m in (fewest, most)), loss
-
-    return min((config for config in many if config in few), key=rank)
+    least = m if fewest is None else fewest
+    return _candidates(spec, least, m, FAST_CANDIDATES if mode == "fast" else None)
 
 
 def _is_unshapely(spec: GemmSpec, config: Config, m: int) -> bool:
@@ -144,22 +122,29 @@ def _is_unshapely(spec: GemmSpec, config: Config, m: int) -> bool:
 
 
 @cache
-def _ranked(spec: GemmSpec, m: int) -> dict[Config, float]:
-    """The seconds of every configuration that fits; the first is the heuristic's choice."""
-    gpu, m = spec.gpu, max(1, m)
-    spec = as_run(spec, m)
+def _seconds(spec: GemmSpec, m: int) -> dict[Config, float]:
+    """Of every configuration that fits m rows."""
+    gpu, spec = spec.gpu, as_run(spec, m)
     assert gpu is not None, "templates refuse specs without a GPU"
     seconds: dict[Config, float] = dict(_fitting(spec, gpu, m))
     # For fewer rows, writing and reading the dense weight never pays off.
     if offers_dense(spec) and (m > _TILE_M[0] or not seconds):
         seconds[DENSE] = float(dense(spec, gpu).subs(M, m))
-    ranked = sorted(seconds, key=lambda c: (_is_unshapely(spec, c, m), seconds[c], str(c)))
-    return {config: seconds[config] for config in ranked}
+    return seconds
 
 
 @cache
-def _candidates(spec: GemmSpec, m: int, limit: int | None) -> tuple[Config, ...]:
-    ranked = tuple(_ranked(spec, m))
+def _candidates(spec: GemmSpec, fewest: int, most: int, limit: int | None) -> tuple[Config, ...]:
+    fewest, most = max(1, fewest), max(1, most)  # no rows launch nothing
+    form = replace(spec, m=1, m_range=None)
+    few, many = _seconds(form, fewest), _seconds(form, most)
+    best_of_few, best_of_many = min(few.values()), min(many.values())
+
+    def rank(config: Config) -> tuple[bool, float, str]:
+        loss = max(few[config] / best_of_few, many[config] / best_of_many)
+        return all(_is_unshapely(form, config, m) for m in (fewest, most)), loss, str(config)
+
+    ranked = tuple(sorted((config for config in many if config in few), key=rank))
     if limit is None:
         return ranked
     best_of_tile: dict[object, Config] = {}

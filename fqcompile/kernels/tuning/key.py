@@ -14,8 +14,11 @@ import torch
 from fqcompile.kernels.epilogue import HAS_TRITON
 from fqcompile.kernels.spec import GemmSpec, Gpu
 
-# A bucket is named by its largest M; the last one, None, is open.
+# A bucket is named by its largest M, at which it is measured; the last one, None, is open.
 Bucket = int | None
+# The buckets at which one configuration is measured: its own, or the first and the last number of
+# rows that it serves, which then need be none of those below.
+Ends = tuple[Bucket, ...]
 M_BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
 _OPEN_ROWS = 2048
 # Rows sorted by expert number the tokens of a prompt times the experts per token.
@@ -46,8 +49,10 @@ def rows_of(bucket: Bucket, spec: GemmSpec) -> int:
 
 
 def bucket_name(bucket: Bucket, spec: GemmSpec) -> str:
-    """A label for reports: "M <= 16", or "M > 512" for the open bucket."""
-    return f"M > {buckets(spec)[-1]}" if bucket is None else f"M <= {bucket}"
+    """A label for reports: "M <= 16", "M > 512" for the open bucket, "M = 17" for an end."""
+    if bucket is None:
+        return f"M > {buckets(spec)[-1]}"
+    return f"M {'<=' if bucket in buckets(spec) else '='} {bucket}"
 
 
 def tuning_key(spec: GemmSpec, layout_name: str) -> str:

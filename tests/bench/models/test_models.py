@@ -20,9 +20,10 @@ from bench.models.phases import (
     experts_hit,
     flops_of,
     ideal_ms,
+    random_tokens,
     weight_bytes_read,
 )
-from bench.models.rows import WAYS, Way, allowed_error, check_matrices, clocked
+from bench.models.rows import WAYS, Way, allowed_error, check_matrices, clocked, settle
 from bench.models.section import extrapolated, tokens_per_second
 from bench.models.section import models as section
 from tests.bench.made_up_results import content
@@ -211,6 +212,24 @@ def test_a_model_too_large_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "build", build)
     left_out = models.run(arguments()).left_out
     assert left_out == ["tiny, 1 layers: OutOfMemoryError: CUDA out of memory"]
+
+
+@torch.no_grad()
+def test_a_step_of_experts_has_the_token_whose_experts_are_furthest_from_a_tie() -> None:
+    model: Any = build("tiny-moe", 2, torch.float32)
+    phase = Decoding(model, 1, 7, 3)
+    context = random_tokens(model, 8)[:, :-1]
+
+    def margin(token: torch.Tensor) -> float:
+        tokens = torch.cat((context, token), 1)
+        layers = model(input_ids=tokens, output_router_logits=True).router_logits
+        best = [scores.view(1, 8, -1)[0, -1].sort(descending=True).values for scores in layers]
+        return min(float(scores[1] - scores[2]) for scores in best)
+
+    settle(phase, model)
+    margins = [margin(token) for token in random_tokens(model, 16).split(1, dim=1)]
+    assert margin(phase.tokens) == pytest.approx(max(margins), rel=1e-4)
+    assert max(margins) > 2 * margins[0]
 
 
 def test_each_call_is_timed() -> None:

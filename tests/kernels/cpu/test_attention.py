@@ -29,6 +29,7 @@ class Problem:
     k: Tensor
     v: Tensor
     mask: Tensor | None = None
+    sinks: Tensor | None = None
     scale: float = 0.25
     softcap: float = 0.0
     causal: bool = False
@@ -40,7 +41,7 @@ class Problem:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        return (self.q, self.k, self.v, self.mask, *self.options)
+        return (self.q, self.k, self.v, self.mask, self.sinks, *self.options)
 
 
 def oracle(p: Problem) -> tuple[Tensor, Tensor]:
@@ -70,6 +71,12 @@ def oracle(p: Problem) -> tuple[Tensor, Tensor]:
     elif p.mask is not None:
         added = added + p.mask.double()
     total = scores + added
+    if p.sinks is not None:  # a key more, of no value
+        ends = p.sinks.double().expand(*total.shape[:-1], 1)
+        none = torch.zeros_like(ends)
+        total, scores = torch.cat([total, ends], -1), torch.cat([scores, none], -1)
+        size, added = torch.cat([size, none], -1), torch.cat([added, ends], -1)
+        v, keys = torch.cat([v, v.new_zeros(*v.shape[:2], 1, v.shape[3])], 2), keys + 1
     hidden = (total == -torch.inf).all(-1, keepdim=True)
     top = total.amax(-1, keepdim=True) if keys else total.sum(-1, keepdim=True)
     weights = (total - top.masked_fill(hidden, 0)).exp()
@@ -85,7 +92,7 @@ def oracle(p: Problem) -> tuple[Tensor, Tensor]:
     error = weights * (delta + c)
     bound = error @ v.abs() + error.sum(-1, keepdim=True) * want.abs()
     bound = 1.05 * bound + ROUNDING[p.q.dtype] * want.abs() + 1e-7 * float(p.q.dtype != DTYPES[0])
-    if p.nan_if_hidden and keys:
+    if p.nan_if_hidden and p.k.shape[2]:
         want = want.masked_fill(hidden, torch.nan)
     return want, bound + 1e-30
 
@@ -148,6 +155,14 @@ def masks(draw: st.DrawFn, p: Problem) -> Tensor | None:
 
 
 @st.composite
+def sinks(draw: st.DrawFn, p: Problem) -> Tensor:
+    """From below all scores to above them, of 1 to 4 dimensions, each of which may be broadcast."""
+    shape = [n if draw(st.booleans()) else 1 for n in p.q.shape[:3]] + [1]
+    numbers = random(6, *shape[draw(st.integers(0, 3)) :], dtype=p.q.dtype)
+    return numbers * 10 - draw(st.sampled_from([0, 30, torch.inf]))
+
+
+@st.composite
 def problems(draw: st.DrawFn) -> Problem:
     p = make(
         draw(st.integers(1, 2)),
@@ -164,6 +179,8 @@ def problems(draw: st.DrawFn) -> Problem:
     )
     if draw(st.booleans()):
         p = replace(p, q=strided(p.q), k=strided(p.k), v=strided(p.v))
+    if draw(st.booleans()):
+        p = replace(p, sinks=draw(sinks(p)))
     return p if p.causal else replace(p, mask=draw(masks(p)))
 
 
@@ -213,6 +230,7 @@ def test_plain_attention_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         for mask in (None, seen, random(6, 3, 100)):
             assert_right(make(2, 2, 4, 3, mask=mask, **options))
         assert_right(make(2, 2, 4, 3, causal=True, **options))
+        assert_right(make(2, 2, 4, 3, mask=seen, sinks=random(8, 8, 1, 1), **options))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -239,7 +257,7 @@ def test_what_is_not_finite_is_so_as_in_eager(name: str, dtype: torch.dtype, bad
     for tensor, at in (("k", 0), ("k", 70), ("k", 99), ("v", 0), ("v", 70), ("v", 99), ("q", 0)):
         p = make(dtype=dtype, keys=100, rows=2)
         getattr(p, tensor)[0, 0, min(at, getattr(p, tensor).shape[2] - 1), 3] = bad
-        want = plain_attention(*(t.float() for t in (p.q, p.k, p.v)), p.mask, p.options)
+        want = plain_attention(*(t.float() for t in (p.q, p.k, p.v)), p.mask, p.sinks, p.options)
         with path(name):
             got = attention(*p.arguments)
         assert bool((got.isnan() == want.isnan()).all()), (tensor, at)
@@ -330,7 +348,9 @@ REFUSED = [
     (dict.fromkeys("kv", torch.ones(1, 1, 1, 64).expand(1, 1, 2**31, 64)), "at most 2147483647"),
     ({"mask": torch.zeros(7)}, "that broadcasts to"),
     ({"mask": torch.zeros(100), "causal": True}, "or causal"),
-    ({"mask": torch.zeros(100, dtype=torch.int32)}, "one of bool"),
+    ({"mask": torch.zeros(100, dtype=torch.int32)}, "mask is torch.int32; .* bool"),
+    ({"sinks": torch.zeros(4, 1, 1, dtype=torch.bool)}, "sinks is torch.bool"),
+    ({"sinks": torch.zeros(4)}, "sinks has the shape \\(4,\\)"),
 ]
 
 

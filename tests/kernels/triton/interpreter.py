@@ -17,12 +17,12 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,15 +42,6 @@ ACQUIRES = (SEMANTIC.ACQUIRE, SEMANTIC.ACQUIRE_RELEASE)
 RELEASES = (SEMANTIC.RELEASE, SEMANTIC.ACQUIRE_RELEASE)
 # The attribute of a handle that names the argument which its pointers point into.
 ARGUMENT = "fqcompile.argument"
-
-
-class Launched(NamedTuple):
-    """A kernel, its arguments by name, its grid, and whether it starts before earlier ones end."""
-
-    kernel: JITFunction
-    arguments: dict[str, Any]
-    grid: Any
-    starts_early: bool
 
 
 class CheckedBuilder(HardwareNumbers):
@@ -196,9 +187,10 @@ def _index(scalar: Any) -> int:
     return int(scalar.handle.data.item())
 
 
-def _programs(launch: Launched, memory: Memory) -> Iterator[Callable[[], None]]:
-    """What runs each program of a launch, in the order of the grid."""
-    kernel, arguments, grid, starts_early = launch
+def _programs(
+    kernel: JITFunction, arguments: dict[str, Any], grid: Any, starts_early: bool, memory: Memory
+) -> Iterator[Callable[[], None]]:
+    """What runs each program of a launch, in the order of the grid; to be iterated in `_run`."""
     function = _as_python(kernel.fn)
     sizes = tuple(grid(arguments) if callable(grid) else grid)
     sizes += (1,) * (3 - len(sizes))
@@ -221,7 +213,8 @@ def _programs(launch: Launched, memory: Memory) -> Iterator[Callable[[], None]]:
             error.add_note(f"in program {program} of {kernel.fn.__name__}")
             raise
 
-    return (functools.partial(run, program) for program in product(*map(range, sizes)))
+    for program in product(*map(range, sizes)):
+        yield functools.partial(run, program)
 
 
 def _call(function: JITFunction, *args: Any, **kwargs: Any) -> Any:
@@ -237,14 +230,14 @@ def _launch(kernel: JITFunction, memory: Memory, *args: Any, **kwargs: Any) -> N
     named = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
     bound = inspect.signature(kernel.fn).bind(*args, **named)
     bound.apply_defaults()
-    launch = Launched(kernel, bound.arguments, grid, starts_early)
+    programs = _programs(kernel, bound.arguments, grid, starts_early, memory)
     if memory.together is None:
-        _run([launch], memory)
+        _run([programs], memory)
     else:
-        memory.together.append(launch)
+        memory.together.append(programs)
 
 
-def _run(launches: list[Launched], memory: Memory) -> None:
+def _run(launches: Iterable[Iterable[Callable[[], None]]], memory: Memory) -> None:
     memory.begin_launch()
     _builder.memory = memory
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
@@ -258,7 +251,7 @@ def _run(launches: list[Launched], memory: Memory) -> None:
                 patch_language.setattr(tl.extra.cuda, name, getattr(memory, own))
             patch_language.setattr(tl.tensor, "__index__", _index)
             patch_reductions(patch_language)
-            programs = [run for launch in launches for run in _programs(launch, memory)]
+            programs = [run for launch in launches for run in launch]
             if memory.order is not None:
                 memory.order.shuffle(programs)
             for run in programs:

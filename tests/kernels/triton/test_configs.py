@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from bench.core.shapes import SERVED, SERVED_EXPERTS, expert_spec
 from fqcompile.kernels.roofline import LAUNCH_SECONDS, M, dense, ideal, ideal_seconds
 from fqcompile.kernels.spec import A100, DENSE, H200, GemmSpec, TileConfig
-from fqcompile.kernels.triton.configs import _is_unshapely, candidates, launches
+from fqcompile.kernels.triton.configs import _bounds, _is_unshapely, candidates, launches
 from fqcompile.kernels.triton.cost import cost
 from fqcompile.tensor.format import NORMAL, UNIFORM
 from tests.tiers import examples
@@ -134,7 +134,7 @@ def test_narrow_tiles_give_idle_sms_a_program() -> None:
     wide = TileConfig(16, 128, 128, 1, 4, 4)
     assert cost(spec, config, H200, 1).programs >= 2 * cost(spec, wide, H200, 1).programs
     assert seconds(spec, config, 1) == min(seconds(spec, c, 1) for c in candidates(spec, 1, "max"))
-    assert seconds(spec, config, 1) < 0.8 * seconds(spec, wide, 1)
+    assert seconds(spec, config, 1) < 0.9 * seconds(spec, wide, 1)
 
 
 @pytest.mark.parametrize("m", [1, 16])
@@ -207,13 +207,21 @@ def test_the_last_program_is_slow_where_a_tile_has_many_shares_of_many_rows() ->
     assert last < kernel
 
 
+def loss_in_step(spec: GemmSpec, config: object, bound: int) -> float:
+    """How many times as long it takes as the best, at the worse of the ends of the step to `bound`
+    rows."""
+    ends = max(b for b in _bounds(spec) if b < bound) + 1, bound
+    best = [min(seconds(spec, c, m) for c in candidates(spec, m, "max")) for m in ends]
+    return max(seconds(spec, config, m) / least for m, least in zip(ends, best, strict=True))
+
+
 @pytest.mark.parametrize("gpu", [H200, A100], ids=lambda gpu: gpu.arch)
 def test_dense_takes_over_where_the_model_says_so(gpu) -> None:
     spec = replace(SPEC, gpu=gpu, m_range=(1, None))
     *_, (bound, config), (_, last) = launches(spec).steps
     assert last is DENSE
     assert bound is not None
-    assert seconds(spec, config, bound) <= seconds(spec, DENSE, bound)
+    assert loss_in_step(spec, config, bound) <= loss_in_step(spec, DENSE, bound)
     assert candidates(spec, 2 * bound, "max")[0] is DENSE
     assert candidates(spec, bound // 4, "max")[0] is not DENSE
 

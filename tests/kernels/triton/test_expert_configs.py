@@ -15,6 +15,7 @@ from fqcompile.kernels.triton.configs import candidates, launches, offers_dense
 from fqcompile.kernels.triton.cost import _tiles, cost, mean_experts_hit
 from fqcompile.kernels.triton.launch import has_two_sums
 from fqcompile.kernels.tuning.launches import steps_in_range
+from tests.kernels.triton.test_configs import loss_in_step
 from tests.kernels.triton.test_row_blocks import counted
 from tests.tiers import examples
 
@@ -151,7 +152,7 @@ def test_dense_takes_over_where_the_model_says_so(spec: GemmSpec) -> None:
     *_, (bound, config), (_, last) = launches(replace(spec, m_range=(1, None))).steps
     assert last is DENSE
     assert bound is not None
-    assert seconds(spec, config, bound) <= seconds(spec, DENSE, bound)
+    assert loss_in_step(spec, config, bound) <= loss_in_step(spec, DENSE, bound)
     assert candidates(spec, 4 * bound, "max")[0] is DENSE
     assert candidates(spec, bound // 4, "max")[0] is not DENSE
 

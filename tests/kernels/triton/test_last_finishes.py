@@ -254,7 +254,7 @@ class Device:
             assert self.capturing
             return torch.zeros(number, dtype=dtype)
 
-        x = SimpleNamespace(device=torch.device("cuda", 0), new_zeros=of_the_graph)
+        x = SimpleNamespace(device=torch.device("cuda", 0), is_cuda=True, new_zeros=of_the_graph)
         return arrivals.counters(x, number)
 
 

@@ -17,7 +17,9 @@ CLOSED = LaunchTable(
 )
 
 
-def candidates(spec: GemmSpec, m: int, mode: SearchMode) -> Sequence[Config]:
+def candidates(
+    spec: GemmSpec, m: int, mode: SearchMode, fewest: int | None = None
+) -> Sequence[Config]:
     """The heuristic, then 11 more; twice as many in mode "max"."""
     closed = CLOSED.at(m)
     stages = range(2, 14 if mode == "fast" else 26)

@@ -27,7 +27,8 @@ def test_buckets_are_those_of_the_design() -> None:
     assert bucket_of(513, SPEC) is None
     assert [rows_of(bucket, SPEC) for bucket in M_BUCKETS] == list(M_BUCKETS)
     assert rows_of(None, SPEC) > 512
-    assert [bucket_name(16, SPEC), bucket_name(None, SPEC)] == ["M <= 16", "M > 512"]
+    names = [bucket_name(bucket, SPEC) for bucket in (16, None, 17)]
+    assert names == ["M <= 16", "M > 512", "M = 17"]
 
 
 def test_rows_grouped_by_expert_have_buckets_of_their_own_beyond() -> None:

@@ -9,16 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fqcompile.kernels.spec import DENSE, LaunchTable, TileConfig
-from fqcompile.kernels.template import DEQUANTIZE
+from fqcompile.kernels.spec import DENSE, GemmSpec, LaunchTable, TileConfig
+from fqcompile.kernels.template import DEQUANTIZE, Template
 from fqcompile.kernels.tuning import launches as launches_module
-from fqcompile.kernels.tuning.key import bucket_of, tuning_key
+from fqcompile.kernels.tuning.key import Ends, bucket_of, tuning_key
 from fqcompile.kernels.tuning.launches import (
     Chosen,
-    buckets_of_a_model,
+    ends_in_a_model,
     steps_in_range,
     tuned_launches,
 )
+from fqcompile.kernels.tuning.measure import Measure
 from fqcompile.kernels.tuning.table import Timing, Trial, TunedTable
 from tests.kernels.tuning.fake import CLOSED, FAST, MAX, SPEC, TEMPLATE, FakeMeasure
 
@@ -87,11 +88,65 @@ def test_max_searches_where_only_a_fast_search_was(table: TunedTable) -> None:
     assert best == LaunchTable.of(MAX[-1])
 
 
-def test_open_rows_are_measured_at_the_upper_end_of_each_step(table: TunedTable) -> None:
+def test_open_rows_are_measured_at_both_ends_of_each_step(table: TunedTable) -> None:
     measure = FakeMeasure()
-    chosen = tuned_launches(DYNAMIC, TEMPLATE, "fast", measure, table)
-    assert measure.set_up == [16, 128, 2048]
+    for source in ("searched", "tuned table"):
+        chosen = tuned_launches(DYNAMIC, TEMPLATE, "fast", measure, table)
+        assert chosen.source == source
+    assert measure.set_up == [1, 16, 17, 128, 2048]
     # The fake's best is the same for all rows, so one kernel serves them.
+    assert chosen.launches == LaunchTable.of(FAST[-1])
+
+
+# Microseconds for the first and for the last number of rows of a step.
+A, B, C = FAST[1:4]
+LOSSES: dict[str, tuple[dict[TileConfig, float], dict[TileConfig, float], TileConfig | None]] = {
+    "the last end alone would take A": ({A: 20, B: 11, C: 10}, {A: 30, B: 32, C: 45}, B),
+    "the first end alone would take C": ({A: 14, C: 10}, {A: 30, C: 45}, A),
+    "a loss is relative": ({A: 10, B: 16}, {A: 1500, B: 1000}, A),
+    "only what has a time at both": ({A: 10, B: 12}, {B: 30, C: 20}, B),
+    "of equals, the first": ({A: 10, B: 20}, {A: 20, B: 10}, A),
+    "where one end was not measured, the other": ({}, {A: 10, B: 9}, B),
+    "nothing at both": ({A: 10}, {B: 10}, None),
+}
+
+
+@pytest.mark.parametrize(("first", "last", "best"), LOSSES.values(), ids=list(LOSSES))
+def test_a_step_gets_what_loses_least_at_both_ends(
+    first: dict[TileConfig, float],
+    last: dict[TileConfig, float],
+    best: TileConfig | None,
+    table: TunedTable,
+) -> None:
+    for rows, times in ((17, first), (128, last)):
+        for config, us in times.items():
+            table.add(KEY, rows, _trial(config, us))
+    for loaded in (table, TunedTable.load(table.path, table.fingerprint)):
+        launches = tuned_launches(DYNAMIC, TEMPLATE, "off", table=loaded).launches
+        assert launches is not None
+        assert launches.at(128) == launches.at(17) == (best or CLOSED.at(128))
+        assert (launches.at(16), launches.at(129)) == (CLOSED.at(16), DENSE)
+
+
+def test_a_search_of_a_step_leaves_the_bucket_of_its_end_open(table: TunedTable) -> None:
+    """The bucket's own candidates may be others."""
+    measure = FakeMeasure()
+    tuned_launches(DYNAMIC, TEMPLATE, "fast", measure, table)
+    assert table.case(KEY, 16).searched is None
+    template = replace(TEMPLATE, candidates=lambda spec, m, mode, fewest=None: MAX[:14])
+    chosen = tuned_launches(SPEC, template, "fast", measure, table)
+    assert chosen == (LaunchTable.of(MAX[13]), "searched", ())
+    assert measure.tried[-2:] == list(MAX[12:14])
+
+
+def test_an_end_that_cannot_be_measured_is_told(table: TunedTable) -> None:
+    def no_measure(template: Template, spec: GemmSpec, m: int) -> Measure:
+        if m == 17:
+            raise RuntimeError("out of memory")
+        return FakeMeasure()(template, spec, m)
+
+    chosen = tuned_launches(DYNAMIC, TEMPLATE, "fast", no_measure, table)
+    assert chosen.notes == ("M = 17: nothing could be measured: RuntimeError: out of memory",)
     assert chosen.launches == LaunchTable.of(FAST[-1])
 
 
@@ -137,24 +192,25 @@ def test_the_machines_own_table_is_the_default(
 @pytest.mark.parametrize(
     ("m_range", "expected"),
     [
-        ((1, None), [(16, 16), (128, 128), (None, None)]),
-        ((0, None), [(16, 16), (128, 128), (None, None)]),
-        ((16, None), [(16, 16), (128, 128), (None, None)]),
-        ((17, None), [(128, 128), (None, None)]),
-        ((129, None), [(None, None)]),
-        ((1, 100), [(16, 16), (None, 128)]),
-        ((1, 128), [(16, 16), (None, 128)]),
-        ((1, 300), [(16, 16), (128, 128), (None, 512)]),
-        ((1, 3), [(None, 4)]),
-        ((600, 700), [(None, None)]),
-        (None, [(None, 16)]),
+        ((1, None), [(16, (1, 16)), (128, (17, 128)), (None, (None,))]),
+        ((0, None), [(16, (1, 16)), (128, (17, 128)), (None, (None,))]),
+        ((16, None), [(16, (16,)), (128, (17, 128)), (None, (None,))]),
+        ((17, None), [(128, (17, 128)), (None, (None,))]),
+        ((129, None), [(None, (None,))]),
+        ((1, 100), [(16, (1, 16)), (None, (17, 100))]),
+        ((1, 128), [(16, (1, 16)), (None, (17, 128))]),
+        ((1, 300), [(16, (1, 16)), (128, (17, 128)), (None, (129, 300))]),
+        ((1, 3), [(None, (1, 3))]),
+        ((0, 0), [(None, (1,))]),
+        ((600, 700), [(None, (600, 700))]),
+        (None, [(None, (16,))]),
     ],
 )
 def test_only_steps_within_reach_are_kept(
-    m_range: tuple[int, int | None] | None, expected: list[tuple[int | None, int | None]]
+    m_range: tuple[int, int | None] | None, expected: list[tuple[int | None, Ends]]
 ) -> None:
     steps = steps_in_range(replace(SPEC, m_range=m_range), CLOSED)
-    assert [(bound, bucket) for bound, bucket, _ in steps] == expected
+    assert [(bound, ends) for bound, ends, _ in steps] == expected
 
 
 @st.composite
@@ -177,7 +233,8 @@ def test_any_range_gets_kernels_that_cover_it(
     template = replace(TEMPLATE, launches=lambda spec: closed)
     table = TunedTable(Path("/proc/none"), {}, {})
     for m in data.draw(st.lists(st.integers(0, 2000)), label="tuned at"):
-        table._cases[KEY, bucket_of(m, SPEC)] = launches_module.Case((_trial(FAST[1 + m % 11]),))
+        at = data.draw(st.sampled_from([m, bucket_of(m, SPEC)]))
+        table._cases[KEY, at] = launches_module.Case((_trial(FAST[1 + m % 11]),))
     chosen = tuned_launches(spec, template, "off", table=table).launches
     assert chosen is not None
     assert all(before != after for (_, before), (_, after) in pairwise(chosen.steps))
@@ -196,5 +253,5 @@ def test_each_row_keeps_its_closed_form(m: int, table: TunedTable) -> None:
 
 
 def test_a_model_looks_up_one_row_and_the_steps_of_the_closed_form() -> None:
-    assert buckets_of_a_model(SPEC, TEMPLATE) == [1, 16, 128, None]
-    assert buckets_of_a_model(SPEC, DEQUANTIZE) == []
+    assert ends_in_a_model(SPEC, TEMPLATE) == [(1,), (1, 16), (17, 128), (None,)]
+    assert ends_in_a_model(SPEC, DEQUANTIZE) == []

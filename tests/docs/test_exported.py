@@ -1,0 +1,90 @@
+"""docs/guide/exported.md, all of it: compiled by Inductor and g++, and run without fqcompile."""
+
+import copy
+import os
+import re
+import subprocess
+import sys
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fqcompile
+from fqcompile.native import library as native
+from tests.docs.stand_ins import two_layers
+from tests.helpers import assert_close
+
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "exported.md"
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+# It may be installed where the tests run.
+ALONE = "import sys, torch\nsys.modules['fqcompile'] = None\n"
+
+
+def blocks(language: str) -> list[str]:
+    return [text for own, text in BLOCKS if own == language]
+
+
+def run(*command: str, folder: Path) -> str:
+    """What it prints, in a folder where this checkout's package is not found."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A folder with the page's package, program and library; and the oracle's model."""
+    if (reason := native.refusal()) is not None:
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("exported")
+    torch.manual_seed(0)
+    model = two_layers()
+    plan = fqcompile.quantize_(copy.deepcopy(model))
+    export, package, *_ = blocks("python")
+    with chdir(folder):
+        exec(export + package, {"model": copy.deepcopy(model), "x": torch.randn(3, 256)})
+    return folder, fqcompile.fake_quantize_(model, plan)
+
+
+@pytest.mark.slow
+def test_it_runs_in_python_without_fqcompile(made: tuple[Path, Any]) -> None:
+    folder, oracle = made
+    x = torch.randn(7, 512)[:, ::2]
+    torch.save(x, folder / "x.pt")
+    program = 'torch.export.load("program.pt2").module()(x)'
+    code = (
+        f"{ALONE}x = torch.load('x.pt')\n{blocks('python')[2]}\n"
+        f"torch.save([y.detach(), {program}.detach()], 'y.pt')\n"
+    )
+    run(sys.executable, "-W", "ignore", "-c", code, folder=folder)
+    with torch.no_grad():
+        expected = oracle(x)
+    for actual in torch.load(folder / "y.pt"):
+        assert_close(actual, expected, k=256, depth=2)
+
+
+@pytest.mark.slow
+def test_without_the_library_the_operator_is_named(made: tuple[Path, Any]) -> None:
+    code = (
+        f"{ALONE}"
+        "try:\n    torch._inductor.aoti_load_package('model.pt2')(torch.ones(3, 256))\n"
+        "except RuntimeError as error:\n    print(error)\n"
+    )
+    assert "fqcompile::matmul" in run(sys.executable, "-c", code, folder=made[0])
+
+
+@pytest.mark.slow
+def test_it_runs_in_cpp(made: tuple[Path, Any]) -> None:
+    folder, oracle = made
+    (folder / "run.cpp").write_text(blocks("cpp")[0], encoding="utf-8")
+    printed = run("bash", "-euc", blocks("sh")[0], folder=folder)
+    with torch.no_grad():
+        expected = oracle(torch.ones(3, 256)).norm()
+    assert_close(torch.tensor(float(printed)), expected, k=256, depth=2)

@@ -1,0 +1,186 @@
+"""The library in a process that never imports this package: it defines the operators and runs them.
+
+One process makes every call; what it gives is what Python gives here, bit for bit.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fqcompile
+from fqcompile.errors import KernelBuildError
+from fqcompile.kernels import op
+from fqcompile.kernels.cpu import attention, stream
+from fqcompile.native import library as native
+from tests.native.paths import NAMES, path
+from tests.native.test_operator import UNUSUAL, USUAL, call, routed
+
+CHILD = """
+import sys, torch
+calls, out, library = sys.argv[1:]
+torch.ops.load_library(library)
+found = {}
+for name, (operator, arguments) in torch.load(calls, weights_only=False).items():
+    packet, _, overload = operator.partition(".")
+    run = getattr(getattr(torch.ops.fqcompile, packet), overload or "default")
+    try:
+        found[name] = run(*arguments)
+    except Exception as error:
+        found[name] = f"{type(error).__name__}: {error}"
+torch.save(found, out)
+assert "fqcompile" not in sys.modules
+"""
+THEN_PYTHON = """
+import sys, torch
+calls, library = sys.argv[1:]
+torch.ops.load_library(library)
+usual, wrong = torch.load(calls, weights_only=False)
+alone = torch.ops.fqcompile.matmul(*usual)
+import fqcompile
+from fqcompile.kernels.op import matmul_inference
+assert torch.equal(matmul_inference(*usual), alone)
+try:
+    matmul_inference(*wrong)
+except RuntimeError as error:
+    assert "x has 71 columns" in str(error), error
+else:
+    raise AssertionError("a wrong x was multiplied")
+model = torch.nn.Linear(256, 256).requires_grad_(False)
+x = torch.randn(3, 256, requires_grad=True)
+y = torch.compile(model, backend="finequant", options={"inner_backend": "aot_eager"})(x)
+y.sum().backward()
+fqcompile.fake_quantize_(model, fqcompile.reports()[-1])
+torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-4)
+torch.testing.assert_close(x.grad, model.weight.sum(0).expand(3, 256), rtol=1e-4, atol=1e-4)
+"""
+
+
+def zeros_at_the_end() -> list[Any]:
+    return [*routed("offsets", [0, 2], bias=True)[:-1], True]
+
+
+def dequantizing(dtype: torch.dtype) -> list[Any]:
+    _, qweight, scale, _, _, bits, levels, group, n, k, *_ = call(n=70, k=72, group_size=32)
+    return [qweight, scale, bits, levels, group, n, k, dtype, "x86_stream"]
+
+
+def attending(turned: bool) -> list[Any]:
+    q, k, v = torch.randn(2, 4, 3, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
+    keys = k.transpose(2, 3).contiguous().transpose(2, 3) if turned else k
+    return [q, keys, v, torch.rand(3, 9) > 0.3, 0.25, 5.0, False, True]
+
+
+def of_kernel(name: str) -> list[Any]:
+    arguments = call(k=72)
+    arguments[arguments.index("x86_stream")] = name
+    return arguments
+
+
+PYTHON: dict[str, Callable[..., Tensor]] = {
+    "matmul": op._matmul_impl,
+    "matmul.inference": op._matmul_impl,
+    "dequantize": op._dequantize_impl,
+    "attention": attention._impl,
+}
+RIGHT: dict[str, tuple[str, Callable[[], list[Any]]]] = {
+    **{name: ("matmul.inference", make) for name, make in (USUAL | UNUSUAL).items()},
+    "with a backward": ("matmul", USUAL["one row"]),
+    "zeros past the last offset": ("matmul", zeros_at_the_end),
+    "no rows of experts": (
+        "matmul",
+        lambda: [
+            value[:0] if place == 0 else torch.zeros_like(value) if place == 13 else value
+            for place, value in enumerate(routed("offsets", [1, 3]))
+        ],
+    ),
+    "dequantized": ("dequantize", lambda: dequantizing(torch.bfloat16)),
+    "attention": ("attention", lambda: attending(False)),
+    "attention to turned keys": ("attention", lambda: attending(True)),
+}
+WRONG: dict[str, tuple[str, Callable[[], list[Any]], str]] = {
+    "another kernel": (
+        "matmul.inference",
+        lambda: of_kernel("aten_int4pack"),
+        r"fqcompile::matmul: .* without Python's fqcompile.*`import fqcompile`.*"
+        r"x=torch.FloatTensor\[3, 72\] on cpu.*bias=None.*kernel=aten_int4pack",
+    ),
+    "another K": ("matmul", lambda: [torch.ones(3, 71), *call(k=72)[1:]], r"\[3, 71\] on cpu"),
+    "another expert": ("matmul", lambda: routed("ids", [0, 2, 0]), "ids=torch.LongTensor"),
+    "a float64 result": ("dequantize", lambda: dequantizing(torch.float64), "dtype=7, kernel"),
+}  # fmt: skip
+
+
+def child(code: str, *arguments: Path) -> None:
+    """Run code in a new process, from a folder where this package is not found."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
+        cwd=arguments[0].parent, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    try:
+        return fqcompile.library_path()
+    except KernelBuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def alone(library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any]]:
+    """{name: (the arguments of a call, what it gave)}"""
+    folder = tmp_path_factory.mktemp("alone")
+    torch.manual_seed(0)
+    calls = {name: (operator, make()) for name, (operator, make, *_) in (RIGHT | WRONG).items()}
+    torch.save(calls, folder / "calls.pt")
+    child(CHILD, folder / "calls.pt", folder / "out.pt", library)
+    found = torch.load(folder / "out.pt")
+    return {name: (arguments, found[name]) for name, (_, arguments) in calls.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RIGHT)
+def test_it_gives_what_python_gives(name: str, alone: dict[str, tuple[Any, Any]]) -> None:
+    arguments, got = alone[name]
+    with path(NAMES[0]):
+        stream.serve(None)
+        want = PYTHON[RIGHT[name][0]](*arguments)
+    assert isinstance(got, Tensor), got
+    assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
+    assert torch.equal(got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WRONG)
+def test_what_needs_python_says_so(name: str, alone: dict[str, tuple[Any, Any]]) -> None:
+    got = alone[name][1]
+    assert isinstance(got, str) and "`import fqcompile`" in got, got
+    with pytest.raises(RuntimeError, match=WRONG[name][2]):
+        raise RuntimeError(got.replace("\n", " "))
+
+
+@pytest.mark.slow
+def test_python_may_come_later(library: Path, tmp_path: Path) -> None:
+    torch.save((call(k=72), WRONG["another K"][1]()), tmp_path / "calls.pt")
+    code = f"import sys; sys.path.insert(0, {str(Path(fqcompile.__file__).parents[1])!r})\n"
+    child(code + THEN_PYTHON, tmp_path / "calls.pt", library)
+
+
+def test_loaded_beside_python_it_changes_nothing(library: Path) -> None:
+    arguments = call(k=72)
+    want = op.matmul_inference(*arguments)
+    torch.ops.load_library(library)
+    assert torch.equal(op.matmul_inference(*arguments), want)
+
+
+def test_where_there_is_none_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.OVERRIDE, "none")
+    with pytest.raises(KernelBuildError, match="FQCOMPILE_CPU_ISA=none says so"):
+        fqcompile.library_path()
