@@ -1,4 +1,4 @@
-"""What kinds of modules there are: linears, experts, routers, tables, and weights that norms compute."""
+"""What kinds of modules there are: linears, experts, routers, and what norms compute a weight."""
 
 import sys
 from collections.abc import Callable
