@@ -104,6 +104,7 @@ class FineQuantConfig(SiteOptions):
     exclude: tuple[str, ...] | list[str] = ()
     overrides: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     min_elements: int = 16384
+    quantize_embeddings: int | None = None
     on_unsupported: str = "keep"
     weight_updates: str = "detect"
     fuse_attention: bool = True

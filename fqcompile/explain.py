@@ -41,7 +41,9 @@ _NO_GRAPH = (
     ", or torch.compile skips the function that calls it (TORCH_LOGS=graph_breaks says why); "
     "fqcompile.quantize_(model) packs linears and experts without a graph"
 )
-_CONVOLUTION = "no captured graph reads it, and it is a convolution's, which are not quantized"
+_CONVOLUTION = (
+    "no captured graph reads it, and it is a convolution's, of which few forms are quantized"
+)
 _RECURRENT = (
     "no captured graph reads it: torch.compile does not trace {kind}, nor the function that calls "
     "it; call fqcompile.quantize_(model) first"

@@ -240,6 +240,7 @@ RULES: Mapping[str, Rule] = {
     "exclude": regexes,
     "overrides": overrides,
     "min_elements": at_least(0),
+    "quantize_embeddings": one_of(None, 8),
     "on_unsupported": one_of("keep", "error"),
     "weight_updates": one_of("detect", "ignore"),
     "fuse_attention": one_of(True, False),

@@ -4,7 +4,8 @@ All of them were tested with PyTorch 2.11.0, 2.13.0 and 2.14.1. If a release rem
 this module fails and names it; `tests/test_torch_compat.py` tests what each is used for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from operator import attrgetter
 from typing import Any
@@ -32,6 +33,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.distributed_c10d import _get_default_store as default_store
 from torch.jit import _trace as jit_trace
 from torch.nn.modules.conv import _ConvNd as Convolution
+from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_iter, tree_leaves, tree_map_only
 
@@ -105,6 +110,25 @@ STATIC_INPUT = "_dynamo_static_input_type"
 def memory_id(tensor: Tensor) -> int:
     """An id that all views of one storage share; unique while the storage lives."""
     return int(tensor.untyped_storage()._cdata)
+
+
+_NORMS = (_WeightNorm, _SpectralNorm, _Orthogonal)
+
+
+def remover_of_norm(module: nn.Module) -> Callable[[], object] | None:
+    """What makes a parameter of the weight that PyTorch's norms compute in each call; None without.
+
+    Only where nothing else computes it too.
+    """
+    if parametrize.is_parametrized(module, "weight"):
+        steps = module.parametrizations["weight"]
+        known = all(isinstance(step, _NORMS) for step in steps)
+        return partial(parametrize.remove_parametrizations, module, "weight") if known else None
+    hooks = module._forward_pre_hooks.values()
+    for kind, remove in ((WeightNorm, remove_weight_norm), (SpectralNorm, remove_spectral_norm)):
+        if any(isinstance(hook, kind) and hook.name == "weight" for hook in hooks):
+            return partial(remove, module)
+    return None
 
 
 def count_write(tensor: Tensor) -> None:

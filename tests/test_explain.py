@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import fqcompile
 from fqcompile.kernels import roofline
+from fqcompile.passes.kept import TABLE
 from tests.helpers import Mlp, assert_close, finequant, frozen, oracle, quantized_names, report
 
 X = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
@@ -346,7 +347,7 @@ def test_what_a_graph_only_hands_on_is_told_by_the_one_that_reads_it() -> None:
     model, ids = frozen(Positions()), torch.arange(5)
     plan = fqcompile.explain(model, X, ids, inner_backend="eager")
     kept = {site.name: site.reason for site in plan.kept}
-    assert kept == {"table": "embedding table: embeddings are not quantized"}
+    assert kept == {"table": TABLE}
     finequant(model, fullgraph=False)(X, ids)
     assert _sites(plan) == sorted(
         row for found in fqcompile.reports() for row in _sites(found.plan)

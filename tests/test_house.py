@@ -38,8 +38,8 @@ ONLY = {"estimator": {"errors", "kernels"}}
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 PIPELINE = tuple("capture normalize match plan rewrite fuse select lower".split())
 PASS_HELPERS = set(
-    """attention attention_forms calibrate choices effects expert_bias fold fuse_patterns gather
-    kept naming op_nodes probe probe_inputs products state""".split()
+    """attention attention_forms calibrate choices effects einsum expert_bias fold fuse_patterns
+    gather kept naming op_nodes probe probe_inputs products state""".split()
 )
 # What runs the passes, before them, after them or around them: each may import earlier ones.
 PASS_DRIVERS = tuple("pipeline sharded summary variants".split())

@@ -181,6 +181,14 @@ def test_the_compile_lock_is_one_that_its_owner_may_take_twice() -> None:
     assert taken == [False]
 
 
+def test_what_computes_a_weight_is_known_and_can_be_removed() -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)).eval()
+    weight, remove = layer.weight.detach().clone(), compat.remover_of_norm(layer)
+    assert remove is not None and compat.remover_of_norm(nn.Linear(3, 2)) is None
+    remove()
+    assert type(layer.weight) is nn.Parameter and torch.equal(layer.weight, weight)
+
+
 def test_kernels_of_aten() -> None:
     w = torch.randint(-8, 8, (32, 64), dtype=torch.int32)
     x, scale = torch.randn(2, 64, dtype=torch.bfloat16), torch.rand(2, 32, 1, dtype=torch.bfloat16)

@@ -259,7 +259,8 @@ class FineQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 site, packed = packed_of(own, self._config)
                 if packed is not None:
                     found.put(packed)
-                    model.all_tied_weights_keys.pop(found.name, None)
+                    if not found.of_tables:  # else the table has the same packed weight
+                        model.all_tied_weights_keys.pop(found.name, None)
             elif site.status == "kept" and self._config.on_unsupported == "error":
                 raise UnquantizableWeight(f"{site.name}: {site.reason}")
             rows.append(site)

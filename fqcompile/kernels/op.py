@@ -9,6 +9,7 @@
     fqcompile::matmul_backward   dx = dz @ ŵ[e(p)] of routed rows
     fqcompile::dequantize  ŵ [rows, K]: for the backward of one matrix, which a second derivative
                            must see as a matmul, and for callers that need the dense weight
+    fqcompile::rows        ŵ[ids] of one matrix, as an embedding reads it: [..., K] of ids [...]
 
 Rows of x past the last offset belong to no expert: their results are undefined, as in
 `torch._grouped_mm`, or zeros with `zero_rest`; their gradients are zeros.
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import expect_true
 
 from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.kernels.registry import parse_kernel
 from fqcompile.kernels.run import (
     check_backward,
     check_matmul,
@@ -40,7 +42,7 @@ from fqcompile.kernels.run import (
     run_backward,
     run_matmul,
 )
-from fqcompile.kernels.template import Routing
+from fqcompile.kernels.template import Routing, dequantize_plain
 from fqcompile.native import interface
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import key_set, without_keys
@@ -157,12 +159,26 @@ def _dequantize_fake(*arguments: Any) -> Tensor:
     return weight.qweight.new_empty(weight.shape, dtype=dtype)
 
 
+def _rows_impl(qweight: Tensor, scale: Tensor, ids: Tensor, *arguments: Any) -> Tensor:
+    *form, dtype, kernel = arguments
+    weight = checked_weight(kernel, "none", None, qweight, scale, *form)
+    some = parse_kernel(kernel).template.layout.take(weight, ids.flatten())
+    return dequantize_plain(some, dtype).view(*ids.shape, weight.k)
+
+
+def _rows_fake(qweight: Tensor, scale: Tensor, ids: Tensor, *arguments: Any) -> Tensor:
+    *form, dtype, kernel = arguments
+    weight = checked_weight(kernel, "none", None, qweight, scale, *form)
+    return qweight.new_empty((*ids.shape, weight.k), dtype=dtype)
+
+
 _library = torch.library.Library("fqcompile", "DEF")
 for _name, _impl, _fake in (
     ("matmul", _matmul_impl, _matmul_fake),
     ("matmul.inference", _matmul_impl, _matmul_fake),
     ("matmul_backward", _backward_impl, _backward_fake),
     ("dequantize", _dequantize_impl, _dequantize_fake),
+    ("rows", _rows_impl, _rows_fake),
 ):
     interface.define(_library, _name)
     _library.impl(_name, _impl, "CPU")
@@ -173,6 +189,7 @@ matmul = torch.ops.fqcompile.matmul.default
 matmul_inference = torch.ops.fqcompile.matmul.inference
 matmul_backward = torch.ops.fqcompile.matmul_backward.default
 dequantize = torch.ops.fqcompile.dequantize.default
+rows = torch.ops.fqcompile.rows.default
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -98,6 +98,7 @@ class Run(Protocol):
     ) -> torch.Tensor: ...
 
 
+_NO_ROW = 1 << 40  # rows that only fill up a block are none either
 Multiply = Callable[[torch.Tensor, QuantizedTensor, Epilogue], torch.Tensor]
 
 
@@ -130,7 +131,8 @@ class Layout:
     `shapes(bits, group_size, rows, k)` are those of what `pack_matrix` makes; kernels read no
     others. `unpack_matrix` gives the plain one back, bit for bit; `dequantize` gives ŵ [rows, K] in
     a dtype; `rows` gives some rows, in this layout, whose codes are a view, or None where these
-    rows have none. All take one matrix, and are None where nothing can. The name carries the
+    rows have none; `gather` gives the rows of int64 ids [P], in the plain layout. All take one
+    matrix, and are None where nothing can. The name carries the
     layout's version, since packed tensors and tuned tables are found by it.
     """
 
@@ -140,6 +142,7 @@ class Layout:
     dequantize: Callable[[QuantizedTensor, torch.dtype], torch.Tensor] | None = None
     unpack_matrix: Callable[[QuantizedTensor], PackedTensors] | None = None
     rows: Callable[[QuantizedTensor, int, int], PackedTensors | None] | None = None
+    gather: Callable[[QuantizedTensor, torch.Tensor], PackedTensors] | None = None
 
     def pack(self, weight: QuantizedTensor) -> QuantizedTensor:
         """The weight, which is in the plain layout, in this one; a stack expert by expert."""
@@ -171,6 +174,22 @@ class Layout:
         found = None if self.rows is None else self.rows(weight, start, rows)
         return found and QuantizedTensor(*found, replace(weight.format, rows=rows))
 
+    def take(self, weight: QuantizedTensor, ids: torch.Tensor) -> QuantizedTensor:
+        """The rows of a matrix that ids [P] name, negative ones from the end, in the plain layout.
+
+        Raises:
+            IndexError: an id names no row; on a GPU the kernel fails that reads it.
+        """
+        assert self.gather is not None, f"no rows can be taken from layout {self.name}"
+        ids = torch.where(ids < 0, ids + weight.rows, ids).long()
+        inside = (ids >= 0) & (ids < weight.rows)
+        if ids.is_cpu and not inside.all():
+            outside = int(ids[~inside][0])
+            raise IndexError(f"row {outside} is out of range: the weight has {weight.rows} rows")
+        ids = torch.where(inside, ids, _NO_ROW)
+        form = replace(weight.format, rows=len(ids), layout=formats.PLAIN)
+        return QuantizedTensor(*self.gather(weight, ids), form)
+
 
 def plain_shapes(bits: int, group_size: int, rows: int, k: int) -> tuple[Shape, Shape]:
     """A row of bytes and its scales for each row."""
@@ -194,6 +213,7 @@ PLAIN = Layout(
     dequantize_plain,
     _same,
     lambda weight, start, rows: weight.narrow(start, rows).tensors,
+    lambda weight, ids: (weight.qweight[ids], weight.scale[ids]),
 )
 
 

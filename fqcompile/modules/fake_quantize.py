@@ -99,7 +99,9 @@ def _target(places: Mapping[int, Sequence[Holder]], site: Site) -> _Target:
             "plan must come from this model"
         )
     movers = [
-        _movers(holder.name, places[id(holder.tensor)], shared=name in recipe.shared)
+        ()
+        if recipe.of_tables
+        else _movers(holder.name, places[id(holder.tensor)], shared=name in recipe.shared)
         for name, holder in zip(recipe.names, found, strict=True)
     ]
     return _Target(site, recipe, sources, tuple(movers))

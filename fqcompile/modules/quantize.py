@@ -23,6 +23,7 @@ from fqcompile.kernels.registry import kernel_for
 from fqcompile.modules.blocks import BlockRuns
 from fqcompile.modules.calibrate import calibrated, collect_inputs
 from fqcompile.modules.gptq import Run, WeightsInputs, batches_for, compensated
+from fqcompile.modules.kinds import settle_norms
 from fqcompile.modules.weights import ModuleWeight, filtered, module_weights
 from fqcompile.passes.summary import SiteRecipe, said_of
 from fqcompile.quant.calibration import Calibration
@@ -43,14 +44,14 @@ def quantize_(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     **options: object,
 ) -> Plan:
-    """Replace the weights of linears, Conv1Ds and stacks of experts with packed ones, in place.
+    """Replace the weights of linears, attention, recurrent cells and experts with packed ones.
 
     The model then runs eagerly and under every torch.compile backend, including "finequant", which
-    uses the packed weights as they are. A linear that shares its weight with an embedding, or with
-    another module that may read it as a table, gets a packed copy; the original stays dense.
-    Packed weights cannot be trained; adapters on top of them can. Weights are packed one at a time,
-    so peak memory is the model plus one weight; with "gptq", plus up to 4 GiB. In a sharded model
-    each rank packs its own shards, and all ranks must call this function.
+    uses the packed weights as they are. A linear that shares its weight with a table gets a packed
+    copy, unless `quantize_embeddings=8` packs it for both. Weights that PyTorch's norms compute are
+    parameters then, in evaluation mode. Packed weights cannot be trained; adapters on top of them
+    can. They are packed one at a time, so peak memory is the model plus one weight; with "gptq",
+    plus up to 4 GiB. Of a sharded model all ranks must call this, and each packs its own shards.
 
     Args:
         calibration: what the model is run on first, to see in which columns of its weights errors
@@ -77,6 +78,7 @@ def quantize_(
     known = calibration is None or isinstance(calibration, str)
     config = packing_config(options | {"calibration": calibration} if known else options)
     refuse_fsdp_modules(model)
+    settle_norms(model, config, filter_fn)
     waiting = filtered(module_weights(model, config), filter_fn)
     sites = _pack_on_all_ranks(model, waiting, config, calibration, method)
     given = {} if known else {"calibration": "batches"}
@@ -274,7 +276,7 @@ def packed_site(found: ModuleWeight, plan: QuantPlan, packed: PackedWeight) -> S
         bytes_after=packed.packed_bytes,
         **said_of(plan),
         kernel=kernel_for(packed.format, packed.dtype, scale, device, None),
-        recipe=SiteRecipe(recipe, (found.name,), plan),
+        recipe=SiteRecipe(recipe, (found.name,), plan, of_tables=found.of_tables),
     )
 
 

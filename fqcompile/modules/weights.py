@@ -1,30 +1,37 @@
 """Find the parameters of a model that can be packed, from its modules alone.
 
-These are the `weight` of Linear [N, K] and Conv1D [K, N], and stacks of experts [E, N, K] or
-[E, K, N]. Other large parameters are listed with the reason why they are skipped. Works on meta
+These are the `weight` of Linear [N, K] and Conv1D [K, N], those of MultiheadAttention and of
+recurrent cells, stacks of experts [E, N, K] or [E, K, N], and on request tables of embeddings
+[rows, K]. Other large parameters are listed with the reason why they are skipped. Works on meta
 devices.
 """
 
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from fqcompile.config import HEAD_NAMES, ROUTER, ROUTERS, FineQuantConfig
-from fqcompile.distributed.shards import local_part
+from fqcompile.config import HEAD_NAMES, ROUTER, FineQuantConfig
+from fqcompile.distributed.shards import is_part, local_part
 from fqcompile.errors import OptionError
+from fqcompile.modules.kinds import (
+    EMBEDDINGS,
+    is_conv1d,
+    is_linear,
+    is_router,
+    is_transposed,
+    multiplies,
+    parameter_of,
+)
 from fqcompile.quant.checks import OTHER_DTYPE, WEIGHT_DTYPES
-from fqcompile.torch_compat import Convolution
+from fqcompile.torch_compat import Convolution, remover_of_norm
 from fqcompile.weights.parameter import PackedWeight
 
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_ROUTERS = ROUTERS | {"classifier"}  # beside experts alone
 _ONE_CALL = "PyTorch's own {} reads it in one call, which takes no packed weight"
+_COMPUTED = "the weight is computed from it in each call: {}"
 _NO_WEIGHT = "only weights of linears and stacks of experts are packed, and this is "
 _FILTERED = "filter_fn does not accept its module"
 _ORIENTATION = (
@@ -42,10 +49,12 @@ class ModuleWeight:
     Attributes:
         parameter: the parameter as the module holds it.
         name: qualified name in the first module that multiplies with it.
-        holders: (module, attribute) of every module that multiplies with it.
+        holders: (module, attribute) of every module that multiplies with it, or reads its rows if
+            those are packed too.
         transposed: its matrices are [K, N].
-        head: an output head, which gets 8 bits unless the options set bits.
-        tied: an embedding, or another module that reads it as a table, also holds it, and keeps it.
+        head: an output head or a table, which gets 8 bits unless the options set bits.
+        tied: another module that reads it as a table also holds it, and keeps it.
+        of_tables: embeddings are among the holders.
         reason: why it is skipped; None if it may be packed.
     """
 
@@ -56,6 +65,7 @@ class ModuleWeight:
     transposed: bool = False
     head: bool = False
     tied: bool = False
+    of_tables: bool = False
     reason: str | None = None
 
     @property
@@ -74,9 +84,10 @@ class ModuleWeight:
         return self.weight.transpose(-2, -1) if self.transposed else self.weight
 
     def put(self, packed: Tensor) -> None:
-        """Replace it where it is multiplied with; each module gets a parameter of its own."""
+        """Replace it in all its holders, by one parameter: what is tied stays so."""
+        parameter = nn.Parameter(packed, requires_grad=False)
         for module, attribute in self.holders:
-            module._parameters[attribute] = nn.Parameter(packed, requires_grad=False)
+            module._parameters[attribute] = parameter
 
 
 Held = tuple[str, nn.Module, str]  # qualified name, module, attribute
@@ -85,7 +96,7 @@ Held = tuple[str, nn.Module, str]  # qualified name, module, attribute
 def module_weights(model: nn.Module, config: FineQuantConfig) -> list[ModuleWeight]:
     """All matrices of linears and experts, and other large parameters with the skip reason.
 
-    Embeddings are not listed.
+    Embeddings are listed only if the options ask for them.
     """
     sharing: dict[int, list[Held]] = {}
     for prefix, module in model.named_modules():
@@ -95,11 +106,12 @@ def module_weights(model: nn.Module, config: FineQuantConfig) -> list[ModuleWeig
     modules = dict(model.named_modules())
     found: list[ModuleWeight] = []
     for holders in sharing.values():
-        multiply = [held for held in holders if _multiplies(*held)]
+        multiply = [held for held in holders if multiplies(*held)]
+        multiply += [held for held in holders if _is_table(*held, multiply, config)]
         others = [held for held in holders if held not in multiply]
         if multiply:
             found.append(_weight(multiply, bool(others), modules, config))
-        rest = [held for held in others if not isinstance(held[1], _EMBEDDINGS)]
+        rest = [held for held in others if not isinstance(held[1], EMBEDDINGS)]
         found.extend(
             _stays(*held, multiply, modules, config) for held in rest[:1] if _counts(*held, config)
         )
@@ -129,27 +141,28 @@ def filtered(
     ]
 
 
-def _multiplies(name: str, module: nn.Module, attribute: str) -> bool:
-    """Whether the module is known to multiply with it, even if the orientation is unknown."""
-    dims = _parameter(module, attribute).dim()
-    if dims == 2:
-        return attribute == "weight" and (_is_linear(module) or _is_conv1d(module))
-    return dims == 3 and _holds_experts(name, module, attribute)
+def _is_table(
+    name: str, module: nn.Module, attribute: str, multiply: list[Held], config: FineQuantConfig
+) -> bool:
+    """Whether its rows are packed: of an embedding that does not rescale them, where asked for.
 
-
-def _parameter(module: nn.Module, attribute: str) -> Tensor:
-    """The parameter; an empty tensor if a lazy module has not created it yet."""
-    parameter = module.get_parameter(attribute)
-    return torch.empty(0, 0) if is_lazy(parameter) else parameter
+    A table that Conv1D multiplies with has K along its rows, so that none can be read alone.
+    """
+    asked = config.quantize_embeddings and config.kept_by_name(name) is None
+    plain = isinstance(module, nn.Embedding) and module.max_norm is None
+    whole = not is_part(parameter_of(module, attribute))
+    turned = any(is_conv1d(other) for _, other, _ in multiply)
+    return bool(asked and plain and whole and attribute == "weight" and not turned)
 
 
 def _weight(
     holders: list[Held], tied: bool, modules: dict[str, nn.Module], config: FineQuantConfig
 ) -> ModuleWeight:
     name, module, attribute = holders[0]
-    parameter = _parameter(module, attribute)
-    stacked = parameter.dim() == 3
-    transposed = _is_transposed(module, attribute) if stacked else _is_conv1d(module)
+    parameter = parameter_of(module, attribute)
+    stacked, of_tables = parameter.dim() == 3, isinstance(holders[-1][1], EMBEDDINGS)
+    alone = isinstance(module, EMBEDDINGS)
+    transposed = is_transposed(module, attribute) if stacked else is_conv1d(module)
     reason = _reason(name, module, local_part(parameter), modules, config)
     if transposed is None:
         reason = reason or _ORIENTATION
@@ -159,18 +172,19 @@ def _weight(
         name=name,
         parameter=parameter,
         holders=tuple((module, attribute) for _, module, attribute in holders),
-        kind="experts" if stacked else "linear",
+        kind="experts" if stacked else "embedding" if alone else "linear",
         transposed=bool(transposed),
-        head=tied or HEAD_NAMES.search(name) is not None,
+        head=of_tables or tied or HEAD_NAMES.search(name) is not None,
         tied=tied,
+        of_tables=of_tables,
         reason=reason,
     )
 
 
 def _counts(name: str, module: nn.Module, attribute: str, config: FineQuantConfig) -> bool:
     """Whether a skipped parameter is worth a row: large ones, and matrices of linears."""
-    parameter = _parameter(module, attribute)
-    large = parameter.numel() >= config.min_elements or _is_linear(module)
+    parameter = parameter_of(module, attribute)
+    large = parameter.numel() >= config.min_elements or is_linear(module)
     return large and parameter.dim() > 1 and parameter.numel() > max(parameter.shape)
 
 
@@ -188,65 +202,30 @@ def _stays(
     if multiply:
         of = type(module).__name__
         reason = f"{multiply[0][0]} shares it; {of} may read it as a table, and keeps it"
-    return ModuleWeight(name, _parameter(module, attribute), (), "other", reason=reason)
+    return ModuleWeight(name, parameter_of(module, attribute), (), "other", reason=reason)
 
 
 def _why_no_weight(module: nn.Module, attribute: str, *, computed: bool) -> str:
     """Why a parameter is not a weight to pack; `computed`: a parametrization reads it."""
     of = type(module).__name__
-    if computed and _is_linear(module):
-        return (
-            "the weight is computed from it in each call: call torch.nn.utils.parametrize."
-            "remove_parametrizations to have a weight that can be packed"
+    if is_linear(module) and remover_of_norm(module) is not None:
+        return _COMPUTED.format("call model.eval() first, after which it no longer changes")
+    if computed and is_linear(module):
+        return _COMPUTED.format(
+            "call torch.nn.utils.parametrize.remove_parametrizations to have one that can be packed"
         )
-    if _is_linear(module) and attribute in ("weight_v", "weight_g", "weight_orig"):
-        return (
-            "the weight is computed from it in each call: call torch.nn.utils.remove_weight_norm, "
-            "remove_spectral_norm or prune.remove to have a weight that can be packed"
+    if is_linear(module) and attribute in ("weight_v", "weight_g", "weight_orig"):
+        return _COMPUTED.format(
+            "call torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove to have "
+            "one that can be packed"
         )
     if isinstance(module, Convolution):
         return f"{_NO_WEIGHT}a convolution's"
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+    if isinstance(module, nn.RNNBase):
         return _ONE_CALL.format(of)
-    if isinstance(module, nn.MultiheadAttention):
-        return _ONE_CALL.format("attention")
-    if _is_linear(module):
+    if is_linear(module):
         return f"{_NO_WEIGHT}another parameter of a {of}"
     return f"{_NO_WEIGHT}a parameter of {of}, whose use is not known without a graph: see explain()"
-
-
-def _holds_experts(name: str, module: nn.Module, attribute: str) -> bool:
-    """Whether a three-dimensional parameter is a stack of experts, not a table or a filter."""
-    if _is_transposed(module, attribute) is not None:
-        return True
-    if isinstance(module, Convolution | ParametrizationList):
-        return False
-    return "expert" in f"{name} {type(module).__name__}".lower()
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether it is Hugging Face's Conv1D (GPT-2's linear), whose weight is [K, N]."""
-    library = sys.modules.get("transformers.pytorch_utils")
-    return library is not None and isinstance(module, library.Conv1D)
-
-
-def _is_transposed(module: nn.Module, attribute: str) -> bool | None:
-    """By the module's flag, or by the shapes of gate_up and down; None if neither decides."""
-    said = getattr(module, "is_transposed", None)
-    if isinstance(said, bool):
-        return said
-    gate_up, down = (module._parameters.get(name) for name in ("gate_up_proj", "down_proj"))
-    if gate_up is None or down is None or attribute not in ("gate_up_proj", "down_proj"):
-        return None
-    _, a, b = gate_up.shape
-    _, c, d = down.shape
-    if (a, b) == (2 * d, c):
-        return False
-    return True if (a, b) == (d, 2 * c) else None
 
 
 def _reason(
@@ -265,23 +244,6 @@ def _reason(
         return f"the weight is a {type(weight).__name__}, not a plain parameter"
     if weight.dtype not in WEIGHT_DTYPES:
         return OTHER_DTYPE.format(weight.dtype)
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return _ONE_CALL.format("attention")
-    if _is_router(name, modules) and not config.override_matches(name):
+    if is_router(name, modules) and not config.override_matches(name):
         return ROUTER
     return config.kept_by_size(weight.numel())
-
-
-def _is_router(name: str, modules: dict[str, nn.Module]) -> bool:
-    """Whether a linear, or a module that contains it, has a router's name and sits next to experts.
-
-    gate.weight, router.layer.weight, gate.wg.weight; experts are recognized by name or class.
-    """
-    path = name.split(".")[:-1]
-    for at, part in enumerate(path):
-        parent = modules.get(".".join(path[:at]))
-        if part in _ROUTERS and parent is not None:
-            others = [(n, type(m).__name__) for n, m in parent.named_children() if n != part]
-            if any("expert" in text.lower() for pair in others for text in pair):
-                return True
-    return False

@@ -37,6 +37,8 @@ SCHEMAS = {
     "int group_size, int rows, int k, str kernel, Tensor? offsets, Tensor? ids) -> Tensor",
     "dequantize": "(Tensor qweight, Tensor scale, int bits, str levels, int group_size, int rows, "
     "int k, ScalarType dtype, str kernel) -> Tensor",
+    "rows": "(Tensor qweight, Tensor scale, Tensor ids, int bits, str levels, int group_size, "
+    "int rows, int k, ScalarType dtype, str kernel) -> Tensor",
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, float scale, "
     "float softcap, bool causal, bool nan_if_hidden) -> Tensor",
 }

@@ -4,14 +4,16 @@ A new call gets an example value; an equal call that exists already is reused.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import permutations
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 
 from fqcompile.passes.effects import effects_between, has_effects
-from fqcompile.passes.state import GraphState, example, same_shape
+from fqcompile.passes.state import GraphState, example, same_layout, same_shape
 from fqcompile.torch_compat import memory_id, tree_map_only
 from fqcompile.weights.recipe import FOLDABLE, Ref, Step, WeightRecipe, target_name
 
@@ -113,6 +115,29 @@ class Emitter:
                 return None if effects_between(user, self._before) else user
         return None
 
+    def inline(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Insert the calls that `function` makes of these nodes; its result, with nodes as tensors.
+
+        It may ask tensors for what does not depend on sizes, such as their dtype.
+        """
+        recorder = _Recorder(self)
+        with recorder:
+            result = function(*recorder.values(args), **recorder.values(kwargs))
+        return recorder.nodes(result)
+
+    def cast(self, value: fx.Node, like: Tensor) -> fx.Node:
+        """The value in the dtype of a tensor."""
+        cast = value.meta["example_value"].dtype != like.dtype
+        return self("to", value, like.dtype) if cast else value
+
+    def laid_out(self, value: fx.Node, like: Tensor) -> fx.Node:
+        """The value with the strides of a tensor, so that views of it stay possible as in eager."""
+        layout = None if same_layout(value.meta["example_value"], like) else _layout(like)
+        if layout is not None:
+            value = self("contiguous", self("permute", value, layout))
+            value = self("permute", value, tuple(map(layout.index, range(len(layout)))))
+        return value
+
     def size(self, value: fx.Node, dim: int) -> Size:
         """The size of a dimension: a number, or a node that reads it if it is symbolic."""
         found = value.meta["example_value"].shape[dim]
@@ -125,6 +150,50 @@ class Emitter:
             numbers = isinstance(total, int) and isinstance(one, int)
             total = total * one if numbers else self(operator.mul, total, one)  # type: ignore[operator]
         return total
+
+
+class _Recorder(TorchFunctionMode):
+    """Inserts each call of PyTorch that is made under it, on example values."""
+
+    def __init__(self, emit: Emitter) -> None:
+        super().__init__()
+        self._emit = emit
+        self._nodes: dict[int, fx.Node] = {}  # of a value, which lives as long as its node
+
+    def values(self, nodes: Any) -> Any:
+        """The example values instead of nodes."""
+        return tree_map_only(fx.Node, self._value, nodes)
+
+    def nodes(self, values: Any) -> Any:
+        """The nodes instead of values."""
+        return tree_map_only(Tensor, lambda value: self._nodes[id(value)], values)
+
+    def _value(self, node: fx.Node) -> Any:
+        value = node.meta["example_value"]
+        self._nodes[id(value)] = node
+        return value
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.__name__
+        if name in ("__get__", "dim"):  # of `dtype`, `is_nested`
+            return func(*args, **(kwargs or {}))
+        target = name if getattr(Tensor, name, None) is func else func
+        node = self._emit(target, *self.nodes(args), **self.nodes(kwargs or {}))
+        value = node.meta["example_value"]
+        if isinstance(value, Tensor):
+            return self._value(node)
+        return [self._value(self._emit(operator.getitem, node, at)) for at in range(len(value))]
+
+
+def _layout(value: Tensor) -> tuple[int, ...] | None:
+    """The dimensions from outermost to innermost in memory; None if there are gaps."""
+    for dims in permutations(range(value.dim())):
+        moved = value.permute(dims)
+        if same_layout(moved, moved.new_empty(moved.shape)):
+            return dims
+    return None
 
 
 def _same_view_before(node: fx.Node, value: Tensor) -> fx.Node | None:

@@ -13,8 +13,9 @@ from fqcompile.distributed.shards import NOT_LOCAL, is_dtensor, local_part
 from fqcompile.passes.effects import bodies, has_effects, in_transforms
 from fqcompile.passes.fold import ConstantFolder
 from fqcompile.passes.naming import note_table
-from fqcompile.passes.products import PRODUCTS
+from fqcompile.passes.products import OF_LAYERS, PRODUCTS
 from fqcompile.passes.state import GraphState, KeptWeight, example, placeholders
+from fqcompile.weights.parameter import PackedWeight
 from fqcompile.weights.recipe import CASTS, MOVING, target_name
 
 IN_A_BODY = "the bodies of higher-order operators stay as they are"
@@ -26,7 +27,12 @@ IN_THE_GRAPH = "it is a constant of the graph, not one of its inputs"
 INTO_AN_INPUT = (
     "turn torch._inductor.config.freezing off, or call fqcompile.quantize_(model) before compiling"
 )
-TABLE = "embedding table: embeddings are not quantized"
+CONVOLUTION = "of convolutions only those of single pixels are quantized, without groups or stride"
+TABLE = (
+    "embedding table: a compiled model keeps it, and fqcompile.quantize_(model, "
+    "quantize_embeddings=8) packs it"
+)
+PACKED_TABLE = "embedding table, packed already: the rows that are read are dequantized"
 _ROW_READS = frozenset("embedding embedding_bag index_select index gather take_along_dim".split())
 # Calls that read only shape, dtype and device: of every operand, or of those after the first.
 _LIKE = frozenset(
@@ -89,7 +95,7 @@ def kept_matrices(state: GraphState) -> list[KeptWeight]:
         sharded, weight = is_dtensor(whole), local_part(whole)
         if not _is_matrix(weight, state.config.min_elements):
             continue
-        reason = TABLE if table else _why_not(state, node, readers, transformed)
+        reason = _of_table(weight) if table else _why_not(state, node, readers, transformed)
         reason = NOT_LOCAL if sharded and "embedding" not in reason else reason
         kept.append(
             KeptWeight(
@@ -99,11 +105,15 @@ def kept_matrices(state: GraphState) -> list[KeptWeight]:
                 table=as_table,
                 kind=_kind(weight, readers),
                 shape=tuple(weight.shape),
-                nbytes=weight.numel() * weight.element_size(),
+                nbytes=weight.nbytes,
                 reason=reason,
             )
         )
     return kept
+
+
+def _of_table(weight: Tensor) -> str:
+    return PACKED_TABLE if isinstance(weight, PackedWeight) else TABLE
 
 
 def _is_matrix(weight: Tensor, min_elements: int) -> bool:
@@ -132,7 +142,7 @@ def _why_not(
     if any(map(bodies, readers)):
         return f"read inside {', '.join(names)}: {IN_A_BODY}"
     if any(name.lstrip("_").startswith("conv") for name in names):
-        return f"read by {', '.join(names)}: convolutions are not quantized"
+        return f"read by {', '.join(names)}: {CONVOLUTION}"
     return f"read by {', '.join(names)}: not a linear or expert form that is quantized"
 
 
@@ -192,7 +202,7 @@ def reads_values(reader: fx.Node, embedded: bool = False) -> bool:
 def _kind(weight: Tensor, readers: list[fx.Node]) -> str:
     """The kind in plans: a stack is "experts" only if a matmul of stacks reads it, else "other"."""
     names = {target_name(reader.target) for reader in readers}
-    if weight.dim() == 3 and names & (PRODUCTS - {"linear"}):
+    if weight.dim() == 3 and names & (PRODUCTS - OF_LAYERS):
         return "experts"
     return "linear" if weight.dim() == 2 else "other"
 

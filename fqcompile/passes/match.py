@@ -11,6 +11,8 @@ nk, bkm -> bnm           rows b m                     its weight on the left
 emk, ekn -> emn          batch e, rows m              equally many rows for every expert
 pmk, pkn -> pmn          batch p, rows m              w[ids]: rows gathered, one id each
 ti, taoi -> tao          batch t a                    w[ids], ids [t, a]; x is repeated along a
+b1mk, ekn -> bemn        rows b m                     one x for all: a layer of e * n outputs
+bkhw, nk11 -> bnhw       rows b h w                   a convolution of single pixels
 mk, Ekn -> mn            rows m                       rows sorted by expert
 
 The weight may be [1, K, N], or [K, N] expanded to a batch. Operations between w[ids] and the
@@ -164,8 +166,9 @@ def contraction(node: fx.Node, is_constant: IsConstant) -> Contraction | None:
     for weight, x in read.sides:
         if is_constant(x.node) and not read.of_layer:
             continue
-        constant, steps = _unbatched(weight.node) if read.broadcasts else (weight.node, ())
+        constant, steps = _plain(weight, read)
         if is_constant(constant):
+            x = _without_singles(x, weight)
             found = _of_constant(Operand(node, read.out), x, weight.dims, constant, steps)
         elif (picked := gathered(weight.node, is_constant)) is not None:
             x = _without_singles(x, weight)
@@ -174,6 +177,13 @@ def contraction(node: fx.Node, is_constant: IsConstant) -> Contraction | None:
             continue
         return None if found is None else _with_roles(read, x, found)
     return None
+
+
+def _plain(weight: Operand, read: Product) -> tuple[fx.Node, Steps]:
+    """The weight without dimensions that have no name, or of equal matrices."""
+    if read.broadcasts:
+        return _unbatched(weight.node)
+    return weight.node, tuple(("squeeze", (dim,)) for dim in reversed(weight.singles))
 
 
 def _unbatched(operand: fx.Node) -> tuple[fx.Node, Steps]:
@@ -190,7 +200,10 @@ def _of_constant(
     out: Operand, x: Operand, dims: Names, constant: fx.Node, steps: Steps
 ) -> Weight | None:
     """The constant, without those of the leading dimensions that `_unbatched` has dropped."""
-    shape = shape_of(constant)[len(steps) :]
+    value = constant.meta["example_value"]
+    for method, args in steps:
+        value = getattr(value, method)(*args)
+    shape = tuple(value.shape)
     dropped, dims = dims[: len(dims) - len(shape)], dims[len(dims) - len(shape) :]
     if not all(same_shape([x.sizes.get(i, out.sizes[i])], [out.sizes[i]]) for i in dropped):
         return None  # the batch comes from the weight alone
@@ -263,6 +276,7 @@ def _with_roles(read: Product, x: Operand, weight: Weight) -> Contraction | None
         free=tuple(free),
         bias=read.bias,
         ids=weight.ids,
+        of_layer=read.of_layer,
         offsets=read.offsets,
         gather=weight.gather,
         zero_rest=read.zero_rest,

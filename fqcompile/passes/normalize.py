@@ -7,6 +7,10 @@ aten.slice.Tensor(x, 1, 0, 8)     ->   x[:, 0:8]
 aten.index.Tensor(x, [ids])       ->   x[ids]
 aten.numpy_T(w)                   ->   w.t()
 aten._to_copy(x, dtype=d)         ->   x.to(dtype=d, copy=True)
+torch.linalg.matmul(x, w)         ->   torch.matmul(x, w)
+tensordot(x, w, 1), inner(x, w)   ->   einsum("abc,ce->abe", x, w)
+einsum("bk,nk", x, w)             ->   einsum("bk,nk->bn", x, w)
+einsum("bk,rk,nr->bn", x, a, w)   ->   einsum("br,nr->bn", einsum("bk,rk->br", x, a), w)
 
 Exported programs hold aten operators, and newer releases of PyTorch emit them for some attributes.
 `target_name` is the same for a method, a function and an operator of one name. Arguments of the
@@ -15,15 +19,21 @@ keywords. A call with other arguments, such as `out=`, is not changed.
 """
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from inspect import Parameter, Signature
+from string import ascii_lowercase
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from fqcompile.passes.effects import has_effects, in_transforms
+from fqcompile.passes.einsum import equation_of, pairs, with_result
+from fqcompile.passes.fold import ConstantFolder, Emitter
+from fqcompile.passes.products import shape_of
 from fqcompile.passes.state import GraphState, example
 from fqcompile.torch_compat import OpOverload, schema_of
+from fqcompile.weights.composites import COMPOSITES
 from fqcompile.weights.recipe import target_name
 
 Call = tuple[object, tuple[Any, ...], dict[str, Any]]
@@ -31,6 +41,8 @@ Call = tuple[object, tuple[Any, ...], dict[str, Any]]
 
 def normalize(state: GraphState) -> int:
     """Rewrite each call to its one spelling, in place; return the number of calls changed."""
+    emit, folder = Emitter(state.graph), ConstantFolder(state)
+    stay = _of_other_types(state.graph)
     for node in state.graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
@@ -44,8 +56,14 @@ def normalize(state: GraphState) -> int:
             node.op = "call_method" if isinstance(target, str) else "call_function"
             node.target = target
         _in_order(node)
+        read = node not in stay and any(map(folder.is_constant, node.all_input_nodes))
+        if read and _written_out(node, emit.at(node), folder):
+            state.matched.append(f"{name}: written out")
+            continue
         if (node.target, node.args, node.kwargs) != before:
             state.matched.append(f"{name}: {node.format_node()}")
+    for made in emit.made:
+        _in_order(made)
     return len(state.matched)
 
 
@@ -60,6 +78,39 @@ def _by_position(node: fx.Node) -> None:
             break
         args.append(kwargs.pop(name))
     node.args, node.kwargs = tuple(args), kwargs
+
+
+def _of_other_types(graph: fx.Graph) -> Container[fx.Node]:
+    """Nodes whose tensors have other types or dtypes than calls of their own would have here."""
+    names = [target_name(node.target) for node in graph.nodes]
+    return set(graph.nodes) if "_enter_autocast" in names else in_transforms(graph)
+
+
+def _written_out(node: fx.Node, emit: Emitter, folder: ConstantFolder) -> bool:
+    """Replace a call that reads several weights by calls that read one; whether that was done."""
+    write = COMPOSITES.get(target_name(node.target))
+    several = target_name(node.target) == "einsum" and len(node.args) > 3
+    if not (write or several) or has_effects(node):
+        return False
+    one = isinstance(node.meta.get("example_value"), Tensor)
+    users = [node] if one else list(node.users)
+    known = all(example(value) is not None for value in (*node.all_input_nodes, *users))
+    if not known:
+        return False
+    replaced = {user: 0 if one else user.args[1] for user in users}
+    if write is None:
+        results = _in_pairs(node, emit, folder)
+    else:
+        results = emit.inline(write, *node.args, **node.kwargs)
+    if results is NotImplemented:
+        return False
+    results = results if isinstance(results, tuple) else (results,)
+    for old, at in replaced.items():
+        wanted = old.meta["example_value"]
+        old.replace_all_uses_with(emit.laid_out(emit.cast(results[at], wanted), wanted))
+    for old in {**replaced, node: 0}:
+        node.graph.erase_node(old)
+    return True
 
 
 def _in_order(node: fx.Node) -> None:
@@ -84,14 +135,19 @@ def _signature(names: str, defaults: Mapping[str, Any] | None = None, **keywords
     )
 
 
+_CONVOLUTION = _signature(
+    "input weight", {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+)
 _NO_OFFSETS = {"offs": None, "bias": None, "out_dtype": None}
 SIGNATURES = {
     "linear": _signature("input weight", {"bias": None}),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _CONVOLUTION),
     "matmul": _signature("input other"),
     "mm": _signature("input mat2"),
     "mv": _signature("input vec"),
     "bmm": _signature("input mat2"),
     "addmm": _signature("input mat1 mat2", beta=1, alpha=1),
+    "addmv": _signature("input mat vec", beta=1, alpha=1),
     "baddbmm": _signature("input batch1 batch2", beta=1, alpha=1),
     "_grouped_mm": _signature("input mat2", _NO_OFFSETS),
     "grouped_mm": _signature("mat_a mat_b", **_NO_OFFSETS),
@@ -145,12 +201,70 @@ def _to_copy(node: fx.Node) -> Call | None:
     return ("to", node.args, {**given, "copy": True}) if known else None
 
 
-def _einsum(node: fx.Node) -> Call | None:
-    """Einsum with two operands as arguments of their own, not in a list."""
+def _convolution(node: fx.Node) -> Call | None:
+    """Where it is not transposed, the function for this number of dimensions."""
     match node.args:
-        case (equation, [left, right]) if not node.kwargs:
-            return torch.einsum, (equation, left, right), {}
+        case (x, w, bias, stride, padding, dilation, False, _, groups) if not node.kwargs:
+            named = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}.get(len(shape_of(w)))
+            return named and (named, (x, w, bias, stride, padding, dilation, groups), {})
     return None
+
+
+def _linalg_matmul(node: fx.Node) -> Call | None:
+    return (torch.matmul, node.args, {}) if len(node.args) == 2 and not node.kwargs else None
+
+
+def _inner(node: fx.Node) -> Call | None:
+    match node.args:
+        case (x, w) if not node.kwargs:
+            return _contracted(x, w, [-1], [-1])
+    return None
+
+
+def _tensordot(node: fx.Node) -> Call | None:
+    """The dimensions are a number, the last ones of x and the first ones of w, or two lists."""
+    match (*node.args, *node.kwargs.values()):
+        case (x, w, int() as count) if node.kwargs.keys() <= {"dims"}:
+            return _contracted(x, w, list(range(-count, 0)), list(range(count)))
+        case (x, w, [[*left], [*right]]) | (x, w, [*left], [*right]) if "out" not in node.kwargs:
+            return _contracted(x, w, left, right)
+    return None
+
+
+def _contracted(x: Any, w: Any, left: Sequence[int], right: Sequence[int]) -> Call | None:
+    """The einsum that sums over pairs of dimensions of two tensors, and keeps the others."""
+    ndims = [len(shape_of(x)), len(shape_of(w))]
+    if 0 in ndims or sum(ndims) > len(ascii_lowercase):
+        return None
+    names = ascii_lowercase[: sum(ndims)]
+    ours, theirs = names[: ndims[0]], list(names[ndims[0] :])
+    for a, b in zip(left, right, strict=True):
+        theirs[b] = ours[a]
+    out = "".join(i for i in (*ours, *theirs) if (i in ours) != (i in theirs))
+    return torch.einsum, (f"{ours},{''.join(theirs)}->{out}", x, w), {}
+
+
+def _einsum(node: fx.Node) -> Call | None:
+    """With the equation as text, its result named, and the operands not in a list."""
+    match node.args:
+        case (str() as equation, [*operands]) | (str() as equation, *operands):
+            pass
+        case (fx.Node(), [*_], *_) as given:  # x, [0, 1], w, [2, 1], [0, 2]
+            operands = list(given[: len(given) // 2 * 2 : 2])
+            equation = equation_of(given[1::2], given[-1] if len(given) % 2 else None)
+        case _:
+            return None
+    return None if node.kwargs else (torch.einsum, (with_result(equation), *operands), {})
+
+
+def _in_pairs(node: fx.Node, emit: Emitter, folder: ConstantFolder) -> Any:
+    """Multiply constants and activations two at a time, so that each weight has its product."""
+    equation, *operands = node.args
+    constant = [folder.is_constant(one) for one in operands]
+    for pair in pairs(str(equation), [len(shape_of(one)) for one in operands], constant):
+        second, first = operands.pop(pair.second), operands.pop(pair.first)
+        operands.insert(pair.first, emit(torch.einsum, pair.equation, first, second))
+    return operands[0] if len(operands) == 1 else NotImplemented
 
 
 _STRIDED = ("layout", torch.strided)
@@ -169,5 +283,9 @@ _SPELLINGS: dict[str, Callable[[fx.Node], Call | None]] = {
     "__getitem__": lambda node: (operator.getitem, node.args, dict(node.kwargs)),
     "swapaxes": _method("transpose"),
     "swapdims": _method("transpose"),
+    "aten.convolution": _convolution,
+    "linalg_matmul": _linalg_matmul,
+    "inner": _inner,
+    "tensordot": _tensordot,
     "einsum": _einsum,
 }

@@ -2,7 +2,8 @@
 
 F.linear(x, w, b)                 b k   , n k     -> b n
 x @ w, matmul, mm, bmm            b m k , b k n   -> b m n     the last ones of a batch meet
-addmm(b, x, w), baddbmm           the same, plus b
+addmm(b, x, w), addmv, baddbmm    the same, plus b
+conv2d(x, w, b), 1 x 1            b k h w , n k 1 1 -> b n h w
 mv(w, x)                          n k   , k       -> n
 _grouped_mm(x, w, offs=o)         m k   , E k n   -> m n       rows sorted by expert
 transformers::grouped_mm_fallback the same, with zeros for rows beyond the last offset
@@ -11,7 +12,7 @@ einsum                            as it says
 The only reader of calls of matmuls; `normalize` has put their arguments in one order.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,10 +20,10 @@ import torch
 from torch import fx
 
 from fqcompile.passes.effects import has_effects
+from fqcompile.passes.einsum import Names, einsum_indices, last
 from fqcompile.passes.state import example
 from fqcompile.weights.recipe import target_name
 
-Names = list[str]
 Call = tuple[Any, ...]  # the arguments of a call, keyword arguments last
 STACK = "expert"  # the name of the stack's first dimension, which ids or offsets index
 
@@ -49,7 +50,8 @@ class Product:
         out: the names of the result's dimensions.
         offsets: the end of each expert's rows, if rows are sorted by expert.
         zero_rest: rows beyond the last offset are zeros.
-        of_layer: the right operand is the weight; else the constant one of the two is.
+        of_layer: the right operand is the weight, and a bias has one value for each n; else the
+            weight is the constant one of the two.
         broadcasts: a batch of equal matrices counts as one matrix; not for einsum.
     """
 
@@ -86,6 +88,26 @@ def _linear(node: fx.Node, call: Call) -> Product | None:
     return None
 
 
+def _conv(node: fx.Node, call: Call) -> Product | None:
+    """A convolution that reads one pixel for each of its result's, of all channels."""
+    match call:
+        case (fx.Node() as x, fx.Node() as weight, bias, *steps, 1) if _ndim(x) == _ndim(weight):
+            kernel = shape_of(weight)[2:]
+            plain = all(
+                _all_are(given, wanted) for given, wanted in zip(steps, (1, 0, 1), strict=True)
+            )
+            if plain and all(size == 1 for size in kernel):
+                pixels = [f"d{i}" for i in range(len(kernel))]
+                singles = tuple(range(2, 2 + len(kernel)))
+                left, right = Operand(x, ["b", "k", *pixels]), Operand(weight, ["n", "k"], singles)
+                return Product(left, right, ["b", "n", *pixels], bias, of_layer=True)
+    return None
+
+
+def _all_are(given: Any, wanted: int) -> bool:
+    return all(one == wanted for one in (given if isinstance(given, list | tuple) else [given]))
+
+
 def _matmul(node: fx.Node, call: Call, bias: fx.Node | None = None) -> Product | None:
     match call:
         case (fx.Node() as left, fx.Node() as right) if min(_ndim(left), _ndim(right)) >= 1:
@@ -93,14 +115,10 @@ def _matmul(node: fx.Node, call: Call, bias: fx.Node | None = None) -> Product |
             rows, columns = ["m", "k"][-_ndim(left) :], ["k", "n"][: _ndim(right)]
             out = [*batch, *rows[:-1], *columns[1:]]
             if len(out) == _ndim(node):
-                first = Operand(left, [*_last(batch, _ndim(left) - 2), *rows])
-                second = Operand(right, [*_last(batch, _ndim(right) - 2), *columns])
+                first = Operand(left, [*last(batch, _ndim(left) - 2), *rows])
+                second = Operand(right, [*last(batch, _ndim(right) - 2), *columns])
                 return Product(first, second, out, bias, broadcasts=True)
     return None
-
-
-def _last(names: Names, count: int) -> Names:
-    return names[len(names) - count :] if count > 0 else []
 
 
 def _mv(node: fx.Node, call: Call) -> Product | None:
@@ -153,35 +171,6 @@ def _einsum(node: fx.Node, call: Call) -> Product | None:
     return None
 
 
-def einsum_indices(equation: str, ndims: Sequence[int]) -> list[Names] | None:
-    """The index names of two operands and of the result; None if the equation has another form.
-
-    An ellipsis stands for the dimensions of its operand that have no name. They are aligned at the
-    last one and shared between operands, as in einsum.
-    """
-    inputs, arrow, output = equation.replace(" ", "").partition("->")
-    terms = [*inputs.split(","), output]
-    if not arrow or len(terms) != len(ndims) + 1 or any(t.count("...") > 1 for t in terms):
-        return None
-    hidden = [
-        max(0, n - len(t.replace("...", ""))) if "..." in t else 0
-        for t, n in zip(terms, ndims, strict=False)
-    ]
-    unnamed = [f"...{i}" for i in range(max(hidden))]
-    names = [
-        _expand(term, _last(unnamed, count))
-        for term, count in zip(terms, (*hidden, len(unnamed)), strict=True)
-    ]
-    distinct = all(len(set(term)) == len(term) for term in names)
-    fits = all(len(term) == n for term, n in zip(names, ndims, strict=False))
-    return names if distinct and fits else None
-
-
-def _expand(term: str, hidden: Names) -> Names:
-    head, dots, tail = term.partition("...")
-    return [*head, *(hidden if dots else []), *tail]
-
-
 def shape_of(node: object) -> tuple[Any, ...]:
     value = example(node)
     return () if value is None else tuple(value.shape)
@@ -199,7 +188,11 @@ _READERS: dict[str, Callable[[fx.Node, Call], Product | None]] = {
     "mv": _mv,
     "bmm": _matmul,
     "addmm": _addmm,
+    "addmv": _addmm,
     "baddbmm": _addmm,
+    "conv1d": _conv,
+    "conv2d": _conv,
+    "conv3d": _conv,
     "einsum": _einsum,
     "_grouped_mm": _grouped_mm,
     "grouped_mm": _grouped_mm,
@@ -207,3 +200,4 @@ _READERS: dict[str, Callable[[fx.Node, Call], Product | None]] = {
     "transformers.grouped_mm_fallback.default": _fallback,
 }
 PRODUCTS = frozenset(_READERS)
+OF_LAYERS = frozenset(("linear", "conv1d", "conv2d", "conv3d"))  # one weight for all rows

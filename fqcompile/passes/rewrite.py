@@ -11,8 +11,6 @@ einsum("ti,taoi->tao", ..)   ->  matmul(x repeated [t * a, i], .., ids=ids.resha
 A bias [N] becomes an argument of the operator; any other bias is added to the result.
 """
 
-from itertools import permutations
-
 import torch
 from torch import Tensor, fx
 
@@ -27,7 +25,6 @@ from fqcompile.passes.state import (
     example,
     part_of,
     placeholders,
-    same_layout,
     same_shape,
 )
 from fqcompile.weights.node_weight import NodeWeight
@@ -81,7 +78,7 @@ def _replace(
     sizes = sizes_of(emit, roles, x, out)
     x = arranged(emit, roles, x, sizes, site.shape[-1])
     if roles.of_experts:  # autocast casts what matmuls read
-        x = _cast(emit, x, out)
+        x = emit.cast(x, out)
     row = bias if bias is not None and _is_row(site, bias) else None
     op = _operator(emit, site, weight, (x, *inputs, row), _routing(emit, site, x, sizes))
     rows, y = arranged_back(emit, roles, op, None if row is bias else bias, sizes, out)
@@ -118,12 +115,7 @@ def _is_row(site: WeightSite, bias: fx.Node) -> bool:
     """Whether the bias is one value per output column, which the op itself adds."""
     roles = site.contraction
     natural = not roles.of_experts and roles.out_dims == (*roles.rows, *roles.free[:1])
-    return natural and tuple(bias.meta["example_value"].shape) == site.shape[:1]
-
-
-def _cast(emit: Emitter, value: fx.Node, like: Tensor) -> fx.Node:
-    cast = value.meta["example_value"].dtype != like.dtype
-    return emit("to", value, like.dtype) if cast else value
+    return (natural or roles.of_layer) and tuple(bias.meta["example_value"].shape) == site.shape[:1]
 
 
 def sizes_of(emit: Emitter, roles: Contraction, x: fx.Node, out: Tensor) -> Sizes:
@@ -203,7 +195,7 @@ def arranged_back(
     rows = op
     if bias is not None and roles.batch and order == roles.out_dims:
         # before the reshape, where `fuse` finds it
-        every = emit("expand", _cast(emit, bias, out), tuple(sizes[name] for name in order))
+        every = emit("expand", emit.cast(bias, out), tuple(sizes[name] for name in order))
         rows = emit(torch.add, op, emit("reshape", every, (-1, op.meta["example_value"].shape[-1])))
         bias = None
     y = rows
@@ -212,9 +204,9 @@ def arranged_back(
     elif len(roles.free) > 1:
         y = emit("unflatten", rows, -1, tuple(sizes[name] for name in roles.free))
     y = _permuted(emit, y, order, roles.out_dims)
-    y = y if y is op else _laid_out(emit, y, out)
+    y = y if y is op else emit.laid_out(y, out)
     if bias is not None:
-        y = emit(torch.add, y, _cast(emit, bias, out))
+        y = emit(torch.add, y, emit.cast(bias, out))
     return rows, y
 
 
@@ -225,24 +217,6 @@ def _order(roles: Contraction, sizes: Sizes) -> tuple[str, ...]:
         return natural
     real, wanted = ([i for i in order if sizes[i] != 1] for order in (natural, roles.out_dims))
     return roles.out_dims if real == wanted else natural
-
-
-def _laid_out(emit: Emitter, y: fx.Node, like: Tensor) -> fx.Node:
-    """y with the strides of the matmul's result, so that views of it stay possible as in eager."""
-    layout = None if same_layout(y.meta["example_value"], like) else _layout(like)
-    if layout is not None:
-        y = emit("contiguous", emit("permute", y, layout))
-        y = emit("permute", y, tuple(layout.index(dim) for dim in range(len(layout))))
-    return y
-
-
-def _layout(value: Tensor) -> tuple[int, ...] | None:
-    """The dimensions from outermost to innermost in memory; None if there are gaps."""
-    for dims in permutations(range(value.dim())):
-        moved = value.permute(dims)
-        if same_layout(moved, moved.new_empty(moved.shape)):
-            return dims
-    return None
 
 
 def _undoing(node: fx.Node, rows: fx.Node, y: fx.Node) -> list[fx.Node]:

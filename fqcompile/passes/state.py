@@ -39,6 +39,7 @@ class Contraction:
         x_dims, out_dims: the indices of the dimensions of x and of the result, in order.
         x_singles: dimensions of x of size one that exist only for broadcasting; not in x_dims.
         bias: added to the result, if given; any shape that `add` accepts.
+        of_layer: a linear layer or a convolution, whose bias [N] has a value for each output.
         ids: the expert of each element of the batch.
         offsets: the end of each expert's rows. Without ids and offsets, the batch is the experts.
         gather: the nodes from stack[ids] to the weight.
@@ -57,6 +58,7 @@ class Contraction:
     free: tuple[str, ...]
     x_singles: tuple[int, ...] = ()
     bias: fx.Node | None = None
+    of_layer: bool = False
     ids: fx.Node | None = None
     offsets: fx.Node | None = None
     gather: tuple[fx.Node, ...] = ()

@@ -34,6 +34,7 @@ class SiteRecipe:
     Attributes:
         held: whether modules hold all of them, so that the names are names of parameters.
         shared: those of `names` whose dense values are read elsewhere too, as rows of a table.
+        of_tables: embeddings that hold it read the quantized values too.
     """
 
     recipe: WeightRecipe
@@ -41,6 +42,7 @@ class SiteRecipe:
     plan: QuantPlan
     held: bool = True
     shared: frozenset[str] = frozenset()
+    of_tables: bool = False
 
 
 @dataclass(frozen=True)

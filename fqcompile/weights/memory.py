@@ -14,7 +14,7 @@ import torch
 from torch import SymInt, Tensor, nn
 
 from fqcompile.errors import FineQuantError
-from fqcompile.kernels.op import dequantize
+from fqcompile.kernels.op import dequantize, rows
 from fqcompile.kernels.registry import TEMPLATES
 from fqcompile.tensor.format import Format
 from fqcompile.tensor.quantized import QuantizedTensor
@@ -127,6 +127,13 @@ def matrices(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
         for one in each
     ]
     return torch.stack(found) if f.experts else found[0]
+
+
+def some_rows(weight: QuantizedTensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """ŵ[ids], [..., K], of a matrix [N, K] and ids [...] of int32 or int64."""
+    f, kernel = weight.format, _reader(weight.format)
+    form = (f.bits, f.levels, f.group_size, f.rows, f.k)
+    return rows(*weight.tensors, ids, *form, dtype, kernel)
 
 
 def _reader(format: Format) -> str:

@@ -5,6 +5,7 @@ linear(x, w, b); mm, addmm, matmul with w.t()       -> matmul(x, w, b)
 _grouped_mm(x, w.mT, offsets)                       -> matmul(x, w, offsets)
 bmm(w, x), baddbmm: C rows for each expert          -> the same
 bmm(w[ids], x)                                      -> matmul(x, w, ids)
+attention and layers in one call                    -> their linears, one by one (`composites`)
 
 The operator is the one without a backward: a gradient for x flows through the aten matmul around
 this one, whose own backward multiplies with the dequantized weight.
@@ -21,6 +22,7 @@ from fqcompile.kernels.op import matmul_inference
 from fqcompile.kernels.registry import Routed, kernel_for
 from fqcompile.tensor.format import Format
 from fqcompile.torch_compat import return_and_correct_aliasing
+from fqcompile.weights import composites
 from fqcompile.weights.dense_view import densely
 from fqcompile.weights.memory import Place
 from fqcompile.weights.parameter import HANDLERS, PackedWeight
@@ -149,13 +151,19 @@ def _mm(x: Tensor, w: Tensor) -> Any:
 
 @implements("aten.addmm.default")
 def _addmm(bias: Tensor, x: Tensor, w: Tensor, beta: float = 1, alpha: float = 1) -> Any:
-    plain = (beta, alpha) == (1, 1) and x.dim() == 2 and bias.dtype == x.dtype
+    plain = x.dim() == 2 and bias.dtype == x.dtype
     if not plain or not _is_matrix(w, transposed=True):
         return NotImplemented
+    if (beta, alpha) != (1, 1):
+        return composites.addmm(bias, x, w, beta=beta, alpha=alpha)
     # A bias of another shape broadcasts or is an error, as in the dense call.
     if bias.shape == (w.memory.weight.format.rows,):
         return _linear(x, w, bias)
     return _plus(_linear(x, w), bias)
+
+
+implements("aten._native_multi_head_attention.default")(composites.native_multi_head_attention)
+implements("aten._transformer_encoder_layer_fwd.default")(composites.transformer_encoder_layer)
 
 
 def _plus(y: Any, bias: Tensor) -> Any:

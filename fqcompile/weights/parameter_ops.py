@@ -3,7 +3,7 @@
 select, unbind          one expert of a stack; a view
 slice, split, cat       rows of the matrix: codes and scales are cut or joined, not quantized again
 W[ids]                  of a stack: a view with an index; a matmul with it reads only those experts
-                        of a matrix, also by embedding: the dequantized rows, if they are few
+                        of a matrix, also by embedding: the dequantized rows
 copy_                   new values are quantized in the same format, see `parameter_writes`
 """
 
@@ -17,14 +17,13 @@ from fqcompile.kernels.registry import LAYOUTS, in_kernel_layout, in_plain_layou
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.torch_compat import DispatchKey, cond_op
 from fqcompile.weights.dense_view import DenseView, refusal
-from fqcompile.weights.memory import Memory, MemoryPart, Place, matrices, whole_place
+from fqcompile.weights.memory import Memory, MemoryPart, Place, some_rows, whole_place
 from fqcompile.weights.parameter import PackedWeight
 from fqcompile.weights.parameter_matmuls import implements, same
 from fqcompile.weights.parameter_writes import write
 
 log = logging.getLogger("fqcompile")
 _read_as_tables: set[str] = set()  # parameters for which the warning was logged
-_BLOCKS = (1, 16, 32, 64)  # numbers of rows that layouts may store as one block
 _SAME = {"dtype", "device", "layout", "pin_memory", "non_blocking", "memory_format"}
 
 
@@ -113,6 +112,9 @@ def _rows(w: PackedWeight, start: int, rows: int) -> PackedWeight:
     dtype, dim = w.dtype, _row_dim(w)
 
     def take(whole: QuantizedTensor) -> QuantizedTensor:
+        part = LAYOUTS[whole.format.layout].narrow(whole, start, rows)
+        if part is not None:
+            return part
         return in_kernel_layout(in_plain_layout(whole).narrow(start, rows), dtype)
 
     size, stride, offset = w.place
@@ -127,7 +129,7 @@ def _index(w: PackedWeight, indices: Any) -> Any:
         return NotImplemented
     if not w.format.experts:
         _warn_of_coarse_rows(w)
-        return _rows_at(w, ids)
+        return NotImplemented if w.format.transposed else some_rows(w.packed, ids, w.dtype)
     if ids.dim() != 1 or w.ids is not None:
         return NotImplemented
     place = whole_place((ids.shape[0], *w.shape[1:]))
@@ -156,27 +158,6 @@ def _warn_of_coarse_rows(w: PackedWeight) -> None:
         "overrides={%r: {'bits': 8}}",
         *(name, w.format.bits, name, name),
     )
-
-
-def _rows_at(w: PackedWeight, ids: Tensor) -> Any:
-    """A few rows of a table [N, K], dequantized from the blocks of the layout that hold them."""
-    form, packed = w.format, w.packed
-    narrow = LAYOUTS[form.layout].narrow
-    plain = w.device.type == "cpu" and type(ids) is type(packed.qweight) is Tensor
-    if not plain or form.transposed or not ids.numel():
-        return NotImplemented
-    size = next((n for n in _BLOCKS if narrow(packed, 0, n) is not None), form.rows)
-    within = int(ids.min()) >= 0 and int(ids.max()) < form.rows
-    if not within or 4 * size * ids.numel() > form.rows:
-        return NotImplemented
-    blocks, places = torch.unique(ids // size, return_inverse=True)
-    found = []
-    for start in (blocks * size).tolist():
-        rows = min(size, form.rows - start)
-        part = narrow(packed, start, rows)
-        assert part is not None, "whole blocks"
-        found.append(matrices(part, w.dtype))
-    return torch.cat(found)[places * size + ids % size]
 
 
 @implements("aten.clone.default")

@@ -1,5 +1,7 @@
 """Every layout that can be unpacked gives back, bit for bit, the plain one that it was made of."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -83,6 +85,11 @@ def test_rows_of_what_was_packed_are_views_and_what_packing_them_gives(
         assert codes.untyped_storage().data_ptr() == whole_codes.untyped_storage().data_ptr()
         assert all(tensor.is_contiguous() for tensor in found.tensors)
         start += rows
+    ids = torch.randint(-n, n, (5,), generator=generator)
+    taken = layout.take(packed, ids)
+    assert torch.equal(taken.dequantize(torch.float32), whole.dequantize(torch.float32)[ids])
+    assert torch.equal(taken.scale, whole.scale[ids])
+    assert taken.format == replace(whole.format, rows=5)
 
 
 def test_rows_that_cut_a_block_have_no_view() -> None:

@@ -2,13 +2,13 @@
 
 import copy
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 import fqcompile
@@ -226,9 +226,12 @@ def test_weights_that_cannot_be_packed_stay_with_their_reason() -> None:
     plan = fqcompile.quantize_(model)
     reasons = {site.name: site.reason or "" for site in plan.kept}
     assert "NaN" in reasons["0.weight"]
-    assert "attention" in reasons["1.out_proj.weight"]
     assert "float64" in reasons["2.up.weight"]
-    assert [site.name for site in plan.quantized] == ["2.down.weight"]
+    assert [site.name for site in plan.quantized] == [
+        "1.in_proj_weight",
+        "1.out_proj.weight",
+        "2.down.weight",
+    ]
     again = fqcompile.quantize_(model)
     assert again.site("2.down.weight").reason == "the weight is packed already"
     with pytest.raises(UnquantizableWeight, match=r"0\.weight: .*NaN"):
@@ -326,21 +329,49 @@ def test_of_a_linear_only_its_weight_is_packed() -> None:
     assert_close(layer(x), expected, depth=3)
 
 
+NORMS: dict[str, Any] = {
+    "weight_norm": torch.nn.utils.weight_norm,
+    "spectral_norm": torch.nn.utils.spectral_norm,
+    "parametrizations.weight_norm": torch.nn.utils.parametrizations.weight_norm,
+    "parametrizations.spectral_norm": torch.nn.utils.parametrizations.spectral_norm,
+    "parametrizations.orthogonal": torch.nn.utils.parametrizations.orthogonal,
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("way", NORMS)
+def test_a_weight_that_a_norm_computes_is_packed_in_evaluation_mode(way: str) -> None:
+    def normed() -> nn.Module:
+        torch.manual_seed(0)
+        return frozen(nn.Sequential(NORMS[way](nn.Linear(128, 256)), nn.Linear(256, 4)))
+
+    model, x = normed(), torch.randn(2, 128)
+    plan = fqcompile.quantize_(model)
+    assert not plan.quantized
+    reason = str(next(s.reason for s in plan.kept if s.name.startswith("0.")))
+    assert "computed from it in each call" in reason and "model.eval()" in reason
+    excluded = normed().eval()
+    assert not fqcompile.quantize_(excluded, exclude=[r"0\.weight"]).quantized
+    assert hasattr(excluded[0], "parametrizations") or len(excluded[0]._forward_pre_hooks)
+    w = normed().eval()[0](torch.eye(128)).mT - model[0].bias[:, None]
+    model = normed().eval()
+    plan = fqcompile.quantize_(model)
+    assert [site.name for site in plan.quantized] == ["0.weight"]
+    w_hat = model[0].weight.dequantize()
+    assert float((w_hat - w).norm() / w.norm()) == pytest.approx(
+        plan.site("0.weight").relative_error, rel=1e-2
+    )
+    assert_close(model[0](x), x @ w_hat.mT + model[0].bias)
+
+
 PARAMETRIZED: dict[str, Any] = {
-    "weight_norm": (torch.nn.utils.weight_norm, "weight_v", "remove_weight_norm"),
-    "spectral_norm": (torch.nn.utils.spectral_norm, "weight_orig", "remove_spectral_norm"),
     "pruned": (
         lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
         "weight_orig",
         "prune.remove",
     ),
-    "parametrizations.weight_norm": (
-        torch.nn.utils.parametrizations.weight_norm,
-        "parametrizations.weight.original1",
-        "remove_parametrizations",
-    ),
-    "parametrizations.orthogonal": (
-        torch.nn.utils.parametrizations.orthogonal,
+    "a function of one's own": (
+        lambda layer: parametrize.register_parametrization(layer, "weight", nn.Tanh()),
         "parametrizations.weight.original",
         "remove_parametrizations",
     ),
@@ -350,9 +381,9 @@ PARAMETRIZED: dict[str, Any] = {
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("way", PARAMETRIZED)
 def test_a_computed_weight_has_a_row_that_says_so(way: str) -> None:
-    parametrize, name, remedy = PARAMETRIZED[way]
+    register, name, remedy = PARAMETRIZED[way]
     layer = nn.Linear(128, 256)
-    parametrize(layer)
+    register(layer)
     model = frozen(nn.Sequential(layer)).eval()
     x = torch.randn(2, 128)
     expected = model(x)
@@ -372,6 +403,61 @@ def test_a_convolution_is_never_offered_a_weight_that_can_be_packed() -> None:
         assert "remove_parametrizations" not in str(site.reason)
 
 
+LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Any]]] = {
+    "attention": (
+        lambda: nn.MultiheadAttention(128, 4, batch_first=True),
+        lambda m, x: m(x, x, x, need_weights=False)[0],
+    ),
+    "attention, what was seen": (
+        lambda: nn.MultiheadAttention(128, 4, batch_first=True),
+        lambda m, x: m(x, x, x, key_padding_mask=torch.arange(5).expand(3, 5) > 2),
+    ),
+    "attention, sequence first": (
+        lambda: nn.MultiheadAttention(128, 4),
+        lambda m, x: m(x, x, x),
+    ),
+    "attention to others": (
+        lambda: nn.MultiheadAttention(128, 4),
+        lambda m, x: m(x, 2 * x, 2 * x)[0],
+    ),
+    "attention of other widths": (
+        lambda: nn.MultiheadAttention(128, 4, kdim=64, vdim=64),
+        lambda m, x: m(x, x[..., :64], x[..., 64:])[0],
+    ),
+    "encoder": (
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(128, 4, 256, batch_first=True), 2, enable_nested_tensor=False
+        ),
+        lambda m, x: m(x),
+    ),
+    "LSTMCell": (lambda: nn.LSTMCell(128, 64), lambda m, x: m(x[0], m(x[1]))),
+    "GRUCell": (lambda: nn.GRUCell(128, 64), lambda m, x: m(x[0])),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_that_read_several_weights_in_one_call(name: str) -> None:
+    """The oracle is PyTorch's own call on the dequantized weights."""
+    make, call = LAYERS[name]
+    torch.manual_seed(0)
+    model, x = frozen(make()).eval(), torch.randn(3, 5, 128)
+    plan = fqcompile.quantize_(model, **SMALL, calibration=None)
+    assert not plan.kept and len(plan.quantized) >= 2
+    assert {n for n, p in model.named_parameters() if isinstance(p, PackedWeight)} == _names(plan)
+    dense = fqcompile.restore(copy.deepcopy(model))
+    with torch.no_grad():
+        expected = call(dense, x)
+        for run_ in (call, torch.compile(call, backend="aot_eager"), finequant(call, **SMALL)):
+            pairs = zip(_tuple(run_(model, x)), _tuple(expected), strict=True)
+            for got, want in pairs:
+                assert_close(got, want, depth=CHAIN)
+            torch._dynamo.reset()
+
+
+def _tuple(value: Any) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
 def test_other_large_parameters_have_a_row_and_no_table_is_a_stack_of_experts() -> None:
     class Positions(nn.Module):
         def __init__(self) -> None:
@@ -385,11 +471,10 @@ def test_other_large_parameters_have_a_row_and_no_table_is_a_stack_of_experts() 
             nn.Conv1d(128, 128, 3),
             nn.Conv2d(128, 128, 1),
             nn.LSTM(128, 128),
-            nn.GRUCell(128, 128),
+            nn.Bilinear(32, 32, 16),
             Positions(),
             nn.Conv2d(3, 8, 1),
             nn.Embedding(512, 128),
-            nn.MultiheadAttention(128, 4),
         )
     )
     plan = fqcompile.quantize_(model)
@@ -399,16 +484,14 @@ def test_other_large_parameters_have_a_row_and_no_table_is_a_stack_of_experts() 
         "1.weight": "a convolution's",
         "2.weight_ih_l0": "PyTorch's own LSTM reads it in one call",
         "2.weight_hh_l0": "PyTorch's own LSTM reads it in one call",
-        "3.weight_ih": "PyTorch's own GRUCell reads it in one call",
-        "3.weight_hh": "PyTorch's own GRUCell reads it in one call",
+        "3.weight": "a parameter of Bilinear",
         "4.pos_embed": "a parameter of Positions",
         "4.relative": "a parameter of Positions",
         "4.blocks": "a parameter of Positions",
-        "7.in_proj_weight": "PyTorch's own attention reads it in one call",
     }
     for name, reason in said.items():
         assert rows[name][:2] == ("other", "kept") and reason in rows[name][2]
-    assert set(rows) == {*said, "7.out_proj.weight"}, "no small one, and no embedding"
+    assert set(rows) == set(said), "no small one, and no embedding"
 
 
 class _JetExperts(nn.Module):

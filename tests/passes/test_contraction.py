@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
+from fqcompile.passes.einsum import einsum_indices
 from fqcompile.passes.fold import Emitter
 from fqcompile.passes.match import contraction
-from fqcompile.passes.products import einsum_indices
 from fqcompile.passes.rewrite import arranged, arranged_back, sizes_of
 from fqcompile.passes.state import Contraction
 

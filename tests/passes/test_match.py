@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fqcompile.passes.kept import CONVOLUTION, TABLE
+from fqcompile.passes.products import PRODUCTS
 from fqcompile.quant.choose import quantize_weight
 from tests.passes.graphs import assert_same, run_passes, weight
 
@@ -48,6 +50,44 @@ FORMS: dict[str, tuple[Callable[..., Tensor], Tensor]] = {
     ),
     "einsum, weight first": (lambda x: torch.einsum("nd,...d->...n", NK, x), X3),
     "einsum, result permuted": (lambda x: torch.einsum("bsd,nd->nbs", x, NK), X3),
+    "einsum with an implicit result": (lambda x: torch.einsum("ij,kj", x, NK), X2),
+    "einsum, an ellipsis, implicit": (lambda x: torch.einsum("...j,jk", x, KN), X3),
+    "einsum of lists": (lambda x: torch.einsum(x, [0, 1], NK, [27, 1], [0, 27]), X2),
+    "einsum of lists, implicit": (lambda x: torch.einsum(x, [..., 9], NK, [3, 9]), X3),
+    "tensordot": (lambda x: torch.tensordot(x, KN, dims=1), X3),
+    "tensordot of dimensions": (lambda x: torch.tensordot(x, NK, dims=([-1], [1])), X3),
+    "tensordot, weight first": (lambda x: torch.tensordot(NK, x, ([1], [2])), X3),
+    "tensordot out of heads": (
+        lambda x: torch.tensordot(x.view(2, 3, 4, 16), SQUARE.view(4, 16, K), dims=2),
+        X3,
+    ),
+    "torch.inner": (lambda x: torch.inner(x, NK), X3),
+    "Tensor.inner": (lambda x: x.inner(NK), X2),
+    "linalg.matmul": (lambda x: torch.linalg.matmul(x, KN), X3),
+    "addmm with beta": (lambda x: torch.addmm(BIAS, x, KN, beta=2), X2),
+    "addmm with alpha": (lambda x: torch.addmm(torch.ones(6, 1), x, KN, alpha=0.5), X2),
+    "addmm without its bias": (lambda x: torch.addmm(BIAS * torch.nan, x, KN, beta=0), X2),
+    "addmv": (lambda x: torch.addmv(BIAS, NK, x), X2[0]),
+    "addmv with both": (lambda x: torch.addmv(BIAS, NK, x, beta=3, alpha=-0.5), X2[0]),
+    "baddbmm with both": (
+        lambda x: torch.baddbmm(BIAS, x, KN.expand(2, K, N), beta=0.5, alpha=2),
+        X3,
+    ),
+    "one x for all experts": (lambda x: x[:, None] @ SQUARE.view(4, 16, K).mT, X3[..., :K]),
+    "one x, einsum": (
+        lambda x: torch.einsum("bek,enk->ben", x[:, None], SQUARE.view(4, 16, K)),
+        X2,
+    ),
+    "conv1d": (lambda x: F.conv1d(x.mT, NK[..., None]), X3),
+    "conv1d with bias": (lambda x: F.conv1d(x.mT, NK[..., None], BIAS), X3),
+    "conv2d": (
+        lambda x: F.conv2d(x.view(1, K, 2, 3), NK[..., None, None], BIAS, padding=(0, 0)),
+        X2,
+    ),
+    "conv2d, channels last": (
+        lambda x: F.conv2d(x.view(2, 3, 1, K).permute(0, 3, 1, 2), NK[..., None, None]),
+        X3,
+    ),
     "weight transposed, cast, sliced": (lambda x: x @ SQUARE.t().to(torch.float32)[:, :N], X3),
     "weights joined": (lambda x: F.linear(x, torch.cat([NK, NK[:5]])), X3),
 }
@@ -58,8 +98,42 @@ def test_form_is_one_site_and_computes_the_same(forward: Callable[..., Tensor], 
     run = run_passes(forward, x)
     assert run.counts["match"] == 1, run.state.matched
     assert run.counts["rewrite"] == 1
-    assert not {"linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "mv"} & set(run.ops)
+    assert not PRODUCTS & set(run.ops)
     assert_same(run)
+
+
+SEVERAL: dict[str, tuple[Callable[..., Tensor], Tensor, list[str]]] = {
+    "einsum of x, w and x": (
+        lambda x: torch.einsum("bk,nk,bn->bn", x, NK, x[:, :N]), X2, ["NK"],
+    ),
+    "einsum of a scale": (
+        lambda x: torch.einsum("bsk,n,kn->bsn", x, BIAS, KN), X3, ["KN"],
+    ),
+    "einsum of low rank": (
+        lambda x: torch.einsum("nr,rk,...k->...n", NK, SQUARE, x), X3, ["SQUARE", "NK"],
+    ),
+    "einsum of four": (
+        lambda x: torch.einsum("ar,kr,bk,b", NK, SQUARE, x, x[:, 0]), X2, ["SQUARE", "NK"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("forward", "x", "names"), SEVERAL.values(), ids=list(SEVERAL))
+def test_each_weight_of_an_einsum_of_several_is_a_site(
+    forward: Callable[..., Tensor], x: Tensor, names: list[str]
+) -> None:
+    run = run_passes(forward, x)
+    assert [site.name for site in run.state.sites if site.plan is not None] == names
+    assert_same(run)
+
+
+def test_rows_of_a_normalized_weight_are_a_site() -> None:
+    """As in margin losses and cosine classifiers."""
+    run = run_passes(lambda x: F.linear(F.normalize(x), F.normalize(NK, dim=1)), X2)
+    (site,) = run.state.sites
+    assert site.plan is not None
+    w_hat = quantize_weight(F.normalize(NK, dim=1), site.plan).dequantize(torch.float32)
+    torch.testing.assert_close(run.outputs()[0], F.linear(F.normalize(X2), w_hat))
 
 
 def own_matmul(x: Tensor) -> Tensor:
@@ -74,9 +148,6 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Tensor], Tensor]] = {
     ),
     "both constant": (lambda x: NK @ KN + x[:, :1].mean(), X2),
     "integer": (lambda x: x.long() @ NK.t().long(), X2),
-    "addmm with beta": (lambda x: torch.addmm(BIAS, x, KN, beta=2), X2),
-    "addmm with alpha": (lambda x: torch.addmm(BIAS, x, KN, alpha=0.5), X2),
-    "baddbmm with beta": (lambda x: torch.baddbmm(BIAS, x, KN.expand(2, K, N), beta=0.5), X3),
     "batch from the weight": (lambda x: x[:1] @ KN.expand(4, K, N), X3),
     "batch from [1, K, N]": (lambda x: x @ KN.unsqueeze(0), X2),
     "four-dimensional weight": (lambda x: x @ torch.stack([SQUARE, SQUARE]).view(2, 1, K, K), X3),
@@ -84,11 +155,18 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Tensor], Tensor]] = {
         lambda x: torch.einsum("bdd,nd->bn", own_matmul(x), SQUARE[:, :3]),
         X3,
     ),
-    "einsum with an implicit result": (lambda x: torch.einsum("ij,jk", x, KN), X2),
+    "einsum of a diagonal, implicit": (lambda x: torch.einsum("ii,jk", own_matmul(x), KN), X2),
+    "tensordot of nothing": (lambda x: torch.tensordot(x[0], NK, dims=0), X2),
+    "inner of numbers": (lambda x: torch.inner(x[0, 0], NK), X2),
+    "three outer products": (lambda x: torch.einsum("a,nk,b->anb", x[:, 0], NK, x[0]), X2),
+    "conv1d of several": (lambda x: F.conv1d(x[:, :32].mT[None], KN.view(N, 32, 2)), X2),
+    "conv1d in groups": (lambda x: F.conv1d(x.mT, SQUARE[:, :32, None], groups=2), X3),
+    "conv1d with steps": (lambda x: F.conv1d(x.mT, NK[..., None], stride=2), X3),
+    "conv1d with padding": (lambda x: F.conv1d(x.mT, NK[..., None], padding=1), X3),
+    "transposed conv1d": (lambda x: F.conv_transpose1d(x.mT, KN[..., None]), X3),
     "einsum that sums x": (lambda x: torch.einsum("bsd,nd->bn", x, NK), X3),
     "einsum that sums the weight": (lambda x: torch.einsum("bsd,nd->bs", x, NK), X3),
     "einsum that broadcasts K": (lambda x: torch.einsum("bk,nk->bn", x[:, :1], NK), X2),
-    "einsum of three": (lambda x: torch.einsum("bd,nd,bn->bn", x, NK, x[:, :N]), X2),
     "outer product": (lambda x: torch.einsum("b,nd->bnd", x[:, 0], NK), X2),
     "weight that the graph writes": (lambda x: x @ KN.clone().add_(0.5).mul_(x[0, 0]), X2),
     "weight that depends on x": (lambda x: F.linear(x, NK * x[0, 0]), X2),
@@ -153,9 +231,7 @@ def test_weight_whose_rows_are_read_is_a_head(read: Any) -> None:
     table = torch.nn.Parameter(weight(90, K))
     run = run_passes(lambda i: F.linear(read(i, table), table), torch.tensor([1, 2]))
     assert [(site.head, bool(site.tables)) for site in run.state.sites] == [(True, True)]
-    assert [kept.reason for kept in run.state.kept] == [
-        "embedding table: embeddings are not quantized"
-    ]
+    assert [kept.reason for kept in run.state.kept] == [TABLE]
     plan = run.state.sites[0].plan
     assert plan is not None and plan.bits == 8
     w_hat = quantize_weight(table.detach(), plan).dequantize(torch.float32)
@@ -211,7 +287,7 @@ def test_other_matrices_are_listed_with_what_reads_them() -> None:
 
     run = run_passes(forward, torch.tensor([1, 2]), until="match")
     reasons = {kept.name: (kept.kind, kept.reason) for kept in run.state.kept}
-    assert reasons["table"] == ("linear", "embedding table: embeddings are not quantized")
+    assert reasons["table"] == ("linear", TABLE)
     assert reasons["stack"] == (
         "other",
         "read by cdist: not a linear or expert form that is quantized",
@@ -268,8 +344,8 @@ def test_tensors_of_other_shapes_are_listed_with_what_reads_them() -> None:
 
     run = run_passes(forward, torch.randn(16, 128), torch.tensor([1]), until="match")
     assert {kept.name: (kept.kind, kept.reason) for kept in run.state.kept} == {
-        "signal": ("other", "read by conv1d: convolutions are not quantized"),
-        "image": ("other", "read by conv2d: convolutions are not quantized"),
+        "signal": ("other", f"read by conv1d: {CONVOLUTION}"),
+        "image": ("other", f"read by conv2d: {CONVOLUTION}"),
         "table": ("other", "read by sum: not a linear or expert form that is quantized"),
         "heads": ("other", "read by matmul: not a linear or expert form that is quantized"),
     }

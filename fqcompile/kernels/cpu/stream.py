@@ -23,6 +23,7 @@ from torch import Tensor
 from fqcompile.kernels.cpu.stream_layout import (
     OUTPUTS,
     dequantize,
+    gather,
     narrow,
     pack,
     shapes,
@@ -188,5 +189,5 @@ def _dequantize(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     return _transposed(weight, 0, weight.format.rows, dtype).t().contiguous()
 
 
-STREAM = Layout("x86_stream_1", pack, shapes, _dequantize, unpack, narrow)
+STREAM = Layout("x86_stream_1", pack, shapes, _dequantize, unpack, narrow, gather)
 X86_STREAM = Template("x86_stream", STREAM, _refuse, lambda spec: None, _run)

@@ -8,6 +8,8 @@
 No number of rows or columns needs another layout, so decode, prefill and backward share one copy.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -71,6 +73,13 @@ def narrow(weight: QuantizedTensor, start: int, rows: int) -> PackedTensors | No
         return None
     some = slice(start // OUTPUTS, -(-(start + rows) // OUTPUTS))
     return weight.qweight[some], weight.scale[some]
+
+
+def gather(weight: QuantizedTensor, ids: Tensor) -> PackedTensors:
+    """The rows of these ids in the plain layout: each is unpacked as a block of its own."""
+    block, place = ids // OUTPUTS, ids % OUTPUTS
+    tensors = (tensor[block, :, place].unsqueeze(-1) for tensor in weight.tensors)
+    return unpack(QuantizedTensor(*tensors, replace(weight.format, rows=len(ids))))
 
 
 def dequantize(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:

@@ -24,6 +24,7 @@ three bits, and a sign. Four pairs are one selector of `prmt`, between whose bit
 one gives right results through a detour over shared memory.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -122,6 +123,13 @@ def narrow(weight: QuantizedTensor, start: int, rows: int) -> PackedTensors | No
     some = slice(start // MICRO_ROWS, -(-(start + rows) // MICRO_ROWS))
     scale = F.pad(weight.scale[:, start : start + rows], (0, 0, 0, -rows % SCALE_ROWS))
     return weight.qweight[some], scale.contiguous()
+
+
+def gather(weight: QuantizedTensor, ids: torch.Tensor, kwidth: int) -> PackedTensors:
+    """The rows of these ids in the plain layout: each is unpacked as a micro-tile of its own."""
+    words = weight.qweight[ids // MICRO_ROWS, :, ids % MICRO_ROWS].unsqueeze(2)
+    form = replace(weight.format, rows=len(ids))
+    return unpack(QuantizedTensor(words, weight.scale[:, ids], form), kwidth)
 
 
 def blocks_per_group(group_size: int, k: int) -> int:

@@ -139,6 +139,7 @@ def _family(name: str, kwidth: int) -> Template:
         partial(_dequantize, kwidth=kwidth),
         partial(layout.unpack, kwidth=kwidth),
         layout.narrow,
+        partial(layout.gather, kwidth=kwidth),
     )
     return Template(
         name,
