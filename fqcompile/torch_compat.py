@@ -112,6 +112,15 @@ def memory_id(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def _remove_parametrizations(module: nn.Module) -> None:
+    """PyTorch makes a buffer of a weight that was computed from two frozen parameters."""
+    parametrize.remove_parametrizations(module, "weight")
+    if "weight" not in module._parameters:
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        del module.weight
+        module.weight = nn.Parameter(weight.detach(), requires_grad=False)
+
+
 _NORMS = (_WeightNorm, _SpectralNorm, _Orthogonal)
 
 
@@ -123,7 +132,7 @@ def remover_of_norm(module: nn.Module) -> Callable[[], object] | None:
     if parametrize.is_parametrized(module, "weight"):
         steps = module.parametrizations["weight"]
         known = all(isinstance(step, _NORMS) for step in steps)
-        return partial(parametrize.remove_parametrizations, module, "weight") if known else None
+        return partial(_remove_parametrizations, module) if known else None
     hooks = module._forward_pre_hooks.values()
     for kind, remove in ((WeightNorm, remove_weight_norm), (SpectralNorm, remove_spectral_norm)):
         if any(isinstance(hook, kind) and hook.name == "weight" for hook in hooks):

@@ -26,6 +26,7 @@ DEFAULTS = {
     "exclude": [],
     "overrides": {},
     "min_elements": 16384,
+    "quantize_embeddings": None,
     "on_unsupported": "keep",
     "weight_updates": "detect",
     "fuse_attention": True,
@@ -175,6 +176,7 @@ VALUES = SITE_VALUES | {
         PATTERNS, st.fixed_dictionaries({}, optional=SITE_VALUES), max_size=3
     ),
     "min_elements": st.integers(0),
+    "quantize_embeddings": st.sampled_from([None, 8]),
     "on_unsupported": st.sampled_from(["keep", "error"]),
     "weight_updates": st.sampled_from(["detect", "ignore"]),
     "fuse_attention": st.booleans(),

@@ -108,10 +108,13 @@ def test_one_parameter_for_both_is_compiled_and_cannot_be_faked() -> None:
 
 
 OTHER_READS: dict[str, tuple[Callable[[nn.Linear, Tensor, Tensor], Tensor], str]] = {
-    "normalize": (lambda lin, w, x: lin(x) + F.linear(x, F.normalize(w, dim=-1)), "normalize"),
+    "softmax": (lambda lin, w, x: lin(x) + F.linear(x, w.softmax(-1)), "softmax"),
     "norm": (lambda lin, w, x: lin(x) / w.norm(dim=1), "norm"),
     "column": (lambda lin, w, x: lin(x) + w[:, 0], "add"),
-    "conv": (lambda lin, w, x: lin(x) + F.conv1d(x[..., None], w[..., None])[..., 0], "conv1d"),
+    "conv": (
+        lambda lin, w, x: lin(x) + F.conv1d(x[..., None], w[..., None], padding=1)[..., 1],
+        "conv1d",
+    ),
     "vmap": (lambda lin, w, x: lin(x) + torch.vmap(lambda row: F.linear(row, w))(x), "vmap"),
     "grad": (lambda lin, w, x: lin(x) + torch.func.grad(lambda y: (y @ w.T).sum())(x)[:, :96], ""),
 }

@@ -345,16 +345,16 @@ def test_a_weight_that_a_norm_computes_is_packed_in_evaluation_mode(way: str) ->
         torch.manual_seed(0)
         return frozen(nn.Sequential(NORMS[way](nn.Linear(128, 256)), nn.Linear(256, 4)))
 
-    model, x = normed(), torch.randn(2, 128)
+    model, x = normed().train(), torch.randn(2, 128)
     plan = fqcompile.quantize_(model)
     assert not plan.quantized
     reason = str(next(s.reason for s in plan.kept if s.name.startswith("0.")))
     assert "computed from it in each call" in reason and "model.eval()" in reason
-    excluded = normed().eval()
+    excluded = normed()
     assert not fqcompile.quantize_(excluded, exclude=[r"0\.weight"]).quantized
     assert hasattr(excluded[0], "parametrizations") or len(excluded[0]._forward_pre_hooks)
-    w = normed().eval()[0](torch.eye(128)).mT - model[0].bias[:, None]
-    model = normed().eval()
+    w = normed()[0](torch.eye(128)).mT - model[0].bias[:, None]
+    model = normed()
     plan = fqcompile.quantize_(model)
     assert [site.name for site in plan.quantized] == ["0.weight"]
     w_hat = model[0].weight.dequantize()
