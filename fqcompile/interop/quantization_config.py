@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from fqcompile.errors import CheckpointError
 from fqcompile.files.untrusted import check_name, check_pattern, matches_pattern, shown
-from fqcompile.interop.layers import Layer, Scheme
+from fqcompile.interop.layers import Layer, Scheme, is_head
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 # The library refuses all others.
@@ -234,6 +234,8 @@ def _candidates(
         targets = sorted(targets, key=lambda item: ("re:" in item[0], item[0]))
     names = [item for item in targets if not is_class(item[0])]
     by_class = [item for item in targets if is_class(item[0])]
+    if engine != "transformers" and is_head(name):  # its class there is ParallelLMHead
+        by_class = [item for item in by_class if item[0] != "Linear"]
     yield from (item for item in names if matches_name(item[0], name))
     if engine != "vllm":
         yield from by_class

@@ -227,6 +227,10 @@ BAD = {
         [*dense_model()[:-1], replace(HEAD, scheme=INT4)],
         everywhere("tied-head", "wrong"), "lm_head", "tie_word_embeddings",
     ),
+    "an untied quantized head that only a class names": Bad(
+        config((["Linear"], INT4), ignore=[]), [*dense_model()[:-1], replace(HEAD, scheme=INT4)],
+        everywhere("no-target", "refused", SERVERS), "lm_head", "matches the fused name",
+    ),
     "a quantized embedding": Bad(
         config((["Linear", "re:.*embed_tokens$"], INT4)),
         [*dense_model(), Layer("model.embed_tokens", 1000, HIDDEN, INT4)],
@@ -297,7 +301,8 @@ GOOD = {
         config(([x.name for x in dense_model() if x.scheme], INT4)), dense_model(), 1,
     ),
     "an untied quantized head that is named": (
-        config((["Linear"], INT4), ignore=[]), [*dense_model()[:-1], replace(HEAD, scheme=INT4)], 1,
+        config((["Linear", "re:.*lm_head$"], INT4), ignore=[]),
+        [*dense_model()[:-1], replace(HEAD, scheme=INT4)], 1,
     ),
     "asymmetric int4 without experts": (
         config((["Linear"], Scheme(4, 128, False))), dense_model(Scheme(4, 128, False)), 1,

@@ -9,6 +9,8 @@ import torch
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 pytest.importorskip("compressed_tensors", reason="the dev extra is not installed")
 
+from compressed_tensors.entrypoints.convert import CompressedTensorsDequantizer
+
 import fqcompile
 from fqcompile.weights.parameter import PackedWeight
 from tests.interop.models import (
@@ -55,6 +57,18 @@ def test_exported_values_are_the_fake_quantized_ones(
     if profile == "portable" or name not in MOE:
         loaded = type(model).from_pretrained(tmp_path / "out").eval()
         assert torch.equal(logits(loaded, inputs), logits(oracle, inputs))
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_the_library_makes_it_dense_by_its_config(name: str, tmp_path: Path) -> None:
+    """By the converter of compressed-tensors, which refuses a checkpoint with parts left over."""
+    model, _ = make(name, tmp_path / "plain")
+    oracle = save_quantized(model, tmp_path / "saved")
+    fqcompile.export(tmp_path / "saved", tmp_path / "out")
+    oracle.save_pretrained(tmp_path / "oracle")
+    reader = CompressedTensorsDequantizer(tmp_path / "out")
+    actual = reader.validate(tensors_of(tmp_path / "out"))
+    assert_same_tensors(actual, tensors_of(tmp_path / "oracle"))
 
 
 @pytest.mark.parametrize("name", MOE)
