@@ -38,7 +38,8 @@ def bits_per_byte(model: Any, tokenizer: Any, texts: Path) -> float:
     lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     hugging_face = pytest.importorskip("lm_eval.models.huggingface")
     task = TASK | {"dataset_kwargs": {"data_files": {"test": str(texts)}}}
-    harness = hugging_face.HFLM(pretrained=model, tokenizer=tokenizer, max_length=128)
+    given = {"pretrained": model, "tokenizer": tokenizer, "device": "cpu", "max_length": 128}
+    harness = hugging_face.HFLM(**given)
     found = lm_eval.simple_evaluate(harness, tasks=[task], bootstrap_iters=0)
     return float(found["results"]["docstrings"]["bits_per_byte,none"])
 
