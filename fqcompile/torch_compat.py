@@ -130,8 +130,8 @@ def remover_of_norm(module: nn.Module) -> Callable[[], object] | None:
     Only where nothing else computes it too.
     """
     if parametrize.is_parametrized(module, "weight"):
-        steps = module.parametrizations["weight"]
-        known = all(isinstance(step, _NORMS) for step in steps)
+        steps: Any = module.parametrizations
+        known = all(isinstance(step, _NORMS) for step in steps["weight"])
         return partial(_remove_parametrizations, module) if known else None
     hooks = module._forward_pre_hooks.values()
     for kind, remove in ((WeightNorm, remove_weight_norm), (SpectralNorm, remove_spectral_norm)):

@@ -32,7 +32,7 @@ def settle_norms(
         remove = remover_of_norm(module) if is_linear(module) and not module.training else None
         if remove is None or config.kept_by_name(f"{prefix}.weight".lstrip(".")) is not None:
             continue
-        weight: Tensor = module.weight  # type: ignore[assignment]
+        weight: Tensor = module.weight
         asked = accepts is None or (callable(accepts) and accepts(module, prefix))
         if asked and config.kept_by_size(weight.numel()) is None:
             remove()

@@ -26,11 +26,12 @@ from dataclasses import dataclass
 from torch import fx
 
 from fqcompile.passes.effects import effects_between, in_transforms
+from fqcompile.passes.einsum import Names
 from fqcompile.passes.fold import ConstantFolder
 from fqcompile.passes.gather import Gathered, gathered
 from fqcompile.passes.kept import kept_matrices, note_tables, warnings_of_kept
 from fqcompile.passes.naming import is_table, joined_name
-from fqcompile.passes.products import STACK, Names, Operand, Product, product, shape_of
+from fqcompile.passes.products import STACK, Operand, Product, product, shape_of
 from fqcompile.passes.state import (
     Contraction,
     GraphState,

@@ -97,7 +97,7 @@ def _written_out(node: fx.Node, emit: Emitter, folder: ConstantFolder) -> bool:
     known = all(example(value) is not None for value in (*node.all_input_nodes, *users))
     if not known:
         return False
-    replaced = {user: 0 if one else user.args[1] for user in users}
+    replaced: dict[fx.Node, Any] = {user: 0 if one else user.args[1] for user in users}
     if write is None:
         results = _in_pairs(node, emit, folder)
     else:
@@ -231,7 +231,7 @@ def _tensordot(node: fx.Node) -> Call | None:
     return None
 
 
-def _contracted(x: Any, w: Any, left: Sequence[int], right: Sequence[int]) -> Call | None:
+def _contracted(x: Any, w: Any, left: Sequence[Any], right: Sequence[Any]) -> Call | None:
     """The einsum that sums over pairs of dimensions of two tensors, and keeps the others."""
     ndims = [len(shape_of(x)), len(shape_of(w))]
     if 0 in ndims or sum(ndims) > len(ascii_lowercase):
@@ -246,10 +246,11 @@ def _contracted(x: Any, w: Any, left: Sequence[int], right: Sequence[int]) -> Ca
 
 def _einsum(node: fx.Node) -> Call | None:
     """With the equation as text, its result named, and the operands not in a list."""
-    match node.args:
+    given: Any = node.args
+    match given:
         case (str() as equation, [*operands]) | (str() as equation, *operands):
             pass
-        case (fx.Node(), [*_], *_) as given:  # x, [0, 1], w, [2, 1], [0, 2]
+        case (fx.Node(), [*_], *_):  # x, [0, 1], w, [2, 1], [0, 2]
             operands = list(given[: len(given) // 2 * 2 : 2])
             equation = equation_of(given[1::2], given[-1] if len(given) % 2 else None)
         case _:

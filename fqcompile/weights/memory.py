@@ -133,7 +133,8 @@ def some_rows(weight: QuantizedTensor, ids: Tensor, dtype: torch.dtype) -> Tenso
     """ŵ[ids], [..., K], of a matrix [N, K] and ids [...] of int32 or int64."""
     f, kernel = weight.format, _reader(weight.format)
     form = (f.bits, f.levels, f.group_size, f.rows, f.k)
-    return rows(*weight.tensors, ids, *form, dtype, kernel)
+    found: Tensor = rows(*weight.tensors, ids, *form, dtype, kernel)
+    return found
 
 
 def _reader(format: Format) -> str:

@@ -78,8 +78,8 @@ def narrow(weight: QuantizedTensor, start: int, rows: int) -> PackedTensors | No
 def gather(weight: QuantizedTensor, ids: Tensor) -> PackedTensors:
     """The rows of these ids in the plain layout: each is unpacked as a block of its own."""
     block, place = ids // OUTPUTS, ids % OUTPUTS
-    tensors = (tensor[block, :, place].unsqueeze(-1) for tensor in weight.tensors)
-    return unpack(QuantizedTensor(*tensors, replace(weight.format, rows=len(ids))))
+    qweight, scale = (tensor[block, :, place].unsqueeze(-1) for tensor in weight.tensors)
+    return unpack(QuantizedTensor(qweight, scale, replace(weight.format, rows=len(ids))))
 
 
 def dequantize(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:

@@ -30,7 +30,7 @@ _NARROW_DOT = 32  # columns
 _LEAST_BLOCKS = 4  # blocks of K in one split: fewer never fill the pipeline
 _MANY_ROWS = 4096
 _FEW_ROWS = (2, 4, 8)
-_FULL_TILES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+_FULL_TILES = (16, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024)
 _MOST_DENSE_BYTES = 2 << 30  # of a dequantized stack of experts
 _MANY_ROWS_OF_EACH = 1024  # rows per expert, on average
 
