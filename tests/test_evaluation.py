@@ -54,9 +54,6 @@ def test_gemma_s_loss_is_that_of_its_dequantized_weights(texts: Path, tmp_path: 
     directory = tmp_path / "int4"
     fqcompile.save(model, directory, plan=fqcompile.quantize_(model))
     opened = bits_per_byte(str(directory), tokenizer, texts)
-    model.compile(backend="finequant", dynamic=True, options={"inner_backend": "eager"})
-    compiled = bits_per_byte(model, tokenizer, texts)
     oracle = bits_per_byte(fqcompile.restore(fqcompile.load(None, directory)), tokenizer, texts)
     assert opened == pytest.approx(oracle, rel=1e-4)
-    assert compiled == pytest.approx(oracle, rel=1e-4)
     assert dense < oracle < 1.2 * dense
