@@ -72,6 +72,8 @@ def test_quantized_while_loading_saved_opened_and_compiled(directory: Path, tmp_
 
     clear_reports()
     encoder = opened[0].model
-    encoder.forward = finequant(encoder.forward)  # which `encode` calls, not the module
+    encoder.forward = finequant(
+        encoder.forward, min_elements=1024
+    )  # which `encode` calls, not the module
     torch.testing.assert_close(embeddings(opened), expected, rtol=1e-4, atol=1e-5)
     assert any(report.plan.quantized for report in fqcompile.reports())
