@@ -138,10 +138,10 @@ def test_what_came_back_becomes_results_and_tables(
     (back / "tuned.json").write_text("{}")
     (back / "kernels.json").write_text(json.dumps(content)[:-9])
     page = tmp_path / "README.md"
-    (tmp_path / "docs").mkdir()
-    page.write_text((ROOT / "README.md").read_text())
+    (tmp_path / "docs" / "guide").mkdir(parents=True)
+    for name in ("README.md", "docs/results.md", "docs/guide/choosing.md"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
     results_page = tmp_path / "docs" / "results.md"
-    results_page.write_text((ROOT / "docs" / "results.md").read_text())
     gpu.replay([back], root, page)
     assert (root / "nvidia-h200" / "memory.json").exists()
     assert not (root / "nvidia-h200" / "tuned.json").exists()

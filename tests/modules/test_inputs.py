@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason="the demo extra is not installed")
@@ -134,10 +135,19 @@ def test_layers_that_pytorch_runs_as_one_operator_are_seen(runs: Callable[..., N
     runs(model, [x], _weights(model), collect)
     assert torch.backends.mha.get_fastpath_enabled() == before
     own = model.double()
-    attended = own.norm1(x.double() + own.self_attn(*3 * (x.double(),), need_weights=False)[0])
-    hidden = own.linear1(attended).relu()
-    assert sorted(found) == ["linear1.weight", "linear2.weight"]
-    for name, rows in (("linear1.weight", attended), ("linear2.weight", hidden)):
+    attention = own.self_attn
+    projected = F.linear(x.double(), attention.in_proj_weight, attention.in_proj_bias)
+    q, k, v = projected.view(3, 5, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    values = ((q @ k.mT / 8**0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    attended = own.norm1(x.double() + attention.out_proj(values))
+    wanted = {
+        "self_attn.in_proj_weight": x.double(),
+        "self_attn.out_proj.weight": values,
+        "linear1.weight": attended,
+        "linear2.weight": own.linear1(attended).relu(),
+    }
+    assert found.keys() == wanted.keys()
+    for name, rows in wanted.items():
         expected = rows.flatten(0, 1).square().sum(0)
         torch.testing.assert_close(found[name].total[0], expected, rtol=1e-4, atol=1e-6)
 
