@@ -70,10 +70,10 @@ def dequantizing(dtype: torch.dtype) -> list[Any]:
     return [qweight, scale, bits, levels, group, n, k, dtype, "x86_stream"]
 
 
-def attending(turned: bool) -> list[Any]:
+def attending(*, turned: bool = False, sinks: Tensor | None = None) -> list[Any]:
     q, k, v = torch.randn(2, 4, 3, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
     keys = k.transpose(2, 3).contiguous().transpose(2, 3) if turned else k
-    return [q, keys, v, torch.rand(3, 9) > 0.3, 0.25, 5.0, False, True]
+    return [q, keys, v, torch.rand(3, 9) > 0.3, sinks, 0.25, 5.0, False, True]
 
 
 def of_kernel(name: str) -> list[Any]:
@@ -100,8 +100,9 @@ RIGHT: dict[str, tuple[str, Callable[[], list[Any]]]] = {
         ],
     ),
     "dequantized": ("dequantize", lambda: dequantizing(torch.bfloat16)),
-    "attention": ("attention", lambda: attending(False)),
-    "attention to turned keys": ("attention", lambda: attending(True)),
+    "attention": ("attention", attending),
+    "attention to turned keys": ("attention", lambda: attending(turned=True)),
+    "attention with sinks": ("attention", lambda: attending(sinks=torch.randn(4, 1, 1))),
 }
 WRONG: dict[str, tuple[str, Callable[[], list[Any]], str]] = {
     "another kernel": (
