@@ -171,6 +171,11 @@ def _method(name: str) -> Callable[[fx.Node], Call]:
     return lambda node: (name, node.args, dict(node.kwargs))
 
 
+def _function(function: object) -> Callable[[fx.Node], Call]:
+    """A rewrite to the function with the same arguments."""
+    return lambda node: (function, node.args, dict(node.kwargs))
+
+
 def _numpy_t(node: fx.Node) -> Call | None:
     value = example(node.args[0])
     return ("t", node.args, {}) if value is not None and value.dim() <= 2 else None
@@ -284,6 +289,9 @@ _SPELLINGS: dict[str, Callable[[fx.Node], Call | None]] = {
     "__getitem__": lambda node: (operator.getitem, node.args, dict(node.kwargs)),
     "swapaxes": _method("transpose"),
     "swapdims": _method("transpose"),
+    "aten.conv1d": _function(torch.conv1d),  # the operator takes no number for a list of one
+    "aten.conv2d": _function(torch.conv2d),
+    "aten.conv3d": _function(torch.conv3d),
     "aten.convolution": _convolution,
     "linalg_matmul": _linalg_matmul,
     "inner": _inner,

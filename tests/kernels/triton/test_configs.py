@@ -104,16 +104,17 @@ ROWS = [m for full in range(16, 513, 16) for m in (full // 2, full - 1, full, fu
 @pytest.mark.parametrize("gpu", [H200, A100], ids=lambda gpu: gpu.arch)
 @pytest.mark.parametrize("spec", LAYERS + EXPERTS, ids=str)
 def test_open_rows_lose_little_to_the_best_of_each_number(spec, gpu, levels: str) -> None:
-    """By the model at most .3 of the time; and wherever 4 bits can be faster than the least time of
-    16 bits, which are not dequantized, they are, but for less than a launch takes."""
+    """By the model at most .3 of the time; and wherever what is taken for a known number is faster
+    than the least time of 16 bits, which are not dequantized, so is this, but for less than a
+    launch takes. What would spill, which the model does not see, is not taken."""
     spec = replace(spec, gpu=gpu, levels=levels)
     table = launches(replace(spec, m_range=(1, None)))
     for m in sorted({1, 2, 3, 4, 5, 6, 8, 12, *ROWS}):
-        best = min(seconds(spec, config, m) for config in candidates(spec, m, "max"))
+        known = [seconds(spec, config, m) for config in candidates(spec, m, "max")]
         taken = seconds(spec, table.at(m), m)
-        assert taken <= 1.3 * best, (m, table.at(m))
+        assert taken <= 1.3 * min(known), (m, table.at(m))
         floor = float(ideal(replace(spec, bits=16), gpu).subs(M, m))
-        assert taken <= floor or best > floor - LAUNCH_SECONDS, m
+        assert taken <= floor or known[0] > floor - LAUNCH_SECONDS, m
 
 
 def test_an_sm_that_has_a_program_more_than_others_is_waited_for() -> None:
