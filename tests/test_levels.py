@@ -163,7 +163,7 @@ def test_a_directory_keeps_levels(tmp_path: Path) -> None:
     model = frozen(Small())
     plan = fqcompile.quantize_(model, min_elements=4096, overrides={"down": {"levels": "uniform"}})
     fqcompile.save(model, tmp_path / "d", plan=plan)
-    assert json.loads((tmp_path / "d" / MANIFEST).read_text())["version"] == 3
+    assert json.loads((tmp_path / "d" / MANIFEST).read_text())["version"] == 4
     packed = read_manifest(tmp_path / "d").packed
     assert {n: r.levels for n, r in packed.items()} == {
         "up.weight": "normal",
