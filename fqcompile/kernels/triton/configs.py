@@ -57,13 +57,13 @@ def launches(spec: GemmSpec) -> LaunchTable:
 def _bounds(spec: GemmSpec) -> list[int]:
     """The bounds of the steps in M, ascending: where the rows of a weight fill tiles.
 
-    Grouped experts fill one where it holds twice an expert's mean rows. With fewer rows than the
-    smallest tile has, each row may bring one more expert, and so more programs.
+    Grouped experts fill one where it holds twice an expert's mean rows. With fewer rows than fill
+    the smallest one, each row may bring one more expert, and so more programs.
     """
     if not spec.experts:
         return list(_FULL_TILES)
-    few = {*_FEW_ROWS, _TILE_M[0]}
     many = {spec.experts * rows // 2 for rows in _FULL_TILES}
+    few = {*_FEW_ROWS, *(rows for rows in _FULL_TILES if rows < min(many))} | {_TILE_M[0]}
     if spec.routing == "gathered":
         last = MOST_GATHERED * spec.experts
         few, many = {b for b in few if b < last} | {last}, {b for b in many if b > last}
