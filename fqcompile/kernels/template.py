@@ -181,11 +181,11 @@ class Layout:
             IndexError: an id names no row; on a GPU the kernel fails that reads it.
         """
         assert self.gather is not None, f"no rows can be taken from layout {self.name}"
-        ids = torch.where(ids < 0, ids + weight.rows, ids).long()
-        inside = (ids >= 0) & (ids < weight.rows)
+        inside = (ids >= -weight.rows) & (ids < weight.rows)
         if ids.is_cpu and not inside.all():
             outside = int(ids[~inside][0])
             raise IndexError(f"row {outside} is out of range: the weight has {weight.rows} rows")
+        ids = torch.where(ids < 0, ids + weight.rows, ids).long()
         ids = torch.where(inside, ids, _NO_ROW)
         form = replace(weight.format, rows=len(ids), layout=formats.PLAIN)
         return QuantizedTensor(*self.gather(weight, ids), form)
