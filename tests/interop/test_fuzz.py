@@ -17,7 +17,7 @@ pytest.importorskip("compressed_tensors", reason="the dev extra is not installed
 import fqcompile
 from fqcompile.checkpoint.source import read_config, read_tensors
 from fqcompile.errors import CheckpointError
-from fqcompile.interop.load import _reader
+from fqcompile.interop.load import READERS, _method
 from tests.interop.models import make
 from tests.interop.writers import arguments, awq_parts, gptq_parts, write_each_layer, write_four_bit
 from tests.tiers import examples
@@ -134,7 +134,9 @@ def read_headers(directory: Path, kind: str) -> None:
     config = read_config(directory)
     if not config.get("quantization_config"):
         return
-    _reader(config, directory)(config, read_tensors(directory), str(directory / "config.json"))
+    read = READERS.get(_method(config, directory))
+    if read is not None:
+        read(config, read_tensors(directory), str(directory / "config.json"))
     if config["quantization_config"]["quant_method"] == "compressed-tensors":
         for engine in ("vllm", "sglang", "transformers"):
             fqcompile.check(directory, engine)
