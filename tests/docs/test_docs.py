@@ -159,6 +159,16 @@ def test_each_answer_says_what_shows_it() -> None:
         assert "`tests/" in shown or ".md#" in shown, answer.partition("\n")[0]
 
 
+def test_each_feature_is_held_by_a_test() -> None:
+    """And every named test exists: see test_tests_that_are_named_exist."""
+    text = (ROOT / "docs" / "guide" / "features.md").read_text(encoding="utf-8")
+    table, _, tests = text.partition("\n## The tests\n")
+    marks = re.findall(r"^\| ([^|*]+) \| (yes|partly|no|\?) \|", table, re.MULTILINE)
+    assert len(marks) == table.count("\n| ") - table.count("\n| **") - 1
+    held = re.findall(r"^\| (.+) \| `tests/[\w/]+\.py::\w+` \|$", tests, re.MULTILINE)
+    assert held == [feature for feature, mark in marks if mark in ("yes", "partly")]
+
+
 @pytest.mark.usefixtures("no_inductor")
 def test_every_call_that_replaces_another_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
