@@ -14,6 +14,8 @@ from fqcompile.interop.layers import (
     is_split_along_k,
     is_split_along_n,
     last,
+    part_order,
+    served_rows,
     stack_of,
 )
 from fqcompile.interop.quantization_config import find_match, is_class, is_ignored
@@ -49,14 +51,14 @@ def layer_rules(subject: Subject) -> Iterator[Finding]:
 
 
 def _engine_layers(subject: Subject) -> dict[str, list[Layer]]:
-    """The linear layers as the engine fuses them, with their parts; without experts."""
+    """The linear layers as the engine fuses them, with their parts in its order; no experts."""
     linears = [layer for layer in subject.layers if stack_of(layer.name) is None]
     names = {layer.name for layer in linears}
     found: dict[str, list[Layer]] = {}
     for layer in linears:
         name = fused_name(layer.name, names) if subject.serves else layer.name
         found.setdefault(name, []).append(layer)
-    return found
+    return {name: sorted(parts, key=part_order) for name, parts in found.items()}
 
 
 def _format(subject: Subject, layer: Layer) -> list[Rule]:
@@ -95,13 +97,15 @@ def _shards(subject: Subject, layer: Layer) -> list[Rule]:
     """Rules for the shard of the layer on each device, and the kernels for it."""
     scheme, tp = layer.scheme, subject.tp
     assert scheme is not None
-    k, n = _on_each_device(subject, layer.name, layer.k, layer.n)
+    rows = served_rows(layer.name, layer.n)
+    k, n = _on_each_device(subject, layer.name, layer.k, rows)
     along_n = is_split_along_n(layer.name)
     words = scheme.codes_per_word
+    split = tp if tp > 1 and is_split_along_k(layer.name) else 0
     return [
-        tp_rule(subject, layer, tp if is_split_along_k(layer.name) else 0, "a smaller --tp"),
-        ("tp-splits-n", "refused", along_n and layer.n % tp,
-         f"N = {layer.n} is not a multiple of --tp {tp}",
+        tp_rule(subject, layer, split, "a smaller --tp"),
+        ("tp-splits-n", "refused", along_n and rows % tp,
+         f"N = {rows} is not a multiple of --tp {tp}",
          "take another degree of tensor parallelism"),
         ("words", "refused", k % words,
          f"K = {k} is not a multiple of {words}, the codes in a word", "leave the layer dense"),
@@ -198,7 +202,7 @@ def _linear_on_cpu(subject: Subject, parts: Sequence[Layer]) -> list[Rule]:
     scheme = parts[0].scheme
     assert scheme is not None
     size, fits = scheme.group_size, scheme.bits == _CPU_BITS
-    n = sum(layer.n for layer in parts)
+    n = sum(served_rows(layer.name, layer.n) for layer in parts)
     k, n = _on_each_device(subject, parts[0].name, parts[0].k, n)
     return [
         ("cpu-bits", "refused", not fits,

@@ -15,6 +15,8 @@ from fqcompile.config import HEADS, ROUTERS
 BITS = (4, 8)
 GROUP_SIZES = (128, 64, 32)
 WORD_BITS = 32
+# Serving engines fill the rows of a head up to multiples of this, before they split them.
+_VOCABULARY_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,19 @@ def fused_name(name: str, present: Iterable[str]) -> str:
     return name
 
 
+def part_order(layer: Layer) -> int:
+    """The place of a part in its fused layer; files have other orders."""
+    own = last(layer.name)
+    return next((parts.index(own) for _, parts in FUSED if own in parts), 0)
+
+
 def is_head(name: str) -> bool:
     return last(name) in HEADS
+
+
+def served_rows(name: str, n: int) -> int:
+    """The N rows of a layer as serving engines hold them."""
+    return -(-n // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE if is_head(name) else n
 
 
 def is_router(name: str) -> bool:

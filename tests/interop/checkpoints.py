@@ -1,4 +1,4 @@
-"""Checkpoints as the rules see them: names, shapes and a config; and as files, with empty codes."""
+"""Checkpoints as the rules see them: names, shapes and a config; and as files that engines load."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -9,36 +9,60 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from fqcompile.interop.layers import Layer, Scheme
+from fqcompile.interop.layers import Layer, Scheme, last, stack_of
 
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+}
 HIDDEN, HEADS, INNER, LAYERS, EXPERTS = 512, 512, 1024, 3, 4
 INT4, INT8 = Scheme(4, 128), Scheme(8, 128)
 LINEARS = [
     *((f"self_attn.{own}", HEADS, HIDDEN) for own in ("q_proj", "k_proj", "v_proj")),
     ("self_attn.o_proj", HIDDEN, HEADS),
 ]
-MLP = [("gate_proj", INNER, HIDDEN), ("up_proj", INNER, HIDDEN), ("down_proj", HIDDEN, INNER)]
-HEAD = Layer("lm_head", 1000, HIDDEN)
+HEAD_DIM, VOCAB = 128, 1000
+HEAD = Layer("lm_head", VOCAB, HIDDEN)
 
 
-def dense_model(scheme: Scheme | None = INT4) -> list[Layer]:
-    """A Llama of three layers and a dense head."""
-    shapes = [*LINEARS, *((f"mlp.{own}", n, k) for own, n, k in MLP)]
-    return [*_layers(shapes, scheme), HEAD]
+def dense_model(
+    scheme: Scheme | None = INT4, *, layers: int = LAYERS, inner: int = INNER
+) -> list[Layer]:
+    """A Llama with a dense head."""
+    return [*_layers([*LINEARS, *_mlp("mlp", inner)], scheme, layers), HEAD]
 
 
-def moe_model(scheme: Scheme | None = INT4, experts: Scheme | None = INT4) -> list[Layer]:
-    """A Mixture of Experts of three layers with dense routers."""
-    own = [(f"mlp.experts.{e}.{p}", n, k) for e in range(EXPERTS) for p, n, k in MLP]
+def moe_model(
+    scheme: Scheme | None = INT4, experts: Scheme | None = INT4, *, inner: int = INNER
+) -> list[Layer]:
+    """A Qwen3-MoE of three layers with dense routers."""
+    own = [shape for e in range(EXPERTS) for shape in _mlp(f"mlp.experts.{e}", inner)]
     routers = _layers([("mlp.gate", EXPERTS, HIDDEN)], None)
     return [*_layers(LINEARS, scheme), *_layers(own, experts), *routers, HEAD]
 
 
-def _layers(shapes: Iterable[tuple[str, int, int]], scheme: Scheme | None) -> list[Layer]:
+def mixtral(layers: Iterable[Layer]) -> list[Layer]:
+    """The same by Mixtral's names."""
+    own = {"mlp": "block_sparse_moe", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+    parts = [(layer, layer.name.split(".")) for layer in layers]
+    return [replace(x, name=".".join(own.get(part, part) for part in names)) for x, names in parts]
+
+
+def _mlp(at: str, inner: int) -> list[tuple[str, int, int]]:
+    """Names, N and K of an MLP's linears."""
+    up = [(f"{at}.{own}", inner, HIDDEN) for own in ("gate_proj", "up_proj")]
+    return [*up, (f"{at}.down_proj", HIDDEN, inner)]
+
+
+def _layers(
+    shapes: Iterable[tuple[str, int, int]], scheme: Scheme | None, layers: int = LAYERS
+) -> list[Layer]:
     shapes = list(shapes)
     return [
         Layer(f"model.layers.{i}.{own}", n, k, scheme)
-        for i in range(LAYERS)
+        for i in range(layers)
         for own, n, k in shapes
     ]
 
@@ -82,18 +106,73 @@ def group(targets: Sequence[str], scheme: Scheme) -> dict[str, Any]:
 
 
 def write(directory: Path, content: Any, layers: Iterable[Layer]) -> Path:
-    """The files of such a checkpoint; codes are zeros, scales ones."""
+    """The files of such a checkpoint: a model that an engine can load, with random codes."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(content))
-    tensors = {"model.embed_tokens.weight": torch.zeros(1000, HIDDEN, dtype=torch.bfloat16)}
+    layers, rng = list(layers), torch.Generator().manual_seed(0)
+    kind = content.get("model_type") or _kind(layers)
+    (directory / "config.json").write_text(json.dumps({**content, **_model(kind, layers)}))
+    tensors = _norms(kind, layers)
+    if not any(layer.name == "model.embed_tokens" for layer in layers):
+        layers.append(Layer("model.embed_tokens", VOCAB, HIDDEN))
     for layer in layers:
         if layer.scheme is None:
-            tensors[f"{layer.name}.weight"] = torch.zeros(layer.n, layer.k, dtype=torch.bfloat16)
+            weight = torch.rand(layer.n, layer.k, generator=rng).to(torch.bfloat16)
+            tensors[f"{layer.name}.weight"] = weight
             continue
-        words = -(-layer.k * layer.scheme.bits // 32)
-        groups = 1 if layer.scheme.group_size is None else -(-layer.k // layer.scheme.group_size)
-        tensors[f"{layer.name}.weight_packed"] = torch.zeros(layer.n, words, dtype=torch.int32)
-        tensors[f"{layer.name}.weight_scale"] = torch.ones(layer.n, groups, dtype=torch.bfloat16)
-        tensors[f"{layer.name}.weight_shape"] = torch.tensor([layer.n, layer.k])
+        bits, groups = layer.scheme.bits, layer.scheme.groups(layer.k)
+        parts = {
+            "weight_packed": _words(layer.n, -(-layer.k * bits // 32), rng),
+            "weight_scale": torch.rand(layer.n, groups, generator=rng).to(torch.bfloat16),
+            "weight_shape": torch.tensor([layer.n, layer.k]),
+        }
+        if not layer.scheme.symmetric:
+            parts["weight_zero_point"] = _words(-(-layer.n * bits // 32), groups, rng)
+        tensors |= {f"{layer.name}.{part}": tensor for part, tensor in parts.items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
+
+
+def _words(rows: int, columns: int, rng: torch.Generator) -> torch.Tensor:
+    words = torch.randint(-(2**31), 2**31, (rows, columns), generator=rng)
+    return words.to(torch.int32)
+
+
+def _kind(layers: Sequence[Layer]) -> str:
+    names = [layer.name for layer in layers if stack_of(layer.name)]
+    if not names:
+        return "llama"
+    return "mixtral" if "block_sparse_moe" in names[0] else "qwen3_moe"
+
+
+def _depth(layers: Sequence[Layer]) -> int:
+    return 1 + max(int(x.name.split(".")[2]) for x in layers if ".layers." in x.name)
+
+
+def _model(kind: str, layers: Sequence[Layer]) -> dict[str, Any]:
+    """What `config.json` says of the model whose layers these are."""
+    inner = next(x.k for x in layers if last(x.name) in ("down_proj", "w2"))
+    experts = {"moe_intermediate_size": inner, "num_experts_per_tok": 2}
+    experts |= dict.fromkeys(("num_local_experts", "num_experts"), EXPERTS)
+    return {
+        "model_type": kind,
+        "architectures": [ARCHITECTURES[kind]],
+        "hidden_size": HIDDEN,
+        "head_dim": HEAD_DIM,
+        "num_attention_heads": HEADS // HEAD_DIM,
+        "num_key_value_heads": HEADS // HEAD_DIM,
+        "num_hidden_layers": _depth(layers),
+        "intermediate_size": inner,
+        "vocab_size": VOCAB,
+        "dtype": "bfloat16",
+        **(experts if kind in ("mixtral", "qwen3_moe") else {}),
+    }
+
+
+def _norms(kind: str, layers: Sequence[Layer]) -> dict[str, torch.Tensor]:
+    own = {"input_layernorm": HIDDEN, "post_attention_layernorm": HIDDEN}
+    if kind.startswith("qwen3"):
+        own |= {"self_attn.q_norm": HEAD_DIM, "self_attn.k_norm": HEAD_DIM}
+    depth = range(_depth(layers))
+    sizes = {f"model.layers.{i}.{name}": size for i in depth for name, size in own.items()}
+    sizes["model.norm"] = HIDDEN
+    return {f"{name}.weight": torch.ones(n, dtype=torch.bfloat16) for name, n in sizes.items()}

@@ -64,7 +64,7 @@ def with_quantization(content: Any, **changes: Any) -> Any:
     return {**content, "quantization_config": {**content["quantization_config"], **changes}}
 
 
-GROUP64, CHANNEL = Scheme(4, 64), Scheme(4, None)
+GROUP64, CHANNEL, ASYMMETRIC = Scheme(4, 64), Scheme(4, None), Scheme(4, 128, False)
 ONE_K = r"re:.*layers\.1\.self_attn\.k_proj$"
 WIDE = Layer("model.layers.0.mlp.down_proj", HIDDEN, 1536, INT4)
 
@@ -136,9 +136,8 @@ BAD = {
         everywhere("not-ignored", "refused"), "model.layers.1.mlp.down_proj", "name it in ignore",
     ),
     "dense and in no list": Bad(
-        config(([ATTENTION, MLPS], INT4)),
-        [*dense_model(), Layer("model.projector.linear_1", 512, 512)],
-        {"sglang": ("unlisted", "refused")}, "model.projector.linear_1", "name it in ignore",
+        config(([QKV, MLPS], INT4)), changed(dense_model(), "o_proj", None),
+        {"sglang": ("unlisted", "refused")}, "model.layers.0.self_attn.o_proj", "name it in ignore",
     ),
     "attention-only quantization of an MoE": Bad(
         config(([ATTENTION], INT4), ignore=["lm_head", ROUTERS, EXPERTS]),
@@ -207,8 +206,8 @@ BAD = {
         "model.layers.0.mlp.experts", "a group of their own",
     ),
     "asymmetric experts": Bad(
-        config((["Linear"], Scheme(4, 128, False)), ignore=["lm_head", ROUTERS]),
-        moe_model(Scheme(4, 128, False), Scheme(4, 128, False)),
+        config((["Linear"], ASYMMETRIC), ignore=["lm_head", ROUTERS]),
+        moe_model(ASYMMETRIC, ASYMMETRIC),
         {"transformers": ("experts-asymmetric", "wrong")},
         "model.layers.0.mlp.experts", "symmetrically",
     ),
@@ -246,14 +245,14 @@ BAD = {
         "model.layers.0.mlp.up_proj", "repeat the scales to 128",
     ),
     "K that is not a multiple of the group": Bad(
-        config((["Linear"], INT4)), [replace(x, k=600) if x.name.endswith("fc1") else x for x in
-        [*dense_model(), Layer("model.layers.0.fc1", 512, 600, INT4)]],
-        everywhere("group-divides-k", "refused"), "model.layers.0.fc1", "that divides 600",
+        config((["Linear"], INT4)), dense_model(inner=600),
+        everywhere("group-divides-k", "refused"),
+        "model.layers.0.mlp.down_proj", "that divides 600",
     ),
     "K that fills no words": Bad(
-        config((["Linear"], CHANNEL)),
-        [*dense_model(CHANNEL), Layer("model.layers.0.fc1", 512, 601, CHANNEL)],
-        everywhere("words", "refused", SERVERS), "model.layers.0.fc1", "leave the layer dense",
+        config((["Linear"], CHANNEL)), dense_model(CHANNEL, inner=601),
+        everywhere("words", "refused", SERVERS),
+        "model.layers.0.mlp.down_proj", "leave the layer dense",
     ),
     "bits without a kernel": Bad(
         config((["Linear"], Scheme(3, 128))), dense_model(Scheme(3, 128)),
@@ -273,8 +272,7 @@ BAD = {
     ),
     "experts per channel of a width without a kernel": Bad(
         config((["Linear"], CHANNEL), ignore=["lm_head", ROUTERS]),
-        [replace(x, k=96) if x.name.endswith("down_proj") else x
-         for x in moe_model(CHANNEL, CHANNEL)],
+        moe_model(CHANNEL, CHANNEL, inner=96),
         everywhere("experts-channel", "refused", SERVERS),
         "model.layers.0.mlp.experts", "repeat the scales to group 32",
     ),
@@ -305,7 +303,7 @@ GOOD = {
         [*dense_model()[:-1], replace(HEAD, scheme=INT4)], 1,
     ),
     "asymmetric int4 without experts": (
-        config((["Linear"], Scheme(4, 128, False))), dense_model(Scheme(4, 128, False)), 1,
+        config((["Linear"], ASYMMETRIC)), dense_model(ASYMMETRIC), 1,
     ),
 }  # fmt: skip
 
@@ -380,7 +378,7 @@ def test_what_vllm_runs_on_a_cpu() -> None:
     """4 bits in any even groups; N and K of what it fuses in multiples of 32."""
     assert on_cpu(dense_model()) == {}
     assert on_cpu(dense_model(Scheme(4, None))) == {}
-    assert on_cpu(dense_model(Scheme(4, 128, False))) == {}
+    assert on_cpu(dense_model(ASYMMETRIC)) == {}
     assert on_cpu([replace(x, k=544) for x in dense_model(Scheme(4, 34))]) == {}
     narrow = [
         replace(x, n=48) if x.name.endswith(("q_proj", "k_proj")) else x for x in dense_model()
@@ -392,6 +390,8 @@ def test_what_vllm_runs_on_a_cpu() -> None:
     ((effect, layers),) = (found[rule] for rule in found)
     assert found.keys() == {"cpu-shape"} and effect == "refused"
     assert all(name.endswith("o_proj") for name in layers) and len(layers) == 3
+    content, layers, _ = GOOD["an untied quantized head that is named"]
+    assert find_problems(content, layers, "vllm", device="cpu") == []  # 1000 rows are held as 1024
     odd = [replace(x, k=495) for x in dense_model(Scheme(4, 33))]
     assert "cpu-group-size" in on_cpu(odd)
 
