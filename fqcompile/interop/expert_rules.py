@@ -6,15 +6,18 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fqcompile.interop.findings import Effect, Finding, Rule, Subject
 from fqcompile.interop.layer_rules import tp_rule
-from fqcompile.interop.layers import Layer, Scheme, is_split_along_k, stack_of
+from fqcompile.interop.layers import Layer, Scheme, is_split_along_k, last, stack_of
 from fqcompile.interop.quantization_config import Group, find_match
 
 # transformers 5.23 loaded 12 of 12 exports with compressed-tensors 0.20, and 8 with 0.17, which
 # vLLM 0.33 pins: 0.17 does not support the experts of Qwen3-MoE.
 EXPERTS_NEED = (0, 20)
 _TILE = 128
-# The names that vLLM and SGLang look up, whatever those in the checkpoint.
+# What SGLang 0.5.23 looks up in the config, whatever the checkpoint's names (get_moe_scheme).
+# vLLM 0.32 and 0.33 look up the names that the model's class gives (ckpt_names of FusedMoE), which
+# are the checkpoint's; Mixtral's class takes those of SGLang too, and renames them to its own.
 _LOOKED_UP = ("gate_proj", "up_proj", "down_proj")
+_MIXTRAL = ("w1", "w3", "w2")
 
 
 def expert_rules(subject: Subject) -> Iterator[Finding]:
@@ -57,7 +60,7 @@ def _alike(stack: str, layers: Sequence[Layer]) -> list[Rule]:
 def _matched(subject: Subject, stack: str, layers: Sequence[Layer]) -> Iterator[Rule]:
     """Rules for the target that engines look up by the projections of the first expert."""
     stored = layers[0].scheme
-    for projection in _LOOKED_UP:
+    for projection in _looked_up(subject, stack, layers):
         match = find_match(subject.config, f"{stack}.0.{projection}", (), subject.engine)
         what = "ignore names it" if match.ignored else "no target matches it"
         scheme = match.group and match.group.scheme
@@ -71,6 +74,14 @@ def _matched(subject: Subject, stack: str, layers: Sequence[Layer]) -> Iterator[
             f"target {match.pattern!r} gives it {scheme}, and {stored or 'dense'} is stored",
             "give the experts a group of their own, or name them in ignore",
         )  # fmt: skip
+
+
+def _looked_up(subject: Subject, stack: str, layers: Sequence[Layer]) -> Sequence[str]:
+    if subject.engine == "sglang":
+        return _LOOKED_UP
+    if subject.model_type == "mixtral":
+        return _MIXTRAL
+    return [last(layer.name) for layer in layers if layer.name.startswith(f"{stack}.0.")]
 
 
 def _split(subject: Subject, stack: str, layers: Sequence[Layer]) -> Iterator[Rule]:

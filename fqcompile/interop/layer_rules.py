@@ -164,7 +164,7 @@ def _matched(subject: Subject, name: str, parts: Sequence[Layer]) -> list[Rule]:
     problem = f"target {match.pattern!r} gives it {scheme}, and {stored} is stored"
     remedy = "write regular expressions that end in $ and match the fused name, not class names"
     return [
-        ("ignored-parts", "refused", ignored == {True, False},
+        ("ignored-parts", "refused", ignored == {True, False} and not match.ignored,
          "parts of one fused layer are ignored, others not",
          "name all of them in ignore, or none"),
         ("ignored", "refused", stored and out,

@@ -10,6 +10,8 @@ Each engine looks for a layer's name in an order of its own:
                    decides), then classes
     SGLang         names, then classes, then names of a fused layer's parts
 
+In `ignore` only transformers knows class names. vLLM and SGLang ignore a fused layer if all of its
+parts are; or for its own name, which SGLang compares as a whole and vLLM as any other.
 A regular expression need only match the beginning of a name.
 """
 
@@ -190,7 +192,8 @@ def is_ignored(config: QuantizationConfig, name: str, engine: str) -> bool:
 
 def _ignores(pattern: str, name: str, engine: str) -> bool:
     suffix = engine == "sglang" and not pattern.startswith("re:") and name.endswith(f".{pattern}")
-    return suffix or is_class(pattern) or matches_name(pattern, name)
+    by_class = engine == "transformers" and is_class(pattern)
+    return suffix or by_class or matches_name(pattern, name)
 
 
 def configured_scheme(config: QuantizationConfig, layer: Layer) -> Scheme | None:
@@ -220,9 +223,11 @@ def find_match(config: QuantizationConfig, name: str, parts: Iterable[str], engi
         name: of the layer as the engine has it.
         parts: the names in the checkpoint of what it fuses.
     """
-    if is_ignored(config, name, engine):
+    parts = tuple(parts)
+    whole_name_alone = engine == "sglang" and parts
+    if name in config.ignore if whole_name_alone else is_ignored(config, name, engine):
         return Match(ignored=True)
-    found = next(_candidates(config, name, tuple(parts), engine), None)
+    found = next(_candidates(config, name, parts, engine), None)
     return Match() if found is None else Match(*found)
 
 

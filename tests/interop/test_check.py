@@ -26,16 +26,18 @@ from tests.interop.checkpoints import (
     changed,
     config,
     dense_model,
+    mixtral,
     moe_model,
     write,
 )
 
 ALL = ("vllm", "sglang", "transformers")
 SERVERS = ("vllm", "sglang")
-ROUTERS = "re:.*mlp.gate$"
+ROUTERS, MIXTRAL_ROUTERS = "re:.*mlp.gate$", "re:.*moe.gate$"
 ATTENTION = r"re:.*self_attn\.(q|k|v|qkv|o)_proj$"
 MLPS = r"re:.*mlp\.(gate|up|gate_up|down)_proj$"
 EXPERTS = r"re:.*mlp\.experts\..*$"
+PROJECTIONS = r"re:.*experts\.\d+\.(gate|up|down)_proj$"
 QKV = r"re:.*self_attn\.(q|k|v|qkv)_proj$"
 
 
@@ -187,12 +189,34 @@ BAD = {
         everywhere("experts-target", "refused", SERVERS),
         "model.layers.0.mlp.experts", r"re:.*experts\..*",
     ),
-    "experts by names that engines do not look up": Bad(
-        config(([r"re:.*experts\.\d+\.w[123]$", ATTENTION], INT4), ignore=["lm_head", ROUTERS]),
-        [replace(x, name=x.name.replace("gate_proj", "w1").replace("up_proj", "w3")
-                 .replace("down_proj", "w2")) for x in moe_model()],
-        everywhere("experts-target", "refused", SERVERS),
-        "model.layers.0.mlp.experts", r"re:.*experts\..*",
+    "experts by names that SGLang does not look up": Bad(
+        config(([r"re:.*experts\.\d+\.w[123]$", ATTENTION], INT4),
+               ignore=["lm_head", MIXTRAL_ROUTERS]),
+        mixtral(moe_model()), {"sglang": ("experts-target", "refused")},
+        "model.layers.0.block_sparse_moe.experts", r"re:.*experts\..*",
+    ),
+    "experts by names that vLLM does not look up": Bad(
+        config(([PROJECTIONS, ATTENTION], INT4), ignore=["lm_head", MIXTRAL_ROUTERS]),
+        mixtral(moe_model()), {"vllm": ("experts-target", "refused")},
+        "model.layers.0.block_sparse_moe.experts", r"re:.*experts\..*",
+    ),
+    "experts of Mixtral by the names of others": Bad(
+        with_top_level(config(([PROJECTIONS, ATTENTION], INT4),
+                              ignore=["lm_head", MIXTRAL_ROUTERS]), model_type="mixtral"),
+        [replace(x, name=x.name.replace("mlp", "block_sparse_moe")) for x in moe_model()],
+        {"vllm": ("experts-target", "refused")},
+        "model.layers.0.block_sparse_moe.experts", r"re:.*experts\..*",
+    ),
+    "class names in ignore": Bad(
+        config(([ATTENTION, MLPS], INT4), ignore=["lm_head", "Linear"]), dense_model(),
+        {"transformers": ("ignored", "refused")}, "model.layers.0.mlp.up_proj", "ignore",
+    ),
+    "a fused layer ignored by its own name alone": Bad(
+        config((["Linear"], INT4), ignore=["lm_head", "re:.*qkv_proj$", r"re:.*1.*\.q_proj$"]),
+        [replace(x, scheme=None) if x.name[-6:] in ("q_proj", "k_proj", "v_proj") else x
+         for x in dense_model()],
+        {"sglang": ("not-ignored", "refused"), "transformers": ("not-ignored", "refused")},
+        "model.layers.0.self_attn.k_proj", "name it in ignore",
     ),
     "a fused layer of which one part matches a target": Bad(
         config(([r"re:.*(q|k)_proj$", r"re:.*o_proj$", MLPS], INT4)), dense_model(),
