@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from fqcompile.interop.findings import Effect, Finding, Rule, Subject
-from fqcompile.interop.layer_rules import tp_rule
+from fqcompile.interop.layer_rules import misread, tp_rule
 from fqcompile.interop.layers import Layer, Scheme, is_split_along_k, last, stack_of
 from fqcompile.interop.quantization_config import Group, find_match
 
@@ -50,9 +50,11 @@ def _alike(stack: str, layers: Sequence[Layer]) -> list[Rule]:
         f"its experts and projections have different schemes ({kinds}), and the first expert's"
     )
     remedy = "give all of a layer one scheme: scales can be repeated without loss"
-    unlike, seen = len(schemes) > 1, None in schemes or len(first) > 1
+    taken, unlike, seen = layers[0].scheme, len(schemes) > 1, len(first) > 1
+    shaped = all(x.scheme and x.scheme.is_shaped_as(taken, x.k) for x in layers)
     return [
-        ("experts-differ", "refused", unlike and seen, f"{problem} must be one", remedy),
+        ("experts-differ", "refused", unlike and (seen or not shaped),
+         f"{problem} must be one", remedy),
         ("experts-differ", "wrong", unlike, f"{problem} is taken for all", remedy),
     ]  # fmt: skip
 
@@ -63,14 +65,14 @@ def _matched(subject: Subject, stack: str, layers: Sequence[Layer]) -> Iterator[
     for projection in _looked_up(subject, stack, layers):
         match = find_match(subject.config, f"{stack}.0.{projection}", (), subject.engine)
         what = "ignore names it" if match.ignored else "no target matches it"
-        scheme = match.group and match.group.scheme
+        scheme = match.scheme
         yield (
             "experts-target", "refused", stored and not scheme,
             f"it is packed, and {what} as experts.0.{projection}",
             "add the target re:.*experts\\..* of this stack",
         )  # fmt: skip
         yield (
-            "experts-target", "wrong" if stored else "refused", scheme and scheme != stored,
+            "experts-target", misread(subject, layers[0], scheme), scheme and scheme != stored,
             f"target {match.pattern!r} gives it {scheme}, and {stored or 'dense'} is stored",
             "give the experts a group of their own, or name them in ignore",
         )  # fmt: skip

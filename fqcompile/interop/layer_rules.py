@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 
-from fqcompile.interop.findings import Finding, Rule, Subject
+from fqcompile.interop.findings import Effect, Finding, Rule, Subject
 from fqcompile.interop.layers import (
     BITS,
     GROUP_SIZES,
     Layer,
+    Scheme,
     fused_name,
     is_embedding,
     is_head,
@@ -142,11 +143,13 @@ def tp_rule(subject: Subject, layer: Layer, degree: int, other: str) -> Rule:
 
 def _fused(parts: Sequence[Layer]) -> list[Rule]:
     """The rule that parts of a fused layer must have the same scheme."""
-    schemes = {layer.scheme for layer in parts}
+    first = parts[0].scheme
+    unlike = any(part.scheme != first for part in parts)
+    shaped = all(part.scheme and part.scheme.is_shaped_as(first, part.k) for part in parts)
     kinds = ", ".join(f"{last(p.name)} {p.scheme or 'dense'}" for p in parts)
-    problem, unlike = f"one fused layer of different schemes ({kinds}): ", len(schemes) > 1
+    problem = f"one fused layer of different schemes ({kinds}): "
     return [
-        ("fused-parts", "refused", unlike and None in schemes,
+        ("fused-parts", "refused", unlike and not shaped,
          f"{problem}an error", _ALIKE),
         ("fused-parts", "wrong", unlike,
          f"{problem}the scheme of the first is taken for all", _ALIKE),
@@ -160,7 +163,7 @@ def _matched(subject: Subject, name: str, parts: Sequence[Layer]) -> list[Rule]:
         return []  # built dense by the engines, whatever matches
     ignored = {is_ignored(config, part, subject.engine) for part in names}
     match = find_match(config, name, names if len(names) > 1 else (), subject.engine)
-    out, scheme = match.ignored or ignored == {True}, match.group and match.group.scheme
+    out, scheme = match.ignored or ignored == {True}, match.scheme
     problem = f"target {match.pattern!r} gives it {scheme}, and {stored} is stored"
     remedy = "write regular expressions that end in $ and match the fused name, not class names"
     return [
@@ -176,9 +179,16 @@ def _matched(subject: Subject, name: str, parts: Sequence[Layer]) -> list[Rule]:
          "it is dense, and neither a target nor ignore names it", "name it in ignore"),
         ("not-ignored", "refused", scheme and not (stored or out),
          f"it is dense, and target {match.pattern!r} matches it", "name it in ignore"),
-        ("class-target" if is_class(match.pattern or "") else "other-target", "wrong",
+        ("class-target" if is_class(match.pattern or "") else "other-target",
+         misread(subject, parts[0], scheme),
          scheme and stored and not out and scheme != stored, problem, remedy),
     ]  # fmt: skip
+
+
+def misread(subject: Subject, layer: Layer, taken: Scheme | None) -> Effect:
+    """The effect of taking another scheme: serving engines compare the shapes of tensors alone."""
+    shaped = layer.scheme is not None and layer.scheme.is_shaped_as(taken, layer.k)
+    return "wrong" if shaped or not subject.serves else "refused"
 
 
 def cpu_rules(subject: Subject) -> Iterator[Finding]:

@@ -39,6 +39,10 @@ class Scheme:
         """Scales in a row of K weights."""
         return 1 if self.group_size is None else -(-k // self.group_size)
 
+    def is_shaped_as(self, other: "Scheme | None", k: int) -> bool:
+        """Whether codes and scales for K weights have the other's shapes; None: dense."""
+        return other is not None and (self.bits, self.groups(k)) == (other.bits, other.groups(k))
+
 
 @dataclass(frozen=True)
 class Layer:

@@ -174,6 +174,10 @@ class Match:
     group: Group | None = None
     ignored: bool = False
 
+    @property
+    def scheme(self) -> Scheme | None:
+        return None if self.group is None else self.group.scheme
+
 
 def matches_name(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):

@@ -74,14 +74,21 @@ BAD = {
     "fused shards of different group sizes": Bad(
         config(([ONE_K], GROUP64), ([QKV, ATTENTION, MLPS], INT4)),
         changed(dense_model(), "layers.1.self_attn.k_proj", GROUP64),
-        everywhere("fused-parts", "wrong", SERVERS),
+        everywhere("fused-parts", "refused", SERVERS),
         "model.layers.1.self_attn.k_proj", "give all of them one scheme",
     ),
     "fused shards of different bits": Bad(
         config(([r"re:.*up_proj$"], INT8), ([ATTENTION, MLPS], INT4)),
         changed(dense_model(), "mlp.up_proj", INT8),
-        everywhere("fused-parts", "wrong", SERVERS) | {"transformers": ("other-target", "wrong")},
+        everywhere("fused-parts", "refused", SERVERS) | {"transformers": ("other-target", "wrong")},
         "model.layers.0.mlp.up_proj", "",
+    ),
+    "fused shards with and without zero points": Bad(
+        config(([r"re:.*\.gate_proj$"], ASYMMETRIC),
+               ([r"re:.*\.(up|down)_proj$", ATTENTION], INT4)),
+        changed(dense_model(), "gate_proj", ASYMMETRIC),
+        everywhere("fused-parts", "wrong", SERVERS),
+        "model.layers.0.mlp.gate_proj", "give all of them one scheme",
     ),
     "a fused shard left dense": Bad(
         config((["Linear"], INT4), ignore=["lm_head", "model.layers.2.self_attn.v_proj"]),
@@ -119,15 +126,21 @@ BAD = {
         config((["Linear"], INT4), ([QKV.replace("|qkv", "")], GROUP64)),
         [replace(x, scheme=GROUP64) if x.name[-6:] in ("q_proj", "k_proj", "v_proj") else x
          for x in dense_model()],
-        {"sglang": ("class-target", "wrong")},
+        {"sglang": ("class-target", "refused")},
         "model.layers.0.self_attn.q_proj", "not class names",
     ),
     "a regular expression without an end": Bad(
         config(([r"re:model\.layers\.1.*o_proj"], GROUP64),
                ([r"re:model\.layers\.\d+\.self_attn.*$", MLPS], INT4)),
-        [*changed(dense_model(), "1.self_attn.o_proj", GROUP64),
-         replace(dense_model()[3], name="model.layers.10.self_attn.o_proj")],
-        everywhere("other-target", "wrong"), "model.layers.10.self_attn.o_proj", "end in $",
+        changed(dense_model(layers=11), "layers.1.self_attn.o_proj", GROUP64),
+        everywhere("other-target", "wrong") | everywhere("other-target", "refused", SERVERS),
+        "model.layers.10.self_attn.o_proj", "end in $",
+    ),
+    "a fused layer whose first part has another target": Bad(
+        config(([r"re:.*\.q_proj$"], GROUP64), ([r"re:.*\.[kvo]_proj$", MLPS], INT4)),
+        dense_model(),
+        everywhere("other-target", "wrong") | everywhere("other-target", "refused", SERVERS),
+        "model.layers.0.self_attn.q_proj", "match the fused name",
     ),
     "packed and no target": Bad(
         config(([ATTENTION], INT4)), dense_model(), everywhere("no-target", "refused"),
@@ -150,7 +163,7 @@ BAD = {
         config(([r"re:.*experts\.2\..*$"], INT8), ([EXPERTS, ATTENTION], INT4),
                ignore=["lm_head", ROUTERS]),
         [replace(x, scheme=INT8) if ".experts.2." in x.name else x for x in moe_model()],
-        everywhere("experts-differ", "wrong", SERVERS)
+        everywhere("experts-differ", "refused", SERVERS)
         | {"transformers": ("experts-of-one-scheme", "wrong")},
         "model.layers.0.mlp.experts", "one scheme",
     ),
@@ -225,7 +238,7 @@ BAD = {
     ),
     "experts under a target of linears": Bad(
         config((["Linear"], INT8), ignore=["lm_head", ROUTERS]), moe_model(INT8, INT4),
-        everywhere("experts-target", "wrong", SERVERS)
+        everywhere("experts-target", "refused", SERVERS)
         | {"transformers": ("experts-of-one-scheme", "wrong")},
         "model.layers.0.mlp.experts", "a group of their own",
     ),
@@ -364,7 +377,22 @@ def test_shapes_that_are_filled_up_are_slow_and_load() -> None:
     assert [name.split(".")[2] for name in found.layers] == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize("name", ["fused shards of different group sizes", "a tied quantized head"])
+@pytest.mark.parametrize(("tp", "splits"), [(16, True), (24, False)])
+def test_rows_of_a_head_are_filled_up_before_they_are_split(tp: int, splits: bool) -> None:
+    content, layers, _ = GOOD["an untied quantized head that is named"]
+    found = find_problems(content, layers, "vllm", tp=tp)  # 1000 rows are 1024
+    refused = [f for f in found if f.rule == "tp-splits-n" and "lm_head" in f.layers]
+    assert (refused == []) == splits
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fused shards of different group sizes",
+        "a tied quantized head",
+        "a fused layer whose first part has another target",
+    ],
+)
 def test_files_give_the_same_findings(name: str, tmp_path: Path) -> None:
     bad = BAD[name]
     directory = write(tmp_path, bad.config, bad.layers)
