@@ -29,6 +29,7 @@ _TILE_K, _TILE_N = 128, 64
 # - layers/fused_moe/oracle/int_wna16.py, _get_priority_backends: ZEN_CPU and CPU alone; then
 #   layers/fused_moe/experts/cpu_moe.py, CPUExpertsInt4: int4, on x86 with AMX; and
 #   experts/zentorch_moe.py, ZentorchExpertsInt4: int4 in groups, where zentorch is installed.
+#   Neither takes zero points, and CompressedTensorsWNA16MoEMethod asserts groups for both.
 # vLLM's error then: "No WNA16 MoE backend supports the deployment configuration".
 _CPU_BITS, _CPU_MULTIPLE = 4, 32
 _ON_GPU = "serve it on a GPU"
@@ -229,8 +230,9 @@ def _linear_on_cpu(subject: Subject, parts: Sequence[Layer]) -> list[Rule]:
 def _experts_on_cpu(layer: Layer) -> list[Rule]:
     scheme, remedy = layer.scheme, f"{_ON_GPU}, or leave experts dense (--exclude experts)"
     assert scheme is not None
+    fits = scheme.bits == _CPU_BITS and scheme.symmetric and scheme.group_size is not None
     return [
-        ("cpu-experts", "refused", scheme.bits == _CPU_BITS,
+        ("cpu-experts", "refused", fits,
          "experts of 4 bits run on x86 CPUs with AMX, or with zentorch, alone", remedy),
         ("cpu-experts", "refused", True, f"experts of {scheme} have no kernel on a CPU", remedy),
     ]  # fmt: skip

@@ -449,7 +449,13 @@ def test_what_vllm_runs_on_a_cpu() -> None:
 
 
 @pytest.mark.parametrize(
-    ("experts", "problem"), [(INT4, "x86 CPUs with AMX"), (INT8, "int8 group 128 have no kernel")]
+    ("experts", "problem"),
+    [
+        (INT4, "x86 CPUs with AMX"),
+        (INT8, "int8 group 128 have no kernel"),
+        (CHANNEL, "int4 channel have no kernel"),
+        (ASYMMETRIC, "int4 group 128 asymmetric have no kernel"),
+    ],
 )
 def test_experts_on_a_cpu(experts: Scheme, problem: str) -> None:
     content = config(([EXPERTS], experts), ([ATTENTION], INT4), ignore=["lm_head", ROUTERS])
@@ -459,7 +465,8 @@ def test_experts_on_a_cpu(experts: Scheme, problem: str) -> None:
     assert (found.rule, found.effect, len(found.layers)) == ("cpu-experts", "refused", 3)
     assert problem in found.problem
     assert "--exclude experts" in found.remedy
-    assert find_problems(content, layers, "transformers", device="cpu") == []
+    if experts.symmetric:
+        assert find_problems(content, layers, "transformers", device="cpu") == []
 
 
 def test_devices_that_have_no_rules(tmp_path: Path) -> None:
