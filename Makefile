@@ -28,13 +28,19 @@ test-versions: $(foreach v,$(VERSIONS),.venv-$(v)/dev.installed)
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e '.[dev]'
 	touch $@
 
-# vLLM itself, which pins other versions than ours: 3 GB in a venv of its own.
-test-engines: .venv/dev.installed .venv-engines/engines.installed
-	$(BIN)/pytest --all $(ARGS) tests/interop/test_engines.py
+# vLLM and llm-compressor, which pin other versions than ours: 5 GB in venvs of their own.
+test-engines: .venv/dev.installed .venv-engines/engines.installed .venv-llmcompressor/engines.installed
+	$(BIN)/pytest --all $(ARGS) tests/interop/test_engines.py tests/interop/test_llmcompressor.py
 
 .venv-engines/engines.installed: requirements-engines.txt
 	test -x .venv-engines/bin/python || $(PYTHON) -m venv .venv-engines
 	.venv-engines/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-engines.txt
+	touch $@
+
+.venv-llmcompressor/engines.installed: Makefile
+	test -x .venv-llmcompressor/bin/python || $(PYTHON) -m venv .venv-llmcompressor
+	.venv-llmcompressor/bin/pip install --quiet --disable-pip-version-check \
+	llmcompressor==0.14.0.1 torch==2.13.0+cpu
 	touch $@
 
 # Architectures of other libraries, some of timm and diffusers where these are installed.
