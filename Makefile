@@ -30,7 +30,8 @@ test-versions: $(foreach v,$(VERSIONS),.venv-$(v)/dev.installed)
 
 # vLLM and llm-compressor, which pin other versions than ours: 5 GB in venvs of their own.
 test-engines: .venv/dev.installed .venv-engines/engines.installed .venv-llmcompressor/engines.installed
-	$(BIN)/pytest --all $(ARGS) tests/interop/test_engines.py tests/interop/test_llmcompressor.py
+	$(BIN)/pytest --all $(ARGS) tests/interop/test_engines.py tests/interop/test_engine_verdicts.py \
+	tests/interop/test_llmcompressor.py
 
 .venv-engines/engines.installed: requirements-engines.txt
 	test -x .venv-engines/bin/python || $(PYTHON) -m venv .venv-engines

@@ -2,9 +2,12 @@
 
     python vllm_cpu.py TASKS.json
 
-A task is {"directory", "out", "prompts"}. Each runs in a forked child, which writes
-`out`.safetensors, the parameters as vLLM's own loader has filled them, and `out`.json: {"error"},
-or {"tokens", "logprobs"} of a greedy continuation of each prompt.
+A task is {"directory", "out"} to load, with "prompts" to continue too. Each runs in a forked child,
+which writes `out`.safetensors, the parameters as vLLM's own loader has filled them, and `out`.json:
+{"error"}, or {"tokens", "logprobs"} of a greedy continuation of each prompt.
+
+With "amx", true or false, vLLM takes the processor to have AMX or not, as experts need it. It then
+loads weights and does not pack them for kernels that may not run here.
 """
 
 import json
@@ -23,9 +26,12 @@ os.environ.update(
     VLLM_CPU_INT4_W4A8="0",  # activations as they are, where the processor has AMX
 )
 
+import torch
 from safetensors.torch import save_file
-from vllm import LLM, SamplingParams
+from vllm import LLM, EngineArgs, SamplingParams
+from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader import base_loader
+from vllm.v1.worker.cpu_worker import CPUWorker
 
 TOKENS = 12
 ENGINE: dict[str, Any] = {
@@ -40,15 +46,25 @@ ENGINE: dict[str, Any] = {
 
 
 def run(task: dict[str, Any]) -> dict[str, Any]:
-    process = base_loader.process_weights_after_loading
+    process, amx = base_loader.process_weights_after_loading, task.get("amx")
+    if amx is not None:
+        torch.cpu._is_amx_tile_supported = lambda: amx
 
     def keep(model: Any, *rest: Any) -> None:
-        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         save_file(tensors, Path(task["out"]).with_suffix(".safetensors"))
-        process(model, *rest)
+        if not amx:
+            process(model, *rest)
 
     base_loader.process_weights_after_loading = keep
-    return generate(task["directory"], task["prompts"])
+    if "prompts" in task:
+        return generate(task["directory"], task["prompts"])
+    config = EngineArgs(task["directory"], **ENGINE).create_engine_config()
+    with set_current_vllm_config(config):
+        worker = CPUWorker(config, 0, 0, f"file://{task['out']}.rank", is_driver_worker=True)
+        worker.init_device()
+        worker.load_model()
+    return {}
 
 
 def generate(directory: str, prompts: list[list[int]]) -> dict[str, Any]:
