@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def loading() -> Any:
@@ -102,3 +102,28 @@ def ignore_unexpected(model: Any, names: Iterable[str]) -> None:
 def save_by_own_names(model: Any, own: bool = True) -> None:
     """Have `save_pretrained` write the model's tensors as they are there; or as for any model."""
     model._weight_conversions = [] if own else None
+
+
+def untie(model: nn.Module) -> None:
+    """Have `tie_weights` leave apart what is apart now, as a packed head and its dense table.
+
+    `tie_weights` is called by `resize_token_embeddings`, evaluation harnesses and others, and goes
+    by rules of the class, and of the class of each model inside. The instance gets its own rules.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "all_tied_weights_keys"):
+            held = dict(module.named_parameters(remove_duplicate=False))
+            module.all_tied_weights_keys = _together(module.all_tied_weights_keys, held)
+            own = module.get_expanded_tied_weights_keys(all_submodels=False)
+            if own != (together := _together(own, held)):
+                module._tied_weights_keys = together
+
+
+def _together(ties: Mapping[str, str], held: Mapping[str, Tensor]) -> dict[str, str]:
+    """Those whose two names are of one parameter, or not of parameters."""
+    return {
+        name: other
+        for name, other in ties.items()
+        if name not in held or other not in held or held[name] is held[other]
+    }

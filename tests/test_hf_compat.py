@@ -83,6 +83,19 @@ def test_which_models_switch_their_experts() -> None:
     assert compat.can_switch_experts(torch.nn.Linear) is None
 
 
+def test_what_is_apart_is_no_longer_tied() -> None:
+    model: Any = dense_models.build("t5", torch.float32)[0]
+    ties = dict(model.all_tied_weights_keys)
+    compat.untie(model)
+    assert model.all_tied_weights_keys == ties and "_tied_weights_keys" not in vars(model)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1)
+    compat.untie(model)
+    model.tie_weights()
+    assert ties.pop("lm_head.weight") == "shared.weight" and ties
+    assert model.all_tied_weights_keys == model.get_expanded_tied_weights_keys() == ties
+    assert model.lm_head.weight is not model.shared.weight is model.encoder.embed_tokens.weight
+
+
 def test_what_a_model_is_told_for_its_files(tmp_path: Path) -> None:
     model: Any = moe_models.build("mixtral", torch.float32, "eager")
     compat.save_by_own_names(model)

@@ -1,10 +1,12 @@
 """A head whose weight is also a table that no nn.Embedding owns: 8 bits, and the table stays.
 
-Compiling, explain and fake_quantize_ see every reader of a weight; quantize_ sees the modules.
+Compiling, explain and fake_quantize_ see every reader of a weight; quantize_ sees the modules. The
+last tests are of models of transformers, whose `tie_weights` others call.
 """
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,9 @@ from torch.nn import functional as F
 
 import fqcompile
 from fqcompile.errors import FineQuantError
-from tests.dense_models import COMMON
+from fqcompile.integrations.transformers import FineQuantHfConfig
+from fqcompile.weights.parameter import PackedWeight
+from tests.dense_models import CASES, COMMON, build, run
 from tests.helpers import assert_close, finequant, frozen, report
 
 IDS = torch.arange(6).view(2, 3)
@@ -204,3 +208,85 @@ def test_ibert() -> None:
         assert_close(actual, faked(ids).logits, depth=40)
     compiled = {s.name: s.bits for r in fqcompile.reports() for s in r.plan.quantized}
     assert compiled["lm_head.decoder.weight"] == 8
+
+
+def _opened(model: Any, plan: fqcompile.Plan, folder: Path) -> nn.Module:
+    fqcompile.save(model, folder, plan=plan)
+    return fqcompile.load(None, folder)
+
+
+def _by_transformers(model: Any, plan: fqcompile.Plan, folder: Path) -> nn.Module:
+    fqcompile.save(model, folder, plan=plan)
+    opened: nn.Module = type(model).from_pretrained(folder)
+    return opened
+
+
+# What becomes of a packed model with its plan.
+APART: dict[str, Callable[[Any, fqcompile.Plan, Path], nn.Module]] = {
+    "packed": lambda model, plan, folder: model,
+    "copied": lambda model, plan, folder: copy.deepcopy(model),
+    "within": lambda model, plan, folder: nn.Sequential(model)[0],
+    "loaded": _opened,
+    "opened": _by_transformers,
+    "restored": lambda model, plan, folder: fqcompile.restore(model),
+}
+
+
+@pytest.mark.few(6)
+@pytest.mark.parametrize("way", APART)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.tied_head])
+def test_tie_weights_leaves_a_head_that_has_its_own_values(
+    name: str, way: str, tmp_path: Path
+) -> None:
+    model, inputs = build(name, torch.float32)
+    plan = fqcompile.quantize_(model, calibration=None, **OPTIONS)
+    apart: Any = APART[way](model, plan, tmp_path)
+    expected = run(apart, inputs)
+    kinds = [type(p.data) for p in apart.parameters()]
+    tables = {name: p for name, p in apart.named_parameters() if p.shape[0] == 512}
+    for again in range(2):  # both of what from_pretrained calls, and of what users do
+        apart.tie_weights(recompute_mapping=bool(again))
+        assert torch.equal(run(apart, inputs), expected)
+    assert [type(p.data) for p in apart.parameters()] == kinds
+    assert all(apart.get_parameter(name) is p for name, p in tables.items())
+
+
+def test_tie_weights_after_fake_quantize_and_after_quantizing_while_loading(tmp_path: Path) -> None:
+    model, inputs = build("gemma3", torch.float32)
+    dense: Any = model
+    dense.save_pretrained(tmp_path)
+    config = FineQuantHfConfig(**OPTIONS)
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    faked: Any = fqcompile.fake_quantize_(model, loaded.hf_quantizer.plan)
+    for apart in (loaded, faked):
+        expected = run(apart, inputs)
+        apart.tie_weights()
+        assert torch.equal(run(apart, inputs), expected)
+    assert isinstance(loaded.lm_head.weight, PackedWeight)
+    assert not loaded.all_tied_weights_keys and not faked.all_tied_weights_keys
+    other, _ = build("gemma3", torch.float32)  # of the same class
+    other.tie_weights()  # type: ignore[operator]
+    assert other.lm_head.weight is other.model.embed_tokens.weight  # type: ignore[union-attr]
+
+
+def test_what_is_tied_and_packed_as_one_stays_tied() -> None:
+    """The table packed too, or neither: then `save_pretrained` has to know that they are one."""
+    for options in ({"quantize_embeddings": 8}, {"exclude": ["lm_head"]}):
+        model, _ = build("gemma3", torch.float32)
+        ties = dict(model.all_tied_weights_keys)  # type: ignore[arg-type]
+        fqcompile.quantize_(model, calibration=None, **OPTIONS, **options)
+        assert (
+            model.all_tied_weights_keys == ties == {"lm_head.weight": "model.embed_tokens.weight"}
+        )
+        model.tie_weights()  # type: ignore[operator]
+        assert model.lm_head.weight is model.model.embed_tokens.weight  # type: ignore[union-attr]
+
+
+def test_a_resized_vocabulary_makes_a_packed_head_dense_with_its_values() -> None:
+    model: Any = build("gemma3", torch.float32)[0]
+    fqcompile.quantize_(model, calibration=None, **OPTIONS)
+    values = model.lm_head.weight.dequantized()
+    model.resize_token_embeddings(520)
+    assert model.lm_head.weight.shape == model.model.embed_tokens.weight.shape == (520, 128)
+    assert torch.equal(model.lm_head.weight[:512], values)
+    assert not torch.equal(model.model.embed_tokens.weight[:512], values)

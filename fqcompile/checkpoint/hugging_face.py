@@ -177,6 +177,8 @@ def hugging_face_files(model: Any, options: Mapping[str, Any]) -> dict[str, byte
     if config is not None and hasattr(config, "to_json_string"):
         content = json.loads(config.to_json_string())
         content["architectures"] = [type(model).__name__]
+        if isinstance(getattr(model, "dtype", None), torch.dtype):  # else that of its source
+            content["dtype"] = str(model.dtype).removeprefix("torch.")
         of_packing = {n: v for n, v in options.items() if n not in (*OF_COMPILING, "calibration")}
         content[_QUANTIZATION] = {**of_packing, "quant_method": METHOD}
         files["config.json"] = _text(content)

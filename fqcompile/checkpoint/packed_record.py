@@ -148,18 +148,37 @@ def read_packed(paths: Iterable[Path]) -> tuple[dict[str, TensorPlace], dict[str
             "packed; save the model again"
         )
     found: dict[str, PackedRecord] = {}
+    owners: dict[str, str] = {}  # tensors -> the weight that they are part of
     for path, text in texts.items():
         where = f"{METHOD} in the metadata of {path}"
-        records = _records(text, where)
-        for name, record in records.items():
+        for name, record in _records(text, where).items():
             check_name(name, where)
-            problem = record.problem(tensors)
+            if found.get(name) == record:
+                continue  # all files of `save_pretrained` say the same
+            problem = (
+                "another file describes it otherwise"
+                if name in found
+                else record.problem(tensors) or _taken(name, record, tensors, owners)
+            )
             if problem is not None:
                 raise CheckpointError(
                     f"{where}: packed weight {name}: {shown(problem)}; save the model again"
                 )
-        found |= records
+            found[name] = record
+            owners |= {record.codes: name, record.scale: name}
     return tensors, found
+
+
+def _taken(
+    name: str, record: PackedRecord, tensors: Mapping[str, Stored], owners: Mapping[str, str]
+) -> str | None:
+    """Why a weight and its tensors are not each other's alone, or None."""
+    other = next((owners[part] for part in (record.codes, record.scale) if part in owners), None)
+    if other is not None:
+        return f"its codes or scales are those of {other}"
+    if name in tensors and name not in (record.codes, record.scale):
+        return "a dense tensor has its name"
+    return None
 
 
 def _records(text: Any, where: str) -> Mapping[str, PackedRecord]:

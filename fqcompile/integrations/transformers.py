@@ -27,7 +27,7 @@ from fqcompile.checkpoint.conversion import target_types
 from fqcompile.checkpoint.packed_record import METHOD, PackedRecord
 from fqcompile.config import packing_config
 from fqcompile.errors import CheckpointError, FineQuantError, OptionError, UnquantizableWeight
-from fqcompile.hf_compat import ignore_unexpected, loading, save_by_own_names
+from fqcompile.hf_compat import ignore_unexpected, loading, save_by_own_names, untie
 from fqcompile.integrations import in_files, packed_files, refuse_offloading
 from fqcompile.modules.quantize import packed_of, restore, site_of
 from fqcompile.modules.weights import ModuleWeight, module_weights
@@ -244,6 +244,7 @@ class FineQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized:
             self.plan = Plan(tuple(self._finish(model)), self._config.as_dict())
         save_by_own_names(model)
+        untie(model)
         self._waiting, self._sites, self._missing, self._records = {}, {}, set(), {}
         self._steps.clear()  # transformers would load an adapter with this very list
         return model
@@ -259,8 +260,6 @@ class FineQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 site, packed = packed_of(own, self._config)
                 if packed is not None:
                     found.put(packed)
-                    if not found.of_tables:  # else the table has the same packed weight
-                        model.all_tied_weights_keys.pop(found.name, None)
             elif site.status == "kept" and self._config.on_unsupported == "error":
                 raise UnquantizableWeight(f"{site.name}: {site.reason}")
             rows.append(site)

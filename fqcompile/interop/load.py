@@ -20,6 +20,7 @@ from fqcompile.checkpoint.source import Source, read_config, read_tensors, recog
 from fqcompile.errors import CheckpointError
 from fqcompile.files.safetensors_file import TensorPlace, read_tensor
 from fqcompile.files.untrusted import shown
+from fqcompile.hf_compat import untie
 from fqcompile.interop.assemble import ForeignLayer, assemble
 from fqcompile.interop.compressed_tensors import read_compressed_tensors
 from fqcompile.interop.gptq_awq import read_awq, read_gptq
@@ -77,8 +78,11 @@ def load(
         )
     target = Path(directory)
     if (target / MANIFEST).is_file():
-        return load_saved(model_or_factory, target, device=device, verify=verify)
-    return _load_of_others(model_or_factory, target, torch.device(device or "cpu"))
+        model = load_saved(model_or_factory, target, device=device, verify=verify)
+    else:
+        model = _load_of_others(model_or_factory, target, torch.device(device or "cpu"))
+    untie(model)
+    return model
 
 
 def _load_of_others(given: object, directory: Path, device: torch.device) -> nn.Module:

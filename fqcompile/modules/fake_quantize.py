@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fqcompile.distributed.shards import local_part
 from fqcompile.errors import FineQuantError, UnquantizableWeight
+from fqcompile.hf_compat import untie
 from fqcompile.passes.naming import Holder, holders_of
 from fqcompile.passes.summary import SiteRecipe
 from fqcompile.quant.choose import quantize_weight
@@ -54,6 +55,7 @@ def fake_quantize_(model: nn.Module, plan: Plan | CompileReport) -> nn.Module:
     own: dict[int, Tensor] = {}
     for target in targets:
         _apply(target, own)
+    untie(model)
     return model
 
 

@@ -19,6 +19,7 @@ from fqcompile.distributed.shards import (
     with_part,
 )
 from fqcompile.errors import UnquantizableWeight
+from fqcompile.hf_compat import untie
 from fqcompile.kernels.registry import kernel_for
 from fqcompile.modules.blocks import BlockRuns
 from fqcompile.modules.calibrate import calibrated, collect_inputs
@@ -81,6 +82,7 @@ def quantize_(
     settle_norms(model, config, filter_fn)
     waiting = filtered(module_weights(model, config), filter_fn)
     sites = _pack_on_all_ranks(model, waiting, config, calibration, method)
+    untie(model)
     given = {} if known else {"calibration": "batches"}
     return Plan(tuple(sites), config.as_dict() | given)
 

@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import fqcompile
+from fqcompile.checkpoint.packed_record import METHOD
 from fqcompile.errors import CheckpointError
 from tests.checkpoint.small_models import Small, contents, small
 from tests.tiers import examples
@@ -112,6 +116,48 @@ def test_manifests_that_lie_and_are_signed_are_never_the_end_of_the_process(save
         outcomes["loaded"] += 1
         model(torch.arange(20)[None])
     assert min(outcomes.values()) > 0.05 * RUNS, outcomes
+
+
+def test_records_in_headers_that_lie_are_refused_by_name_or_believed(tmp_path: Path) -> None:
+    """Those of `save_pretrained`, which nothing signs; a lie that fits the tensors is believed."""
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    dense: Any = transformers.LlamaForCausalLM(config)
+    fqcompile.quantize_(dense, calibration=None, granularity=32, min_elements=1024)
+    fqcompile.save(dense, tmp_path)
+    (tmp_path / "fqcompile.json").unlink()
+    (path,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        said = json.loads(file.metadata()[METHOD])
+    rng, outcomes = random.Random(0), Counter[str]()
+    for _ in range(RUNS // 2):
+        lie = copy.deepcopy(said)
+        for _ in range(rng.randint(1, 2)):
+            _change(lie["weights"], rng)
+            if lie["weights"] and rng.random() < 0.3:  # the tensors of another, for both or in part
+                one, other = (lie["weights"][rng.choice(list(lie["weights"]))] for _ in "ab")
+                if isinstance(one, dict) and isinstance(other, dict):
+                    one |= {
+                        key: other[key]
+                        for key in ("codes", "scale")
+                        if rng.random() < 0.7 and key in other
+                    }
+        save_file(tensors, path, metadata={METHOD: json.dumps(lie)})
+        try:
+            model: Any = fqcompile.load(None, tmp_path)
+        except CheckpointError as error:
+            assert str(error).isprintable() and len(str(error)) < 2000
+            assert str(tmp_path) in str(error)
+            outcomes["refused"] += 1
+            continue
+        outcomes["loaded"] += 1
+        parts = [part for r in lie["weights"].values() for part in (r["codes"], r["scale"])]
+        assert len(parts) == len(set(parts))
+        assert model(torch.arange(8)[None]).logits.shape == (1, 8, 64)
+    assert outcomes["refused"] > 0.5 * RUNS // 2 and outcomes["loaded"], outcomes
 
 
 def _change(content: Any, rng: random.Random) -> None:

@@ -127,6 +127,63 @@ def test_contradictions_are_named(
         read_packed([path])
 
 
+@pytest.mark.parametrize(
+    ("part", "dtype", "message"),
+    [("codes", torch.int8, "codes I8"), ("scale", torch.int32, "scales I32")],
+)
+def test_tensors_of_another_type_are_named(
+    written: tuple[Path, dict[str, Any]], part: str, dtype: torch.dtype, message: str
+) -> None:
+    path, said = written
+    tensors = load_file(path)
+    name = said["weights"]["up.weight"][part]
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, path, metadata={METHOD: json.dumps(said)})
+    with pytest.raises(CheckpointError, match=message):
+        read_packed([path])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("more", "packed weight more: its codes or scales are those of up.weight"),
+        ("up.bias", r"packed weight up.bias: its codes or scales are those of up.weight"),
+        ("a" * 600, "has the name 'aaa"),
+        ("up\x1b[2J", r"has the name 'up\\x1b\[2J'"),
+        ("", "has the name ''"),
+    ],
+)
+def test_two_weights_do_not_share_tensors(
+    written: tuple[Path, dict[str, Any]], name: str, message: str
+) -> None:
+    path, said = written
+    said["weights"][name] = said["weights"]["up.weight"]
+    save_file(load_file(path), path, metadata={METHOD: json.dumps(said)})
+    with pytest.raises(CheckpointError, match=message):
+        read_packed([path])
+    del said["weights"]["up.weight"]
+    save_file(load_file(path), path, metadata={METHOD: json.dumps(said)})
+    if name == "more":  # of a name that the tensors do not have: only the model tells
+        assert "more" in read_packed([path])[1]
+        return
+    with pytest.raises(CheckpointError, match=r"a dense tensor has its name|has the name"):
+        read_packed([path])
+
+
+def test_files_that_contradict_each_other_are_refused(
+    written: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    path, said = written
+    other = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(1)}, other, metadata={METHOD: json.dumps(said)})
+    save_file(load_file(path), path, metadata={METHOD: json.dumps(said)})
+    assert read_packed([path, other])[1].keys() == said["weights"].keys()
+    said["weights"]["up.weight"]["scale_method"] = "of another time"
+    save_file({"x": torch.zeros(1)}, other, metadata={METHOD: json.dumps(said)})
+    with pytest.raises(CheckpointError, match=r"up\.weight: another file describes it otherwise"):
+        read_packed([path, other])
+
+
 def test_codes_and_scales_may_lie_in_two_files(
     written: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -89,6 +89,7 @@ def test_most_blocks_are_run() -> None:
         "docs/guide/evaluating.md": 2,
         "docs/guide/exported.md": 3,
         "docs/guide/reports.md": 1,
+        "docs/guide/serving.md": 2,
         "docs/guide/tuning.md": 3,
         "docs/guide/tutorial.md": 2,
     }

@@ -172,6 +172,21 @@ def test_devices_and_types_are_those_asked_for(llama: Any, tmp_path: Path) -> No
     assert torch.equal(run(direct, inputs), run(quantized(both)[0], inputs))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_saved_model_opens_as_the_type_that_it_had(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Whether its config named none, as of a model that is made, or another, before `to`."""
+    for before in (None, torch.bfloat16, torch.float32):
+        model, _ = build_dense("llama", torch.float32)
+        assert isinstance(model.config, hf.PreTrainedConfig)
+        model.config.dtype = before
+        fqcompile.quantize_(model.to(dtype), calibration=None, **OPTIONS)
+        fqcompile.save(model, tmp_path / "saved")
+        opened = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+        assert opened.dtype == dtype
+        for name, parameter in model.named_parameters():
+            assert torch.equal(opened.get_parameter(name).detach() + 0, parameter.detach() + 0)
+
+
 def test_another_class_takes_what_it_has(llama: Any, tmp_path: Path) -> None:
     """The body without its head, by names without the prefix; a head of its own is new."""
     directory, model, inputs = llama
