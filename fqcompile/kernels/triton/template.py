@@ -31,7 +31,8 @@ _BUILD_ERRORS = (CompilationError, OutOfResources, PTXASError)
 _MAY_BE_OF_THE_BUILD = (*_BUILD_ERRORS, RuntimeError)
 _DTYPES = (torch.float16, torch.bfloat16)
 _LEAST_GROUP = 16
-_MOST_BYTES = 1 << 32  # per expert: offsets in 4-byte words are signed 32-bit integers
+# Per expert: offsets in words of 4 bytes, and in scales of 16 weights or more, have 31 bits.
+_MOST_BYTES = 1 << 32
 _ANY_ROWS = TileConfig(16, 64, BLOCK_K, 1, 4, 3)  # fits every GPU
 
 
@@ -42,9 +43,10 @@ def _refuse(spec: GemmSpec, kwidth: int) -> str | None:
         return f"takes fp16 or bf16 activations, not {spec.dtype}"
     if spec.group_size < spec.k and spec.group_size % _LEAST_GROUP:
         return f"takes groups of a multiple of {_LEAST_GROUP}, not {spec.group_size}"
-    filled = (spec.weight_rows + layout.MICRO_ROWS) * (spec.k + layout.BLOCK_K)
+    filled = (spec.weight_rows + layout.SCALE_ROWS) * (spec.k + layout.BLOCK_K)
     if filled * spec.bits // 8 >= _MOST_BYTES:
-        return f"takes less than 4 GiB of codes; {spec.weight_rows} x {spec.k} are more"
+        size = f"{spec.weight_rows} x {spec.k}, filled up with {layout.SCALE_ROWS} rows,"
+        return f"takes less than 4 GiB of codes; {size} are more"
     if spec.gpu is None:
         return "no GPU is known to tune for"
     if 0 < spec.gpu.capability < 80:
