@@ -106,7 +106,8 @@ ROWS = [m for full in range(16, 513, 16) for m in (full // 2, full - 1, full, fu
 def test_open_rows_lose_little_to_the_best_of_each_number(spec, gpu, levels: str) -> None:
     """By the model at most .3 of the time; and wherever what is taken for a known number is faster
     than the least time of 16 bits, which are not dequantized, so is this, but for less than a
-    launch takes. What would spill, which the model does not see, is not taken."""
+    launch takes. What is taken for a known number is no tile of a bad shape, which the model takes
+    for faster than it is."""
     spec = replace(spec, gpu=gpu, levels=levels)
     table = launches(replace(spec, m_range=(1, None)))
     for m in sorted({1, 2, 3, 4, 5, 6, 8, 12, *ROWS}):
