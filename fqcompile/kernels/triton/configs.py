@@ -22,6 +22,8 @@ from fqcompile.kernels.triton.layout import BLOCK_K, dot_width
 from fqcompile.tensor.format import NORMAL
 
 FAST_CANDIDATES = 12
+# Takes the least shared memory of all, and any number of rows.
+ANY_ROWS = TileConfig(16, 64, BLOCK_K, 1, 4, 3)
 _TILE_M, _TILE_N = (16, 32, 64, 128), (64, 128, 256)
 _WARPS, _STAGES = (4, 8), (3, 4, 5)
 _ROWS_OF_A_WARP, _WEIGHTS_OF_A_THREAD = 16, 128
@@ -205,6 +207,15 @@ def _spills(spec: GemmSpec, gpu: Gpu, config: TileConfig) -> bool:
         return False
     many_numbers = spec.levels == NORMAL and dot_width(spec.group_size, spec.k) == _NARROW_DOT
     return config.BLOCK_M >= 64 or (config.BLOCK_M == _TILE_M[0] and many_numbers)
+
+
+def least_shared_bytes(spec: GemmSpec) -> float:
+    """Shared memory that a program of the smallest configuration takes, one that does not spill."""
+    assert spec.gpu is not None, "templates refuse specs without a GPU"
+    least = ANY_ROWS
+    if _spills(spec, spec.gpu, least):
+        least = replace(least, BLOCK_N=_TILE_N[1], num_warps=_WARPS[1])
+    return cost(spec, least, spec.gpu, 1).shared_bytes
 
 
 def _rows_of_a_weight(spec: GemmSpec, m: int) -> int:

@@ -2,6 +2,7 @@
 
 import logging
 from functools import partial
+from math import ceil
 
 import torch
 from triton import CompilationError, OutOfResources
@@ -12,7 +13,12 @@ from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import DENSE, Config, GemmSpec, TileConfig
 from fqcompile.kernels.template import MOST_GATHERED, Layout, Routing, Template
 from fqcompile.kernels.triton import layout
-from fqcompile.kernels.triton.configs import candidates, launches
+from fqcompile.kernels.triton.configs import (
+    ANY_ROWS,
+    candidates,
+    launches,
+    least_shared_bytes,
+)
 from fqcompile.kernels.triton.launch import (
     dense_experts,
     dense_gemm,
@@ -21,7 +27,6 @@ from fqcompile.kernels.triton.launch import (
     expert_gemm,
     sorted_by_expert,
 )
-from fqcompile.kernels.triton.layout import BLOCK_K
 from fqcompile.kernels.triton.target import kwidth as kwidth_of
 from fqcompile.tensor.quantized import QuantizedTensor
 
@@ -33,7 +38,6 @@ _DTYPES = (torch.float16, torch.bfloat16)
 _LEAST_GROUP = 16
 # Per expert: offsets in words of 4 bytes, and in scales of 16 weights or more, have 31 bits.
 _MOST_BYTES = 1 << 32
-_ANY_ROWS = TileConfig(16, 64, BLOCK_K, 1, 4, 3)  # fits every GPU
 
 
 def _refuse(spec: GemmSpec, kwidth: int) -> str | None:
@@ -53,6 +57,9 @@ def _refuse(spec: GemmSpec, kwidth: int) -> str | None:
         return f"needs compute capability 8.0 or later; {spec.gpu.name} has {spec.gpu.arch}"
     if kwidth_of(spec.gpu) != kwidth:
         return f"packs for another matrix instruction than that of {spec.gpu.arch}"
+    if (needed := ceil(least_shared_bytes(spec))) > spec.gpu.shared_bytes:
+        has = f"{spec.gpu.name} has {spec.gpu.shared_bytes}"
+        return f"needs {needed} bytes of shared memory for each program; {has}"
     return None
 
 
@@ -110,12 +117,12 @@ def _run_experts(
             return dense_experts(x, weight, routing.offsets, epilogue, kwidth)
         except torch.OutOfMemoryError as error:
             config = _without_scratch(error)
-    return expert_gemm(x, weight, routing, epilogue, config or _ANY_ROWS, kwidth)
+    return expert_gemm(x, weight, routing, epilogue, config or ANY_ROWS, kwidth)
 
 
 def _without_scratch(error: torch.OutOfMemoryError) -> TileConfig:
     log.warning("no memory for a dequantized weight: its codes are read instead; %s", error)
-    return _ANY_ROWS
+    return ANY_ROWS
 
 
 def _is_of_the_build(error: Exception) -> bool:
