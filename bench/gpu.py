@@ -8,9 +8,11 @@
 
 Needs a checkout on PYTHONPATH and no network. Steps come in the order of their worth, each in a
 process of its own; one that fails or takes too long does not stop the next, whose time is what is
-left. What was built ahead is found where TRITON_CACHE_DIR is that folder, and Python's version, the
-files of Triton and those of our kernels are the same. Every test and every row is on disk as soon
-as it is there, in eight files at most:
+left. A kernel that loses the GPU ends its process; the benchmark goes on behind it in another. What
+was built ahead is found where TRITON_CACHE_DIR is that folder, and Python's version, the files of
+Triton and those of our kernels are the same. Every test and every row is on disk as soon as it is
+there, in eight files at most. A machine whose time is lent counts its start and copies too: give
+the second command as --budget what is left, less half a minute.
 
 1   environment   clocks, driver, versions, kernels that would be selected
     tests         what the kernels compute, against fp64, several at a time: tests.jsonl
@@ -27,9 +29,8 @@ as it is there, in eight files at most:
 import argparse
 import json
 import os
-import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,18 +39,15 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from bench import readme
-from bench.core.results import RESULTS, slug
 from bench.core.shapes import parse_shapes
-from bench.core.steps import BENCH, ROOT, Step, planned, run_suite
+from bench.core.steps import BENCH, Step, planned, run_suite, writable_folder
 from bench.kernels import run as kernels
 from bench.kernels.contenders import Ours, Problem
 from bench.launch_overhead.stub_driver import as_on_an_h200
-from bench.planner import run as planner
+from bench.replay import replay
 from fqcompile.commands.tune import specs_of_shape
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import H200
-from fqcompile.kernels.tuning.table import read_cases
 from fqcompile.tensor.format import NORMAL, QTYPES
 
 # Reads the card's state and changes none of it.
@@ -57,6 +55,7 @@ _STATE = "nvidia-smi -q -d CLOCK,POWER,UTILIZATION,PERFORMANCE"
 _LOG_OF_TESTS, _WORKER = "BENCH_TESTS", "PYTEST_XDIST_WORKER"
 _LONGEST_REASON = 600
 _BUDGET = 420.0
+_TRIES = 4  # of tuning
 _FAMILY = (
     "target gemm last_finishes layer_chains fragments dequantize experts expert_ops gemm_edges "
     "row_blocks launch_ops"
@@ -69,6 +68,13 @@ _TESTS = [
 _SHAPES = ("8192x8192", "28672x4096", "4096x14336", "6144x4096", "4096x4096")
 
 
+def pytest_configure() -> None:
+    """Results of an earlier run are no longer there."""
+    path = os.environ.get(_LOG_OF_TESTS)
+    if path is not None and _WORKER not in os.environ:
+        Path(path).unlink(missing_ok=True)
+
+
 def pytest_runtest_logreport(report: Any) -> None:
     """With `-p bench.gpu` every test's result is on disk at once: a killed run loses none."""
     path = os.environ.get(_LOG_OF_TESTS)
@@ -79,6 +85,16 @@ def pytest_runtest_logreport(report: Any) -> None:
         row["why"] = str(report.longrepr)[-_LONGEST_REASON:]
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def pytest_runtest_logfinish() -> None:
+    """Ends a worker whose GPU a test has lost, so that another takes its place: all tests after
+    that one would fail, and so fast that they are taken from other workers."""
+    if _WORKER in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
 
 
 def _environment(out: Path, seconds: float) -> Sequence[str]:
@@ -113,11 +129,12 @@ def _plainly(command: Callable[[Path, float], Sequence[str]]) -> Callable[..., S
 
 
 def _tune(out: Path, seconds: float) -> Sequence[str]:
-    """Its table is kept by its cache, also where it is stopped."""
+    """Its table is kept by its cache, also where it is stopped or loses the GPU, and goes on."""
     report, cache = out / "tuning.json", out / "cache"
     rows = ",".join(map(str, _TUNED_ROWS))
     tune = f"{sys.executable} -m fqcompile tune {' '.join(_TUNED)} --m {rows}"
-    stopped = f"timeout {max(10, seconds - 5):.0f} {tune} --report {report}"
+    again = " || ".join([f"{tune} --report {report}"] * _TRIES)
+    stopped = f"timeout -k 2 {max(10, seconds - 5):.0f} sh -c '{again}'"
     keep = f"mv {cache}/tuned/*.json {out}/tuned.json; rm -rf {cache}; exit $code"
     return ("sh", "-c", f"FQCOMPILE_CACHE_DIR={cache} {stopped}; code=$?; {keep}")
 
@@ -229,50 +246,15 @@ def build_ahead(folder: Path, layers: Sequence[Sequence[str]], tuned: Sequence[s
         return stub.launches - before
 
 
-def replay(folders: Sequence[Path], root: Path = RESULTS, page: Path = ROOT / "README.md") -> None:
-    """Put each file of results, and the tuned table, below its device; write and print what follows
-    from them."""
-    for path in sorted(path for folder in folders for path in folder.glob("*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            print(f"{path} is left out: it is no whole JSON ({error})")
-            continue
-        if "identity" in content and "rows" in content:
-            device = root / slug(content["identity"]["device"])
-            device.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, device / path.name)
-            print(f"{path} is {device / path.name} now")
-        elif "fingerprint" in content and "schema" in content:
-            _replay_tuned(path, content["fingerprint"], root)
-    readme.main([], readme=page, root=root)
-    planner.main(["--results", str(root)])
-
-
-def _replay_tuned(path: Path, fingerprint: Mapping[str, str], root: Path) -> None:
-    """Copy the table, and print the fastest configuration of each case beside the heuristic's."""
-    lines = []
-    for (key, bucket), case in read_cases(path, fingerprint).items():
-        if (best := case.best) is None or best.timing is None:
-            lines.append((key, bucket, "none", "", case.failure))
-            continue
-        first = case.trials[0]  # the heuristic's comes first
-        over = first.timing and f"{first.timing.microseconds / best.timing.microseconds:.2f}x"
-        lines.append((key, bucket, best.config, best.timing, f"{first.config} {over or 'failed'}"))
-    device = root / slug(fingerprint["gpu"])
-    device.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, device / path.name)
-    print(f"{path} is {device / path.name} now\n")
-    print(tabulate(lines, ("tuned", "M", "fastest", "us", "heuristic"), disable_numparse=True))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], add_help=False)
     parser.add_argument("--part", type=int, choices=PARTS, default=1)
     parser.add_argument("--dry", action="store_true", help="small cases on a CPU")
-    parser.add_argument("--ahead", type=Path, metavar="DIRECTORY")
+    parser.add_argument("--ahead", type=writable_folder, metavar="DIRECTORY")
     parser.add_argument("--replay", type=Path, nargs="+", metavar="DIRECTORY")
     arguments, rest = parser.parse_known_args(argv)
+    if rest and (arguments.ahead or arguments.replay):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.ahead:
         layers, tuned = ((_SMALL,), ()) if arguments.dry else ((_LAYERS, _INT8), _TUNED)
         launched = build_ahead(arguments.ahead, layers, tuned)

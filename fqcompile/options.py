@@ -21,6 +21,8 @@ _REMOVED = {
     "free_weights": "free_weights was removed: call fqcompile.quantize_(model) before "
     "torch.compile, which leaves no dense copy of a packed weight",
 }
+# What an environment variable says that switches something, in capitals too.
+_SWITCH = {True: ("1", "true", "on", "yes"), False: ("0", "false", "off", "no")}
 
 
 class FrozenMapping(Mapping[str, object]):
@@ -51,6 +53,22 @@ class FrozenMapping(Mapping[str, object]):
 
     def __repr__(self) -> str:
         return repr(self._items)
+
+
+def switched_on(variable: str, usual: bool) -> bool:
+    """What an environment variable that switches something says; `usual` where it is not set.
+
+    Raises:
+        OptionError: it says something else.
+    """
+    text = os.environ.get(variable, "")
+    for on, words in _SWITCH.items():
+        if text.strip().lower() in words:
+            return on
+    if not text.strip():
+        return usual
+    allowed = " and ".join(", ".join(words) for words in _SWITCH.values())
+    raise OptionError(f"environment variable {variable} is {text!r}; allowed: {allowed}")
 
 
 def _refusal(label: str, value: object, allowed: str, hint: str = "") -> OptionError:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from fqcompile.config import FineQuantConfig, SiteOptions
 from fqcompile.errors import FineQuantError, OptionError
-from fqcompile.options import RULES, SITE_RULES, FrozenMapping
+from fqcompile.options import RULES, SITE_RULES, FrozenMapping, switched_on
 
 
 def test_every_option_has_a_rule_and_every_rule_an_option() -> None:
@@ -167,3 +168,32 @@ def test_any_value_is_taken_or_refused_by_name(name: str, value: object) -> None
         FineQuantConfig.from_options({name: value})
     except OptionError as error:
         assert f"option {name}" in str(error)
+
+
+@pytest.mark.parametrize("usual", [True, False])
+def test_what_switches_by_the_environment_is_on_or_off_in_any_of_the_usual_words(
+    usual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FQCOMPILE_X", raising=False)
+    assert switched_on("FQCOMPILE_X", usual) is usual
+    said = {True: ("1", "true", "on", "yes", "TRUE", " On "), False: ("0", "false", "off", "No")}
+    for on, words in {**said, usual: (*said[usual], "", " ")}.items():
+        for word in words:
+            monkeypatch.setenv("FQCOMPILE_X", word)
+            assert switched_on("FQCOMPILE_X", usual) is on, word
+    for word in ("2", "-", "none", "disable"):
+        monkeypatch.setenv("FQCOMPILE_X", word)
+        with pytest.raises(OptionError) as caught:
+            switched_on("FQCOMPILE_X", usual)
+        assert str(caught.value) == (
+            f"environment variable FQCOMPILE_X is {word!r}; "
+            "allowed: 1, true, on, yes and 0, false, off, no"
+        )
+
+
+def test_the_guide_names_every_environment_variable() -> None:
+    root = Path(__file__).parents[1]
+    sources = [path.read_text() for path in (root / "fqcompile").rglob("*.py")]
+    read = {name for text in sources for name in re.findall(r'"(FQCOMPILE_[A-Z_]+)"', text)}
+    guide = (root / "docs" / "guide" / "options.md").read_text()
+    assert set(re.findall(r"^\| `(FQCOMPILE_[A-Z_]+)`", guide, re.MULTILINE)) == read

@@ -5,6 +5,7 @@ To be quoted, a result says machine, versions, code and command.
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -27,9 +28,11 @@ from fqcompile.kernels.tuning.measure import DeviceLost, WrongResult, check_devi
 from fqcompile.report.compile_report import installed_version
 
 COMMIT_VARIABLE = "BENCH_COMMIT"
+RESUME_VARIABLE = "BENCH_RESUME"  # the file of results whose run goes on in this process
 ROOT = Path(__file__).parents[2]
 _DISTRIBUTIONS = {"llama_cpp": "llama_cpp_python"}
 _PLACES = ("device", "json", "html", "folder")  # arguments that are no settings
+_AND_ALL = " and all after it"
 Row = dict[str, Any]
 Step = tuple[str, Callable[[], Iterable[Row]]]  # its name, and what measures it
 RESULTS = ROOT / "bench" / "results"
@@ -40,6 +43,8 @@ class Results:
     """Rows, what they were measured with, and what was left out.
 
     With a path the file is replaced by each `add`: whoever is stopped leaves what was measured.
+    `under_way` is the step that the process is in, or ended in: a kernel that reads where it may
+    not takes the process's GPU with it.
     """
 
     identity: Mapping[str, str]
@@ -47,12 +52,22 @@ class Results:
     path: Path | None = None
     rows: list[Row] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    under_way: str | None = None
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, device: torch.device) -> "Results":
-        """Empty, with what the run was asked for."""
+        """With what the run was asked for; empty, unless BENCH_RESUME names its file."""
         settings = {k: v for k, v in vars(arguments).items() if k not in _PLACES}
-        return cls(identity(device), settings, arguments.json)
+        results = cls(identity(device), settings, arguments.json)
+        if arguments.json and os.environ.get(RESUME_VARIABLE) == str(arguments.json):
+            results._take_up(json.loads(arguments.json.read_text(encoding="utf-8")))
+        return results
+
+    def _take_up(self, content: Mapping[str, Any]) -> None:
+        self.rows, self.under_way = content["rows"], content["under_way"]
+        self.left_out = [text.replace(_AND_ALL, "") for text in content["left_out"]]
+        if not any(text.startswith(f"{self.under_way}: ") for text in self.left_out):
+            self.left_out.append(f"{self.under_way}: its process ended")
 
     def add(self, *rows: Row) -> None:
         self.rows += rows
@@ -65,18 +80,27 @@ class Results:
     def fill(self, steps: Iterable[Step], seconds: float) -> None:
         """Adds the rows of each step, or why it has none, as long as there is time.
 
-        What follows a lost GPU, or the keyboard's interrupt, is left out.
+        What follows a lost GPU, or the keyboard's interrupt, is left out. What a process before
+        this one has done of the same steps is passed over, with the one that it ended in.
         """
-        budget = Budget(seconds)
+        budget, ended_in, self.under_way = Budget(seconds), self.under_way, None
         for name, rows in steps:
+            if ended_in is not None:
+                ended_in = None if name == ended_in else ended_in
+                continue
             if not budget.allows_a_step():
                 self.leave_out(name)
                 continue
+            self.under_way = name
+            self.write()
             try:
                 self._attempt(name, rows)
             except (DeviceLost, KeyboardInterrupt) as end:
-                self.leave_out(f"{name} and all after it: {str(end) or 'stopped'}")
+                self.leave_out(f"{name}{_AND_ALL}: {str(end) or 'stopped'}")
                 return
+            self.under_way = None
+            self.write()
+        self.write()
 
     def _attempt(self, name: str, rows: Callable[[], Iterable[Row]]) -> None:
         """Raises DeviceLost also where another error is the first to tell of it."""
@@ -88,12 +112,13 @@ class Results:
     @property
     def content(self) -> dict[str, Any]:
         """What its file holds."""
-        return {
+        content = {
             "identity": dict(self.identity),
             "settings": dict(self.settings),
             "left_out": self.left_out,
             "rows": self.rows,
         }
+        return content | ({"under_way": self.under_way} if self.under_way is not None else {})
 
     def write(self) -> None:
         if self.path is None:
@@ -111,6 +136,17 @@ def stored(name: str, root: Path = RESULTS) -> Iterator[dict[str, Any]]:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         drawn = sorted(file.name for file in path.parent.glob(f"{path.stem}-*.[ps][nv]g"))
         yield {**content, "name": path.stem, "folder": path.parent.name, "figures": drawn}
+
+
+def duration(text: str) -> float:
+    """How long something may take, as it is given on a command line."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if 0 <= number < math.inf:
+        return number
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 up")
 
 
 class Budget:

@@ -1,10 +1,12 @@
 """Benchmarks one after another, each in a process of its own; one that fails stops none."""
 
 import argparse
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -12,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tabulate import tabulate
+
+from bench.core.results import RESUME_VARIABLE, duration
 
 ROOT = Path(__file__).parents[2]
 BENCH = (sys.executable, "-u", "-m", "bench")
@@ -32,6 +36,7 @@ class Step:
     shown: int = 1000
 
 
+_TO_START = 20.0  # seconds in which a benchmark has begun
 EACH_ITS_OWN = "{step}.log"  # the file that a step's output goes to
 
 
@@ -50,7 +55,8 @@ def run_suite(
         usual: the steps that run unless others are asked for.
         seconds: that it takes at most unless told otherwise.
         out: where results and logs go; without one it must be said.
-        log: the file there that a step's output goes to; one for all has no "{step}".
+        log: the file there that a step's output goes to; one for all has no "{step}", and what
+            comes later is put behind what is there.
 
     Raises:
         SystemExit: with status 1, where a step did not pass.
@@ -64,12 +70,29 @@ def run_suite(
         return given
 
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, default=out, required=not out, metavar="DIRECTORY")
-    parser.add_argument("--budget", "--time-budget", type=float, default=seconds, metavar="SECONDS")
+    parser.add_argument(
+        "--out", type=writable_folder, default=out, required=not out, metavar="DIRECTORY"
+    )
+    parser.add_argument(
+        "--budget", "--time-budget", type=duration, default=seconds, metavar="SECONDS"
+    )
     parser.add_argument("--steps", type=names, default=list(usual), metavar="NAME,...")
     arguments = parser.parse_args(argv)
     chosen, folder = {name: steps[name] for name in arguments.steps}, arguments.out.resolve()
     _conclude(session(chosen, folder, arguments.budget, log), folder)
+
+
+def writable_folder(text: str) -> Path:
+    """A folder that is made if it is not there, given on a command line."""
+    folder = Path(text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"nothing can be written into {text}: {error.strerror}"
+        ) from error
+    return folder
 
 
 def planned(steps: Mapping[str, Step], budget: float) -> list[tuple[str, float, float]]:
@@ -85,9 +108,12 @@ def planned(steps: Mapping[str, Step], budget: float) -> list[tuple[str, float, 
 def session(
     steps: Mapping[str, Step], out: Path, budget: float, log: str = EACH_ITS_OWN
 ) -> list[Ended]:
-    """Runs all, and prints the end of each output. What there was no time for says so."""
+    """Runs all, and prints the end of each output. What there was no time for says so.
+
+    A benchmark whose process ended within one of its steps is begun again behind that one.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    for name in steps:
+    for name in steps if log != log.format(step="") else ():
         (out / log.format(step=name)).unlink(missing_ok=True)
     end = time.monotonic() + budget
     rows: list[Ended] = []
@@ -98,11 +124,40 @@ def session(
             continue
         path = out / log.format(step=name)
         before = path.stat().st_size if path.exists() else 0
-        ended, took = _run(name, step.command(out, seconds), path, seconds)
+        ended, took = _run_whole(name, step, out, path, seconds)
         text = path.read_bytes()[before:].decode(errors="replace")
         print(f"\n-- {name}\n{text[-step.shown :]}", flush=True)
         rows.append((name, ended, took, (text.strip().splitlines() or [""])[-1][:80]))
     return rows
+
+
+def _run_whole(name: str, step: Step, out: Path, log: Path, seconds: float) -> tuple[str, float]:
+    """`_run`, and again as long as it gets further; then the end says so, and is not "passed"."""
+    command, lost, before = step.command(out, seconds), 0, None
+    if (old := _results(command)) is not None:
+        Path(old).unlink(missing_ok=True)
+    ended, took = _run(name, command, log, seconds)
+    while (at := _under_way(command)) not in (None, before) and seconds - took > _TO_START:
+        before, lost = at, lost + 1
+        command = step.command(out, seconds - took)
+        again = ("env", f"{RESUME_VARIABLE}={_results(command)}", *command)
+        ended, more = _run(name, again, log, seconds - took)
+        took += more
+    return (f"{ended}, {lost} lost" if lost else ended), took
+
+
+def _results(command: Sequence[str]) -> str | None:
+    """The file of results that a benchmark writes."""
+    return command[command.index("--json") + 1] if "--json" in command else None
+
+
+def _under_way(command: Sequence[str]) -> str | None:
+    """The step within which its process ended, by that file."""
+    path = _results(command)
+    if path is None or not Path(path).exists():
+        return None
+    found: str | None = json.loads(Path(path).read_text(encoding="utf-8")).get("under_way")
+    return found
 
 
 def _run(name: str, command: Sequence[str], log: Path, seconds: float) -> tuple[str, float]:

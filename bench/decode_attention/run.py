@@ -30,7 +30,7 @@ from bench.core.measure import (
     relative_error,
     timed_if_right,
 )
-from bench.core.results import Results, Row, Step
+from bench.core.results import Results, Row, Step, duration
 from bench.core.section import failures, show
 from bench.decode_attention.section import decode_attention
 from fqcompile.commands import counts as row_counts
@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtypes", type=_dtypes, default=["bfloat16", "float32"])
     parser.add_argument("--threads", type=row_counts, default=[1, 2])
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--time-budget", type=float, default=1100.0, metavar="SECONDS")
+    parser.add_argument("--time-budget", type=duration, default=1100.0, metavar="SECONDS")
     arguments = parser.parse_args(argv)
     before = torch.get_num_threads()
     results = Results.of(arguments, torch.device("cpu"))

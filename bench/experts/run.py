@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench.core.measure import LEASE, Record, Replay, microseconds, recorded_on_gpu, timed_if_right
-from bench.core.results import Results, Row, Step
+from bench.core.results import Results, Row, Step, duration
 from bench.core.shapes import DTYPES, EXPERTS, GROUPED_MM, MATRICES
 from bench.experts.layers import DENSE_WAY, GATHERED, GROUPED, ExpertLayer, Way
 from fqcompile.commands import counts, group_size
@@ -156,7 +156,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--tune", choices=("off", "fast", "max"), default="off")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and identity there")
-    parser.add_argument("--time-budget", type=float, default=LEASE, metavar="SECONDS")
+    parser.add_argument("--time-budget", type=duration, default=LEASE, metavar="SECONDS")
     return parser.parse_args(argv)
 
 

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from bench.core.measure import LEASE, MANY_COMPILATIONS, Record, recorded_on_gpu
-from bench.core.results import Results, Row, Step
+from bench.core.results import Results, Row, Step, duration
 from bench.core.section import show
 from bench.core.shapes import DTYPES, SHAPES, Shape, parse_shapes
 from bench.kernels import cpu as kernels_cpu
@@ -92,7 +92,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=row_counts, metavar="T,...", help="a CPU: how many")
     parser.add_argument("--quick", action="store_true", help="five layers at four M")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and identity there")
-    parser.add_argument("--time-budget", type=float, default=LEASE, metavar="SECONDS")
+    parser.add_argument("--time-budget", type=duration, default=LEASE, metavar="SECONDS")
     arguments = parser.parse_args(argv)
     shapes = CPU_SHAPES if arguments.device == "cpu" else SHAPES
     arguments.shapes = arguments.shapes or list(QUICK_SHAPES if arguments.quick else shapes)

@@ -33,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 from bench.core.measure import LEASE, MANY_COMPILATIONS, REPLAYS, WARM_UPS
-from bench.core.results import Budget, Results, Row, failure, missing
+from bench.core.results import Budget, Results, Row, duration, failure, missing
 from bench.core.section import show as show_section
 from bench.core.shapes import DTYPES, LARGE, MODELS, build, parameter_bytes
 from bench.models import llama_cpp, section
@@ -146,7 +146,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                         metavar="N,...", help="a CPU's")  # fmt: skip
     parser.add_argument("--inner", default="inductor", help="backend that compiles the graphs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and identity there")
-    parser.add_argument("--time-budget", type=float, default=LEASE, metavar="SECONDS")
+    parser.add_argument("--time-budget", type=duration, default=LEASE, metavar="SECONDS")
     arguments = parser.parse_args(argv)
     if arguments.tiny:
         vars(arguments).update(TINY)

@@ -17,7 +17,7 @@ from fqcompile.kernels.spec import GemmSpec, Gpu, gpu_of
 from fqcompile.kernels.template import Template
 from fqcompile.kernels.tuning.key import Bucket, Ends, bucket_of, tuning_key
 from fqcompile.kernels.tuning.launches import ends_in_a_model, search
-from fqcompile.kernels.tuning.measure import measure_on_gpu
+from fqcompile.kernels.tuning.measure import DeviceLost, check_device, measure_on_gpu
 from fqcompile.kernels.tuning.table import table_for
 from fqcompile.report.tuning_case import TuningCase, searched_case
 from fqcompile.report.tuning_report import SUFFIXES, TuningReport
@@ -95,9 +95,12 @@ def run(arguments: argparse.Namespace) -> None:
             found = search(template, spec, bucket, arguments.mode, measure_on_gpu, table, ends)
             case = searched_case(spec, template, bucket, *found)
             cases[case.tuning["key"], bucket] = case
-    except KeyboardInterrupt:
+            if found.problem is not None and torch.cuda.is_available():
+                check_device(FineQuantError(found.problem))
+    except (DeviceLost, KeyboardInterrupt) as end:
         raise FineQuantError(
-            f"stopped; what was measured is kept in {table.path}, and the same command goes on"
+            f"{str(end) or 'stopped'}; what was measured is kept in {table.path}, and the same "
+            "command goes on"
         ) from None
     about = {"fingerprint": table.fingerprint, "table": str(table.path), "mode": arguments.mode}
     report = TuningReport([*cases.values()], about, notes=_NOTES, left_out=untuned)

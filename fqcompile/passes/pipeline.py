@@ -1,6 +1,5 @@
 """Run the passes in order. Each is timed, counted, verified in tests and, on request, dumped."""
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from torch import fx
 from fqcompile.config import FineQuantConfig
 from fqcompile.distributed.shards import is_part
 from fqcompile.errors import GraphInvariantError
+from fqcompile.options import switched_on
 from fqcompile.passes.calibrate import collectives
 from fqcompile.passes.capture import capture
 from fqcompile.passes.fuse import fuse
@@ -26,7 +26,7 @@ from fqcompile.report import PassRecord
 from fqcompile.torch_compat import is_erased
 from fqcompile.weights.dispatch import Variant
 
-VERIFY = os.environ.get("FQCOMPILE_VERIFY") == "1"
+VERIFY = switched_on("FQCOMPILE_VERIFY", False)
 
 # In order, between `capture`, which creates the state, and `lower`, which compiles it.
 PASSES: dict[str, Callable[[GraphState], int]] = {

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import gpu, short
+from bench import gpu, replay, short
 from bench.__main__ import BENCHMARKS
 from bench.core import results
 from bench.core.results import Budget, Results
@@ -64,6 +65,88 @@ def test_no_step_stops_the_next(
 def test_without_time_left_a_step_is_left_out(steps: None, tmp_path: Path) -> None:
     good = {"good": gpu.PARTS[1]["good"]}
     assert session(good, tmp_path, 0.5) == [("good", "no time", 0.0, "")]
+
+
+@pytest.mark.parametrize("text", ["nan", "-1", "inf", "soon"])
+def test_a_budget_is_a_number_of_seconds(
+    text: str, steps: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(["--out", str(tmp_path), f"--budget={text}"])
+    assert f"'{text}' is not a number of seconds from 0 up" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_refused(
+    steps: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for wrong in (["--out", f"{tmp_path}/file"], ["--ahead", f"{tmp_path}/file/below"]):
+        with pytest.raises(SystemExit, match="2"):
+            gpu.main(wrong)
+        assert f"nothing can be written into {wrong[1]}: " in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(["--replay", str(tmp_path), "--budget", "3"])
+    assert "unrecognized arguments: --budget 3" in capsys.readouterr().err
+
+
+def test_a_second_command_loses_nothing_of_the_first(steps: None, tmp_path: Path) -> None:
+    for _ in range(2):
+        gpu.main(["--out", str(tmp_path), "--steps", "good"])
+    assert (tmp_path / "log.txt").read_text() == 2 * "a\nb\n"
+
+
+LOSES = """
+import argparse, os, signal, sys
+from pathlib import Path
+from bench.core.results import Results
+from fqcompile.kernels.tuning.measure import DeviceLost
+def lost(): raise DeviceLost("gone")
+def killed(): os.kill(os.getpid(), signal.SIGKILL)
+results = Results.of(argparse.Namespace(json=Path(sys.argv[2])), __import__("torch").device("cpu"))
+ways = dict(a=lambda: [{"n": 1}], b=lost, c=lambda: [{"n": 3}], d=killed)
+results.fill(ways.items(), 1e6)
+print(len(results.rows), "rows")
+"""
+
+
+@pytest.mark.slow
+def test_a_benchmark_that_loses_the_gpu_or_is_killed_goes_on_behind_what_did_it(
+    tmp_path: Path,
+) -> None:
+    """Each in a process of its own, and what an earlier session left is not taken up."""
+    file = tmp_path / "kernels.json"
+    file.write_text('{"rows": [{"n": 0}], "left_out": [], "under_way": "d"}')
+    command = (sys.executable, "-c", LOSES, "--json", str(file))
+    steps = {"loses": Step(lambda out, seconds: command)}
+    ((_, end, *_, last),) = session(steps, tmp_path, 120.0, "log.txt")
+    assert (end, last) == ("passed, 2 lost", "2 rows")
+    content = json.loads(file.read_text())
+    assert [row["n"] for row in content["rows"]] == [1, 3]
+    assert content["left_out"] == ["b: gone", "d: its process ended"]
+    assert "under_way" not in content
+
+
+def test_between_two_steps_none_is_under_way(tmp_path: Path) -> None:
+    """What makes the next one fails: then nothing is to be passed over."""
+    file = tmp_path / "kernels.json"
+
+    def steps() -> Iterator[results.Step]:
+        yield "a", lambda: [{"n": 1}]
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        Results({}, {}, file).fill(steps(), 1e6)
+    assert json.loads(file.read_text())["rows"] == [{"n": 1}]
+    assert "under_way" not in json.loads(file.read_text())
+
+
+def test_a_process_that_does_not_get_further_is_not_begun_again(tmp_path: Path) -> None:
+    """It fails before its first step."""
+    file = tmp_path / "kernels.json"
+    code = f"open({str(file)!r}, 'w').write('{{\"under_way\": \"a\"}}'); raise SystemExit(1)"
+    command = (sys.executable, "-c", code, "--json", str(file))
+    ((_, end, *_),) = session({"bad": Step(lambda *_: command)}, tmp_path, 60.0)
+    assert end == "FAILED (1), 1 lost"
 
 
 def test_what_a_stopped_step_has_started_is_stopped_too(tmp_path: Path) -> None:
@@ -125,6 +208,34 @@ def test_the_result_of_a_test_is_on_disk_at_once(
     assert len(failed["why"]) == 600
 
 
+LOSING = """
+import torch
+def lost():
+    raise RuntimeError("CUDA error: an illegal memory access")
+def test_loses():
+    torch.cuda.is_initialized, torch.cuda.synchronize = (lambda: True), lost
+    lost()
+def test_after():
+    assert torch.cuda.synchronize is not lost
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_whose_gpu_a_test_has_lost_is_replaced(tmp_path: Path) -> None:
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    log = tmp_path / "tests.jsonl"
+    (tmp_path / "test_losing.py").write_text(LOSING)
+    # The path of a test that is not of this checkout, so that its conftest is left alone.
+    options = ("-p", "bench.gpu", "-p", "no:cacheprovider", "-n", "1", "--rootdir", str(tmp_path))
+    command = ["env", "-u", "PYTEST_XDIST_WORKER", f"BENCH_TESTS={log}", f"PYTHONPATH={ROOT}",
+               sys.executable, "-m", "pytest", *options, "test_losing.py"]  # fmt: skip
+    subprocess.run(command, cwd=tmp_path, capture_output=True)
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    ended = {row["test"].rpartition("::")[2]: row["outcome"] for row in rows}
+    assert ended == {"test_loses": "failed", "test_after": "passed"}
+    assert any("illegal memory access" in row.get("why", "") for row in rows)
+
+
 def test_what_came_back_becomes_results_and_tables(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,7 +253,7 @@ def test_what_came_back_becomes_results_and_tables(
     for name in ("README.md", "docs/results.md", "docs/guide/choosing.md"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     results_page = tmp_path / "docs" / "results.md"
-    gpu.replay([back], root, page)
+    replay.replay([back], root, page)
     assert (root / "nvidia-h200" / "memory.json").exists()
     assert not (root / "nvidia-h200" / "tuned.json").exists()
     assert "NVIDIA H200" in results_page.read_text()
@@ -152,10 +263,32 @@ def test_what_came_back_becomes_results_and_tables(
     assert "error" in printed
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", "3", "null", '"x"', "[" * 20000, "\x00", '{"identity": {}, "rows": []}',
+        '{"identity": {"device": "x"}, "settings": {}, "left_out": [], "rows": [3]}',
+        '{"fingerprint": {}, "schema": 1}', '{"fingerprint": {"gpu": "x"}, "schema": 1}',
+    ],
+)  # fmt: skip
+def test_damaged_files_are_left_out(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    back, root = tmp_path / "back", tmp_path / "results"
+    with pytest.raises(SystemExit, match=r"--replay: .*back is no folder"):
+        replay.replay([back], root)
+    back.mkdir()
+    (back / "kernels.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"--replay: no file of results in .*back is whole"):
+        replay.replay([back], root)
+    assert "kernels.json is left out: it " in capsys.readouterr().out
+    assert not root.exists()
+
+
 def test_a_tuned_table_that_came_back_is_kept_and_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu.readme, "main", lambda *arguments, **named: None)
+    monkeypatch.setattr(replay.readme, "main", lambda *arguments, **named: None)
     back, root = tmp_path / "back", tmp_path / "results"
     back.mkdir()
     root.mkdir()
@@ -164,7 +297,7 @@ def test_a_tuned_table_that_came_back_is_kept_and_shown(
     for config, us in ((first, 12.0), (best, 8.0)):
         table.add("dense 8192x8192", 16, Trial(config, Timing(us, us, us)))
     table.add("dense 64x64", None, Trial(first, refusal="no shared memory"))
-    gpu.replay([back], root, tmp_path / "README.md")
+    replay.replay([back], root, tmp_path / "README.md")
     kept = TunedTable.load(root / "nvidia-h200" / "tuned.json", table.fingerprint)
     assert kept.case("dense 8192x8192", 16) == table.case("dense 8192x8192", 16)
     printed = capsys.readouterr().out

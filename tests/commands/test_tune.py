@@ -14,7 +14,7 @@ from fqcompile.commands import tune
 from fqcompile.kernels.registry import KernelChoice
 from fqcompile.kernels.spec import H200, TileConfig
 from fqcompile.kernels.template import DEQUANTIZE
-from fqcompile.kernels.tuning.measure import WrongResult
+from fqcompile.kernels.tuning.measure import DeviceLost, WrongResult
 from tests.kernels.tuning.fake import CLOSED, FAST, TEMPLATE, FakeMeasure, time_of
 from tests.report.page_parser import Page
 
@@ -92,6 +92,25 @@ def test_ctrl_c_is_one_line_and_the_command_goes_on_from_there(
     measure.tried.clear()
     assert main(["tune", "4096x14336", "--m", "16"]) == 0
     assert measure.tried == list(FAST[4:])
+
+
+def test_a_lost_gpu_ends_the_command_which_goes_on_behind_what_lost_it(
+    measure: FakeMeasure, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    measure.faults[FAST[4]] = DeviceLost("illegal memory access")
+    assert main(["tune", "4096x14336", "--m", "16,64"]) == 2
+    told = capsys.readouterr().err
+    assert f"stopped after {FAST[4]}: " in told and "the same command goes on" in told
+    assert measure.set_up == [16]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    measure.tried.clear()
+    assert main(["tune", "4096x14336", "--m", "16"]) == 0
+    assert measure.tried == list(FAST[5:])
 
 
 def _report(tmp_path: Path, *arguments: str) -> dict[str, Any]:

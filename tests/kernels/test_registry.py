@@ -71,6 +71,10 @@ def test_cuda_without_a_gpu_dequantizes() -> None:
         ({"dtype": torch.float32}, "takes fp16 or bf16 activations, not torch.float32"),
         ({"group_size": 24}, "takes groups of a multiple of 16, not 24"),
         ({"gpu": replace(H200, name="Tesla T4", arch="sm_75")}, "8.0 or later; Tesla T4 has sm_75"),
+        (
+            {"gpu": replace(H200, shared_bytes=16 << 10)},
+            "needs 21248 bytes of shared memory for each program; NVIDIA H200 has 16384",
+        ),
     ],
 )
 def test_what_each_call_on_a_gpu_would_dequantize_is_told(

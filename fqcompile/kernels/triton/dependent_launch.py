@@ -40,6 +40,7 @@ import triton
 import triton.language as tl
 
 from fqcompile.kernels.spec import Gpu, gpu_of
+from fqcompile.options import switched_on
 from fqcompile.torch_compat import inductor_config
 
 log = logging.getLogger("fqcompile")
@@ -81,11 +82,16 @@ def early_launch(device: torch.device) -> Mapping[str, bool]:
 
 
 def refuse_early_launch(gpu: Gpu) -> str | None:
-    """Why kernels are launched plainly on this GPU; None if they start early."""
+    """Why kernels are launched plainly on this GPU; None if they start early.
+
+    Raises:
+        OptionError: the environment variable is neither on nor off.
+    """
+    wanted = switched_on(SWITCH, True)  # on any GPU, so that what it cannot say is told on all
     if gpu.capability < LEAST_CAPABILITY:
         return f"needs compute capability 9.0 or later; {gpu.name} has {gpu.arch}"
-    if os.environ.get(SWITCH) == "0":
-        return f"is off by {SWITCH}=0"
+    if not wanted:
+        return f"is off by {SWITCH}={os.environ[SWITCH]}"
     if inductor_config.triton.enable_pdl:
         return "is off because Inductor's triton.enable_pdl starts kernels that wait for nothing"
     if (version := _driver_version()) < _LEAST_DRIVER:

@@ -2,6 +2,7 @@
 
 import logging
 from functools import partial
+from math import ceil
 
 import torch
 from triton import CompilationError, OutOfResources
@@ -12,7 +13,12 @@ from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.spec import DENSE, Config, GemmSpec, TileConfig
 from fqcompile.kernels.template import MOST_GATHERED, Layout, Routing, Template
 from fqcompile.kernels.triton import layout
-from fqcompile.kernels.triton.configs import candidates, launches
+from fqcompile.kernels.triton.configs import (
+    ANY_ROWS,
+    candidates,
+    launches,
+    least_shared_bytes,
+)
 from fqcompile.kernels.triton.launch import (
     dense_experts,
     dense_gemm,
@@ -21,7 +27,6 @@ from fqcompile.kernels.triton.launch import (
     expert_gemm,
     sorted_by_expert,
 )
-from fqcompile.kernels.triton.layout import BLOCK_K
 from fqcompile.kernels.triton.target import kwidth as kwidth_of
 from fqcompile.tensor.quantized import QuantizedTensor
 
@@ -31,8 +36,8 @@ _BUILD_ERRORS = (CompilationError, OutOfResources, PTXASError)
 _MAY_BE_OF_THE_BUILD = (*_BUILD_ERRORS, RuntimeError)
 _DTYPES = (torch.float16, torch.bfloat16)
 _LEAST_GROUP = 16
-_MOST_BYTES = 1 << 32  # per expert: offsets in 4-byte words are signed 32-bit integers
-_ANY_ROWS = TileConfig(16, 64, BLOCK_K, 1, 4, 3)  # fits every GPU
+# Per expert: offsets in words of 4 bytes, and in scales of 16 weights or more, have 31 bits.
+_MOST_BYTES = 1 << 32
 
 
 def _refuse(spec: GemmSpec, kwidth: int) -> str | None:
@@ -42,15 +47,19 @@ def _refuse(spec: GemmSpec, kwidth: int) -> str | None:
         return f"takes fp16 or bf16 activations, not {spec.dtype}"
     if spec.group_size < spec.k and spec.group_size % _LEAST_GROUP:
         return f"takes groups of a multiple of {_LEAST_GROUP}, not {spec.group_size}"
-    filled = (spec.weight_rows + layout.MICRO_ROWS) * (spec.k + layout.BLOCK_K)
+    filled = (spec.weight_rows + layout.SCALE_ROWS) * (spec.k + layout.BLOCK_K)
     if filled * spec.bits // 8 >= _MOST_BYTES:
-        return f"takes less than 4 GiB of codes; {spec.weight_rows} x {spec.k} are more"
+        size = f"{spec.weight_rows} x {spec.k}, filled up with {layout.SCALE_ROWS} rows,"
+        return f"takes less than 4 GiB of codes; {size} are more"
     if spec.gpu is None:
         return "no GPU is known to tune for"
     if 0 < spec.gpu.capability < 80:
         return f"needs compute capability 8.0 or later; {spec.gpu.name} has {spec.gpu.arch}"
     if kwidth_of(spec.gpu) != kwidth:
         return f"packs for another matrix instruction than that of {spec.gpu.arch}"
+    if (needed := ceil(least_shared_bytes(spec))) > spec.gpu.shared_bytes:
+        has = f"{spec.gpu.name} has {spec.gpu.shared_bytes}"
+        return f"needs {needed} bytes of shared memory for each program; {has}"
     return None
 
 
@@ -108,12 +117,12 @@ def _run_experts(
             return dense_experts(x, weight, routing.offsets, epilogue, kwidth)
         except torch.OutOfMemoryError as error:
             config = _without_scratch(error)
-    return expert_gemm(x, weight, routing, epilogue, config or _ANY_ROWS, kwidth)
+    return expert_gemm(x, weight, routing, epilogue, config or ANY_ROWS, kwidth)
 
 
 def _without_scratch(error: torch.OutOfMemoryError) -> TileConfig:
     log.warning("no memory for a dequantized weight: its codes are read instead; %s", error)
-    return _ANY_ROWS
+    return ANY_ROWS
 
 
 def _is_of_the_build(error: Exception) -> bool:

@@ -14,8 +14,16 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from bench.core.shapes import SERVED, SERVED_EXPERTS, expert_spec
 from fqcompile.kernels.roofline import LAUNCH_SECONDS, M, dense, ideal, ideal_seconds
 from fqcompile.kernels.spec import A100, DENSE, H200, GemmSpec, TileConfig
-from fqcompile.kernels.triton.configs import _bounds, _is_unshapely, candidates, launches
+from fqcompile.kernels.triton.configs import (
+    ANY_ROWS,
+    _bounds,
+    _fitting,
+    _is_unshapely,
+    candidates,
+    launches,
+)
 from fqcompile.kernels.triton.cost import cost
+from fqcompile.kernels.triton.template import TRITON_GEMMS
 from fqcompile.tensor.format import NORMAL, UNIFORM
 from tests.tiers import examples
 
@@ -106,7 +114,8 @@ ROWS = [m for full in range(16, 513, 16) for m in (full // 2, full - 1, full, fu
 def test_open_rows_lose_little_to_the_best_of_each_number(spec, gpu, levels: str) -> None:
     """By the model at most .3 of the time; and wherever what is taken for a known number is faster
     than the least time of 16 bits, which are not dequantized, so is this, but for less than a
-    launch takes. What would spill, which the model does not see, is not taken."""
+    launch takes. What is taken for a known number is no tile of a bad shape, which the model takes
+    for faster than it is."""
     spec = replace(spec, gpu=gpu, levels=levels)
     table = launches(replace(spec, m_range=(1, None)))
     for m in sorted({1, 2, 3, 4, 5, 6, 8, 12, *ROWS}):
@@ -254,3 +263,27 @@ def test_open_rows_have_kernels_on_every_gpu(gpu, gated: bool, group_size: int) 
     assert isinstance(table.at(2), TileConfig)
     assert table.at(1 << 20) is DENSE
     assert isinstance(launches(replace(spec, m=0)).at(0), TileConfig)
+
+
+@given(
+    spec=specs,
+    levels=st.sampled_from([NORMAL, UNIFORM]),
+    experts=st.sampled_from([0, 8]),
+    kib=st.integers(16, 99),
+)
+@settings(max_examples=examples(60), deadline=None)
+def test_a_gpu_whose_shared_memory_holds_no_program_is_refused_and_any_other_has_kernels(
+    spec: GemmSpec, levels: str, experts: int, kib: int
+) -> None:
+    """Experts are not dequantized on an A100: without this, there would be nothing to choose."""
+    assert spec.gpu is not None
+    gpu = replace(spec.gpu, shared_bytes=kib << 10)
+    routing = "grouped" if experts else None
+    levels = levels if spec.bits == 4 else UNIFORM
+    spec = replace(spec, gpu=gpu, levels=levels, experts=experts, routing=routing)
+    (template,) = (one for one in TRITON_GEMMS if "packs for" not in str(one.refuse(spec)))
+    reason = template.refuse(spec)
+    if reason is None:
+        assert next(_fitting(spec, gpu, spec.m), None) is not None
+        assert cost(spec, ANY_ROWS, gpu, 1).shared_bytes <= gpu.shared_bytes
+    assert kib < 63 or "shared memory" not in str(reason)  # 63: what AMD's GPUs have

@@ -24,6 +24,7 @@ from bench.static import expert_launches, launches
 from bench.static.launches import Case as Static
 from bench.static.machine_code import toolchain_missing
 from bench.static.sass import GLOBAL_READS, LOCAL_ACCESSES, ahead_of
+from fqcompile.errors import OptionError
 from fqcompile.kernels.spec import A100, H200, Gpu, TileConfig
 from fqcompile.kernels.triton import dependent_launch, launch
 from fqcompile.torch_compat import inductor_config
@@ -229,8 +230,13 @@ def test_kernels_start_early_where_all_of_it_is_there(monkeypatch: pytest.Monkey
     assert "says 12020" in refusal(monkeypatch, driver=12020)
     with inductor_config.patch({"triton.enable_pdl": True}):
         assert "triton.enable_pdl" in refusal(monkeypatch)
-    monkeypatch.setenv("FQCOMPILE_PDL", "0")
-    assert "FQCOMPILE_PDL=0" in refusal(monkeypatch)
+    for word in ("0", "False"):
+        monkeypatch.setenv("FQCOMPILE_PDL", word)
+        assert f"FQCOMPILE_PDL={word}" in refusal(monkeypatch)
+    monkeypatch.setenv("FQCOMPILE_PDL", "never")
+    for gpu in (H200, A100):
+        with pytest.raises(OptionError, match="FQCOMPILE_PDL is 'never'; allowed: 1, true"):
+            refusal(monkeypatch, gpu)
 
 
 def test_a_machine_without_driver_has_version_0() -> None:

@@ -1,6 +1,8 @@
 """The kernels of experts through their operators: configurations, dense, backward, opcheck."""
 
+from bisect import bisect
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.kernels.registry import parse_kernel, select_kernel
 from fqcompile.kernels.spec import A100, DENSE, H200, GemmSpec
 from fqcompile.kernels.template import Routing
-from fqcompile.kernels.triton import launch
+from fqcompile.kernels.triton import launch, layout
 from fqcompile.kernels.triton import template as template_module
 from fqcompile.kernels.triton.template import TRITON_GEMM
 from fqcompile.tensor.format import Format
@@ -265,6 +267,20 @@ def test_the_limit_of_bytes_is_that_of_one_expert() -> None:
     many = replace(EXPERTS, experts=4096, n=14336, k=4096)
     assert TRITON_GEMM.refuse(many) is None
     assert "4 GiB of codes" in str(TRITON_GEMM.refuse(replace(many, n=1 << 20)))
+
+
+@pytest.mark.parametrize("rows", [1, 255, 257, 4096, 1 << 20])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_largest_matrix_has_offsets_of_31_bits(rows: int, bits: int) -> None:
+    """Of codes and of scales, which are filled up to 256 rows, and of tiles beyond the last row."""
+    spec = replace(EXPERTS, n=rows, gated=False, bits=bits, group_size=16)
+    taken = bisect(
+        range(1 << 34), 0, key=lambda k: TRITON_GEMM.refuse(replace(spec, k=k)) is not None
+    )
+    most = range(1 << 34)[taken - 1]
+    assert most * rows > 1 << 23
+    for shape in layout.shapes(bits, 16, rows + 256, most):
+        assert prod(shape) <= 1 << 31
 
 
 @pytest.mark.gpu

@@ -194,6 +194,19 @@ def test_sums_that_registers_do_not_hold_spill() -> None:
     assert "spills" in faults(case, code)[0]
 
 
+@on_every_arch
+def test_a_thread_with_twice_the_weights_leaves_room_for_fewer_programs(arch: int) -> None:
+    """Such tiles come last among candidates; they need not spill."""
+    usual = replace(SMALL, num_stages=3)
+    one, twice = (
+        gemm(spec(4, 128, gpu=GPUS[arch]), tile).read()
+        for tile in (usual, replace(usual, BLOCK_N=256))
+    )
+    assert twice.spills == 0
+    assert one.registers < twice.registers
+    assert one.resident_programs() > twice.resident_programs()
+
+
 def test_a_loop_without_pipeline_has_too_little_under_way() -> None:
     case = gemm(spec(4, 128), replace(SMALL, num_stages=1))
     assert "0 bytes of weights in flight" in " ".join(faults(case, case.read()))
