@@ -62,28 +62,21 @@ def gru_cell(
     return (h - n) * (z + z_h).sigmoid() + n
 
 
-def rnn_tanh_cell(
-    x: Tensor,
-    h: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> Tensor:
-    """x [B, K], h [B, H], w_ih [H, K], w_hh [H, H]; the new h."""
-    return (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).tanh()
+def rnn_cell_of(activation: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The RNN cell whose new h the activation gives: rnn_tanh_cell, rnn_relu_cell."""
 
+    def rnn_cell(
+        x: Tensor,
+        h: Tensor,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, K], h [B, H], w_ih [H, K], w_hh [H, H]; the new h."""
+        return activation(F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh))
 
-def rnn_relu_cell(
-    x: Tensor,
-    h: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> Tensor:
-    """x [B, K], h [B, H], w_ih [H, K], w_hh [H, H]; the new h."""
-    return (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).relu()
+    return rnn_cell
 
 
 def bilinear(x1: Tensor, x2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -261,8 +254,8 @@ COMPOSITES: dict[str, Callable[..., Any]] = {
     "baddbmm": addmm,
     "lstm_cell": lstm_cell,
     "gru_cell": gru_cell,
-    "rnn_tanh_cell": rnn_tanh_cell,
-    "rnn_relu_cell": rnn_relu_cell,
+    "rnn_tanh_cell": rnn_cell_of(torch.tanh),
+    "rnn_relu_cell": rnn_cell_of(torch.relu),
     "bilinear": bilinear,
     "multi_head_attention_forward": multi_head_attention_forward,
     "_native_multi_head_attention": native_multi_head_attention,
