@@ -110,6 +110,10 @@ def test_experts_are_taken_from_a_stack_without_a_copy() -> None:
     for some in (w[ids], w.index_select(0, ids)):
         assert isinstance(some, PackedWeight) and some.qweight is w.qweight
         assert torch.equal(dense(some), dense(w)[ids])
+    x = torch.randn(1, 3, 48)
+    assert torch.equal(x @ w[[-1]], x @ w[[4]])
+    with pytest.raises(IndexError):  # as of a dense stack
+        x @ w.index_select(0, torch.tensor([-1]))
 
 
 Product = Callable[[Tensor, Tensor], Tensor]
