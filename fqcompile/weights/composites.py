@@ -114,8 +114,7 @@ def multi_head_attention_forward(
 ) -> Any:
     """torch.nn.functional's; query [L, B, E] or [L, E]. Not for keys and values added to those."""
     added = (bias_k, bias_v, static_k, static_v)
-    dropped = training and dropout_p > 0
-    if dropped or add_zero_attn or any(one is not None for one in added):
+    if add_zero_attn or any(one is not None for one in added):
         return NotImplemented
     separate = (q_proj_weight, k_proj_weight, v_proj_weight)
     weights = separate if use_separate_proj_weight else in_proj_weight
@@ -130,7 +129,10 @@ def multi_head_attention_forward(
         padding = _added(key_padding_mask, query.dtype)
         padding = padding[:, None, None] if batched else padding
         mask = padding if mask is None else mask + padding
-    y, seen = _attention(q, k, v, mask, embed_dim // num_heads, need_weights, is_causal=hint)
+    drop = dropout_p if training else 0.0
+    y, seen = _attention(
+        q, k, v, mask, embed_dim // num_heads, need_weights, is_causal=hint, dropout_p=drop
+    )
     y = F.linear(y.movedim(-2, 0).flatten(-2), out_proj_weight, out_proj_bias)
     return y, seen.mean(-3) if need_weights and average_attn_weights else seen
 
@@ -239,12 +241,15 @@ def _attention(
     need_weights: bool,
     *,
     is_causal: bool = False,
+    dropout_p: float = 0.0,
 ) -> Any:
     """The result and, if needed, what each query saw; q, k, v [..., H, L, D]."""
     if not need_weights:
-        return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal), None
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal), None
     scores = torch.matmul(q * head_dim**-0.5, k.transpose(-2, -1))
     seen = (scores if mask is None else scores + mask).softmax(-1)
+    if dropout_p > 0:
+        seen = F.dropout(seen, dropout_p)
     return torch.matmul(seen, v), seen
 
 
