@@ -366,16 +366,54 @@ def test_rows_of_a_packed_weight_are_read_as_of_a_table(backend: str, bits: int,
         assert torch.equal(call(index, w), READS[read](index, expected))
 
 
-@pytest.mark.parametrize("ids", [[1001], [-1002]])
-def test_rows_that_are_not_there_are_named(ids: list[int]) -> None:
+NO_ROWS = {
+    "embedding": [1001, -1, -1001, -1002],
+    "index_select": [1001, -1],
+    "index": [1001, -1002],
+}
+
+
+@pytest.mark.parametrize("read", NO_ROWS)
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("inductor", marks=pytest.mark.slow)])
+def test_rows_that_are_not_there_are_named(backend: str, read: str) -> None:
+    """Also those from the end, which only an index of a dense table has."""
     layer = nn.Linear(64, 1001).requires_grad_(False)
-    fqcompile.quantize_(layer)
-    for read in (READS["embedding"], READS["index"]):
-        with pytest.raises(IndexError):  # as of a dense one
-            read(torch.tensor(ids), layer.weight.dequantized())
-        with pytest.raises(IndexError, match=f"row {ids[0]} is out of range: .* 1001 rows"):
-            read(torch.tensor(ids), layer.weight)
-    assert torch.equal(layer.weight[torch.tensor([-1])], layer.weight.dequantized()[-1:])
+    fqcompile.quantize_(layer, bits=8)
+    call = _compiled(READS[read], backend)  # type: ignore[arg-type]
+    for dtype in (torch.int64, torch.int32):
+        for absent in NO_ROWS[read]:
+            ids = torch.tensor([[5, absent]], dtype=dtype)
+            with pytest.raises(IndexError):
+                READS[read](ids, layer.weight.dequantized())
+            with pytest.raises(IndexError, match=f"row {absent} is out of range: .* 1001 rows"):
+                call(ids, layer.weight)
+
+
+@pytest.mark.parametrize("ids", [[], [[]], [[[7, 0], [0, 1000]]], 3], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_ids_have_any_rank(ids: Any, dtype: torch.dtype) -> None:
+    layer = nn.Linear(64, 1001).requires_grad_(False)
+    fqcompile.quantize_(layer, bits=8)
+    index, dense = torch.tensor(ids, dtype=dtype), layer.weight.dequantized()
+    for read in (F.embedding, lambda ids, w: w[ids], lambda ids, w: w[-1 - ids]):
+        assert torch.equal(read(index, layer.weight), read(index, dense))
+    if index.dim() < 2:
+        assert torch.equal(layer.weight.index_select(0, index), dense.index_select(0, index))
+    else:
+        with pytest.raises(IndexError, match="vector"):
+            layer.weight.index_select(0, index)
+
+
+def test_a_table_that_rescales_what_is_read_is_refused_once_it_is_packed() -> None:
+    table = nn.Embedding(1001, 64).requires_grad_(False)
+    fqcompile.quantize_(table, quantize_embeddings=8, calibration=None)
+    ids, rows = torch.tensor([3, 5]), table.weight.dequantized()
+    for options in ({"padding_idx": 3}, {"scale_grad_by_freq": True}, {"sparse": True}):
+        assert torch.equal(F.embedding(ids, table.weight, **options), rows[ids])
+    table.max_norm = 1.0
+    for call in (table, torch.compile(table, backend="aot_eager")):
+        with pytest.raises(Exception, match=r"embedding_renorm_.*would write.*fqcompile\.restore"):
+            call(ids)
 
 
 MADE_ANEW: dict[str, Callable[[nn.Parameter], Tensor]] = {

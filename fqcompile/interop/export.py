@@ -82,6 +82,9 @@ class Request:
                 f"option {given[0]} is one of quantizing, and {self.source} is quantized already; "
                 "leave it out, or export the checkpoint that it was made from"
             )
+        if self.config.quantize_embeddings is not None:
+            message = "option quantize_embeddings is 8, and engines keep tables dense: drop it"
+            raise OptionError(message)
         asked = (self.options, *self.config.overrides.values())
         if any(options.get("levels") == NORMAL for options in asked):
             raise OptionError(
@@ -138,7 +141,7 @@ def export(
     """Write a quantized model as a compressed-tensors checkpoint, codes unchanged.
 
     Scales are repeated to group sizes that the engines have kernels for, and layers that an engine
-    fuses into one tensor get one scheme. Weights that the format cannot represent (output heads,
+    fuses into one tensor get one scheme. Weights that cannot be packed there (output heads, tables,
     [K, N] matrices, unusual group sizes) are written dense, with their dequantized values; the
     plan gives the reason. Tensors are written one at a time, and `out` appears atomically.
 
@@ -211,18 +214,12 @@ def _dense_layers(contents: Contents) -> dict[str, Layer]:
     return found
 
 
-def _dense_stacks(contents: Contents) -> set[str]:
-    """Expert modules that are also stored as one tensor in the checkpoint."""
-    tensors = (item for whole in contents.wholes for item in whole.tensors.items())
-    return {_module(name) for name, (_, shape) in tensors if len(shape) == 3}
-
-
 def _config(
     saved: Saved, contents: Contents, schemes: Mapping[str, Scheme], dense: Mapping[str, Layer]
 ) -> dict[str, Any]:
     heads = {_module(name) for name in saved.tied}
     dense_pieces = (p.name for p in contents.pieces if p.name not in schemes)
-    kept = {*dense, *dense_pieces, *heads, *_dense_stacks(contents)}
+    kept = {*dense, *dense_pieces, *heads, *contents.dense_stacks}
     aliases = {p.name: _module(p.source) for p in contents.pieces if stack_of(p.name) is None}
     quantization = quantization_config(schemes, kept, aliases)
     own = without_code(saved.manifest.model["config"])
@@ -255,14 +252,18 @@ _HEADS_EXCLUDED = excluded_by(HEAD_NAMES.pattern)
 
 
 def _plan_of(saved: Saved, contents: Contents, choices: Mapping[str, Choice]) -> Plan:
-    """The plan of the saved model, updated with the form of each weight in the checkpoint."""
+    """The plan of the saved model, updated with the form of each weight in the checkpoint.
+
+    Values tell which piece is whose: what a head and a table share has the name of either.
+    """
     pieces: dict[str, list[Piece]] = {}
     for piece in contents.pieces:
-        pieces.setdefault(piece.source, []).append(piece)
-    sites = []
+        pieces.setdefault(piece.value, []).append(piece)
+    sites, slots = [], saved.manifest.slots
     for site in map(site_from, saved.manifest.sites):
-        own = pieces.get(site.name, [])
-        reason = contents.reasons.get(site.name) or next(
+        value = slots[site.name].value if site.name in slots else ""
+        own = pieces.get(value, [])
+        reason = contents.reasons.get(value) or next(
             (r for piece in own if (r := choices[piece.name].reason)), None
         )
         if site.reason == _HEADS_EXCLUDED:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fqcompile.files.safetensors_file import DTYPE_NAMES, DTYPES, byte_size
 from fqcompile.interop.export_contents import Contents, Piece, Saved, Whole
@@ -35,6 +35,7 @@ from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.tensor.words import to_words, widen, words_per_row
 
 HEADS_STAY = "engines keep output heads dense"
+_TABLES_STAY = "engines keep embedding tables dense"
 _CHANNEL_EXPERTS = 64  # what K per device must be a multiple of, for one scale per channel
 
 
@@ -129,6 +130,8 @@ def group_sizes(saved: Saved, piece: Piece, tp: int) -> set[int | None]:
 
 
 def _built_dense(saved: Saved, piece: Piece) -> str | None:
+    if isinstance(saved.model.get_submodule(piece.source.rpartition(".")[0]), nn.Embedding):
+        return _TABLES_STAY
     if is_head(piece.name) or piece.source in saved.ties:
         return HEADS_STAY
     if is_router(piece.name):

@@ -138,11 +138,17 @@ class Whole:
 
 @dataclass(frozen=True)
 class Contents:
-    """The contents of a checkpoint; `reasons`, by source: why a packed weight is written dense."""
+    """The contents of a checkpoint; `reasons`, by value: why a packed weight is written dense."""
 
     pieces: tuple[Piece, ...]
     wholes: tuple[Whole, ...]
     reasons: Mapping[str, str]
+
+    @property
+    def dense_stacks(self) -> set[str]:
+        """Expert modules that are also stored as one tensor in the checkpoint."""
+        tensors = (item for whole in self.wholes for item in whole.tensors.items())
+        return {name.rpartition(".")[0] for name, (_, shape) in tensors if len(shape) == 3}
 
 
 def contents_of(saved: Saved) -> Contents:
@@ -169,7 +175,7 @@ def contents_of(saved: Saved) -> Contents:
                 continue
             reason = "the checkpoint's layout has no matrix [N, K] for it"
         wholes.append(_whole(saved, reversion, values))
-        reasons.update({name: reason for name in packed if reason is not None})
+        reasons.update({values[name]: reason for name in packed if reason is not None})
     return Contents(tuple(pieces), tuple(wholes), reasons)
 
 

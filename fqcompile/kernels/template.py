@@ -175,18 +175,17 @@ class Layout:
         return found and QuantizedTensor(*found, replace(weight.format, rows=rows))
 
     def take(self, weight: QuantizedTensor, ids: torch.Tensor) -> QuantizedTensor:
-        """The rows of a matrix that ids [P] name, negative ones from the end, in the plain layout.
+        """The rows of a matrix that ids [P] of int32 or int64 name, in the plain layout.
 
         Raises:
             IndexError: an id names no row; on a GPU the kernel fails that reads it.
         """
         assert self.gather is not None, f"no rows can be taken from layout {self.name}"
-        inside = (ids >= -weight.rows) & (ids < weight.rows)
+        inside = (ids >= 0) & (ids < weight.rows)
         if ids.is_cpu and not inside.all():
             outside = int(ids[~inside][0])
             raise IndexError(f"row {outside} is out of range: the weight has {weight.rows} rows")
-        ids = torch.where(ids < 0, ids + weight.rows, ids).long()
-        ids = torch.where(inside, ids, _NO_ROW)
+        ids = torch.where(inside, ids.long(), _NO_ROW)
         form = replace(weight.format, rows=len(ids), layout=formats.PLAIN)
         return QuantizedTensor(*self.gather(weight, ids), form)
 

@@ -75,6 +75,14 @@ def is_conv1d(module: nn.Module) -> bool:
     return library is not None and isinstance(module, library.Conv1D)
 
 
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether it is a convolution of single pixels, which its weight [N, K, 1, ...] multiplies."""
+    if not isinstance(module, Convolution) or module.transposed or module.groups != 1:
+        return False
+    steps = (*module.kernel_size, *module.stride, *module.dilation)
+    return all(step == 1 for step in steps) and all(size == 0 for size in module.padding)
+
+
 def is_transposed(module: nn.Module, attribute: str) -> bool | None:
     """By the module's flag, or by the shapes of gate_up and down; None if neither decides."""
     said = getattr(module, "is_transposed", None)

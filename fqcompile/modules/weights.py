@@ -21,6 +21,7 @@ from fqcompile.modules.kinds import (
     EMBEDDINGS,
     is_conv1d,
     is_linear,
+    is_pointwise,
     is_router,
     is_transposed,
     multiplies,
@@ -33,6 +34,7 @@ from fqcompile.weights.parameter import PackedWeight
 _ONE_CALL = "PyTorch's own {} reads it in one call, which takes no packed weight"
 _COMPUTED = "the weight is computed from it in each call: {}"
 _NO_WEIGHT = "only weights of linears and stacks of experts are packed, and this is "
+_COMPILED = "; torch.compile(model, backend='finequant') can quantize it"
 _FILTERED = "filter_fn does not accept its module"
 _ORIENTATION = (
     "stack of experts whose module does not say by is_transposed if its matrices are [N, K] "
@@ -220,7 +222,10 @@ def _why_no_weight(module: nn.Module, attribute: str, *, computed: bool) -> str:
             "one that can be packed"
         )
     if isinstance(module, Convolution):
-        return f"{_NO_WEIGHT}a convolution's"
+        single = attribute == "weight" and is_pointwise(module)
+        return f"{_NO_WEIGHT}a convolution's{_COMPILED if single else ''}"
+    if isinstance(module, nn.Bilinear):
+        return f"{_NO_WEIGHT}a Bilinear's{_COMPILED}"
     if isinstance(module, nn.RNNBase):
         return _ONE_CALL.format(of)
     if is_linear(module):

@@ -1,5 +1,5 @@
-// fqcompile::matmul, matmul.inference, dequantize and attention, called by PyTorch's dispatcher with no
-// Python between: 4 us a call, of which an operator that does nothing takes 3.5. By Python it takes 10,
+// fqcompile::matmul, matmul.inference, dequantize, rows and attention, called by PyTorch's dispatcher with
+// no Python between: 4 us a call, of which an operator that does nothing takes 3.5. By Python it takes 10,
 // and more where weights have pushed Python out of the caches.
 //
 // This comes before the implementation for CPUs, which is Python's (kernels/op.py, cpu/attention.py). What
@@ -15,6 +15,7 @@
 #include <optional>
 #include <span>
 #include <sstream>
+#include <vector>
 
 #include "attention.h"
 #include "call.h"
@@ -177,23 +178,69 @@ Result matmul(const c10::IValue* a) {
   return y;
 }
 
+// Of a call that asks for values of ŵ, what follows the tensors.
+struct Form {
+  Panel panel{};
+  at::ScalarType type{};
+
+  bool read(const at::Tensor& qweight, const at::Tensor& scale, const c10::IValue* a) {
+    enum { BITS, LEVELS, GROUP_SIZE, ROWS, K, DTYPE, KERNEL };
+    Weight& w = panel.weight;
+    type = a[DTYPE].toScalarType();
+    return a[KERNEL].toStringRef() == "x86_stream" && type_of(type, panel.type) &&
+           read_format(a[BITS].toInt(), a[LEVELS].toStringRef(), a[GROUP_SIZE].toInt(), a[ROWS].toInt(), a[K].toInt(), w) &&
+           read_weight(qweight, scale, {}, w);
+  }
+
+  at::Tensor dequantized() {
+    const Weight& w = panel.weight;
+    const at::Tensor turned = at::detail::empty_cpu({w.k, w.rows}, type);
+    panel.count = w.blocks();
+    panel.to = turned.mutable_data_ptr();
+    panel.stride = w.rows;
+    panel.one_thread = settings.forked;
+    ::dequantize(panel);
+    return turned.t().contiguous();
+  }
+};
+
 // ŵ [rows, K], for fqcompile::dequantize.
 Result dequantize(const c10::IValue* a) {
-  enum { QWEIGHT, SCALE, BITS, LEVELS, GROUP_SIZE, ROWS, K, DTYPE, KERNEL };
-  Panel panel{};
-  Weight& w = panel.weight;
-  const at::ScalarType type = a[DTYPE].toScalarType();
-  if (a[KERNEL].toStringRef() != "x86_stream" || !type_of(type, panel.type) ||
-      !read_format(a[BITS].toInt(), a[LEVELS].toStringRef(), a[GROUP_SIZE].toInt(), a[ROWS].toInt(), a[K].toInt(), w) ||
-      !read_weight(a[QWEIGHT].toTensor(), a[SCALE].toTensor(), {}, w))
+  Form form;
+  if (!form.read(a[0].toTensor(), a[1].toTensor(), a + 2)) return {};
+  return form.dequantized();
+}
+
+// ŵ[ids] [..., K], for fqcompile::rows: the codes and scales of these rows in blocks of their own.
+Result some_rows(const c10::IValue* a) {
+  Form form;
+  const at::Tensor& ids = a[2].toTensor();
+  const bool wide = ids.scalar_type() == at::kLong;
+  if (!form.read(a[0].toTensor(), a[1].toTensor(), a + 3) || !is(ids, ids.sizes()) ||
+      !(wide || ids.scalar_type() == at::kInt))
     return {};
-  const at::Tensor turned = at::detail::empty_cpu({w.k, w.rows}, type);
-  panel.count = w.blocks();
-  panel.to = turned.mutable_data_ptr();
-  panel.stride = w.rows;
-  panel.one_thread = settings.forked;
-  ::dequantize(panel);
-  return turned.t().contiguous();
+  Weight& w = form.panel.weight;
+  const Weight whole = w;
+  const void* given = ids.const_data_ptr();
+  w.rows = ids.numel();
+  at::DimVector sizes(ids.sizes());
+  sizes.push_back(w.k);
+  if (!w.rows) return at::detail::empty_cpu(sizes, form.type);
+  const int64_t bytes = bytes_of(w.scale_type);
+  std::vector<uint32_t> words(size_t(w.blocks() * w.block_words()));
+  std::vector<char> scales(size_t(w.blocks() * w.block_scales() * bytes));
+  for (int64_t i = 0; i < w.rows; i++) {
+    const int64_t id = wide ? ((const int64_t*)given)[i] : ((const int32_t*)given)[i];
+    if (id < 0 || id >= whole.rows) return {};
+    for (int64_t j = 0; j < w.block_words(); j += OUTPUTS)
+      words[size_t(i / OUTPUTS * w.block_words() + j + i % OUTPUTS)] =
+          whole.words[id / OUTPUTS * w.block_words() + j + id % OUTPUTS];
+    for (int64_t j = 0; j < w.block_scales(); j += OUTPUTS)
+      memcpy(scales.data() + (i / OUTPUTS * w.block_scales() + j + i % OUTPUTS) * bytes,
+             (const char*)whole.scales + (id / OUTPUTS * w.block_scales() + j + id % OUTPUTS) * bytes, size_t(bytes));
+  }
+  w.words = words.data(), w.scales = scales.data();
+  return form.dequantized().view(sizes);
 }
 
 // The same for fqcompile::attention.
@@ -312,6 +359,7 @@ void begin_to_serve() {
   for (const char* name : {"matmul", "matmul.inference"})
     serving->impl(name, torch::CppFunction::makeFromBoxedFunction<&serve<matmul>>());
   serving->impl("dequantize", torch::CppFunction::makeFromBoxedFunction<&serve<dequantize>>());
+  serving->impl("rows", torch::CppFunction::makeFromBoxedFunction<&serve<some_rows>>());
   serving->impl("attention", torch::CppFunction::makeFromBoxedFunction<&serve<attention>>());
 }
 

@@ -13,7 +13,7 @@ from fqcompile.distributed.shards import NOT_LOCAL, is_dtensor, local_part
 from fqcompile.passes.effects import bodies, has_effects, in_transforms
 from fqcompile.passes.fold import ConstantFolder
 from fqcompile.passes.naming import note_table
-from fqcompile.passes.products import OF_LAYERS, PRODUCTS
+from fqcompile.passes.products import MOST_PIXELS, OF_LAYERS, PRODUCTS
 from fqcompile.passes.state import GraphState, KeptWeight, example, placeholders
 from fqcompile.weights.parameter import PackedWeight
 from fqcompile.weights.recipe import CASTS, MOVING, target_name
@@ -27,7 +27,10 @@ IN_THE_GRAPH = "it is a constant of the graph, not one of its inputs"
 INTO_AN_INPUT = (
     "turn torch._inductor.config.freezing off, or call fqcompile.quantize_(model) before compiling"
 )
-CONVOLUTION = "of convolutions only those of single pixels are quantized, without groups or stride"
+CONVOLUTION = (
+    "of convolutions only those of single pixels are quantized, without groups or stride, and of "
+    f"{MOST_PIXELS} pixels at most: for more the dense one is as fast"
+)
 TABLE = (
     "embedding table: a compiled model keeps it, and fqcompile.quantize_(model, "
     "quantize_embeddings=8) packs it"

@@ -12,6 +12,7 @@ einsum                            as it says
 The only reader of calls of matmuls; `normalize` has put their arguments in one order.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,9 +23,13 @@ from torch import fx
 from fqcompile.passes.effects import has_effects
 from fqcompile.passes.einsum import Names, einsum_indices, last
 from fqcompile.passes.state import example
+from fqcompile.torch_compat import hint_of
 from fqcompile.weights.recipe import target_name
 
 Call = tuple[Any, ...]  # the arguments of a call, keyword arguments last
+# Of a convolution. For more, arithmetic is the limit, not reading weights, and to move each pixel's
+# channels beside each other and back costs what is left to gain.
+MOST_PIXELS = 128
 STACK = "expert"  # the name of the stack's first dimension, which ids or offsets index
 
 
@@ -89,19 +94,25 @@ def _linear(node: fx.Node, call: Call) -> Product | None:
 
 
 def _conv(node: fx.Node, call: Call) -> Product | None:
-    """A convolution that reads one pixel for each of its result's, of all channels."""
+    """A convolution of few pixels that reads one for each of its result's, of all channels."""
     match call:
         case (fx.Node() as x, fx.Node() as weight, bias, *steps, 1) if _ndim(x) == _ndim(weight):
             kernel = shape_of(weight)[2:]
             plain = all(
                 _all_are(given, wanted) for given, wanted in zip(steps, (1, 0, 1), strict=True)
             )
-            if plain and all(size == 1 for size in kernel):
+            if plain and all(size == 1 for size in kernel) and _pixels(x) <= MOST_PIXELS:
                 pixels = [f"d{i}" for i in range(len(kernel))]
                 singles = tuple(range(2, 2 + len(kernel)))
                 left, right = Operand(x, ["b", "k", *pixels]), Operand(weight, ["n", "k"], singles)
                 return Product(left, right, ["b", "n", *pixels], bias, of_layer=True)
     return None
+
+
+def _pixels(x: fx.Node) -> int:
+    """Of all images or signals [b, k, ...]; of open sizes, in the call that is compiled."""
+    batch, _, *size = shape_of(x)
+    return math.prod(hint_of(one) or 1 for one in (batch, *size))
 
 
 def _all_are(given: Any, wanted: int) -> bool:

@@ -62,28 +62,21 @@ def gru_cell(
     return (h - n) * (z + z_h).sigmoid() + n
 
 
-def rnn_tanh_cell(
-    x: Tensor,
-    h: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> Tensor:
-    """x [B, K], h [B, H], w_ih [H, K], w_hh [H, H]; the new h."""
-    return (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).tanh()
+def rnn_cell_of(activation: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The RNN cell whose new h the activation gives: rnn_tanh_cell, rnn_relu_cell."""
 
+    def rnn_cell(
+        x: Tensor,
+        h: Tensor,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, K], h [B, H], w_ih [H, K], w_hh [H, H]; the new h."""
+        return activation(F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh))
 
-def rnn_relu_cell(
-    x: Tensor,
-    h: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> Tensor:
-    """x [B, K], h [B, H], w_ih [H, K], w_hh [H, H]; the new h."""
-    return (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).relu()
+    return rnn_cell
 
 
 def bilinear(x1: Tensor, x2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -121,8 +114,7 @@ def multi_head_attention_forward(
 ) -> Any:
     """torch.nn.functional's; query [L, B, E] or [L, E]. Not for keys and values added to those."""
     added = (bias_k, bias_v, static_k, static_v)
-    dropped = training and dropout_p > 0
-    if dropped or add_zero_attn or any(one is not None for one in added):
+    if add_zero_attn or any(one is not None for one in added):
         return NotImplemented
     separate = (q_proj_weight, k_proj_weight, v_proj_weight)
     weights = separate if use_separate_proj_weight else in_proj_weight
@@ -137,7 +129,10 @@ def multi_head_attention_forward(
         padding = _added(key_padding_mask, query.dtype)
         padding = padding[:, None, None] if batched else padding
         mask = padding if mask is None else mask + padding
-    y, seen = _attention(q, k, v, mask, embed_dim // num_heads, need_weights, is_causal=hint)
+    drop = dropout_p if training else 0.0
+    y, seen = _attention(
+        q, k, v, mask, embed_dim // num_heads, need_weights, is_causal=hint, dropout_p=drop
+    )
     y = F.linear(y.movedim(-2, 0).flatten(-2), out_proj_weight, out_proj_bias)
     return y, seen.mean(-3) if need_weights and average_attn_weights else seen
 
@@ -246,12 +241,15 @@ def _attention(
     need_weights: bool,
     *,
     is_causal: bool = False,
+    dropout_p: float = 0.0,
 ) -> Any:
     """The result and, if needed, what each query saw; q, k, v [..., H, L, D]."""
     if not need_weights:
-        return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal), None
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal), None
     scores = torch.matmul(q * head_dim**-0.5, k.transpose(-2, -1))
     seen = (scores if mask is None else scores + mask).softmax(-1)
+    if dropout_p > 0:
+        seen = F.dropout(seen, dropout_p)
     return torch.matmul(seen, v), seen
 
 
@@ -261,8 +259,8 @@ COMPOSITES: dict[str, Callable[..., Any]] = {
     "baddbmm": addmm,
     "lstm_cell": lstm_cell,
     "gru_cell": gru_cell,
-    "rnn_tanh_cell": rnn_tanh_cell,
-    "rnn_relu_cell": rnn_relu_cell,
+    "rnn_tanh_cell": rnn_cell_of(torch.tanh),
+    "rnn_relu_cell": rnn_cell_of(torch.relu),
     "bilinear": bilinear,
     "multi_head_attention_forward": multi_head_attention_forward,
     "_native_multi_head_attention": native_multi_head_attention,

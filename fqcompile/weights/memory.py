@@ -130,7 +130,7 @@ def matrices(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
 
 
 def some_rows(weight: QuantizedTensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """ŵ[ids], [..., K], of a matrix [N, K] and ids [...] of int32 or int64."""
+    """ŵ[ids], [..., K], of a matrix [N, K] and ids [...] of int32 or int64, none below zero."""
     f, kernel = weight.format, _reader(weight.format)
     form = (f.bits, f.levels, f.group_size, f.rows, f.k)
     found: Tensor = rows(*weight.tensors, ids, *form, dtype, kernel)

@@ -3,12 +3,13 @@
 select, unbind          one expert of a stack; a view
 slice, split, cat       rows of the matrix: codes and scales are cut or joined, not quantized again
 W[ids]                  of a stack: a view with an index; a matmul with it reads only those experts
-                        of a matrix, also by embedding: the dequantized rows
+                        of a matrix: the dequantized rows
+embedding, index_select the same, but no id counts from the end
 copy_                   new values are quantized in the same format, see `parameter_writes`
 """
 
 import logging
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -125,25 +126,45 @@ def _rows(w: PackedWeight, start: int, rows: int) -> PackedWeight:
 @implements("aten.index.Tensor")
 def _index(w: PackedWeight, indices: Any) -> Any:
     ids = indices[0] if isinstance(w, PackedWeight) and len(indices) == 1 else None
-    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
+    if not _are_ids(ids):
         return NotImplemented
-    if not w.format.experts:
-        _warn_of_coarse_rows(w)
-        return NotImplemented if w.format.transposed else some_rows(w.packed, ids, w.dtype)
-    if ids.dim() != 1 or w.ids is not None:
-        return NotImplemented
-    place = whole_place((ids.shape[0], *w.shape[1:]))
-    return PackedWeight.showing(w.memory, w.dtype, place, flipped=w.flipped, ids=ids)
+    if w.format.experts:
+        return _picked(w, ids)
+    count = w.shape[0]
+    return _table_rows(w, torch.where((ids < 0) & (ids >= -count), ids + count, ids))
 
 
 @implements("aten.index_select.default")
 def _index_select(w: PackedWeight, dim: int, index: Tensor) -> Any:
-    return NotImplemented if dim % w.dim() else _index(w, [index])
+    if dim % w.dim() or not _are_ids(index) or index.dim() > 1:
+        return NotImplemented
+    index = index.reshape(-1)
+    if not w.format.experts:
+        return _table_rows(w, index)
+    # The matmul that reads the experts counts negative ids from the end, but below none is.
+    return _picked(w, torch.where(index < 0, index - w.format.experts, index))
 
 
 @implements("aten.embedding.default")
 def _embedding(w: PackedWeight, ids: Tensor, *_: Any) -> Any:
-    return _index(w, [ids]) if isinstance(w, PackedWeight) and w.dim() == 2 else NotImplemented
+    plain = isinstance(w, PackedWeight) and w.dim() == 2 and _are_ids(ids)
+    return _table_rows(w, ids) if plain else NotImplemented
+
+
+def _are_ids(index: object) -> TypeGuard[Tensor]:
+    return isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64)
+
+
+def _table_rows(w: PackedWeight, ids: Tensor) -> Any:
+    _warn_of_coarse_rows(w)
+    return NotImplemented if w.format.transposed else some_rows(w.packed, ids, w.dtype)
+
+
+def _picked(w: PackedWeight, ids: Tensor) -> Any:
+    if ids.dim() != 1 or w.ids is not None:
+        return NotImplemented
+    place = whole_place((ids.shape[0], *w.shape[1:]))
+    return PackedWeight.showing(w.memory, w.dtype, place, flipped=w.flipped, ids=ids)
 
 
 def _warn_of_coarse_rows(w: PackedWeight) -> None:

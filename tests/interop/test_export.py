@@ -21,6 +21,7 @@ from fqcompile.checkpoint.manifest import PartsRecord, read_manifest
 from fqcompile.cli import main
 from fqcompile.errors import CheckpointError, OptionError, UnquantizableWeight
 from fqcompile.interop import export_blocks, export_contents, export_directory
+from fqcompile.weights.parameter import PackedWeight
 from tests.checkpoint.crashes import count_operations, crash
 from tests.interop.models import make, save_quantized, tensors_of
 from tests.tiers import examples
@@ -257,6 +258,31 @@ def test_a_model_of_normal_levels_alone_is_refused_with_the_remedy(tmp_path: Pat
                    overrides={})  # fmt: skip
     with pytest.raises(CheckpointError, match="export the checkpoint that it was made from"):
         fqcompile.export(tmp_path / "saved", tmp_path / "out")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_table_is_written_dense_with_the_reason(tied: bool, tmp_path: Path) -> None:
+    """Also where the head shares it, and the plan has the weight under the head's name."""
+    model, _ = make("llama", tmp_path / "plain")
+    model.config.tie_word_embeddings = tied
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    oracle = save_quantized(model, tmp_path / "saved", quantize_embeddings=8, exclude=[])
+    table, ids = "model.embed_tokens.weight", torch.arange(9)[None]
+    assert isinstance(model.get_parameter(table), PackedWeight)
+    plan = fqcompile.export(tmp_path / "saved", tmp_path / "out")
+    site = plan.site("lm_head.weight" if tied else table)
+    assert site.status == "kept" and str(site.reason) == (
+        "written dense, as its int8 codes say: engines keep embedding tables dense"
+    )
+    assert torch.equal(tensors_of(tmp_path / "out")[table], oracle.get_parameter(table))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is tied
+    loaded = fqcompile.load(None, tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(loaded.get_input_embeddings()(ids), oracle.get_input_embeddings()(ids))
+    with pytest.raises(OptionError, match="quantize_embeddings is 8, and engines keep tables"):
+        fqcompile.export(tmp_path / "plain", tmp_path / "again", quantize_embeddings=8)
 
 
 def test_an_original_is_quantized_to_uniform_levels(tmp_path: Path) -> None:

@@ -426,21 +426,25 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], A
     ),
     "encoder": (
         lambda: nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(128, 4, 256, batch_first=True), 2, enable_nested_tensor=False
+            nn.TransformerEncoderLayer(128, 4, 256, dropout=0, batch_first=True),
+            2,
+            enable_nested_tensor=False,
         ),
         lambda m, x: m(x),
     ),
     "LSTMCell": (lambda: nn.LSTMCell(128, 64), lambda m, x: m(x[0], m(x[1]))),
     "GRUCell": (lambda: nn.GRUCell(128, 64), lambda m, x: m(x[0])),
+    "RNNCell": (lambda: nn.RNNCell(128, 64), lambda m, x: m(x[0])),
 }
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_that_read_several_weights_in_one_call(name: str) -> None:
+def test_layers_that_read_several_weights_in_one_call(name: str, training: bool) -> None:
     """The oracle is PyTorch's own call on the dequantized weights."""
     make, call = LAYERS[name]
     torch.manual_seed(0)
-    model, x = frozen(make()).eval(), torch.randn(3, 5, 128)
+    model, x = frozen(make()).train(training), torch.randn(3, 5, 128)
     plan = fqcompile.quantize_(model, **SMALL, calibration=None)
     assert not plan.kept and len(plan.quantized) >= 2
     assert {n for n, p in model.named_parameters() if isinstance(p, PackedWeight)} == _names(plan)
@@ -481,16 +485,17 @@ def test_other_large_parameters_have_a_row_and_no_table_is_a_stack_of_experts() 
     rows = {site.name: (site.kind, site.status, str(site.reason)) for site in plan.sites}
     said = {
         "0.weight": "a convolution's",
-        "1.weight": "a convolution's",
+        "1.weight": "a convolution's; torch.compile(model, backend='finequant') can quantize it",
         "2.weight_ih_l0": "PyTorch's own LSTM reads it in one call",
         "2.weight_hh_l0": "PyTorch's own LSTM reads it in one call",
-        "3.weight": "a parameter of Bilinear",
+        "3.weight": "a Bilinear's; torch.compile(model, backend='finequant') can quantize it",
         "4.pos_embed": "a parameter of Positions",
         "4.relative": "a parameter of Positions",
         "4.blocks": "a parameter of Positions",
     }
     for name, reason in said.items():
         assert rows[name][:2] == ("other", "kept") and reason in rows[name][2]
+        assert ("torch.compile" in rows[name][2]) is ("torch.compile" in reason)
     assert set(rows) == set(said), "no small one, and no embedding"
 
 

@@ -70,6 +70,11 @@ def dequantizing(dtype: torch.dtype) -> list[Any]:
     return [qweight, scale, bits, levels, group, n, k, dtype, "x86_stream"]
 
 
+def reading(ids: Tensor) -> list[Any]:
+    qweight, scale, *form = dequantizing(torch.float32)
+    return [qweight, scale, ids, *form]
+
+
 def attending(*, turned: bool = False, sinks: Tensor | None = None) -> list[Any]:
     q, k, v = torch.randn(2, 4, 3, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
     keys = k.transpose(2, 3).contiguous().transpose(2, 3) if turned else k
@@ -86,6 +91,7 @@ PYTHON: dict[str, Callable[..., Tensor]] = {
     "matmul": op._matmul_impl,
     "matmul.inference": op._matmul_impl,
     "dequantize": op._dequantize_impl,
+    "rows": op._rows_impl,
     "attention": attention._impl,
 }
 RIGHT: dict[str, tuple[str, Callable[[], list[Any]]]] = {
@@ -100,6 +106,10 @@ RIGHT: dict[str, tuple[str, Callable[[], list[Any]]]] = {
         ],
     ),
     "dequantized": ("dequantize", lambda: dequantizing(torch.bfloat16)),
+    "rows": ("rows", lambda: reading(torch.tensor([[69, 0, 3], [64, 3, 63]]))),
+    "turned rows": ("rows", lambda: reading(torch.randint(70, (2, 80), dtype=torch.int32).mT)),
+    "a row": ("rows", lambda: reading(torch.tensor(69))),
+    "no rows": ("rows", lambda: reading(torch.empty(2, 0, dtype=torch.int64))),
     "attention": ("attention", attending),
     "attention to turned keys": ("attention", lambda: attending(turned=True)),
     "attention with sinks": ("attention", lambda: attending(sinks=torch.randn(4, 1, 1))),
@@ -113,6 +123,8 @@ WRONG: dict[str, tuple[str, Callable[[], list[Any]], str]] = {
     ),
     "another K": ("matmul", lambda: [torch.ones(3, 71), *call(k=72)[1:]], r"\[3, 71\] on cpu"),
     "another expert": ("matmul", lambda: routed("ids", [0, 2, 0]), "ids=torch.LongTensor"),
+    "no such row": ("rows", lambda: reading(torch.tensor([70])), r"ids=torch.LongTensor\[1\]"),
+    "a row from the end": ("rows", lambda: reading(torch.tensor([-1])), r"ids=torch.LongTensor"),
     "a float64 result": ("dequantize", lambda: dequantizing(torch.float64), "dtype=7, kernel"),
 }  # fmt: skip
 

@@ -157,6 +157,24 @@ def test_open_sizes(name: str) -> None:
     assert_same(run)
 
 
+@pytest.mark.parametrize("seen", [False, True])
+def test_weights_of_attention_that_drops_in_training_are_sites(seen: bool) -> None:
+    """The same seed drops the same."""
+    torch.manual_seed(0)
+    module = frozen(mha(dropout=0.5)).train()
+    run = run_passes(lambda x: own(module, x, need_weights=seen), X)
+    assert len([site for site in run.state.sites if site.plan]) == len(ATTENTION)
+    both = []
+    for outputs in (run.outputs, run.expected):
+        torch.manual_seed(1)
+        both.append(outputs())
+    for got, want in zip(*both, strict=True):
+        if isinstance(want, Tensor):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    torch.manual_seed(2)
+    assert not torch.allclose(run.outputs()[0], both[0][0]), "it drops"
+
+
 KEPT: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any]]] = {
     "added keys": (lambda: mha(add_bias_kv=True), own),
     "a key of zeros": (lambda: mha(add_zero_attn=True), own),

@@ -136,6 +136,20 @@ def test_rows_of_a_normalized_weight_are_a_site() -> None:
     torch.testing.assert_close(run.outputs()[0], F.linear(F.normalize(X2), w_hat))
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_convolution_of_many_pixels_stays_with_its_reason(dynamic: bool) -> None:
+    def forward(x: Tensor) -> Tensor:
+        return F.conv2d(x, NK[..., None, None], BIAS)
+
+    few = run_passes(forward, torch.randn(2, K, 4, 16), dynamic=dynamic)
+    assert few.ops["fq"] == 1
+    assert_same(few)
+    many = run_passes(forward, torch.randn(3, K, 43, 1), dynamic=dynamic)
+    assert many.ops["fq"] == 0
+    (kept,) = many.state.kept
+    assert CONVOLUTION in kept.reason and "128 pixels at most" in kept.reason
+
+
 def own_matmul(x: Tensor) -> Tensor:
     return x @ x.mT
 

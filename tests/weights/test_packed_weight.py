@@ -110,6 +110,10 @@ def test_experts_are_taken_from_a_stack_without_a_copy() -> None:
     for some in (w[ids], w.index_select(0, ids)):
         assert isinstance(some, PackedWeight) and some.qweight is w.qweight
         assert torch.equal(dense(some), dense(w)[ids])
+    x = torch.randn(1, 3, 48)
+    assert torch.equal(x @ w[[-1]], x @ w[[4]])
+    with pytest.raises(IndexError):  # as of a dense stack
+        x @ w.index_select(0, torch.tensor([-1]))
 
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -125,6 +129,13 @@ MATRIX: dict[str, tuple[bool, Product]] = {
     "left": (False, lambda x, w: (w @ x.t()).t()),
     "vector": (False, lambda x, w: torch.mv(w, x[0])),
     "einsum": (False, lambda x, w: torch.einsum("mk,nk->mn", x, w)),
+    "einsum, implicit": (True, lambda x, w: torch.einsum("ij,jk", x, w)),
+    "einsum of lists": (False, lambda x, w: torch.einsum(x, [0, 1], w, [2, 1], [0, 2])),
+    "einsum of three": (False, lambda x, w: torch.einsum("mk,nk,mk->mn", x, w, x)),
+    "tensordot": (True, lambda x, w: torch.tensordot(x, w, dims=1)),
+    "inner": (False, lambda x, w: torch.inner(x, w)),
+    "linalg.matmul": (True, lambda x, w: torch.linalg.matmul(x, w)),
+    "data": (False, lambda x, w: F.linear(x, w.data)),
     "sum": (False, lambda x, w: x.sum() + w.sum(0)),
 }
 
