@@ -1,6 +1,6 @@
 // One matmul: where its operands lie, and what they are.
 #pragma once
-#include "epilogue.h"
+#include "types.h"
 
 constexpr int OUTPUTS = 64, STEP = 8;  // a block's outputs; K is rounded up to whole steps
 

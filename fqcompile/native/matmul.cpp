@@ -15,6 +15,7 @@
 
 #include "call.h"
 #include "codes.h"
+#include "epilogue.h"
 #include "parallel.h"
 
 namespace {

@@ -7,11 +7,14 @@
 // says what is wrong.
 //
 // Where the library is loaded and Python's fqcompile is not, as for exported programs in C++, it defines the
-// operators too. What is not usual is then made so, by copies that are contiguous, or refused.
+// operators too. What is not usual is then made so, by copies that are contiguous, or refused. So is every
+// call on a processor without the kernels' instructions, of which this file has none: see library.py.
 #include <ATen/EmptyTensor.h>
 #include <pthread.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cstring>
 #include <optional>
 #include <span>
 #include <sstream>
@@ -26,6 +29,9 @@ struct Settings {
   int64_t most_bf16_rows = INT64_MAX;  // of bf16 and one matrix; for more, Python's way is faster
   int64_t forked;  // whether this is a child of os.fork, where libgomp would wait for the parent's threads
 } settings;
+
+// Whether this processor has the instructions that the kernels are compiled for.
+const bool is_here = (__builtin_cpu_init(), FQCOMPILE_ISA_IS_HERE);
 
 // The values of the codes -8 to 7. This and the schemas come from native/interface.py.
 constexpr float NORMAL[] = {FQCOMPILE_NORMAL_LEVELS};
@@ -269,6 +275,9 @@ Result attention(const c10::IValue* a) {
 
 // What only Python could run, where there is none.
 [[noreturn]] void refuse(const c10::OperatorHandle& op, std::span<const c10::IValue> arguments) {
+  TORCH_CHECK(is_here, op.operator_name().name, ": this file of fqcompile's library was built for " FQCOMPILE_ISA
+              " instructions, and this processor lacks some. One for all x86 processors since 2015 is at the path ",
+              "that `FQCOMPILE_CPU_ISA=avx2 python -c 'import fqcompile; print(fqcompile.library_path())'` prints.");
   std::ostringstream call;
   for (size_t i = 0; i < arguments.size(); i++) {
     call << (i ? ", " : "") << op.schema().arguments()[i].name() << "=";
@@ -285,13 +294,13 @@ template <Result (*run)(const c10::IValue*)>
 void serve(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const size_t places = op.schema().arguments().size();
   const std::span<c10::IValue> arguments(stack->data() + stack->size() - places, places);
-  Result y = run(arguments.data());
+  Result y = is_here ? run(arguments.data()) : Result{};
   if (!y && op.hasKernelForDispatchKey(c10::DispatchKey::CPU))
     return op.redispatchBoxed(keys.remove(c10::DispatchKey::BackendSelect), stack);
   if (!y) {
     for (c10::IValue& a : arguments)
       if (a.isTensor() && is_dense(a.toTensor())) a = a.toTensor().contiguous();
-    y = run(arguments.data());
+    if (is_here) y = run(arguments.data());
     if (!y) refuse(op, arguments);
   }
   torch::jit::drop(*stack, places);

@@ -15,8 +15,10 @@ from fqcompile.errors import KernelBuildError
 from fqcompile.files.trusted import cache_directory
 from fqcompile.kernels.cpu import stream
 from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.native import isa
 from fqcompile.native import library as native
-from fqcompile.native.library import ISAS, build, chosen_isa, load
+from fqcompile.native.isa import ISAS, OVERRIDE, chosen_isa
+from fqcompile.native.library import build, load
 from tests.kernels.cpu.test_stream import SPEC, packed
 from tests.native.paths import NAMES, library, path
 from tests.strategies import make_problem
@@ -38,10 +40,10 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_the_widest_path_is_chosen_and_the_override_narrows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv(native.OVERRIDE, raising=False)
+    monkeypatch.delenv(OVERRIDE, raising=False)
     assert chosen_isa().name == NAMES[0]
     for name in NAMES:
-        monkeypatch.setenv(native.OVERRIDE, name)
+        monkeypatch.setenv(OVERRIDE, name)
         assert chosen_isa().name == name
 
 
@@ -50,14 +52,14 @@ def test_the_widest_path_is_chosen_and_the_override_narrows(
     [("none", "FQCOMPILE_CPU_ISA=none says so"), ("sse2", "'sse2' is not one of avx512_bf16")],
 )
 def test_the_override_may_refuse(value: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(native.OVERRIDE, value)
+    monkeypatch.setenv(OVERRIDE, value)
     with pytest.raises(KernelBuildError, match=text):
         chosen_isa()
 
 
 def test_a_processor_without_any_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(native.OVERRIDE, raising=False)
-    monkeypatch.setattr(native, "has_feature", lambda feature: False)
+    monkeypatch.delenv(OVERRIDE, raising=False)
+    monkeypatch.setattr(isa, "has_feature", lambda feature: False)
     with pytest.raises(KernelBuildError, match="this processor has none of avx512_bf16, avx512"):
         chosen_isa()
 
@@ -139,7 +141,7 @@ def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
         f"native._compiler = lambda: {compiler!r}\n"
         "print(native.native_library().isa)\n"
     )
-    environment = {**os.environ, "FQCOMPILE_CACHE_DIR": str(tmp_path), native.OVERRIDE: ISA.name}
+    environment = {**os.environ, "FQCOMPILE_CACHE_DIR": str(tmp_path), OVERRIDE: ISA.name}
     start = [sys.executable, "-c", code]
     processes = [
         subprocess.Popen(start, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
