@@ -1,4 +1,4 @@
-// fqcompile::matmul, matmul.inference, dequantize and attention, called by PyTorch's dispatcher with no
+// fqcompile::matmul, matmul.inference, dequantize, rows and attention, called by PyTorch's dispatcher with no
 // Python between: 4 us a call, of which an operator that does nothing takes 3.5. By Python it takes 10,
 // and more where weights have pushed Python out of the caches.
 //
@@ -18,6 +18,7 @@
 #include <optional>
 #include <span>
 #include <sstream>
+#include <vector>
 
 #include "attention.h"
 #include "call.h"
@@ -202,7 +203,35 @@ Result dequantize(const c10::IValue* a) {
   return turned.t().contiguous();
 }
 
-// The same for fqcompile::attention.
+// ŵ[ids], for fqcompile::rows.
+Result rows(const c10::IValue* a) {
+  enum { QWEIGHT, SCALE, IDS, BITS, LEVELS, GROUP_SIZE, ROWS, K, DTYPE, KERNEL };
+  Picked picked{};
+  Weight& w = picked.weight;
+  const at::ScalarType type = a[DTYPE].toScalarType();
+  const at::Tensor& asked = a[IDS].toTensor();
+  if (a[KERNEL].toStringRef() != "x86_stream" || !type_of(type, picked.type) || !is_dense(asked) ||
+      (asked.scalar_type() != at::kInt && asked.scalar_type() != at::kLong) ||
+      !read_format(a[BITS].toInt(), a[LEVELS].toStringRef(), a[GROUP_SIZE].toInt(), a[ROWS].toInt(), a[K].toInt(), w) ||
+      !read_weight(a[QWEIGHT].toTensor(), a[SCALE].toTensor(), {}, w))
+    return {};
+  const at::Tensor flat = asked.to(at::kLong).contiguous();
+  std::vector<int64_t> ids(flat.const_data_ptr<int64_t>(), flat.const_data_ptr<int64_t>() + flat.numel());
+  for (int64_t& id : ids) {
+    if (id < -w.rows || id >= w.rows) return {};
+    if (id < 0) id += w.rows;
+  }
+  at::DimVector sizes(asked.sizes());
+  sizes.push_back(w.k);
+  at::Tensor y = at::detail::empty_cpu(sizes, type);
+  picked.ids = ids.data(), picked.count = int64_t(ids.size());
+  picked.to = y.mutable_data_ptr();
+  picked.one_thread = settings.forked;
+  ::dequantize(picked);
+  return y;
+}
+
+// fqcompile::attention, likewise.
 enum AttentionPlace { Q, KEYS, VALUES, MASK, SINKS, SCALE_OF_SCORES, SOFTCAP, CAUSAL, NAN_IF_HIDDEN };
 
 class UsualAttention {
@@ -321,6 +350,7 @@ void begin_to_serve() {
   for (const char* name : {"matmul", "matmul.inference"})
     serving->impl(name, torch::CppFunction::makeFromBoxedFunction<&serve<matmul>>());
   serving->impl("dequantize", torch::CppFunction::makeFromBoxedFunction<&serve<dequantize>>());
+  serving->impl("rows", torch::CppFunction::makeFromBoxedFunction<&serve<rows>>());
   serving->impl("attention", torch::CppFunction::makeFromBoxedFunction<&serve<attention>>());
 }
 

@@ -73,6 +73,11 @@ def dequantizing(dtype: torch.dtype) -> list[Any]:
     return [qweight, scale, bits, levels, group, n, k, dtype, "x86_stream"]
 
 
+def reading(ids: list[int], dtype: torch.dtype = torch.bfloat16) -> list[Any]:
+    qweight, scale, *form = dequantizing(dtype)
+    return [qweight, scale, torch.tensor(ids), *form]
+
+
 def attending(*, turned: bool = False, sinks: Tensor | None = None) -> list[Any]:
     q, k, v = torch.randn(2, 4, 3, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
     keys = k.transpose(2, 3).contiguous().transpose(2, 3) if turned else k
@@ -89,6 +94,7 @@ PYTHON: dict[str, Callable[..., Tensor]] = {
     "matmul": op._matmul_impl,
     "matmul.inference": op._matmul_impl,
     "dequantize": op._dequantize_impl,
+    "rows": op._rows_impl,
     "attention": attention._impl,
 }
 RIGHT: dict[str, tuple[str, Callable[[], list[Any]]]] = {
@@ -103,6 +109,14 @@ RIGHT: dict[str, tuple[str, Callable[[], list[Any]]]] = {
         ],
     ),
     "dequantized": ("dequantize", lambda: dequantizing(torch.bfloat16)),
+    "rows of a table": ("rows", lambda: reading([[69, 0, 3], [-1, -70, 3]])),
+    "rows apart": (
+        "rows",
+        lambda: [
+            torch.stack((a, a), -1)[..., 0] if place == 0 else a
+            for place, a in enumerate(reading([5]))
+        ],
+    ),
     "attention": ("attention", attending),
     "attention to turned keys": ("attention", lambda: attending(turned=True)),
     "attention with sinks": ("attention", lambda: attending(sinks=torch.randn(4, 1, 1))),
@@ -116,6 +130,7 @@ WRONG: dict[str, tuple[str, Callable[[], list[Any]], str]] = {
     ),
     "another K": ("matmul", lambda: [torch.ones(3, 71), *call(k=72)[1:]], r"\[3, 71\] on cpu"),
     "another expert": ("matmul", lambda: routed("ids", [0, 2, 0]), "ids=torch.LongTensor"),
+    "another row": ("rows", lambda: reading([0, 70]), "ids=torch.LongTensor"),
     "a float64 result": ("dequantize", lambda: dequantizing(torch.float64), "dtype=7, kernel"),
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fqcompile.kernels import op
 from fqcompile.kernels.cpu import stream
+from fqcompile.native.interface import DTYPES
 from tests.kernels.cpu.test_stream import FEATURES, of_every_form, packed
 from tests.kernels.cpu.test_stream_experts import stack_of
 from tests.native.paths import NAMES, path
@@ -64,6 +65,24 @@ def test_it_gives_what_python_gives(name: str, threads: int, options: dict[str, 
         want = op._matmul_impl(*arguments)
     assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
     assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))  # NaN equals NaN
+
+
+@given(
+    name=st.sampled_from(NAMES), options=usual, dtype=st.sampled_from(tuple(DTYPES)),
+    ids=st.lists(st.integers(-1, 0), max_size=3), wide=st.booleans(),
+)  # fmt: skip
+def test_rows_are_what_python_reads(
+    name: str, options: dict[str, Any], dtype: torch.dtype, ids: list[int], wide: bool
+) -> None:
+    _, qweight, scale, _, _, *form = call(**{**options, "gated": False})
+    asked = torch.tensor([[*ids, form[3] // 2]], dtype=torch.int64 if wide else torch.int32)
+    arguments = (qweight, scale, asked, *form[:5], dtype, "x86_stream")
+    with path(name):
+        got = op.rows(*arguments)
+        stream.serve(None)
+        want = op._rows_impl(*arguments)
+    assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
+    assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
 
 
 STRIDED = torch.randn(3, 300, dtype=BF16)[:, 7:79]
