@@ -53,15 +53,18 @@ _FLAGS = (
 
 @dataclass(frozen=True)
 class NativeLibrary:
-    """Its functions; each takes the bytes of its arguments, see the C++ file that has it."""
+    """Its functions; each takes the bytes of its arguments, see the C++ file that has it.
+
+    All but `serve` raise MemoryError where memory is short.
+    """
 
     isa: str
     matmul: Callable[[bytes], int]
     serve: Callable[[bytes | None], None]
-    dequantize: Callable[[bytes], None]
-    attention: Callable[[bytes], None]
-    search: Callable[[bytes], None]
-    encode: Callable[[bytes], None]
+    dequantize: Callable[[bytes], int]
+    attention: Callable[[bytes], int]
+    search: Callable[[bytes], int]
+    encode: Callable[[bytes], int]
 
 
 def native_library() -> NativeLibrary:
@@ -252,13 +255,20 @@ def load(isa: Isa, path: Path) -> NativeLibrary:
     """
     try:
         library = ctypes.CDLL(str(path))
-        matmul, *others = (
-            getattr(library, f"fqcompile_{name}")
+        functions = {
+            name: getattr(library, f"fqcompile_{name}")
             for name in ("matmul", "serve", "dequantize", "attention", "search", "encode")
-        )
+        }
     except (OSError, AttributeError) as error:
         raise KernelBuildError(f"{path} does not load: {error}") from error
-    matmul.argtypes, matmul.restype = [ctypes.c_char_p], ctypes.c_int64
-    for function in others:
+    for name, function in functions.items():
         function.argtypes, function.restype = [ctypes.c_char_p], None
-    return NativeLibrary(isa.name, matmul, *others)
+        if name != "serve":
+            function.restype, function.errcheck = ctypes.c_int64, _has_memory
+    return NativeLibrary(isa.name, **functions)
+
+
+def _has_memory(code: int, *_: object) -> int:
+    if code < 0:
+        raise MemoryError("the x86 kernel found no memory for its sums")
+    return code

@@ -391,11 +391,11 @@ class Matmul {
 
 bool multiply(const Call& call) { return Matmul(call).run(); }
 
-// 0, or 1 where the routing names a row or an expert that there is not.
+// 0, or 1 where the routing names a row or an expert that there is not; see without_exceptions.
 extern "C" EXPORT int64_t fqcompile_matmul(const char* bytes) {
   Call call;
   memcpy(&call, bytes, sizeof(call));
-  return multiply(call) ? 0 : 1;
+  return without_exceptions([&] { return multiply(call) ? 0 : 1; });
 }
 
 void dequantize(const Panel& panel) {
@@ -418,8 +418,8 @@ void dequantize(const Picked& picked) {
   });
 }
 
-extern "C" EXPORT void fqcompile_dequantize(const char* bytes) {
+extern "C" EXPORT int64_t fqcompile_dequantize(const char* bytes) {
   Panel panel;
   memcpy(&panel, bytes, sizeof(panel));
-  dequantize(panel);
+  return without_exceptions([&] { return dequantize(panel), 0; });
 }

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import re
+import resource
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import torch
 
 from fqcompile.errors import KernelBuildError
 from fqcompile.files.trusted import cache_directory
-from fqcompile.kernels.cpu import stream
+from fqcompile.kernels.cpu import attention, stream
 from fqcompile.kernels.epilogue import Epilogue
 from fqcompile.native import isa
 from fqcompile.native import library as native
@@ -228,6 +229,27 @@ def test_python_threads_may_call_it_at_once() -> None:
             thread.join()
     assert len(found) == 200
     assert all(torch.equal(y, want) for y in found)
+
+
+def test_memory_that_is_short_is_an_error_in_any_thread() -> None:
+    """Of a thread of PyTorch's, a lost exception would be a part of the result that is missing."""
+    q, v = torch.zeros(1, 1, 1, 1 << 24), torch.zeros(1, 1, 300, 8)
+    wide = (q, q.expand(1, 1, 300, q.shape[3]), v, None, None, 1.0, 0.0, False, False)
+    small = (v[..., :1, :], v, v, *wide[3:])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    for threads in (1, 2):
+        with path(NAMES[0], threads):
+            attention.attention(*small)  # threads start
+            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 23), before[1]))
+            try:
+                with pytest.raises(MemoryError, match="bad_alloc"):
+                    attention.attention(*wide)
+                with pytest.raises(MemoryError, match="no memory for its sums"):
+                    attention._impl(*wide)
+            finally:
+                resource.setrlimit(resource.RLIMIT_AS, before)
+            assert torch.equal(attention.attention(*small), attention._impl(*small))
 
 
 def test_refusal_is_that_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
