@@ -131,6 +131,9 @@ WRONG: dict[str, tuple[str, Callable[[], list[Any]], str]] = {
     "another K": ("matmul", lambda: [torch.ones(3, 71), *call(k=72)[1:]], r"\[3, 71\] on cpu"),
     "another expert": ("matmul", lambda: routed("ids", [0, 2, 0]), "ids=torch.LongTensor"),
     "another row": ("rows", lambda: reading([0, 70]), "ids=torch.LongTensor"),
+    "another device": (
+        "matmul", lambda: [torch.ones(3, 72, device="meta"), *call(k=72)[1:]], "on meta",
+    ),
     "a float64 result": ("dequantize", lambda: dequantizing(torch.float64), "dtype=7, kernel"),
 }  # fmt: skip
 
