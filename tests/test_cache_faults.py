@@ -25,6 +25,7 @@ from torch import nn
 import fqcompile
 from fqcompile.files import trusted as place
 from fqcompile.native import library as native
+from fqcompile.native.isa import ISAS
 from fqcompile.weights import disk_cache
 from fqcompile.weights.disk_cache import DiskCache
 from tests.children import NOBODY, in_child, needs_root, open_folder
@@ -37,7 +38,7 @@ if not NAMES or shutil.which("g++") is None:
     pytest.skip("this machine builds no x86 kernel", allow_module_level=True)
 
 STREAM = "x86_stream"
-ISA = native.ISAS[NAMES[0]]
+ISA = ISAS[NAMES[0]]
 
 
 class Start(NamedTuple):

@@ -22,6 +22,7 @@ from fqcompile.files import trusted
 from fqcompile.files.trusted import cache_directory
 from fqcompile.locks import fork_safe, locked
 from fqcompile.native import library as native
+from fqcompile.native.isa import ISAS
 from fqcompile.weights.disk_cache import DiskCache
 from fqcompile.weights.store import WeightStore
 from tests.children import FORK, NOBODY, in_child, needs_root, open_folder
@@ -260,7 +261,7 @@ def test_children_of_a_busy_process_do_not_hang(
     Each child calls what its parent has compiled, compiles anew, and quantizes.
     """
     if NAMES:
-        made = native.build(native.ISAS[NAMES[0]], cache_directory() / "x86")
+        made = native.build(ISAS[NAMES[0]], cache_directory() / "x86")
         compiler = copying_compiler(tmp_path, made)
         monkeypatch.setattr(native, "_compiler", lambda: compiler)
     monkeypatch.setenv("FQCOMPILE_CACHE_DIR", str(tmp_path))
@@ -296,7 +297,7 @@ def test_children_of_a_busy_process_do_not_hang(
     def build(count: int) -> None:
         for path in (tmp_path / "x86").glob("*.so"):
             path.unlink()
-        native.build(native.ISAS[NAMES[0]], tmp_path / "x86")
+        native.build(ISAS[NAMES[0]], tmp_path / "x86")
 
     def use(number: int) -> None:
         check(compiled, dense[0])

@@ -580,8 +580,8 @@ void attend(const AttentionCall& call) {
   Attention<Widened<FP16>>(call).run();
 }
 
-extern "C" EXPORT void fqcompile_attention(const char* bytes) {
+extern "C" EXPORT int64_t fqcompile_attention(const char* bytes) {
   AttentionCall call;
   memcpy(&call, bytes, sizeof(call));
-  attend(call);
+  return without_exceptions([&] { return attend(call), 0; });
 }

@@ -1,6 +1,6 @@
 // One attention: where its operands lie, and what they are.
 #pragma once
-#include "vectors.h"
+#include "types.h"
 
 enum MaskType : int64_t { BOOL = 3 };  // or one of DType
 

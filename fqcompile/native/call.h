@@ -1,6 +1,6 @@
 // One matmul: where its operands lie, and what they are.
 #pragma once
-#include "epilogue.h"
+#include "types.h"
 
 constexpr int OUTPUTS = 64, STEP = 8;  // a block's outputs; K is rounded up to whole steps
 
@@ -58,3 +58,15 @@ struct Panel {
 };
 
 void dequantize(const Panel& panel);
+
+// ŵ [count][k] of the rows that `ids` name, each in [0, rows).
+struct Picked {
+  Weight weight;
+  const int64_t* ids;
+  int64_t count;
+  DType type;
+  void* to;
+  int64_t one_thread;
+};
+
+void dequantize(const Picked& picked);

@@ -1,8 +1,6 @@
-// Activations on vectors of fp32; the numbers are those of ACTIVATIONS in kernels/epilogue.py.
+// Activations on vectors of fp32.
 #pragma once
 #include "vectors.h"
-
-enum Activation : int64_t { NONE = 0, RELU = 1, GELU = 2, GELU_TANH = 3, SILU = 4, SWIGLU_OAI = 5 };
 
 // e^x: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]; within 2 units of the last place. Clamped, so
 // that 2^n is a normal number, or above e^88.37 infinity: below e^-87 the result is that, not zero.

@@ -5,15 +5,12 @@ directory under a name derived from the source, the compiler, the flags and torc
 is built once for all processes and again for another version. Importing this module builds nothing.
 
 <name>.so   the library, and its SHA-256: loading a damaged library would crash the process
-
-FQCOMPILE_CPU_ISA names a narrower path, or "none", to be used instead.
 """
 
 import ctypes
 import logging
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,12 +31,15 @@ from fqcompile.files.trusted import (
     writing,
 )
 from fqcompile.native.interface import DEFINITIONS
-from fqcompile.torch_compat import InvalidCxxCompiler, cpp_compiler, has_feature
+from fqcompile.native.isa import Isa, chosen_isa
+from fqcompile.torch_compat import InvalidCxxCompiler, cpp_compiler
 
 log = logging.getLogger("fqcompile")
 
-OVERRIDE = "FQCOMPILE_CPU_ISA"
 _SOURCES = sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".h", ".cpp"))
+# What the dispatcher calls is compiled for any processor, so that it can refuse those that lack the
+# kernels' instructions. Linked first: of a function in several objects, the first is taken.
+_FIRST = "operator.cpp"
 # Inductor's own builds take minutes at most; a compiler that hangs must not hang a model.
 _TIME_LIMIT = 600.0
 _DIGEST_BYTES = sha256().digest_size
@@ -49,40 +49,22 @@ _FLAGS = (
     *("-fno-math-errno", "-ffp-contract=off"),
     *DEFINITIONS,
 )
-_AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
-
-
-@dataclass(frozen=True)
-class Isa:
-    """A path of the kernel: the instructions that it is compiled for, and whether they are here."""
-
-    name: str
-    flags: tuple[str, ...]
-    supported: Callable[[], bool]
-
-
-ISAS = {
-    isa.name: isa
-    for isa in (
-        Isa("avx512_bf16", (*_AVX512, "-mavx512bf16"), lambda: has_feature("avx512_bf16")),
-        Isa("avx512", _AVX512, lambda: has_feature("avx512")),
-        Isa("avx2", _AVX2, lambda: has_feature("avx2")),
-    )
-}
 
 
 @dataclass(frozen=True)
 class NativeLibrary:
-    """Its functions; each takes the bytes of its arguments, see the C++ file that has it."""
+    """Its functions; each takes the bytes of its arguments, see the C++ file that has it.
+
+    All but `serve` raise MemoryError where memory is short.
+    """
 
     isa: str
     matmul: Callable[[bytes], int]
     serve: Callable[[bytes | None], None]
-    dequantize: Callable[[bytes], None]
-    attention: Callable[[bytes], None]
-    search: Callable[[bytes], None]
-    encode: Callable[[bytes], None]
+    dequantize: Callable[[bytes], int]
+    attention: Callable[[bytes], int]
+    search: Callable[[bytes], int]
+    encode: Callable[[bytes], int]
 
 
 def native_library() -> NativeLibrary:
@@ -164,25 +146,6 @@ def _built_for_now(isa: Isa, error: KernelBuildError) -> NativeLibrary:
         raise error from None
 
 
-def chosen_isa() -> Isa:
-    """The path that FQCOMPILE_CPU_ISA names, else the widest one that this processor has.
-
-    Raises:
-        KernelBuildError: there is none.
-    """
-    wanted = os.environ.get(OVERRIDE)
-    if wanted == "none":
-        raise KernelBuildError(f"{OVERRIDE}=none says so")
-    if wanted and wanted not in ISAS:
-        raise KernelBuildError(f"{OVERRIDE}={wanted!r} is not one of {', '.join(ISAS)}, none")
-    if sys.platform != "linux":
-        raise KernelBuildError(f"is built on linux, not {sys.platform}")
-    for isa in [ISAS[wanted]] if wanted else ISAS.values():
-        if isa.supported():
-            return isa
-    raise KernelBuildError(f"this processor has none of {wanted or ', '.join(ISAS)}")
-
-
 def build(isa: Isa, directory: Path) -> Path:
     """The shared library for `isa` in `directory`, compiled if it is not there.
 
@@ -238,11 +201,16 @@ def _digest(command: list[str]) -> str:
 def _compile(command: list[str], path: Path) -> None:
     """Compile to temporary files first, so that `path` is always a complete library."""
     torch_at, mains = Path(torch.__file__).parent, [s for s in _SOURCES if s.suffix == ".cpp"]
+    mains.sort(key=lambda source: source.name != _FIRST)
+    for_any = [flag for flag in command if not flag.startswith("-m")]
     *objects, made = (path.with_name(name) for name in (*(f".{s.stem}.o" for s in mains), ".made"))
     # What lies between the compiler and the linker fits where the library does.
     run = partial(_run, environment={**os.environ, "TMPDIR": str(path.parent.absolute())})
     parts = [
-        [*command, f"-I{torch_at}/include", "-c", str(source), "-o", str(part)]
+        [
+            *(for_any if source.name == _FIRST else command),
+            *(f"-I{torch_at}/include", "-c", str(source), "-o", str(part)),
+        ]
         for source, part in zip(mains, objects, strict=True)
     ]
     linking = [*command, *map(str, objects), "-o", str(made), f"-L{torch_at}/lib"]
@@ -287,13 +255,20 @@ def load(isa: Isa, path: Path) -> NativeLibrary:
     """
     try:
         library = ctypes.CDLL(str(path))
-        matmul, *others = (
-            getattr(library, f"fqcompile_{name}")
+        functions = {
+            name: getattr(library, f"fqcompile_{name}")
             for name in ("matmul", "serve", "dequantize", "attention", "search", "encode")
-        )
+        }
     except (OSError, AttributeError) as error:
         raise KernelBuildError(f"{path} does not load: {error}") from error
-    matmul.argtypes, matmul.restype = [ctypes.c_char_p], ctypes.c_int64
-    for function in others:
+    for name, function in functions.items():
         function.argtypes, function.restype = [ctypes.c_char_p], None
-    return NativeLibrary(isa.name, matmul, *others)
+        if name != "serve":
+            function.restype, function.errcheck = ctypes.c_int64, _has_memory
+    return NativeLibrary(isa.name, **functions)
+
+
+def _has_memory(code: int, *_: object) -> int:
+    if code < 0:
+        raise MemoryError("the x86 kernel found no memory for its sums")
+    return code

@@ -15,6 +15,7 @@
 
 #include "call.h"
 #include "codes.h"
+#include "epilogue.h"
 #include "parallel.h"
 
 namespace {
@@ -174,6 +175,21 @@ void tile_of(const Weight& w, const Levels& levels, int64_t block, const Bits* x
     case 6: return tile<Code, 6>(w, levels, block, x, sums, stride);
     case 7: return tile<Code, 7>(w, levels, block, x, sums, stride);
     default: return tile<Code, 8>(w, levels, block, x, sums, stride);
+  }
+}
+
+// ŵ of one row, as fp32. A row has one code of each word and one scale of each 64 that a block reads.
+void dequantize_row(const Weight& w, const Levels& levels, int64_t row, float* to) {
+  const int64_t block = row / OUTPUTS, place = row % OUTPUTS, bits = w.bits, per_word = 32 / bits;
+  const uint32_t* words = w.words + block * w.block_words() + place;
+  for (int64_t g = 0; g < w.groups(); g++) {
+    float scale[LANES];
+    store(scale, load_some(w.scales, w.scale_type, block * w.block_scales() + g * OUTPUTS + place, 1));
+    for (int64_t k = g * w.group; k < std::min((g + 1) * w.group, w.k); k++) {
+      const int64_t i = k % per_word, bit = 16 * (i & 1) + bits * (i >> 1);  // see codes.h
+      const uint32_t code = words[k / per_word * OUTPUTS] >> bit;
+      to[k] = (bits == 4 ? levels.fp32[code & 15] : float(int8_t(code))) * scale[0];
+    }
   }
 }
 
@@ -375,11 +391,11 @@ class Matmul {
 
 bool multiply(const Call& call) { return Matmul(call).run(); }
 
-// 0, or 1 where the routing names a row or an expert that there is not.
+// 0, or 1 where the routing names a row or an expert that there is not; see without_exceptions.
 extern "C" EXPORT int64_t fqcompile_matmul(const char* bytes) {
   Call call;
   memcpy(&call, bytes, sizeof(call));
-  return multiply(call) ? 0 : 1;
+  return without_exceptions([&] { return multiply(call) ? 0 : 1; });
 }
 
 void dequantize(const Panel& panel) {
@@ -391,8 +407,19 @@ void dequantize(const Panel& panel) {
   });
 }
 
-extern "C" EXPORT void fqcompile_dequantize(const char* bytes) {
+void dequantize(const Picked& picked) {
+  const Levels levels(picked.weight.values);
+  const int64_t k = picked.weight.k;
+  in_parallel(picked.count, picked.one_thread || picked.count * k < (1 << 15), [&](int64_t i) {
+    thread_local std::vector<float> row;
+    row.resize(std::max(row.size(), size_t(k + LANES)));
+    dequantize_row(picked.weight, levels, picked.ids[i], row.data());
+    for (int64_t at = 0; at < k; at += LANES) store_some(picked.to, picked.type, i * k + at, load(&row[size_t(at)]), k - at);
+  });
+}
+
+extern "C" EXPORT int64_t fqcompile_dequantize(const char* bytes) {
   Panel panel;
   memcpy(&panel, bytes, sizeof(panel));
-  dequantize(panel);
+  return without_exceptions([&] { return dequantize(panel), 0; });
 }

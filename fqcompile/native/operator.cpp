@@ -1,5 +1,5 @@
-// fqcompile::matmul, matmul.inference, dequantize, rows and attention, called by PyTorch's dispatcher with
-// no Python between: 4 us a call, of which an operator that does nothing takes 3.5. By Python it takes 10,
+// fqcompile::matmul, matmul.inference, dequantize, rows and attention, called by PyTorch's dispatcher with no
+// Python between: 4 us a call, of which an operator that does nothing takes 3.5. By Python it takes 10,
 // and more where weights have pushed Python out of the caches.
 //
 // This comes before the implementation for CPUs, which is Python's (kernels/op.py, cpu/attention.py). What
@@ -7,11 +7,14 @@
 // says what is wrong.
 //
 // Where the library is loaded and Python's fqcompile is not, as for exported programs in C++, it defines the
-// operators too. What is not usual is then made so, by copies that are contiguous, or refused.
+// operators too. What is not usual is then made so, by copies that are contiguous, or refused. So is every
+// call on a processor without the kernels' instructions, of which this file has none: see library.py.
 #include <ATen/EmptyTensor.h>
 #include <pthread.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cstring>
 #include <optional>
 #include <span>
 #include <sstream>
@@ -27,6 +30,9 @@ struct Settings {
   int64_t most_bf16_rows = INT64_MAX;  // of bf16 and one matrix; for more, Python's way is faster
   int64_t forked;  // whether this is a child of os.fork, where libgomp would wait for the parent's threads
 } settings;
+
+// Whether this processor has the instructions that the kernels are compiled for.
+const bool is_here = (__builtin_cpu_init(), FQCOMPILE_ISA_IS_HERE);
 
 // The values of the codes -8 to 7. This and the schemas come from native/interface.py.
 constexpr float NORMAL[] = {FQCOMPILE_NORMAL_LEVELS};
@@ -178,72 +184,52 @@ Result matmul(const c10::IValue* a) {
   return y;
 }
 
-// Of a call that asks for values of ŵ, what follows the tensors.
-struct Form {
-  Panel panel{};
-  at::ScalarType type{};
-
-  bool read(const at::Tensor& qweight, const at::Tensor& scale, const c10::IValue* a) {
-    enum { BITS, LEVELS, GROUP_SIZE, ROWS, K, DTYPE, KERNEL };
-    Weight& w = panel.weight;
-    type = a[DTYPE].toScalarType();
-    return a[KERNEL].toStringRef() == "x86_stream" && type_of(type, panel.type) &&
-           read_format(a[BITS].toInt(), a[LEVELS].toStringRef(), a[GROUP_SIZE].toInt(), a[ROWS].toInt(), a[K].toInt(), w) &&
-           read_weight(qweight, scale, {}, w);
-  }
-
-  at::Tensor dequantized() {
-    const Weight& w = panel.weight;
-    const at::Tensor turned = at::detail::empty_cpu({w.k, w.rows}, type);
-    panel.count = w.blocks();
-    panel.to = turned.mutable_data_ptr();
-    panel.stride = w.rows;
-    panel.one_thread = settings.forked;
-    ::dequantize(panel);
-    return turned.t().contiguous();
-  }
-};
-
 // ŵ [rows, K], for fqcompile::dequantize.
 Result dequantize(const c10::IValue* a) {
-  Form form;
-  if (!form.read(a[0].toTensor(), a[1].toTensor(), a + 2)) return {};
-  return form.dequantized();
-}
-
-// ŵ[ids] [..., K], for fqcompile::rows: the codes and scales of these rows in blocks of their own.
-Result some_rows(const c10::IValue* a) {
-  Form form;
-  const at::Tensor& ids = a[2].toTensor();
-  const bool wide = ids.scalar_type() == at::kLong;
-  if (!form.read(a[0].toTensor(), a[1].toTensor(), a + 3) || !is(ids, ids.sizes()) ||
-      !(wide || ids.scalar_type() == at::kInt))
+  enum { QWEIGHT, SCALE, BITS, LEVELS, GROUP_SIZE, ROWS, K, DTYPE, KERNEL };
+  Panel panel{};
+  Weight& w = panel.weight;
+  const at::ScalarType type = a[DTYPE].toScalarType();
+  if (a[KERNEL].toStringRef() != "x86_stream" || !type_of(type, panel.type) ||
+      !read_format(a[BITS].toInt(), a[LEVELS].toStringRef(), a[GROUP_SIZE].toInt(), a[ROWS].toInt(), a[K].toInt(), w) ||
+      !read_weight(a[QWEIGHT].toTensor(), a[SCALE].toTensor(), {}, w))
     return {};
-  Weight& w = form.panel.weight;
-  const Weight whole = w;
-  const void* given = ids.const_data_ptr();
-  w.rows = ids.numel();
-  at::DimVector sizes(ids.sizes());
-  sizes.push_back(w.k);
-  if (!w.rows) return at::detail::empty_cpu(sizes, form.type);
-  const int64_t bytes = bytes_of(w.scale_type);
-  std::vector<uint32_t> words(size_t(w.blocks() * w.block_words()));
-  std::vector<char> scales(size_t(w.blocks() * w.block_scales() * bytes));
-  for (int64_t i = 0; i < w.rows; i++) {
-    const int64_t id = wide ? ((const int64_t*)given)[i] : ((const int32_t*)given)[i];
-    if (id < 0 || id >= whole.rows) return {};
-    for (int64_t j = 0; j < w.block_words(); j += OUTPUTS)
-      words[size_t(i / OUTPUTS * w.block_words() + j + i % OUTPUTS)] =
-          whole.words[id / OUTPUTS * w.block_words() + j + id % OUTPUTS];
-    for (int64_t j = 0; j < w.block_scales(); j += OUTPUTS)
-      memcpy(scales.data() + (i / OUTPUTS * w.block_scales() + j + i % OUTPUTS) * bytes,
-             (const char*)whole.scales + (id / OUTPUTS * w.block_scales() + j + id % OUTPUTS) * bytes, size_t(bytes));
-  }
-  w.words = words.data(), w.scales = scales.data();
-  return form.dequantized().view(sizes);
+  const at::Tensor turned = at::detail::empty_cpu({w.k, w.rows}, type);
+  panel.count = w.blocks();
+  panel.to = turned.mutable_data_ptr();
+  panel.stride = w.rows;
+  panel.one_thread = settings.forked;
+  ::dequantize(panel);
+  return turned.t().contiguous();
 }
 
-// The same for fqcompile::attention.
+// ŵ[ids], for fqcompile::rows.
+Result rows(const c10::IValue* a) {
+  enum { QWEIGHT, SCALE, IDS, BITS, LEVELS, GROUP_SIZE, ROWS, K, DTYPE, KERNEL };
+  Picked picked{};
+  Weight& w = picked.weight;
+  const at::ScalarType type = a[DTYPE].toScalarType();
+  const at::Tensor& asked = a[IDS].toTensor();
+  if (a[KERNEL].toStringRef() != "x86_stream" || !type_of(type, picked.type) || !is_dense(asked) ||
+      (asked.scalar_type() != at::kInt && asked.scalar_type() != at::kLong) ||
+      !read_format(a[BITS].toInt(), a[LEVELS].toStringRef(), a[GROUP_SIZE].toInt(), a[ROWS].toInt(), a[K].toInt(), w) ||
+      !read_weight(a[QWEIGHT].toTensor(), a[SCALE].toTensor(), {}, w))
+    return {};
+  const at::Tensor flat = asked.to(at::kLong).contiguous();
+  std::vector<int64_t> ids(flat.const_data_ptr<int64_t>(), flat.const_data_ptr<int64_t>() + flat.numel());
+  for (const int64_t id : ids)
+    if (id < 0 || id >= w.rows) return {};
+  at::DimVector sizes(asked.sizes());
+  sizes.push_back(w.k);
+  at::Tensor y = at::detail::empty_cpu(sizes, type);
+  picked.ids = ids.data(), picked.count = int64_t(ids.size());
+  picked.to = y.mutable_data_ptr();
+  picked.one_thread = settings.forked;
+  ::dequantize(picked);
+  return y;
+}
+
+// fqcompile::attention, likewise.
 enum AttentionPlace { Q, KEYS, VALUES, MASK, SINKS, SCALE_OF_SCORES, SOFTCAP, CAUSAL, NAN_IF_HIDDEN };
 
 class UsualAttention {
@@ -316,6 +302,9 @@ Result attention(const c10::IValue* a) {
 
 // What only Python could run, where there is none.
 [[noreturn]] void refuse(const c10::OperatorHandle& op, std::span<const c10::IValue> arguments) {
+  TORCH_CHECK(is_here, op.operator_name().name, ": this file of fqcompile's library was built for " FQCOMPILE_ISA
+              " instructions, and this processor lacks some. One for all x86 processors since 2015 is at the path ",
+              "that `FQCOMPILE_CPU_ISA=avx2 python -c 'import fqcompile; print(fqcompile.library_path())'` prints.");
   std::ostringstream call;
   for (size_t i = 0; i < arguments.size(); i++) {
     call << (i ? ", " : "") << op.schema().arguments()[i].name() << "=";
@@ -332,13 +321,13 @@ template <Result (*run)(const c10::IValue*)>
 void serve(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const size_t places = op.schema().arguments().size();
   const std::span<c10::IValue> arguments(stack->data() + stack->size() - places, places);
-  Result y = run(arguments.data());
+  Result y = is_here ? run(arguments.data()) : Result{};
   if (!y && op.hasKernelForDispatchKey(c10::DispatchKey::CPU))
     return op.redispatchBoxed(keys.remove(c10::DispatchKey::BackendSelect), stack);
   if (!y) {
     for (c10::IValue& a : arguments)
       if (a.isTensor() && is_dense(a.toTensor())) a = a.toTensor().contiguous();
-    y = run(arguments.data());
+    if (is_here) y = run(arguments.data());
     if (!y) refuse(op, arguments);
   }
   torch::jit::drop(*stack, places);
@@ -359,7 +348,7 @@ void begin_to_serve() {
   for (const char* name : {"matmul", "matmul.inference"})
     serving->impl(name, torch::CppFunction::makeFromBoxedFunction<&serve<matmul>>());
   serving->impl("dequantize", torch::CppFunction::makeFromBoxedFunction<&serve<dequantize>>());
-  serving->impl("rows", torch::CppFunction::makeFromBoxedFunction<&serve<some_rows>>());
+  serving->impl("rows", torch::CppFunction::makeFromBoxedFunction<&serve<rows>>());
   serving->impl("attention", torch::CppFunction::makeFromBoxedFunction<&serve<attention>>());
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <new>
 
 // From libtorch (torch/csrc/stable/c/shim.h).
 extern "C" int32_t torch_parallel_for(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
@@ -31,5 +32,15 @@ static void in_parallel(int64_t count, bool one_thread, const Task& task, int64_
     for (int64_t i; (i = s.next.fetch_add(s.run, std::memory_order_relaxed)) < s.count;)
       for (const int64_t end = std::min(i + s.run, s.count); i < end; i++) s.task(i);
   };
-  torch_parallel_for(0, workers, 1, work, &shared);
+  if (torch_parallel_for(0, workers, 1, work, &shared)) throw std::bad_alloc();  // tasks throw nothing else
+}
+
+// For Python, through which no exception may go: what act() returns, or -1 where memory is short.
+template <class Act>
+static int64_t without_exceptions(const Act& act) {
+  try {
+    return act();
+  } catch (const std::bad_alloc&) {
+    return -1;
+  }
 }

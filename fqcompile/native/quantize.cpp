@@ -324,18 +324,19 @@ void each_row(const Matrix& m, bool one_thread, const Task& task) {
 }  // namespace
 
 // Scales of least sum h (w - ŵ)^2, before they are rounded, and that sum for each row's candidates.
-extern "C" EXPORT void fqcompile_search(const char* bytes) {
+extern "C" EXPORT int64_t fqcompile_search(const char* bytes) {
   Search search;
   memcpy(&search, bytes, sizeof(search));
-  each_row(search.matrix, search.one_thread, [&](const auto& levels, int64_t r) {
+  const auto row = [&](const auto& levels, int64_t r) {
     RowSearch<std::decay_t<decltype(levels)>>(search, levels, r);
-  });
+  };
+  return without_exceptions([&] { return each_row(search.matrix, search.one_thread, row), 0; });
 }
 
 // Codes in the plain layout.
-extern "C" EXPORT void fqcompile_encode(const char* bytes) {
+extern "C" EXPORT int64_t fqcompile_encode(const char* bytes) {
   Encode encode;
   memcpy(&encode, bytes, sizeof(encode));
-  each_row(encode.matrix, encode.one_thread,
-           [&](const auto& levels, int64_t r) { encode_row(encode, levels, r); });
+  const auto row = [&](const auto& levels, int64_t r) { encode_row(encode, levels, r); };
+  return without_exceptions([&] { return each_row(encode.matrix, encode.one_thread, row), 0; });
 }

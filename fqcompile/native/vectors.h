@@ -7,14 +7,13 @@
 #include <cstdint>
 #include <cstring>
 
+#include "types.h"
+
 #define INLINE_MEMBER inline __attribute__((always_inline))
 #define INLINE static INLINE_MEMBER
-#define EXPORT __attribute__((visibility("default")))
 
 // Four bytes of x, wherever they lie: an fp32 or two bf16.
 typedef uint32_t Bits __attribute__((aligned(1), may_alias));
-
-enum DType : int64_t { FP32 = 0, BF16 = 1, FP16 = 2 };
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
@@ -221,7 +220,6 @@ INLINE void store_as(void* p, DType type, int64_t at, F32 v) {
   if (type == BF16) return store_half(half, round_to_bf16(v));
   store_fp16(half, v);
 }
-INLINE int64_t bytes_of(DType type) { return type == FP32 ? 4 : 2; }
 
 // The same for the last elements of an array, of which only `count` may be touched.
 INLINE F32 load_some(const void* p, DType type, int64_t at, int64_t count) {

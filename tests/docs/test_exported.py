@@ -72,12 +72,31 @@ def test_it_runs_in_python_without_fqcompile(made: tuple[Path, Any]) -> None:
 
 @pytest.mark.slow
 def test_without_the_library_the_operator_is_named(made: tuple[Path, Any]) -> None:
+    """As the page quotes it; the program's error is in PyTorch's log, on stderr."""
     code = (
-        f"{ALONE}"
-        "try:\n    torch._inductor.aoti_load_package('model.pt2')(torch.ones(3, 256))\n"
-        "except RuntimeError as error:\n    print(error)\n"
+        f"{ALONE}import os\nos.dup2(1, 2)\n"
+        "for run in ("
+        "    lambda: torch._inductor.aoti_load_package('model.pt2')(torch.ones(3, 256)),\n"
+        "    lambda: torch.export.load('program.pt2'),\n"
+        "):\n"
+        "    try:\n        run()\n"
+        "    except RuntimeError as error:\n        print(error)\n"
     )
-    assert "fqcompile::matmul" in run(sys.executable, "-c", code, folder=made[0])
+    printed = run(sys.executable, "-c", code, folder=made[0])
+    told = " ".join(PAGE.read_text(encoding="utf-8").split())
+    for error in (
+        "Could not find schema for fqcompile::matmul.inference",
+        "failed to resolve torch.ops.fqcompile.matmul.inference",
+    ):
+        assert error in printed and error in told
+
+
+@pytest.mark.slow
+def test_the_copied_library_is_not_taken_for_the_package(made: tuple[Path, Any]) -> None:
+    code = "from importlib import util\nimport sys\nsys.path.append(sys.argv[1])\n"
+    code += "print(util.find_spec('fqcompile').origin)"
+    found = run(sys.executable, "-c", code, str(PAGE.parents[2]), folder=made[0])
+    assert found.strip() == fqcompile.__file__
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ from fqcompile.errors import KernelBuildError
 from fqcompile.files.trusted import cache_directory
 from fqcompile.kernels.cpu.stream import serve
 from fqcompile.native import library as native_library
-from fqcompile.native.library import ISAS, NativeLibrary, build, load
+from fqcompile.native.isa import ISAS
+from fqcompile.native.library import NativeLibrary, build, load
 
 if os.environ.get("FQTEST_SANITIZE"):  # as `make sanitize` does, which preloads their runtime
     native_library._FLAGS += (

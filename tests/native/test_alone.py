@@ -3,6 +3,7 @@
 One process makes every call; what it gives is what Python gives here, bit for bit.
 """
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from fqcompile.errors import KernelBuildError
 from fqcompile.kernels import op
 from fqcompile.kernels.cpu import attention, stream
 from fqcompile.native import library as native
+from fqcompile.native.isa import ISAS, OVERRIDE, Isa
+from fqcompile.native.library import build
 from tests.native.paths import NAMES, path
 from tests.native.test_operator import UNUSUAL, USUAL, call, routed
 
@@ -70,8 +73,8 @@ def dequantizing(dtype: torch.dtype) -> list[Any]:
     return [qweight, scale, bits, levels, group, n, k, dtype, "x86_stream"]
 
 
-def reading(ids: Tensor) -> list[Any]:
-    qweight, scale, *form = dequantizing(torch.float32)
+def reading(ids: Tensor, dtype: torch.dtype = torch.bfloat16) -> list[Any]:
+    qweight, scale, *form = dequantizing(dtype)
     return [qweight, scale, ids, *form]
 
 
@@ -106,10 +109,17 @@ RIGHT: dict[str, tuple[str, Callable[[], list[Any]]]] = {
         ],
     ),
     "dequantized": ("dequantize", lambda: dequantizing(torch.bfloat16)),
-    "rows": ("rows", lambda: reading(torch.tensor([[69, 0, 3], [64, 3, 63]]))),
+    "rows of a table": ("rows", lambda: reading(torch.tensor([[69, 0, 3], [64, 3, 63]]))),
     "turned rows": ("rows", lambda: reading(torch.randint(70, (2, 80), dtype=torch.int32).mT)),
-    "a row": ("rows", lambda: reading(torch.tensor(69))),
+    "a row": ("rows", lambda: reading(torch.tensor(69), torch.float32)),
     "no rows": ("rows", lambda: reading(torch.empty(2, 0, dtype=torch.int64))),
+    "rows apart": (
+        "rows",
+        lambda: [
+            torch.stack((a, a), -1)[..., 0] if place == 0 else a
+            for place, a in enumerate(reading(torch.tensor([5])))
+        ],
+    ),
     "attention": ("attention", attending),
     "attention to turned keys": ("attention", lambda: attending(turned=True)),
     "attention with sinks": ("attention", lambda: attending(sinks=torch.randn(4, 1, 1))),
@@ -125,6 +135,9 @@ WRONG: dict[str, tuple[str, Callable[[], list[Any]], str]] = {
     "another expert": ("matmul", lambda: routed("ids", [0, 2, 0]), "ids=torch.LongTensor"),
     "no such row": ("rows", lambda: reading(torch.tensor([70])), r"ids=torch.LongTensor\[1\]"),
     "a row from the end": ("rows", lambda: reading(torch.tensor([-1])), r"ids=torch.LongTensor"),
+    "another device": (
+        "matmul", lambda: [torch.ones(3, 72, device="meta"), *call(k=72)[1:]], "on meta",
+    ),
     "a float64 result": ("dequantize", lambda: dequantizing(torch.float64), "dtype=7, kernel"),
 }  # fmt: skip
 
@@ -193,7 +206,41 @@ def test_loaded_beside_python_it_changes_nothing(library: Path) -> None:
     assert torch.equal(op.matmul_inference(*arguments), want)
 
 
+@pytest.mark.slow
+def test_a_processor_without_its_instructions_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """XOP was in processors from 2011 to 2015; nothing here may run an instruction of it."""
+    xop = Isa("xop", (*ISAS["avx2"].instructions, "xop"))
+    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-O0"))
+    library = build(xop, tmp_path)
+    calls = {name: (RIGHT[name][0], RIGHT[name][1]()) for name in ("one row", "attention")}
+    torch.save(calls, tmp_path / "calls.pt")
+    child(CHILD, tmp_path / "calls.pt", tmp_path / "out.pt", library)
+    for error in torch.load(tmp_path / "out.pt").values():
+        assert re.search("built for xop instructions, .* lacks some.*ISA=avx2 python -c", error)
+
+
+def test_what_the_dispatcher_calls_runs_on_any_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it could not refuse: it has no such instruction, and is the first that is linked."""
+    commands: list[list[str]] = []
+
+    def note(command: list[str], **_: Any) -> str:
+        commands.append(command)
+        Path(command[command.index("-o") + 1]).touch()
+        return ""
+
+    monkeypatch.setattr(native, "_run", note)
+    native._compile(["g++", *ISAS["avx2"].flags], tmp_path / "made.so")
+    *parts, linking = commands
+    for part in parts:
+        assert ("-mavx2" in part) == (not part[part.index("-c") + 1].endswith("operator.cpp"))
+    assert next(a for a in linking if a.endswith(".o")).endswith(".operator.o")
+
+
 def test_where_there_is_none_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(native.OVERRIDE, "none")
+    monkeypatch.setenv(OVERRIDE, "none")
     with pytest.raises(KernelBuildError, match="FQCOMPILE_CPU_ISA=none says so"):
         fqcompile.library_path()

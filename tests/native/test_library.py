@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import re
+import resource
 import subprocess
 import sys
 import threading
@@ -13,10 +14,12 @@ import torch
 
 from fqcompile.errors import KernelBuildError
 from fqcompile.files.trusted import cache_directory
-from fqcompile.kernels.cpu import stream
+from fqcompile.kernels.cpu import attention, stream
 from fqcompile.kernels.epilogue import Epilogue
+from fqcompile.native import isa
 from fqcompile.native import library as native
-from fqcompile.native.library import ISAS, build, chosen_isa, load
+from fqcompile.native.isa import ISAS, OVERRIDE, chosen_isa
+from fqcompile.native.library import build, load
 from tests.kernels.cpu.test_stream import SPEC, packed
 from tests.native.paths import NAMES, library, path
 from tests.strategies import make_problem
@@ -38,10 +41,10 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_the_widest_path_is_chosen_and_the_override_narrows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv(native.OVERRIDE, raising=False)
+    monkeypatch.delenv(OVERRIDE, raising=False)
     assert chosen_isa().name == NAMES[0]
     for name in NAMES:
-        monkeypatch.setenv(native.OVERRIDE, name)
+        monkeypatch.setenv(OVERRIDE, name)
         assert chosen_isa().name == name
 
 
@@ -50,14 +53,14 @@ def test_the_widest_path_is_chosen_and_the_override_narrows(
     [("none", "FQCOMPILE_CPU_ISA=none says so"), ("sse2", "'sse2' is not one of avx512_bf16")],
 )
 def test_the_override_may_refuse(value: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(native.OVERRIDE, value)
+    monkeypatch.setenv(OVERRIDE, value)
     with pytest.raises(KernelBuildError, match=text):
         chosen_isa()
 
 
 def test_a_processor_without_any_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(native.OVERRIDE, raising=False)
-    monkeypatch.setattr(native, "has_feature", lambda feature: False)
+    monkeypatch.delenv(OVERRIDE, raising=False)
+    monkeypatch.setattr(isa, "has_feature", lambda feature: False)
     with pytest.raises(KernelBuildError, match="this processor has none of avx512_bf16, avx512"):
         chosen_isa()
 
@@ -139,7 +142,7 @@ def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
         f"native._compiler = lambda: {compiler!r}\n"
         "print(native.native_library().isa)\n"
     )
-    environment = {**os.environ, "FQCOMPILE_CACHE_DIR": str(tmp_path), native.OVERRIDE: ISA.name}
+    environment = {**os.environ, "FQCOMPILE_CACHE_DIR": str(tmp_path), OVERRIDE: ISA.name}
     start = [sys.executable, "-c", code]
     processes = [
         subprocess.Popen(start, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
@@ -226,6 +229,27 @@ def test_python_threads_may_call_it_at_once() -> None:
             thread.join()
     assert len(found) == 200
     assert all(torch.equal(y, want) for y in found)
+
+
+def test_memory_that_is_short_is_an_error_in_any_thread() -> None:
+    """Of a thread of PyTorch's, a lost exception would be a part of the result that is missing."""
+    q, v = torch.zeros(1, 1, 1, 1 << 24), torch.zeros(1, 1, 300, 8)
+    wide = (q, q.expand(1, 1, 300, q.shape[3]), v, None, None, 1.0, 0.0, False, False)
+    small = (v[..., :1, :], v, v, *wide[3:])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    for threads in (1, 2):
+        with path(NAMES[0], threads):
+            attention.attention(*small)  # threads start
+            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 23), before[1]))
+            try:
+                with pytest.raises(MemoryError, match="bad_alloc"):
+                    attention.attention(*wide)
+                with pytest.raises(MemoryError, match="no memory for its sums"):
+                    attention._impl(*wide)
+            finally:
+                resource.setrlimit(resource.RLIMIT_AS, before)
+            assert torch.equal(attention.attention(*small), attention._impl(*small))
 
 
 def test_refusal_is_that_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import multiprocessing
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fqcompile.kernels import op
 from fqcompile.kernels.cpu import stream
+from fqcompile.native.interface import DTYPES
 from tests.kernels.cpu.test_stream import FEATURES, of_every_form, packed
 from tests.kernels.cpu.test_stream_experts import stack_of
 from tests.native.paths import NAMES, path
@@ -64,6 +66,25 @@ def test_it_gives_what_python_gives(name: str, threads: int, options: dict[str, 
         want = op._matmul_impl(*arguments)
     assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
     assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))  # NaN equals NaN
+
+
+@given(
+    name=st.sampled_from(NAMES), options=usual, dtype=st.sampled_from(tuple(DTYPES)),
+    ids=st.lists(st.integers(0, 999), max_size=3), wide=st.booleans(),
+)  # fmt: skip
+def test_rows_are_what_python_reads(
+    name: str, options: dict[str, Any], dtype: torch.dtype, ids: list[int], wide: bool
+) -> None:
+    _, qweight, scale, _, _, *form = call(**{**options, "gated": False})
+    some = [*(i % form[3] for i in ids), form[3] // 2]
+    asked = torch.tensor([some], dtype=torch.int64 if wide else torch.int32)
+    arguments = (qweight, scale, asked, *form[:5], dtype, "x86_stream")
+    with path(name):
+        got = op.rows(*arguments)
+        stream.serve(None)
+        want = op._rows_impl(*arguments)
+    assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
+    assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
 
 
 STRIDED = torch.randn(3, 300, dtype=BF16)[:, 7:79]
@@ -131,6 +152,37 @@ def test_a_routing_that_names_nothing_is_told_by_python(
 ) -> None:
     with path(NAMES[0]), pytest.raises(IndexError, match=text):
         op.matmul_inference(*routed(by, tell))
+
+
+X, QWEIGHT, SCALE, BIAS, RESIDUAL, OFFSETS, IDS = 0, 1, 2, 3, 4, 13, 14
+ONE = partial(call, n=70, k=72, group_size=32, bias=True, residual=True)
+MISFITS: dict[str, tuple[Callable[[], list[Any]], int, Callable[[Tensor], Tensor], str]] = {
+    "K": (ONE, X, lambda x: x[:, :-1], "x has 71 columns"),
+    "codes": (ONE, QWEIGHT, lambda w: w[:1], "qweight and scale have the shapes"),
+    "scales": (ONE, SCALE, lambda s: s[:, :1], "qweight and scale have the shapes"),
+    "width of the bias": (ONE, BIAS, lambda b: b[:64], "bias has the shape"),
+    "dtype of the bias": (ONE, BIAS, lambda b: b.half(), "bias has the shape"),
+    "rows of the residual": (ONE, RESIDUAL, lambda r: r[:1], "residual has the shape"),
+    "dtype of the residual": (ONE, RESIDUAL, lambda r: r.half(), "residual has the shape"),
+    "number of ids": (lambda: routed("ids", [0, 1, 0]), IDS, lambda i: i[:1], "1 ids for 3 rows"),
+    "number of offsets": (
+        lambda: routed("offsets", [1, 3]), OFFSETS, lambda i: i[1:], "1 offsets for 2 experts",
+    ),
+    "dtype of ids": (lambda: routed("ids", [0, 1, 0]), IDS, lambda i: i.short(), "is torch.int16"),
+    "biases of experts": (
+        lambda: routed("ids", [0, 1, 0], bias=True), BIAS, lambda b: b[:1], "bias has the shape",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_what_does_not_fit_is_told_by_python(name: str) -> None:
+    """C++ believes the shapes that it does not look at, and would read what lies behind."""
+    make, place, change, text = MISFITS[name]
+    arguments = make()
+    arguments[place] = change(arguments[place]).contiguous()
+    with path(NAMES[0]), pytest.raises(RuntimeError, match=text):
+        op.matmul_inference(*arguments)
 
 
 def test_gradients_and_autocast_pass_above_it() -> None:

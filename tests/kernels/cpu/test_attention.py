@@ -1,6 +1,7 @@
 """fqcompile::attention against softmax(scale q kᵀ + mask) v in float64, on every path."""
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -211,6 +212,17 @@ def test_shapes_of_models(dtype: torch.dtype, shape: tuple[int, int, int], keys:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", list(product((1, 2), (1, 6), (1, 3))), ids=str)
+def test_a_mask_for_each_batch_head_or_row(name: str, shape: tuple[int, ...]) -> None:
+    """Each sees a few keys of its own, which the others that share a part of the mask do not."""
+    p = make(2, 2, 3, 3, 77)
+    seen = random(4, *shape, 77) > 1.5
+    for mask in (seen, torch.where(seen, random(5, *shape, 77), -torch.inf)):
+        with path(name):
+            assert_right(replace(p, mask=mask))
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("softcap", [0.1, 1.0, 30.0, 1e4, 1e6, -1e4])
 def test_a_softcap_of_any_size(name: str, softcap: float) -> None:
     """Scores of 0 to 60: from far below the cap, where tanh is its argument, to far above."""
@@ -251,11 +263,27 @@ def test_rows_that_see_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_sinks_are_those_of_the_head(name: str) -> None:
+    """Of one that shares its keys; where nothing is seen, the sink alone is the sum of weights."""
+    for keys in (40, 1001):  # no whole number for each chunk
+        p = make(2, 3, 4, 2, keys, sinks=3 * random(6, 12, 1, 1))
+        for sinks in (p.sinks, 3 * random(7, 2, 12, 2, 1)):
+            with path(name, 2):
+                assert_right(replace(p, sinks=sinks))
+    hidden = make(mask=torch.zeros(100, dtype=torch.bool), nan_if_hidden=True)
+    with path(name):
+        got = attention(*replace(hidden, sinks=torch.full((1,), -100.0)).arguments)
+    assert torch.equal(got, torch.zeros_like(got))
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_is_so_as_in_eager(name: str, dtype: torch.dtype, bad: float) -> None:
-    for tensor, at in (("k", 0), ("k", 70), ("k", 99), ("v", 0), ("v", 70), ("v", 99), ("q", 0)):
-        p = make(dtype=dtype, keys=100, rows=2)
+    places = (("k", 0), ("k", 70), ("k", 98), ("v", 0), ("v", 70), ("v", 98), ("q", 0), ("mask", 0))
+    for tensor, at in places:
+        mask = torch.zeros(1, 1, 1, 99) if tensor == "mask" else None
+        p = make(dtype=dtype, keys=99, rows=2, mask=mask)
         getattr(p, tensor)[0, 0, min(at, getattr(p, tensor).shape[2] - 1), 3] = bad
         want = plain_attention(*(t.float() for t in (p.q, p.k, p.v)), p.mask, p.sinks, p.options)
         with path(name):

@@ -1,6 +1,7 @@
 """Experts in one call of the x86 kernel: routing by offsets and by ids, against the oracle."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,3 +127,22 @@ def test_experts_without_rows_are_not_read() -> None:
     with path(NAMES[0]):
         got = grouped(problems[0].x, arguments[0], scale, offsets, *arguments[2:])
     assert_rows_are_of(problems, got[:4], [1, 1, 2, 2])
+
+
+def test_offsets_need_more_than_32_bits(tmp_path: Path) -> None:
+    """The last expert lies behind 2^31 words of codes, in a file of holes."""
+    problems, (qweight, scale, *form) = stack_of(2, {"n": 64, "k": 4096}, rows=3)
+    experts = 2**31 // qweight[0].numel() + 1
+    codes = torch.from_file(
+        str(tmp_path / "codes"), shared=True, size=experts * qweight[0].numel(), dtype=torch.int32
+    )
+    far, scales = (
+        codes.view(experts, *qweight.shape[1:]),
+        scale.new_zeros(experts, *scale.shape[1:]),
+    )
+    for many, two in ((far, qweight), (scales, scale)):
+        many[0], many[-1] = two
+    for name in NAMES:
+        with path(name):
+            got = gathered(problems[0].x, far, scales, torch.tensor([-1, 0, experts - 1]), *form)
+        assert_rows_are_of(problems, got, [1, 0, 1])
