@@ -191,9 +191,9 @@ def test_what_switches_by_the_environment_is_on_or_off_in_any_of_the_usual_words
         )
 
 
-def test_the_guide_names_every_environment_variable() -> None:
+def test_the_reference_names_every_environment_variable() -> None:
     root = Path(__file__).parents[1]
     sources = [path.read_text() for path in (root / "fqcompile").rglob("*.py")]
     read = {name for text in sources for name in re.findall(r'"(FQCOMPILE_[A-Z_]+)"', text)}
-    guide = (root / "docs" / "guide" / "options.md").read_text()
-    assert set(re.findall(r"^\| `(FQCOMPILE_[A-Z_]+)`", guide, re.MULTILINE)) == read
+    reference = (root / "docs" / "reference.md").read_text()
+    assert set(re.findall(r"^\| `(FQCOMPILE_[A-Z_]+)`", reference, re.MULTILINE)) == read
