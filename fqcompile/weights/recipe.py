@@ -30,7 +30,7 @@ CASTS = frozenset("to float half bfloat16 type".split())
 ARITHMETIC = frozenset(
     """add sub mul div truediv neg matmul mm bmm addmm linear norm sum mean abs sqrt rsqrt square
     pow reciprocal exp tanh sigmoid softplus norm_except_dim _weight_norm amax amin maximum minimum
-    clamp clamp_min clamp_max linalg_norm linalg_vector_norm normalize mv dot outer einsum
+    clamp clamp_min clamp_max linalg_norm linalg_vector_norm normalize mv dot vdot outer einsum
     round""".split()
 )
 FOLDABLE = MOVING | CASTS | ARITHMETIC

@@ -11,6 +11,7 @@ from torch import Tensor
 from fqcompile.passes.kept import CONVOLUTION, TABLE
 from fqcompile.passes.products import PRODUCTS
 from fqcompile.quant.choose import quantize_weight
+from tests.helpers import assert_close
 from tests.passes.graphs import assert_same, run_passes, weight
 
 K, N = 64, 48
@@ -134,6 +135,20 @@ def test_rows_of_a_normalized_weight_are_a_site() -> None:
     assert site.plan is not None
     w_hat = quantize_weight(F.normalize(NK, dim=1), site.plan).dequantize(torch.float32)
     torch.testing.assert_close(run.outputs()[0], F.linear(F.normalize(X2), w_hat))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("utils", [torch.nn.utils, torch.nn.utils.parametrizations])
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
+def test_a_weight_that_a_norm_computes_is_a_site_in_evaluation_mode(utils: Any, name: str) -> None:
+    torch.manual_seed(0)
+    layer = getattr(utils, name)(torch.nn.Linear(K, N)).requires_grad_(False).eval()
+    run = run_passes(layer, X2)
+    (site,) = run.state.sites
+    assert site.plan is not None
+    layer(X2)  # the older ones compute the attribute in each call
+    w_hat = quantize_weight(layer.weight.detach(), site.plan).dequantize(torch.float32)
+    assert_close(run.outputs()[0], F.linear(X2, w_hat, layer.bias), k=K)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
