@@ -36,6 +36,7 @@ _HELP = {
     "include": "quantize only weights whose names match one of these regular expressions",
     "exclude": "leave weights whose names match one of these regular expressions",
     "overrides": 'options for some weights: {"regular expression": {"bits": 8}}, first match wins',
+    "quantize_embeddings": "8: pack tables of embeddings too (default: null, they stay)",
     "min_elements": "leave weights with fewer elements (default: 16384)",
     "on_unsupported": "keep: leave a weight that cannot be quantized, with its reason; error: stop",
     "weight_updates": "detect: pack again what was changed in place; ignore: only new tensors",

@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,11 @@ def test_values_are_json_or_as_messages_write_them(
     add_option_flags(parser, compiles=True)
     config = FineQuantConfig.from_options(given_options(parser.parse_args(flags)))
     assert getattr(config, name) == expected
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_every_option_has_a_flag(compiles: bool) -> None:
+    parser = argparse.ArgumentParser()
+    add_option_flags(parser, compiles=compiles)
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    assert {f"--{field.name}" for field in fields(FineQuantConfig)} <= flags
