@@ -218,7 +218,7 @@ Result rows(const c10::IValue* a) {
   const at::Tensor flat = asked.to(at::kLong).contiguous();
   std::vector<int64_t> ids(flat.const_data_ptr<int64_t>(), flat.const_data_ptr<int64_t>() + flat.numel());
   for (const int64_t id : ids)
-    if (id < 0 || id >= w.rows) return {};
+    TORCH_CHECK_INDEX(0 <= id && id < w.rows, "row ", id, " is out of range: the weight has ", w.rows, " rows");
   at::DimVector sizes(asked.sizes());
   sizes.push_back(w.k);
   at::Tensor y = at::detail::empty_cpu(sizes, type);

@@ -133,13 +133,15 @@ WRONG: dict[str, tuple[str, Callable[[], list[Any]], str]] = {
     ),
     "another K": ("matmul", lambda: [torch.ones(3, 71), *call(k=72)[1:]], r"\[3, 71\] on cpu"),
     "another expert": ("matmul", lambda: routed("ids", [0, 2, 0]), "ids=torch.LongTensor"),
-    "no such row": ("rows", lambda: reading(torch.tensor([70])), r"ids=torch.LongTensor\[1\]"),
-    "a row from the end": ("rows", lambda: reading(torch.tensor([-1])), r"ids=torch.LongTensor"),
     "another device": (
         "matmul", lambda: [torch.ones(3, 72, device="meta"), *call(k=72)[1:]], "on meta",
     ),
     "a float64 result": ("dequantize", lambda: dequantizing(torch.float64), "dtype=7, kernel"),
 }  # fmt: skip
+NO_ROW: dict[str, tuple[str, Callable[[], list[Any]], str]] = {  # as Python says it
+    "one too far": ("rows", lambda: reading(torch.tensor([3, 70])), "row 70 is out of range"),
+    "from the end": ("rows", lambda: reading(torch.tensor([-1])), "row -1 is out of range"),
+}
 
 
 def child(code: str, *arguments: Path) -> None:
@@ -164,7 +166,9 @@ def alone(library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """{name: (the arguments of a call, what it gave)}"""
     folder = tmp_path_factory.mktemp("alone")
     torch.manual_seed(0)
-    calls = {name: (operator, make()) for name, (operator, make, *_) in (RIGHT | WRONG).items()}
+    calls = {
+        name: (operator, make()) for name, (operator, make, *_) in (RIGHT | WRONG | NO_ROW).items()
+    }
     torch.save(calls, folder / "calls.pt")
     child(CHILD, folder / "calls.pt", folder / "out.pt", library)
     found = torch.load(folder / "out.pt")
@@ -190,6 +194,16 @@ def test_what_needs_python_says_so(name: str, alone: dict[str, tuple[Any, Any]])
     assert isinstance(got, str) and "`import fqcompile`" in got, got
     with pytest.raises(RuntimeError, match=WRONG[name][2]):
         raise RuntimeError(got.replace("\n", " "))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NO_ROW)
+def test_a_row_that_there_is_not_is_named(name: str, alone: dict[str, tuple[Any, Any]]) -> None:
+    arguments, got = alone[name]
+    assert isinstance(got, str) and NO_ROW[name][2] in got, got
+    for kernel in (op.rows, op._rows_impl):
+        with pytest.raises(IndexError, match=NO_ROW[name][2]):
+            kernel(*arguments)
 
 
 @pytest.mark.slow
