@@ -12,12 +12,13 @@ import re
 import secrets
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from os.path import realpath, samestat
 from pathlib import Path
 
 from fqcompile import locks
 from fqcompile.checkpoint.manifest import MANIFEST, SHARD, Manifest, read_manifest
+from fqcompile.checkpoint.source import INDEX, SINGLE
 from fqcompile.errors import CheckpointError
 from fqcompile.files.trusted import remove, rename, sync_directory, write_file
 
@@ -136,6 +137,11 @@ def check_not_replaced(directory: Path, files: Mapping[str, bytes], remedy: str)
     Raises:
         CheckpointError: a different file of that name exists; `remedy` says what to do.
     """
+    if INDEX in files and (directory / SINGLE).exists():
+        raise CheckpointError(
+            f"{directory / SINGLE} is there, which from_pretrained would open instead of what is "
+            f"to be saved beside it; {remedy}"
+        )
     before = readable_manifest(directory)
     if before is None and (directory / MANIFEST).exists():
         return  # a save of ours that was damaged
@@ -170,6 +176,26 @@ def file_of(directory: Path, manifest: Manifest, name: str) -> Path:
     """The path of one of `manifest.files`, even if its writer was killed in step 3."""
     path = staged(directory, name, manifest.generation)
     return path if path.is_file() else directory / name
+
+
+def check_not_written_over(directory: Path, manifest: Manifest) -> None:
+    """Check that the save is still what `from_pretrained` opens: `save_pretrained` writes files of
+    its own beside it, and leaves the manifest and the old shards.
+
+    Raises:
+        CheckpointError: another program has written a model there since.
+    """
+    if INDEX not in manifest.files:
+        return
+    found = (directory / SINGLE).exists()
+    with suppress(FileNotFoundError):  # or renamed by a writer, who then has a newer manifest
+        found = found or file_of(directory, manifest, INDEX).read_bytes() != manifest.index()
+    if found:
+        raise CheckpointError(
+            f"{directory} holds two models: since fqcompile wrote {MANIFEST}, another program has "
+            "written its own files beside it, such as save_pretrained. To keep the newer one, "
+            f"remove {MANIFEST} and the {SHARD}* files; to keep the older one, remove the others"
+        )
 
 
 def remove_save(directory: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fqcompile.checkpoint.blocks import Block, assemble
-from fqcompile.checkpoint.directory import file_of
+from fqcompile.checkpoint.directory import check_not_written_over, file_of
 from fqcompile.checkpoint.hugging_face import build_model, generation_config
 from fqcompile.checkpoint.manifest import Manifest, PartsRecord, read_manifest
 from fqcompile.checkpoint.model import Slot, check_fits, put, slots
@@ -87,6 +87,7 @@ def _open(directory: Path, verify: bool) -> tuple[Manifest, MappedShards]:
     manifest = read_manifest(directory)
     while True:
         try:
+            check_not_written_over(directory, manifest)
             return manifest, MappedShards(directory, manifest, verify=verify)
         except CheckpointError:
             newer = read_manifest(directory)

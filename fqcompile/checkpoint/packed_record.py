@@ -104,7 +104,16 @@ class _Described:
 def to_disk(
     name: str, weight: QuantizedTensor, dtype: torch.dtype
 ) -> tuple[PackedRecord, dict[str, Tensor]]:
-    """The record of a weight of this dtype, and its two tensors by name."""
+    """The record of a weight of this dtype, and its two tensors by name.
+
+    Raises:
+        CheckpointError: no file has packed weights of this dtype.
+    """
+    if dtype not in WEIGHT_DTYPES:
+        raise CheckpointError(
+            f"packed weight {name} has dtype {dtype}, and files have packed weights of "
+            f"{', '.join(map(str, WEIGHT_DTYPES))}: call model.float() first, say"
+        )
     form = weight.format
     record = PackedRecord(
         codes=f"{name}.codes",

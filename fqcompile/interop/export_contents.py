@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fqcompile.checkpoint.conversion import Reversion, reversions
+from fqcompile.checkpoint.directory import check_not_written_over
 from fqcompile.checkpoint.hugging_face import build_model
 from fqcompile.checkpoint.manifest import Manifest, read_manifest
 from fqcompile.checkpoint.packed_record import PackedRecord
@@ -44,6 +45,7 @@ class Saved:
                 is not a Hugging Face model.
         """
         manifest = read_manifest(directory)
+        check_not_written_over(directory, manifest)
         if manifest.sharded:
             raise CheckpointError(
                 f"{directory} was saved by several ranks, in parts; export reads whole weights: "

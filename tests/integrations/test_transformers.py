@@ -275,6 +275,46 @@ def test_what_transformers_cannot_do_with_packed_weights_is_refused(
         opened(tmp_path / "saved")
 
 
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "60KB"}], ids=["one file", "shards"])
+def test_a_directory_of_two_models_opens_as_neither(
+    shards: dict[str, Any], llama: Any, tmp_path: Path
+) -> None:
+    """save_pretrained leaves the manifest of fqcompile.save, which tells of the older model."""
+    dense, model, _ = llama
+    older, plan = quantized(model)
+    fqcompile.save(older, tmp_path / "saved", plan=plan)
+    fqcompile.load(None, tmp_path / "saved")
+    config = FineQuantHfConfig(min_elements=1024, bits=8)
+    newer = hf.AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
+    newer.save_pretrained(tmp_path / "saved", **shards)
+    with pytest.raises(CheckpointError, match=r"holds two models.* remove fqcompile\.json"):
+        fqcompile.load(None, tmp_path / "saved")
+    with pytest.raises(CheckpointError, match="holds two models"):
+        fqcompile.export(tmp_path / "saved", tmp_path / "export")
+    if not shards:
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is there, which from_pre"):
+            fqcompile.save(older, tmp_path / "saved", plan=plan)
+    for file in tmp_path.glob("saved/fqcompile*"):
+        file.unlink()
+    opened = fqcompile.load(None, tmp_path / "saved")
+    assert {p.packed.format.bits for p in opened.parameters() if isinstance(p, PackedWeight)} == {8}
+
+
+def test_packed_weights_of_a_dtype_that_files_have_not_are_not_written(
+    llama: Any, tmp_path: Path
+) -> None:
+    _, model, _ = llama
+    packed, plan = quantized(model)
+    packed.double()
+    with pytest.raises(CheckpointError, match=r"has dtype torch\.float64.* model\.float\(\) first"):
+        fqcompile.save(packed, tmp_path / "saved", plan=plan)
+    assert not list(tmp_path.glob("saved/*"))
+    fqcompile.save(packed.float(), tmp_path / "saved", plan=plan)
+    wide = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float64)
+    with pytest.raises(CheckpointError, match=r"has dtype torch\.float64"):
+        wide.save_pretrained(tmp_path / "wide")
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_without_the_import_nothing_is_random(
     bits: int, llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
