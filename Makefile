@@ -28,10 +28,10 @@ test-versions: $(foreach v,$(VERSIONS),.venv-$(v)/dev.installed)
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e '.[dev]'
 	touch $@
 
-# vLLM and llm-compressor, which pin other versions than ours: 5 GB in venvs of their own.
+# vLLM, SGLang and llm-compressor, which pin other versions than ours: 5 GB in venvs of their own.
 test-engines: .venv/dev.installed .venv-engines/engines.installed .venv-llmcompressor/engines.installed
 	$(BIN)/pytest --all $(ARGS) tests/interop/test_engines.py tests/interop/test_engine_verdicts.py \
-	tests/interop/test_llmcompressor.py
+	tests/interop/test_llmcompressor.py tests/interop/test_sglang.py
 
 .venv-engines/engines.installed: requirements-engines.txt
 	test -x .venv-engines/bin/python || $(PYTHON) -m venv .venv-engines

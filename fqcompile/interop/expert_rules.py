@@ -93,6 +93,12 @@ def _split(subject: Subject, stack: str, layers: Sequence[Layer]) -> Iterator[Ru
         f"{experts} experts are not a multiple of --ep {subject.ep}",
         "take a degree of expert parallelism that divides them",
     )  # fmt: skip
+    yield (
+        "experts-asymmetric", "refused",
+        subject.engine == "sglang" and not all(x.scheme and x.scheme.symmetric for x in layers),
+        "zero points of experts are not transposed as their weights are, and do not fit",
+        "quantize them symmetrically",
+    )  # fmt: skip
     tp = subject.tp if subject.ep == 1 else 1  # experts are then whole
     down = next((layer for layer in layers if is_split_along_k(layer.name)), None)
     if down is not None:

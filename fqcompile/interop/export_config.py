@@ -37,6 +37,9 @@ def quantization_config(
         # Experts first and in groups of their own: transformers takes the first group whose
         # target says "experts", for all experts.
         by_scheme.setdefault((stack_of(name) is None, scheme), []).append(name)
+    # Most of SGLang's classes do not tell what they fuse: it looks for `qkv_proj` in ignore.
+    present = schemes.keys() | set(dense)
+    fused = {fused_name(name, present) for name in dense if stack_of(name) is None}
     groups = {}
     for i, ((_, scheme), names) in enumerate(sorted(by_scheme.items(), key=_order)):
         inside = set(names)
@@ -52,7 +55,7 @@ def quantization_config(
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "config_groups": groups,
-        "ignore": _ignored({*dense, *(aliases[n] for n in dense if n in aliases)}),
+        "ignore": _ignored({*dense, *fused, *(aliases[n] for n in dense if n in aliases)}),
         "fqcompile": {"version": versions()["fqcompile"]},
     }
 

@@ -33,6 +33,12 @@ _TILE_K, _TILE_N = 128, 64
 # vLLM's error then: "No WNA16 MoE backend supports the deployment configuration".
 _CPU_BITS, _CPU_MULTIPLE = 4, 32
 _ON_GPU = "serve it on a GPU"
+# Model types whose classes in SGLang 0.5.23 have no packed_modules_mapping: a layer that these fuse
+# is looked up by its own name alone, in targets and in ignore.
+_OWN_NAME_ALONE = frozenset(
+    """cohere glm4 glm4_moe gpt_oss granite llama mistral mixtral olmo2 olmoe qwen2 qwen2_moe qwen3
+    stablelm starcoder2""".split()
+)
 _LEAVE = "leave it dense, and name it in ignore"
 _ALIKE = (
     "give all of them one scheme: scales can be repeated and int4 codes stored as int8 without loss"
@@ -162,6 +168,8 @@ def _matched(subject: Subject, name: str, parts: Sequence[Layer]) -> list[Rule]:
     names, stored, config = [layer.name for layer in parts], parts[0].scheme, subject.config
     if stored is None and (is_head(name) or is_router(name)):
         return []  # built dense by the engines, whatever matches
+    if subject.engine == "sglang" and subject.model_type in _OWN_NAME_ALONE:
+        names = [name]
     ignored = {is_ignored(config, part, subject.engine) for part in names}
     match = find_match(config, name, names if len(names) > 1 else (), subject.engine)
     out, scheme = match.ignored or ignored == {True}, match.scheme

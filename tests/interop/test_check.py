@@ -17,7 +17,7 @@ from fqcompile.cli import main
 from fqcompile.errors import CheckpointError, OptionError
 from fqcompile.interop import expert_rules
 from fqcompile.interop.check import find_problems
-from fqcompile.interop.layers import Layer, Scheme
+from fqcompile.interop.layers import Layer, Scheme, last
 from tests.interop.checkpoints import (
     HEAD,
     HIDDEN,
@@ -245,7 +245,8 @@ BAD = {
     "asymmetric experts": Bad(
         config((["Linear"], ASYMMETRIC), ignore=["lm_head", ROUTERS]),
         moe_model(ASYMMETRIC, ASYMMETRIC),
-        {"transformers": ("experts-asymmetric", "wrong")},
+        {"sglang": ("experts-asymmetric", "refused"),
+         "transformers": ("experts-asymmetric", "wrong")},
         "model.layers.0.mlp.experts", "symmetrically",
     ),
     "asymmetric int8": Bad(
@@ -370,6 +371,15 @@ def test_good_checkpoints_raise_no_alarm(name: str, engine: str) -> None:
     assert [f for f in found if f.effect != "slow"] == []
 
 
+@pytest.mark.parametrize(("model_type", "rules"), [("llama", {"no-target"}), ("qwen3_moe", set())])
+def test_sglang_knows_parts_only_where_a_class_names_them(model_type: str, rules: set[str]) -> None:
+    content, layers, _ = GOOD["whole names"]
+    found = find_problems(with_top_level(content, model_type=model_type), layers, "sglang")
+    assert {f.rule for f in found} == rules
+    names = {last(name) for finding in found for name in finding.layers}
+    assert names == ({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"} if rules else set())
+
+
 def test_shapes_that_are_filled_up_are_slow_and_load() -> None:
     layers = [replace(x, k=544) if x.name.endswith("q_proj") else x for x in dense_model(CHANNEL)]
     (found,) = find_problems(config((["Linear"], CHANNEL)), layers, "vllm")
@@ -397,7 +407,8 @@ def test_files_give_the_same_findings(name: str, tmp_path: Path) -> None:
     bad = BAD[name]
     directory = write(tmp_path, bad.config, bad.layers)
     for engine in ALL:
-        expected = find_problems(bad.config, bad.layers, engine)
+        content = with_top_level(bad.config, model_type="llama")
+        expected = find_problems(content, bad.layers, engine)
         found = fqcompile.check(directory, engine)
         kinds = [{(f.rule, f.effect, frozenset(f.layers)) for f in fs} for fs in (expected, found)]
         assert kinds[0] == kinds[1]

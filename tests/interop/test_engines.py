@@ -57,7 +57,7 @@ REFUSED = {"llama, int8": "Quant type", "mixtral": "No WNA16 MoE backend"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What vLLM made of a checkpoint: an error, or its parameters and what it generated."""
+    """What an engine made of a checkpoint: an error, or its parameters and what it generated."""
 
     error: str
     parameters: Mapping[str, Tensor]
@@ -65,13 +65,18 @@ class Outcome:
     logprobs: Sequence[Sequence[float]]
 
 
-def ask(folder: Path, tasks: Mapping[Any, Mapping[str, Any]]) -> dict[Any, Outcome]:
-    """Each task done by vLLM, in one process and its children."""
+VLLM = ROOT / "tests" / "interop" / "vllm_cpu.py"
+
+
+def ask(
+    folder: Path, tasks: Mapping[Any, Mapping[str, Any]], script: Path = VLLM
+) -> dict[Any, Outcome]:
+    """Each task done by the engine that the script runs, in one process and its children."""
     outs = {name: folder / f"task{i}" for i, name in enumerate(tasks)}
     full = [{**task, "out": str(outs[name])} for name, task in tasks.items()]
     (folder / "tasks.json").write_text(json.dumps(full), encoding="utf-8")
     done = subprocess.run(
-        [PYTHON, "-W", "ignore", ROOT / "tests" / "interop" / "vllm_cpu.py", folder / "tasks.json"],
+        [PYTHON, "-W", "ignore", script, folder / "tasks.json"],
         cwd=folder, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
         capture_output=True, text=True, timeout=1200,
     )  # fmt: skip

@@ -5,7 +5,8 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fqcompile.interop.export_config import target_patterns
+from fqcompile.interop.export_config import quantization_config, target_patterns
+from fqcompile.interop.layers import Scheme
 
 OWN = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"]
 EXPERTS = [f"mlp.experts.{e}.{p}" for e in (0, 10) for p in ("gate_proj", "down_proj")]
@@ -54,3 +55,11 @@ def test_a_stack_of_experts_matches_by_any_name_inside_it() -> None:
     for name in ("mlp.experts", "mlp.experts.0.gate_proj", "mlp.experts.7.w2"):
         assert matched(patterns, f"model.layers.3.{name}")
     assert not matched(patterns, "model.layers.3.mlp.experts_of_another.0.w1")
+
+
+def test_ignore_has_the_names_of_dense_layers_that_are_fused() -> None:
+    """SGLang's Llama looks for these alone."""
+    dense = [f"model.layers.0.{own}" for own in OWN[:3]]
+    schemes = {f"model.layers.0.{own}": Scheme(4, 128) for own in OWN[3:]}
+    ignored = quantization_config(schemes, dense, {})["ignore"]
+    assert ignored == sorted([*dense, "model.layers.0.self_attn.qkv_proj"])
