@@ -73,7 +73,7 @@ def test_cuda_without_a_gpu_dequantizes() -> None:
         ({"gpu": replace(H200, name="Tesla T4", arch="sm_75")}, "8.0 or later; Tesla T4 has sm_75"),
         (
             {"gpu": replace(H200, shared_bytes=16 << 10)},
-            "needs 21248 bytes of shared memory for each program; NVIDIA H200 has 16384",
+            "needs 20992 bytes of shared memory for each program; NVIDIA H200 has 16384",
         ),
     ],
 )
