@@ -90,6 +90,9 @@ def test_rows_of_what_was_packed_are_views_and_what_packing_them_gives(
     assert torch.equal(taken.dequantize(torch.float32), whole.dequantize(torch.float32)[ids])
     assert torch.equal(taken.scale, whole.scale[ids])
     assert taken.format == replace(whole.format, rows=5)
+    for outside in (-1, n):
+        with pytest.raises(IndexError, match=f"row {outside} is out of range"):
+            layout.take(packed, torch.tensor([0, outside]))
 
 
 def test_rows_that_cut_a_block_have_no_view() -> None:
