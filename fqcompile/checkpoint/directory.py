@@ -17,16 +17,22 @@ from os.path import realpath, samestat
 from pathlib import Path
 
 from fqcompile import locks
-from fqcompile.checkpoint.manifest import MANIFEST, SHARD, Manifest, read_manifest
+from fqcompile.checkpoint.manifest import (
+    GENERATION,
+    MANIFEST,
+    SHARD,
+    SHARD_FILE,
+    Manifest,
+    read_manifest,
+)
 from fqcompile.checkpoint.source import INDEX, SINGLE
 from fqcompile.errors import CheckpointError
 from fqcompile.files.trusted import remove, rename, sync_directory, write_file
 
 LOCK = ".fqcompile.lock"
 
-_SHARD = re.compile(SHARD + r"([0-9a-f]{8})-\d{5}\.safetensors")
 _RECORD = re.compile(r"fqcompile\.(json|journal)")
-_STAGED = re.compile(r"(.+)\.fqcompile-([0-9a-f]{8})")
+_STAGED = re.compile(rf"(.+)\.fqcompile-({GENERATION.pattern})")
 
 
 class NotWritten(CheckpointError):
@@ -204,7 +210,7 @@ def remove_save(directory: Path) -> None:
     files = manifest.files if manifest else ()
     (directory / MANIFEST).unlink(missing_ok=True)  # first: without it no file counts
     for path in list(directory.iterdir()):
-        kinds = (_RECORD, _SHARD, _STAGED)
+        kinds = (_RECORD, SHARD_FILE, _STAGED)
         if path.name in files or any(kind.fullmatch(path.name) for kind in kinds):
             path.unlink()
     if not any(directory.iterdir()):
@@ -220,7 +226,7 @@ def _tidy(directory: Path, manifest: Manifest | None, keep: str | None) -> None:
         return
     generation = None if manifest is None else manifest.generation
     for path in sorted(directory.iterdir()):
-        shard, waiting = _SHARD.fullmatch(path.name), _STAGED.fullmatch(path.name)
+        shard, waiting = SHARD_FILE.fullmatch(path.name), _STAGED.fullmatch(path.name)
         if waiting and manifest and waiting[2] == generation and waiting[1] in manifest.files:
             rename(path, directory / waiting[1])
         elif (waiting and waiting[2] != keep) or (shard and shard[1] not in (generation, keep)):

@@ -13,13 +13,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fqcompile.checkpoint.directory import staged
-from fqcompile.checkpoint.manifest import JOURNAL, ShardRecord, SlotRecord, TensorRecord
+from fqcompile.checkpoint.manifest import (
+    GENERATION,
+    JOURNAL,
+    SHARD_FILE,
+    ShardRecord,
+    SlotRecord,
+    TensorRecord,
+)
 from fqcompile.checkpoint.packed_record import PackedRecord
 from fqcompile.errors import CheckpointError
 from fqcompile.files.trusted import append_to_file, remove, replace_durably, sync_directory
-from fqcompile.files.untrusted import checked, parse_json
+from fqcompile.files.untrusted import checked, parse_json, shown
 
 T = TypeVar("T")
+_REMEDY = "give overwrite=True (--overwrite) to start anew"
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,11 @@ class Journal:
         if not lines:
             return None
         head = _parsed(_Head, lines[0], f"{self.path}: line 1")
+        if not GENERATION.fullmatch(head.generation):
+            raise CheckpointError(
+                f"{self.path} has the generation {shown(repr(head.generation))}, not 8 hexadecimal "
+                f"digits; {_REMEDY}"
+            )
         if head.identity != identity:
             raise CheckpointError(
                 f"{self.path} is of another run: another checkpoint, or other options or versions; "
@@ -93,11 +106,9 @@ class Journal:
     def _check_shards(self, progress: Progress) -> None:
         for shard in progress.shards:
             path = self.path.parent / shard.file
-            if not path.is_file() or path.stat().st_size != shard.bytes:
-                raise CheckpointError(
-                    f"{path} is not as {self.path.name} says; give overwrite=True (--overwrite) to "
-                    "start anew"
-                )
+            known = SHARD_FILE.fullmatch(shard.file) and path.is_file()
+            if not known or path.stat().st_size != shard.bytes:
+                raise CheckpointError(f"{shown(path)} is not as {self.path.name} says; {_REMEDY}")
 
 
 def _line(record: Any) -> bytes:
@@ -105,5 +116,5 @@ def _line(record: Any) -> bytes:
 
 
 def _parsed(kind: type[T], line: bytes, where: str) -> T:
-    found = parse_json(line, where, "give overwrite=True (--overwrite) to start anew")
+    found = parse_json(line, where, _REMEDY)
     return checked(kind, found, where)

@@ -8,6 +8,7 @@ weight, a dense tensor, or the shards of either that several ranks wrote. Tied n
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -23,6 +24,8 @@ from fqcompile.report import installed_version
 
 MANIFEST, JOURNAL = "fqcompile.json", "fqcompile.journal"
 SHARD = "fqcompile-"  # how the names of shards begin
+GENERATION = re.compile(r"[0-9a-f]{8}")
+SHARD_FILE = re.compile(rf"{SHARD}({GENERATION.pattern})-\d{{5}}\.safetensors")
 # Version 2 added sharded values, version 3 levels: without them there were none, and uniform ones.
 # Version 4 added shards that describe themselves.
 FORMAT, VERSION, OLDEST_VERSION = "fqcompile", 4, 1
@@ -204,9 +207,11 @@ def _names(manifest: Manifest) -> Iterator[object]:
 
 def _problems(manifest: Manifest) -> Iterator[str]:
     """Problems: records that contradict each other, or refer to missing records."""
+    if not GENERATION.fullmatch(manifest.generation):
+        yield f"the generation is {manifest.generation!r}, not 8 hexadecimal digits"
     for shard in manifest.shards:
-        if Path(shard.file).name != shard.file or shard.file == "..":
-            yield f"shard {shard.file!r} is not a file of the directory"
+        if not SHARD_FILE.fullmatch(shard.file):
+            yield f"{shard.file!r} is not a shard of the directory"
     for name, tensor in manifest.tensors.items():
         if not is_shape(tensor.shape):
             yield f"tensor {name} has the shape {shown(tensor.shape)}"

@@ -33,6 +33,7 @@ _OTHERS = {
 }
 # Files that belong to a checkpoint besides weights: configs, tokenizers, templates, code, licenses.
 _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
+_LONGEST_FILE_NAME = 255  # bytes, on Linux and macOS
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
 
@@ -168,15 +169,17 @@ def _other(directory: Path) -> str:
 
 def _weight_map(path: Path) -> dict[str, str]:
     found = _json(path, path.parent).get("weight_map")
-    if not isinstance(found, dict) or not all(_is_plain(file) for file in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(f, str) for f in found.values()):
         raise CheckpointError(f"{path} has no weight_map of files beside it; download it again")
     for name in {*found, *found.values()}:
         check_name(name, f"{path}: weight_map")
+    for file in found.values():
+        if Path(file).name != file or file == ".." or len(file.encode()) > _LONGEST_FILE_NAME:
+            raise CheckpointError(
+                f"{path}: weight_map names {shown(file)}, which is no file beside it; download it "
+                "again"
+            )
     return found
-
-
-def _is_plain(file: object) -> bool:
-    return isinstance(file, str) and Path(file).name == file and file != ".."
 
 
 def _check_index(path: Path, tensors: dict[str, TensorPlace]) -> None:

@@ -261,9 +261,12 @@ def test_headers_that_nobody_should_believe(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ({"w": "../model.safetensors"}, "no weight_map of files beside it"),
-        ({"w": ".."}, "no weight_map of files beside it"),
-        ({"w": "a/b.safetensors"}, "no weight_map of files beside it"),
+        ({"w": 1}, "no weight_map of files beside it"),
+        ({"w": "../model.safetensors"}, "names ../model.safetensors, which is no file beside it"),
+        ({"w": ".."}, r"names \.\., which is no file beside it"),
+        ({"w": "a/b.safetensors"}, "which is no file beside it"),
+        ({"w": "a" * 256}, "a, which is no file beside it"),
+        ({"w": "é" * 128}, "é, which is no file beside it"),
         ({"w": "a\0.safetensors"}, r"has the name 'a\\x00\.safetensors'"),
         ({"w": "\x1b]0;a\x07"}, r"has the name '\\x1b"),
         ({"w\n": "a.safetensors"}, r"has the name 'w\\n'"),

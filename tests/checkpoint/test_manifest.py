@@ -39,7 +39,7 @@ MANIFEST = Manifest(
     model={"class": "Model", "config": {"sizes": [1, 2.5, None]}},
     options={"bits": 4},
     sites=({"name": "w", "expert_errors": [0.1, 0.25]},),
-    shards=(ShardRecord("a.safetensors", 100),),
+    shards=(ShardRecord("fqcompile-01234567-00000.safetensors", 100),),
     tensors={
         "w.codes": TensorRecord(0, "U8", (12, 50), 0, "aa"),
         "w.scale": TensorRecord(0, "BF16", (12, 4), 600, "bb"),
@@ -116,7 +116,10 @@ def _with(*path: str | int, to: Any) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (_with("shards", 0, "file", to="../a"), r"shard '\.\./a' is not a file"),
+        (_with("shards", 0, "file", to="../a"), r"'\.\./a' is not a shard of the directory"),
+        (_with("shards", 0, "file", to="x" * 300), r"'x+' is not a shard of the directory"),
+        (_with("generation", to="../../01"), r"the generation is '\.\./\.\./01'"),
+        (_with("generation", to="0" * 300), r"the generation is '0+', not 8 hexadecimal digits"),
         (_with("shards", 0, "bytes", to=-1), "shards.0..bytes is -1"),
         (_with("shards", 0, "bytes", to=True), "is bool, not int"),
         (_with("tensors", "b", "shard", to=1), "tensor b .* in shard 1"),

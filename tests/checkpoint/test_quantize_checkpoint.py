@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -239,6 +240,25 @@ def test_a_damaged_shard_is_not_resumed(source: Path, tmp_path: Path) -> None:
     (tmp_path / finished[0]).write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"is not as fqcompile\.journal says"):
         fqcompile.quantize_checkpoint(source, tmp_path, resume=True, **OPTIONS)
+
+
+def test_a_journal_that_names_what_no_run_wrote_is_not_resumed(
+    source: Path, tmp_path: Path
+) -> None:
+    _unfinished(source, tmp_path)
+    journal = tmp_path / "fqcompile.journal"
+    text = journal.read_text()
+    shard = re.search(r"fqcompile-([0-9a-f]{8})-\d{5}\.safetensors", text)
+    assert shard is not None
+    for old, new, message in (
+        (shard[0], "x" * 300, "is not as fqcompile.journal says"),
+        (shard[0], "../" + shard[0], "is not as fqcompile.journal says"),
+        (f'"generation":"{shard[1]}"', f'"generation":"{"x" * 300}"', "has the generation 'xxx"),
+    ):
+        assert old in text
+        journal.write_text(text.replace(old, new))
+        with pytest.raises(CheckpointError, match=message):
+            fqcompile.quantize_checkpoint(source, tmp_path, resume=True, **OPTIONS)
 
 
 def test_configs_and_tokenizer_come_along(source: Path, tmp_path: Path) -> None:

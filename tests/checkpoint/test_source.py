@@ -75,7 +75,10 @@ def _cut(directory: Path) -> None:
         (_without("model-1.safetensors"), r"lacks model-1\.safetensors, which"),
         (_with_index({}), "has no weight_map"),
         (_with_index([]), "not a JSON object"),
-        (_with_index({"weight_map": {"a.weight": "../a"}}), "has no weight_map of files beside it"),
+        (
+            _with_index({"weight_map": {"a.weight": "../a"}}),
+            "names ../a, which is no file",
+        ),
         (_with_index({"weight_map": {"c": "model-0.safetensors"}}), "no file has tensor c"),
         (_quantized, r"is quantized already \(gptq\)"),
         (_pickled, r"in pickles \(pytorch_model\.bin\).*never opened; convert them"),
