@@ -186,6 +186,19 @@ class FineQuantConfig(SiteOptions):
             for found in ADAPTER_NAMES.finditer(name)
         )
 
+    @property
+    def quant_method(self) -> str:
+        """What `from_pretrained` asks of a `quantization_config`, which this is not.
+
+        Raises:
+            OptionError: always; it names the classes that are.
+        """
+        raise OptionError(
+            "quantization_config is a fqcompile.FineQuantConfig, which from_pretrained does not "
+            "know; give fqcompile.integrations.transformers.FineQuantHfConfig(bits=4, ...), or "
+            "for diffusers fqcompile.integrations.diffusers.FineQuantDiffusersConfig(bits=4, ...)"
+        )
+
     def as_dict(self) -> dict[str, object]:
         """Every option as a JSON value; a value that JSON cannot represent becomes a string."""
         return {f.name: _as_json(getattr(self, f.name)) for f in fields(self)}

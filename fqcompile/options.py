@@ -185,13 +185,14 @@ def _regex(label: str, pattern: object) -> str:
     try:
         re.compile(pattern)
     except (re.error, OverflowError) as error:
+        any_begin = f"; for any beginning write {'.' + pattern!r}" if pattern[:1] == "*" else ""
         raise OptionError(
-            f"option {label} is {pattern!r}, which is not a regular expression: {error}"
+            f"option {label} is {pattern!r}, which is not a regular expression: {error}{any_begin}"
         ) from error
     return pattern
 
 
-def regexes(label: str, value: object) -> object:
+def regexes(label: str, value: object) -> tuple[str, ...]:
     """A list or tuple of regular expressions."""
     if not isinstance(value, list | tuple):
         hint = f"; write [{value!r}]" if isinstance(value, str) else ""

@@ -46,6 +46,7 @@ OPTIONS = [
     ({"granularity": 0}, "option granularity is 0 (int); allowed: 'adaptive', 'range', 'column'"),
     ({"include": ["("]}, "option include[0] is '(', which is not a regular expression: missing )"),
     ({"overrides": {"*": {}}}, "option overrides (a key) is '*', which is not a regular"),
+    ({"exclude": ["*mlp"]}, "nothing to repeat at position 0; for any beginning write '.*mlp'"),
     ({"inner_backend": "finequant"}, "a torch.compile backend other than 'finequant'"),
 ]
 

@@ -103,10 +103,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     if _is_saved(directory):
         raise CheckpointError(
             f"{directory} was saved by fqcompile and is quantized already; load it: "
-            f"fqcompile.load(None, {str(directory)!r}); or write it for an engine: fqcompile "
-            f"export {shlex.quote(str(directory))} OUT, which checks it too"
+            f"fqcompile.load(None, {str(directory)!r}); or write it for an engine: "
+            f"{export_command(directory)}"
         )
     return _json(directory / "config.json", directory)
+
+
+def export_command(directory: Path) -> str:
+    """What to type, for errors."""
+    return f"fqcompile export {shlex.quote(str(directory))} OUT, which checks it too"
 
 
 def _is_saved(directory: Path) -> bool:

@@ -4,14 +4,15 @@ import argparse
 from typing import Any
 
 from fqcompile.commands import DTYPES, add_option_flags, given_options
-from fqcompile.interop.export import FORMATS, PROFILES, export
+from fqcompile.interop.export import export
+from fqcompile.interop.export_request import FORMATS, PROFILES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Source, output directory, target engines, and every FineQuant option."""
     parser.add_argument(
-        "source", help="directory of fqcompile.save or `fqcompile quantize`, or a Hugging Face "
-        "checkpoint, which is quantized first",
+        "source", help="quantized directory (fqcompile.save, `fqcompile quantize`, "
+        "save_pretrained), or a Hugging Face checkpoint to quantize",
     )  # fmt: skip
     parser.add_argument("out", help="directory to write, which must not exist yet")
     parser.add_argument(

@@ -31,6 +31,7 @@ from fqcompile.hf_compat import ignore_unexpected, loading, save_by_own_names, u
 from fqcompile.integrations import in_files, packed_files, refuse_offloading
 from fqcompile.modules.quantize import packed_of, restore, site_of
 from fqcompile.modules.weights import ModuleWeight, module_weights
+from fqcompile.options import regexes
 from fqcompile.report import Plan, Site
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.weights.parameter import PackedWeight
@@ -71,10 +72,25 @@ class FineQuantHfConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if isinstance(kept, str) or not all(isinstance(name, str) for name in kept):
             raise OptionError(f"modules_to_not_convert is {kept!r}; allowed: a list of names")
         given = packing_config({**options, "calibration": None})
-        patterns = [_of_parameters(name) for name in kept]
+        patterns = [_of_parameters(name) for name in regexes("modules_to_not_convert", list(kept))]
         self.quant_method, self.modules_to_not_convert = METHOD, list(kept)
         self.options = {name: given.as_dict()[name] for name in options}
         self.config = replace(given, exclude=(*given.exclude, *patterns))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Of `config.json`, or of a dict in place of a config.
+
+        Raises:
+            OptionError: as for the class.
+        """
+        try:
+            return super().from_dict(config_dict, *args, **kwargs)
+        except OptionError as error:
+            raise OptionError(
+                f"quantization_config: {error}; if config.json has it, a later fqcompile wrote it: "
+                "install that"
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         """What `config.json` holds: the options that were given."""

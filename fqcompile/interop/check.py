@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fqcompile.checkpoint.source import read_config, read_tensors
+from fqcompile.checkpoint.packed_record import METHOD
+from fqcompile.checkpoint.source import export_command, read_config, read_tensors
 from fqcompile.errors import CheckpointError, OptionError
 from fqcompile.interop.compressed_tensors import read_layers
 from fqcompile.interop.expert_rules import expert_rules
@@ -63,8 +64,14 @@ def check(
     path = directory / "config.json"
     config = read_config(directory)
     tensors = read_tensors(directory)
-    if not isinstance(config.get("quantization_config"), Mapping):
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, Mapping):
         raise CheckpointError(f"{path} has no quantization_config: it is not quantized")
+    if quantization.get("quant_method") == METHOD:
+        raise CheckpointError(
+            f"{directory} has weights that fqcompile packed, as save_pretrained writes them; write "
+            f"it for an engine: {export_command(directory)}"
+        )
     layers = read_layers(tensors)
     return find_problems(config, layers, engine, tp=tp, ep=ep, device=device, where=str(path))
 

@@ -1,26 +1,23 @@
 """export: write a quantized model as a checkpoint that vLLM, SGLang and transformers load."""
 
-import hashlib
 import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fqcompile.checkpoint.data import data_of, without_data
 from fqcompile.checkpoint.directory import remove_save
 from fqcompile.checkpoint.hugging_face import without_code
-from fqcompile.checkpoint.manifest import MANIFEST, read_manifest, versions
-from fqcompile.checkpoint.source import open_source, other_files
+from fqcompile.checkpoint.save import save
+from fqcompile.checkpoint.source import other_files
 from fqcompile.checkpoint.stream import quantize_checkpoint
 from fqcompile.checkpoint.stream_writer import site_from
-from fqcompile.config import HEAD_NAMES, FineQuantConfig, excluded_by, packing_config
-from fqcompile.errors import CheckpointError, OptionError, UnquantizableWeight
+from fqcompile.config import HEAD_NAMES, excluded_by
+from fqcompile.errors import CheckpointError, UnquantizableWeight
 from fqcompile.interop.check import find_problems
 from fqcompile.interop.export_blocks import (
     HEADS_STAY,
@@ -39,89 +36,11 @@ from fqcompile.interop.export_directory import (
     real_path,
     write_checkpoint,
 )
+from fqcompile.interop.export_request import PROFILES, Request
 from fqcompile.interop.layers import Layer, Scheme, is_embedding, stack_of
+from fqcompile.interop.load import load
 from fqcompile.report import Plan, Site
 from fqcompile.report.site import format_status
-from fqcompile.tensor.format import NORMAL, UNIFORM
-
-# The engines that must be able to load the output of each profile.
-PROFILES: dict[str, tuple[str, ...]] = {
-    "portable": ("vllm", "sglang", "transformers"),
-    "serve": ("vllm", "sglang"),
-}
-FORMATS = ("compressed-tensors",)
-
-
-@dataclass(frozen=True)
-class Request:
-    """The arguments of `export`.
-
-    Raises:
-        OptionError: one is not allowed, such as a quantization option for a quantized source.
-    """
-
-    source: Path
-    to: str
-    profile: str
-    tp: int
-    dtype: torch.dtype | None
-    options: Mapping[str, object]
-
-    def __post_init__(self) -> None:
-        if self.to not in FORMATS:
-            raise OptionError(f"to is {self.to!r}; allowed: {', '.join(map(repr, FORMATS))}")
-        if self.profile not in PROFILES:
-            allowed = (f"{name!r} (for {', '.join(loads)})" for name, loads in PROFILES.items())
-            raise OptionError(f"profile is {self.profile!r}; allowed: {', '.join(allowed)}")
-        if type(self.tp) is not int or self.tp < 1:
-            raise OptionError(f"tp is {self.tp!r}; allowed: an int >= 1")
-        given = [name for name in self.options if name != "on_unsupported"]
-        given += ["dtype"] if self.dtype is not None else []
-        if given and self.is_saved:
-            raise OptionError(
-                f"option {given[0]} is one of quantizing, and {self.source} is quantized already; "
-                "leave it out, or export the checkpoint that it was made from"
-            )
-        if self.config.quantize_embeddings is not None:
-            message = "option quantize_embeddings is 8, and engines keep tables dense: drop it"
-            raise OptionError(message)
-        asked = (self.options, *self.config.overrides.values())
-        if any(options.get("levels") == NORMAL for options in asked):
-            raise OptionError(
-                f"option levels is {NORMAL!r}, and {self.to} has uniform levels alone: drop it"
-            )
-
-    @property
-    def is_saved(self) -> bool:
-        """Whether the source is quantized by fqcompile already."""
-        return (self.source / MANIFEST).is_file()
-
-    @cached_property
-    def config(self) -> FineQuantConfig:
-        return packing_config(without_data(self.options))
-
-    @property
-    def quantizing(self) -> dict[str, object]:
-        """The options, with the levels that the format has, and with output heads excluded: they
-        are written dense anyway."""
-        exclude = [*self.config.exclude, HEAD_NAMES.pattern]
-        return {**self.options, "levels": UNIFORM, "exclude": exclude}
-
-    def identity(self) -> str:
-        """A value that is equal for exports with equal output.
-
-        Raises:
-            CheckpointError: the source cannot be exported.
-        """
-        source = read_manifest(self.source).generation if self.is_saved else None
-        content = [
-            str(self.source.resolve()),
-            source or open_source(self.source).identity,
-            [self.to, self.profile, self.tp, str(self.dtype)],
-            [self.config.as_dict(), versions(), str(data_of(self.source, **self.options))],
-        ]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
 
 log = logging.getLogger("fqcompile")
 
@@ -146,8 +65,9 @@ def export(
     plan gives the reason. Tensors are written one at a time, and `out` appears atomically.
 
     Args:
-        source: a directory of `fqcompile.save` or `fqcompile quantize`; or a Hugging Face
-            checkpoint, which is quantized first, except for output heads.
+        source: a directory of `fqcompile.save` or `fqcompile quantize`; one of `save_pretrained`
+            with packed weights, which must fit into memory; or a Hugging Face checkpoint, which is
+            quantized first, except for output heads.
         out: a directory that does not exist or is empty, or a link to one.
         profile: "portable" (vLLM, SGLang, transformers: one scheme for all experts) or "serve"
             (vLLM, SGLang: one scheme for the experts of each layer).
@@ -176,9 +96,14 @@ def _export(request: Request, directory: Path, say: Callable[[str], None]) -> Pl
     if request.is_saved:
         return _write(Saved.open(request.source), directory, request)
     quantized = directory / QUANTIZED
-    own: Any = request.quantizing
-    quantize_checkpoint(request.source, quantized, dtype=request.dtype, resume=True, say=say, **own)
-    say(f"{request.to} has uniform levels alone: weights of 4 bits were quantized to these")
+    if request.is_packed:
+        save(load(None, request.source), quantized)
+    else:
+        own: Any = request.quantizing
+        quantize_checkpoint(
+            request.source, quantized, dtype=request.dtype, resume=True, say=say, **own
+        )
+        say(f"{request.to} has uniform levels alone: weights of 4 bits were quantized to these")
     plan = _write(Saved.open(quantized), directory, request)
     remove_save(quantized)
     return plan
@@ -194,11 +119,11 @@ def _write(saved: Saved, directory: Path, request: Request) -> Plan:
     schemes = {name: c.scheme for name, c in choices.items() if c.scheme is not None}
     if not schemes:
         lines = "\n".join(plan.kept_lines())
-        raise CheckpointError(f"nothing of {saved.directory} can be exported:\n{lines}")
+        raise CheckpointError(f"nothing of {request.source} can be exported:\n{lines}")
     config = _config(saved, contents, schemes, dense)
     _check_loads(config, layers(contents, choices, dense), request, plan)
     content = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    files = {**other_files(saved.directory), "config.json": content}
+    files = {**other_files(request.source), "config.json": content}
     write_checkpoint(directory, list(blocks(saved, contents, choices)), files)
     return plan
 

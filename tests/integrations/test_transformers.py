@@ -125,7 +125,8 @@ def test_a_dict_is_a_config(llama: Any) -> None:
         ({"calibration": "synthetic"}, r"before a model could run: leave it out; fqcompile\.quant"),
         ({"modules_to_not_convert": "lm_head"}, "modules_to_not_convert is 'lm_head'; allowed"),
         ({"modules_to_not_convert": [1]}, r"modules_to_not_convert is \[1\]"),
-        ({"modules_to_not_convert": ["("]}, "exclude"),
+        ({"modules_to_not_convert": ["("]}, r"modules_to_not_convert\[0\] is '\('"),
+        ({"modules_to_not_convert": ["*proj"]}, r"for any beginning write '\.\*proj'"),
         ({"quant_method": "gptq"}, "quant_method is 'gptq'; allowed here: 'finequant'"),
     ],
     ids=str,
@@ -136,6 +137,26 @@ def test_options_are_checked_when_they_are_given(options: dict[str, Any], messag
     if "quant_method" not in options:
         with pytest.raises(OptionError, match=message):
             FineQuantHfConfig.from_dict({"quant_method": "finequant", **options})
+
+
+def test_configs_that_from_pretrained_cannot_take_are_told_what_it_can(
+    llama: Any, tmp_path: Path
+) -> None:
+    directory, _, _ = llama
+    with pytest.raises(
+        OptionError, match=r"give fqcompile\.integrations\.transformers\.FineQuantHf"
+    ):
+        hf.AutoModelForCausalLM.from_pretrained(
+            directory, quantization_config=fqcompile.FineQuantConfig()
+        )
+    given: dict[str, Any] = {"quantization_config": FineQuantHfConfig(**OPTIONS)}
+    hf.AutoModelForCausalLM.from_pretrained(directory, **given).save_pretrained(tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    content = json.loads(path.read_text())
+    content["quantization_config"]["later"] = 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(OptionError, match=r"^quantization_config: unknown option later;.* install"):
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

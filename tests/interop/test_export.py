@@ -16,6 +16,7 @@ pytest.importorskip("transformers", reason="the demo extra is not installed")
 pytest.importorskip("compressed_tensors", reason="the dev extra is not installed")
 
 import fqcompile
+import fqcompile.integrations.transformers
 from fqcompile.checkpoint import shards
 from fqcompile.checkpoint.manifest import PartsRecord, read_manifest
 from fqcompile.cli import main
@@ -294,6 +295,31 @@ def test_an_original_is_quantized_to_uniform_levels(tmp_path: Path) -> None:
     assert any("uniform levels alone" in line for line in said)
     fqcompile.export(tmp_path / "plain", tmp_path / "same", **options, levels="uniform")
     assert files(tmp_path / "same") == files(tmp_path / "out")
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("name", "llama gemma3 phi3 gpt2 mixtral gpt-oss llama4".split())
+def test_what_save_pretrained_wrote_is_exported_as_what_save_wrote(
+    name: str, tmp_path: Path
+) -> None:
+    model, _ = make(name, tmp_path / "plain")
+    save_quantized(model, tmp_path / "saved")
+    opened = type(model).from_pretrained(tmp_path / "saved")
+    opened.save_pretrained(tmp_path / "packed", max_shard_size="100KB")
+    (tmp_path / "packed" / "tokenizer.json").write_text('{"made": "up"}')
+    if name == "gpt2":
+        with pytest.raises(CheckpointError, match=f"nothing of {tmp_path / 'packed'} can be"):
+            fqcompile.export(tmp_path / "packed", tmp_path / "none")
+        return
+    for source in ("saved", "packed"):
+        fqcompile.export(tmp_path / source, tmp_path / f"of-{source}")
+    written = files(tmp_path / "of-packed")
+    assert written.pop("tokenizer.json") == b'{"made": "up"}'
+    assert written == files(tmp_path / "of-saved")
+    with pytest.raises(CheckpointError, match=r"save_pretrained writes them; write it .* export"):
+        fqcompile.check(tmp_path / "packed")
+    with pytest.raises(OptionError, match=r"option bits is one of quantizing, and .* is quantized"):
+        fqcompile.export(tmp_path / "packed", tmp_path / "none", bits=8)
 
 
 @pytest.mark.parametrize(
