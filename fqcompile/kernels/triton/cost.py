@@ -9,7 +9,7 @@ simulation of `bench/static/simulate.py` makes of them, with a median of 1.00.
 """
 
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -261,4 +261,5 @@ def cost(spec: GemmSpec, config: TileConfig, gpu: Gpu, m: int, hit: float | None
     spec = as_run(spec, m)
     hit = mean_experts_hit(spec, m) if hit is None else hit
     tiles = _tiles(spec, config, m, hit)
-    return Cost(*_evaluate()(m, tiles, hit, *astuple(model_of(spec, config, gpu))))
+    values = vars(model_of(spec, config, gpu)).values()  # not astuple, which copies each
+    return Cost(*_evaluate()(m, tiles, hit, *values))
