@@ -18,6 +18,13 @@ _TILE = 128
 # are the checkpoint's; Mixtral's class takes those of SGLang too, and renames them to its own.
 _LOOKED_UP = ("gate_proj", "up_proj", "down_proj")
 _MIXTRAL = ("w1", "w3", "w2")
+# What SGLang's classes load (make_expert_params_mapping in srt/models); other names are skipped.
+_LOADED = {
+    **dict.fromkeys(("mixtral", "phimoe", "minimax_m2"), _MIXTRAL),
+    **dict.fromkeys(
+        ("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe"), _LOOKED_UP
+    ),
+}
 
 
 def expert_rules(subject: Subject) -> Iterator[Finding]:
@@ -67,7 +74,8 @@ def _matched(subject: Subject, stack: str, layers: Sequence[Layer]) -> Iterator[
         what = "ignore names it" if match.ignored else "no target matches it"
         scheme = match.scheme
         yield (
-            "experts-target", "refused", stored and not scheme,
+            "experts-target", subject.unplaced if match.ignored else "refused",
+            stored and not scheme,
             f"it is packed, and {what} as experts.0.{projection}",
             "add the target re:.*experts\\..* of this stack",
         )  # fmt: skip
@@ -76,6 +84,13 @@ def _matched(subject: Subject, stack: str, layers: Sequence[Layer]) -> Iterator[
             f"target {match.pattern!r} gives it {scheme}, and {stored or 'dense'} is stored",
             "give the experts a group of their own, or name them in ignore",
         )  # fmt: skip
+    names = tuple(last(x.name) for x in layers if x.name.startswith(f"{stack}.0."))
+    known = _LOADED.get(subject.model_type, names)
+    yield (
+        "experts-names", "wrong", subject.engine == "sglang" and {*names} != {*known},
+        f"its projections are {', '.join(names)}, and the class for {subject.model_type} loads "
+        f"{', '.join(known)}", "rename them, or export the model that they are of",
+    )  # fmt: skip
 
 
 def _looked_up(subject: Subject, stack: str, layers: Sequence[Layer]) -> Sequence[str]:

@@ -75,6 +75,12 @@ class Subject:
         return self.engine != "transformers"
 
     @property
+    def unplaced(self) -> Effect:
+        """The effect of a tensor that the engine has no parameter for: vLLM raises, SGLang 0.5.23
+        skips it (load_weights in srt/models: some classes warn, some raise KeyError)."""
+        return "wrong" if self.engine == "sglang" else "refused"
+
+    @property
     def has_gpu_kernels(self) -> bool:
         return self.serves and self.device != "cpu"
 

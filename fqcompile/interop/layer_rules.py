@@ -54,7 +54,7 @@ def layer_rules(subject: Subject) -> Iterator[Finding]:
             yield from subject.first_broken([layer.name], _shards(subject, layer))
     for name, parts in _engine_layers(subject).items():
         names = [layer.name for layer in parts]
-        unlike = list(subject.first_broken(names, _fused(parts)))
+        unlike = list(subject.first_broken(names, _fused(subject, parts)))
         yield from unlike or subject.first_broken(names, _matched(subject, name, parts))
 
 
@@ -91,12 +91,12 @@ def _format(subject: Subject, layer: Layer) -> list[Rule]:
 def _place(subject: Subject, layer: Layer) -> list[Rule]:
     """Rules for layers that engines keep dense."""
     return [
-        ("embedding", "refused", is_embedding(layer.name),
+        ("embedding", subject.unplaced, is_embedding(layer.name),
          "embeddings are looked up, not multiplied", _LEAVE),
         ("tied-head", "wrong", is_head(layer.name) and subject.tied,
          "the config ties the head to the embedding, whose dense values it then gets",
          "leave the head dense, or set tie_word_embeddings to false"),
-        ("router", "refused", is_router(layer.name) and subject.serves,
+        ("router", subject.unplaced, is_router(layer.name) and subject.serves,
          "routers of experts are built dense", _LEAVE),
     ]  # fmt: skip
 
@@ -148,16 +148,18 @@ def tp_rule(subject: Subject, layer: Layer, degree: int, other: str) -> Rule:
     )
 
 
-def _fused(parts: Sequence[Layer]) -> list[Rule]:
+def _fused(subject: Subject, parts: Sequence[Layer]) -> list[Rule]:
     """The rule that parts of a fused layer must have the same scheme."""
     first = parts[0].scheme
     unlike = any(part.scheme != first for part in parts)
     shaped = all(part.scheme and part.scheme.is_shaped_as(first, part.k) for part in parts)
     kinds = ", ".join(f"{last(p.name)} {p.scheme or 'dense'}" for p in parts)
     problem = f"one fused layer of different schemes ({kinds}): "
+    dense = any(part.scheme is None for part in parts)
+    effect: Effect = subject.unplaced if dense else "refused"
+    outcome = "one part stays without values" if effect == "wrong" else "an error"
     return [
-        ("fused-parts", "refused", unlike and not shaped,
-         f"{problem}an error", _ALIKE),
+        ("fused-parts", effect, unlike and not shaped, problem + outcome, _ALIKE),
         ("fused-parts", "wrong", unlike,
          f"{problem}the scheme of the first is taken for all", _ALIKE),
     ]  # fmt: skip
@@ -179,14 +181,15 @@ def _matched(subject: Subject, name: str, parts: Sequence[Layer]) -> list[Rule]:
         ("ignored-parts", "refused", ignored == {True, False} and not match.ignored,
          "parts of one fused layer are ignored, others not",
          "name all of them in ignore, or none"),
-        ("ignored", "refused", stored and out,
+        ("ignored", subject.unplaced, stored and out,
          "it is packed, and ignore names it", "take it out of ignore"),
-        ("no-target", "refused", stored and not out and not scheme,
+        ("no-target", subject.unplaced if is_head(name) else "refused",
+         stored and not out and not scheme,
          "it is packed, and no target matches it",
          "add a regular expression that also matches the fused name"),
         ("unlisted", "refused", subject.engine == "sglang" and not (stored or out or scheme),
          "it is dense, and neither a target nor ignore names it", "name it in ignore"),
-        ("not-ignored", "refused", scheme and not (stored or out),
+        ("not-ignored", subject.unplaced, scheme and not (stored or out),
          f"it is dense, and target {match.pattern!r} matches it", "name it in ignore"),
         ("class-target" if is_class(match.pattern or "") else "other-target",
          misread(subject, parts[0], scheme),
@@ -195,9 +198,14 @@ def _matched(subject: Subject, name: str, parts: Sequence[Layer]) -> list[Rule]:
 
 
 def misread(subject: Subject, layer: Layer, taken: Scheme | None) -> Effect:
-    """The effect of taking another scheme: serving engines compare the shapes of tensors alone."""
+    """The effect of taking another scheme: serving engines compare the shapes of tensors alone.
+
+    SGLang 0.5.23 pads or cuts what is split along K (load_row_parallel_weight in
+    srt/layers/parameter.py), and loads it in any shape.
+    """
     shaped = layer.scheme is not None and layer.scheme.is_shaped_as(taken, layer.k)
-    return "wrong" if shaped or not subject.serves else "refused"
+    cut = subject.engine == "sglang" and is_split_along_k(layer.name) and not stack_of(layer.name)
+    return "wrong" if shaped or cut or not subject.serves else "refused"
 
 
 def cpu_rules(subject: Subject) -> Iterator[Finding]:

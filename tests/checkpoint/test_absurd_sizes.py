@@ -108,9 +108,9 @@ def test_a_config_of_millions_of_lists(tmp_path: Path) -> None:
         lambda: fqcompile.load(None, tmp_path / "in"),
         lambda: fqcompile.quantize_checkpoint(tmp_path / "in", tmp_path / "out"),
     ):
-        start = time.monotonic()
+        start = time.process_time()
         _refused(action, "more than 2000000 lists and objects")
-        assert time.monotonic() - start < 3
+        assert time.process_time() - start < 3
 
 
 def test_a_config_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

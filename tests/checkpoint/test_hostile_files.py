@@ -199,10 +199,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 
 def _refused(action: Callable[[], object], message: str) -> None:
     """In bounded time, and on a line that a terminal shows as it is."""
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match=message) as error:
         action()
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 2000
 

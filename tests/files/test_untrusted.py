@@ -44,13 +44,13 @@ SLOW = {  # each takes `re` more than years on a name of 500 characters, or as g
 
 @pytest.mark.parametrize("pattern", SLOW, ids=range(len(SLOW)))
 def test_backtracking_is_bounded(pattern: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     try:
         check_pattern(pattern, "config.json: ignore[0]")
         assert not matches_pattern(pattern, SLOW[pattern])
     except CheckpointError as error:
         assert "steps" in str(error)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(

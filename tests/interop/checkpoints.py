@@ -109,9 +109,9 @@ def write(directory: Path, content: Any, layers: Iterable[Layer]) -> Path:
     """The files of such a checkpoint: a model that an engine can load, with random codes."""
     directory.mkdir(parents=True, exist_ok=True)
     layers, rng = list(layers), torch.Generator().manual_seed(0)
-    kind = content.get("model_type") or _kind(layers)
-    (directory / "config.json").write_text(json.dumps({**content, **_model(kind, layers)}))
-    tensors = _norms(kind, layers)
+    whole = whole_config(content, layers)
+    (directory / "config.json").write_text(json.dumps(whole))
+    tensors = _norms(whole["model_type"], layers)
     if not any(layer.name == "model.embed_tokens" for layer in layers):
         layers.append(Layer("model.embed_tokens", VOCAB, HIDDEN))
     for layer in layers:
@@ -130,6 +130,11 @@ def write(directory: Path, content: Any, layers: Iterable[Layer]) -> Path:
         tensors |= {f"{layer.name}.{part}": tensor for part, tensor in parts.items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
+
+
+def whole_config(content: Any, layers: Sequence[Layer]) -> Any:
+    """With what it says of the model whose layers these are."""
+    return {**content, **_model(content.get("model_type") or _kind(layers), layers)}
 
 
 def _words(rows: int, columns: int, rng: torch.Generator) -> torch.Tensor:

@@ -93,7 +93,7 @@ BAD = {
     "a fused shard left dense": Bad(
         config((["Linear"], INT4), ignore=["lm_head", "model.layers.2.self_attn.v_proj"]),
         changed(dense_model(), "layers.2.self_attn.v_proj", None),
-        everywhere("fused-parts", "refused", SERVERS),
+        {"vllm": ("fused-parts", "refused"), "sglang": ("fused-parts", "wrong")},
         "model.layers.2.self_attn.v_proj", "give all of them one scheme",
     ),
     "a fused shard ignored though packed": Bad(
@@ -133,7 +133,7 @@ BAD = {
         config(([r"re:model\.layers\.1.*o_proj"], GROUP64),
                ([r"re:model\.layers\.\d+\.self_attn.*$", MLPS], INT4)),
         changed(dense_model(layers=11), "layers.1.self_attn.o_proj", GROUP64),
-        everywhere("other-target", "wrong") | everywhere("other-target", "refused", SERVERS),
+        everywhere("other-target", "wrong") | {"vllm": ("other-target", "refused")},
         "model.layers.10.self_attn.o_proj", "end in $",
     ),
     "a fused layer whose first part has another target": Bad(
@@ -148,7 +148,8 @@ BAD = {
     ),
     "dense and not ignored": Bad(
         config((["Linear"], INT4)), changed(dense_model(), "1.mlp.down_proj", None),
-        everywhere("not-ignored", "refused"), "model.layers.1.mlp.down_proj", "name it in ignore",
+        everywhere("not-ignored", "refused") | {"sglang": ("not-ignored", "wrong")},
+        "model.layers.1.mlp.down_proj", "name it in ignore",
     ),
     "dense and in no list": Bad(
         config(([QKV, MLPS], INT4)), changed(dense_model(), "o_proj", None),
@@ -217,8 +218,8 @@ BAD = {
         with_top_level(config(([PROJECTIONS, ATTENTION], INT4),
                               ignore=["lm_head", MIXTRAL_ROUTERS]), model_type="mixtral"),
         [replace(x, name=x.name.replace("mlp", "block_sparse_moe")) for x in moe_model()],
-        {"vllm": ("experts-target", "refused")},
-        "model.layers.0.block_sparse_moe.experts", r"re:.*experts\..*",
+        {"vllm": ("experts-target", "refused"), "sglang": ("experts-names", "wrong")},
+        "model.layers.0.block_sparse_moe.experts", "",
     ),
     "class names in ignore": Bad(
         config(([ATTENTION, MLPS], INT4), ignore=["lm_head", "Linear"]), dense_model(),
@@ -228,7 +229,7 @@ BAD = {
         config((["Linear"], INT4), ignore=["lm_head", "re:.*qkv_proj$", r"re:.*1.*\.q_proj$"]),
         [replace(x, scheme=None) if x.name[-6:] in ("q_proj", "k_proj", "v_proj") else x
          for x in dense_model()],
-        {"sglang": ("not-ignored", "refused"), "transformers": ("not-ignored", "refused")},
+        {"sglang": ("not-ignored", "wrong"), "transformers": ("not-ignored", "refused")},
         "model.layers.0.self_attn.k_proj", "name it in ignore",
     ),
     "a fused layer of which one part matches a target": Bad(
@@ -266,16 +267,19 @@ BAD = {
     ),
     "an untied quantized head that only a class names": Bad(
         config((["Linear"], INT4), ignore=[]), [*dense_model()[:-1], replace(HEAD, scheme=INT4)],
-        everywhere("no-target", "refused", SERVERS), "lm_head", "matches the fused name",
+        {"vllm": ("no-target", "refused"), "sglang": ("no-target", "wrong")},
+        "lm_head", "matches the fused name",
     ),
     "a quantized embedding": Bad(
         config((["Linear", "re:.*embed_tokens$"], INT4)),
         [*dense_model(), Layer("model.embed_tokens", 1000, HIDDEN, INT4)],
-        everywhere("embedding", "refused"), "model.embed_tokens", "leave it dense",
+        everywhere("embedding", "refused") | {"sglang": ("embedding", "wrong")},
+        "model.embed_tokens", "leave it dense",
     ),
     "a quantized router": Bad(
         config((["Linear"], INT4)), changed(moe_model(), "mlp.gate", INT4),
-        everywhere("router", "refused", SERVERS), "model.layers.0.mlp.gate", "leave it dense",
+        {"vllm": ("router", "refused"), "sglang": ("router", "wrong")},
+        "model.layers.0.mlp.gate", "leave it dense",
     ),
     "a group size without a kernel": Bad(
         config((["Linear"], Scheme(4, 256))), dense_model(Scheme(4, 256)),

@@ -37,7 +37,7 @@ from tests.interop.test_check import (
 )
 from tests.interop.test_engines import ROOT, Outcome, ask, needs_vllm, unlike
 
-GUIDE = ROOT / "docs" / "design" / "vllm-verdicts.md"
+GUIDE = ROOT / "docs" / "design" / "engine-verdicts.md"
 
 
 @dataclass(frozen=True)

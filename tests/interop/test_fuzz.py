@@ -175,13 +175,13 @@ def test_whole_loads_of_changed_configs(
     config = json.loads(path.read_bytes())
     rng = random.Random(kind)
     outcomes: Counter[bool] = Counter()
-    start = time.monotonic()
+    start = time.process_time()
     for _ in range(60):
         other, _ = changed(config, rng)
         path.write_text(json.dumps(other))
         outcomes[outcome(lambda: fqcompile.load(None, directory), directory) == "read"] += 1
     assert min(outcomes.values()) > 5, outcomes
-    assert time.monotonic() - start < 120
+    assert time.process_time() - start < 120
 
 
 def test_whole_loads_of_changed_checkpoints(sources: dict[str, Path], tmp_path: Path) -> None:

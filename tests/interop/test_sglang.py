@@ -1,4 +1,5 @@
-"""SGLang's own loader, on a CPU: it fills packed parameters with the bits of exports.
+"""SGLang's own loader, on a CPU: it fills packed parameters with the bits of exports, and does with
+each checkpoint of test_check what `check` says.
 
 `make test-engines` installs it beside vLLM; where it is not, these tests are skipped.
 """
@@ -13,33 +14,93 @@ from torch import Tensor
 pytest.importorskip("compressed_tensors", reason="the dev extra is not installed")
 
 import fqcompile
+from fqcompile.interop.check import find_problems
 from tests.dense_models import COMMON
-from tests.interop.checkpoints import write
+from tests.interop.checkpoints import whole_config, write
 from tests.interop.models import tensors_of
-from tests.interop.test_check import BAD, GOOD
+from tests.interop.test_engine_verdicts import CHECKPOINTS, GUIDE, LOADS, WRONG
 from tests.interop.test_engines import EXPORTS, MODELS, PYTHON, ask, unlike
 
 SCRIPT = Path(__file__).parent / "sglang_cpu.py"
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not list(PYTHON.parents[1].glob("lib/python*/site-packages/sglang")),
-        reason="`make test-engines` installs SGLang",
-    ),
-]
+needs_sglang = pytest.mark.skipif(
+    not list(PYTHON.parents[1].glob("lib/python*/site-packages/sglang")),
+    reason="`make test-engines` installs SGLang",
+)
 
 DENSE_QKV = {"exclude": [r"layers\.1\.self_attn\.(q|k|v)_proj"]}
 LOADED = EXPORTS | {"llama, one layer's q/k/v dense": ("llama", DENSE_QKV)}
-# What it refuses, and what it loads with other bits without a word.
-REFUSED = {
-    "whole names": "Unable to find matching target",
+NO_TARGET = "Unable to find matching target"
+OTHER_METHOD = "Other method (CompressedTensorsW4A16Sparse24) is not supported now"
+# What SGLang 0.5.23's loader did, or a part of its message.
+SAID = {
     "fused shards of different group sizes": "param_data.shape=torch.Size([512, 4])",
+    "fused shards of different bits": "AssertionError",
+    "fused shards with and without zero points": NO_TARGET,
+    "a fused shard left dense": WRONG,
+    "a fused shard ignored though packed": LOADS,
     "a class name as target beside others": "param_data.shape=torch.Size([512, 4])",
-    "experts by names that SGLang does not look up": "Unable to find matching target",
+    "a regular expression without an end": WRONG,
+    "a fused layer whose first part has another target": NO_TARGET,
+    "packed and no target": NO_TARGET,
+    "dense and not ignored": WRONG,
+    "dense and in no list": NO_TARGET,
+    "attention-only quantization of an MoE": LOADS,
+    "mixed bits among the experts of a layer": "must match the size of tensor b (256)",
     "projections of an MoE layer with different groups": "All MoE projections need to have same",
+    "mixed bits among the experts of different layers": LOADS,
+    "mixed groups among the experts of different layers": LOADS,
+    "experts whose group is not found by its targets": LOADS,
+    "experts of which no projection matches": NO_TARGET,
+    "experts by names that SGLang does not look up": NO_TARGET,
+    "experts by names that vLLM does not look up": LOADS,
+    "experts of Mixtral by the names of others": WRONG,
+    "class names in ignore": LOADS,
+    "a fused layer ignored by its own name alone": LOADS,
+    "a fused layer of which one part matches a target": NO_TARGET,
+    "experts under a target of linears": "must match the size of tensor b (64)",
     "asymmetric experts": "must match the size of tensor b (8)",
-    "dense and in no list": "Unable to find matching target",
-    "a quantized router": "",
+    "asymmetric int8": LOADS,
+    "a tied quantized head": LOADS,
+    "an untied quantized head that only a class names": WRONG,
+    "a quantized embedding": WRONG,
+    "a quantized router": WRONG,
+    "a group size without a kernel": LOADS,
+    "K that is not a multiple of the group": "AssertionError",
+    "K that fills no words": WRONG,
+    "bits without a kernel": OTHER_METHOD,
+    "another format": OTHER_METHOD,
+    "mixed formats": OTHER_METHOD,
+    "nothing packed": LOADS,
+    "experts per channel of a width without a kernel": LOADS,
+    "one class-name group": LOADS,
+    "one class-name group of experts": LOADS,
+    "int8 per channel": LOADS,
+    "layers that differ": LOADS,
+    "experts of their own scheme": LOADS,
+    "whole names": NO_TARGET,
+    "an untied quantized head that is named": LOADS,
+    "asymmetric int4 without experts": LOADS,
+    "a tied quantized head that is named": LOADS,
+    "a quantized embedding of Qwen3": WRONG,
+    "an even group size": LOADS,
+    "an odd group size": LOADS,
+    "widths that are no multiples of 32": LOADS,
+    "experts without AMX": LOADS,
+}
+_KERNELS = "GPU kernels refuse it, which the loader does not ask"
+_TIED = "the head takes the dense embedding, and its own tensors are skipped"
+# What the loader does not do as `check` says, and why.
+OTHERWISE = {
+    "fused shards with and without zero points": "its target is not found, before values are wrong",
+    "a tied quantized head": _TIED,
+    "a tied quantized head that is named": _TIED,
+    "nothing packed": "who quantized a model did not want it served dense",
+    "asymmetric int8": _KERNELS,
+    "a group size without a kernel": _KERNELS,
+    "an even group size": _KERNELS,
+    "an odd group size": _KERNELS,
+    "K that fills no words": _KERNELS,
+    "experts per channel of a width without a kernel": _KERNELS,
 }
 
 
@@ -63,13 +124,14 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
         MODELS[model]().to(torch.bfloat16).save_pretrained(folder / f"{i}-dense")
         written[name] = folder / str(i)
         fqcompile.export(folder / f"{i}-dense", written[name], min_elements=1024, **options)
-    for name in REFUSED:
-        content, layers, *_ = GOOD[name] if name in GOOD else (BAD[name].config, BAD[name].layers)
-        written[name] = write(folder / name, content, layers)
+    for name, checkpoint in CHECKPOINTS.items():
+        written[name] = write(folder / name, checkpoint.config, checkpoint.layers)
     tasks = {name: {"directory": str(at)} for name, at in written.items()}
     return written, ask(folder, tasks, SCRIPT)
 
 
+@needs_sglang
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOADED)
 def test_packed_tensors_are_loaded_bit_for_bit(name: str, asked: tuple[dict, dict]) -> None:
     directory, outcome = asked[0][name], asked[1][name]
@@ -82,10 +144,33 @@ def test_packed_tensors_are_loaded_bit_for_bit(name: str, asked: tuple[dict, dic
     assert unlike(loaded, tensors_of(directory)) == []
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_it_does_not_load_what_check_refuses(name: str, asked: tuple[dict, dict]) -> None:
+def test_each_checkpoint_is_in_the_table() -> None:
+    assert SAID.keys() == CHECKPOINTS.keys() > OTHERWISE.keys()
+
+
+def test_the_guide_has_the_table() -> None:
+    rows = []
+    for name, said in SAID.items():
+        layers = CHECKPOINTS[name].layers
+        found = find_problems(whole_config(CHECKPOINTS[name].config, layers), layers, "sglang")
+        kinds = dict.fromkeys(f"{f.effect} ({f.rule})" for f in found if not f.loads)
+        mark = f"; {OTHERWISE[name]}" if name in OTHERWISE else ""
+        rows.append(f"| {name} | {', '.join(kinds) or LOADS} | {said}{mark} |")
+    assert "\n".join(rows) in GUIDE.read_text(encoding="utf-8"), "\n".join(rows)
+
+
+@needs_sglang
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAID)
+def test_it_does_what_check_says(name: str, asked: tuple[dict, dict]) -> None:
     directory, outcome = asked[0][name], asked[1][name]
-    assert any(not finding.loads for finding in fqcompile.check(directory, "sglang"))
-    assert REFUSED[name] in outcome.error
-    if not REFUSED[name]:
-        assert unlike(by_vllm_names(outcome.parameters), tensors_of(directory))
+    said, expected = outcome.error, {"refused"}
+    if not said:
+        other = unlike(by_vllm_names(outcome.parameters), tensors_of(directory))
+        said, expected = (WRONG, {"wrong"}) if other else (LOADS, set())
+    assert SAID[name] in said
+    effects = {f.effect for f in fqcompile.check(directory, "sglang") if not f.loads}
+    if name in OTHERWISE:
+        assert effects and effects != expected
+    else:
+        assert effects == expected
