@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from fqcompile.interop.findings import Effect, Finding, Rule, Subject
+from fqcompile.interop.findings import Finding, Rule, Subject
 from fqcompile.interop.layer_rules import misread, tp_rule
 from fqcompile.interop.layers import Layer, Scheme, is_split_along_k, last, stack_of
 from fqcompile.interop.quantization_config import Group, find_match
@@ -18,7 +18,8 @@ _TILE = 128
 # are the checkpoint's; Mixtral's class takes those of SGLang too, and renames them to its own.
 _LOOKED_UP = ("gate_proj", "up_proj", "down_proj")
 _MIXTRAL = ("w1", "w3", "w2")
-# What SGLang's classes load (make_expert_params_mapping in srt/models); other names are skipped.
+# What the classes of SGLang (make_expert_params_mapping in srt/models) and transformers 5.23
+# (conversion_mapping.py) load; experts by other names are skipped.
 _LOADED = {
     **dict.fromkeys(("mixtral", "phimoe", "minimax_m2"), _MIXTRAL),
     **dict.fromkeys(
@@ -84,10 +85,15 @@ def _matched(subject: Subject, stack: str, layers: Sequence[Layer]) -> Iterator[
             f"target {match.pattern!r} gives it {scheme}, and {stored or 'dense'} is stored",
             "give the experts a group of their own, or name them in ignore",
         )  # fmt: skip
+    yield _named(subject, stack, layers)
+
+
+def _named(subject: Subject, stack: str, layers: Sequence[Layer]) -> Rule:
+    """The rule that experts have the names that the engine's class for the model loads."""
     names = tuple(last(x.name) for x in layers if x.name.startswith(f"{stack}.0."))
     known = _LOADED.get(subject.model_type, names)
-    yield (
-        "experts-names", "wrong", subject.engine == "sglang" and {*names} != {*known},
+    return (
+        "experts-names", subject.unplaced, {*names} != {*known},
         f"its projections are {', '.join(names)}, and the class for {subject.model_type} loads "
         f"{', '.join(known)}", "rename them, or export the model that they are of",
     )  # fmt: skip
@@ -155,17 +161,17 @@ def _transformers(subject: Subject, stacks: Mapping[str, Sequence[Layer]]) -> It
     )])  # fmt: skip
     taken = _experts_group(subject.config.groups).scheme
     for stack, layers in stacks.items():
-        yield from subject.first_broken([stack], _loaded(layers, taken))
+        rules = [*_loaded(layers, taken), _named(subject, stack, layers)]
+        yield from subject.first_broken([stack], rules)
 
 
 def _loaded(layers: Sequence[Layer], taken: Scheme) -> list[Rule]:
     schemes = [layer.scheme for layer in layers if layer.scheme is not None]
     other = next((scheme for scheme in schemes if scheme != taken), None)
-    effect: Effect = "wrong" if other and other.bits != taken.bits else "refused"
     return [
-        ("experts-asymmetric", "wrong", any(not scheme.symmetric for scheme in schemes),
+        ("experts-asymmetric", "refused", any(not scheme.symmetric for scheme in schemes),
          "zero points of experts are not read", "quantize them symmetrically"),
-        ("experts-of-one-scheme", effect, other,
+        ("experts-of-one-scheme", "refused", other,
          f"it is stored as {other}, and all experts are read as {taken}",
          "give the experts of all layers one scheme, in a group of their own whose target is a "
          "regular expression with 'experts' (--profile portable)"),

@@ -77,8 +77,9 @@ class Subject:
     @property
     def unplaced(self) -> Effect:
         """The effect of a tensor that the engine has no parameter for: vLLM raises, SGLang 0.5.23
-        skips it (load_weights in srt/models: some classes warn, some raise KeyError)."""
-        return "wrong" if self.engine == "sglang" else "refused"
+        skips it (load_weights in srt/models: some classes warn, some raise KeyError), transformers
+        reports it, and gives the parameter that it was for random values."""
+        return "refused" if self.engine == "vllm" else "wrong"
 
     @property
     def has_gpu_kernels(self) -> bool:

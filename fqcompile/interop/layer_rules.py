@@ -75,7 +75,7 @@ def _format(subject: Subject, layer: Layer) -> list[Rule]:
     size = scheme.group_size
     finer = max((g for g in GROUP_SIZES if size and not size % g), default=32)
     return [
-        ("bits", "refused", scheme.bits not in BITS,
+        ("bits", "refused", subject.serves and scheme.bits not in BITS,
          f"{scheme} has no kernel", "quantize to 4 or 8 bits"),
         ("group-divides-k", "refused", size and k % size,
          f"K = {k} is not a multiple of {size}",
@@ -85,18 +85,23 @@ def _format(subject: Subject, layer: Layer) -> list[Rule]:
          f"repeat the scales to {finer}"),
         ("asymmetric", "refused", subject.serves and scheme.bits == 8 and not scheme.symmetric,
          "int8 with zero points has no kernel", "quantize symmetrically"),
+        ("asymmetric", "refused",
+         not subject.serves and not scheme.symmetric and stack_of(layer.name) is None,
+         "transformers 5.23 expects zero points that are not packed", "use fqcompile.load, or "
+         "quantize symmetrically"),
     ]  # fmt: skip
 
 
 def _place(subject: Subject, layer: Layer) -> list[Rule]:
     """Rules for layers that engines keep dense."""
     return [
-        ("embedding", subject.unplaced, is_embedding(layer.name),
+        ("embedding", subject.unplaced if subject.serves else "refused", is_embedding(layer.name),
          "embeddings are looked up, not multiplied", _LEAVE),
-        ("tied-head", "wrong", is_head(layer.name) and subject.tied,
+        ("tied-head", "wrong" if subject.serves else "refused",
+         is_head(layer.name) and subject.tied,
          "the config ties the head to the embedding, whose dense values it then gets",
          "leave the head dense, or set tie_word_embeddings to false"),
-        ("router", subject.unplaced, is_router(layer.name) and subject.serves,
+        ("router", subject.unplaced, is_router(layer.name),
          "routers of experts are built dense", _LEAVE),
     ]  # fmt: skip
 
@@ -183,7 +188,7 @@ def _matched(subject: Subject, name: str, parts: Sequence[Layer]) -> list[Rule]:
          "name all of them in ignore, or none"),
         ("ignored", subject.unplaced, stored and out,
          "it is packed, and ignore names it", "take it out of ignore"),
-        ("no-target", subject.unplaced if is_head(name) else "refused",
+        ("no-target", subject.unplaced if is_head(name) or not subject.serves else "refused",
          stored and not out and not scheme,
          "it is packed, and no target matches it",
          "add a regular expression that also matches the fused name"),
@@ -198,14 +203,14 @@ def _matched(subject: Subject, name: str, parts: Sequence[Layer]) -> list[Rule]:
 
 
 def misread(subject: Subject, layer: Layer, taken: Scheme | None) -> Effect:
-    """The effect of taking another scheme: serving engines compare the shapes of tensors alone.
+    """The effect of taking another scheme: engines compare the shapes of tensors alone.
 
     SGLang 0.5.23 pads or cuts what is split along K (load_row_parallel_weight in
     srt/layers/parameter.py), and loads it in any shape.
     """
     shaped = layer.scheme is not None and layer.scheme.is_shaped_as(taken, layer.k)
     cut = subject.engine == "sglang" and is_split_along_k(layer.name) and not stack_of(layer.name)
-    return "wrong" if shaped or cut or not subject.serves else "refused"
+    return "wrong" if shaped or cut else "refused"
 
 
 def cpu_rules(subject: Subject) -> Iterator[Finding]:

@@ -80,15 +80,16 @@ BAD = {
     "fused shards of different bits": Bad(
         config(([r"re:.*up_proj$"], INT8), ([ATTENTION, MLPS], INT4)),
         changed(dense_model(), "mlp.up_proj", INT8),
-        everywhere("fused-parts", "refused", SERVERS) | {"transformers": ("other-target", "wrong")},
+        everywhere("fused-parts", "refused", SERVERS)
+        | {"transformers": ("other-target", "refused")},
         "model.layers.0.mlp.up_proj", "",
     ),
     "fused shards with and without zero points": Bad(
         config(([r"re:.*\.gate_proj$"], ASYMMETRIC),
                ([r"re:.*\.(up|down)_proj$", ATTENTION], INT4)),
         changed(dense_model(), "gate_proj", ASYMMETRIC),
-        everywhere("fused-parts", "wrong", SERVERS),
-        "model.layers.0.mlp.gate_proj", "give all of them one scheme",
+        everywhere("fused-parts", "wrong", SERVERS) | {"transformers": ("asymmetric", "refused")},
+        "model.layers.0.mlp.gate_proj", "",
     ),
     "a fused shard left dense": Bad(
         config((["Linear"], INT4), ignore=["lm_head", "model.layers.2.self_attn.v_proj"]),
@@ -99,7 +100,7 @@ BAD = {
     "a fused shard ignored though packed": Bad(
         config((["Linear"], INT4), ignore=["lm_head", "model.layers.2.self_attn.v_proj"]),
         dense_model(),
-        everywhere("ignored-parts", "refused", SERVERS) | {"transformers": ("ignored", "refused")},
+        everywhere("ignored-parts", "refused", SERVERS) | {"transformers": ("ignored", "wrong")},
         "model.layers.2.self_attn.v_proj", "ignore",
     ),
     "K per shard no multiple of the group": Bad(
@@ -133,22 +134,23 @@ BAD = {
         config(([r"re:model\.layers\.1.*o_proj"], GROUP64),
                ([r"re:model\.layers\.\d+\.self_attn.*$", MLPS], INT4)),
         changed(dense_model(layers=11), "layers.1.self_attn.o_proj", GROUP64),
-        everywhere("other-target", "wrong") | {"vllm": ("other-target", "refused")},
+        everywhere("other-target", "refused") | {"sglang": ("other-target", "wrong")},
         "model.layers.10.self_attn.o_proj", "end in $",
     ),
     "a fused layer whose first part has another target": Bad(
         config(([r"re:.*\.q_proj$"], GROUP64), ([r"re:.*\.[kvo]_proj$", MLPS], INT4)),
         dense_model(),
-        everywhere("other-target", "wrong") | everywhere("other-target", "refused", SERVERS),
+        everywhere("other-target", "refused"),
         "model.layers.0.self_attn.q_proj", "match the fused name",
     ),
     "packed and no target": Bad(
-        config(([ATTENTION], INT4)), dense_model(), everywhere("no-target", "refused"),
+        config(([ATTENTION], INT4)), dense_model(),
+        everywhere("no-target", "wrong") | everywhere("no-target", "refused", SERVERS),
         "model.layers.0.mlp.gate_proj", "add a regular expression that also matches the fused name",
     ),
     "dense and not ignored": Bad(
         config((["Linear"], INT4)), changed(dense_model(), "1.mlp.down_proj", None),
-        everywhere("not-ignored", "refused") | {"sglang": ("not-ignored", "wrong")},
+        everywhere("not-ignored", "wrong") | {"vllm": ("not-ignored", "refused")},
         "model.layers.1.mlp.down_proj", "name it in ignore",
     ),
     "dense and in no list": Bad(
@@ -165,7 +167,7 @@ BAD = {
                ignore=["lm_head", ROUTERS]),
         [replace(x, scheme=INT8) if ".experts.2." in x.name else x for x in moe_model()],
         everywhere("experts-differ", "refused", SERVERS)
-        | {"transformers": ("experts-of-one-scheme", "wrong")},
+        | {"transformers": ("experts-of-one-scheme", "refused")},
         "model.layers.0.mlp.experts", "one scheme",
     ),
     "projections of an MoE layer with different groups": Bad(
@@ -181,7 +183,7 @@ BAD = {
                ([r"re:.*layers\.(0|2)\.mlp\.experts\..*$", ATTENTION], INT4),
                ignore=["lm_head", ROUTERS]),
         [replace(x, scheme=INT8) if ".1.mlp.experts." in x.name else x for x in moe_model()],
-        {"transformers": ("experts-of-one-scheme", "wrong")},
+        {"transformers": ("experts-of-one-scheme", "refused")},
         "model.layers.0.mlp.experts", "--profile portable",
     ),
     "mixed groups among the experts of different layers": Bad(
@@ -195,7 +197,7 @@ BAD = {
     "experts whose group is not found by its targets": Bad(
         config(([r"re:.*self_attn\..*$"], INT8), ([r"re:.*mlp\.e.*$"], INT4),
                ignore=["lm_head", ROUTERS]),
-        moe_model(INT8, INT4), {"transformers": ("experts-of-one-scheme", "wrong")},
+        moe_model(INT8, INT4), {"transformers": ("experts-of-one-scheme", "refused")},
         "model.layers.0.mlp.experts", "a regular expression with 'experts'",
     ),
     "experts of which no projection matches": Bad(
@@ -218,52 +220,69 @@ BAD = {
         with_top_level(config(([PROJECTIONS, ATTENTION], INT4),
                               ignore=["lm_head", MIXTRAL_ROUTERS]), model_type="mixtral"),
         [replace(x, name=x.name.replace("mlp", "block_sparse_moe")) for x in moe_model()],
-        {"vllm": ("experts-target", "refused"), "sglang": ("experts-names", "wrong")},
+        {"vllm": ("experts-target", "refused"), "sglang": ("experts-names", "wrong"),
+         "transformers": ("experts-names", "wrong")},
         "model.layers.0.block_sparse_moe.experts", "",
     ),
     "class names in ignore": Bad(
         config(([ATTENTION, MLPS], INT4), ignore=["lm_head", "Linear"]), dense_model(),
-        {"transformers": ("ignored", "refused")}, "model.layers.0.mlp.up_proj", "ignore",
+        {"transformers": ("ignored", "wrong")}, "model.layers.0.mlp.up_proj", "ignore",
+    ),
+    "a packed layer that ignore names": Bad(
+        config((["Linear"], INT4), ignore=["lm_head", r"re:.*1\.self_attn\.o_proj$"]),
+        dense_model(), everywhere("ignored", "wrong") | {"vllm": ("ignored", "refused")},
+        "model.layers.1.self_attn.o_proj", "take it out of ignore",
+    ),
+    "packed experts that ignore names": Bad(
+        config(([ATTENTION, EXPERTS], INT4), ignore=["lm_head", ROUTERS, EXPERTS]), moe_model(),
+        {"vllm": ("experts-target", "refused"), "sglang": ("experts-target", "wrong")},
+        "model.layers.0.mlp.experts", "",
     ),
     "a fused layer ignored by its own name alone": Bad(
         config((["Linear"], INT4), ignore=["lm_head", "re:.*qkv_proj$", r"re:.*1.*\.q_proj$"]),
         [replace(x, scheme=None) if x.name[-6:] in ("q_proj", "k_proj", "v_proj") else x
          for x in dense_model()],
-        {"sglang": ("not-ignored", "wrong"), "transformers": ("not-ignored", "refused")},
+        {"sglang": ("not-ignored", "wrong"), "transformers": ("not-ignored", "wrong")},
         "model.layers.0.self_attn.k_proj", "name it in ignore",
     ),
     "a fused layer of which one part matches a target": Bad(
         config(([r"re:.*(q|k)_proj$", r"re:.*o_proj$", MLPS], INT4)), dense_model(),
-        everywhere("no-target", "refused", SERVERS) | {"transformers": ("no-target", "refused")},
+        everywhere("no-target", "refused", SERVERS) | {"transformers": ("no-target", "wrong")},
         "model.layers.0.self_attn.v_proj", "matches the fused name",
     ),
     "experts under a target of linears": Bad(
         config((["Linear"], INT8), ignore=["lm_head", ROUTERS]), moe_model(INT8, INT4),
         everywhere("experts-target", "refused", SERVERS)
-        | {"transformers": ("experts-of-one-scheme", "wrong")},
+        | {"transformers": ("experts-of-one-scheme", "refused")},
         "model.layers.0.mlp.experts", "a group of their own",
     ),
     "asymmetric experts": Bad(
         config((["Linear"], ASYMMETRIC), ignore=["lm_head", ROUTERS]),
         moe_model(ASYMMETRIC, ASYMMETRIC),
         {"sglang": ("experts-asymmetric", "refused"),
-         "transformers": ("experts-asymmetric", "wrong")},
+         "transformers": ("experts-asymmetric", "refused")},
         "model.layers.0.mlp.experts", "symmetrically",
+    ),
+    "asymmetric int4 without experts": Bad(
+        config((["Linear"], ASYMMETRIC)), dense_model(ASYMMETRIC),
+        {"transformers": ("asymmetric", "refused")}, "model.layers.0.mlp.up_proj", "symmetrically",
     ),
     "asymmetric int8": Bad(
         config((["Linear"], Scheme(8, 128, False))), dense_model(Scheme(8, 128, False)),
-        everywhere("asymmetric", "refused", SERVERS), "model.layers.0.mlp.up_proj", "symmetrically",
+        everywhere("asymmetric", "refused"), "model.layers.0.mlp.up_proj", "symmetrically",
     ),
     "a tied quantized head": Bad(
         with_top_level(config((["Linear"], INT4), ignore=[]), tie_word_embeddings=True),
         [*dense_model()[:-1], replace(HEAD, scheme=INT4)],
-        everywhere("tied-head", "wrong"), "lm_head", "leave the head dense",
+        everywhere("tied-head", "wrong") | {"transformers": ("tied-head", "refused")},
+        "lm_head", "leave the head dense",
     ),
     "a head tied by the config of the language model": Bad(
         {**{k: v for k, v in config((["Linear"], INT4), ignore=[]).items()
             if k != "tie_word_embeddings"}, "text_config": {"tie_word_embeddings": True}},
         [*dense_model()[:-1], replace(HEAD, scheme=INT4)],
-        everywhere("tied-head", "wrong"), "lm_head", "tie_word_embeddings",
+        everywhere("tied-head", "wrong") | {"transformers": ("tied-head", "refused")},
+        "lm_head", "tie_word_embeddings",
     ),
     "an untied quantized head that only a class names": Bad(
         config((["Linear"], INT4), ignore=[]), [*dense_model()[:-1], replace(HEAD, scheme=INT4)],
@@ -278,7 +297,7 @@ BAD = {
     ),
     "a quantized router": Bad(
         config((["Linear"], INT4)), changed(moe_model(), "mlp.gate", INT4),
-        {"vllm": ("router", "refused"), "sglang": ("router", "wrong")},
+        everywhere("router", "wrong") | {"vllm": ("router", "refused")},
         "model.layers.0.mlp.gate", "leave it dense",
     ),
     "a group size without a kernel": Bad(
@@ -298,7 +317,7 @@ BAD = {
     ),
     "bits without a kernel": Bad(
         config((["Linear"], Scheme(3, 128))), dense_model(Scheme(3, 128)),
-        everywhere("bits", "refused"), "model.layers.0.mlp.up_proj", "4 or 8 bits",
+        everywhere("bits", "refused", SERVERS), "model.layers.0.mlp.up_proj", "4 or 8 bits",
     ),
     "another format": Bad(
         with_quantization(config((["Linear"], INT4)), format="int-quantized"), dense_model(),
@@ -344,9 +363,6 @@ GOOD = {
         config((["Linear", "re:.*lm_head$"], INT4), ignore=[]),
         [*dense_model()[:-1], replace(HEAD, scheme=INT4)], 1,
     ),
-    "asymmetric int4 without experts": (
-        config((["Linear"], ASYMMETRIC)), dense_model(ASYMMETRIC), 1,
-    ),
 }  # fmt: skip
 
 
@@ -365,6 +381,17 @@ def test_each_failure_is_found_with_its_remedy(name: str) -> None:
         assert hits[0].effect == effect, hits
         assert hits[0].engine == engine
         assert bad.remedy in hits[0].remedy, hits
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_the_order_of_layers_says_nothing(name: str) -> None:
+    bad = BAD[name]
+    for engine in ALL:
+        one, other = (
+            find_problems(bad.config, layers, engine, tp=bad.tp, ep=bad.ep)
+            for layers in (bad.layers, bad.layers[::-1])
+        )
+        assert {(f.rule, f.effect) for f in one} == {(f.rule, f.effect) for f in other}
 
 
 @pytest.mark.parametrize("engine", ALL)

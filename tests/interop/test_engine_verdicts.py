@@ -125,6 +125,8 @@ SAID = {
     "experts by names that vLLM does not look up": "has no parameter 'w13_weight_packed'",
     "experts of Mixtral by the names of others": "has no parameter 'w2_weight_packed'",
     "class names in ignore": LOADS,
+    "a packed layer that ignore names": UNKNOWN,
+    "packed experts that ignore names": "has no parameter 'w2_weight_packed'",
     "a fused layer ignored by its own name alone": LOADS,
     "a fused layer of which one part matches a target": "object has no attribute 'data'",
     "experts under a target of linears": NO_KERNEL,

@@ -101,7 +101,9 @@ def stored(name: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
     if own:
         kind, _, part = own.partition("_")
         count = len({n.removeprefix(stack).split(".")[1] for n in tensors if n.startswith(stack)})
-        parts = next(p for p in STACKED[kind] if f"{stack}.0.{p[0]}.{part}" in tensors)
+        parts = next((p for p in STACKED[kind] if f"{stack}.0.{p[0]}.{part}" in tensors), None)
+        if parts is None:
+            return None
         of = [[tensors[f"{stack}.{e}.{p}.{part}"] for p in parts] for e in range(count)]
         return torch.stack([torch.cat(tensors) for tensors in of])
     for fused, parts in FUSED.items():

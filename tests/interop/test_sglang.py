@@ -55,6 +55,8 @@ SAID = {
     "experts by names that vLLM does not look up": LOADS,
     "experts of Mixtral by the names of others": WRONG,
     "class names in ignore": LOADS,
+    "a packed layer that ignore names": WRONG,
+    "packed experts that ignore names": WRONG,
     "a fused layer ignored by its own name alone": LOADS,
     "a fused layer of which one part matches a target": NO_TARGET,
     "experts under a target of linears": "must match the size of tensor b (64)",
