@@ -104,6 +104,24 @@ def save_by_own_names(model: Any, own: bool = True) -> None:
     model._weight_conversions = [] if own else None
 
 
+def rules_of_ties(model: Any) -> Mapping[str, str]:
+    """The names that `from_pretrained` gives the parameter of another name, and that name."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
+
+
+def untied_names(model: Any, named: Iterable[tuple[str, object]]) -> set[str]:
+    """Further names of shared parameters that the rules of the class do not tie: `from_pretrained`
+    looks for each in the files."""
+    ties, names = rules_of_ties(model), dict[int, set[str]]()
+    found = set()
+    for name, parameter in named:
+        owners = names.setdefault(id(parameter), set())
+        if owners and ties.get(name, name) not in owners:
+            found.add(name)
+        owners.add(ties.get(name, name))
+    return found
+
+
 def untie(model: nn.Module) -> None:
     """Have `tie_weights` leave apart what is apart now, as a packed head and its dense table.
 

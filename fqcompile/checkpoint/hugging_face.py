@@ -26,6 +26,7 @@ from fqcompile.config import OF_COMPILING
 from fqcompile.errors import CheckpointError
 from fqcompile.files.untrusted import read_json, shown
 from fqcompile.hf_compat import is_model_class, meta_safe, model_from_config
+from fqcompile.tensor.format import NORMAL
 from fqcompile.torch_compat import TorchDispatchMode, schema_of, tree_iter, tree_map_only
 
 log = logging.getLogger("fqcompile")
@@ -180,6 +181,8 @@ def hugging_face_files(model: Any, options: Mapping[str, Any]) -> dict[str, byte
         if isinstance(getattr(model, "dtype", None), torch.dtype):  # else that of its source
             content["dtype"] = str(model.dtype).removeprefix("torch.")
         of_packing = {n: v for n, v in options.items() if n not in (*OF_COMPILING, "calibration")}
+        if (of_packing.get("bits"), of_packing.get("levels")) == (8, NORMAL):
+            del of_packing["levels"]  # a default that nobody gave: given, it would be refused
         content[_QUANTIZATION] = {**of_packing, "quant_method": METHOD}
         files["config.json"] = _text(content)
     generation = getattr(model, "generation_config", None)

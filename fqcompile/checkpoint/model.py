@@ -7,7 +7,7 @@ device, and the conversion of a checkpoint's tensors to its own.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from fqcompile.checkpoint.manifest import Manifest
 from fqcompile.checkpoint.source import Source
 from fqcompile.errors import CheckpointError
 from fqcompile.files.safetensors_file import DTYPES, read_tensor
-from fqcompile.hf_compat import ignored_names
+from fqcompile.hf_compat import ignored_names, untied_names
 
 _WRAPPER = "_orig_mod"  # the name that torch.compile's wrapper gives to what it wraps
 _SHOWN = 5
@@ -230,3 +230,9 @@ def _missing(model: Any, given: Sequence[str]) -> list[str]:
 
 def _matches(patterns: Any, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns or ())
+
+
+def named_alone(model: Any, found: Iterable[Slot]) -> set[str]:
+    """Further names of shared parameters, of which `from_pretrained` wants a tensor each."""
+    parameters = ((slot.name, slot.tensor) for slot in found if slot.kind == "parameter")
+    return untied_names(model, parameters) if hasattr(model, "config") else set()

@@ -12,6 +12,7 @@ filled with random values.
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,13 @@ from fqcompile.quant.checks import WEIGHT_DTYPES
 from fqcompile.tensor.format import QTYPES, UNIFORM, Format, num_groups, packed_columns
 from fqcompile.tensor.quantized import QuantizedTensor
 
-METHOD = "finequant"  # the key of the metadata, and `quant_method` of a config.json
+
+class _Method(StrEnum):
+    FINEQUANT = "finequant"
+
+
+# The key of the metadata, and `quant_method` of a config.json; diffusers reads its `value`.
+METHOD = _Method.FINEQUANT
 _VERSION = 1
 
 

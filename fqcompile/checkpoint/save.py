@@ -1,7 +1,7 @@
 """save: write a quantized model to a directory that any machine loads without requantizing."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from fqcompile.checkpoint.manifest import (
     TensorRecord,
     versions,
 )
-from fqcompile.checkpoint.model import Slot, slots
+from fqcompile.checkpoint.model import Slot, named_alone, slots
 from fqcompile.checkpoint.packed_record import PackedRecord
 from fqcompile.checkpoint.shards import DigestWriter, ShardWriter
 from fqcompile.checkpoint.source import INDEX
@@ -113,16 +113,14 @@ def save(
         # Each step in the directory starts when all ranks have finished the step before it.
         told = writing_to(target)  # an OSError of one rank is raised on all, with the remedy
         generation = team.together(told(begin))[0]
-        written = team.together(told(lambda: _write_slots(found, target, generation, team)))
+        written = team.together(told(lambda: _write_slots(inner, found, target, generation, team)))
         team.together(told(end))
     return target
 
 
 def _recorded(plan: object) -> Plan | None:
-    if plan is None or isinstance(plan, Plan):
-        return plan
-    if isinstance(plan, CompileReport):
-        return plan.plan
+    if plan is None or isinstance(plan, Plan | CompileReport):
+        return plan.plan if isinstance(plan, CompileReport) else plan
     raise OptionError(
         f"plan is a {type(plan).__name__}; allowed: what fqcompile.quantize_ returned, one report, "
         "such as fqcompile.reports()[-1], or None"
@@ -164,10 +162,11 @@ def _files(model: nn.Module, plan: Plan | None) -> dict[str, bytes]:
     return {**files, INDEX: b""} if files else {}
 
 
-def _write_slots(found: Iterable[Slot], directory: Path, generation: str, team: Team) -> _Written:
+def _write_slots(model: nn.Module, found: list[Slot], to: Path, tag: str, team: Team) -> _Written:
     """The tensors this rank writes: its shards and, on the first rank, all unsharded tensors."""
-    writer = ShardWriter(directory, generation, first=team.index, step=team.size)
-    shared = DigestWriter(directory, generation) if team.index else writer
+    again = named_alone(model, found)
+    writer = ShardWriter(to, tag, first=team.index, step=team.size)
+    shared = DigestWriter(to, tag) if team.index else writer
     records: dict[str, SlotRecord] = {}
     packed: dict[str, PackedRecord] = {}
     held: dict[str, _Held] = {}
@@ -175,9 +174,9 @@ def _write_slots(found: Iterable[Slot], directory: Path, generation: str, team: 
     for slot in found:
         value = values.setdefault(id(slot.tensor), slot.name)
         records[slot.name] = SlotRecord(slot.kind, value)
-        if value != slot.name:
+        sharding, name, target = sharding_of(slot.tensor), slot.name, shared
+        if value != name and (name not in again or sharding is not None):
             continue
-        sharding, name, target = sharding_of(slot.tensor), value, shared
         if sharding is not None:
             name, target = f"{value}.part{sharding.own}", writer
             held[value] = _Held(name, tuple(slot.tensor.shape), sharding)

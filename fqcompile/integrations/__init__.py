@@ -11,6 +11,7 @@ from torch import Tensor
 from fqcompile.checkpoint.packed_record import METHOD, PackedRecord, described, read_packed, to_disk
 from fqcompile.errors import CheckpointError, FineQuantError
 from fqcompile.files.safetensors_file import TensorPlace
+from fqcompile.hf_compat import untied_names
 from fqcompile.weights.parameter import PackedWeight
 
 
@@ -46,16 +47,33 @@ def packed_files(
     return read_packed(map(Path, files))
 
 
-def in_files(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A state dict with codes and scales in place of packed weights, and a file's metadata."""
+def in_files(
+    named: Mapping[str, Tensor], model: object = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A state dict with codes and scales in place of packed weights, and a file's metadata.
+
+    `model`: whose class ties some of the names.
+
+    Raises:
+        FineQuantError: no weight is packed.
+    """
+    packed = {name: tensor for name, tensor in named.items() if isinstance(tensor, PackedWeight)}
+    if not packed:
+        raise FineQuantError(
+            "no weight of the model is packed, and its config says that they are: call "
+            "model.dequantize() to save it dense, or fqcompile.quantize_(model)"
+        )
+    roots = {name: tensor.memory.root for name, tensor in packed.items()}
+    alone = untied_names(model, roots.items())
     state: dict[str, Tensor] = {}
     records: dict[str, PackedRecord] = {}
-    roots = set()
+    written = set()
     for name, tensor in named.items():
-        if not isinstance(tensor, PackedWeight):
+        weight = packed.get(name)
+        if weight is None:
             state[name] = tensor
-        elif id(tensor.memory.root) not in roots:  # tied names share it
-            roots.add(id(tensor.memory.root))
-            records[name], tensors = to_disk(name, tensor.quantized(), tensor.dtype)
-            state |= tensors
+        elif name in alone or id(roots[name]) not in written:
+            records[name], tensors = to_disk(name, weight.quantized(), weight.dtype)
+            state |= {n: t.clone() for n, t in tensors.items()} if name in alone else tensors
+            written.add(id(roots[name]))
     return state, described(records)

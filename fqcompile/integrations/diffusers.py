@@ -7,7 +7,6 @@ components of pipelines. The files are those that `integrations.transformers` wr
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
-from enum import StrEnum
 from typing import Any
 
 from diffusers import ModelMixin
@@ -34,22 +33,12 @@ _TABLE = (
 _NEW = "no tensor of the checkpoint is its value, which is new"
 
 
-class _Method(StrEnum):
-    FINEQUANT = METHOD
-
-
 class FineQuantDiffusersConfig(FineQuantHfConfig):
     """`quantization_config` for `from_pretrained` of a model, with the arguments of its base.
 
     For the components of a pipeline, `PipelineQuantizationConfig(quant_backend="finequant", ...)`
     makes this one for those of diffusers, and `FineQuantHfConfig` for those of transformers.
     """
-
-    def __init__(
-        self, *, modules_to_not_convert: Sequence[str] | None = None, **options: Any
-    ) -> None:
-        super().__init__(modules_to_not_convert=modules_to_not_convert, **options)
-        self.quant_method = _Method.FINEQUANT  # of which diffusers reads the `value`
 
 
 class FineQuantDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]

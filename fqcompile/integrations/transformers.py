@@ -63,7 +63,7 @@ class FineQuantHfConfig(QuantizationConfigMixin):  # type: ignore[misc]
     ) -> None:
         method, kept = options.pop("quant_method", METHOD), modules_to_not_convert or []
         if method != METHOD:
-            raise OptionError(f"quant_method is {method!r}; allowed here: {METHOD!r}")
+            raise OptionError(f"quant_method is {method!r}; allowed here: {METHOD.value!r}")
         if options.pop("calibration", None) is not None:
             raise OptionError(
                 "calibration is given, and from_pretrained quantizes weights when they are read, "
@@ -88,8 +88,7 @@ class FineQuantHfConfig(QuantizationConfigMixin):  # type: ignore[misc]
             return super().from_dict(config_dict, *args, **kwargs)
         except OptionError as error:
             raise OptionError(
-                f"quantization_config: {error}; if config.json has it, a later fqcompile wrote it: "
-                "install that"
+                f"quantization_config: {error}; if a later fqcompile wrote it, install that"
             ) from error
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,6 +101,13 @@ class FineQuantHfConfig(QuantizationConfigMixin):  # type: ignore[misc]
 def _of_parameters(module: str) -> str:
     """The pattern of `exclude` for a name of `modules_to_not_convert`."""
     return rf"^(?:{module})(?:(?<=\.)|(?=\.|$))|{re.escape(module)}\.[^.]+$"
+
+
+def _by_name_of(found: ModuleWeight, site: Site) -> Site:
+    """The row of a weight that may have been read by another of its names."""
+    recipe: Any = site.recipe
+    own = recipe and replace(recipe, names=(found.name,), of_tables=found.of_tables)
+    return replace(site, name=found.name, kind=found.kind, recipe=own)
 
 
 class _Operation(loading().ConversionOps):  # type: ignore[misc]
@@ -266,10 +272,12 @@ class FineQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _finish(self, model: Any) -> list[Site]:
-        """Pack heads that share a table, which has been read by now; the plan's rows."""
+        """Pack heads that share a table, which has been read, by its own name; the plan's rows."""
         rows = []
+        named = dict(model.named_parameters(remove_duplicate=False))
+        read = {named[name]: site for name, site in self._sites.items()}
         for found in module_weights(model, self._config):
-            site = self._sites.get(found.name)
+            site = read.get(found.parameter)
             if site is None:
                 new = found.reason is None and found.name in self._missing
                 own = replace(found, reason=_NEW) if new else found
@@ -278,14 +286,15 @@ class FineQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
                     found.put(packed)
             elif site.status == "kept" and self._config.on_unsupported == "error":
                 raise UnquantizableWeight(f"{site.name}: {site.reason}")
-            rows.append(site)
+            rows.append(_by_name_of(found, site))
         return rows
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Codes and scales in the plain layout, in place of packed weights, and their records."""
-        return in_files(model.state_dict())
+        return in_files(model.state_dict(), model)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         save_by_own_names(model, own=False)
         dense = restore(model)
-        return dense.to(dtype) if isinstance(dtype, torch.dtype) else dense
+        # By default the model's own, and `to` would cast buffers that are kept in fp32.
+        return dense if dtype in (None, model.dtype) else dense.to(dtype)

@@ -20,7 +20,7 @@ from fqcompile.checkpoint.source import Source, read_config, read_tensors, recog
 from fqcompile.errors import CheckpointError
 from fqcompile.files.safetensors_file import TensorPlace, read_tensor
 from fqcompile.files.untrusted import shown
-from fqcompile.hf_compat import untie
+from fqcompile.hf_compat import rules_of_ties, untie
 from fqcompile.interop.assemble import ForeignLayer, assemble
 from fqcompile.interop.compressed_tensors import read_compressed_tensors
 from fqcompile.interop.gptq_awq import read_awq, read_gptq
@@ -158,7 +158,7 @@ def _built(
     given: dict[str, Tensor] = {}
     for step in work.steps:
         given |= values_of(step, work, types(step.target))
-    _put_all(places, given, device)
+    _put_all(model, places, given, device)
     path = source.directory / "generation_config.json"
     if path.is_file():
         model.generation_config = generation_config(path)
@@ -221,29 +221,34 @@ def _values(
     return {step.target: assemble(step, work.model, weights, dtype)}
 
 
-def _put_all(places: Mapping[str, Slot], given: Mapping[str, Tensor], device: torch.device) -> None:
+def _put_all(
+    model: nn.Module, places: Mapping[str, Slot], given: Mapping[str, Tensor], device: torch.device
+) -> None:
     """Assign each value to its slot, and to tied slots without a value of their own."""
     tied: dict[int, list[Slot]] = {}
     for slot in places.values():
         tied.setdefault(id(slot.tensor), []).append(slot)
-    for name, value in given.items():
-        slot = places[name]
-        slot.check_shape(value)
-        moved = value.to(device)
-        if isinstance(moved, PackedWeight):
-            moved.memory.root.name = name
-        result = nn.Parameter(moved, requires_grad=False) if slot.kind == "parameter" else moved
-        for other in tied[id(slot.tensor)]:
-            if other is slot or other.name not in given:
-                other.put(result)
+    values = {name: _value(places[name], value, device) for name, value in given.items()}
+    ties = rules_of_ties(model)
     lost = []
     for group in tied.values():
+        first = next((slot.name for slot in group if slot.name in given), None)
         for slot in group:
-            if any(other.name in given for other in group):
-                continue
-            if slot.tensor.is_meta:
+            # Beside a packed head, other tables are tied to the dense one.
+            owner = slot.name if slot.name in given else ties.get(slot.name, slot.name)
+            if first is not None:
+                slot.put(values[owner if owner in given else first])
+            elif slot.tensor.is_meta:
                 lost.append(slot.name)
             else:
                 slot.put(slot.tensor.to(device))
     if lost:
         raise CheckpointError(f"no tensor of the checkpoint gives {shortened(lost)} a value")
+
+
+def _value(slot: Slot, value: Tensor, device: torch.device) -> Tensor:
+    slot.check_shape(value)
+    moved = value.to(device)
+    if isinstance(moved, PackedWeight):
+        moved.memory.root.name = slot.name
+    return nn.Parameter(moved, requires_grad=False) if slot.kind == "parameter" else moved

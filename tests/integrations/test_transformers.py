@@ -445,3 +445,98 @@ def test_loading_takes_the_packed_model_and_one_shard(tmp_path: Path) -> None:
         packed / dense,
     )
     assert opening < 2 * packed + shard, (opening / dense, packed / dense)
+
+
+def test_eight_bits_of_save_and_of_the_command_are_opened(llama: Any, tmp_path: Path) -> None:
+    """Their configs name all options, also levels that nobody gave and 8 bits do not have."""
+    directory, model, inputs = llama
+    own = copy.deepcopy(model)
+    plan = fqcompile.quantize_(own, bits=8, calibration=None, min_elements=1024)
+    fqcompile.save(own, tmp_path / "saved", plan=plan)
+    fqcompile.quantize_checkpoint(directory, tmp_path / "written", bits=8, min_elements=1024)
+    for where in ("saved", "written"):
+        opened = hf.AutoModelForCausalLM.from_pretrained(tmp_path / where)
+        assert torch.equal(run(opened, inputs), run(own, inputs))
+
+
+@pytest.mark.parametrize("save", ["save_pretrained", "save"])
+def test_weights_that_a_user_made_one_are_opened_by_each_name(
+    save: str, llama: Any, tmp_path: Path
+) -> None:
+    """The class ties none of them, so `from_pretrained` looks for each."""
+    directory, _, inputs = llama
+    config = FineQuantHfConfig(quantize_embeddings=8, **OPTIONS)
+    model = hf.AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
+    layers = model.model.layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    model.lm_head.weight = model.model.embed_tokens.weight
+    if save == "save":  # transformers refuses dense ones that share memory
+        layers[1].input_layernorm.weight = layers[0].input_layernorm.weight
+        fqcompile.save(model, tmp_path / "out")
+    else:
+        model.save_pretrained(tmp_path / "out")
+    opened, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(run(opened, inputs), run(model, inputs))
+    loaded: Any = fqcompile.load(None, tmp_path / "out")
+    assert torch.equal(run(loaded, inputs), run(model, inputs))
+    if save == "save":
+        assert (
+            loaded.model.layers[0].mlp.up_proj.weight is loaded.model.layers[1].mlp.up_proj.weight
+        )
+
+
+def test_tables_beside_a_packed_head_stay_dense(tmp_path: Path) -> None:
+    """The head of LED comes after one of its tables by name, and before the others."""
+    config = hf.LEDConfig(
+        d_model=128, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=256, decoder_ffn_dim=256, vocab_size=256,
+        attention_window=8, max_encoder_position_embeddings=64, max_decoder_position_embeddings=64,
+    )  # fmt: skip
+    hf.LEDForConditionalGeneration(config).save_pretrained(tmp_path / "dense")
+    given: dict[str, Any] = {"quantization_config": FineQuantHfConfig(**OPTIONS)}
+    model = hf.LEDForConditionalGeneration.from_pretrained(tmp_path / "dense", **given)
+    model.save_pretrained(tmp_path / "out")
+    loaded: Any = fqcompile.load(None, tmp_path / "out")
+    assert packed_names(loaded) == packed_names(model)
+    assert loaded.led.encoder.embed_tokens.weight is loaded.led.shared.weight
+    inputs = {"input_ids": torch.arange(16)[None], "decoder_input_ids": torch.arange(4)[None]}
+    assert torch.equal(run(loaded, inputs), run(model, inputs))
+
+
+def test_the_plan_of_a_packed_table_is_that_of_quantize(tmp_path: Path) -> None:
+    """The head is tied to it after it was read and packed."""
+    config = hf.LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
+        vocab_size=256, tie_word_embeddings=True,
+    )  # fmt: skip
+    hf.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    given: dict[str, Any] = {**OPTIONS, "quantize_embeddings": 8}
+    loaded = hf.LlamaForCausalLM.from_pretrained(
+        tmp_path, quantization_config=FineQuantHfConfig(**given)
+    )
+    twin = hf.LlamaForCausalLM.from_pretrained(tmp_path)
+    plan = fqcompile.quantize_(copy.deepcopy(twin), calibration=None, **given)
+    assert [s.as_dict() for s in loaded.hf_quantizer.plan.sites] == [
+        s.as_dict() for s in plan.sites
+    ]
+    fqcompile.fake_quantize_(twin, loaded.hf_quantizer.plan)
+    inputs = {"input_ids": torch.arange(16)[None]}
+    torch.testing.assert_close(run(loaded, inputs), run(twin, inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_is_dense_again_is_not_saved_as_a_packed_one(
+    llama: Any, tmp_path: Path
+) -> None:
+    directory, _, inputs = llama
+    given: dict[str, Any] = {"quantization_config": FineQuantHfConfig(**OPTIONS)}
+    model = fqcompile.restore(hf.AutoModelForCausalLM.from_pretrained(directory, **given))
+    with pytest.raises(
+        FineQuantError, match=r"is packed, .* call model\.dequantize\(\) to save it"
+    ):
+        model.save_pretrained(tmp_path / "out")
+    model.dequantize().save_pretrained(tmp_path / "dense")
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **given)
+    assert packed_names(again)
+    opened = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert torch.equal(run(opened, inputs), run(model, inputs))
