@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fqcompile.backend import NAME
 from fqcompile.config import FineQuantConfig
 from fqcompile.distributed.shards import local_part
-from fqcompile.errors import FineQuantError
 from fqcompile.kernels.registry import every_step_built
+from fqcompile.modules.given import check_model
 from fqcompile.report import CompileReport, recorded
 from fqcompile.weights.dispatch import start_again
 from fqcompile.weights.store import STORE
@@ -115,12 +115,9 @@ def refresh(model: nn.Module) -> None:
     changed in every call.
 
     Raises:
-        FineQuantError: `model` is not an nn.Module.
+        OptionError: `model` is not an nn.Module.
     """
-    if not isinstance(model, nn.Module):
-        raise FineQuantError(
-            f"refresh takes the nn.Module whose weights were written to, not {type(model).__name__}"
-        )
+    check_model(model, "refresh")
     weights = list(_tensors(model))
     STORE.forget(weights)
     start_again(weights)

@@ -204,17 +204,18 @@ class FineQuantConfig(SiteOptions):
         return {f.name: _as_json(getattr(self, f.name)) for f in fields(self)}
 
 
-def packing_config(options: Mapping[str, object]) -> FineQuantConfig:
-    """The options of `quantize_` as a config.
+def packing_config(options: Mapping[str, object], *, calibrates: bool = True) -> FineQuantConfig:
+    """The options of `quantize_` as a config; `calibrates`: whether `calibration` is among them.
 
     Raises:
         OptionError: one is unknown, its value is not allowed, or it only affects compilation.
     """
-    config = FineQuantConfig.from_options(options)
     given = [name for name in OF_COMPILING if name in options]
     if given:
         raise OptionError(
             f"option {given[0]} is one of compiling, which this function does not do: pass it to "
             "torch.compile(model, backend='finequant', options=...)"
         )
-    return config
+    others = OF_COMPILING if calibrates else [*OF_COMPILING, "calibration"]
+    check_names(options, [name for name in RULES if name not in others])  # not all of a config
+    return FineQuantConfig.from_options(options if calibrates else {**options, "calibration": None})

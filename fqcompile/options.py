@@ -89,7 +89,7 @@ def check_names(names: Iterable[object], allowed: Iterable[str], owner: str = ""
             hint = f"; {name} holds for the whole model: give it outside overrides"
         elif name in _REMOVED:
             hint = f"; {_REMOVED[name]}"
-        elif name.replace("-", "_") in list_options():
+        elif "inductor" in known and name.replace("-", "_") in list_options():
             hint = f"; {name} is a setting of Inductor: give it as inductor={{{name!r}: ...}}"
         else:
             hint = nearest(name, known)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fqcompile
-from fqcompile.errors import FineQuantError
+from fqcompile.errors import FineQuantError, OptionError
 from fqcompile.weights.parameter import PackedWeight
 from tests.helpers import Mlp, assert_close, frozen
 
@@ -210,6 +210,42 @@ def test_weights_that_accelerate_keeps_elsewhere(tied: bool) -> None:
     offloaded = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert model.model.layers[0].mlp.up_proj.weight.device.type == "meta"
     assert torch.equal(offloaded(ids).logits, expected)
+
+
+def test_weights_that_are_elsewhere_are_neither_restored_nor_saved(tmp_path: Any) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="the dev extra is not installed")
+    model = _language_model()
+    fqcompile.quantize_(model, min_elements=4096)
+    ids = torch.arange(7)[None]
+    expected = model(ids).logits
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(FineQuantError, match=r"layers\.0.*restored.*meta.*remove_hook_from_module"):
+        fqcompile.restore(model)
+    with pytest.raises(FineQuantError, match=r"saved.*meta device.*remove_hook_from_module"):
+        fqcompile.save(model, tmp_path)
+    assert torch.equal(model(ids).logits, expected)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)  # as the message says
+    assert not any(isinstance(p, PackedWeight) for p in fqcompile.restore(model).parameters())
+    assert_close(model(ids).logits, expected)
+    layer = nn.Sequential(nn.Linear(128, 128, bias=False))
+    fqcompile.quantize_(layer, min_elements=4096)
+    with pytest.raises(FineQuantError, match=r"^0\.weight cannot be saved: it is on the meta"):
+        fqcompile.save(layer.to("meta"), tmp_path)
+
+
+@pytest.mark.parametrize("given", ["x", None, nn.Linear])
+def test_what_is_no_model_is_said_to_be_none(given: Any, tmp_path: Any) -> None:
+    calls: dict[str, Callable[[], object]] = {
+        "save": lambda: fqcompile.save(given, tmp_path),
+        "quantize_": lambda: fqcompile.quantize_(given),
+        "restore": lambda: fqcompile.restore(given),
+        "fake_quantize_": lambda: fqcompile.fake_quantize_(given, fqcompile.Plan((), {})),
+        "refresh": lambda: fqcompile.refresh(given),
+    }
+    found = "the class Linear" if given is nn.Linear else repr(given)
+    for function, call in calls.items():
+        with pytest.raises(OptionError, match=f"^{function} got {found} in place of a model; give"):
+            call()
 
 
 def test_weights_in_files_of_dense_values_are_refused_by_name(tmp_path: Any) -> None:

@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -26,6 +26,7 @@ from fqcompile.config import OF_COMPILING
 from fqcompile.errors import CheckpointError
 from fqcompile.files.untrusted import read_json, shown
 from fqcompile.hf_compat import is_model_class, meta_safe, model_from_config
+from fqcompile.quant.checks import FLOAT_DTYPES
 from fqcompile.tensor.format import NORMAL
 from fqcompile.torch_compat import TorchDispatchMode, schema_of, tree_iter, tree_map_only
 
@@ -67,7 +68,9 @@ def model_class(name: object, directory: Path) -> Any:
     if not is_model_class(found):
         raise CheckpointError(
             f"{directory} holds a {shown(name)}, which is not a model class of this transformers; "
-            "give a function that builds the model"
+            "of such a one, fqcompile.load takes a function that builds the model if it is packed, "
+            "and a dense one is opened by from_pretrained(directory, trust_remote_code=True), for "
+            "fqcompile.quantize_(model); no command takes it"
         )
     return found
 
@@ -87,7 +90,8 @@ def build_model(
     found = model_class(name, directory)
     if not isinstance(config, Mapping):
         raise CheckpointError(
-            f"{directory} has no config of Hugging Face; give a function that builds the model"
+            f"{directory} has no config of Hugging Face; fqcompile.load takes a function that "
+            "builds the model"
         )
     _check_layers(config, directory)
     try:
@@ -105,6 +109,27 @@ def build_model(
             f"{directory}: {found.__name__} cannot be built from its config: "
             f"{type(error).__name__}: {shown(error)}; is config.json that of another model?"
         ) from error
+
+
+def model_made_by(function: Callable[[], Any], directory: Path, dtype: torch.dtype) -> Any:
+    """The model of a caller's function, as `build_model` builds those of its own.
+
+    Raises:
+        CheckpointError: it is no model that transformers could save.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype if dtype in FLOAT_DTYPES else before)
+    try:
+        with meta_safe():
+            model = function()
+    finally:
+        torch.set_default_dtype(before)
+    if not is_model_class(type(model)):
+        raise CheckpointError(
+            f"{directory} holds a model of transformers, and the function made a "
+            f"{type(model).__name__}; give one that makes the PreTrainedModel that was saved"
+        )
+    return model
 
 
 def without_code(config: Mapping[str, Any]) -> dict[str, Any]:

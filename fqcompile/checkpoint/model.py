@@ -7,7 +7,7 @@ device, and the conversion of a checkpoint's tensors to its own.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fqcompile.checkpoint.conversion import Conversion, conversions, initialize
-from fqcompile.checkpoint.hugging_face import build_model
+from fqcompile.checkpoint.hugging_face import build_model, model_made_by
 from fqcompile.checkpoint.manifest import Manifest
 from fqcompile.checkpoint.source import Source
 from fqcompile.errors import CheckpointError
@@ -161,8 +161,10 @@ class CheckpointModel:
     missing: tuple[str, ...]
 
     @classmethod
-    def of(cls, source: Source, dtype: torch.dtype | None) -> "CheckpointModel":
-        """Build the model without reading a tensor.
+    def of(
+        cls, source: Source, dtype: torch.dtype | None, given: Callable[[], Any] | None = None
+    ) -> "CheckpointModel":
+        """Build the model without reading a tensor; by a function of the caller if one is given.
 
         Raises:
             CheckpointError: the class is unknown, or needs tensors that the checkpoint lacks.
@@ -173,7 +175,11 @@ class CheckpointModel:
         dtype = dtype or _dtype(source)
         with torch.device("meta"):
             tensors = len(source.tensors)
-            model = build_model(name, source.config, source.directory, tensors, dtype)
+            model = (
+                build_model(name, source.config, source.directory, tensors, dtype)
+                if given is None
+                else model_made_by(given, source.directory, dtype)
+            )
         steps, unknown = conversions(model, source.tensors)
         may_lack, may_ignore = ignored_names(model)
         unused = [n for n in unknown if not _matches(may_ignore, n)]

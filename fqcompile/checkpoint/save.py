@@ -6,8 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fqcompile.checkpoint.directory import (
     check_not_replaced,
@@ -34,8 +33,8 @@ from fqcompile.checkpoint.source import INDEX
 from fqcompile.distributed.ranks import Team
 from fqcompile.distributed.shards import Sharding, local_part, sharding_of, team_of
 from fqcompile.errors import CheckpointError, OptionError
-from fqcompile.files.safetensors_file import DTYPE_NAMES, DTYPES
-from fqcompile.files.untrusted import check_name
+from fqcompile.files.safetensors_file import DTYPES
+from fqcompile.modules.given import check_model, check_savable
 from fqcompile.report import CompileReport, Plan, Site
 from fqcompile.weights.parameter import PackedWeight
 
@@ -87,20 +86,20 @@ def save(
             without it only bits and group sizes are recorded.
 
     Raises:
-        CheckpointError: no weight is packed; a tensor cannot be written (it is on the meta device,
-            its memory was freed, or its type has no portable form); a module has extra state; the
-            directory cannot be written, another process writes to it, or it holds the config of
-            another model; a tensor that is not sharded differs between ranks.
-        OptionError: `plan` has another type. RankError: another rank failed or exited.
+        CheckpointError: no weight is packed; a tensor has no values here, or no portable type; a
+            module has extra state; the directory cannot be written, another process writes to it,
+            or it holds the config of another model; a tensor without shards differs between ranks.
+        OptionError: `plan` or `model` is another type. RankError: another rank failed or exited.
         ShardingError: the model is sharded in an unsupported way.
     """
+    check_model(model, "save")
     recorded, found, target = _recorded(plan), list(slots(model)), Path(directory)
     inner: nn.Module = getattr(model, "_orig_mod", model)
     team = team_of(slot.tensor for slot in found)
     with ExitStack() as owned:
 
         def begin() -> str:
-            _check_savable(model, found)
+            check_savable(model, {slot.name: local_part(slot.tensor) for slot in found})
             if not team.index:
                 check_not_replaced(target, _files(inner, recorded), _ELSEWHERE)
                 owned.enter_context(writing(target))
@@ -199,41 +198,6 @@ def _write_slots(model: nn.Module, found: list[Slot], to: Path, tag: str, team: 
         held={name: (own,) for name, own in held.items()},
         same={} if shared is writer else shared.tensors,
     )
-
-
-def _check_savable(model: nn.Module, found: list[Slot]) -> None:
-    """Check the model before anything is written."""
-    parts = {slot.name: local_part(slot.tensor) for slot in found}
-    if not any(isinstance(part, PackedWeight) for part in parts.values()):
-        raise CheckpointError(
-            "the model has no packed weight: call fqcompile.quantize_(model) first, or save it "
-            "with torch.save or save_pretrained"
-        )
-    for name, module in model.named_modules():
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            raise CheckpointError(
-                f"module {name or 'itself'} ({type(module).__name__}) has extra state, which no "
-                "tensor holds; keep it as a buffer to save it"
-            )
-    for name, part in parts.items():
-        check_name(name, "the model")
-        reason = None if isinstance(part, PackedWeight) else _unsavable(part)
-        if reason is not None:
-            raise CheckpointError(f"{name} cannot be saved: {reason}")
-
-
-def _unsavable(tensor: Tensor) -> str | None:
-    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
-        return f"it is a {type(tensor).__name__}; replace it by a plain tensor"
-    if tensor.is_meta:
-        return "it is on the meta device and has no values; load the model first"
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
-        return f"it is {tensor.layout} or quantized by PyTorch; make it dense"
-    if tensor.numel() and not tensor.untyped_storage().nbytes():
-        return "its memory was freed by resizing its storage; give it values first"
-    if tensor.dtype not in DTYPE_NAMES:
-        return f"safetensors files have no {tensor.dtype}; cast it"
-    return None
 
 
 def _site(name: str, record: PackedRecord, written: _Written) -> Site:

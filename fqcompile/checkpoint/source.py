@@ -27,7 +27,8 @@ _OTHERS = {
     "consolidated": ", Mistral's own format, whose tensors have other names; download the files "
     "model*.safetensors of the same model",
     "diffusion_pytorch_model": ", a model of diffusers; load it there, from_pretrained(directory), "
-    "and call fqcompile.quantize_(model)",
+    "after import fqcompile.integrations.diffusers if it is packed, else call fqcompile.quantize_("
+    "model) then",
     "adapter_model": ", an adapter of peft, which is not a model; load the base model, quantize "
     "it, and give both to PeftModel.from_pretrained",
 }

@@ -128,7 +128,24 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(f"the header of {path} is not a JSON object")
     metadata = entries.pop(_METADATA, None)
     places = {n: _place(path, n, entry, 8 + length, size) for n, entry in entries.items()}
+    _check_in_line(path, places, 8 + length, size)
     return Header(places, metadata)
+
+
+def _check_in_line(path: Path, places: Mapping[str, TensorPlace], base: int, size: int) -> None:
+    """Check that the tensors fill the file without a gap: no two share bytes, as in the library."""
+    end = base
+    for name, place in sorted(places.items(), key=lambda item: (item[1].start, item[1].end)):
+        if place.start != end:
+            raise CheckpointError(
+                f"{path}: tensor {name} starts at byte {place.start}, and what comes before it "
+                f"ends at {end}; tensors lie one after the other: download it again"
+            )
+        end = place.end
+    if end != size:
+        raise CheckpointError(
+            f"{path} has {size} bytes, and its tensors end at {end}; download it again"
+        )
 
 
 def _place(path: Path, name: str, entry: Any, base: int, size: int) -> TensorPlace:

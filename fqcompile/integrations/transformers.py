@@ -71,7 +71,13 @@ class FineQuantHfConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         if isinstance(kept, str) or not all(isinstance(name, str) for name in kept):
             raise OptionError(f"modules_to_not_convert is {kept!r}; allowed: a list of names")
-        given = packing_config({**options, "calibration": None})
+        if "method" in options:
+            raise OptionError(
+                f"method is {options['method']!r}, and from_pretrained rounds each weight when it "
+                "is read: leave it out; for GPTQ call fqcompile.quantize_(model, method='gptq', "
+                "calibration=...) with the loaded model, then fqcompile.save"
+            )
+        given = packing_config(options, calibrates=False)
         patterns = [_of_parameters(name) for name in regexes("modules_to_not_convert", list(kept))]
         self.quant_method, self.modules_to_not_convert = METHOD, list(kept)
         self.options = {name: given.as_dict()[name] for name in options}

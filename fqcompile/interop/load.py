@@ -31,6 +31,7 @@ from fqcompile.weights.parameter import PackedWeight
 log = logging.getLogger("fqcompile")
 
 Reader = Callable[[Mapping[str, Any], Mapping[str, TensorPlace], str], dict[str, ForeignLayer]]
+_Function = Callable[[], Any] | None  # the caller's, that builds the model
 READERS: dict[str, Reader] = {
     "compressed-tensors": read_compressed_tensors,
     "gptq": read_gptq,
@@ -50,7 +51,7 @@ def load(
     Dense tensors are private memory maps of the files, so changes to them are not written back.
     Packed weights are read once, into the layout of this machine's kernels.
     What `save_pretrained` wrote, and checkpoints of compressed-tensors (pack-quantized), GPTQ
-    without act-order and AWQ can also be loaded, with None as the model. If the model's parameters
+    without act-order and AWQ can also be loaded, with None or a function. If the model's parameters
     are DTensors, each rank loads its own shards, whatever the number of ranks that saved the model;
     all ranks must call this function.
 
@@ -90,13 +91,13 @@ def _load_of_others(given: object, directory: Path, device: torch.device) -> nn.
     config = _quantized_config(directory)
     if config is None:
         raise CheckpointError(f"{directory} has no {MANIFEST}: {recognized(directory)}")
-    if given is not None:
+    if given is not None and (isinstance(given, nn.Module) or not callable(given)):
         raise CheckpointError(
-            f"{directory} has no {MANIFEST}, and opens as the class that its config names: give "
-            "None in place of a model"
+            f"load got a {type(given).__name__}, and {directory} has no {MANIFEST}: give None, for "
+            "the class of transformers that its config names, or a function that builds the model"
         )
     try:
-        return _loaded(directory, config, device)
+        return _loaded(directory, config, device, given)
     except CheckpointError as error:
         if str(directory) in str(error):
             raise
@@ -111,21 +112,25 @@ def _quantized_config(directory: Path) -> dict[str, Any] | None:
     return config if config.get("quantization_config") else None
 
 
-def _loaded(directory: Path, config: dict[str, Any], device: torch.device) -> nn.Module:
+def _loaded(
+    directory: Path, config: dict[str, Any], device: torch.device, function: _Function
+) -> nn.Module:
     """Build the model with the checkpoint's codes unchanged; no dense weight is created."""
     method = _method(config, directory)
     if method == METHOD:
-        return _load_own(directory, config, device)
+        return _load_own(directory, config, device, function)
     tensors = read_tensors(directory)
     layers = READERS[method](config, tensors, str(directory / "config.json"))
     weights = {f"{name}.weight": layer for name, layer in layers.items()}
     source = Source(directory, config, _as_if_dense(tensors, layers))
-    model, given = _built(source, partial(_values, weights), device)
+    model, given = _built(source, partial(_values, weights), device, function)
     _tell_of_zero_points(layers, given)
     return model
 
 
-def _load_own(directory: Path, config: dict[str, Any], device: torch.device) -> nn.Module:
+def _load_own(
+    directory: Path, config: dict[str, Any], device: torch.device, function: _Function
+) -> nn.Module:
     """Of `save_pretrained`, which writes no manifest; its names are the model's."""
     tensors, records = read_packed(weight_files(directory))
     parts = {name for r in records.values() for name in (r.codes, r.scale)}
@@ -141,14 +146,17 @@ def _load_own(directory: Path, config: dict[str, Any], device: torch.device) -> 
         weight = QuantizedTensor.of_rows(codes, scale, record.format)
         return {step.target: PackedWeight.of(weight, dtype)}
 
-    return _built(Source(directory, config, found), values, device)[0]
+    return _built(Source(directory, config, found), values, device, function)[0]
 
 
 def _built(
-    source: Source, values_of: Callable[..., dict[str, Tensor]], device: torch.device
+    source: Source,
+    values_of: Callable[..., dict[str, Tensor]],
+    device: torch.device,
+    function: _Function,
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """The model with all values, and those of the checkpoint; `values_of` a step of conversion."""
-    work = CheckpointModel.of(source, None)
+    work = CheckpointModel.of(source, None, function)
     if work.unused:
         log.warning("left out, as %s has no place for them: %s", work.name, shortened(work.unused))
     model = work.model

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fqcompile.distributed.shards import local_part
 from fqcompile.errors import FineQuantError, UnquantizableWeight
 from fqcompile.hf_compat import untie
+from fqcompile.modules.given import check_model
 from fqcompile.passes.naming import Holder, holders_of
 from fqcompile.passes.summary import SiteRecipe
 from fqcompile.quant.choose import quantize_weight
@@ -45,10 +46,12 @@ def fake_quantize_(model: nn.Module, plan: Plan | CompileReport) -> nn.Module:
         plan: of `explain`, `quantize_` or `quantize_checkpoint`, or the report of a compilation.
 
     Raises:
+        OptionError: `model` is no model.
         FineQuantError: a site's name matches no tensor of the model or several; two sites write to
             the same elements; or the dequantized value cannot be stored, because the weight is
             computed from others or an embedding reads the same parameter.
     """
+    check_model(model, "fake_quantize_")
     places = holders_of(model)
     targets = [_target(places, site) for site in plan.sites if site.status == "quantized"]
     _refuse_overlaps(targets)

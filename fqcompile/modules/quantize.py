@@ -11,18 +11,13 @@ from tqdm import tqdm
 
 from fqcompile.config import HEAD_BITS, FineQuantConfig, SiteOptions, packing_config
 from fqcompile.distributed.ranks import agree, progress
-from fqcompile.distributed.shards import (
-    is_part,
-    local_part,
-    rank_groups,
-    refuse_fsdp_modules,
-    with_part,
-)
+from fqcompile.distributed.shards import is_part, local_part, rank_groups, with_part
 from fqcompile.errors import UnquantizableWeight
 from fqcompile.hf_compat import untie
 from fqcompile.kernels.registry import kernel_for
 from fqcompile.modules.blocks import BlockRuns
 from fqcompile.modules.calibrate import calibrated, collect_inputs
+from fqcompile.modules.given import check_quantizable, check_restorable
 from fqcompile.modules.gptq import Run, WeightsInputs, batches_for, compensated
 from fqcompile.modules.kinds import settle_norms
 from fqcompile.modules.weights import ModuleWeight, filtered, module_weights
@@ -71,14 +66,14 @@ def quantize_(
         A plan with one row per weight: how it was quantized, or why it was skipped.
 
     Raises:
-        OptionError: an option is unknown, its value is not allowed, or it only affects compilation.
+        OptionError: `model` is none, or an option is unknown, not allowed or only of compiling.
         UnquantizableWeight: a weight cannot be quantized and `on_unsupported="error"`.
         ShardingError: FSDP wraps the model or a part of it; or it is sharded, for "gptq".
         RankError: ranks of a sharded model used different options or plans.
     """
     known = calibration is None or isinstance(calibration, str)
     config = packing_config(options | {"calibration": calibration} if known else options)
-    refuse_fsdp_modules(model)
+    check_quantizable(model)
     settle_norms(model, config, filter_fn)
     waiting = filtered(module_weights(model, config), filter_fn)
     sites = _pack_on_all_ranks(model, waiting, config, calibration, method)
@@ -287,7 +282,11 @@ def restore(model: nn.Module) -> nn.Module:
 
     The model can then be run, saved and copied like any other. Each weight has the dtype of its
     packed parameter, so memory use grows to that of the model before it was packed.
+
+    Raises:
+        FineQuantError: `model` is none, or packed weights are elsewhere, as accelerate's hooks do.
     """
+    check_restorable(model)
     dense: dict[Tensor, nn.Parameter] = {}  # a tied weight stays tied
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):

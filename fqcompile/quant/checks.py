@@ -9,6 +9,11 @@ from fqcompile.tensor.chunks import each_chunk, halving_sum, plain_tensors, row_
 
 FLOAT_DTYPES = torch.float32, torch.float16, torch.bfloat16, torch.float64
 WEIGHT_DTYPES = FLOAT_DTYPES[:3]  # what models are quantized in
+# A model that accelerate offloads has all its weights there between calls.
+NO_VALUES = (
+    "on the meta device and holds no values: load it first; or, if accelerate offloads the model, "
+    "call accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
+)
 OTHER_DTYPE = "dtype {} is not supported; use fp32, fp16 or bf16"
 
 
@@ -27,7 +32,7 @@ def _check_kind(w: torch.Tensor) -> None:
         allowed = ", ".join(str(dtype) for dtype in FLOAT_DTYPES)
         raise UnquantizableWeight(f"dtype is {w.dtype}; only {allowed} can be quantized")
     if w.device.type == "meta":
-        raise UnquantizableWeight("weight is on the meta device and holds no values: load it first")
+        raise UnquantizableWeight(f"weight is {NO_VALUES}")
     if w.dim() != 2:
         raise UnquantizableWeight(f"shape is {tuple(w.shape)}; only matrices (N, K)")
     if w.numel() == 0:

@@ -261,8 +261,9 @@ def no_memory(name: str = "") -> FineQuantError:
     return FineQuantError(
         f"a packed weight{f', {name},' if name else ''} has no memory of its own that could be "
         "read or written as a dense tensor: save the model with fqcompile.save(model, directory), "
-        "or torch.save its state_dict, or make it dense by fqcompile.restore(model); to read a "
-        "view, copy it by clone()"
+        "or torch.save its state_dict, or make it dense by fqcompile.restore(model); to save an "
+        "adapter of peft on it, call save_pretrained(directory, save_embedding_layers=False); to "
+        "read a view, copy it by clone()"
     )
 
 

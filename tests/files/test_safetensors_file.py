@@ -8,12 +8,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fqcompile.checkpoint.shards import ShardWriter
 from fqcompile.errors import CheckpointError
-from fqcompile.files.safetensors_file import ALIGNMENT, DTYPES, read_header, read_tensor
+from fqcompile.files.safetensors_file import (
+    ALIGNMENT,
+    DTYPES,
+    encode_header,
+    read_header,
+    read_tensor,
+)
 
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 # Others are refused.
@@ -160,3 +167,31 @@ def test_what_is_wrong_with_a_header_is_said(tmp_path: Path, entry: object, mess
 def test_a_type_without_a_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"z is of torch\.complex128"):
         ShardWriter(tmp_path, "01234567").add({"z": torch.zeros(1, dtype=torch.complex128)})
+
+
+@pytest.mark.parametrize(
+    ("places", "length", "error"),
+    [
+        ({"a": (0, 16), "b": (0, 16)}, 16, "tensor b starts at byte 192, and .* ends at 208"),
+        ({"a": (0, 16), "b": (8, 24)}, 24, "tensor b starts at byte 200, and .* ends at 208"),
+        ({"a": (0, 16), "b": (32, 48)}, 48, "tensor b starts at byte 224, and .* ends at 208"),
+        ({"a": (16, 32)}, 32, "tensor a starts at byte 144, and .* ends at 128"),
+        ({"a": (0, 16)}, 32, "has 160 bytes, and its tensors end at 144; download it again"),
+        ({"b": (16, 32), "a": (0, 16)}, 32, None),
+        ({"a": (0, 16), "b": (16, 16), "c": (0, 0)}, 16, None),
+    ],
+)
+def test_tensors_lie_one_after_the_other_as_the_library_demands(
+    places: dict[str, tuple[int, int]], length: int, error: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    header = encode_header({n: ("U8", (end - start,), start) for n, (start, end) in places.items()})
+    path.write_bytes(header + bytes(length))
+    if error is None:
+        load_file(path)
+        assert read_header(path).tensors.keys() == places.keys()
+        return
+    with pytest.raises(SafetensorError):
+        load_file(path)
+    with pytest.raises(CheckpointError, match=error):
+        read_header(path)

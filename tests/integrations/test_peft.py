@@ -31,12 +31,12 @@ def base(tmp_path: Path) -> tuple[Path, Any]:
     return tmp_path / "packed", inputs
 
 
-def _adapted(directory: Path) -> Any:
+def _adapted(directory: Path, *targets: str) -> Any:
     torch.manual_seed(0)
     model = hf.AutoModelForCausalLM.from_pretrained(directory)
     assert model.hf_quantizer.is_trainable
     config = peft.LoraConfig(
-        r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False,
+        r=4, target_modules=["q_proj", "down_proj", *targets], init_lora_weights=False,
         task_type="CAUSAL_LM",
     )  # fmt: skip
     return peft.get_peft_model(model, config)
@@ -63,6 +63,18 @@ def test_an_adapter_trains_and_is_opened_beside_its_base(base: Any, tmp_path: Pa
     loaded = hf.AutoModelForCausalLM.from_pretrained(directory)
     loaded.load_adapter(str(tmp_path / "adapter"))
     assert torch.equal(run(loaded, inputs), expected)
+
+
+def test_an_adapter_on_the_head_is_saved_as_the_error_says(base: Any, tmp_path: Path) -> None:
+    directory, inputs = base
+    model = _adapted(directory, "lm_head").eval()
+    assert isinstance(model.base_model.model.lm_head.base_layer.weight, PackedWeight)
+    with pytest.raises(FineQuantError, match=r"peft.*, save_embedding_layers=False"):
+        model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    loaded = hf.AutoModelForCausalLM.from_pretrained(directory)
+    opened = peft.PeftModel.from_pretrained(loaded, tmp_path / "adapter")
+    assert torch.equal(run(opened, inputs), run(model, inputs))
 
 
 def test_the_trainer_of_transformers_takes_it(base: Any, tmp_path: Path) -> None:

@@ -122,6 +122,8 @@ def test_a_dict_is_a_config(llama: Any) -> None:
         ({"bits": 3}, "bits"),
         ({"bitz": 4}, "bits"),
         ({"autotune": "max"}, "autotune is one of compiling"),
+        ({"foo": 1}, r"unknown option foo; allowed: bits, [a-z_, ]*, on_unsupported(;|$)"),
+        ({"method": "gptq"}, r"from_pretrained rounds.*quantize_\(model, method='gptq', calib"),
         ({"calibration": "synthetic"}, r"before a model could run: leave it out; fqcompile\.quant"),
         ({"modules_to_not_convert": "lm_head"}, "modules_to_not_convert is 'lm_head'; allowed"),
         ({"modules_to_not_convert": [1]}, r"modules_to_not_convert is \[1\]"),

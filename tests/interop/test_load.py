@@ -1,5 +1,6 @@
 """What others quantized opens with packed weights of the same values, and runs."""
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 pytest.importorskip("compressed_tensors", reason="the dev extra is not installed")
 
+import transformers as hf
+
 import fqcompile
 from fqcompile.errors import CheckpointError
+from fqcompile.integrations.transformers import FineQuantHfConfig
 from fqcompile.interop.layers import Scheme
 from fqcompile.weights.parameter import PackedWeight
 from tests.helpers import assert_close, finequant, report
@@ -368,8 +373,47 @@ def test_a_model_in_place_of_none_is_refused(tmp_path: Path) -> None:
     model, _ = make("llama", tmp_path / "plain")
     schemes = {"mlp": arguments(4, 32)}
     write_each_layer(tmp_path / "plain", tmp_path / "packed", schemes)
-    with pytest.raises(CheckpointError, match="give None in place of a model"):
+    with pytest.raises(CheckpointError, match=r"got a LlamaForCausalLM.*give None.*or a function"):
         fqcompile.load(model, tmp_path / "packed")
+
+
+class CustomConfig(hf.PretrainedConfig):  # type: ignore[misc]
+    model_type = "fqcompile_custom"
+
+
+class CustomModel(hf.PreTrainedModel):  # type: ignore[misc]
+    """A class that transformers does not have, as with trust_remote_code."""
+
+    config_class = CustomConfig
+
+    def __init__(self, config: CustomConfig) -> None:
+        super().__init__(config)
+        self.up, self.down = nn.Linear(128, 256), nn.Linear(256, 128)
+        self.post_init()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.down(self.up(x).relu())
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_class_of_its_own_is_built_by_a_function(dtype: torch.dtype, tmp_path: Path) -> None:
+    dense, packed = tmp_path / "dense", tmp_path / "packed"
+    CustomModel(CustomConfig()).to(dtype).save_pretrained(dense)
+    quantization = FineQuantHfConfig(min_elements=4096)
+    model = CustomModel.from_pretrained(dense, quantization_config=quantization)
+    model.save_pretrained(packed)
+    loaded = fqcompile.load(lambda: CustomModel(CustomConfig()), packed)
+    assert_same_values(loaded, fqcompile.restore(copy.deepcopy(model)), packed=2)
+    x = torch.randn(3, 128, dtype=dtype)
+    assert torch.equal(loaded(x), model(x))
+    assert torch.get_default_dtype() == torch.float32
+    with pytest.raises(CheckpointError, match=r"holds a CustomModel, which.*load takes a function"):
+        fqcompile.load(None, packed)
+    with pytest.raises(CheckpointError, match="function made a Linear; give one"):
+        fqcompile.load(lambda: nn.Linear(3, 4), packed)
+    with pytest.raises(CheckpointError, match=r"from_pretrained.*trust_remote_code=True"):
+        fqcompile.quantize_checkpoint(dense, tmp_path / "out")
 
 
 def test_experts_of_which_some_are_dense_are_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize, prune
 
 pytest.importorskip("transformers", reason="the demo extra is not installed")
 import fqcompile
+from fqcompile.config import OF_COMPILING
 from fqcompile.errors import OptionError, UnquantizableWeight
 from fqcompile.modules import quantize as quantize_module
 from fqcompile.weights.parameter import PackedWeight
@@ -263,6 +264,9 @@ def test_options_of_compiling_are_refused() -> None:
         fqcompile.quantize_(frozen(Mlp()), mode="reduce-overhead")
     with pytest.raises(OptionError, match="did you mean 'granularity'"):
         fqcompile.quantize_(frozen(Mlp()), granularty=64)
+    with pytest.raises(OptionError, match=r"option modes; allowed: bits, [a-z_, ]+$") as error:
+        fqcompile.quantize_(frozen(Mlp()), modes=1)
+    assert not [name for name in OF_COMPILING if f" {name}," in str(error.value)]
 
 
 def test_originals_are_released_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
