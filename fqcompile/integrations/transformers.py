@@ -36,10 +36,7 @@ from fqcompile.report import Plan, Site
 from fqcompile.tensor.quantized import QuantizedTensor
 from fqcompile.weights.parameter import PackedWeight
 
-_FIRST = (
-    "fqcompile.quantize_(model) does so with a model that is loaded, and fqcompile.save writes it "
-    "for from_pretrained"
-)
+_FIRST = "fqcompile.quantize_ does so with a loaded model, and fqcompile.save writes the result"
 _NEW = "no tensor of the checkpoint is its value, which is new"
 _CODES, _SCALE = "codes", "scale"  # the keys under which `_Unpacking` collects tensors
 
@@ -64,19 +61,14 @@ class FineQuantHfConfig(QuantizationConfigMixin):  # type: ignore[misc]
         method, kept = options.pop("quant_method", METHOD), modules_to_not_convert or []
         if method != METHOD:
             raise OptionError(f"quant_method is {method!r}; allowed here: {METHOD.value!r}")
-        if options.pop("calibration", None) is not None:
-            raise OptionError(
-                "calibration is given, and from_pretrained quantizes weights when they are read, "
-                f"before a model could run: leave it out; {_FIRST}"
-            )
+        for name in ("calibration", "method"):
+            if (value := options.pop(name, None)) is not None:
+                raise OptionError(
+                    f"{name} is {value!r:.40}, and from_pretrained rounds weights when they are "
+                    f"read, before a model could run: leave it out; {_FIRST}"
+                )
         if isinstance(kept, str) or not all(isinstance(name, str) for name in kept):
             raise OptionError(f"modules_to_not_convert is {kept!r}; allowed: a list of names")
-        if "method" in options:
-            raise OptionError(
-                f"method is {options['method']!r}, and from_pretrained rounds each weight when it "
-                "is read: leave it out; for GPTQ call fqcompile.quantize_(model, method='gptq', "
-                "calibration=...) with the loaded model, then fqcompile.save"
-            )
         given = packing_config(options, calibrates=False)
         patterns = [_of_parameters(name) for name in regexes("modules_to_not_convert", list(kept))]
         self.quant_method, self.modules_to_not_convert = METHOD, list(kept)
