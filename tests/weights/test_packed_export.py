@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fqcompile
-from tests.helpers import assert_close
+from tests.helpers import assert_close, finequant, report
 
 D = 128
 MATMUL, DEQUANTIZE = "fqcompile.matmul.inference", "fqcompile.dequantize.default"
@@ -86,3 +86,49 @@ def test_operators_that_would_stay_whole_are_decomposed_where_they_read_a_packed
         assert_close(program.module()(x), dense(x), k=D, depth=2)
     called = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
     assert {n for n in called if n.startswith("fqcompile.")} == {reader}
+
+
+# What reads rows of the weight that are no whole blocks of the kernel's layout.
+ROWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "slices": lambda x, w: torch.cat([F.linear(x, w[:200]), F.linear(x, w[200:])], -1),
+    "chunk": lambda x, w: torch.cat([F.linear(x, part) for part in w.chunk(3)], -1),
+    "split": lambda x, w: torch.cat([F.linear(x, part) for part in w.split([90, 90, 120])], -1),
+    "cat": lambda x, w: F.linear(x, torch.cat([w[200:], w[:200]])),
+}
+
+
+@pytest.mark.parametrize("how", ["finequant", "aot_eager", "export", "decomposed"])
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_that_cut_a_block_are_packed_again_in_the_graph(name: str, how: str) -> None:
+    model, x = Reads(ROWS[name]), torch.randn(3, D)
+    model.layer = nn.Linear(D, 300)
+    assert_rows_are_packed_again(model, x, how)
+
+
+@pytest.mark.parametrize("how", ["finequant", "aot_eager", "decomposed"])
+def test_so_are_rows_that_several_threads_would_pack(how: str) -> None:
+    """Threads other than the one that traces do not know its tensors."""
+    model, x = Reads(lambda x, w: F.linear(x, w[:650])), torch.randn(3, 8192)
+    model.layer = nn.Linear(8192, 700)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert_rows_are_packed_again(model, x, how)
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_rows_are_packed_again(model: nn.Module, x: Tensor, how: str) -> None:
+    dense = copy.deepcopy(model)
+    fqcompile.fake_quantize_(dense, fqcompile.quantize_(model, calibration=None, min_elements=1024))
+    with torch.no_grad():
+        if how in ("export", "decomposed"):
+            program = torch.export.export(model, (x,))
+            program = program.run_decompositions({}) if how == "decomposed" else program
+            actual = program.module()(x)
+        elif how == "finequant":
+            actual = finequant(model, min_elements=1024)(x)
+            assert not report().warnings and report().plan.quantized
+        else:
+            actual = torch.compile(model, backend=how, fullgraph=True)(x)
+        assert_close(actual, dense(x), k=x.shape[1])
