@@ -107,6 +107,18 @@ DYNAMO_REQUESTS = (RestartAnalysis, SkipFrame, Unsupported)
 STATIC_INPUT = "_dynamo_static_input_type"
 
 
+def decomposed(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run a composite operator as calls of the operators that it is made of.
+
+    `run_decompositions({})` lets operators refuse this to stay whole in the program. One that gets
+    a weight which is no plain tensor cannot stay: then PyTorch's own kernel runs all the same.
+    """
+    result = func.decompose(*args, **kwargs)
+    if result is NotImplemented:
+        return func._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+    return result
+
+
 def memory_id(tensor: Tensor) -> int:
     """An id that all views of one storage share; unique while the storage lives."""
     return int(tensor.untyped_storage()._cdata)

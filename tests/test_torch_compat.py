@@ -130,6 +130,15 @@ def test_schemas_name_arguments_and_what_is_written() -> None:
     assert compat.is_operator("aten::add.Tensor") and not compat.is_operator("aten::no_such")
 
 
+def test_a_composite_operator_is_decomposed_whatever_its_table_says() -> None:
+    x, inner = torch.randn(2, 3), torch.ops.aten.inner.default
+    with pytest.MonkeyPatch.context() as patch:
+        key = compat.DispatchKey.CompositeImplicitAutograd
+        patch.setitem(inner.py_kernels, key, lambda *_: NotImplemented)
+        assert inner.decompose(x, x) is NotImplemented
+        assert torch.equal(compat.decomposed(inner, (x, x), {}), x @ x.T)
+
+
 def test_autocast_can_be_left() -> None:
     x = torch.ones(2, 2)
     with torch.autocast("cpu", torch.bfloat16):

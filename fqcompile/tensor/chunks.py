@@ -45,8 +45,11 @@ def each_chunk(task: Callable[[slice], T], w: torch.Tensor, share: float = 1.0) 
 
     One thread per piece, not all threads on each operation: those meet after every 10 us of work,
     and where another process holds one of the cores that costs a time slice each (measured: 20x).
+    A tensor of a kind of its own, as while a graph is traced, is known to the calling thread alone,
+    and pieces would make the graph long.
     """
-    chunks = list(row_chunks(w, share))
+    plain = type(w) in (torch.Tensor, torch.nn.Parameter)
+    chunks = list(row_chunks(w, share)) if plain else [slice(0, len(w))]
     workers = min(torch.get_num_threads(), _MOST_WORKERS)
     alone = workers == 1 or len(chunks) == 1 or w.device.type != "cpu"
     pool = None if alone else _pool(workers)

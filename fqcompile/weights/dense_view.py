@@ -14,6 +14,7 @@ from torch import SymInt, Tensor, nn
 
 from fqcompile.errors import FineQuantError
 from fqcompile.torch_compat import (
+    decomposed,
     has_kernel,
     no_torch_function,
     schema_of,
@@ -144,7 +145,7 @@ def densely(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             raise refusal(func, found)
         shown = shown if found is None else found
     if effects.is_composed:  # in inference mode; else autograd has done it
-        return func.decompose(*args, **kwargs)
+        return decomposed(func, args, kwargs)
     if str(func) not in _said:
         _said.add(str(func))
         log.info("%s has no packed form: the weight is dequantized for each call of it", func)

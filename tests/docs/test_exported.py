@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import fqcompile
 from fqcompile.native import library as native
@@ -36,6 +37,15 @@ def run(*command: str, folder: Path) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Linear(256, 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bk,nk->bn", x.view(-1, 256), self.rows.weight)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +78,26 @@ def test_it_runs_in_python_without_fqcompile(made: tuple[Path, Any]) -> None:
         expected = oracle(x)
     for actual in torch.load(folder / "y.pt"):
         assert_close(actual, expected, k=256, depth=2)
+
+
+@pytest.mark.slow
+def test_a_program_whose_weights_are_read_otherwise_runs_without_fqcompile(
+    made: tuple[Path, Any],
+) -> None:
+    """By a cell and by what has no packed form, decomposed as the page says."""
+    folder, x = made[0], torch.randn(3, 256)
+    cell = nn.Sequential(nn.GRUCell(256, 256), nn.Flatten(0), Table())
+    oracle = copy.deepcopy(cell)
+    fqcompile.fake_quantize_(oracle, fqcompile.quantize_(cell))
+    with torch.no_grad():
+        program = torch.export.export(cell, (x,)).run_decompositions({})
+        expected = oracle(x)
+    torch.export.save(program, folder / "cell.pt2")
+    torch.save(x, folder / "x.pt")
+    load = "torch.ops.load_library('libfqcompile.so')\nx = torch.load('x.pt')\n"
+    code = f"{ALONE}{load}torch.save(torch.export.load('cell.pt2').module()(x).detach(), 'y.pt')"
+    run(sys.executable, "-W", "ignore", "-c", code, folder=folder)
+    assert_close(torch.load(folder / "y.pt"), expected, k=256, depth=2)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fqcompile.quant.choose import QuantPlan, quantize_weight
 from fqcompile.tensor import chunks
@@ -69,6 +70,13 @@ def test_each_chunk_returns_in_order_and_leaves_the_thread_count(threads):
 
 def test_each_chunk_splits_operations_no_further(threads):
     assert set(each_chunk(lambda rows: torch.get_num_threads(), SEVERAL_CHUNKS)) == {1}
+
+
+def test_a_tensor_of_a_trace_is_known_to_the_calling_thread_alone(threads):
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(SEVERAL_CHUNKS)
+    ran = each_chunk(lambda rows: (threading.get_ident(), rows), fake)
+    assert ran == [(threading.get_ident(), slice(0, len(fake)))]
 
 
 def test_the_process_keeps_its_number_of_threads(threads, monkeypatch):

@@ -39,7 +39,8 @@ def pack(weight: QuantizedTensor) -> PackedTensors:
     n, k = weight.rows, weight.k
     shape, _ = shapes(weight.bits, weight.group_size, n, k)
     blocks = shape[0]
-    words = in_huge_pages(torch.empty(shape, dtype=torch.int32, device=weight.qweight.device))
+    # Of the codes' own kind: while a graph is traced they are no ordinary tensors.
+    words = in_huge_pages(weight.qweight.new_empty(shape, dtype=torch.int32))
     plain = weight.qweight.view(torch.uint8)
 
     def fill(some: slice) -> None:
