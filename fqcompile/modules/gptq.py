@@ -74,6 +74,22 @@ class Inputs:
         return factor_of(vars(self).pop("moments"))
 
 
+def check_method(method: str, calibration: object) -> None:
+    """Check the option `method` and that what is given to it can be inputs, before any change.
+
+    Raises:
+        OptionError: there is no such method, it is given no inputs, or these can be no batches.
+    """
+    is_gptq = one_of("scale", GPTQ)("method", method) == GPTQ
+    if not (calibration is None or isinstance(calibration, str)):
+        batches_of(calibration)  # draws none
+    elif is_gptq:
+        raise OptionError(
+            f"option method is {GPTQ!r}, which needs your own inputs, and calibration is "
+            f"{calibration!r}: give it batches of some thousand rows in all"
+        )
+
+
 def batches_for(
     method: str, calibration: object, weights: Iterable[ModuleWeight]
 ) -> Sequence[object] | None:
@@ -83,13 +99,9 @@ def batches_for(
         OptionError: there is no such method, or it is given no inputs.
         ShardingError: a weight is sharded: ranks might run the model in other numbers of parts.
     """
-    if one_of("scale", GPTQ)("method", method) != GPTQ:
+    check_method(method, calibration)
+    if method != GPTQ:
         return None
-    if calibration is None or isinstance(calibration, str):
-        raise OptionError(
-            f"option method is {GPTQ!r}, which needs your own inputs, and calibration is "
-            f"{calibration!r}: give it batches of some thousand rows in all"
-        )
     for weight in weights:
         if is_part(weight.parameter):
             raise ShardingError(

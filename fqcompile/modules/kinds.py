@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from fqcompile.config import ROUTERS, FineQuantConfig
 from fqcompile.torch_compat import Convolution, remover_of_norm
@@ -36,6 +36,23 @@ def settle_norms(
         asked = accepts is None or (callable(accepts) and accepts(module, prefix))
         if asked and config.kept_by_size(weight.numel()) is None:
             remove()
+
+
+def remedy_of_computed(module: nn.Module, attribute: str) -> str | None:
+    """What makes a parameter of a tensor that hooks or parametrizations compute in each call."""
+    if attribute == "weight" and remover_of_norm(module) is not None:
+        return "call model.eval() first, after which it no longer changes"
+    if is_parametrized(module, attribute):
+        return (
+            "call torch.nn.utils.parametrize.remove_parametrizations to have one that can be packed"
+        )
+    sources = (f"{attribute}{end}" for end in ("_v", "_g", "_orig"))
+    if attribute in vars(module) and any(source in module._parameters for source in sources):
+        return (
+            "call torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove to have "
+            "one that can be packed"
+        )
+    return None
 
 
 def multiplies(name: str, module: nn.Module, attribute: str) -> bool:

@@ -18,7 +18,7 @@ from fqcompile.kernels.registry import kernel_for
 from fqcompile.modules.blocks import BlockRuns
 from fqcompile.modules.calibrate import calibrated, collect_inputs
 from fqcompile.modules.given import check_quantizable, check_restorable
-from fqcompile.modules.gptq import Run, WeightsInputs, batches_for, compensated
+from fqcompile.modules.gptq import Run, WeightsInputs, batches_for, check_method, compensated
 from fqcompile.modules.kinds import settle_norms
 from fqcompile.modules.weights import ModuleWeight, filtered, module_weights
 from fqcompile.passes.summary import SiteRecipe, said_of
@@ -74,12 +74,12 @@ def quantize_(
     known = calibration is None or isinstance(calibration, str)
     config = packing_config(options | {"calibration": calibration} if known else options)
     check_quantizable(model)
+    check_method(method, calibration)
     settle_norms(model, config, filter_fn)
     waiting = filtered(module_weights(model, config), filter_fn)
     sites = _pack_on_all_ranks(model, waiting, config, calibration, method)
     untie(model)
-    given = {} if known else {"calibration": "batches"}
-    return Plan(tuple(sites), config.as_dict() | given)
+    return Plan(tuple(sites), config.as_dict() | ({} if known else {"calibration": "batches"}))
 
 
 def _pack_on_all_ranks(

@@ -6,6 +6,7 @@ recurrent cells, stacks of experts [E, N, K] or [E, K, N], and on request tables
 devices.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -26,9 +27,10 @@ from fqcompile.modules.kinds import (
     is_transposed,
     multiplies,
     parameter_of,
+    remedy_of_computed,
 )
 from fqcompile.quant.checks import OTHER_DTYPE, WEIGHT_DTYPES
-from fqcompile.torch_compat import Convolution, remover_of_norm
+from fqcompile.torch_compat import Convolution
 from fqcompile.weights.parameter import PackedWeight
 
 _ONE_CALL = "PyTorch's own {} reads it in one call, which takes no packed weight"
@@ -58,6 +60,8 @@ class ModuleWeight:
         tied: another module that reads it as a table also holds it, and keeps it.
         of_tables: embeddings are among the holders.
         reason: why it is skipped; None if it may be packed.
+        chosen_by: of what is skipped since a weight is computed from it, (that weight's module, its
+            name).
     """
 
     name: str
@@ -69,11 +73,17 @@ class ModuleWeight:
     tied: bool = False
     of_tables: bool = False
     reason: str | None = None
+    chosen_by: tuple[nn.Module, str] | None = None
 
     @property
     def module_name(self) -> str:
         """The qualified name of the first module that multiplies with it."""
         return self.name.rpartition(".")[0]
+
+    @property
+    def choice(self) -> tuple[nn.Module, str] | None:
+        """What a filter is asked about it, a module and its name; None if it stays anyway."""
+        return (self.holders[0][0], self.module_name) if self.reason is None else self.chosen_by
 
     @property
     def weight(self) -> Tensor:
@@ -115,7 +125,9 @@ def module_weights(model: nn.Module, config: FineQuantConfig) -> list[ModuleWeig
             found.append(_weight(multiply, bool(others), modules, config))
         rest = [held for held in others if not isinstance(held[1], EMBEDDINGS)]
         found.extend(
-            _stays(*held, multiply, modules, config) for held in rest[:1] if _counts(*held, config)
+            _stays(*held, multiply, modules, config)
+            for held in rest[:1]
+            if _counts(*held, modules, config)
         )
     return found
 
@@ -137,7 +149,7 @@ def filtered(
         )
     return [
         found
-        if found.reason is not None or accepts(found.holders[0][0], found.module_name)
+        if found.choice is None or accepts(*found.choice)
         else replace(found, reason=_FILTERED)
         for found in weights
     ]
@@ -183,10 +195,17 @@ def _weight(
     )
 
 
-def _counts(name: str, module: nn.Module, attribute: str, config: FineQuantConfig) -> bool:
+def _counts(
+    name: str,
+    module: nn.Module,
+    attribute: str,
+    modules: dict[str, nn.Module],
+    config: FineQuantConfig,
+) -> bool:
     """Whether a skipped parameter is worth a row: large ones, and matrices of linears."""
     parameter = parameter_of(module, attribute)
-    large = parameter.numel() >= config.min_elements or is_linear(module)
+    _, owner, _ = _computed_from(name, module, attribute, modules)
+    large = parameter.numel() >= config.min_elements or is_linear(owner)
     return large and parameter.dim() > 1 and parameter.numel() > max(parameter.shape)
 
 
@@ -198,29 +217,35 @@ def _stays(
     modules: dict[str, nn.Module],
     config: FineQuantConfig,
 ) -> ModuleWeight:
-    computed = isinstance(module, ParametrizationList)
-    owner = modules[f".{name}".rpartition(".parametrizations.")[0][1:]] if computed else module
-    reason = config.kept_by_name(name) or _why_no_weight(owner, attribute, computed=computed)
+    parameter, chosen_by = parameter_of(module, attribute), None
+    prefix, owner, computed = _computed_from(name, module, attribute, modules)
+    remedy = remedy_of_computed(owner, computed) if is_linear(owner) else None
     if multiply:
         of = type(module).__name__
         reason = f"{multiply[0][0]} shares it; {of} may read it as a table, and keeps it"
-    return ModuleWeight(name, parameter_of(module, attribute), (), "other", reason=reason)
+    elif remedy is None:
+        reason = config.kept_by_name(name) or _why_no_weight(owner, attribute)
+    else:  # the options choose what is computed, and would once it is a parameter
+        kept = config.kept_by_name(f"{prefix}.{computed}".lstrip("."))
+        kept = kept or config.kept_by_size(parameter.numel())
+        reason = kept or _COMPUTED.format(remedy)
+        chosen_by = None if kept else (owner, prefix)
+    return ModuleWeight(name, parameter, (), "other", reason=reason, chosen_by=chosen_by)
 
 
-def _why_no_weight(module: nn.Module, attribute: str, *, computed: bool) -> str:
-    """Why a parameter is not a weight to pack; `computed`: a parametrization reads it."""
+def _computed_from(
+    name: str, module: nn.Module, attribute: str, modules: dict[str, nn.Module]
+) -> tuple[str, nn.Module, str]:
+    """What is computed from a parameter: (its module's name, that module, its attribute there)."""
+    if isinstance(module, ParametrizationList):
+        prefix, _, path = f".{name}".rpartition(".parametrizations.")
+        return prefix[1:], modules[prefix[1:]], path.partition(".")[0]
+    return name.rpartition(".")[0], module, re.sub("_(orig|v|g)$", "", attribute)
+
+
+def _why_no_weight(module: nn.Module, attribute: str) -> str:
+    """Why a parameter is not a weight to pack, if nothing that could be is computed from it."""
     of = type(module).__name__
-    if is_linear(module) and remover_of_norm(module) is not None:
-        return _COMPUTED.format("call model.eval() first, after which it no longer changes")
-    if computed and is_linear(module):
-        return _COMPUTED.format(
-            "call torch.nn.utils.parametrize.remove_parametrizations to have one that can be packed"
-        )
-    if is_linear(module) and attribute in ("weight_v", "weight_g", "weight_orig"):
-        return _COMPUTED.format(
-            "call torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove to have "
-            "one that can be packed"
-        )
     if isinstance(module, Convolution):
         single = attribute == "weight" and is_pointwise(module)
         return f"{_NO_WEIGHT}a convolution's{_COMPILED if single else ''}"

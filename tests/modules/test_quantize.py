@@ -368,6 +368,32 @@ def test_a_weight_that_a_norm_computes_is_packed_in_evaluation_mode(way: str) ->
     assert_close(model[0](x), x @ w_hat.mT + model[0].bias)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("way", NORMS)
+def test_a_normed_weight_that_the_options_leave_has_their_reason(way: str, training: bool) -> None:
+    for options, reason in [
+        ({"exclude": [r"0\.weight$"]}, "exclude pattern"),
+        ({"include": [r"1\.weight$"]}, "include pattern"),
+        ({"filter_fn": lambda module, name: name != "0"}, "filter_fn does not accept"),
+        ({"min_elements": 128 * 256 + 1}, "min_elements"),
+    ]:
+        model = nn.Sequential(NORMS[way](nn.Linear(128, 256)), nn.Linear(256, 4)).train(training)
+        plan = fqcompile.quantize_(model, calibration=None, **options)
+        said = [str(site.reason) for site in plan.kept if site.name.startswith("0.")]
+        assert len(said) == 1 and reason in said[0], (options, said)
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "gptq", "calibration": None}, {"method": "x"}, {"calibration": 5}]
+)
+def test_a_refused_option_leaves_the_norms_of_a_model(options: dict[str, Any]) -> None:
+    model = nn.Sequential(NORMS["parametrizations.weight_norm"](nn.Linear(128, 256))).eval()
+    with pytest.raises(OptionError):
+        fqcompile.quantize_(model, **options)
+    assert hasattr(model[0], "parametrizations")
+
+
 PARAMETRIZED: dict[str, Any] = {
     "pruned": (
         lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
