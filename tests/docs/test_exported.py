@@ -101,6 +101,20 @@ def test_a_program_whose_weights_are_read_otherwise_runs_without_fqcompile(
 
 
 @pytest.mark.slow
+def test_strides_other_than_the_example_are_told_where_pytorch_checks_them(
+    made: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = re.search(r"`(AOTI_\w+)=1`", PAGE.read_text(encoding="utf-8"))
+    assert setting is not None
+    package = torch._inductor.aoti_load_package(str(made[0] / "model.pt2"))
+    x = torch.randn(256, 7).t()
+    monkeypatch.setenv(setting[1], "1")
+    package(x.contiguous())
+    with pytest.raises(RuntimeError, match="unmatched stride"):
+        package(x)
+
+
+@pytest.mark.slow
 def test_without_the_library_the_operator_is_named(made: tuple[Path, Any]) -> None:
     """As the page quotes it; the program's error is in PyTorch's log, on stderr."""
     code = (

@@ -80,7 +80,7 @@ def pack(weight: QuantizedTensor, kwidth: int) -> PackedTensors:
     codes = F.pad(codes, (0, -k % BLOCK_K, 0, -rows % MICRO_ROWS))
     order = column_order(bits, levels, kwidth, codes.device)
     blocks = codes.view(-1, MICRO_ROWS, codes.shape[1] // BLOCK_K, BLOCK_K).transpose(1, 2)
-    words = torch.zeros((*blocks.shape[:3], order.shape[0]), dtype=torch.int32, device=codes.device)
+    words = codes.new_zeros((*blocks.shape[:3], order.shape[0]), dtype=torch.int32)
     for place in range(order.shape[1]):
         words |= _put(blocks[..., order[:, place]].to(torch.int32), place, bits, levels)
     return words, _pack_scales(weight)
@@ -109,7 +109,7 @@ def unpack(weight: QuantizedTensor, kwidth: int) -> PackedTensors:
     """The plain layout again: what `pack` was given."""
     words, bits, k, levels = weight.qweight, weight.bits, weight.k, weight.format.levels
     order = column_order(bits, levels, kwidth, words.device)
-    codes = torch.empty((*words.shape[:3], BLOCK_K), dtype=torch.int8, device=words.device)
+    codes = words.new_empty((*words.shape[:3], BLOCK_K), dtype=torch.int8)
     for place in range(order.shape[1]):
         codes[..., order[:, place]] = _taken(words, place, bits, levels).to(torch.int8)
     rows = codes.transpose(1, 2).reshape(-1, words.shape[1] * BLOCK_K)[: weight.rows, :k]
