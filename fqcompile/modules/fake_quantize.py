@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fqcompile.distributed.shards import local_part
 from fqcompile.errors import FineQuantError, UnquantizableWeight
@@ -93,13 +94,11 @@ def _targets(model: nn.Module, plan: Plan | CompileReport) -> list[_Target]:
     """The sites that the plan quantizes, located in the model; nothing is changed."""
     places = holders_of(model)
     for prefix, module in model.named_modules():
-        for attribute in getattr(
-            module, "parametrizations", ()
-        ):  # hooks leave theirs as attributes
+        # what hooks compute they leave in attributes, where it is found
+        for attribute in module.parametrizations if is_parametrized(module) else ():
+            settles = _settles(module, attribute)
             with torch.no_grad():
-                tensor = (
-                    getattr(module, attribute) if _settles(module, attribute) else torch.empty(0)
-                )
+                tensor = getattr(module, attribute) if settles else torch.empty(0)
             name = f"{prefix}.{attribute}".lstrip(".")
             places[id(tensor)] = [Holder(name, module, attribute, tensor)]
     targets = [_target(places, site) for site in plan.sites if site.status == "quantized"]
