@@ -6,15 +6,18 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fqcompile.distributed.shards import local_part
 from fqcompile.errors import FineQuantError, UnquantizableWeight
 from fqcompile.hf_compat import untie
 from fqcompile.modules.given import check_model
+from fqcompile.modules.kinds import remedy_of_computed
 from fqcompile.passes.naming import Holder, holders_of
 from fqcompile.passes.summary import SiteRecipe
 from fqcompile.quant.choose import quantize_weight
 from fqcompile.report import CompileReport, Plan, Site
+from fqcompile.torch_compat import remover_of_norm
 from fqcompile.weights.store import STORE
 
 _MOST_NAMED = 4
@@ -28,6 +31,7 @@ class _Target:
     recipe: SiteRecipe
     sources: tuple[Tensor, ...]
     movers: tuple[tuple[Holder, ...], ...]
+    normed: tuple[nn.Module, ...]  # whose norm computes one of the tensors
 
 
 def fake_quantize_(model: nn.Module, plan: Plan | CompileReport) -> nn.Module:
@@ -36,7 +40,8 @@ def fake_quantize_(model: nn.Module, plan: Plan | CompileReport) -> nn.Module:
     The result runs wherever an unquantized model runs and computes the same values as the compiled
     model. If a linear shares its weight with an embedding, or with another reader of the original
     values, the linear gets a parameter of its own. Nothing is written until every site of the plan
-    has been located in the model.
+    has been located in the model. Weights that PyTorch's norms compute become parameters, as in
+    `quantize_`, in evaluation mode.
 
     Errors are weighed as they were when this model was compiled, if it was. In a copy, or another
     instance of the class, they are weighed as for the model that the plan was made for.
@@ -49,12 +54,17 @@ def fake_quantize_(model: nn.Module, plan: Plan | CompileReport) -> nn.Module:
         OptionError: `model` is no model.
         FineQuantError: a site's name matches no tensor of the model or several; two sites write to
             the same elements; or the dequantized value cannot be stored, because the weight is
-            computed from others or an embedding reads the same parameter.
+            computed from others in each call or an embedding reads the same parameter.
     """
     check_model(model, "fake_quantize_")
-    places = holders_of(model)
-    targets = [_target(places, site) for site in plan.sites if site.status == "quantized"]
-    _refuse_overlaps(targets)
+    targets = _targets(model, plan)
+    normed = {id(norm): norm for target in targets for norm in target.normed}
+    for norm in normed.values():
+        remove = remover_of_norm(norm)
+        if remove is not None:
+            remove()
+    if normed:  # their weights are other tensors now
+        targets = _targets(model, plan)
     own: dict[int, Tensor] = {}
     for target in targets:
         _apply(target, own)
@@ -83,6 +93,36 @@ def _apply(target: _Target, own: dict[int, Tensor]) -> None:
     recipe.recipe.write_back(sources, w_hat)
 
 
+def _targets(model: nn.Module, plan: Plan | CompileReport) -> list[_Target]:
+    """The sites that the plan quantizes, located in the model; nothing is changed."""
+    places = holders_of(model)
+    for prefix, module in model.named_modules():
+        # what hooks compute they leave in attributes, where it is found
+        for attribute in module.parametrizations if is_parametrized(module) else ():
+            settles = _settles(module, attribute)
+            with torch.no_grad():
+                tensor = getattr(module, attribute) if settles else torch.empty(0)
+            name = f"{prefix}.{attribute}".lstrip(".")
+            places[id(tensor)] = [Holder(name, module, attribute, tensor)]
+    targets = [_target(places, site) for site in plan.sites if site.status == "quantized"]
+    _refuse_overlaps(targets)
+    return targets
+
+
+def _settles(module: nn.Module, attribute: str) -> bool:
+    """Whether a norm computes it that can be removed: in training the values still change."""
+    return attribute == "weight" and not module.training and remover_of_norm(module) is not None
+
+
+def _refuse_computed(name: str, holder: Holder) -> None:
+    """Refuse to write to what the next call computes again, and would overwrite."""
+    remedy = remedy_of_computed(holder.module, holder.attribute)
+    if remedy is not None and not _settles(holder.module, holder.attribute):
+        raise FineQuantError(
+            f"{name}: {holder.name} is computed in each call of the model: {remedy}"
+        )
+
+
 def _target(places: Mapping[int, Sequence[Holder]], site: Site) -> _Target:
     recipe = site.recipe
     if not isinstance(recipe, SiteRecipe):
@@ -95,6 +135,8 @@ def _target(places: Mapping[int, Sequence[Holder]], site: Site) -> _Target:
     except UnquantizableWeight as error:
         raise FineQuantError(f"{site.name}: {error}") from error
     found = [_find(places, name, held=recipe.held) for name in recipe.names]
+    for holder in found:
+        _refuse_computed(site.name, holder)
     sources = tuple(holder.tensor for holder in found)
     with torch.no_grad():
         shape = tuple(recipe.recipe(*map(local_part, sources)).shape)
@@ -109,7 +151,8 @@ def _target(places: Mapping[int, Sequence[Holder]], site: Site) -> _Target:
         else _movers(holder.name, places[id(holder.tensor)], shared=name in recipe.shared)
         for name, holder in zip(recipe.names, found, strict=True)
     ]
-    return _Target(site, recipe, sources, tuple(movers))
+    normed = tuple(h.module for h in found if _settles(h.module, h.attribute))
+    return _Target(site, recipe, sources, tuple(movers), normed)
 
 
 def _find(places: Mapping[int, Sequence[Holder]], name: str, *, held: bool) -> Holder:

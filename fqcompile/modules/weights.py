@@ -108,7 +108,7 @@ Held = tuple[str, nn.Module, str]  # qualified name, module, attribute
 def module_weights(model: nn.Module, config: FineQuantConfig) -> list[ModuleWeight]:
     """All matrices of linears and experts, and other large parameters with the skip reason.
 
-    Embeddings are listed only if the options ask for them.
+    Embeddings are listed only if the options ask for them, then those that stay dense too.
     """
     sharing: dict[int, list[Held]] = {}
     for prefix, module in model.named_modules():
@@ -123,7 +123,8 @@ def module_weights(model: nn.Module, config: FineQuantConfig) -> list[ModuleWeig
         others = [held for held in holders if held not in multiply]
         if multiply:
             found.append(_weight(multiply, bool(others), modules, config))
-        rest = [held for held in others if not isinstance(held[1], EMBEDDINGS)]
+        asked = config.quantize_embeddings is not None
+        rest = [held for held in others if asked or not isinstance(held[1], EMBEDDINGS)]
         found.extend(
             _stays(*held, multiply, modules, config)
             for held in rest[:1]
@@ -202,10 +203,11 @@ def _counts(
     modules: dict[str, nn.Module],
     config: FineQuantConfig,
 ) -> bool:
-    """Whether a skipped parameter is worth a row: large ones, and matrices of linears."""
+    """Whether a skipped parameter is worth a row: large ones, linears' matrices and tables."""
     parameter = parameter_of(module, attribute)
     _, owner, _ = _computed_from(name, module, attribute, modules)
-    large = parameter.numel() >= config.min_elements or is_linear(owner)
+    matrix = is_linear(owner) or isinstance(owner, EMBEDDINGS)
+    large = parameter.numel() >= config.min_elements or matrix
     return large and parameter.dim() > 1 and parameter.numel() > max(parameter.shape)
 
 
@@ -246,6 +248,15 @@ def _computed_from(
 def _why_no_weight(module: nn.Module, attribute: str) -> str:
     """Why a parameter is not a weight to pack, if nothing that could be is computed from it."""
     of = type(module).__name__
+    if isinstance(module, nn.EmbeddingBag):
+        return f"only tables of nn.Embedding are packed, and this is of {of}"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return (
+            f"max_norm={module.max_norm} rescales its rows in each call, and packed ones stay as "
+            "they are: rescale them all once and set max_norm to None to have it packed"
+        )
+    if isinstance(module, nn.Embedding) and is_part(parameter_of(module, attribute)):
+        return "the table is sharded, and packed rows are read where all of them are"
     if isinstance(module, Convolution):
         single = attribute == "weight" and is_pointwise(module)
         return f"{_NO_WEIGHT}a convolution's{_COMPILED if single else ''}"

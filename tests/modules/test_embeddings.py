@@ -130,6 +130,25 @@ def test_bags_of_rows_stay() -> None:
     assert [site.name for site in plan.quantized] == ["1.weight"]
 
 
+def test_tables_that_stay_where_they_are_asked_for_say_why() -> None:
+    class Tables(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag, self.scaled = nn.EmbeddingBag(V, H), nn.Embedding(V, H, max_norm=1.0)
+            self.out, self.linear = nn.Embedding(V, H), nn.Linear(H, H)
+
+    def kept(**options: Any) -> dict[str, str]:
+        plan = fqcompile.quantize_(frozen(Tables()), **{**OPTIONS, "exclude": ["out"], **options})
+        assert [site.name for site in plan.quantized] == ["linear.weight"]
+        return {site.name: str(site.reason) for site in plan.kept}
+
+    assert not kept(quantize_embeddings=None)
+    for reasons in (kept(), kept(on_unsupported="error")):
+        assert "and this is of EmbeddingBag" in reasons["bag.weight"]
+        assert "max_norm=1.0 rescales its rows" in reasons["scaled.weight"]
+        assert "exclude pattern" in reasons["out.weight"] and len(reasons) == 3
+
+
 def test_a_compiled_dense_model_keeps_its_table_and_says_what_packs_it() -> None:
     plan = fqcompile.explain(Model(), IDS, min_elements=1024, quantize_embeddings=8)
     reason = str(plan.site("embed.weight").reason)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
 
 import fqcompile
 from fqcompile import FineQuantError, Plan
@@ -255,6 +256,50 @@ def test_a_weight_that_is_read_both_ways_has_no_one_dequantized_value() -> None:
     assert [site.name for site in plan.quantized] == ["w[0]", "w[1]"]
     with pytest.raises(FineQuantError, match=r"w\[1\] and another site quantize the same elements"):
         fqcompile.fake_quantize_(model, plan)
+
+
+NORMS = [
+    nn.utils.weight_norm,
+    nn.utils.spectral_norm,
+    nn.utils.parametrizations.weight_norm,
+    nn.utils.parametrizations.spectral_norm,
+    nn.utils.parametrizations.orthogonal,
+]
+
+
+def _computed_by(register: Any) -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.Linear(128, 256)
+    register(layer)
+    return nn.Sequential(layer).requires_grad_(False).eval()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_weight_that_a_norm_computes_becomes_the_quantized_one(norm: Any) -> None:
+    packed, model = _computed_by(norm), _computed_by(norm)
+    plan = fqcompile.quantize_(packed, calibration=None)
+    fqcompile.fake_quantize_(model, plan)
+    assert isinstance(model[0].weight, nn.Parameter)
+    assert_close(model(X), X @ packed[0].weight.dequantize().mT + packed[0].bias)
+    with pytest.raises(FineQuantError, match=r"0.weight is computed in each.*call model.eval"):
+        fqcompile.fake_quantize_(_computed_by(norm).train(), plan)
+
+
+@pytest.mark.parametrize(
+    ("register", "remedy"),
+    [
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "prune.remove"),
+        (
+            lambda layer: parametrize.register_parametrization(layer, "weight", nn.Tanh()),
+            "remove_parametrizations",
+        ),
+    ],
+)
+def test_what_the_next_call_computes_again_is_not_written(register: Any, remedy: str) -> None:
+    plan = fqcompile.quantize_(_computed_by(lambda layer: None), calibration=None)
+    with pytest.raises(FineQuantError, match=rf"0.weight is computed in each call.*{remedy}"):
+        fqcompile.fake_quantize_(_computed_by(register), plan)
 
 
 def _from_another_model() -> tuple[nn.Module, Plan]:
