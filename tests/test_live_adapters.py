@@ -161,7 +161,10 @@ def test_refresh_leaves_other_models_alone(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_refresh_wants_a_module() -> None:
-    with pytest.raises(fqcompile.FineQuantError, match="not function"):
+    with pytest.raises(
+        fqcompile.FineQuantError,
+        match=r"refresh got <function .* in place of a model; give an nn\.Module",
+    ):
         fqcompile.refresh(lambda x: x)  # type: ignore[arg-type]
 
 

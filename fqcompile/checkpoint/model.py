@@ -22,7 +22,7 @@ from fqcompile.checkpoint.manifest import Manifest
 from fqcompile.checkpoint.source import Source
 from fqcompile.errors import CheckpointError
 from fqcompile.files.safetensors_file import DTYPES, read_tensor
-from fqcompile.hf_compat import ignored_names, untied_names
+from fqcompile.hf_compat import ignored_names, is_model_class, untied_names
 
 _WRAPPER = "_orig_mod"  # the name that torch.compile's wrapper gives to what it wraps
 _SHOWN = 5
@@ -241,4 +241,4 @@ def _matches(patterns: Any, name: str) -> bool:
 def named_alone(model: Any, found: Iterable[Slot]) -> set[str]:
     """Further names of shared parameters, of which `from_pretrained` wants a tensor each."""
     parameters = ((slot.name, slot.tensor) for slot in found if slot.kind == "parameter")
-    return untied_names(model, parameters) if hasattr(model, "config") else set()
+    return untied_names(model, parameters) if is_model_class(type(model)) else set()
