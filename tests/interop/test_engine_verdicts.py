@@ -24,6 +24,7 @@ from tests.interop.checkpoints import (
     config,
     dense_model,
     moe_model,
+    whole_config,
     write,
 )
 from tests.interop.models import tensors_of
@@ -171,6 +172,18 @@ def against(name: str, findings: list[Finding]) -> list[Finding]:
     """What is against loading it; where AMX is assumed, not that it is missing."""
     serious = [finding for finding in findings if not finding.loads]
     return [f for f in serious if not (CHECKPOINTS[name].amx and "AMX" in f.problem)]
+
+
+def rows(engine: str, said: dict[str, str], otherwise: dict[str, str]) -> str:
+    """The guide's table for an engine; `otherwise`: why it does not do as `check` says."""
+    found = []
+    for name, text in said.items():
+        layers = CHECKPOINTS[name].layers
+        problems = find_problems(whole_config(CHECKPOINTS[name].config, layers), layers, engine)
+        kinds = dict.fromkeys(f"{f.effect} ({f.rule})" for f in problems if not f.loads)
+        mark = f"; {otherwise[name]}" if name in otherwise else ""
+        found.append(f"| {name} | {', '.join(kinds) or LOADS} | {text}{mark} |")
+    return "\n".join(found)
 
 
 def test_each_checkpoint_is_in_the_table() -> None:

@@ -14,11 +14,10 @@ from torch import Tensor
 pytest.importorskip("compressed_tensors", reason="the dev extra is not installed")
 
 import fqcompile
-from fqcompile.interop.check import find_problems
 from tests.dense_models import COMMON
-from tests.interop.checkpoints import whole_config, write
+from tests.interop.checkpoints import write
 from tests.interop.models import tensors_of
-from tests.interop.test_engine_verdicts import CHECKPOINTS, GUIDE, LOADS, WRONG
+from tests.interop.test_engine_verdicts import CHECKPOINTS, GUIDE, LOADS, WRONG, rows
 from tests.interop.test_engines import EXPORTS, MODELS, PYTHON, ask, unlike
 
 SCRIPT = Path(__file__).parent / "sglang_cpu.py"
@@ -151,14 +150,7 @@ def test_each_checkpoint_is_in_the_table() -> None:
 
 
 def test_the_guide_has_the_table() -> None:
-    rows = []
-    for name, said in SAID.items():
-        layers = CHECKPOINTS[name].layers
-        found = find_problems(whole_config(CHECKPOINTS[name].config, layers), layers, "sglang")
-        kinds = dict.fromkeys(f"{f.effect} ({f.rule})" for f in found if not f.loads)
-        mark = f"; {OTHERWISE[name]}" if name in OTHERWISE else ""
-        rows.append(f"| {name} | {', '.join(kinds) or LOADS} | {said}{mark} |")
-    assert "\n".join(rows) in GUIDE.read_text(encoding="utf-8"), "\n".join(rows)
+    assert rows("sglang", SAID, OTHERWISE) in GUIDE.read_text(encoding="utf-8")
 
 
 @needs_sglang

@@ -17,11 +17,10 @@ import transformers as hf
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
 import fqcompile
-from fqcompile.interop.check import find_problems
 from fqcompile.interop.layers import Layer, stack_of
-from tests.interop.checkpoints import whole_config, write
+from tests.interop.checkpoints import write
 from tests.interop.models import tensors_of
-from tests.interop.test_engine_verdicts import CHECKPOINTS, GUIDE, LOADS, WRONG
+from tests.interop.test_engine_verdicts import CHECKPOINTS, GUIDE, LOADS, WRONG, rows
 
 RANDOM = "gives parameters random values"
 SIZES = "You set `ignore_mismatched_sizes` to `False`"
@@ -143,16 +142,7 @@ def test_each_checkpoint_is_in_the_table() -> None:
 
 
 def test_the_guide_has_the_table() -> None:
-    rows = []
-    for name, said in SAID.items():
-        layers = CHECKPOINTS[name].layers
-        found = find_problems(
-            whole_config(CHECKPOINTS[name].config, layers), layers, "transformers"
-        )
-        kinds = dict.fromkeys(f"{f.effect} ({f.rule})" for f in found if not f.loads)
-        mark = f"; {OTHERWISE[name]}" if name in OTHERWISE else ""
-        rows.append(f"| {name} | {', '.join(kinds) or LOADS} | {said}{mark} |")
-    assert "\n".join(rows) in GUIDE.read_text(encoding="utf-8"), "\n".join(rows)
+    assert rows("transformers", SAID, OTHERWISE) in GUIDE.read_text(encoding="utf-8")
 
 
 @pytest.mark.few(6)
